@@ -1,0 +1,295 @@
+"""What a legal spec is.  Every rule is a small generator of faults; all of them run, so that all mistakes show at once.
+
+A rule says which fields it reads and is skipped where one of them does not even hold the right kind of thing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from .errors import Fault, SchemeError
+from .kinds import misfits
+from .scheme import ALL, Float, Scale, Scheme, Store, Uniform
+from .shape import Shape
+
+LONGEST_PAGE = 4096  # tokens: a page holds whole blocks of both sides and whole words
+
+
+@dataclass(frozen=True)
+class Site:
+    """One store of a scheme and where it stands: `keys` or `values` (`keys` for both where `both=` gave them)."""
+
+    place: str
+    store: Store
+    scheme: Scheme
+
+    @property
+    def scale(self) -> Scale | None:
+        return self.store.scale
+
+    def fault(self, inner: str, fact: str, mend: str) -> Fault:
+        return Fault(f"{self.place}.{inner}", fact, mend)
+
+
+Rule = Callable[[Site], Iterator[Fault]]
+RULES: list[tuple[tuple[str, ...], Rule]] = []
+
+
+def rule(*reads: str) -> Callable[[Rule], Rule]:
+    """Enter a rule into the table with the fields it reads; `~` stands for the side."""
+
+    def enter(function: Rule) -> Rule:
+        RULES.append((reads, function))
+        return function
+
+    return enter
+
+
+def faults(scheme: Scheme) -> tuple[Fault, ...]:
+    """Every mistake of a spec that needs no shape to be seen."""
+    found = [*misfits(scheme)]
+    sides = [("keys", scheme.keys), ("values", scheme.values)]
+    if scheme.keys is scheme.values:
+        found = [fault for fault in found if fault.place.partition(".")[0] != "values"]
+        sides = sides[:1]
+    bad = {fault.place for fault in found}
+    for place, store in sides:
+        for reads, check in RULES:
+            if not any(_touch(read.replace("~", place), wrong) for read in reads for wrong in bad):
+                found += check(Site(place, store, scheme))
+    if not any(_touch("layers", wrong) for wrong in bad):
+        found += _layers(scheme)
+    return tuple(found)
+
+
+def refuse(scheme: Scheme, given: tuple[str, ...] = ()) -> None:
+    """Raise SchemeError with every fault of the spec, if there is one.  `given`: sides given beside `both=`."""
+    twice = tuple(Fault("both", f"given together with {side}", f"write either both= or {side}=") for side in given)
+    if found := twice + faults(scheme):
+        raise SchemeError(found)
+
+
+def shape_faults(scheme: Scheme, shape: Shape) -> tuple[Fault, ...]:
+    """Every mistake of a legal spec that shows only at a shape."""
+    sides = [("keys", scheme.keys), ("values", scheme.values)][: 1 if scheme.keys is scheme.values else 2]
+    return tuple(fault for place, store in sides for fault in _shape(Site(place, store, scheme), shape))
+
+
+def refuse_for(scheme: Scheme, shape: Shape) -> None:
+    """Raise SchemeError with every fault that the spec has at this shape, if there is one."""
+    if found := shape_faults(scheme, shape):
+        raise SchemeError(found)
+
+
+def _touch(read: str, wrong: str) -> bool:
+    """One path is the other, or lies inside it (`layers[3]` lies inside `layers`)."""
+    read, wrong = read + ".", wrong.replace("[", ".[") + "."
+    return read.startswith(wrong) or wrong.startswith(read)
+
+
+def _waiting(store: Store) -> int:
+    """Tokens that wait for one another under an online scale: 1 where none do, and where a field itself is wrong."""
+    scale = getattr(store, "scale", None)
+    tokens = getattr(getattr(scale, "block", None), "tokens", 1)
+    return tokens if type(tokens) is int and tokens >= 1 and getattr(scale, "when", None) == "online" else 1
+
+
+def _levels(code: Uniform, scale: Scale) -> int:
+    """The number of levels that the code has under this scale."""
+    assert code.bits is not None
+    return code.levels or 2**code.bits - (scale.range == "absmax" and code.grid == "ends")
+
+
+@rule("~.code", "~.scale")
+def _levels_need_a_scale(site: Site) -> Iterator[Fault]:
+    if isinstance(site.store.code, Uniform) and site.scale is None:
+        yield site.fault(
+            "scale",
+            "evenly spaced levels need a scale",
+            "say what shares one, as scale=per_token(channels=32)",
+        )
+    if isinstance(site.store.code, Float) and site.scale is not None:
+        fact = f"{site.store.code.format} holds the number itself and takes no scale"
+        yield site.fault("scale", fact, "leave scale out, or use Uniform(bits=4)")
+
+
+@rule("~.code.bits", "~.code.levels")
+def _levels_fit_their_bits(site: Site) -> Iterator[Fault]:
+    code = site.store.code
+    if not isinstance(code, Uniform):
+        return
+    if code.bits is None:
+        levels = f", levels={code.levels}" if code.levels else ""
+        yield site.fault("code.bits", "no bits", f"write Uniform(bits={_bits(code.levels or 16)}{levels})")
+    elif code.levels is not None and code.levels > 2**code.bits:
+        fact = f"{code.levels} levels do not fit {code.bits} bits"
+        yield site.fault("code.levels", fact, f"use bits={_bits(code.levels)} or levels={2**code.bits}")
+
+
+def _bits(levels: int) -> int:
+    return max(1, (levels - 1).bit_length())
+
+
+@rule("~.code", "~.scale.range")
+def _symmetric_levels_have_a_middle(site: Site) -> Iterator[Fault]:
+    code, scale = site.store.code, site.scale
+    if (
+        not isinstance(code, Uniform)
+        or scale is None
+        or code.bits is None
+        or scale.range not in ("absmax", "signed_absmax")
+    ):
+        return
+    at, levels = "code.levels" if code.levels else "code.bits", _levels(code, scale)
+    if scale.range == "signed_absmax" and code.grid != "ends":
+        fact = f"signed_absmax puts its extreme on a level, and grid {code.grid!r} has none there"
+        yield site.fault("code.grid", fact, "use grid='ends' or range='absmax'")
+    elif scale.range == "absmax" and code.grid == "ends":
+        if levels < 3:
+            fact = f"{levels} level{'s' * (levels > 1)} cannot be 0 and both its sides, as absmax asks on grid 'ends'"
+            yield site.fault(
+                at, fact, "use levels=3 and bits=2, or grid='cells'" if code.levels else "use bits=2 or grid='cells'"
+            )
+    elif levels % 2:
+        fact = f"{levels} levels have one in the middle, and {scale.range} on grid {code.grid!r} needs an even number"
+        yield site.fault(at, fact, f"use levels={levels - 1}" + (f" or {levels + 1}" if levels < 2**code.bits else ""))
+
+
+@rule("~.code.grid", "~.code.rounding")
+def _cells_round_down(site: Site) -> Iterator[Fault]:
+    code = site.store.code
+    if isinstance(code, Uniform) and code.grid == "cells" and code.rounding != "even":
+        fact = f"the cell that a number lies in is its code, {code.rounding!r} has nothing to round"
+        yield site.fault("code.rounding", fact, "leave rounding out, or use grid='ends'")
+
+
+@rule("~.scale.zero", "~.scale.range", "~.code")
+def _a_zero_point_belongs_to_a_minimum(site: Site) -> Iterator[Fault]:
+    code, scale = site.store.code, site.scale
+    if scale is None or scale.zero == "min":
+        return
+    if scale.range not in ("minmax", "minmax_zero"):
+        fact = f"{scale.range} is centred on 0 and has no offset to store as {scale.zero!r}"
+        yield site.fault("scale.zero", fact, "leave zero out, or use range='minmax'")
+    elif isinstance(code, Uniform) and code.grid != "ends":
+        fact = f"an integer zero point lies on a level, and grid {code.grid!r} puts 0 between two"
+        yield site.fault("scale.zero", fact, "use zero='min' or grid='ends'")
+
+
+@rule("~.scale.zero", "~.scale.dtype")
+def _a_zero_point_in_the_scale_needs_spare_bits(site: Site) -> Iterator[Fault]:
+    scale = site.scale
+    if scale is not None and scale.zero == "in_scale" and scale.dtype != "fp32":
+        fact = f"a zero point inside the scale needs the spare bits of fp32, not {scale.dtype}"
+        yield site.fault("scale.zero", fact, "use dtype='fp32' or zero='point'")
+
+
+@rule("~.scale.block", "~.scale.when")
+def _a_block_is_more_than_one_number(site: Site) -> Iterator[Fault]:
+    if site.scale is None or site.scale.when != "online":
+        return
+    block = site.scale.block
+    if block.tokens == 1 and block.channels == 1 and block.heads == 1:
+        fact = "a block of one token and one channel codes nothing: lowest and highest are the value itself"
+        yield site.fault("scale.block", fact, "use per_token(channels=32)")
+    elif block.heads != 1 and block.channels is not ALL:
+        yield site.fault("scale.block", "a block over several heads takes all their channels", "use channels=ALL")
+
+
+@rule("~.scale.block.tokens", "~.scale.when")
+def _an_online_block_is_finite(site: Site) -> Iterator[Fault]:
+    if site.scale is not None and site.scale.when == "online" and site.scale.block.tokens is ALL:
+        fact = "one scale over all tokens cannot be appended to"
+        yield site.fault("scale", fact, "use when='calibrated', or a group such as tokens=64")
+
+
+@rule("~.scale.block.tokens", "~.scale.when", "recent")
+def _a_block_leaves_the_window_whole(site: Site) -> Iterator[Fault]:
+    tokens, recent = _waiting(site.store), site.scheme.recent
+    if tokens == 1:
+        return
+    group = math.lcm(_waiting(site.scheme.keys), _waiting(site.scheme.values))
+    if recent is None:
+        fact = f"a group of {tokens} tokens must wait until it is full"
+        yield site.fault("scale.block.tokens", fact, f"add recent=Recent({group})")
+    elif recent.flush == "rolling":
+        fact = f"a group of {tokens} tokens must wait until it is full, and a rolling window lets them go one by one"
+        yield site.fault("scale.block.tokens", fact, f"use Recent({-(-recent.tokens // group) * group})")
+    elif recent.tokens % tokens:
+        fact = f"a window of {recent.tokens} tokens is no whole number of groups of {tokens}"
+        yield site.fault("scale.block.tokens", fact, f"use Recent({-(-recent.tokens // group) * group})")
+
+
+@rule("~.scale.block.tokens", "~.scale.when")
+def _whole_blocks_fit_a_page(site: Site) -> Iterator[Fault]:
+    keys, values = _waiting(site.scheme.keys), _waiting(site.scheme.values)
+    page, tokens = math.lcm(64, keys, values), _waiting(site.store)
+    if page > LONGEST_PAGE and tokens > 1 and (site.place == "keys" or keys == 1):
+        others = f"groups of {values} and " if site.place == "keys" and values > 1 else ""
+        fact = f"groups of {tokens} tokens, {others}words of 64 meet every {page} tokens, a page holds {LONGEST_PAGE}"
+        yield site.fault("scale.block.tokens", fact, f"use {2 ** round(math.log2(tokens))}")
+
+
+@rule("~.scale.block", "~.scale.when")
+def _a_calibrated_scale_knows_no_tokens(site: Site) -> Iterator[Fault]:
+    if site.scale is None or site.scale.when != "calibrated":
+        return
+    block = site.scale.block
+    if block.tokens is not ALL:
+        fact = f"a calibrated scale is one for all tokens, not one for every {block.tokens}"
+        yield site.fault("scale.block.tokens", fact, "use tokens=ALL or when='online'")
+    if block.heads not in (1, ALL):
+        fact = f"a calibrated scale has an entry for each kv head or one for all, not one for {block.heads}"
+        yield site.fault("scale.block.heads", fact, "use 1 or ALL")
+
+
+@rule("~.scale.zero", "~.scale.when")
+def _a_calibrated_scale_stores_its_minimum(site: Site) -> Iterator[Fault]:
+    if site.scale is not None and site.scale.when == "calibrated" and site.scale.zero != "min":
+        fact = f"a calibrated offset costs no bytes a token, {site.scale.zero!r} saves nothing"
+        yield site.fault("scale.zero", fact, "leave zero out")
+
+
+def _layers(scheme: Scheme) -> Iterator[Fault]:
+    seen: set[int] = set()
+    for key, inner in scheme.layers:  # type: ignore[misc]
+        for index in key:
+            if index in seen:
+                yield Fault(f"layers[{index}]", f"layer {index} is listed twice", "name every layer once")
+            seen.add(index)
+        if inner.layers:
+            yield Fault(f"layers[{key[0]}]", "a layer's scheme has layers of its own", "flatten the table")
+
+
+def layer_faults(scheme: Scheme, layers: int) -> tuple[Fault, ...]:
+    """Every mistake in `Scheme.layers` that shows only once the number of layers is known."""
+    found, seen = [], dict[int, int]()
+    for key, _ in scheme.layers:  # type: ignore[misc]
+        for index in key:
+            at = index + layers if index < 0 else index
+            if not 0 <= at < layers:
+                fact = f"the model has {layers} layers"
+                found.append(Fault(f"layers[{index}]", fact, f"use an index from {-layers} to {layers - 1}"))
+            elif at in seen:
+                fact = f"of {layers} layers this is layer {at}, which is listed as {seen[at]}, too"
+                found.append(Fault(f"layers[{index}]", fact, "name every layer once"))
+            seen.setdefault(at, index)
+    return tuple(found)
+
+
+def _shape(site: Site, shape: Shape) -> Iterator[Fault]:
+    if site.scale is None:
+        return
+    block, size, heads = site.scale.block, shape.head_dim, shape.kv_heads
+    if isinstance(block.channels, int) and size % block.channels:
+        common = math.gcd(block.channels, size)
+        mend = f"use {common} or ALL" if common > 1 else "use ALL"
+        yield site.fault(
+            "scale.block.channels", f"groups of {block.channels} channels do not divide head_dim {size}", mend
+        )
+    if isinstance(block.heads, int) and heads % block.heads:
+        fits = [str(n) for n in range(1, heads + 1) if heads % n == 0]
+        mend = f"use {', '.join(fits)} or ALL"
+        yield site.fault("scale.block.heads", f"{block.heads} heads do not divide {heads} kv heads", mend)

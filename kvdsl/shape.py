@@ -1,0 +1,43 @@
+"""The shape a scheme is compiled for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .errors import ShapeError
+
+InputFormat = Literal["fp16", "bf16", "fp32"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What kernels are specialised for: one layer's heads, its head_dim, the dtype of q, k and v, and logit soft-capping.
+
+    `q_heads` None: as many as kv heads.  Raises ShapeError naming the field, its value and what would be right.
+    """
+
+    head_dim: int
+    kv_heads: int = 8
+    q_heads: int | None = None
+    dtype: InputFormat = "fp16"
+    softcap: bool = False
+
+    def __post_init__(self) -> None:
+        if self.q_heads is None:
+            object.__setattr__(self, "q_heads", self.kv_heads)
+        for field in ("head_dim", "kv_heads", "q_heads"):
+            value = getattr(self, field)
+            if type(value) is not int or value < 1:
+                raise ShapeError(f"shape.{field}: {value!r} is no positive integer")
+        if self.head_dim % 8 or not 32 <= self.head_dim <= 256:
+            raise ShapeError(f"shape.head_dim: {self.head_dim} is no multiple of 8 from 32 to 256; use 64, 80, 96, 112, 128, 192 or 256")
+        if self.q_heads % self.kv_heads:  # type: ignore[operator]
+            raise ShapeError(f"shape.q_heads: {self.q_heads} query heads are no multiple of {self.kv_heads} kv heads")
+        if self.dtype not in ("fp16", "bf16", "fp32"):
+            raise ShapeError(f"shape.dtype: {self.dtype!r} is none of fp16, bf16, fp32")
+
+    @property
+    def group(self) -> int:
+        """Query heads that read one kv head."""
+        return self.q_heads // self.kv_heads  # type: ignore[operator]
