@@ -1,0 +1,338 @@
+"""Compile generated kernels ahead of time, with no GPU, and read from the machine code what they will cost.
+
+Triton's interpreter and its compiler cannot share a process: the mode is fixed when `triton` is imported.  Hence
+`compile_in_child`, which works anywhere; `compile_text` is for a process in which TRITON_INTERPRET is not set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from kvdsl import errors
+from kvdsl.errors import BackendError
+
+from . import sass
+from .launch import Launch
+from .roofline import GPUS, LINE, predicted_share
+
+ARCHES = tuple(GPUS)
+INTERPRETER = "TRITON_INTERPRET"
+_ANSWER = "kvdsl-aot:"  # before the answer of the child: libraries may print too
+
+
+class CompileError(BackendError):
+    """Kernels that do not compile; `failures` holds one sentence for each."""
+
+    def __init__(self, failures: Sequence[str]) -> None:
+        self.failures = tuple(failures)
+        super().__init__("\n".join(self.failures))
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """What one kernel is on one architecture.
+
+    registers            per thread
+    spills, stack        instructions on local memory; bytes of stack per thread: both 0 in a good kernel
+    shared_bytes         shared memory of a program
+    loop_instructions    of one warp in one iteration of the main loop, guarded code left out; 0 without a main loop
+    guarded_instructions of the main loop that an iteration may skip
+    loop_packed_bytes    packed bytes that a program reads in an iteration, as the launch says
+    loop_mma             instructions on matrix units in that iteration
+    instructions_per_byte, slots   instructions of all warps per packed byte, per 128 packed bytes
+    mma                  m16n8k16 products of all warps per 128 packed bytes
+    predicted_share      of the read limit of `gpu`; None where no packed bytes are read in a loop
+    counts               class -> instructions in the loop (of the whole kernel where there is no main loop)
+    """
+
+    kernel: str
+    arch: str
+    gpu: str
+    triton: str
+    warps: int
+    registers: int
+    spills: int
+    stack: int
+    shared_bytes: int
+    instructions: int
+    loop_instructions: int
+    guarded_instructions: int
+    loop_packed_bytes: int
+    loop_mma: int
+    instructions_per_byte: float
+    slots: float
+    mma: float
+    predicted_share: float | None
+    cubin_bytes: int
+    counts: Mapping[str, int] = field(hash=False)
+
+    @property
+    def spilled(self) -> bool:
+        return self.spills > 0 or self.stack > 0
+
+
+def compile_text(source: Path | ModuleType, launches: Sequence[Launch], arch: str) -> list[CompiledKernel]:
+    """Compile kernels of a generated file, or of a module loaded from one, for "sm_80", "sm_90" or "sm_100".
+
+    Raises BackendError where this process, this machine or the architecture cannot compile, CompileError where Triton
+    refuses a kernel.
+    """
+    _check(arch)
+    _triton()
+    module = source if isinstance(source, ModuleType) else _load(source)
+    return [_measured(launch, arch, _binary(module, launch, arch)) for launch in launches]
+
+
+def compile_in_child(
+    source: Path | str,
+    launches: Sequence[Launch],
+    arches: Sequence[str] = ("sm_90",),
+    *,
+    workers: int = 2,
+    cache_folder: Path | None = None,
+) -> list[CompiledKernel]:
+    """Compile in a process of its own, whatever the mode of this one: for each architecture every launch, in order."""
+    return compile_many([(Path(source), launches)], arches, workers=workers, cache_folder=cache_folder)[0]
+
+
+def compile_many(
+    sources: Sequence[tuple[Path, Sequence[Launch]]],
+    arches: Sequence[str] = ("sm_90",),
+    *,
+    workers: int = 2,
+    cache_folder: Path | None = None,
+) -> list[list[CompiledKernel]]:
+    """Compile several generated files in one child process: for each file what `compile_in_child` gives.
+
+    `cache_folder` is for Triton's binaries; it is made private, because Triton loads what it finds there unchecked.
+    Raises CompileError naming every kernel that failed.
+    """
+    for arch in arches:
+        _check(arch)
+    tasks = [
+        {"path": str(Path(path).resolve()), "launch": launch.to_json(), "arch": arch}
+        for path, launches in sources
+        for arch in arches
+        for launch in launches
+    ]
+    answers = _ask_child({"tasks": tasks, "workers": workers}, cache_folder)
+    if failures := [answer["failure"] for answer in answers if "failure" in answer]:
+        raise CompileError(failures)
+    kernels = iter(CompiledKernel(**answer) for answer in answers)
+    return [[next(kernels) for _ in arches for _ in launches] for _, launches in sources]
+
+
+def _ask_child(request: Mapping[str, Any], cache_folder: Path | None) -> list[dict[str, Any]]:
+    environment = {name: value for name, value in os.environ.items() if name != INTERPRETER}
+    package = Path(errors.__file__).absolute().parent.parent  # the folder that `import kvdsl` found it in
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH")]))
+    if cache_folder is not None:
+        cache_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        environment["TRITON_CACHE_DIR"] = str(cache_folder.resolve())
+    command = [sys.executable, "-m", "kvdsl.codegen.aot", "--json"]
+    child = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, env=environment)
+    for line in child.stdout.splitlines():
+        if line.startswith(_ANSWER):
+            answers: list[dict[str, Any]] = json.loads(line.removeprefix(_ANSWER))
+            return answers
+    why = (child.stderr.strip().splitlines() or ["no message"])[-1]
+    raise BackendError(f"the compiling process ended with status {child.returncode}: {why}")
+
+
+def _check(arch: str) -> None:
+    if arch not in GPUS:
+        raise BackendError(f"architecture {arch!r} is not known here; take one of {', '.join(ARCHES)}")
+
+
+@cache
+def _triton() -> Any:
+    """The `triton` package, in a state in which it compiles."""
+    if os.environ.get(INTERPRETER, "0").lower() not in ("", "0", "false", "off"):
+        raise BackendError(f"{INTERPRETER} is set, so Triton cannot compile in this process; use compile_in_child")
+    try:
+        import triton
+        import triton.compiler
+        from triton.backends.compiler import GPUTarget  # noqa: F401
+    except ImportError as error:
+        raise BackendError(f"Triton cannot be imported ({error}); install triton >= 3.6 (Linux)") from error
+    return triton
+
+
+def _tool(name: str) -> str:
+    """Path of a tool of the Triton wheel ("cuobjdump", "nvdisasm")."""
+    triton = _triton()
+    try:
+        return str(getattr(triton.knobs.nvidia, name).path)
+    except (AttributeError, RuntimeError):
+        path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    if not path.exists():
+        raise BackendError(f"{name} is not in this Triton ({triton.__version__}); the official Linux wheel has it")
+    return str(path)
+
+
+@cache
+def _load
+
+
+def _load(path: Path) -> ModuleType:
+    """The module of a generated file, loaded once for each content."""
+    try:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise BackendError(f"{path} cannot be read ({error.strerror})") from error
+    return _loaded(path.resolve(), f"kvdsl_aot_{digest}")
+
+
+@cache
+def _loaded(path: Path, name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise BackendError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # Triton looks a kernel's globals up in its module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _binary(module: ModuleType, launch: Launch, arch: str) -> Any:
+    """Triton's compiled kernel (`.asm`, `.metadata`)."""
+    triton = _triton()
+    kernel = getattr(module, launch.kernel, None)
+    if kernel is None:
+        raise CompileError([f"{launch.kernel} for {arch}: there is no kernel of this name in {module.__file__}"])
+    names = [name for name, _ in launch.signature]
+    if names != list(kernel.arg_names):
+        raise CompileError([f"{launch.kernel} for {arch}: launch has arguments {names}, text {list(kernel.arg_names)}"])
+    place = {name: index for index, name in enumerate(names)}
+    try:
+        source = triton.compiler.ASTSource(
+            fn=kernel,
+            signature=dict(launch.signature),
+            constexprs={(place[name],): value for name, value in launch.constants},
+            attrs={(place[name],): [["tt.divisibility", 16]] for name in launch.aligned},
+        )
+        target = triton.backends.compiler.GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+        options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": launch.fp_fusion}
+        return triton.compile(source, target=target, options=options)
+    except OSError as error:
+        folder = os.environ.get("TRITON_CACHE_DIR", "~/.triton/cache")
+        raise BackendError(f"Triton cannot use its cache folder {folder} ({error}); set TRITON_CACHE_DIR") from error
+    except Exception as error:  # Triton raises many kinds, and an assertion of LLVM's Python side is one of them
+        message = " ".join(str(error).split()) or "no message"
+        raise CompileError([f"{launch.kernel} for {arch}: {type(error).__name__}: {message[-600:]}"]) from error
+
+
+def _measured(launch: Launch, arch: str, binary: Any) -> CompiledKernel:
+    cubin = binary.asm["cubin"]
+    with tempfile.TemporaryDirectory(prefix="kvdsl-") as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        usage = _output([_tool("cuobjdump"), "--dump-resource-usage", str(file)])
+        code = sass.parse(_output([_tool("nvdisasm"), "-c", str(file)]))
+    resources = {name: int(value) for name, value in sass.RESOURCE.findall(usage)}
+    loop = code.main_loop()
+    path = loop.path if loop else ()
+    lines = launch.loop_packed_bytes / LINE if loop else 0.0
+    per_line = launch.warps / lines if lines else 0.0
+    counts = code.counts(path or range(len(code.instructions)))
+    pipes = {name: per_line * count for name, count in code.pipes(path).items()}
+    return CompiledKernel(
+        kernel=launch.kernel,
+        arch=arch,
+        gpu=GPUS[arch].name,
+        triton=str(_triton().__version__),
+        warps=launch.warps,
+        registers=resources["REG"],
+        spills=code.spills,
+        stack=resources["STACK"] + resources.get("LOCAL", 0),
+        shared_bytes=int(binary.metadata.shared),
+        instructions=len(code.instructions),
+        loop_instructions=len(path),
+        guarded_instructions=len(loop.body) - len(path) if loop else 0,
+        loop_packed_bytes=launch.loop_packed_bytes,
+        loop_mma=code.counts(path).get("mma", 0),
+        instructions_per_byte=len(path) * per_line / LINE,
+        slots=len(path) * per_line,
+        mma=pipes["mma"],
+        predicted_share=predicted_share(arch, pipes) if lines else None,
+        cubin_bytes=len(cubin),
+        counts=counts,
+    )
+
+
+def _output(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise BackendError(f"{Path(command[0]).name} failed: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout
+
+
+def _run_task(task: Mapping[str, Any]) -> dict[str, Any]:
+    launch = Launch.from_json(task["launch"])
+    try:
+        return asdict(compile_text(Path(task["path"]), [launch], task["arch"])[0])
+    except BackendError as error:
+        return {"failure": str(error)}
+
+
+def _run(tasks: Sequence[Mapping[str, Any]], workers: int) -> list[dict[str, Any]]:
+    """Every task's answer, in order.  Workers are spawned, as a forked one would share LLVM's state."""
+    if workers <= 1 or len(tasks) <= 1:
+        return [_run_task(task) for task in tasks]
+    with ProcessPoolExecutor(min(workers, len(tasks)), mp_context=get_context("spawn")) as pool:
+        return list(pool.map(_run_task, tasks))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m kvdsl.codegen.aot FILE LAUNCHES.json --arch sm_90`, or `--json` with a request on standard input."""
+    parser = argparse.ArgumentParser(prog="kvdsl.codegen.aot", description="Compile generated kernels without a GPU.")
+    parser.add_argument("file", nargs="?", help="generated Python file")
+    parser.add_argument("launches", nargs="?", help="JSON list of launches")
+    parser.add_argument("--arch", nargs="+", default=["sm_90"], choices=ARCHES)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--json", action="store_true", help="print JSON; without FILE read a request from stdin")
+    given = parser.parse_args(arguments)
+    if given.file is None:
+        request = json.load(sys.stdin)
+        print(_ANSWER + json.dumps(_run(request["tasks"], request["workers"])))
+        return 0
+    if given.launches is None:
+        parser.error("LAUNCHES.json is missing: a list of objects with the fields of kvdsl.codegen.launch.Launch")
+    launches = json.loads(Path(given.launches).read_text())
+    tasks = [{"path": given.file, "launch": launch, "arch": arch} for arch in given.arch for launch in launches]
+    answers = _run(tasks, given.workers)
+    if given.json:
+        print(json.dumps(answers, indent=1))
+    for answer in () if given.json else answers:
+        print(answer.get("failure") or line(CompiledKernel(**answer)))
+    return int(any("failure" in answer for answer in answers))
+
+
+def line(kernel: CompiledKernel) -> str:
+    """One line for people."""
+    text = (
+        f"{kernel.kernel:14s} {kernel.arch:6s} registers {kernel.registers:3d}  spills {kernel.spills:3d}  "
+        f"shared {kernel.shared_bytes:6d}  instructions {kernel.instructions:5d}"
+    )
+    if kernel.predicted_share is None:
+        return text
+    return f"{text}  slots {kernel.slots:5.1f}  mma {kernel.mma:5.2f}  {kernel.predicted_share:4.0%} of {kernel.gpu}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""What a generated kernel is launched with: enough to compile it ahead of time exactly as it will run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+CONSTEXPR = "constexpr"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One specialization of one generated kernel.
+
+    kernel             name of the `@triton.jit` function in the generated text
+    signature          argument name -> "*fp16", "*u8", "i32", "fp32", ... or "constexpr", in the order of the arguments
+    constants          values of the constexpr arguments
+    warps, stages      `num_warps`, `num_stages`
+    fp_fusion          False where results must be rounded after every operation (packing)
+    loop_packed_bytes  bytes of codes and metadata that one iteration of the main loop reads; 0 without such a loop
+    aligned            pointers, strides and lengths that are multiples of 16 at every call; without it no wide loads
+    """
+
+    kernel: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, object], ...] = ()
+    warps: int = 1
+    stages: int = 1
+    fp_fusion: bool = True
+    loop_packed_bytes: int = 0
+    aligned: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [name for name, _ in self.signature]
+        constexprs = {name for name, kind in self.signature if kind == CONSTEXPR}
+        given = [name for name, _ in self.constants]
+        if len(set(names)) != len(names):
+            raise ValueError(f"launch of {self.kernel}: an argument stands twice in the signature {names}")
+        if set(given) != constexprs or len(given) != len(constexprs):
+            raise ValueError(
+                f"launch of {self.kernel}: constants {sorted(given)} do not match constexprs {sorted(constexprs)}"
+            )
+        if unknown := set(self.aligned) - (set(names) - constexprs):
+            raise ValueError(f"launch of {self.kernel}: aligned names {sorted(unknown)} that are no run-time arguments")
+
+    def to_json(self) -> dict[str, Any]:
+        """A mapping of plain values; constants must be numbers, strings, booleans or None."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Launch:
+        """The launch that `to_json` wrote."""
+        pairs = {name: tuple((key, value) for key, value in data[name]) for name in ("signature", "constants")}
+        return cls(**{**data, **pairs, "aligned": tuple(data["aligned"])})

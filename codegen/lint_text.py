@@ -1,0 +1,159 @@
+"""Generated text as the linter sees it: the parsed tree, and questions about its expressions."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from .launch import Launch
+
+Fault = tuple[int, str]
+Rule = Callable[["Text"], Iterator[Fault]]
+
+_FP16_DEVICE = {"plane"}  # functions of kvdsl.codegen.device that return float16
+_LAYOUT_ONLY = {"trans", "permute", "reshape", "broadcast_to"}
+
+
+class Text:
+    """Parsed text, and what the rules ask about it."""
+
+    def __init__(self, source: str, launches: Sequence[Launch]) -> None:
+        self.source = source
+        self.tree = ast.parse(source)
+        self.parents = {child: node for node in ast.walk(self.tree) for child in ast.iter_child_nodes(node)}
+        self.functions = [node for node in self.tree.body if isinstance(node, ast.FunctionDef)]
+        self.types: dict[str, dict[str, set[str]]] = {}  # kernel -> argument -> its types over the launches
+        for launch in launches:
+            kinds = self.types.setdefault(launch.kernel, {})
+            for name, kind in launch.signature:
+                kinds.setdefault(name, set()).add(kind)
+
+    def pointers(self, function: ast.FunctionDef) -> set[str]:
+        """Arguments that are pointers: as the launches say, else those called ..._ptr."""
+        kinds = self.types.get(function.name)
+        if kinds is not None:
+            return {name for name, found in kinds.items() if any(kind.startswith("*") for kind in found)}
+        return {argument.arg for argument in function.args.args if argument.arg.endswith("_ptr")}
+
+    def assignments(self, function: ast.FunctionDef) -> dict[str, list[ast.expr]]:
+        """Name -> every expression assigned to it in the function, tuples left out."""
+        found: dict[str, list[ast.expr]] = {}
+        for node in ast.walk(function):
+            if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)) and node.value is not None:
+                for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                    if isinstance(target, ast.Name):
+                        found.setdefault(target.id, []).append(node.value)
+        return found
+
+    def derived(self, function: ast.FunctionDef, sources: set[str]) -> set[str]:
+        """`sources` and the names whose value is computed from them, not counting what is loaded through them."""
+        known, assignments, size = set(sources), self.assignments(function), -1
+        while len(known) != size:
+            size = len(known)
+            known |= {n for n, values in assignments.items() if any(known & names(v, is_load) for v in values)}
+        return known
+
+
+def line(node: ast.AST) -> int:
+    return int(getattr(node, "lineno", 1))
+
+
+def calls(tree: ast.AST, function: str) -> Iterator[ast.Call]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == function:
+            yield node
+
+
+def keywords(call: ast.Call) -> set[str | None]:
+    return {keyword.arg for keyword in call.keywords}
+
+
+def names(node: ast.AST, skip: Callable[[ast.AST], bool] = lambda node: False) -> set[str]:
+    """Names in an expression, not looking into sub-expressions to `skip`."""
+    if skip(node):
+        return set()
+    found = {node.id} if isinstance(node, ast.Name) else set()
+    return found.union(*(names(child, skip) for child in ast.iter_child_nodes(node)))
+
+
+def is_load(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.load"
+
+
+def is_program(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.program_id"
+
+
+def is_constexpr(node: ast.stmt) -> bool:
+    """`NAME: tl.constexpr = number` or `NAME = tl.constexpr(number)`."""
+    if isinstance(node, ast.AnnAssign):
+        return ast.unparse(node.annotation) == "tl.constexpr" and isinstance(node.value, ast.Constant)
+    if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
+        plain = len(node.value.args) == 1 and isinstance(node.value.args[0], ast.Constant) and not node.value.keywords
+        return plain and ast.unparse(node.value.func) == "tl.constexpr" and isinstance(node.targets[0], ast.Name)
+    return False
+
+
+def cast_type(node: ast.AST) -> str | None:
+    """The type an expression is cast to by `.to(...)`, as text."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "to" and node.args:
+        return ast.unparse(node.args[0])
+    return None
+
+
+def is_of(node: ast.expr, types: set[str], assignments: Mapping[str, list[ast.expr]], depth: int = 8) -> bool:
+    """The text shows that the expression is of one of the types."""
+    if cast_type(node) is not None:
+        return cast_type(node) in types
+    if isinstance(node, ast.Name):
+        values = assignments.get(node.id, [])
+        return depth > 0 and bool(values) and all(is_of(v, types, assignments, depth - 1) for v in values)
+    if isinstance(node, ast.Subscript):
+        return is_of(node.value, types, assignments, depth)
+    if isinstance(node, ast.Call):
+        name = ast.unparse(node.func)
+        if name in _FP16_DEVICE:
+            return "tl.float16" in types
+        if name.startswith("tl.") and name.removeprefix("tl.") in _LAYOUT_ONLY and node.args:
+            return is_of(node.args[0], types, assignments, depth)
+        if isinstance(node.func, ast.Attribute) and node.func.attr in _LAYOUT_ONLY:
+            return is_of(node.func.value, types, assignments, depth)
+    return False
+
+
+def is_widened(load: ast.Call, parents: Mapping[ast.AST, ast.AST]) -> bool:
+    """The load stands as `tl.load(...).to(tl.float32)`, or its bits are taken."""
+    attribute = parents[load]
+    call = parents.get(attribute)
+    if not (isinstance(attribute, ast.Attribute) and isinstance(call, ast.Call) and call.func is attribute):
+        return False
+    return cast_type(call) == "tl.float32" or (cast_type(call) == "tl.int16" and "bitcast" in keywords(call))
+
+
+def is_wide(node: ast.AST) -> bool:
+    return cast_type(node) == "tl.int64"
+
+
+def has_wide(node: ast.AST, wide: set[str]) -> bool:
+    """The value is 64 bits wide: a part of it was widened, or is one of the names `wide`; loads hide their address."""
+    if is_wide(node) or isinstance(node, ast.Name) and node.id in wide:
+        return True
+    if is_load(node) or isinstance(node, ast.Compare):
+        return False
+    return any(has_wide(child, wide) for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr))
+
+
+def wide_names(assignments: Mapping[str, list[ast.expr]]) -> set[str]:
+    """Names that are 64 bits wide wherever they are assigned."""
+    wide, size = set(assignments), -1
+    while len(wide) != size:
+        size = len(wide)
+        wide = {name for name in wide if all(has_wide(value, wide) for value in assignments[name])}
+    return wide
+
+
+def sum_around(node: ast.AST, parents: Mapping[ast.AST, ast.AST]) -> ast.AST:
+    """The largest arithmetic expression that a product stands in."""
+    while isinstance(parents[node], (ast.BinOp, ast.Subscript, ast.UnaryOp)):
+        node = parents[node]
+    return node
