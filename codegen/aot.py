@@ -185,10 +185,6 @@ def _tool(name: str) -> str:
     return str(path)
 
 
-@cache
-def _load
-
-
 def _load(path: Path) -> ModuleType:
     """The module of a generated file, loaded once for each content."""
     try:
