@@ -254,7 +254,7 @@ def _a_calibrated_scale_stores_its_minimum(site: Site) -> Iterator[Fault]:
 
 def _layers(scheme: Scheme) -> Iterator[Fault]:
     seen: set[int] = set()
-    for key, inner in scheme.layers:  # type: ignore[misc]
+    for key, inner in scheme.layers:
         for index in key:
             if index in seen:
                 yield Fault(f"layers[{index}]", f"layer {index} is listed twice", "name every layer once")
@@ -266,7 +266,7 @@ def _layers(scheme: Scheme) -> Iterator[Fault]:
 def layer_faults(scheme: Scheme, layers: int) -> tuple[Fault, ...]:
     """Every mistake in `Scheme.layers` that shows only once the number of layers is known."""
     found, seen = [], dict[int, int]()
-    for key, _ in scheme.layers:  # type: ignore[misc]
+    for key, _ in scheme.layers:
         for index in key:
             at = index + layers if index < 0 else index
             if not 0 <= at < layers:

@@ -34,6 +34,7 @@ MetaFormat = Literal["fp32", "fp16", "bf16"]
 When = Literal["online", "calibrated"]
 Flush = Literal["auto", "rolling", "whole"]
 Prefill = Literal["exact", "stored"]
+Side = Literal["keys", "values"]
 
 
 class Part:
@@ -91,10 +92,9 @@ class Part:
 
 
 _INNER = {"Scheme": ("keys", "values"), "Store": ("code", "scale"), "Scale": ("block",)}
-part = dataclass(frozen=True, repr=False)
 
 
-@part
+@dataclass(frozen=True, repr=False)
 class Block(Part):
     """The set of numbers that share one scale: `tokens` x `channels` x `heads`."""
 
@@ -103,7 +103,7 @@ class Block(Part):
     heads: Count = 1
 
 
-@part
+@dataclass(frozen=True, repr=False)
 class Scale(Part):
     """How a block is measured and how the measure is stored.
 
@@ -137,7 +137,7 @@ def per_tensor(**scale: Any) -> Scale:
     return Scale(Block(ALL, ALL, ALL), **scale)
 
 
-@part
+@dataclass(frozen=True, repr=False)
 class Uniform(Part):
     """Equally spaced levels, coded as integers 0..levels-1.
 
@@ -153,7 +153,7 @@ class Uniform(Part):
     rounding: Rounding = "even"
 
 
-@part
+@dataclass(frozen=True, repr=False)
 class Float(Part):
     """The number itself, rounded to a float format."""
 
@@ -163,7 +163,7 @@ class Float(Part):
 Code = Uniform | Float
 
 
-@part
+@dataclass(frozen=True, repr=False)
 class Store(Part):
     """What is stored of a vector: a code, and the scale it needs."""
 
@@ -172,7 +172,7 @@ class Store(Part):
     scale: Scale | None = None
 
 
-@part
+@dataclass(frozen=True, repr=False)
 class Recent(Part):
     """The newest tokens stay exact.
 
@@ -184,7 +184,7 @@ class Recent(Part):
     flush: Flush = "auto"
 
 
-@part
+@dataclass(frozen=True, repr=False)
 class Sinks(Part):
     """The first `tokens` tokens of a sequence stay exact and outside all statistics."""
 
@@ -194,7 +194,7 @@ class Sinks(Part):
 Layers = tuple[tuple[tuple[int, ...], "Scheme"], ...]
 
 
-@part
+@dataclass(frozen=True, repr=False)
 class Scheme(Part):
     """A way to store a KV cache.  `both=` gives keys and values one store; `layers` maps layer indices (negative: from
     the end) to schemes of their own.  Raises SchemeError naming every fault, its place and its mend."""
@@ -211,22 +211,20 @@ class Scheme(Part):
 
     def __post_init__(self, both: Store | None) -> None:
         given = tuple(side for side in SIDES if both is not None and getattr(self, side) is not None)
-        put = lambda field, value: object.__setattr__(self, field, value)  # noqa: E731
-        if both is not None:
-            put("keys", both)
-            put("values", both)
-        put("layers", _table(self.layers))
+        stores = {} if both is None else {"keys": both, "values": both}
+        for field, value in {**stores, "layers": _table(self.layers)}.items():
+            object.__setattr__(self, field, value)
         from .rules import refuse
 
         refuse(self, given)
 
-    def side(self, name: Literal["keys", "values"]) -> Store:
+    def side(self, name: Side) -> Store:
         """The store of one side."""
         return self.keys if name == "keys" else self.values
 
     def for_layer(self, index: int, layers: int) -> Scheme:
         """The scheme of layer `index` in a model of `layers` layers."""
-        for key, scheme in self.layers:  # type: ignore[misc]
+        for key, scheme in self.layers:
             if index in {i + layers if i < 0 else i for i in key}:
                 return scheme
         return self
@@ -288,5 +286,5 @@ def _indices(key: Any) -> tuple[Any, ...]:
     return tuple(key) if isinstance(key, (tuple, list)) else (key,)
 
 
-SIDES: tuple[Literal["keys", "values"], ...] = ("keys", "values")
+SIDES: tuple[Side, Side] = ("keys", "values")
 PARTS: dict[str, type[Part]] = {c.__name__: c for c in (Block, Scale, Uniform, Float, Store, Recent, Sinks, Scheme)}

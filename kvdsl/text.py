@@ -141,7 +141,7 @@ def _read(tree: Any, path: str, types: tuple[str, ...], found: list[Fault], dept
         return None
     kind = PARTS[name]
     known = [f.name for f in dc.fields(kind)] + ["both"] * (kind is Scheme)  # type: ignore[arg-type]
-    fields = {}
+    fields = dict[str, Any]()
     for key, value in tree.items():
         here = f"{path}.{said(key)[1:-1] if isinstance(key, str) else said(key)}".lstrip(".")
         if key == "part":

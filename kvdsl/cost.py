@@ -1,0 +1,195 @@
+"""How many bits a number of the cache takes, counted from the spec alone and exact to the page."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from fractions import Fraction
+
+from .errors import SchemeError, ShapeError
+from .rules import layer_faults, refuse_for
+from .scheme import ALL, SIDES, Float, Scale, Scheme, Side, Store, Uniform
+from .shape import Shape
+from .window import windows
+
+ALIGN = 16  # bytes: every section of a page begins at a multiple
+PAGE = 64  # tokens: a page holds whole words and whole blocks, at least these
+EXACT = 16  # bits of a number that a window or a sink keeps as it came
+CONSTANT = 4  # bytes of a calibrated number: float32, once a layer
+WIDTH = {"fp32": 32, "fp16": 16, "bf16": 16}
+
+
+@dataclass(frozen=True)
+class SideBits:
+    """Bits per element of one side: four parts that add up to `total`, and the `exact` share of tokens behind `window`.
+
+    code: the codes; metadata: scales and offsets; padding: what aligning the sections of a page adds; window: exact
+    tokens, at 16 bits.  Without a number of tokens the window is left out (as if the sequence never ended).
+    """
+
+    code: float
+    metadata: float
+    padding: float
+    window: float
+    exact: float
+
+    @property
+    def total(self) -> float:
+        return self.code + self.metadata + self.padding + self.window
+
+
+@dataclass(frozen=True)
+class Bits:
+    """Bits per element of a scheme.  `constants`: bytes a layer of calibrated numbers, the same for every length."""
+
+    sides: tuple[SideBits, SideBits]
+    constants: float
+    formulas: tuple[str, str]
+
+    @property
+    def keys(self) -> float:
+        return self.sides[0].total
+
+    @property
+    def values(self) -> float:
+        return self.sides[1].total
+
+    @property
+    def mean(self) -> float:
+        return (self.keys + self.values) / 2
+
+    @property
+    def code(self) -> float:
+        return (self.sides[0].code + self.sides[1].code) / 2
+
+    @property
+    def metadata(self) -> float:
+        return (self.sides[0].metadata + self.sides[1].metadata) / 2
+
+    @property
+    def padding(self) -> float:
+        return (self.sides[0].padding + self.sides[1].padding) / 2
+
+    @property
+    def window(self) -> float:
+        return (self.sides[0].window + self.sides[1].window) / 2
+
+    def side(self, name: Side) -> SideBits:
+        """The parts of one side."""
+        return self.sides[SIDES.index(name)]
+
+    def formula(self, side: Side) -> str:
+        """A packed number of this side in words, as `2 + (16 + 16)/32 = 3 bits`; the layer table does not enter."""
+        return self.formulas[SIDES.index(side)]
+
+
+def bits(
+    scheme: Scheme, head_dim: int = 128, kv_heads: int = 8, tokens: int | None = None, layers: int | None = None
+) -> Bits:
+    """What a scheme costs at a shape: per side code, metadata, padding and window bits per element.
+
+    `tokens`: count the window and the sinks of a sequence of this length.  `layers`: the mean over a model of so many
+    layers, by the scheme's layer table.  Raises SchemeError for a scheme that does not fit the shape or the layers, and
+    ShapeError for a shape that is none.
+    """
+    for name, value in (("tokens", tokens), ("layers", layers)):
+        if value is not None and (type(value) is not int or value < 1):
+            raise ShapeError(f"{name}: {value!r} is no positive integer")
+    shape = Shape(head_dim, kv_heads)
+    if layers is not None and (found := layer_faults(scheme, layers)):
+        raise SchemeError(found)
+    several = [scheme] if layers is None else [scheme.for_layer(i, layers) for i in range(layers)]
+    seen = dict[str, tuple[tuple[SideBits, SideBits], int]]()
+    for one in several:
+        if one.hash not in seen:
+            refuse_for(one, shape)
+            seen[one.hash] = _sides(one, shape, tokens), sum(_constants(one.side(side), shape) for side in SIDES)
+    counted = [seen[one.hash] for one in several]
+    keys, values = (_mean([pair[i] for pair, _ in counted]) for i in range(2))
+    constants = sum(constant for _, constant in counted) / len(counted)
+    formulas = tuple(_formula(scheme.side(side), shape, page_tokens(scheme)) for side in SIDES)
+    return Bits((keys, values), constants, (formulas[0], formulas[1]))
+
+
+def page_tokens(scheme: Scheme) -> int:
+    """Tokens of a page: whole words and whole blocks of both sides."""
+    return math.lcm(PAGE, *(window.block for window in windows(scheme).values()))
+
+
+def _mean(parts: list[SideBits]) -> SideBits:
+    sums = {field.name: sum(getattr(part, field.name) for part in parts) for field in fields(SideBits)}
+    return SideBits(**{name: total / len(parts) for name, total in sums.items()})
+
+
+def _sides(scheme: Scheme, shape: Shape, tokens: int | None) -> tuple[SideBits, SideBits]:
+    keys, values = (_side(scheme, side, shape, tokens) for side in SIDES)
+    return keys, values
+
+
+def _side(scheme: Scheme, side: Side, shape: Shape, tokens: int | None) -> SideBits:
+    code, metadata, padding = _stored(scheme.side(side), shape, page_tokens(scheme))
+    exact = 0.0 if tokens is None else 1 - windows(scheme)[side].packed(tokens) / tokens
+    packed = 1 - exact
+    return SideBits(float(code) * packed, float(metadata) * packed, float(padding) * packed, EXACT * exact, exact)
+
+
+def _stored(store: Store, shape: Shape, tokens: int) -> tuple[Fraction, Fraction, Fraction]:
+    """(code, metadata, padding) bits per element, counted over the sections of one page."""
+    elements = tokens * shape.head_dim * shape.kv_heads
+    section, copies = 0, 1
+    if (scale := _online(store)) is not None:
+        heads = _size(scale.block.heads, shape.kv_heads)
+        section = tokens * shape.head_dim * heads // _block(scale, shape) * sum(_widths(scale)) // 8
+        copies = shape.kv_heads // heads
+        if heads > 1:  # shared by heads: one section of the page's tail, all copies in it
+            section, copies = section * copies, 1
+    padded = -(-section // ALIGN) * ALIGN
+    metadata, padding = (Fraction(8 * size * copies, elements) for size in (section, padded - section))
+    return Fraction(_code(store)), metadata, padding
+
+
+def _code(store: Store) -> int:
+    if isinstance(store.code, Float):
+        return WIDTH[store.code.format]
+    assert store.code.bits is not None
+    return store.code.bits
+
+
+def _online(store: Store) -> Scale | None:
+    return store.scale if store.scale is not None and store.scale.when == "online" else None
+
+
+def _size(count: object, whole: int) -> int:
+    return count if isinstance(count, int) else whole
+
+
+def _block(scale: Scale, shape: Shape) -> int:
+    """Numbers that share an online scale."""
+    block = scale.block
+    assert isinstance(block.tokens, int)
+    return block.tokens * _size(block.channels, shape.head_dim) * _size(block.heads, shape.kv_heads)
+
+
+def _widths(scale: Scale) -> tuple[int, ...]:
+    """Bits of what is stored for one block: the scale, and its offset where there is one beside it."""
+    offset = scale.range in ("minmax", "minmax_zero") and scale.zero != "in_scale"
+    return (WIDTH[scale.dtype],) * (1 + offset)
+
+
+def _constants(store: Store, shape: Shape) -> int:
+    """Bytes a layer of a calibrated scale: (kv heads or 1) x (groups of channels or 1), offsets too."""
+    scale = store.scale
+    if scale is None or scale.when == "online" or not isinstance(store.code, Uniform):
+        return 0
+    heads = 1 if scale.block.heads is ALL else shape.kv_heads
+    return CONSTANT * heads * (shape.head_dim // _size(scale.block.channels, shape.head_dim)) * len(_widths(scale))
+
+
+def _formula(store: Store, shape: Shape, tokens: int) -> str:
+    code, metadata, padding = _stored(store, shape, tokens)
+    if (scale := _online(store)) is None:
+        return f"{_code(store)} bits"
+    widths = _widths(scale)
+    share = f"({' + '.join(map(str, widths))})" if len(widths) > 1 else str(widths[0])
+    padded = f" + {float(padding):g} of padding" if padding else ""
+    return f"{_code(store)} + {share}/{_block(scale, shape)}{padded} = {float(code + metadata + padding):g} bits"

@@ -1,0 +1,45 @@
+"""Which tokens of a sequence are packed, which stay exact: the scheme's window and sinks over time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .scheme import ALL, SIDES, Scheme
+
+
+@dataclass(frozen=True)
+class Window:
+    """The policy of one side.  Positions u count from the first token after the sinks.
+
+    `block` is the number of tokens that share a scale; `whole` says that the window leaves all at once when it is full.
+    """
+
+    sinks: int
+    recent: int
+    whole: bool
+    block: int
+
+    def packed(self, tokens: int) -> int:
+        """How many tokens after the sinks are packed once `tokens` have arrived and the window was flushed."""
+        routed = max(0, tokens - self.sinks)
+        return routed // self.recent * self.recent if self.whole else max(0, routed - self.recent)
+
+    @property
+    def ring(self) -> int:
+        """Exact rows a sequence needs at most between two flushes, beside its sinks (at least one)."""
+        return max(1, self.recent)
+
+
+def windows(scheme: Scheme) -> dict[str, Window]:
+    """The policy of each side, by its name."""
+    sinks = scheme.sinks.tokens if scheme.sinks else 0
+    recent = scheme.recent.tokens if scheme.recent else 0
+    flush = scheme.recent.flush if scheme.recent else "rolling"
+    policies: dict[str, Window] = {}
+    for side in SIDES:
+        scale = scheme.side(side).scale
+        tokens = scale.block.tokens if scale is not None and scale.when == "online" else 1
+        block = 1 if tokens is ALL else tokens
+        assert isinstance(block, int)
+        policies[side] = Window(sinks, recent, flush == "whole" or (flush == "auto" and block > 1), block)
+    return policies
