@@ -1,0 +1,34 @@
+"""The definitions, executable: what every scheme means, in plain float64 torch.
+
+This package is what generated kernels are checked against.  It is written from the definitions of the language with
+loops where loops are clearer, imports the language (kvdsl.scheme, kvdsl.errors) and torch, and nothing of the compiler.
+
+    rounding    float32 steps, metadata formats, the three ways to round to an integer
+    quantize    one store applied to one tensor: codes, stored scales and offsets, decoded numbers
+    timeline    which tokens are packed when
+    attention   roundtrip, scores and attend on a whole sequence
+    streams     the cache as a plain object that grows
+    pages       the bytes of the packed format
+"""
+
+from __future__ import annotations
+
+from .attention import attend, roundtrip, scores
+from .pages import page_bytes, page_tokens, pages
+from .quantize import Quantized, quantize
+from .streams import Stream, stream
+from .timeline import packed_tokens
+
+__all__ = [
+    "Quantized",
+    "Stream",
+    "attend",
+    "packed_tokens",
+    "page_bytes",
+    "page_tokens",
+    "pages",
+    "quantize",
+    "roundtrip",
+    "scores",
+    "stream",
+]

@@ -1,0 +1,270 @@
+"""The bytes of the packed format, laid down one plane of one token at a time.
+
+A page holds `page_tokens` tokens of all kv heads of one layer: one blob a head, then the metadata that heads share,
+rounded up to 16 bytes.  A blob holds key codes, value codes, key metadata, value metadata; every section starts at a
+multiple of 16 bytes.
+
+Codes are cut into streams of 8, 4, 2 or 1 bits, the widest with the top bits (3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2,
+7 = 4 + 2 + 1), each stream a section of 16-bit little-endian words.  A row of words is one token, or two tokens (32
+apart, one in the low bytes, one in the high bytes) where one token would fill fewer than 16 words.  The channels are
+cut into planes of equal width; channel x of plane j stands in word x of its tile, at the place of the plane.
+
+Choices where several readings are possible: a stored zero has no sign; a NaN scale is the positive quiet NaN without
+payload (under `in_scale` with the zero point in its low bits); scales of shared metadata in fp32 with an offset stand
+all before all offsets; heads share metadata when a block spans more than one head of the tensor at hand.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kvdsl.errors import ShapeError
+from kvdsl.scheme import SIDES, Float, Scale, Scheme, Store, Uniform
+
+from .quantize import Params, Quantized, quantize
+from .rounding import FORMATS
+
+if TYPE_CHECKING:
+    from kvdsl.shape import Shape
+
+Bytes = npt.NDArray[np.uint8]
+STREAMS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
+NAN = {"fp16": 0x7E00, "bf16": 0x7FC0, "fp32": 0x7FC00000}
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Byte offsets of a side's sections: every stream (or the floats) in a blob, the metadata in a blob or the page."""
+
+    codes: tuple[int, ...]
+    metadata: int | None
+    shared: bool
+
+
+def page_tokens(scheme: Scheme) -> int:
+    """Tokens a page holds: whole rows of words, and whole blocks of both sides."""
+    return math.lcm(64, *(_block_tokens(scheme.side(side)) for side in SIDES))
+
+
+def page_bytes(scheme: Scheme, shape: Shape) -> int:
+    """Bytes of a page of one layer."""
+    return _places(scheme, shape)[2]
+
+
+def pages(scheme: Scheme, shape: Shape, k: Tensor, v: Tensor, params: Params | None = None) -> Bytes:
+    """The bytes of k and v (B, H, T, D), all T tokens packed: uint8 (B, ceil(T / page_tokens), page_bytes).
+
+    Give the tokens that follow the sinks.  Bytes of tokens beyond T are 0.  Raises ShapeError if the tensors do not fit
+    `shape` or T is not whole blocks.
+    """
+    for name, x in (("k", k), ("v", v)):
+        right = (k.shape[0], shape.kv_heads, k.shape[2], shape.head_dim)
+        if tuple(x.shape) != right:
+            raise ShapeError(f"{name}: shape {tuple(x.shape)}; the right one is {right}")
+    batch, heads, tokens, _ = k.shape
+    size = page_tokens(scheme)
+    blob, places, total = _places(scheme, shape)
+    out: Bytes = np.zeros((batch, -(-tokens // size), total), np.uint8)
+    for side, x in zip(SIDES, (k, v), strict=True):
+        store, place = scheme.side(side), places[side]
+        coded = quantize(store, x, params, side)
+        for t in range(tokens):
+            page = out[:, t // size]
+            for h in range(heads):
+                here = page[:, h * blob : (h + 1) * blob]
+                if isinstance(store.code, Float):
+                    _put_floats(here, place.codes[0], coded.decoded[:, h, t], t % size, store.code)
+                else:
+                    assert coded.codes is not None
+                    _put_codes(here, place.codes, coded.codes[:, h, t].numpy(), t % size, store, size)
+        if place.metadata is not None and store.scale is not None:
+            _put_metadata(out, place, coded, store.scale, store, heads, blob, size)
+    return out
+
+
+def _places(scheme: Scheme, shape: Shape) -> tuple[int, dict[str, _Places], int]:
+    """Bytes of a head's blob, the places of both sides, bytes of a page."""
+    size, d = page_tokens(scheme), shape.head_dim
+    end = 0
+    codes: dict[str, tuple[int, ...]] = {}
+    for side in SIDES:
+        store = scheme.side(side)
+        starts = []
+        for width in _widths(store):
+            starts.append(end)
+            end = _aligned(end + size * d * width // 8)
+        codes[side] = tuple(starts)
+    metadata: dict[str, int | None] = {}
+    for side in SIDES:
+        store = scheme.side(side)
+        metadata[side] = end if _has_metadata(store) else None
+        if _has_metadata(store) and not _shares(store, shape.kv_heads):
+            end = _aligned(end + _metadata_bytes(store, 1, d, size))
+    blob = end
+    end = blob * shape.kv_heads
+    for side in SIDES:
+        store = scheme.side(side)
+        if _has_metadata(store) and _shares(store, shape.kv_heads):
+            metadata[side] = end
+            end = _aligned(end + _metadata_bytes(store, shape.kv_heads // _heads(store, shape.kv_heads), d, size))
+    places: dict[str, _Places] = {
+        side: _Places(codes[side], metadata[side], _shares(scheme.side(side), shape.kv_heads)) for side in SIDES
+    }
+    return blob, places, end
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // 16) * 16
+
+
+def _widths(store: Store) -> tuple[int, ...]:
+    """Bits of every code section, a float's own bits for a Float."""
+    if isinstance(store.code, Float):
+        return (16,) if store.code.format == "fp16" else (32,)
+    return STREAMS[_bits(store)]
+
+
+def _bits(store: Store) -> int:
+    assert isinstance(store.code, Uniform) and store.code.bits is not None
+    return store.code.bits
+
+
+def _has_metadata(store: Store) -> bool:
+    return isinstance(store.code, Uniform) and store.scale is not None and store.scale.when == "online"
+
+
+def _block_tokens(store: Store) -> int:
+    if not _has_metadata(store):
+        return 1
+    assert store.scale is not None and isinstance(store.scale.block.tokens, int)
+    return store.scale.block.tokens
+
+
+def _heads(store: Store, heads: int) -> int:
+    assert store.scale is not None
+    count = store.scale.block.heads
+    return count if isinstance(count, int) else heads
+
+
+def _shares(store: Store, heads: int) -> bool:
+    return _has_metadata(store) and _heads(store, heads) > 1
+
+
+def _groups(store: Store, d: int) -> int:
+    assert store.scale is not None
+    channels = store.scale.block.channels
+    return d // channels if isinstance(channels, int) else 1
+
+
+def _entry_bytes(scale: Scale) -> int:
+    """Bytes a block's metadata takes: scale and offset, the offset free inside the scale."""
+    numbers = 1 if scale.range in ("absmax", "signed_absmax") or scale.zero == "in_scale" else 2
+    return numbers * (4 if scale.dtype == "fp32" else 2)
+
+
+def _metadata_bytes(store: Store, head_groups: int, d: int, size: int) -> int:
+    assert store.scale is not None
+    return head_groups * _groups(store, d) * (size // _block_tokens(store)) * _entry_bytes(store.scale)
+
+
+def _paired(d: int, width: int) -> bool:
+    """Whether a row of words of this stream holds two tokens."""
+    return d * width % 16 != 0 or d * width // 16 < 16
+
+
+def _plane(store: Store, d: int) -> int:
+    """Channels of a plane, the same for all streams of a store."""
+    natural = min(d * width // (8 if _paired(d, width) else 16) for width in _widths(store))
+    groups = _groups(store, d)
+    if not _has_metadata(store) or _block_tokens(store) > 1 or groups == 1:
+        return natural
+    channels, plane = d // groups, natural
+    while channels % plane:
+        if plane % 2 or plane // 2 < 16:
+            return natural
+        plane //= 2
+    return plane
+
+
+def _put_codes(blob: Bytes, starts: tuple[int, ...], codes: Any, t: int, store: Store, size: int) -> None:
+    """Codes (B, D) of token t of the page into blobs (B, bytes)."""
+    d = codes.shape[1]
+    plane = _plane(store, d)
+    below = _bits(store)
+    for start, width in zip(starts, _widths(store), strict=True):
+        below -= width
+        part = (codes >> below) & ((1 << width) - 1)
+        in_byte = 8 // width
+        for j in range(d // plane):
+            if _paired(d, width):
+                row, byte, tile, slot = t // 64 * 32 + t % 32, t % 64 // 32, j // in_byte, j % in_byte
+                row_bytes = d * width // 8 * 2
+            else:
+                in_word = j % (2 * in_byte)
+                row, byte, tile, slot = t, in_word // in_byte, j // (2 * in_byte), in_word % in_byte
+                row_bytes = d * width // 16 * 2
+            for x in range(plane):
+                address = start + row * row_bytes + 2 * (tile * plane + x) + byte
+                blob[:, address] |= (part[:, j * plane + x] << (slot * width)).astype(np.uint8)
+
+
+def _put_floats(blob: Bytes, start: int, numbers: Tensor, t: int, code: Float) -> None:
+    """Numbers (B, D) of token t of the page into blobs (B, bytes), in the code's float format."""
+    words = _words(numbers, code.format)
+    raw = words.astype("<u2" if code.format == "fp16" else "<u4").view(np.uint8)
+    blob[:, start + t * raw.shape[1] : start + (t + 1) * raw.shape[1]] = raw
+
+
+def _words(numbers: Tensor, dtype: str) -> Any:
+    """Bit patterns of float64 numbers that the format holds exactly, int64; one NaN for all."""
+    narrow = numbers.to(FORMATS[dtype]).contiguous()  # type: ignore[index]
+    bits = narrow.view(torch.int32 if dtype == "fp32" else torch.int16).to(torch.int64)
+    bits = bits & (0xFFFFFFFF if dtype == "fp32" else 0xFFFF)
+    return torch.where(numbers.isnan(), torch.full_like(bits, NAN[dtype]), bits).numpy()
+
+
+def _put_metadata(
+    out: Bytes, place: _Places, coded: Quantized, scale: Scale, store: Store, heads: int, blob: int, size: int
+) -> None:
+    """Scale and offset of every block, (B, head groups, token blocks, channel groups), into pages (B, pages, bytes)."""
+    assert coded.scale is not None and place.metadata is not None
+    s = _words(coded.scale, scale.dtype)
+    o = None
+    if scale.zero == "in_scale" and coded.offset is not None:
+        s = s | coded.offset.to(torch.int64).numpy()
+    elif coded.offset is not None:
+        o = _words(coded.offset, scale.dtype)
+    _, head_groups, blocks, groups = s.shape
+    page_blocks = size // _block_tokens(store)
+    entries = page_blocks * groups
+    for h in range(head_groups):
+        for block in range(blocks):
+            for g in range(groups):
+                page, inner = divmod(block, page_blocks)
+                entry = inner * groups + g if _block_tokens(store) > 1 else g * page_blocks + inner
+                base = place.metadata + (0 if place.shared else h * blob)
+                index = h * entries + entry if place.shared else entry
+                count = head_groups * entries if place.shared else entries
+                scales, offsets = s[:, h, block, g], None if o is None else o[:, h, block, g]
+                target = out[:, page]
+                if scale.dtype == "fp32":
+                    _put(target, base + 4 * index, scales, 4)
+                    if offsets is not None:
+                        _put(target, base + 4 * (count + index), offsets, 4)
+                elif offsets is not None:
+                    _put(target, base + 4 * index, scales | offsets << 16, 4)
+                else:
+                    _put(target, base + 2 * index, scales, 2)
+
+
+def _put(target: Bytes, address: int, words: Any, count: int) -> None:
+    """Little-endian words (B,) at an address of every row."""
+    for i in range(count):
+        target[:, address + i] = (words >> (8 * i) & 0xFF).astype(np.uint8)
