@@ -50,6 +50,7 @@ class CompiledKernel:
     registers            per thread
     spills, stack        instructions on local memory; bytes of stack per thread: both 0 in a good kernel
     shared_bytes         shared memory of a program
+    loop_spills          of the spills, those that every iteration of the main loop runs
     loop_instructions    of one warp in one iteration of the main loop, guarded code left out; 0 without a main loop
     guarded_instructions of the main loop that an iteration may skip
     loop_packed_bytes    packed bytes that a program reads in an iteration, as the launch says
@@ -70,6 +71,7 @@ class CompiledKernel:
     stack: int
     shared_bytes: int
     instructions: int
+    loop_spills: int
     loop_instructions: int
     guarded_instructions: int
     loop_packed_bytes: int
@@ -258,6 +260,7 @@ def _measured(launch: Launch, arch: str, binary: Any) -> CompiledKernel:
         stack=resources["STACK"] + resources.get("LOCAL", 0),
         shared_bytes=int(binary.metadata.shared),
         instructions=len(code.instructions),
+        loop_spills=code.counts(path).get("local", 0),
         loop_instructions=len(path),
         guarded_instructions=len(loop.body) - len(path) if loop else 0,
         loop_packed_bytes=launch.loop_packed_bytes,

@@ -4,7 +4,7 @@ differently, or what only a GPU would notice, is refused."""
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from .lint_text import (
     Fault,
@@ -89,8 +89,8 @@ def offsets_are_wide(text: Text) -> Iterator[Fault]:
         assignments = text.assignments(function)
         wide = wide_names(assignments)
         programs = {name for name, values in assignments.items() if any(is_program(value) for value in values)}
-        programs = text.derived(function, programs) - wide
-        pages = {name for name, values in assignments.items() if any(is_load(value) for value in values)} - wide
+        pages = {name for name, values in assignments.items() if any(is_load(value) for value in values)}
+        narrow = text.derived(function, programs, _is_bounded) - wide | pages - wide
         pointers = text.derived(function, text.pointers(function))
         for node in ast.walk(function):
             if not (isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult)):
@@ -99,20 +99,16 @@ def offsets_are_wide(text: Text) -> Iterator[Fault]:
             factors = (node.left, node.right)
             if not (pointers & around or any("stride" in name for name in names(node))):
                 continue
-            narrow = any(_mentions(factor, programs) or is_program(factor) for factor in factors)
-            narrow |= any(_mentions(factor, pages, _is_bounded) for factor in factors)
-            if narrow and not any(has_wide(factor, wide) for factor in factors):
+            small = not any(is_program(factor) or narrow & names(factor, _is_bounded) for factor in factors)
+            if not small and not any(has_wide(factor, wide) for factor in factors):
                 yield node.lineno, f"{ast.unparse(node)} may pass 2**31: widen by .to(tl.int64) first"
 
 
-def _mentions(node: ast.AST, found: set[str], stop: Callable[[ast.AST], bool] = is_load) -> bool:
-    """One of the names stands in the expression, outside of loads and comparisons."""
-    return bool(found & names(node, lambda part: is_load(part) or isinstance(part, ast.Compare) or stop(part)))
-
-
 def _is_bounded(node: ast.AST) -> bool:
-    """A remainder: as small as its right side, whatever was loaded."""
-    return isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mod)
+    """The value is small or unrelated to what it is computed from: a remainder, a comparison, a load."""
+    return (
+        is_load(node) or isinstance(node, ast.Compare) or (isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mod))
+    )
 
 
 RULES: tuple[Rule, ...] = (

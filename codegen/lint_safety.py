@@ -30,6 +30,7 @@ _KEYWORD_STRINGS = {
     "sem": {"relaxed", "acquire", "release", "acq_rel"},
     "scope": {"cta", "gpu"},
 }
+_INFINITIES = {"float('inf')", "float('-inf')"}
 _REFUSED = {
     "make_block_ptr": "block pointers are gone from Triton's newer interpreter; use plain pointers",
     "advance": "block pointers are gone from Triton's newer interpreter; use plain pointers",
@@ -89,7 +90,7 @@ def only_kernels_at_the_top(text: Text) -> Iterator[Fault]:
             continue
         if not isinstance(node, ast.FunctionDef):
             yield node.lineno, f"{type(node).__name__} at the top of a module"
-        elif [ast.unparse(one) for one in node.decorator_list] != ["triton.jit"]:
+        elif len(node.decorator_list) != 1 or not _is_jit(node.decorator_list[0]):
             yield node.lineno, f"{node.name} must be decorated with triton.jit and nothing else"
     for inner in ast.walk(text.tree):
         if not isinstance(inner, ast.FunctionDef):
@@ -154,6 +155,10 @@ def only_known_strings(text: Text) -> Iterator[Fault]:
             continue
         if isinstance(owner, (ast.Module, ast.FunctionDef)) and owner.body[0] is parent:
             continue
+        if isinstance(owner, ast.keyword) and _is_argument(owner, node.value, text):
+            continue
+        if isinstance(parent, ast.Call) and ast.unparse(parent) in _INFINITIES:
+            continue
         yield node.lineno, "a string that is no docstring and no known keyword value"
 
 
@@ -162,8 +167,29 @@ def only_finite_numbers(text: Text) -> Iterator[Fault]:
     for node in ast.walk(text.tree):
         if isinstance(node, ast.Constant) and not isinstance(node.value, (str, bytes, type(None))):
             value = node.value
-            if not isinstance(value, (int, float)) or not math.isfinite(value) or abs(value) >= 2**64:
+            most = 2**64 if isinstance(value, int) else 3.4e38
+            if not isinstance(value, (int, float)) or not math.isfinite(value) or abs(value) >= most:
                 yield node.lineno, f"{ast.unparse(node)} is no number a kernel can hold"
+
+
+def _is_jit(decorator: ast.expr) -> bool:
+    """`triton.jit`, alone or with do_not_specialize."""
+    if isinstance(decorator, ast.Call) and not decorator.args:
+        return _is_jit(decorator.func) and [one.arg for one in decorator.keywords] == ["do_not_specialize"]
+    return ast.unparse(decorator) == "triton.jit"
+
+
+def _is_argument(keyword: ast.keyword, name: object, text: Text) -> bool:
+    """The name stands in a list that do_not_specialize is given, and is an argument of the kernel."""
+    call = text.parents[keyword]
+    kernel = text.parents[call]
+    if (
+        keyword.arg != "do_not_specialize"
+        or not isinstance(kernel, ast.FunctionDef)
+        or call not in kernel.decorator_list
+    ):
+        return False
+    return name in {argument.arg for argument in kernel.args.args}
 
 
 RULES: tuple[Rule, ...] = (

@@ -45,12 +45,16 @@ class Text:
                         found.setdefault(target.id, []).append(node.value)
         return found
 
-    def derived(self, function: ast.FunctionDef, sources: set[str]) -> set[str]:
-        """`sources` and the names whose value is computed from them, not counting what is loaded through them."""
+    def derived(
+        self, function: ast.FunctionDef, sources: set[str], hidden: Callable[[ast.AST], bool] | None = None
+    ) -> set[str]:
+        """`sources` and the names whose value is computed from them, not looking into loads or `hidden` parts."""
         known, assignments, size = set(sources), self.assignments(function), -1
         while len(known) != size:
             size = len(known)
-            known |= {n for n, values in assignments.items() if any(known & names(v, is_load) for v in values)}
+            known |= {
+                n for n, values in assignments.items() if any(known & names(v, hidden or is_load) for v in values)
+            }
         return known
 
 

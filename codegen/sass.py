@@ -240,27 +240,27 @@ class Code:
         return {**found, "mma": sum(self.instructions[at].mma_units for at in positions)}
 
     def main_loop(self) -> Loop | None:
-        """The innermost loop with most matrix products, then most asynchronous copies, then most loads, then the
-        shortest; None if no loop has any of them.
+        """The innermost pipelined loop with most matrix products, then most copies and loads, then the shortest.
 
-        Asynchronous copies decide because a loop over the full-precision tail has as many products as the main loop.
+        A pipelined loop has asynchronous copies; without one any loop may be chosen that has products or loads, and
+        None if there is none.  Copies come first because a loop over rows in full precision, or over the edges of what
+        is packed, has as many products as the main loop or more, and is not pipelined.
         """
 
-        def weight(loop: Loop) -> tuple[int, int, int, int]:
+        def weight(loop: Loop) -> tuple[bool, int, int, int]:
             counts = self.counts(loop.body)
-            loads = counts.get("global_load", 0) + counts.get("shared_load", 0)
-            return counts.get("mma", 0), counts.get("async_copy", 0), loads, -len(loop.body)
+            copies, products = counts.get("async_copy", 0), counts.get("mma", 0)
+            loads = copies + counts.get("global_load", 0) + counts.get("shared_load", 0)
+            return copies > 0 and products > 0, products, loads, -len(loop.body)
 
         weights = {loop: weight(loop) for loop in self.loops}
-        busy = [loop for loop in self.loops if any(weights[loop][:3])]
-        innermost = [
-            loop
-            for loop in busy
-            if not any(
-                other != loop and set(other.body) < set(loop.body) and bool(weights[other][0]) >= bool(weights[loop][0])
-                for other in busy
-            )
-        ]
+        busy = [loop for loop in self.loops if weights[loop][1] or weights[loop][2]]
+
+        def holds_another(loop: Loop) -> bool:
+            within = [other for other in busy if other != loop and set(other.body) < set(loop.body)]
+            return any(bool(weights[other][1]) >= bool(weights[loop][1]) for other in within)
+
+        innermost = [loop for loop in busy if not holds_another(loop)]
         return max(innermost, key=lambda loop: weights[loop], default=None)
 
 
