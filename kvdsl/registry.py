@@ -93,7 +93,7 @@ def _nearest(name: str, known: tuple[str, ...]) -> str:
 
 def _has_inner(text: str) -> bool:
     """Whether a colon separates a name from its module or file (and not a drive letter from its path)."""
-    return text.rpartition(":")[2].isidentifier()
+    return ":" in text and text.rpartition(":")[2].isidentifier()
 
 
 def _pick(found: Mapping[str, object], inner: str, text: str) -> Scheme:
@@ -102,7 +102,11 @@ def _pick(found: Mapping[str, object], inner: str, text: str) -> Scheme:
         if len(schemes) == 1:
             return next(iter(schemes.values()))
         held = f"holds {len(schemes)} schemes" if schemes else "holds no scheme"
-        mend = f"write {text}:{listed(list(schemes))}" if schemes else "define one, as mine = Scheme(...)"
+        mend = (
+            f"put :NAME behind it, where NAME is {listed(list(schemes))}"
+            if schemes
+            else "define one, as mine = Scheme(...)"
+        )
         raise _refusal(text, held, mend)
     if inner in schemes:
         return schemes[inner]
@@ -139,5 +143,5 @@ def _read(path: str) -> Scheme:
 
 def _exists(path: str) -> None:
     if not Path(path).is_file():
-        near = sorted(p.name for p in Path(path).parent.glob(f"*{Path(path).suffix}") if p.is_file())[:100]
-        raise _refusal(path, "is no file", _nearest(Path(path).name, (*near,)) or "give a path that exists")
+        beside = sorted(str(file) for file in Path(path).parent.glob(f"*{Path(path).suffix}"))[:100]
+        raise _refusal(path, "is no file", _nearest(path, (*beside,)) or "give a path that exists")

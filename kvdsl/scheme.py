@@ -7,7 +7,7 @@ scale.  A spec says what is stored, never how it is laid out or scheduled; it ho
 from __future__ import annotations
 
 import dataclasses as dc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, InitVar, dataclass
 from functools import cached_property
 from typing import Any, Literal, Self
@@ -271,19 +271,28 @@ class Scheme(Part):
 
 
 def _table(layers: Any) -> Any:
+    """Rows in order of their first layer, so that equal tables are equal; no table stays as it is, for the rules."""
     if not isinstance(layers, (Mapping, tuple, list)):
         return layers
     items = layers.items() if isinstance(layers, Mapping) else layers
-    try:
-        return tuple((_indices(key), scheme) for key, scheme in items)
-    except (TypeError, ValueError):  # rows that are no pairs: the rules say so
-        return tuple(items)
+    if not all(isinstance(row, (tuple, list)) and len(row) == 2 for row in items):
+        return tuple(layers)
+    return tuple(_ordered((_indices(key), scheme) for key, scheme in items))
 
 
 def _indices(key: Any) -> tuple[Any, ...]:
-    if isinstance(key, range) and len(key) <= 1 << 12:
-        return tuple(key)
-    return tuple(key) if isinstance(key, (tuple, list)) else (key,)
+    if isinstance(key, range) and len(key) > 1 << 12:
+        return (key,)
+    return tuple(_ordered(key)) if isinstance(key, (range, tuple, list)) else (key,)
+
+
+def _ordered(rows: Iterable[Any]) -> list[Any]:
+    """Sorted by their indices, or as they are where one is no number."""
+    rows = list(rows)
+    try:
+        return sorted(rows, key=lambda row: row[0] if isinstance(row, tuple) else row)
+    except TypeError:
+        return rows
 
 
 SIDES: tuple[Side, Side] = ("keys", "values")

@@ -26,3 +26,22 @@ ALL: dict[str, Scheme] = {
     "channel3": channel3,
     "channel4": channel4,
 }
+
+__all__ = [
+    "ALL",
+    "bitdecoding2",
+    "bitdecoding4",
+    "channel2",
+    "channel3",
+    "channel4",
+    "fp16",
+    "fp32",
+    "int4_token_head",
+    "int8_tensor",
+    "int8_token_head",
+    "kivi2",
+    "kivi4",
+    "token2",
+    "token3",
+    "token4",
+]
