@@ -180,6 +180,7 @@ def _rows(rows: Any, found: list[Fault], depth: int) -> Iterator[tuple[Any, Any]
 
 
 def to_json(scheme: Scheme) -> str:
+    """The tree as JSON, indented by two."""
     return json.dumps(to_dict(scheme), indent=2) + "\n"
 
 
