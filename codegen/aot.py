@@ -144,7 +144,10 @@ def _ask_child(request: Mapping[str, Any], cache_folder: Path | None) -> list[di
     package = Path(errors.__file__).absolute().parent.parent  # the folder that `import kvdsl` found it in
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH")]))
     if cache_folder is not None:
-        cache_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            cache_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise BackendError(f"{cache_folder} cannot be made ({error.strerror}) to be TRITON_CACHE_DIR") from error
         environment["TRITON_CACHE_DIR"] = str(cache_folder.resolve())
     command = [sys.executable, "-m", "kvdsl.codegen.aot", "--json"]
     child = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, env=environment)

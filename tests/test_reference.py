@@ -191,7 +191,7 @@ def test_blocks_span_what_they_say() -> None:
         got = reference.quantize(Store(Uniform(2), scale=Scale(block, dtype="fp32")), x)
         assert got.scale is not None and got.scale.shape == shape
     # the last: heads 0 and 1, tokens 0..3, channels 0..3 reach from 0 to 32 + 24 + 3 = 59
-    assert got.scale.flatten().tolist() == [pytest.approx(59 / 3)] * 2
+    assert got.scale is not None and got.scale.flatten().tolist() == [pytest.approx(59 / 3)] * 2
     assert got.offset is not None and got.offset.flatten().tolist() == [0, 4]
 
 
@@ -238,12 +238,13 @@ def test_p1_error_of_minmax(bits: int, dtype: Any) -> None:
 def test_p2_error_of_the_other_ranges() -> None:
     """P2: half a step for cells and for absmax; one step for signed_absmax, where the far end saturates."""
     x, slack = normal(1, 2, 16, 64) * 3, 1e-5
-    for code, scale, factor in (
-        (Uniform(4, grid="cells"), {}, 0.5),
+    cases: list[tuple[Uniform, dict[str, Any], float]] = [
+        (Uniform(4, grid="cells"), {"range": "minmax"}, 0.5),
         (Uniform(8), {"range": "absmax"}, 0.5),
         (Uniform(4, grid="cells"), {"range": "absmax"}, 0.5),
         (Uniform(4, rounding="half_up"), {"range": "signed_absmax"}, 1),
-    ):
+    ]
+    for code, scale, factor in cases:
         got = reference.quantize(Store(code, scale=per_token(32, dtype="fp32", **scale)), x)
         assert got.scale is not None
         error = (x - got.decoded).abs().reshape(1, 2, 16, 2, 32)

@@ -210,9 +210,9 @@ def _put_codes(blob: Bytes, starts: tuple[int, ...], codes: Any, t: int, store: 
                 in_word = j % (2 * in_byte)
                 row, byte, tile, slot = t, in_word // in_byte, j // (2 * in_byte), in_word % in_byte
                 row_bytes = d * width // 16 * 2
-            for x in range(plane):
-                address = start + row * row_bytes + 2 * (tile * plane + x) + byte
-                blob[:, address] |= (part[:, j * plane + x] << (slot * width)).astype(np.uint8)
+            first = start + row * row_bytes + 2 * tile * plane + byte
+            placed = part[:, j * plane : (j + 1) * plane] << (slot * width)
+            blob[:, first : first + 2 * plane : 2] |= placed.astype(np.uint8)
 
 
 def _put_floats(blob: Bytes, start: int, numbers: Tensor, t: int, code: Float) -> None:

@@ -1,0 +1,173 @@
+"""The normal form: what a decoded number depends on decides where each of its factors is applied.
+
+A score is sum_d q[d] * x(t, d) and an output is sum_t p[t] * x(t, d).  x is affine in the code, so either is a sum of
+terms (factor of the token) * (factor of the channel) * (code or 1).  A factor that does not vary along the summed index
+leaves the sum: a token's scale goes behind the dot product, a channel's scale onto the query.  Each derivation is proven:
+the terms, multiplied out, are the definition.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import sympy as sp
+
+from kvdsl.errors import ProofError
+from kvdsl.scheme import Store, Uniform
+
+from .layout import widths
+from .placement import When, centre
+
+token, block, group, channel = (sp.Symbol(name, integer=True, nonnegative=True) for name in ("t", "b", "g", "d"))
+query, weight = sp.IndexedBase("q")[channel], sp.IndexedBase("p")[token]
+code = sp.IndexedBase("c")[token, channel]
+
+
+@dataclass(frozen=True)
+class Term:
+    """token_factor * channel_factor * (code, if `coded`), summed over channels (keys) or tokens (values)."""
+
+    token_factor: sp.Expr
+    channel_factor: sp.Expr
+    coded: bool
+
+
+@dataclass(frozen=True)
+class ProofStep:
+    """One statement, and how it was proven: "symbolic" or "exhaustive (n cases)"."""
+
+    statement: str
+    method: str
+
+
+@dataclass(frozen=True)
+class NormalForm:
+    """One side of a scheme: its definition, its terms, and the proof that they agree."""
+
+    side: Literal["keys", "values"]
+    when: When
+    definition: sp.Expr
+    terms: tuple[Term, ...]
+    proof: tuple[ProofStep, ...]
+
+
+def decoded(store: Store, c: sp.Expr, s: sp.Expr, z: sp.Expr) -> sp.Expr:
+    """The definition of a decoded number in its code c, stored scale s and stored offset (or zero point) z."""
+    code_, scale = store.code, store.scale
+    if not isinstance(code_, Uniform) or scale is None:
+        return c
+    half = sp.Rational(1, 2) if code_.grid == "cells" else sp.Integer(0)
+    if scale.range in ("absmax", "signed_absmax"):
+        return s * (c - centre(code_, scale) + half)
+    if scale.zero == "min":
+        return s * (c + half) + z
+    return s * (c - z)
+
+
+_INDICES = {
+    When.NEVER: (),
+    When.AFTER_DOT: (token, group),
+    When.ONCE_PER_TILE: (block, channel),
+    When.ONCE_PER_QUERY: (channel,),
+    When.IN_LOOP: (token, channel),
+}
+
+
+def _split(factor: sp.Expr, coded: bool) -> Term:
+    """Sort the factors of one product by the index they depend on."""
+    of_token, of_channel = sp.Integer(1), sp.Integer(1)
+    for part in sp.Mul.make_args(factor):
+        if part == code:
+            continue
+        depends = part.free_symbols & {token, channel}
+        if depends == {token, channel}:
+            raise ProofError(f"{part} depends on the token and the channel: it cannot leave the loop")
+        if channel in depends:
+            of_channel *= part
+        else:
+            of_token *= part
+    return Term(of_token, of_channel, coded)
+
+
+def derive(side: Literal["keys", "values"], store: Store, when: When) -> NormalForm:
+    """The normal form of one side whose scale is applied at `when`, with its proof.
+
+    Raises ProofError where the terms do not give the definition back, or a factor cannot leave the loop.
+    """
+    indices = _INDICES[when]
+    stored = [sp.IndexedBase(name)[indices] if indices else sp.Integer(0) for name in ("s", "z")]
+    definition = decoded(store, code, *stored)
+    outside = query if side == "keys" else weight
+    if when is When.IN_LOOP:
+        # the decoded number itself is what the dot product reads
+        number = sp.IndexedBase("x")[token, channel]
+        term = Term(sp.Integer(1), query, True) if side == "keys" else Term(weight, sp.Integer(1), True)
+        step = ProofStep(
+            f"{outside}*{number} with {number} = {definition}, decoded before the dot product", "by definition"
+        )
+        return NormalForm(side, when, definition, (term,), (step,))
+    summand = sp.expand(outside * definition)
+    terms = tuple(_split(product, product.has(code)) for product in sp.Add.make_args(summand))
+    back = sum(term.token_factor * term.channel_factor * (code if term.coded else 1) for term in terms)
+    if sp.simplify(back - outside * definition) != 0:
+        raise ProofError(f"{side}: the terms {terms} do not add up to {definition}")
+    lowered = " + ".join(
+        f"({sp.sstr(term.token_factor)})*({sp.sstr(term.channel_factor)})" + ("*c[t, d]" if term.coded else "")
+        for term in terms
+    )
+    statement = f"{sp.sstr(outside)}*({sp.sstr(definition)}) = {lowered}"
+    return NormalForm(side, when, definition, terms, (ProofStep(statement, "symbolic"), *planes_proof(store)))
+
+
+def clean_from_dirty(width: int, position: int, run: range) -> tuple[tuple[int, sp.Rational], ...]:
+    """Plane `position` of a byte from dirty planes D_i = sum_(k in run, k<=i) c_k 2^(k width): ((i, coefficient), ...)."""
+    scale = sp.Rational(1, 2 ** (position * width))
+    return ((position, scale),) if position == run.start else ((position, scale), (position - 1, -scale))
+
+
+def query_of_dirty(width: int, position: int, run: range) -> tuple[tuple[int, sp.Rational], ...]:
+    """What multiplies dirty plane `position` of a byte: ((i, coefficient of the query of plane i), ...).
+
+    The transpose of `clean_from_dirty`: the surplus of lower codes in a plane is taken off by the query of the next.
+    `run` holds the positions of the byte that share a scale; a plane is read with the bits of its run below it.
+    """
+    taken = [(position, sp.Rational(1, 2 ** (position * width)))]
+    if position + 1 in run:
+        taken.append((position + 1, -sp.Rational(1, 2 ** ((position + 1) * width))))
+    return tuple(taken)
+
+
+def planes_proof(store: Store) -> tuple[ProofStep, ...]:
+    """Reading dirty planes with a changed query (or undoing them on the output) equals reading the codes."""
+    if not isinstance(store.code, Uniform) or store.code.bits is None:
+        return ()
+    steps = []
+    for width in widths(store.code.bits):
+        count = 8 // width
+        for length in (size for size in (1, 2, 4, 8) if size <= count):
+            for first in range(0, count, length):
+                _prove_run(width, range(first, first + length))
+        steps.append(ProofStep(f"dirty planes of {width} bits: sum q'_i D_i = sum q_i c_i, and back", "symbolic"))
+    parts, rest = [], store.code.bits
+    for width in widths(store.code.bits):
+        rest -= width
+        parts.append((width, rest))
+    whole = 2**store.code.bits
+    if any(sum(((c >> shift) % 2**width) << shift for width, shift in parts) != c for c in range(whole)):
+        raise ProofError(f"streams {parts} do not add up to a code of {store.code.bits} bits")
+    steps.append(
+        ProofStep(" + ".join(f"2^{s}*({w} bits)" for w, s in parts) + " = code", f"exhaustive ({whole} cases)")
+    )
+    return tuple(steps)
+
+
+def _prove_run(width: int, run: range) -> None:
+    """The change of basis within one run of planes of a byte."""
+    codes, outer = ({i: sp.Symbol(f"{name}{i}") for i in run} for name in "cq")
+    dirty = {i: sum(codes[k] * 2 ** (k * width) for k in run if k <= i) for i in run}
+    changed = {i: sum(outer[k] * a for k, a in query_of_dirty(width, i, run)) for i in run}
+    score = sum(changed[i] * dirty[i] - outer[i] * codes[i] for i in run)
+    undone = [sum(dirty[k] * a for k, a in clean_from_dirty(width, i, run)) - codes[i] for i in run]
+    if sp.expand(score) != 0 or any(sp.expand(difference) != 0 for difference in undone):
+        raise ProofError(f"the change of basis of {width}-bit planes {run} is wrong")

@@ -1,0 +1,180 @@
+"""What every generated kernel shares: bit-level pieces of Triton that no scheme changes.
+
+Inline assembly has no meaning in Triton's interpreter, so the pieces that use it exist twice, chosen once at import by
+TRITON_INTERPRET; both forms give the same bits.
+"""
+
+import os
+
+import triton
+import triton.language as tl
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+if INTERPRETED:
+
+    @triton.jit
+    def upper(words):
+        """The upper byte of each 16-bit word, zero-extended."""
+        return (words >> 8) & 255
+
+    @triton.jit
+    def plane(words, MASK: tl.constexpr):
+        """The bits under MASK of each 16-bit word as a float16: that integer times 2**-24, exactly."""
+        return (words & MASK).to(tl.float16, bitcast=True)
+
+    @triton.jit
+    def quotient(dividend, divisor):
+        """dividend / divisor, rounded to nearest; the divisor a positive or negative float16 widened to float32."""
+        return tl.div_rn(dividend, divisor)
+
+else:
+
+    @triton.jit
+    def upper(words):
+        """The upper byte of each 16-bit word, zero-extended."""
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, 0, 0x4341;", "=r,r", [words], dtype=tl.int16, is_pure=True, pack=2
+        )
+
+    @triton.jit
+    def plane(words, MASK: tl.constexpr):
+        """The bits under MASK of each 16-bit word as a float16: that integer times 2**-24, exactly."""
+        mask = tl.full(words.shape, MASK, tl.int16)
+        kept = tl.inline_asm_elementwise(
+            "and.b32 $0, $1, $2;", "=r,r,r", [words, mask], dtype=tl.int16, is_pure=True, pack=2
+        )
+        return kept.to(tl.float16, bitcast=True)
+
+    @triton.jit
+    def quotient(dividend, divisor):
+        """dividend / divisor, rounded to nearest; the divisor a positive or negative float16 widened to float32.
+
+        One correction of an approximate quotient leaves a relative error near 2**-44; a quotient by a divisor of 11
+        significant bits lies at least 2**-36 away from the middle of two float32 numbers, so the rounding is the exact
+        one.
+        """
+        inverse = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [divisor], dtype=tl.float32, is_pure=True, pack=1
+        )
+        first = dividend * inverse
+        return tl.fma(tl.fma(-first, divisor, dividend), inverse, first)
+
+
+@triton.jit
+def low_half(words):
+    """The low 16 bits of each 32-bit word, read as float16, as float32."""
+    return (words & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def high_half(words):
+    """The high 16 bits of each 32-bit word, read as float16, as float32."""
+    return (words >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def low_half_bf16(words):
+    """The low 16 bits of each 32-bit word, read as bfloat16, as float32."""
+    return (words << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def high_half_bf16(words):
+    """The high 16 bits of each 32-bit word, read as bfloat16, as float32."""
+    return (words & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def half(words):
+    """16-bit words read as float16, as float32."""
+    return words.to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def half_bf16(words):
+    """16-bit words read as bfloat16, as float32."""
+    return (words.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def scale_over_zero_point(words, MASK: tl.constexpr):
+    """The float32 whose lowest mantissa bits, under MASK, hold a zero point: those bits cleared."""
+    return (words & ~MASK).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def bits_fp16(x):
+    """The nearest float16's bits, as int32; x within its range.  A zero has no sign."""
+    word = x.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return tl.where(word == 0x8000, 0, word)
+
+
+@triton.jit
+def bits_bf16(x):
+    """The nearest bfloat16's bits (ties to even), as int32; NaN stays NaN.  A zero has no sign."""
+    word = x.to(tl.int32, bitcast=True)
+    rounded = ((word + 0x7FFF + ((word >> 16) & 1)) >> 16) & 0xFFFF
+    rounded = tl.where(rounded == 0x8000, 0, rounded)
+    return tl.where(x == x, rounded, 0x7FC0)
+
+
+@triton.jit
+def bits_fp32(x):
+    """A float32's bits.  A zero has no sign."""
+    return tl.where(x == 0.0, 0, x.to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def nearest(x):
+    """Round to the nearest integer, ties to even; |x| < 2**22."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def nearest_half_up(x):
+    """Round to the nearest integer, ties up; |x| < 2**22."""
+    even = (x + 12582912.0) - 12582912.0
+    return even + tl.where(x - even == 0.5, 1.0, 0.0)
+
+
+@triton.jit
+def finite(x):
+    """NaN to 0, and everything into the range of float16."""
+    return tl.minimum(tl.maximum(tl.where(x == x, x, 0.0), -65504.0), 65504.0)
+
+
+@triton.jit
+def lowest(x, inside):
+    """x made finite, or more than anything where it does not count."""
+    return tl.where(inside, finite(x), 65504.0)
+
+
+@triton.jit
+def highest(x, inside):
+    """x made finite, or less than anything where it does not count."""
+    return tl.where(inside, finite(x), -65504.0)
+
+
+@triton.jit
+def nan(x):
+    """1 where x is not a number."""
+    return (x != x).to(tl.int32)
+
+
+@triton.jit
+def above(top):
+    """A power of two at least twice as large as `top` (positive, or NaN), and its inverse."""
+    exponent = (top.to(tl.int32, bitcast=True) >> 23) & 255
+    exponent = tl.minimum(tl.maximum(exponent, 8), 240) + 2
+    size = (exponent << 23).to(tl.float32, bitcast=True)
+    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    return size, inverse
+
+
+@triton.jit
+def tanh(x):
+    """Hyperbolic tangent."""
+    decay = tl.exp2(tl.abs(x) * -2.8853900817779268)
+    size = (1.0 - decay) / (1.0 + decay)
+    return tl.where(x < 0.0, -size, size)

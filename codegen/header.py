@@ -1,0 +1,80 @@
+"""The heading of every generated file: the scheme, its formulas, its page, its cost.  Nothing that varies between runs."""
+
+from __future__ import annotations
+
+import textwrap
+
+import sympy as sp
+
+from kvdsl import cost
+
+from .placement import When
+from .plan import Plan, SidePlan
+
+FORMAT = 1  # of the generated text; a change of it makes every stored file stale
+
+
+def formula_lines(side: SidePlan) -> list[str]:
+    """The definition of one side as declared, and as lowered."""
+    letter = side.name[0]
+    if side.floats:
+        return [f"{letter}[t, d] = the number itself, as {side.floats}"]
+    lines = [f"{letter}[t, d] = {sp.sstr(side.form.definition)}"]
+    outer = "q . k[t]  = " if side.name == "keys" else "out[d]    = "
+    over = "d" if side.name == "keys" else "t"
+    if side.when is When.IN_LOOP:
+        return [*lines, f"{outer}sum_{over} {'q[d]*k[t, d]' if over == 'd' else 'p[t]*v[t, d]'}, decoded in the loop"]
+    texts = []
+    for term in side.form.terms:
+        inner, out = (
+            (term.channel_factor, term.token_factor) if over == "d" else (term.token_factor, term.channel_factor)
+        )
+        tail = "*c[t, d]" if term.coded else ""
+        front = "" if out == 1 else f"{sp.sstr(out)} * "
+        texts.append(f"{front}sum_{over} {sp.sstr(inner)}{tail}")
+    return [*lines, outer + " + ".join(texts).replace("+ -", "- "), f"           {side.when.value}"]
+
+
+def page_lines(plan: Plan) -> list[str]:
+    """The page, section by section, in bytes."""
+    layout = plan.layout
+    lines = [f"page: {layout.page_tokens} tokens of {layout.kv_heads} kv heads, {layout.page_bytes} bytes"]
+    lines[0] += f" ({layout.head_bytes} a head)"
+    for side in (plan.keys, plan.values):
+        part = side.layout
+        if side.floats:
+            lines.append(f"  {part.float_offset:6d}  {side.name}: {side.floats} rows of {layout.head_dim}")
+        for stream in part.streams:
+            rows = "tokens t and t + 32 share a word" if stream.paired else "one token a row"
+            lines.append(
+                f"  {stream.offset:6d}  {side.name}: {stream.width}-bit planes of {part.plane_width} channels, {rows}"
+            )
+    for side in (plan.keys, plan.values):
+        meta = side.layout.meta
+        if meta is not None:
+            what = {
+                "half": "scales",
+                "halves": "scale and offset words",
+                "word": "scale words",
+                "words": "scales, then offsets",
+            }
+            where = "after the heads" if meta.shared else ""
+            lines.append(f"  {meta.offset:6d}  {side.name}: {meta.entries} {what[meta.kind]} {where}".rstrip())
+    return lines
+
+
+def heading(plan: Plan, name: str) -> str:
+    """The module docstring."""
+    scheme, shape = plan.scheme, plan.shape
+    bits = cost.bits(scheme, head_dim=shape.head_dim, kv_heads=shape.kv_heads)
+    spec = textwrap.wrap(repr(scheme), 108, subsequent_indent="    ", break_long_words=False)
+    lines = [f"{name}: attention over a KV cache of {bits.mean:g} bits an element.", "", *spec, ""]
+    for side in (plan.keys, plan.values):
+        lines += formula_lines(side)
+    lines += ["", *page_lines(plan), ""]
+    lines.append(
+        f"head_dim {shape.head_dim}, {shape.kv_heads} kv heads, {shape.q_heads} query heads, {shape.dtype} in and out"
+    )
+    lines.append(f"Made by kvdsl from scheme {scheme.hash}; do not edit.  Text format {FORMAT}.")
+    body = "\n".join(line.rstrip() for line in lines).replace("\\", "/").replace('"""', "'''")
+    return f'"""{body}\n"""\n'

@@ -1,0 +1,81 @@
+"""How each generated Triton kernel is launched: argument types, warps, stages.  Read by the runtime and ahead of time."""
+
+from __future__ import annotations
+
+import ast
+from functools import cache
+
+from .launch import CONSTEXPR, Launch
+from .plan import Plan
+
+POINTERS = {
+    "query_ptr": "input", "rows_ptr": "input", "key_rows_ptr": "input", "value_rows_ptr": "input",
+    "pool8_ptr": "*u8", "pool16_ptr": "*i16", "pool32_ptr": "*i32", "pool_fp16_ptr": "*fp16", "pool_fp32_ptr": "*fp32",
+    "partial_ptr": "*fp32", "lse_ptr": "*fp32", "out_lse_ptr": "*fp32", "keys_scale_ptr": "*fp32", "values_scale_ptr": "*fp32",
+}  # fmt: skip
+FLOATS = ("scaling", "softcap")
+ATTEND = ("decode", "extend")
+
+
+def warps(kernel: str) -> int:
+    """Warps of a program: one where tiles stay in one warp's tensor cores, four where a page is rewritten."""
+    return 1 if kernel in (*ATTEND, "scores") else 4
+
+
+def stages(kernel: str) -> int:
+    """Depth of the asynchronous pipeline."""
+    return 3 if kernel in ATTEND else 1
+
+
+def loop_bytes(plan: Plan) -> int:
+    """Packed bytes, metadata included, that one tile of the main loop reads of one head."""
+    layout, total = plan.layout, 0
+    for side in (plan.keys, plan.values):
+        total += sum(stream.size for stream in side.layout.streams)
+        if side.floats:
+            total += layout.page_tokens * layout.head_dim * (4 if side.floats == "fp32" else 2)
+        if side.layout.meta is not None:
+            total += side.layout.meta.size
+    return total * plan.tile // layout.page_tokens
+
+
+@cache
+def arguments(source: str) -> dict[str, tuple[str, ...]]:
+    """The argument names of every kernel of a generated text."""
+    tree = ast.parse(source)
+    return {
+        node.name: tuple(arg.arg for arg in node.args.args) for node in tree.body if isinstance(node, ast.FunctionDef)
+    }
+
+
+def _type(name: str, kernel: str, plan: Plan) -> str:
+    if name.isupper():
+        return CONSTEXPR
+    if name in FLOATS:
+        return "fp32"
+    if name == "out_ptr":
+        return {"fp16": "*fp16", "bf16": "*i16", "fp32": "*fp32"}[plan.shape.dtype] if kernel == "merge" else "*fp32"
+    if name.endswith("_ptr"):
+        kind = POINTERS.get(name, "*i32")
+        return f"*{plan.shape.dtype}" if kind == "input" else kind
+    return "i32"
+
+
+def launches(plan: Plan, source: str) -> tuple[Launch, ...]:
+    """One launch record a kernel, as it runs on a GPU."""
+    records = []
+    for kernel, names in arguments(source).items():
+        constants = {"STAGES": stages(kernel), "ROWS": plan.rows(many=False), "SPLITS": 16}
+        records.append(
+            Launch(
+                kernel,
+                tuple((name, _type(name, kernel, plan)) for name in names),
+                tuple((name, constants[name]) for name in names if name.isupper()),
+                warps=warps(kernel),
+                stages=stages(kernel),
+                fp_fusion=not kernel.startswith(("pack", "unpack")),
+                loop_packed_bytes=loop_bytes(plan) if kernel in ATTEND else 0,
+                aligned=tuple(name for name in names if name.endswith("_ptr")),
+            )
+        )
+    return tuple(records)

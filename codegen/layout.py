@@ -1,0 +1,272 @@
+"""Where every bit of a page stands: codes in planes of words, metadata beside them, all kv heads of a layer in one page.
+
+A page holds `page_tokens` tokens.  It is one blob a kv head, then the metadata that several heads share.  Codes are cut
+into streams of 8, 4, 2 and 1 bits, the widest holding the top bits, so that no width is padded to a power of two.  A
+stream is made of planes: plane j holds channels [j*width, (j+1)*width) at one bit offset of its words, so that one AND
+takes a whole plane out of a tile of words.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+from kvdsl.scheme import ALL, SIDES, Float, Scheme, Store, Uniform
+from kvdsl.shape import Shape
+
+ALIGN = 16  # bytes: what one asynchronous copy moves
+PAIR = 32  # tokens t and t + 32 share a word where one token is too narrow for a tensor-core operand
+NARROWEST = 16  # words a tensor-core operand wants along its inner side
+
+
+@dataclass(frozen=True)
+class Place:
+    """One plane of one stream: word tile `tile` of a row, byte `byte` of each word, bits from `bit` of that byte."""
+
+    plane: int
+    tile: int
+    byte: int
+    bit: int
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The codes' bits [shift, shift + width), packed.  `offset` is in bytes from the head blob's start.
+
+    single: a row of words is one token.  paired: a row is tokens t and t + 32 of a block of 64, low and high bytes.
+    """
+
+    width: int
+    shift: int
+    paired: bool
+    offset: int
+    row_words: int
+    rows: int
+    places: tuple[Place, ...]
+
+    @property
+    def size(self) -> int:
+        return 2 * self.rows * self.row_words
+
+    @property
+    def tiles(self) -> int:
+        """Word tiles of a row, each one plane wide."""
+        return 1 + max(place.tile for place in self.places)
+
+    def row(self, token: int) -> int:
+        """The row of a token of the page."""
+        return token // (2 * PAIR) * PAIR + token % PAIR if self.paired else token
+
+    def address(self, token: int, channel: int, plane_width: int) -> tuple[int, int]:
+        """(byte from the section's start, bit in that byte) of one code's bits."""
+        place = self.places[channel // plane_width]
+        byte = token % (2 * PAIR) // PAIR if self.paired else place.byte
+        word = self.row(token) * self.row_words + place.tile * plane_width + channel % plane_width
+        return 2 * word + byte, place.bit
+
+
+MetaKind = Literal["half", "halves", "word", "words"]
+
+
+@dataclass(frozen=True)
+class Meta:
+    """Stored scales (and offsets) of a side.  `offset` in bytes from the blob's start, or from the page's if shared.
+
+    kind: half = a 16-bit scale; halves = scale and offset as low and high half of a 32-bit word; word = one 32-bit
+    scale; words = all 32-bit scales, then all 32-bit offsets.  Entry (block, group) is `block * block_stride + group *
+    group_stride`.
+    """
+
+    kind: MetaKind
+    offset: int
+    shared: bool
+    heads: int
+    tokens: int
+    channels: int
+    blocks: int
+    groups: int
+    block_stride: int
+    group_stride: int
+
+    @property
+    def entries(self) -> int:
+        return self.blocks * self.groups
+
+    @property
+    def size(self) -> int:
+        """Bytes of one head's (or one head group's) entries."""
+        return self.entries * {"half": 2, "halves": 4, "word": 4, "words": 8}[self.kind]
+
+
+@dataclass(frozen=True)
+class SideLayout:
+    """One side of a page.  `streams` is empty where the numbers themselves are stored (`float_offset`)."""
+
+    streams: tuple[Stream, ...]
+    plane_width: int
+    planes: int
+    meta: Meta | None
+    float_offset: int = 0
+
+    @property
+    def paired(self) -> bool:
+        return any(stream.paired for stream in self.streams)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A page: sizes in bytes."""
+
+    head_dim: int
+    kv_heads: int
+    page_tokens: int
+    head_bytes: int
+    page_bytes: int
+    keys: SideLayout
+    values: SideLayout
+
+    def side(self, name: str) -> SideLayout:
+        return self.keys if name == "keys" else self.values
+
+
+def aligned(size: int) -> int:
+    """The next multiple of 16 bytes."""
+    return -(-size // ALIGN) * ALIGN
+
+
+def widths(bits: int) -> tuple[int, ...]:
+    """The stream widths of a code, widest first: 3 -> (2, 1), 7 -> (4, 2, 1)."""
+    return tuple(w for w in (8, 4, 2, 1) if bits & w)
+
+
+def token_block(store: Store) -> int:
+    """Tokens that share an online scale."""
+    if store.scale is None or store.scale.when == "calibrated":
+        return 1
+    assert isinstance(store.scale.block.tokens, int)
+    return store.scale.block.tokens
+
+
+def _natural(width: int, head_dim: int) -> tuple[bool, int]:
+    """(paired, plane width) of a stream on its own."""
+    if head_dim * width % 16 == 0 and head_dim * width // 16 >= NARROWEST:
+        return False, head_dim * width // 16
+    return True, head_dim * width // 8
+
+
+def plane_width(store: Store, head_dim: int) -> int:
+    """Channels a plane, common to all streams of a side; it divides a per-token group of channels where that can be."""
+    if isinstance(store.code, Float):
+        return min(64, head_dim & -head_dim)
+    assert isinstance(store.code, Uniform) and store.code.bits is not None
+    width = min(_natural(w, head_dim)[1] for w in widths(store.code.bits))
+    scale = store.scale
+    if scale is None or scale.when == "calibrated" or scale.block.tokens != 1 or scale.block.channels is ALL:
+        return width
+    narrow = width
+    while scale.block.channels % narrow and narrow % 2 == 0 and narrow // 2 >= NARROWEST:  # type: ignore[operator]
+        narrow //= 2
+    return width if scale.block.channels % narrow else narrow  # type: ignore[operator]
+
+
+def _streams(bits: int, head_dim: int, width: int, tokens: int, offset: int) -> tuple[tuple[Stream, ...], int]:
+    streams, shift = [], bits
+    for stream_width in widths(bits):
+        shift -= stream_width
+        paired, _ = _natural(stream_width, head_dim)
+        per_byte = 8 // stream_width
+        per_tile = per_byte if paired else 2 * per_byte
+        places = tuple(
+            Place(j, j // per_tile, 0 if paired else j % per_tile // per_byte, j % per_byte * stream_width)
+            for j in range(head_dim // width)
+        )
+        row_words = head_dim * stream_width // (8 if paired else 16)
+        stream = Stream(stream_width, shift, paired, offset, row_words, tokens // 2 if paired else tokens, places)
+        streams.append(stream)
+        offset = aligned(offset + stream.size)
+    return tuple(streams), offset
+
+
+def _meta(store: Store, head_dim: int, kv_heads: int, tokens: int) -> Meta | None:
+    scale = store.scale
+    if scale is None or scale.when == "calibrated":
+        return None
+    block = scale.block
+    channels = head_dim if block.channels is ALL else block.channels
+    heads = kv_heads if block.heads is ALL else block.heads
+    span = token_block(store)
+    assert isinstance(channels, int) and isinstance(heads, int)
+    blocks, groups = tokens // span, head_dim // channels
+    beside = scale.range in ("minmax", "minmax_zero") and scale.zero != "in_scale"
+    kind: MetaKind = ("words" if beside else "word") if scale.dtype == "fp32" else ("halves" if beside else "half")
+    strides = (1, blocks) if span == 1 else (groups, 1)
+    return Meta(kind, 0, heads > 1, heads, span, channels, blocks, groups, *strides)
+
+
+@cache
+def lay_out(scheme: Scheme, shape: Shape) -> Layout:
+    """The page of a scheme at a shape: sections in the order key codes, value codes, key metadata, value metadata."""
+    from dataclasses import replace
+
+    head_dim, stores = shape.head_dim, {side: scheme.side(side) for side in SIDES}
+    tokens = math.lcm(2 * PAIR, *(token_block(store) for store in stores.values()))
+    offset, codes = 0, {}
+    for side, store in stores.items():
+        width = plane_width(store, head_dim)
+        if isinstance(store.code, Float):
+            codes[side] = SideLayout((), width, head_dim // width, None, offset)
+            offset = aligned(offset + tokens * head_dim * (4 if store.code.format == "fp32" else 2))
+        else:
+            assert store.code.bits is not None
+            streams, offset = _streams(store.code.bits, head_dim, width, tokens, offset)
+            codes[side] = SideLayout(streams, width, head_dim // width, None)
+    metas = {side: _meta(store, head_dim, shape.kv_heads, tokens) for side, store in stores.items()}
+    for side, meta in metas.items():
+        if meta is not None and not meta.shared:
+            metas[side] = replace(meta, offset=offset)
+            offset = aligned(offset + meta.size)
+    head_bytes = offset
+    offset = head_bytes * shape.kv_heads
+    for side, meta in metas.items():
+        if meta is not None and meta.shared:
+            metas[side] = replace(meta, offset=offset)
+            offset = aligned(offset + meta.size * (shape.kv_heads // meta.heads))
+    keys, values = (replace(codes[side], meta=metas[side]) for side in SIDES)
+    return Layout(head_dim, shape.kv_heads, tokens, head_bytes, offset, keys, values)
+
+
+@dataclass(frozen=True)
+class BijectionProof:
+    """Every bit of a stream's section belongs to exactly one (token, channel, bit) of the code."""
+
+    stream: str
+    method: str
+    cases: int
+
+
+def prove_bijection(layout: Layout) -> tuple[BijectionProof, ...]:
+    """Check each stream's map over one period of tokens, all channels and bits; the map is affine in the period.
+
+    Raises ProofError where two codes meet or a bit is left over.
+    """
+    from kvdsl.errors import ProofError
+
+    proofs = []
+    for side in SIDES:
+        part = layout.side(side)
+        for stream in part.streams:
+            period = 2 * PAIR if stream.paired else 1
+            seen = set()
+            for token in range(period):
+                for channel in range(layout.head_dim):
+                    byte, bit = stream.address(token, channel, part.plane_width)
+                    seen |= {8 * byte + bit + k for k in range(stream.width)}
+            wanted = period * layout.head_dim * stream.width
+            stride = stream.row(period) * stream.row_words * 16
+            if seen != set(range(wanted)) or stride != wanted:
+                raise ProofError(f"{side}: the {stream.width}-bit stream does not fill its section exactly once")
+            method = f"exhaustive over {period} tokens, affine beyond"
+            proofs.append(BijectionProof(f"{side}, {stream.width} bits", method, wanted))
+    return tuple(proofs)

@@ -1,0 +1,51 @@
+"""Where a side's scale is applied, and the constants of its code: what the plan decides without any algebra."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from kvdsl.scheme import ALL, Scale, Store, Uniform
+
+from .layout import SideLayout, token_block
+
+
+class When(Enum):
+    """Where a side's scale and offset are applied."""
+
+    NEVER = "there is no scale"
+    AFTER_DOT = "once per token and channel group, behind the partial dot product"
+    ONCE_PER_TILE = "once per tile of tokens that share it"
+    ONCE_PER_QUERY = "once per query or output"
+    IN_LOOP = "per element, in the loop"
+
+
+def levels(code_: Uniform, scale: Scale) -> int:
+    """Number of levels of a uniform code under a scale."""
+    assert code_.bits is not None
+    if code_.levels is not None:
+        return code_.levels
+    return 2**code_.bits - (scale.range == "absmax" and code_.grid == "ends")
+
+
+def centre(code_: Uniform, scale: Scale) -> int:
+    """The code that stands for zero (or lies next above it on grid `cells`) of a symmetric range."""
+    count = levels(code_, scale)
+    return count // 2 if scale.range == "signed_absmax" or code_.grid == "cells" else (count - 1) // 2
+
+
+def place(store: Store, part: SideLayout) -> When:
+    """The outermost legal place of a store's scale, given how its planes lie.
+
+    Behind the dot product a scale must be constant over the channels of whole planes; once per tile it must be constant
+    over a tile's tokens, which takes blocks of 32 tokens or a multiple.
+    """
+    scale = store.scale
+    if scale is None:
+        return When.NEVER
+    if scale.when == "calibrated":
+        return When.ONCE_PER_QUERY
+    tokens, channels = token_block(store), scale.block.channels
+    if tokens == 1:
+        aligned = channels is ALL or channels % part.plane_width == 0  # type: ignore[operator]
+        return When.AFTER_DOT if aligned else When.IN_LOOP
+    return When.ONCE_PER_TILE if tokens % 32 == 0 else When.IN_LOOP

@@ -1,0 +1,131 @@
+"""The plan: a scheme lowered for a shape, ready to be printed.  Everything both printers decide from, proven."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Literal
+
+from kvdsl.rules import refuse_for
+from kvdsl.scheme import SIDES, Float, Scale, Scheme, Store, Uniform
+from kvdsl.shape import Shape
+
+from .layout import PAIR, BijectionProof, Layout, SideLayout, lay_out, prove_bijection, token_block
+from .placement import When, place
+
+if TYPE_CHECKING:
+    from .algebra import NormalForm
+
+DECODE_ROWS = 8
+EXTEND_ROWS = 16
+
+
+@dataclass(frozen=True)
+class SidePlan:
+    """One side: what is stored, where it stands, and where its scale is applied."""
+
+    name: Literal["keys", "values"]
+    store: Store
+    layout: SideLayout
+    when: When
+
+    @cached_property
+    def form(self) -> NormalForm:
+        """The derivation and its proof: made when text is printed, not when stored text is loaded."""
+        from .algebra import derive
+
+        return derive(self.name, self.store, self.when)
+
+    @property
+    def scale(self) -> Scale:
+        assert self.store.scale is not None
+        return self.store.scale
+
+    @property
+    def code(self) -> Uniform:
+        assert isinstance(self.store.code, Uniform)
+        return self.store.code
+
+    @property
+    def floats(self) -> str | None:
+        """The float format, where the numbers themselves are stored."""
+        return self.store.code.format if isinstance(self.store.code, Float) else None
+
+    @property
+    def static(self) -> bool:
+        """Scales come from calibration, not from the page."""
+        return self.store.scale is not None and self.store.scale.when == "calibrated"
+
+    @property
+    def offset_stored(self) -> bool:
+        """A second number stands beside each scale."""
+        scale = self.store.scale
+        return scale is not None and scale.range in ("minmax", "minmax_zero") and scale.zero != "in_scale"
+
+    @property
+    def has_offset(self) -> bool:
+        """The decoded number needs a second number, stored or hidden in the scale."""
+        scale = self.store.scale
+        return scale is not None and scale.range in ("minmax", "minmax_zero")
+
+    @property
+    def groups(self) -> int:
+        """Channel groups with a scale of their own, applied behind the dot product (else 1)."""
+        if self.when is When.AFTER_DOT and self.layout.meta is not None:
+            return self.layout.meta.groups
+        return 1
+
+    def group(self, plane: int) -> int:
+        """The channel group that plane belongs to, of those counted by `groups`."""
+        return plane * self.groups // self.layout.planes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`tile` tokens are read at a time, as `halves` sub-tiles: two where two tokens share a word."""
+
+    scheme: Scheme
+    shape: Shape
+    layout: Layout
+    keys: SidePlan
+    values: SidePlan
+    tile: int
+    halves: int
+    bijection: tuple[BijectionProof, ...]
+
+    def side(self, name: str) -> SidePlan:
+        return self.keys if name == "keys" else self.values
+
+    @property
+    def half(self) -> int:
+        """Tokens of a sub-tile."""
+        return self.tile // self.halves
+
+    def rows(self, *, many: bool) -> int:
+        """Query rows of a program: the head group padded to 8 or 16, or 16 where there are several query tokens."""
+        return EXTEND_ROWS if many or self.shape.group > DECODE_ROWS else DECODE_ROWS
+
+    def span(self, side: str) -> int:
+        """Tokens that one program of `pack` quantizes: a token block, or 32 single tokens."""
+        block = token_block(self.scheme.side(side))  # type: ignore[arg-type]
+        return block if block > 1 else PAIR
+
+    @property
+    def sinks(self) -> int:
+        return self.scheme.sinks.tokens if self.scheme.sinks else 0
+
+
+@cache
+def plan_for(scheme: Scheme, shape: Shape) -> Plan:
+    """Lower a scheme.  Raises SchemeError where it does not fit the shape, ProofError where the page is no bijection."""
+    refuse_for(scheme, shape)
+    layout = lay_out(scheme, shape)
+    proofs = prove_bijection(layout)
+    sides = []
+    for name in SIDES:
+        store, part = scheme.side(name), layout.side(name)
+        sides.append(SidePlan(name, store, part, place(store, part)))
+    paired = any(side.layout.paired for side in sides)
+    narrow = any(side.when is When.ONCE_PER_TILE and token_block(side.store) % (2 * PAIR) for side in sides)
+    tile = 2 * PAIR if paired or not narrow else PAIR
+    return Plan(scheme, shape, layout, sides[0], sides[1], tile, 2 if paired else 1, proofs)

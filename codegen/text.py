@@ -1,0 +1,58 @@
+"""Building source line by line, and the names that generated modules use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from string import Template
+
+
+class Lines:
+    """Source under construction: `add` lines at the current depth, `deeper` indents."""
+
+    def __init__(self, depth: int = 0) -> None:
+        self.depth = depth
+        self.lines: list[str] = []
+
+    def add(self, *lines: str) -> None:
+        for line in lines:
+            self.lines.append("    " * self.depth + line if line else "")
+
+    def extend(self, lines: Iterable[str]) -> None:
+        self.add(*lines)
+
+    @contextmanager
+    def deeper(self, head: str) -> Iterator[None]:
+        self.add(head)
+        self.depth += 1
+        yield
+        self.depth -= 1
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines) + "\n"
+
+
+def fill(skeleton: str, **holes: Iterable[str] | str | int) -> str:
+    """Fill a skeleton: a hole `$name` alone on its line takes lines, indented as it stands (none: the line goes away);
+    a hole inside a line takes a word."""
+    words = {name: value for name, value in holes.items() if isinstance(value, (str, int))}
+    blocks = {name: list(value) for name, value in holes.items() if not isinstance(value, (str, int))}
+    out: list[str] = []
+    for line in skeleton.strip("\n").split("\n"):
+        name = line.strip()[1:]
+        if line.strip().startswith("$") and name in blocks:
+            margin = line[: len(line) - len(line.lstrip())]
+            out += [margin + text if text else "" for text in blocks[name]]
+        else:
+            out.append(Template(line).substitute(words))
+    return "\n".join(out) + "\n"
+
+
+def padded(count: int) -> int:
+    """The next power of two: what a tile's side must be."""
+    return 1 << (count - 1).bit_length()
+
+
+def literal(value: float) -> str:
+    """A float literal."""
+    return repr(float(value))

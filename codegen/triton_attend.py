@@ -1,0 +1,351 @@
+"""Attention kernels in Triton: decode and extend (one skeleton), the merge of splits, and raw scores.
+
+Glossary of the attention skeleton (for maintainers; not emitted):
+  bh, b, h      program's sequence and kv head; split: its share of the tokens; rows: query tokens x heads of the group
+  u             token position counted from the first one after the sinks; a page holds PAGE of them, a tile TILE
+  clean pages   visible to every row and packed on both sides: the main loop, no masks
+  edge tiles    sinks, the first page when it is partly visible, and everything from the last clean page on: masked,
+                packed and exact at once
+  size          power of two that a row of the query was divided by; scores and maxima are in its units
+"""
+
+from __future__ import annotations
+
+from .plan import Plan
+from .text import Lines, fill, literal, padded
+from .triton_keys import Keys
+from .triton_meta import section
+from .triton_values import Values
+
+LOG2E = 1.4426950408889634
+ATTEND = """
+@triton.jit(do_not_specialize=["queries", "splits", "first_extra", "ring", "window"])
+def $name(
+    query_ptr, $pool_args, table_ptr, $params_args
+    packed_keys_ptr, packed_values_ptr, length_ptr, start_ptr, first_ptr,
+    key_rows_ptr, value_rows_ptr, partial_ptr, lse_ptr,
+    queries, table_width, ring, window, splits, scaling, softcap,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    ROWS: tl.constexpr = $rows
+    bh = tl.program_id(0)
+    split = tl.program_id(1)
+    block = tl.program_id(2)
+    b = bh // $heads
+    h = bh % $heads
+    packed_keys = tl.load(packed_keys_ptr + b)
+    packed_values = tl.load(packed_values_ptr + b)
+    length = tl.load(length_ptr + b)
+    start = tl.load(start_ptr + b)
+    first = tl.load(first_ptr + b)
+    table = table_ptr + b.to(tl.int64) * table_width
+
+    # which rows: (query token, head of the group); what each may see, in positions after the sinks
+    row_index = block * ROWS + tl.arange(0, ROWS)
+    live = row_index < queries * $group
+    token = row_index // $group
+    last = length - queries + token - $sinks  # [rows]
+    oldest = tl.maximum(start, length - queries + token - window + 1) - $sinks  # [rows]
+    end = length - $sinks
+    total_rows = $sinks + ring
+
+    head = (b * $q_heads + h * $group + row_index % $group).to(tl.int64)
+    query = query_ptr + ((head * queries + token) * $head_dim)[None, :]
+    $lanes
+    $prologue
+    peak = tl.full([ROWS], -1.0e30, tl.float32)
+    mass = tl.zeros([ROWS], tl.float32)
+    $accumulators
+
+    # clean pages: every row sees all of their tokens, and both sides are packed
+    newest_start = tl.maximum(start, length - window) - $sinks
+    low = (tl.maximum(newest_start, 0) + $page_less) // $page
+    high = tl.minimum(tl.minimum(packed_keys, packed_values), length - queries + 1 - $sinks)
+    high = tl.maximum(high, 0) // $page
+    oldest_start = tl.maximum(start, length - queries - window + 1) - $sinks
+    edge = tl.maximum(oldest_start, 0) // $page
+    low = tl.where(high > low, low, edge)
+    high = tl.where(high > low, high, edge)
+    share = (high - low + splits - 1) // splits
+    begin = tl.minimum(low + split * share, high)
+    stop = tl.minimum(begin + share, high)
+    next_page = tl.load(table + begin)
+    for tile in tl.range(begin * $sub, stop * $sub, num_stages=STAGES):
+        page = next_page.to(tl.int64)
+        next_page = tl.load(table + (tile + 1)$per_page)
+        $addresses
+        $clean
+
+    # edges: sinks, a partly visible first page, and all that follows the clean pages
+    $exact_accumulators
+    before = (low - edge) * $sub
+    after = (tl.maximum(end - high * $page, 0) + $tile_less) // $tile
+    for step in tl.range(split, $sink_tiles + before + after, splits, num_stages=1):
+        tile = step - $sink_tiles
+        tile = tl.where(tile < before, edge * $sub + tile, high * $sub + tile - before)
+        $sink_step
+        base_u = tile * $tile
+        in_pages = (base_u >= 0) & (base_u < tl.maximum(packed_keys, packed_values))
+        page = tl.load(table + base_u // $page, mask=in_pages, other=0).to(tl.int64)
+        $edge_addresses
+        $edges
+    $epilogue
+    inverse = 1.0 / tl.where(mass > 0.0, mass, 1.0)
+    out = ((bh.to(tl.int64) * tl.num_programs(2) + block) * splits + split) * ROWS
+    partial = partial_ptr + (out + tl.arange(0, ROWS))[None, :] * $head_dim
+    $stores
+    lse = tl.where(mass > 0.0, peak * size + tl.log2(tl.where(mass > 0.0, mass, 1.0)), -1.0e30)
+    tl.store(lse_ptr + out + tl.arange(0, ROWS), lse, mask=live)
+"""
+
+MERGE = """
+@triton.jit(do_not_specialize=["queries", "splits", "blocks"])
+def merge(partial_ptr, lse_ptr, out_ptr, out_lse_ptr, queries, blocks, splits, ROWS: tl.constexpr, SPLITS: tl.constexpr):
+    head = tl.program_id(0)
+    token = tl.program_id(1)
+    b = head // $q_heads
+    h = head % $q_heads // $group
+    row = token * $group + head % $group
+    s = tl.arange(0, SPLITS)
+    d = tl.arange(0, $lanes)
+    place = ((b * $heads + h).to(tl.int64) * blocks + row // ROWS) * splits + s
+    place = place * ROWS + row % ROWS
+    lse = tl.load(lse_ptr + place, mask=s < splits, other=-1.0e30)
+    most = tl.max(lse, 0)
+    weight = tl.where(lse > -1.0e29, tl.exp2(lse - most), 0.0)
+    mass = tl.sum(weight, 0)
+    part = tl.load(
+        partial_ptr + place[:, None] * $head_dim + d[None, :],
+        mask=((s < splits) & (weight > 0.0))[:, None] & (d < $head_dim)[None, :],
+        other=0.0,
+    )
+    total = tl.sum(part * weight[:, None], 0) / tl.where(mass > 0.0, mass, 1.0)
+    where = head.to(tl.int64) * queries + token
+    tl.store(out_ptr + where * $head_dim + d, $result, mask=d < $head_dim)
+    natural = (most + tl.log2(tl.where(mass > 0.0, mass, 1.0))) * 0.6931471805599453
+    tl.store(out_lse_ptr + where, tl.where(mass > 0.0, natural, float("-inf")))
+"""
+
+SCORES = """
+@triton.jit(do_not_specialize=["queries", "tokens"])
+def scores(query_ptr, $pool_args, table_ptr, $params_args out_ptr, queries, table_width, tokens, scaling):
+    ROWS: tl.constexpr = $rows
+    bh = tl.program_id(0)
+    tile = tl.program_id(1)
+    block = tl.program_id(2)
+    b = bh // $heads
+    h = bh % $heads
+    row_index = block * ROWS + tl.arange(0, ROWS)
+    live = row_index < queries * $group
+    token = row_index // $group
+    head = (b * $q_heads + h * $group + row_index % $group).to(tl.int64)
+    query = query_ptr + ((head * queries + token) * $head_dim)[None, :]
+    $lanes
+    $prologue
+    page = tl.load(table_ptr + b.to(tl.int64) * table_width + tile$per_page).to(tl.int64)
+    $addresses
+    out = out_ptr + ((head * queries + token) * tokens)[None, :]
+    $halves
+"""
+
+
+class Attend:
+    """Prints the kernels that read pages for a query."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.keys, self.values = Keys(plan), Values(plan)
+        self.pools = pools(plan)
+
+    def _shared(self, rows: int) -> dict[str, int | str]:
+        plan = self.plan
+        sub = plan.layout.page_tokens // plan.tile
+        return {
+            "rows": rows, "heads": plan.shape.kv_heads, "q_heads": str(plan.shape.q_heads), "group": plan.shape.group,
+            "head_dim": plan.shape.head_dim, "sinks": plan.sinks, "page": plan.layout.page_tokens,
+            "page_less": plan.layout.page_tokens - 1, "tile": plan.tile, "tile_less": plan.tile - 1, "sub": sub,
+            "per_page": f" // {sub}" if sub > 1 else "", "pool_args": ", ".join(self.pools),
+            "sink_tiles": -(-plan.sinks // plan.tile), "params_args": "".join(f"{p}, " for p in parameters(plan)),
+        }  # fmt: skip
+
+    def addresses(self, tile: str = "tile") -> list[str]:
+        """Where the page's words and metadata of head h begin, and which tokens of the page the tile holds."""
+        plan, lines = self.plan, []
+        layout = plan.layout
+        sub = layout.page_tokens // plan.tile
+        position = f"{tile} % {sub} * {plan.tile}" if sub > 1 else "0"
+        lines.append(f"page_token = {position}")
+        for half in range(plan.halves):
+            shift = f" + {half * plan.half}" if half else ""
+            lines.append(f"{tokens_name(plan, half)} = page_token{shift} + tl.arange(0, {plan.half})")
+        if any(side.layout.paired for side in (plan.keys, plan.values)):
+            lines.append("pair = page_token // 2 + tl.arange(0, 32)")
+        if "pool16_ptr" in self.pools:
+            lines.append(f"words = pool16_ptr + page * {layout.page_bytes // 2} + h * {layout.head_bytes // 2}")
+        for side in (plan.keys, plan.values):
+            if side.floats:
+                size = 4 if side.floats == "fp32" else 2
+                start = f"page * {layout.page_bytes // size} + h * {layout.head_bytes // size} + {side.layout.float_offset // size}"
+                lines.append(f"{side.name[:-1]}_floats = pool_{side.floats}_ptr + {start}")
+            if side.layout.meta is not None:
+                lines.append(f"{side.name[0]}_meta = {section(side, layout.page_bytes, layout.head_bytes)[1]}")
+        return lines
+
+    def clean(self) -> list[str]:
+        """The main loop's body: scores, online softmax, weighted values; no masks."""
+        plan, lines = self.plan, []
+        halves = range(plan.halves)
+        for half in halves:
+            lines += self.keys.scores(half, tokens_name(plan, half))
+            lines += self._capped("s")
+            if plan.halves > 1:
+                lines.append(f"s{half}_all = s")
+        names = [f"s{half}_all" for half in halves] if plan.halves > 1 else ["s"]
+        lines += self._softmax(names)
+        for half in halves:
+            lines.append(f"p = tl.exp2({names[half]} * size[None, :] - (peak * size)[None, :])")
+            lines.append("mass = mass * decay + tl.sum(p, 0)" if half == 0 else "mass = mass + tl.sum(p, 0)")
+            lines += self.values.accumulate(half, tokens_name(plan, half))
+        return lines
+
+    def _softmax(self, names: list[str]) -> list[str]:
+        top = f"tl.max({names[0]}, 0)"
+        for name in names[1:]:
+            top = f"tl.maximum({top}, tl.max({name}, 0))"
+        return [f"higher = tl.maximum(peak, {top})", "decay = tl.exp2((peak - higher) * size)", "peak = higher"]
+
+    def _capped(self, name: str) -> list[str]:
+        if not self.plan.shape.softcap:
+            return []
+        return [f"{name} = softcap * tanh({name} * true_size[None, :] / softcap) * {literal(LOG2E)}"]
+
+    def edges(self) -> list[str]:
+        """The edge loop's body: every token is packed or exact on either side, or not visible."""
+        plan, lines = self.plan, []
+        halves = range(plan.halves)
+        names = []
+        for half in halves:
+            t = tokens_name(plan, half)
+            lines += [
+                f"u = base_u + {half * plan.half} + tl.arange(0, {plan.half})"
+                if half
+                else f"u = base_u + tl.arange(0, {plan.half})",
+                f"seen_{half} = (u[:, None] <= last[None, :]) & (u[:, None] >= oldest[None, :]) & (u >= {-plan.sinks})[:, None]",
+                f"keys_in_{half} = (u >= 0) & (u < packed_keys)",
+                f"values_in_{half} = (u >= 0) & (u < packed_values)",
+                f"keys_out_{half} = ((u < 0) | (u >= packed_keys)) & (u >= {-plan.sinks}) & (u < end)",
+                f"values_out_{half} = ((u < 0) | (u >= packed_values)) & (u >= {-plan.sinks}) & (u < end)",
+                *self._row(half),
+            ]
+            lines += self.keys.scores(half, t)
+            lines += ["row = row_%d" % half, *self.keys.exact_scores(f"keys_out_{half}")]
+            lines.append(f"s = tl.where(keys_in_{half}[:, None], s, s_exact)")
+            lines += self._capped("s")
+            names.append(f"s{half}_all")
+            lines.append(f"s{half}_all = tl.where(seen_{half}, s, -1.0e30)")
+        lines += self._softmax(names)
+        for half in halves:
+            lines += [
+                f"weights = tl.exp2(s{half}_all * size[None, :] - (peak * size)[None, :])",
+                f"weights = tl.where(seen_{half}, weights, 0.0)",
+                "mass = mass * decay + tl.sum(weights, 0)" if half == 0 else "mass = mass + tl.sum(weights, 0)",
+                f"p = tl.where(values_in_{half}[:, None], weights, 0.0)",
+                f"p_exact = tl.where(values_out_{half}[:, None], weights, 0.0)",
+            ]
+            guard = f"values_in_{half}"
+            if self.values.side.when.name == "ONCE_PER_TILE":
+                lines.append(f"{guard}_any = tl.max({guard}.to(tl.int32), 0)")
+            lines += self.values.accumulate(half, tokens_name(plan, half), guard)
+            lines += [f"row = row_{half}", *self.values.exact_accumulate(half, f"values_out_{half}")]
+        return lines
+
+    def _row(self, half: int) -> list[str]:
+        sinks = self.plan.sinks
+        inside = f"{sinks} + (u - first) % ring" if sinks else "(u - first) % ring"
+        row = f"tl.where(u < 0, u + {sinks}, {inside})" if sinks else inside
+        return [f"row_{half} = {row}"]
+
+    def attention(self, name: str, rows: int) -> str:
+        """The text of `decode` or `extend`."""
+        plan = self.plan
+        size = ["true_size = size", "size = tl.full([ROWS], 1.0, tl.float32)"] if plan.shape.softcap else []
+        rows_of = [
+            "key_rows = key_rows_ptr + bh.to(tl.int64) * total_rows * $d",
+            "value_rows = value_rows_ptr + bh.to(tl.int64) * total_rows * $d",
+        ]
+        d = plan.shape.head_dim
+        values = self.values
+        stores = []
+        for j in range(values.side.layout.planes):
+            mask = "live[None, :] & " + (
+                f"{values.lane}_in[:, None]" if values.ragged else f"({values.lane} >= 0)[:, None]"
+            )
+            lane = f"({values.lane} + {j * values.width})[:, None]" if j else f"{values.lane}[:, None]"
+            stores.append(f"tl.store(partial + {lane}, o{j} * inverse[None, :], mask={mask})")
+        sink_step = []
+        if plan.sinks:
+            count = -(-plan.sinks // plan.tile)
+            sink_step = [f"tile = tl.where(step < {count}, step - {count}, tile)"]
+        return fill(
+            ATTEND,
+            name=name,
+            **self._shared(rows),
+            lanes=[*self.keys.lane_lines(), *values.lane_lines(), *(line.replace("$d", str(d)) for line in rows_of)],
+            prologue=[*self.keys.prologue(exact_rows=True), *size],
+            accumulators=values.prologue(),
+            addresses=self.addresses(),
+            edge_addresses=self.addresses("tl.maximum(tile, 0)"),
+            clean=self.clean(),
+            exact_accumulators=values.exact_prologue(),
+            sink_step=sink_step,
+            edges=self.edges(),
+            epilogue=values.epilogue(),
+            stores=stores,
+        ).replace('"first_extra", ', "")
+
+    def scores(self, rows: int) -> str:
+        """The text of `scores`."""
+        plan, halves = self.plan, Lines()
+        for half in range(plan.halves):
+            halves.extend(self.keys.scores(half, tokens_name(plan, half)))
+            u = f"(tile * {plan.tile} + {half * plan.half} + tl.arange(0, {plan.half}))"
+            halves.add(f"u = {u}")
+            halves.add("tl.store(out + u[:, None], s * size[None, :], mask=live[None, :] & (u < tokens)[:, None])")
+        return fill(
+            SCORES,
+            **self._shared(rows),
+            lanes=self.keys.lane_lines(),
+            prologue=self.keys.prologue(exact_rows=False),
+            addresses=[line for line in self.addresses() if not line.startswith("v_meta")],
+            halves=halves.lines,
+        )
+
+    def merge(self) -> str:
+        """The text of `merge`."""
+        plan = self.plan
+        result = {"fp16": "total.to(tl.float16)", "fp32": "total", "bf16": "bits_bf16(total).to(tl.int16)"}
+        shared = self._shared(8)
+        return fill(MERGE, **{**shared, "lanes": padded(plan.shape.head_dim), "result": result[plan.shape.dtype]})
+
+
+def tokens_name(plan: Plan, half: int) -> str:
+    """The vector of a sub-tile's tokens, counted in the page."""
+    return "t" if plan.halves == 1 else f"t{half}"
+
+
+def parameters(plan: Plan) -> list[str]:
+    """Pointers to calibrated scales."""
+    return [f"{side.name}_scale_ptr" for side in (plan.keys, plan.values) if side.static]
+
+
+def pools(plan: Plan) -> list[str]:
+    """The pool, once for every element type that is read from it."""
+    names = set()
+    for side in (plan.keys, plan.values):
+        if side.floats:
+            names.add(f"pool_{side.floats}_ptr")
+        else:
+            names.add("pool16_ptr")
+        if side.layout.meta is not None:
+            names.add("pool16_ptr" if side.layout.meta.kind == "half" else "pool32_ptr")
+    return sorted(names)

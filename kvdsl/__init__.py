@@ -1,0 +1,38 @@
+"""kvdsl: state how an LLM's KV cache is quantized; get proven kernels and a cache that plugs into models.
+
+Importing this package loads neither torch nor triton: every name is fetched when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_PLACES = {
+    "scheme": ("ALL", "Block", "Float", "Part", "Recent", "Scale", "Scheme", "Sinks", "Store", "Uniform",
+               "per_channel", "per_tensor", "per_token"),
+    "shape": ("Shape",),
+    "errors": ("BackendError", "CacheError", "Fault", "ProofError", "SchemeError", "ShapeError"),
+    "registry": ("load", "name_of", "names"),
+    "cost": ("bits",),
+    "codegen": ("build",),
+    "api": ("attend", "calibrate", "roundtrip", "scores"),
+    "hf": ("cache", "use"),
+    "kernels": ("AttentionState", "KernelSet"),
+}  # fmt: skip
+_HOME = {name: module for module, names in _PLACES.items() for name in names}
+_MODULES = ("codegen", "hf", "models", "reference", "schemes", "testing")
+
+__all__ = sorted([*_HOME, *_MODULES])
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

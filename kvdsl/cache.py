@@ -1,0 +1,327 @@
+"""QuantizedCache: the keys and values of one layer, packed by a scheme's kernels and read where they lie."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from .errors import CacheError, ShapeError
+from .inputs import checked_counts, checked_index, checked_number, refuse_tensor
+from .kernels import AttentionState, KernelSet, Params, Side
+from .members import Member, Policy
+from .pages import ZERO, PagePool
+from .rows import dense_index, gather, ring_index
+from .scheme import SIDES
+from .state import Now
+from .steps import Machine
+
+CAPACITY = 131072
+
+
+class QuantizedCache:
+    """One layer's keys and values for `batch` sequences.
+
+    kernels   the compiled scheme; `params` its calibrated parameters, moved to `device` once
+    device    default: CUDA for the triton backend where there is one, else the CPU
+    window    sliding window in tokens: a query at position p sees t > p - window; pages that no later query sees are
+              freed
+    capacity  tokens a sequence, for which address space is reserved: memory is taken page by page as it is used,
+              nothing is ever moved or copied when the cache grows, and a full cache raises CacheError (see reserve.py)
+
+    A sequence may have its own length: `counts` of an append says how many of a chunk's *last* tokens it takes, which
+    is what left-padded batches need (padding is then never stored).  Lengths live as integers on the host and as
+    tensors on the device, so no call waits for the device, unless an index is given as a device tensor.
+
+    Any method that changes the cache either succeeds or raises and leaves it as it was.  One thread at a time may
+    change a cache and its forks; a second one gets CacheError.
+    """
+
+    def __init__(
+        self,
+        kernels: KernelSet,
+        batch: int,
+        *,
+        device: torch.device | str | None = None,
+        params: Params | None = None,
+        window: int | None = None,
+        capacity: int = CAPACITY,
+    ) -> None:
+        checked_number("batch", batch, 0)
+        checked_number("capacity", capacity, 1)
+        checked_number("window", 1 if window is None else window, 1)
+        if device is None:
+            device = "cuda" if kernels.backend == "triton" and torch.cuda.is_available() else "cpu"
+        self.kernels = kernels
+        self.capacity = capacity
+        self.requantized = 0
+        with torch.inference_mode(False), torch.no_grad():
+            self.device = torch.empty(0, device=device).device
+            self.params = {name: tensor.detach().to(self.device) for name, tensor in (params or {}).items()}
+            limit = max(1, batch) * -(-capacity // kernels.page_tokens)
+            self.pool = PagePool(limit, kernels.page_bytes, self.device)
+            self._now = Now.empty(Policy.of(kernels, window), batch, kernels.shape, self.device)
+        self._machine = Machine(kernels, self.params, self.pool)
+        self.pool.owners.add(self)
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    @property
+    def batch(self) -> int:
+        """Sequences."""
+        return len(self._now.members)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each sequence, as appended: tokens that a sliding window let go of count too."""
+        return self._now.lengths
+
+    @property
+    def window(self) -> int | None:
+        """The sliding window in tokens, or None."""
+        return self._now.policy.sliding
+
+    def packed(self, side: Side) -> tuple[int, ...]:
+        """How many tokens after the sinks are packed in each sequence."""
+        return tuple(m.packed_of(side) for m in self._now.members)
+
+    def held(self) -> Iterator[int]:
+        """The page ids of all sequences, each as often as it is held."""
+        return (page for ids in self._now.table.ids for page in ids if page != ZERO)
+
+    def state(self, *, scaling: float | None = None, softcap: float | None = None) -> AttentionState:
+        """What attention over the cache as it stands reads; valid until the cache changes."""
+        now = self._now
+        return self._scaled(now.seen(now, self.pool), scaling, softcap)
+
+    def attend(self, query: Tensor, state: AttentionState) -> tuple[Tensor, Tensor]:
+        """Attention of query (B, Hq, Q, D) over a state: (out (B, Hq, Q, D), lse (B, Hq, Q) float32), see KernelSet."""
+        shape = self.kernels.shape
+        refuse_tensor(
+            "query", query, (self.batch, shape.q_heads or shape.kv_heads, None, shape.head_dim), shape, self.device
+        )
+        if not query.numel():
+            return torch.empty_like(query), query.new_zeros(query.shape[:3], dtype=torch.float32)
+        return self.kernels.attend(query, state, self.params)
+
+    def dense(self, side: Side) -> Tensor:
+        """All tokens of a side as numbers, (B, H, longest, D) in the model's dtype: packed ones decoded, the others
+        exact. Right aligned: a shorter sequence, and tokens a sliding window let go of, are zeros."""
+        now, policy, packed = self._now, self._now.policy, self.packed(side)
+        most, rows = max(packed, default=0), now.rows(side)
+        gone = [min(m.gone, p) for m, p in zip(now.members, packed, strict=True)]
+        index, held = dense_index(policy.sinks, policy.ring, most, self.lengths, packed, gone)
+        with torch.no_grad():
+            if most:
+                decoded = self.kernels.unpack(side, self.pool.bytes, now.table.tensor, 0, most, self.params)
+                rows = torch.cat([decoded.to(rows.dtype), rows], 2)
+            return gather(rows, index).masked_fill_(~held.to(self.device)[:, None, :, None], 0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: pages in use (with the zero page; shared ones once), exact rows, table and lengths."""
+        return (1 + len(set(self.held()))) * self.pool.page_bytes + self._now.nbytes
+
+    def bits(self) -> float:
+        """Bits held for each number of the keys and values seen so far, everything included; 0 when there is none."""
+        shape = self.kernels.shape
+        numbers = 2 * shape.kv_heads * shape.head_dim * sum(self.lengths)
+        return 8 * self.nbytes / numbers if numbers else 0.0
+
+    def stats(self) -> dict[str, float]:
+        """bytes; bits a number; tokens; pages in use; committed (bytes backing the pool); page_copies (on write);
+        requantized_tokens (decoded by crop, so quantized again later; keys and values counted apart)."""
+        return {
+            "bytes": self.nbytes,
+            "bits": self.bits(),
+            "tokens": sum(self.lengths),
+            "pages": len(set(self.held())),
+            "committed": self.pool.committed,
+            "page_copies": self.pool.copies,
+            "requantized_tokens": self.requantized,
+        }
+
+    # -- growing ------------------------------------------------------------------------------------------------------
+
+    def append(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        counts: Sequence[int] | None = None,
+        scaling: float | None = None,
+        softcap: float | None = None,
+    ) -> AttentionState:
+        """Add keys and values (B, H, m, D); sequence b takes the last counts_b of the m tokens (default: all).
+
+        Returns what the attention of this step reads.  prefill="exact": fresh tokens exactly, older ones as they were
+        stored before; "stored": all as they are stored now.  The state is numbers and references: it stays true until
+        the cache changes next, and a first chunk that is large is read from the given tensors themselves.
+
+        ShapeError names a wrong tensor, CacheError a full pool; either way nothing has changed.
+        """
+        counts = self._checked(keys, values, counts)
+        with self._changing() as now:
+            step = self._machine.append(now, {"keys": keys, "values": values}, counts)
+            state = self._scaled(step.state, scaling, softcap)
+            self._commit(step.after, step.dropped)
+        return state
+
+    def append_and_attend(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        counts: Sequence[int] | None = None,
+        scaling: float | None = None,
+        softcap: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """One step: append, then attention of query (B, Hq, Q, D) over it.  A failure in either undoes both."""
+        counts = self._checked(keys, values, counts)
+        with self._changing() as now:
+            step = self._machine.append(now, {"keys": keys, "values": values}, counts)
+            result = self.attend(query, self._scaled(step.state, scaling, softcap))
+            self._commit(step.after, step.dropped)
+        return result
+
+    # -- cutting and moving ---------------------------------------------------------------------------------------------
+
+    def crop(self, length: int, *, requantize: bool = True) -> None:
+        """Shorten every sequence to at most `length` tokens.
+
+        Within the draft (`record`) the cache is as if the rest had never come.  Further back, tokens whose exact rows
+        are gone stay packed; where the cut divides a block of tokens that share a scale, the block's kept tokens are
+        decoded into exact rows, to be quantized a second time later: counted in stats(), or CacheError with
+        requantize=False. CacheError too when a sliding window has let go of what a later query would see.  Either way
+        nothing has changed.
+        """
+        checked_number("length", length, 0)
+        with self._changing() as now:
+            after, dropped, second = self._machine.crop(now, length, requantize=requantize)
+            self._commit(after, dropped)
+            self.requantized += second
+
+    def record(self, draft: int) -> None:
+        """Keep the exact rows of enough tokens that cropping up to `draft` of them loses nothing (0: stop).
+
+        For speculative decoding: what is attended and packed stays the same, the ring of exact rows gets longer.  Call
+        it before the tokens that may be cropped arrive.
+        """
+        checked_number("draft", draft, 0)
+        with self._changing() as now:
+            policy = replace(now.policy, draft=draft)
+            index = ring_index(policy.sinks, policy.ring, self.lengths, [0] * self.batch, now.policy.ring)
+            members = tuple(policy.resize(m) for m in now.members)
+            rows = {side: gather(now.rows(side), index) for side in SIDES}
+            self._commit(now.moved(members, policy=policy, key_rows=rows["keys"], value_rows=rows["values"]))
+
+    def reorder(self, index: Sequence[int] | Tensor) -> None:
+        """Sequence i becomes what sequence index_i was (beam search).  Pages are shared, and copied when written to."""
+        chosen = checked_index(index, self.batch)
+        with self._changing() as now:
+            after = now.chosen(chosen)
+            times = Counter(chosen)
+            dropped: list[int] = []
+            for b, ids in enumerate(now.table.ids):
+                if times[b]:
+                    self.pool.share(ids, times[b] - 1)
+                else:
+                    dropped += ids
+            self._commit(after, dropped)
+
+    select = reorder
+    """The chosen sequences, in that order, any number of them."""
+
+    def repeat(self, times: int) -> None:
+        """Every sequence `times` times, the copies beside each other."""
+        checked_number("times", times, 0)
+        self.reorder([b for b in range(self.batch) for _ in range(times)])
+
+    def fork(self, index: Sequence[int] | Tensor | None = None) -> Self:
+        """A second cache that begins with chosen sequences (default: all) and shares their pages, and the pool."""
+        chosen = checked_index(range(self.batch) if index is None else index, self.batch)
+        with self._changing() as now:
+            twin = object.__new__(type(self))
+            twin.__dict__.update(self.__dict__, requantized=0, _now=now.chosen(chosen))
+            self.pool.owners.add(twin)
+            self.pool.recount()
+        return twin
+
+    def hide(self, starts: Sequence[int]) -> None:
+        """Attention sees no token before starts_b of sequence b: for batches whose left padding was stored."""
+        starts = checked_counts("starts", starts, self.lengths)
+        with self._changing() as now:
+            self._commit(now.moved(tuple(m._replace(start=s) for m, s in zip(now.members, starts, strict=True))))
+
+    def reset(self) -> None:
+        """Forget all tokens; the pages go back to the pool."""
+        with self._changing() as now:
+            table, dropped = now.table.truncate([0] * self.batch)
+            self._commit(now.moved((Member(),) * self.batch, table=table), dropped)
+
+    # -- keeping --------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file, see saving.py; an existing file is replaced only by a complete one."""
+        from .saving import save
+
+        save(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | Path, kernels: KernelSet, **options: Any) -> Self:
+        """Read what `save` wrote for the same scheme and shape; options as for the constructor.  CacheError if not
+        so."""
+        from .saving import load
+
+        return load(cls, Path(path), kernels, options)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        from .saving import reduced
+
+        return reduced(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        from .saving import copied
+
+        return copied(self)
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _changing(self) -> Iterator[Now]:
+        """One change: the only one at a time, outside autograd, and undone when it raises."""
+        if not self.pool.lock.acquire(blocking=False):
+            raise CacheError("cache: another thread is changing it or a fork of it; let one thread at a time append")
+        now = self._now
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                yield now
+        except BaseException:
+            self._now = now
+            self.pool.recount()
+            raise
+        finally:
+            self.pool.lock.release()
+
+    def _commit(self, after: Now, dropped: Sequence[int] = ()) -> None:
+        self._now = after
+        self.pool.release(dropped)
+
+    def _checked(self, keys: Tensor, values: Tensor, counts: Sequence[int] | None) -> tuple[int, ...]:
+        shape = self.kernels.shape
+        for name, tensor in (("keys", keys), ("values", values)):
+            refuse_tensor(name, tensor, (self.batch, shape.kv_heads, None, shape.head_dim), shape, self.device)
+        chunk = keys.shape[2]
+        if values.shape[2] != chunk:
+            raise ShapeError(f"values: {values.shape[2]} tokens beside {chunk} of keys; give both the same")
+        return (chunk,) * self.batch if counts is None else checked_counts("counts", counts, (chunk,) * self.batch)
+
+    def _scaled(self, state: AttentionState, scaling: float | None, softcap: float | None) -> AttentionState:
+        return replace(state, scaling=state.scaling if scaling is None else scaling, softcap=softcap)

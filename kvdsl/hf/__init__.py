@@ -1,0 +1,45 @@
+"""transformers: a cache of packed bytes, and the attention that reads it where it lies.
+
+    use        `cache` and `use`: what a user calls
+    layer      the library's layer protocol over one QuantizedCache a layer
+    handle     what a layer hands to the attention: a tensor by name, a reference in fact
+    attention  the registered attention function
+    masks      the registered mask function
+
+transformers is imported when `cache` or `use` is first called.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..extras import need
+
+if TYPE_CHECKING:
+    from .layer import PackedCache
+    from .use import cache, use
+
+__all__ = ["PackedCache", "cache", "use"]
+_HOME = {"cache": "use", "use": "use", "PackedCache": "layer"}
+OLDEST = "5.17"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    require()
+    import importlib
+
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def require() -> None:
+    """MissingExtra without transformers, ImportError where it lacks what the cache protocol needs."""
+    transformers = need("transformers", "hf")
+    cache_utils = need("transformers.cache_utils", "hf")
+    fit = hasattr(transformers, "AttentionMaskInterface") and hasattr(cache_utils, "CacheLayerMixin")
+    if not (fit and hasattr(cache_utils.Cache, "activate_past_recording")):
+        raise ImportError(
+            f"transformers {transformers.__version__} has no caches that can be rolled back in a sliding window; "
+            f"run: pip install 'transformers>={OLDEST}'"
+        )

@@ -1,0 +1,350 @@
+"""The layer protocol of transformers' caches over QuantizedCache: one layer object for each layer of a model."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from ..cache import QuantizedCache
+from ..codegen import build
+from ..errors import CacheError, ShapeError
+from ..inputs import DTYPES
+from ..kernels import Backend, Params
+from ..scheme import SIDES, Scheme
+from ..shape import InputFormat, Shape
+from .handle import Handle, Which
+
+FORMATS: dict[torch.dtype, InputFormat] = {dtype: name for name, dtype in DTYPES.items()}  # type: ignore[misc]
+DRAFT = 64
+"""Tokens that stay croppable without loss while the past is recorded; a longer draft raises it."""
+
+
+class Step:
+    """The keys and values (B, H, m, D) of one forward in one layer: appended by whoever reads them first.
+
+    `visible` tokens is what the library expects to see of the layer, fresh ones included.  Appending waits for the
+    attention, because only its mask says which of the tokens are padding.
+    """
+
+    def __init__(self, layer: PackedLayer, keys: Tensor, values: Tensor, visible: int) -> None:
+        self.layer, self.keys, self.values, self.visible = layer, keys, values, visible
+        self.state: Any = None
+        self.began_empty = not layer.seen
+        self._numbers: dict[Which, Tensor] = {}
+
+    def append(self, counts: Sequence[int] | None, q_heads: int | None = None, *, softcap: bool = False) -> None:
+        """Store the tokens (the last counts_b of sequence b) unless that is done."""
+        if self.state is None:
+            self.state = self.layer.append(self, counts, q_heads, softcap)
+
+    def numbers(self) -> dict[Which, Tensor]:
+        """Keys and values (B, H, visible, D) as this step sees them, decoded; the tokens are appended.
+
+        Raises CacheError where padding inside the sequence was left out, since the places are no longer the library's.
+        """
+        if not self._numbers:
+            exact = self.layer.scheme.prefill == "exact" and self.state is None
+            old = {side: self.layer.dense(side) for side in SIDES} if exact else {}
+            self.append(None)
+            for side, fresh in (("keys", self.keys), ("values", self.values)):
+                all_ = torch.cat([old[side], fresh], 2) if exact and side in old else self.layer.dense(side)  # type: ignore[index,arg-type]
+                self._numbers[side] = _right_aligned(all_, self.visible)  # type: ignore[index]
+        return self._numbers
+
+    def touched(self, which: Which) -> Tensor:
+        """The numbers, for code that does not know handles: counted, and warned about the first time."""
+        self.layer.fell_back(
+            "code other than kvdsl's attention computes with the cache, so it is decoded at every step; "
+            'model.set_attn_implementation("kvdsl") reads the packed bytes instead'
+        )
+        return self.numbers()[which]
+
+
+def _right_aligned(x: Tensor, tokens: int) -> Tensor:
+    short = tokens - x.shape[2]
+    return torch.nn.functional.pad(x, (0, 0, short, 0)) if short > 0 else x[:, :, x.shape[2] - tokens :]
+
+
+class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer: scheme and window are known, batch, heads and dtype come with the first tokens.
+
+    `seen` counts tokens as the library does, padding included; the QuantizedCache holds those that are no padding.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(
+        self,
+        scheme: Scheme,
+        *,
+        window: int | None = None,
+        params: Params | None = None,
+        backend: Backend | None = None,
+        heads: int | None = None,
+        softcap: bool = False,
+        capacity: int | None = None,
+        calls: Counter[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.scheme, self.window, self.params, self.backend = scheme, window, params, backend
+        self.heads, self.softcap, self.capacity = heads, softcap, capacity
+        self.calls: Counter[str] = Counter() if calls is None else calls
+        self.is_sliding = window is not None
+        self.record_past = False
+        self.seen = 0
+        self.has_gaps = False
+        self.packed: QuantizedCache | None = None
+        self._draft = 0
+        self._step: Step | None = None
+
+    # -- what the library calls in a forward ------------------------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Note dtype and device; the packed cache itself is made with the first tokens."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = self.values = torch.empty(0, dtype=self.dtype, device=self.device)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take keys and values (B, H, m, D) and return handles on all that the step sees."""
+        self.settle()
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        visible, _ = self.get_mask_sizes(key_states.shape[2])
+        step = Step(self, key_states, value_states, visible)
+        self._step = step
+        return Handle(step, "keys"), Handle(step, "values")
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included."""
+        self.settle()
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(tokens the next step of `query_length` tokens sees, position of the first of them)."""
+        self.settle()
+        old = self.seen if self.window is None else min(self.seen, self.window - 1)
+        return old + query_length, self.seen - old
+
+    def get_max_length(self) -> int:
+        """-1: no limit; a sliding layer says its window."""
+        return -1 if self.window is None else self.window
+
+    # -- the tokens -------------------------------------------------------------------------------------------------------
+
+    def append(self, step: Step, counts: Sequence[int] | None, q_heads: int | None, softcap: bool) -> Any:
+        """Store a step's tokens; returns what its attention reads."""
+        if self._step is step:
+            self._step = None
+        fresh = step.keys.shape[2]
+        if self.packed is None:
+            self.packed = self._made(step, q_heads, softcap or self.softcap)
+            self._draft = 0
+        if self.record_past and self._draft < max(DRAFT, fresh if self.seen else 0):
+            self._draft = max(DRAFT, 2 * fresh if self.seen else 0)
+            self.packed.record(self._draft)
+        state = self.packed.append(step.keys, step.values, counts=counts)
+        self.has_gaps |= counts is not None and self.seen > 0 and any(
+            c < fresh and length > c for c, length in zip(counts, self.packed.lengths, strict=True)
+        )
+        self.seen += fresh
+        return state
+
+    def _made(self, step: Step, q_heads: int | None, softcap: bool) -> QuantizedCache:
+        keys, values = step.keys, step.values
+        if keys.shape[3] != values.shape[3]:
+            raise ShapeError(
+                f"values: head_dim {values.shape[3]} beside keys of {keys.shape[3]}; only models with one head_dim are cached"
+            )
+        if keys.dtype not in FORMATS:
+            raise ShapeError(f"keys: {keys.dtype} is none of float16, bfloat16, float32; load the model in one of them")
+        heads = q_heads or self.heads
+        if heads is None or heads % keys.shape[1]:
+            heads = keys.shape[1]
+        shape = Shape(keys.shape[3], keys.shape[1], heads, FORMATS[keys.dtype], softcap)
+        backend = self.backend
+        if backend is None and keys.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            backend = "torch"
+        options = {} if self.capacity is None else {"capacity": self.capacity}
+        kernels = build(self.scheme, shape, backend=backend)
+        return QuantizedCache(
+            kernels, keys.shape[0], device=keys.device, params=self.params, window=self.window, **options
+        )
+
+    def settle(self) -> None:
+        """Append the tokens of a step that no attention has read."""
+        if self._step is not None:
+            self._step.append(None)
+
+    def dense(self, side: Which) -> Tensor:
+        """All tokens of a side, decoded, (B, H, longest, D), right aligned; before the first token of no length."""
+        if self.has_gaps:
+            raise CacheError(
+                "cache: padding between turns was left out, so the tokens no longer stand where a full mask has them; "
+                "use a causal mask, or one turn a batch"
+            )
+        if self.packed is None:
+            assert self._step is not None
+            like = self._step.keys if side == "keys" else self._step.values
+            return like[:, :, :0]
+        return self.packed.dense(side)
+
+    def fell_back(self, why: str) -> None:
+        """Count a read of decoded numbers, and warn about the first of the whole cache."""
+        self.calls["fallbacks"] += 1
+        if self.calls["fallbacks"] == 1:
+            warnings.warn(f"kvdsl: {why}", stacklevel=3)
+
+    # -- what decoding strategies call ------------------------------------------------------------------------------------
+
+    def activate_past_recording(self) -> None:
+        """From now on the newest tokens can be cropped without loss, also in a sliding window."""
+        self.settle()
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the newest -tokens_to_remove tokens (a number <= 0).  CacheError where a sliding window has let go of them."""
+        self.settle()
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop: {tokens_to_remove} is positive; give minus the number of tokens to remove")
+        drop = min(-tokens_to_remove, self.seen)
+        if not drop or self.packed is None:
+            return
+        lengths = {max(0, length - drop) for length in self.packed.lengths}
+        if len(lengths) > 1:
+            raise CacheError("crop: the sequences of a padded batch differ in length; crop one sequence at a time")
+        self.packed.crop(lengths.pop())
+        self.seen -= drop
+
+    def reorder_cache(self, beam_idx: Tensor | Sequence[int]) -> None:
+        """Sequence i becomes what sequence beam_idx_i was."""
+        self.settle()
+        if self.packed is not None:
+            self.packed.reorder(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every sequence `repeats` times, the copies beside each other."""
+        self.settle()
+        if self.packed is not None:
+            self.packed.repeat(repeats)
+
+    def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
+        """Keep the sequences of these indices."""
+        self.settle()
+        if self.packed is not None:
+            if isinstance(indices, Tensor) and indices.dtype == torch.bool:
+                indices = indices.nonzero().flatten()
+            self.packed.select(indices)
+
+    def reset(self) -> None:
+        """Forget everything; the next tokens may have another batch size."""
+        self._step, self.packed = None, None
+        self.seen, self.has_gaps, self.is_initialized = 0, False, False
+        self.keys = self.values = None
+
+    def offload(self) -> None:
+        """Nothing: pages stay on their device."""
+
+    def prefetch(self) -> None:
+        """Nothing: pages stay on their device."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.settle()
+        return self.__dict__.copy()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        self.settle()
+        return self.packed.nbytes if self.packed is not None else 0
+
+    def stats(self) -> dict[str, float]:
+        """QuantizedCache.stats of the layer; empty before the first token."""
+        self.settle()
+        return self.packed.stats() if self.packed is not None else {}
+
+
+class PackedCache(Cache):  # type: ignore[misc]
+    """A transformers cache of packed layers, to be passed as `past_key_values`.  Made by `kvdsl.cache`."""
+
+    def __init__(self, layers: list[Any], scheme: Scheme, calls: Counter[str]) -> None:
+        super().__init__(layers=layers)
+        self.scheme, self.calls = scheme, calls
+        self._dense_before = dense_calls()
+
+    @property
+    def packed_layers(self) -> list[PackedLayer]:
+        """The layers that hold keys and values in this scheme."""
+        return [layer for layer in self.layers if isinstance(layer, PackedLayer)]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """See PackedLayer.update.  CacheError when an earlier forward failed halfway, so that layers hold different tokens."""
+        mine = self.packed_layers
+        if self.layers[layer_idx] is mine[0]:
+            lengths = {layer.get_seq_length() for layer in mine}
+            if len(lengths) > 1:
+                raise CacheError(
+                    f"cache: layers hold {min(lengths)} to {max(lengths)} tokens, a forward failed halfway; reset() the cache"
+                )
+        keys, values = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+        return keys, values
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder all layers; the device is waited for once."""
+        index = beam_idx.tolist()
+        for layer in self.layers:
+            layer.reorder_cache(index if isinstance(layer, PackedLayer) else beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences of these indices in all layers; the device is waited for once."""
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().flatten()
+        index = indices.tolist()
+        for layer in self.layers:
+            layer.batch_select_indices(index if isinstance(layer, PackedLayer) else indices)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all layers: codes, metadata, exact tokens, tables."""
+        return sum(layer.nbytes for layer in self.packed_layers)
+
+    def stats(self) -> dict[str, Any]:
+        """What is held, and how it was read.
+
+        bytes, tokens (of all sequences), bits (bytes for each number of keys and values seen, everything included);
+        packed_calls: attention that read packed bytes; fresh_calls: first prompts attended from the fresh tensors;
+        dense_calls: attention without a packed cache, anywhere, since this one was made; fallbacks: handles decoded for
+        other code or other masks; requantized_tokens: quantized a second time after a crop; layers: the same by layer.
+        """
+        layers = [{"layer": i, **layer.stats()} for i, layer in enumerate(self.layers) if isinstance(layer, PackedLayer)]
+        filled = [layer for layer in layers if len(layer) > 1]
+        numbers = sum(8 * layer["bytes"] / layer["bits"] for layer in filled if layer["bits"])
+        return {
+            "bytes": self.nbytes,
+            "tokens": max((layer["tokens"] for layer in filled), default=0),
+            "bits": 8 * self.nbytes / numbers if numbers else 0.0,
+            "packed_calls": self.calls["packed_calls"],
+            "fresh_calls": self.calls["fresh_calls"],
+            "dense_calls": dense_calls() - self._dense_before,
+            "fallbacks": self.calls["fallbacks"],
+            "requantized_tokens": sum(layer["requantized_tokens"] for layer in filled),
+            "layers": layers,
+        }
+
+
+def dense_calls() -> int:
+    """Attention calls of this process that were given plain tensors."""
+    from .attention import DENSE
+
+    return DENSE["calls"]

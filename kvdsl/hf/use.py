@@ -1,0 +1,150 @@
+"""`cache` and `use`: how a model comes to generate through a packed cache."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+
+from ..kernels import Backend, Params
+from ..scheme import Scheme
+from .attention import attention
+from .layer import PackedCache, PackedLayer
+from .masks import mask
+
+NAME = "kvdsl"
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, mask)
+
+
+def cache(
+    scheme: Scheme | str,
+    model: Any,
+    *,
+    params: Params | None = None,
+    backend: Backend | None = None,
+    capacity: int | None = None,
+) -> PackedCache:
+    """A cache for `model`, to be passed as `past_key_values`; the model's attention is set to the one that reads it.
+
+    scheme    a Scheme, or whatever kvdsl.load takes; a layer uses `scheme.for_layer`
+    params    calibrated parameters: names of one layer's kernels, or the same behind "layers.<i>."
+    backend   "triton" or "torch"; default by the device of the model
+    capacity  tokens a sequence for which address space is reserved
+
+    Raises ValueError for a model with layers whose state is no pair of keys and values of one head size.
+    """
+    scheme = _loaded(scheme)
+    layers, calls = _layers(scheme, model, params, backend, capacity)
+    if model.config._attn_implementation != NAME:
+        model.set_attn_implementation(NAME)
+    return PackedCache(layers, scheme, calls)
+
+
+def _loaded(scheme: Scheme | str) -> Scheme:
+    if isinstance(scheme, Scheme):
+        return scheme
+    from ..registry import load
+
+    found: Scheme = load(scheme)
+    return found
+
+
+def _layers(
+    scheme: Scheme, model: Any, params: Params | None, backend: Backend | None, capacity: int | None
+) -> tuple[list[Any], Counter[str]]:
+    """A packed layer where the library would have a dynamic one; layers without keys and values stay the library's."""
+    config = model.config.get_text_config(decoder=True)
+    theirs = DynamicCache(config=config).layers or [DynamicLayer() for _ in range(config.num_hidden_layers)]
+    calls: Counter[str] = Counter()
+    layers: list[Any] = []
+    for index, layer in enumerate(theirs):
+        if type(layer) in (DummyLayer, LinearAttentionLayer):
+            layers.append(layer)
+            continue
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise ValueError(f"model: layer {index} keeps a {type(layer).__name__}, which is no plain pair of keys and values")
+        layers.append(
+            PackedLayer(
+                scheme.for_layer(index, len(theirs)),
+                window=getattr(layer, "sliding_window", None),
+                params=_of_layer(params, index),
+                backend=backend,
+                heads=getattr(config, "num_attention_heads", None),
+                softcap=getattr(config, "attn_logit_softcapping", None) is not None,
+                capacity=capacity,
+                calls=calls,
+            )
+        )
+    return layers, calls
+
+
+def _of_layer(params: Params | None, index: int) -> Params | None:
+    """The parameters of one layer: those behind its prefix, and those without any."""
+    if params is None:
+        return None
+    prefix = f"layers.{index}."
+    common = {name: value for name, value in params.items() if not name.startswith("layers.")}
+    return common | {name.removeprefix(prefix): value for name, value in params.items() if name.startswith(prefix)}
+
+
+class Use:
+    """What `use` yields: `cache` is that of the newest generate() call, None before the first."""
+
+    def __init__(self) -> None:
+        self.cache: PackedCache | None = None
+
+
+@contextmanager
+def use(
+    model: Any,
+    scheme: Scheme | str,
+    *,
+    params: Params | None = None,
+    backend: Backend | None = None,
+    capacity: int | None = None,
+) -> Iterator[Use]:
+    """Inside, every `model.generate()` that is given no cache gets a fresh one of `scheme`; afterwards the model is as before.
+
+    Arguments as for `cache`.
+    """
+    loaded = _loaded(scheme)
+    before = _implementations(model)
+    had, own = "generate" in vars(model), vars(model).get("generate")
+    plain = model.generate
+    used = Use()
+
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("past_key_values") is None and kwargs.get("use_cache", True):
+            used.cache = cache(loaded, model, params=params, backend=backend, capacity=capacity)
+            kwargs["past_key_values"] = used.cache
+        return plain(*args, **kwargs)
+
+    try:
+        _layers(loaded, model, params, backend, capacity)
+        model.set_attn_implementation(NAME)
+        object.__setattr__(model, "generate", generate)
+        yield used
+    finally:
+        if had:
+            object.__setattr__(model, "generate", own)
+        else:
+            vars(model).pop("generate", None)
+        for config, name in before:
+            config._attn_implementation_internal = name
+
+
+def _implementations(model: Any) -> list[tuple[Any, str]]:
+    """Every config in the model with its attention implementation."""
+    found: dict[int, Any] = {}
+    waiting = [model.config, *(m.config for m in model.modules() if hasattr(m, "config"))]
+    while waiting:
+        config = waiting.pop()
+        if id(config) not in found and hasattr(config, "_attn_implementation_internal"):
+            found[id(config)] = config
+            waiting += [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
+    return [(config, config._attn_implementation_internal) for config in found.values()]

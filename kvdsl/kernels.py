@@ -1,0 +1,113 @@
+"""KernelSet: what a compiled scheme can do.  The cache, the models and the laws take one and never import the compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from .scheme import Scheme
+from .shape import Shape
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Side = Literal["keys", "values"]
+Backend = Literal["triton", "torch"]
+Params = Mapping[str, "Tensor"]
+
+
+class Module(Protocol):
+    """The functions that every backend's generated module is bound to; see KernelSet for what they take."""
+
+    def pack(self, side: Side, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor, reach: tuple[int, int],
+             pool: Tensor, table: Tensor, params: Params) -> None: ...  # fmt: skip
+
+    def unpack(self, side: Side, pool: Tensor, table: Tensor, begin: int, end: int, params: Params) -> Tensor: ...
+
+    def scores(self, query: Tensor, pool: Tensor, table: Tensor, tokens: int, params: Params) -> Tensor: ...
+
+    def attend(self, query: Tensor, state: AttentionState, params: Params, splits: int | None = None) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class AttentionState:
+    """Everything one attention call reads besides the query, frozen: later appends do not change what it sees.
+
+    B sequences; positions u count after the sinks.  Lengths are int32 tensors on the device, maxima are host integers.
+
+    pool          uint8 (pages, page_bytes)
+    table         int32 (B, width): page of u // page_tokens; one more entry than the longest sequence needs
+    packed_keys, packed_values   int32 (B,): u below this is read from pages, the rest from rows
+    length        int32 (B,): tokens of the sequence, the queries' own included
+    key_rows, value_rows   (B, H, sinks + ring, D): token t < sinks is row t, else row sinks + (u - first) % ring
+    first         int32 (B,): the u that stands in the first ring row
+    start         int32 (B,): the first visible token t (left padding)
+    longest       host: largest length; packed_most: largest of packed_keys and packed_values
+    scaling       factor on q.k before the softmax
+    softcap       cap of `cap * tanh(score / cap)`, only where Shape.softcap
+    window        sliding window in tokens, or None
+    """
+
+    pool: Tensor
+    table: Tensor
+    packed_keys: Tensor
+    packed_values: Tensor
+    length: Tensor
+    key_rows: Tensor
+    value_rows: Tensor
+    first: Tensor
+    start: Tensor
+    longest: int
+    packed_most: int
+    scaling: float
+    softcap: float | None = None
+    window: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class KernelSet:
+    """A scheme compiled for a shape.
+
+    `source` is the generated text, `path` the file it was loaded from, `plan` and `layout` what they were printed from,
+    `why` one sentence saying why this backend was taken, `page_tokens` and `page_bytes` the unit of storage.
+    """
+
+    scheme: Scheme
+    shape: Shape
+    backend: Backend
+    why: str
+    source: str
+    path: Path
+    plan: Any
+    layout: Any
+    page_tokens: int
+    page_bytes: int
+    module: Module
+
+    def pack(self, side: Side, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor, reach: tuple[int, int],
+             pool: Tensor, table: Tensor, params: Params) -> None:  # fmt: skip
+        """Quantize tokens u in [begin_b, end_b) of one side and write them into the pages of `table`.
+
+        rows (B, H, offset + ring, D) with token u in row `offset + (u - first_b) % ring`; first, begin, end int32 (B,);
+        `reach` = (min of begin, max of end), host integers.  Whole blocks only.  Bytes of other tokens are untouched.
+        """
+        self.module.pack(side, rows, first, offset, begin, end, reach, pool, table, params)
+
+    def unpack(self, side: Side, pool: Tensor, table: Tensor, begin: int, end: int, params: Params) -> Tensor:
+        """Decoded tokens u in [begin, end) of every sequence: float32 (B, H, end - begin, D)."""
+        return self.module.unpack(side, pool, table, begin, end, params)
+
+    def scores(self, query: Tensor, pool: Tensor, table: Tensor, tokens: int, params: Params) -> Tensor:
+        """Estimates of q.k for packed u in [0, tokens), unscaled: query (B, Hq, Q, D) -> float32 (B, Hq, Q, tokens)."""
+        return self.module.scores(query, pool, table, tokens, params)
+
+    def attend(
+        self, query: Tensor, state: AttentionState, params: Params, splits: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Causal attention: query (B, Hq, Q, D), query i at position length_b - Q + i -> (out (B, Hq, Q, D) in the query's
+        dtype, lse (B, Hq, Q) float32, natural logarithm).  A query that sees no token gives zeros and -inf.
+
+        `splits` is the number of programs that share one sequence (None: chosen from the shape and the machine)."""
+        return self.module.attend(query, state, params, splits)

@@ -1,0 +1,128 @@
+"""How a cache's state follows from the one before: appending and cropping.
+
+Nothing here changes what the old state says.  An append writes into memory that the old state does not read: fresh
+pages, places behind the packed tokens of pages it alone holds, ring rows that hold no token.  So a step that fails is
+undone by keeping the old state and counting the pool's pages again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import CacheError
+from .kernels import AttentionState, KernelSet, Params, Side
+from .members import Cut
+from .pages import PagePool, upload
+from .rows import chunk_index, gather, ring_index, write
+from .scheme import SIDES
+from .state import Now, shifted
+
+
+class Step(NamedTuple):
+    """The next state, the pages to release once it is in force, and what this step's attention reads."""
+
+    after: Now
+    dropped: list[int]
+    state: AttentionState
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a step works with: kernels, parameters, pages."""
+
+    kernels: KernelSet
+    params: Params
+    pool: PagePool
+
+    def append(self, now: Now, fresh: dict[Side, Tensor], counts: Sequence[int]) -> Step:
+        """The last counts_b of the m tokens of fresh (B, H, m, D) join sequence b, and what is due is packed."""
+        policy, pairs = now.policy, list(zip(now.members, counts, strict=True))
+        large = any(policy.is_large(*pair) for pair in set(pairs))
+        following = {pair: policy.advance(*pair, large=large) for pair in set(pairs)}
+        members = tuple(following[pair] for pair in pairs)
+        moves = list(zip(now.members, members, strict=True))
+        places = {move: policy.touched(*move) for move in set(moves)}
+        table, dropped = now.table, list[int]()
+        if any(places.values()) or any(m.gone for m in set(now.members)):
+            gone = [m.gone // policy.page_tokens for m in now.members]
+            table, dropped = table.claim(self.pool, [places[move] for move in moves], gone)
+        after = now.moved(members, table=table)
+        rows, firsts = self._written(now, fresh, counts, large)
+        first = upload(firsts, now.length.device) if any(firsts) else now.zeros
+        for side in SIDES:
+            self._pack(side, rows[side], first, now, after)
+        if large:
+            source_ring = max(1, rows["keys"].shape[2] - policy.sinks)
+            index = ring_index(policy.sinks, policy.ring, after.lengths, firsts, source_ring)
+            after = replace(after, key_rows=gather(rows["keys"], index), value_rows=gather(rows["values"], index))
+        if not policy.exact:
+            return Step(after, dropped, after.seen(after, self.pool))
+        return Step(after, dropped, after.seen(now, self.pool, first, **rows))
+
+    def _written(
+        self, now: Now, fresh: dict[Side, Tensor], counts: Sequence[int], large: bool
+    ) -> tuple[dict[Side, Tensor], list[int]]:
+        """The rows that hold the fresh tokens beside the old exact ones, and the u of each sequence's first ring
+        row."""
+        policy, chunk = now.policy, fresh["keys"].shape[2]
+        if not large:
+            for side in SIDES:
+                write(now.rows(side), fresh[side], policy.sinks, now.lengths, counts)
+            return {side: now.rows(side) for side in SIDES}, [0] * len(now.members)
+        if not any(now.lengths) and set(counts) == {chunk}:
+            return {side: fresh[side].contiguous() for side in SIDES}, [0] * len(now.members)
+        firsts = [policy.tail(m, c) for m, c in zip(now.members, counts, strict=True)]
+        index = chunk_index(policy.sinks, policy.ring, chunk, now.lengths, counts, firsts)
+        return {side: gather(torch.cat([now.rows(side), fresh[side]], 2), index) for side in SIDES}, firsts
+
+    def _pack(self, side: Side, rows: Tensor, first: Tensor, now: Now, after: Now) -> None:
+        """Write the blocks of one side that are due into the pages of `after`."""
+        moves = list(zip(now.members, after.members, strict=True))
+        spans = {(now.policy.begins(*move)[SIDES.index(side)], move[1].packed_of(side)) for move in set(moves)}
+        due = [(begin, end) for begin, end in spans if begin < end]
+        if due:
+            begin = shifted(
+                now.packed(side), moves, lambda a, b: (a.packed_of(side), now.policy.begins(a, b)[SIDES.index(side)])
+            )
+            reach = (min(b for b, _ in due), max(e for _, e in due))
+            self.kernels.pack(
+                side, rows, first, now.policy.sinks, begin, after.packed(side), reach,
+                self.pool.bytes, after.table.tensor, self.params,
+            )  # fmt: skip
+
+    def crop(self, now: Now, length: int, *, requantize: bool) -> tuple[Now, list[int], int]:
+        """Every sequence at most `length` tokens long: (state, pages to release, codes that became exact rows)."""
+        cuts = {m: now.policy.crop(m, length) for m in set(now.members) if m.length > length}
+        decoded = {m: sum(end - begin for begin, end in (c.decode for c in cut[1:])) for m, cut in cuts.items()}
+        second = sum(decoded.get(m, 0) for m in now.members)
+        if second and not requantize:
+            raise CacheError(
+                f"crop: {length} tokens divide blocks whose exact rows are gone; {second} keys and values would be "
+                f"quantized twice; crop to a whole block, record(draft=) before appending, or let requantize=True"
+            )
+        members = tuple(cuts[m][0] if m in cuts else m for m in now.members)
+        size = now.policy.page_tokens
+        table, dropped = now.table.truncate([-(-m.packed // size) for m in members])
+        rows = {}
+        for number, side in enumerate(SIDES, 1):
+            rows[side] = self._decoded(now, side, [cuts[m][number] if m in cuts else None for m in now.members])
+        return now.moved(members, table=table, key_rows=rows["keys"], value_rows=rows["values"]), dropped, second
+
+    def _decoded(self, now: Now, side: Side, cuts: Sequence[Cut | None]) -> Tensor:
+        """The row buffer of a side with the tokens of cut blocks decoded into it; a copy when there are any."""
+        rows, policy = now.rows(side), now.policy
+        block = policy.window_of(side).block
+        spans = [(b, *cut.decode) for b, cut in enumerate(cuts) if cut and cut.decode[0] < cut.decode[1]]
+        if spans:
+            rows = rows.clone()
+        for b, begin, end in spans:
+            table = now.table.tensor[b : b + 1]
+            numbers = self.kernels.unpack(side, self.pool.bytes, table, begin, begin + block, self.params)
+            tokens = numbers[:, :, : end - begin].to(rows.dtype)
+            write(rows[b : b + 1], tokens, policy.sinks, [begin + policy.sinks], [end - begin])
+        return rows

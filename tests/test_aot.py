@@ -1,0 +1,199 @@
+"""Kernels compiled for three architectures without a GPU: the figures that are read, and the faults that are told.
+
+The compiling happens in child processes, so these tests run under TRITON_INTERPRET=1 too.  Binaries are kept in
+build/aot between runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvdsl.codegen import aot
+from kvdsl.codegen.aot import ARCHES, CompileError, compile_in_child
+from kvdsl.codegen.launch import Launch
+from kvdsl.codegen.lint import faults_in
+from kvdsl.errors import BackendError
+
+pytest.importorskip("triton")
+
+CACHE = Path(__file__).resolve().parent.parent / "build" / "aot"
+THOROUGH = os.environ.get("KVDSL_PROFILE") == "thorough"
+TOKENS, WIDTH = 64, 32
+
+# Scores of 4-bit keys and 8 query rows against one another; a small kernel with every part of a real one.
+SMALL = '''"""Products of 4-bit codes."""
+
+import triton
+import triton.language as tl
+from kvdsl.codegen.device import plane, upper
+
+
+@triton.jit
+def decode(query_ptr, words_ptr, out_ptr, tokens, STAGES: tl.constexpr):
+    lane = tl.arange(0, 32)
+    row = tl.arange(0, 8)
+    head = tl.program_id(0).to(tl.int64)
+    query = query_ptr + head * 1024 + row[None, :] * 128 + lane[:, None]
+    q0 = tl.load(query).to(tl.float32).to(tl.float16)
+    q1 = tl.load(query + 32).to(tl.float32).to(tl.float16)
+    most = tl.full([8], -1.0e30, tl.float32)
+    words = words_ptr + head * tokens * 32
+    for start in tl.range(0, tokens, 64, num_stages=STAGES):
+        t = start + tl.arange(0, 64)
+        w = tl.load(words + t[:, None] * 32 + lane[None, :])
+        s = tl.dot(plane(w, 15), q0)
+        s = tl.dot(plane(upper(w), 15), q1, s)
+        most = tl.maximum(most, tl.max(s, 0))
+    tl.store(out_ptr + head * 8 + row, most)
+
+
+@triton.jit
+def refused(query_ptr, out_ptr):
+    x = tl.load(query_ptr + tl.arange(0, 16)[:, None] * 8 + tl.arange(0, 8)[None, :]).to(tl.float16)
+    tl.store(out_ptr + tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :], tl.dot(x, tl.trans(x)))
+
+
+@triton.jit
+def spilling(query_ptr, out_ptr):
+    lane = tl.arange(0, 16384)
+    x = tl.load(query_ptr + lane)
+    tl.debug_barrier()
+    y = tl.load(query_ptr + lane + tl.max(x.to(tl.float32), 0).to(tl.int32))
+    tl.store(out_ptr + lane, x.to(tl.float32) + y.to(tl.float32) + tl.max(y.to(tl.float32), 0))
+'''
+DECODE = Launch(
+    "decode",
+    (
+        ("query_ptr", "*fp16"),
+        ("words_ptr", "*i16"),
+        ("out_ptr", "*fp32"),
+        ("tokens", "i32"),
+        ("STAGES", "constexpr"),
+    ),
+    (("STAGES", 3),),
+    stages=3,
+    loop_packed_bytes=TOKENS * WIDTH * 2,
+    aligned=("query_ptr", "words_ptr", "out_ptr", "tokens"),
+)
+PLAIN = (("query_ptr", "*fp16"), ("out_ptr", "*fp32"))
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    path = tmp_path / "small.py"
+    path.write_text(SMALL)
+    return path
+
+
+def test_the_small_kernel_is_clean_text() -> None:
+    assert faults_in(SMALL, [DECODE]) == []
+
+
+def test_a_kernel_is_compiled_and_counted_on_every_architecture(small: Path) -> None:
+    kernels = compile_in_child(small, [DECODE], ARCHES, cache_folder=CACHE)
+    assert [kernel.arch for kernel in kernels] == list(ARCHES)
+    for kernel in kernels:
+        assert not kernel.spilled and kernel.loop_spills == 0
+        assert 0 < kernel.registers < 200 and kernel.shared_bytes >= TOKENS * WIDTH * 2
+        assert (
+            kernel.loop_mma == kernel.counts["mma"] == 16
+        )  # 4 blocks of 16 tokens, 2 planes of 2 steps of 16 channels
+        assert kernel.mma == pytest.approx(16 * 128 / (TOKENS * WIDTH * 2))
+        assert kernel.slots == pytest.approx(kernel.loop_instructions * 128 / (TOKENS * WIDTH * 2))
+        assert kernel.instructions_per_byte == pytest.approx(kernel.slots / 128)
+        assert sum(kernel.counts.values()) == kernel.loop_instructions < kernel.instructions
+        assert kernel.predicted_share is not None and 0.3 < kernel.predicted_share < 0.93
+        assert kernel.counts["async_copy"] >= 8 and kernel.cubin_bytes > 1000
+
+
+def test_the_mode_of_this_process_does_not_reach_the_child(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    (kernel,) = compile_in_child(small, [DECODE], cache_folder=CACHE)
+    assert kernel.loop_mma == 16
+    aot._triton.cache_clear()
+    with pytest.raises(BackendError, match="compile_in_child"):
+        aot.compile_text(small, [DECODE], "sm_90")
+
+
+def test_what_triton_refuses_is_named_for_every_kernel(small: Path) -> None:
+    """The interpreter accepts a product over 8 channels; the compiler must be seen to refuse it."""
+    launches = [DECODE, Launch("refused", PLAIN), Launch("absent", PLAIN), Launch("decode", PLAIN)]
+    with pytest.raises(CompileError) as error:
+        compile_in_child(small, launches, cache_folder=CACHE)
+    failures = error.value.failures
+    assert [failure.split(" for ")[0] for failure in failures] == ["refused", "absent", "decode"]
+    assert "no kernel of this name" in failures[1] and "launch has arguments" in failures[2]
+
+
+def test_spills_are_seen(small: Path) -> None:
+    (kernel,) = compile_in_child(small, [Launch("spilling", PLAIN, warps=1)], cache_folder=CACHE)
+    assert kernel.spilled and kernel.spills > 0 and kernel.predicted_share is None
+
+
+def test_unknown_architectures_and_files_are_refused(small: Path, tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match="sm_75.*sm_80, sm_90, sm_100"):
+        compile_in_child(small, [DECODE], ["sm_75"])
+    with pytest.raises(BackendError, match="absent.py cannot be read"):
+        compile_in_child(tmp_path / "absent.py", [DECODE], cache_folder=CACHE)
+
+
+def test_a_cache_folder_that_cannot_be_written_is_named(small: Path, tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(BackendError, match="TRITON_CACHE_DIR"):
+        compile_in_child(small, [DECODE], cache_folder=blocked / "inside")
+
+
+def test_the_command_line_prints_a_line_or_json(small: Path, tmp_path: Path) -> None:
+    (tmp_path / "launches.json").write_text(json.dumps([DECODE.to_json()]))
+    environment = {name: value for name, value in os.environ.items() if name != aot.INTERPRETER}
+    environment |= {"TRITON_CACHE_DIR": str(CACHE)}
+    root = Path(__file__).resolve().parent.parent
+    command = [sys.executable, "-m", "kvdsl.codegen.aot", str(small), str(tmp_path / "launches.json")]
+    for extra in ([], ["--json"]):
+        done = subprocess.run([*command, *extra], cwd=root, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        if extra:
+            assert json.loads(done.stdout)[0]["loop_mma"] == 16
+        else:
+            assert done.stdout.startswith("decode") and "of H200" in done.stdout
+
+
+def test_a_launch_must_fit_itself() -> None:
+    assert Launch.from_json(json.loads(json.dumps(DECODE.to_json()))) == DECODE
+    for wrong in (
+        {"signature": (("x", "i32"), ("x", "i32"))},
+        {"signature": (("X", "constexpr"),)},
+        {"signature": (("x", "i32"),), "constants": (("x", 1),)},
+        {"signature": (("x", "i32"),), "aligned": ("y",)},
+    ):
+        with pytest.raises(ValueError, match="launch of kernel"):
+            Launch("kernel", **wrong)  # type: ignore[arg-type]
+
+
+SHAPES = [Shape(128, 8, 32), Shape(64, 8, 8), Shape(128, 4, 64, dtype="bf16")] if THOROUGH else [Shape(128, 8, 32)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape.head_dim}x{shape.group}-{shape.dtype}")
+def test_every_kernel_of_every_shipped_scheme_compiles_without_spills(shape: Shape, tmp_path: Path) -> None:
+    sources, names = [], []
+    for name, scheme in ALL.items():
+        if faults_for(scheme, shape):
+            continue
+        plan = plan_for(scheme, shape)
+        text = render(plan, "triton", name)
+        path = tmp_path / f"{name}.py"
+        path.write_text(text)
+        records = launches(plan, text)
+        assert faults_in(text, records) == []
+        sources.append((path, records))
+        names.append(name)
+    compiled = compile_many(sources, ARCHES if THOROUGH else ["sm_90"], cache_folder=CACHE)
+    spilled = [f"{name}: {aot.line(one)}" for name, found in zip(names, compiled, strict=True) for one in found if one.spilled]
+    assert not spilled, "\n" + "\n".join(spilled)
