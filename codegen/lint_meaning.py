@@ -39,11 +39,10 @@ def masked_loads_say_what_else(text: Text) -> Iterator[Fault]:
 def dots_keep_their_precision(text: Text) -> Iterator[Fault]:
     """The default of a float32 tl.dot is TF32 on a GPU and exact in the interpreter: say float16 or "ieee"."""
     for function in text.functions:
-        assignments = text.assignments(function)
         for call in calls(function, "tl.dot"):
             precise = "input_precision" in keywords(call)
             # Triton refuses operands of different types, so knowing one is knowing both.
-            if not precise and not any(is_of(operand, _NARROW, assignments) for operand in call.args[:2]):
+            if not precise and not any(is_of(operand, _NARROW, text, function) for operand in call.args[:2]):
                 yield call.lineno, 'tl.dot of operands not seen to be float16, without input_precision="ieee"'
 
 
@@ -58,7 +57,7 @@ def bfloat16_is_widened_at_once(text: Text) -> Iterator[Fault]:
                 yield call.lineno, "bfloat16 is loaded and not widened by .to(tl.float32) in the same expression"
         for call in calls(function, "tl.store"):
             if len(call.args) > 1 and reached & names(call.args[0], is_load):
-                if not is_of(call.args[1], {"tl.bfloat16"}, text.assignments(function)):
+                if not is_of(call.args[1], {"tl.bfloat16"}, text, function):
                     yield call.lineno, "a store to bfloat16 rounds wrongly in the interpreter; round to bits first"
 
 
@@ -75,12 +74,13 @@ def no_rounding_casts(text: Text) -> Iterator[Fault]:
 
 def atomics_count(text: Text) -> Iterator[Fault]:
     """Atomics on floats make results depend on the order of programs; only integers may be counted."""
-    for call in ast.walk(text.tree):
-        if isinstance(call, ast.Call) and ast.unparse(call.func).startswith("tl.atomic_"):
-            value = call.args[-1] if call.args else None
-            counted = isinstance(value, ast.Constant) and isinstance(value.value, int)
-            if not counted and not (value is not None and is_of(value, {"tl.int32", "tl.int64"}, {})):
-                yield call.lineno, "an atomic operation on something not seen to be an integer"
+    for function in text.functions:
+        for call in ast.walk(function):
+            if isinstance(call, ast.Call) and ast.unparse(call.func).startswith("tl.atomic_"):
+                value = call.args[-1] if call.args else ast.Constant(None)
+                counted = isinstance(value, ast.Constant) and isinstance(value.value, int)
+                if not counted and not is_of(value, {"tl.int32", "tl.int64"}, text, function):
+                    yield call.lineno, "an atomic operation on something not seen to be an integer"
 
 
 def offsets_are_wide(text: Text) -> Iterator[Fault]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from .launch import Launch
@@ -19,7 +20,11 @@ class Text:
 
     def __init__(self, source: str, launches: Sequence[Launch]) -> None:
         self.source = source
-        self.tree = ast.parse(source)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # of strings, which are refused or never read
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self.tree = ast.parse(source)
+        self._assignments: dict[ast.FunctionDef, dict[str, list[ast.expr]]] = {}
         self.parents = {child: node for node in ast.walk(self.tree) for child in ast.iter_child_nodes(node)}
         self.functions = [node for node in self.tree.body if isinstance(node, ast.FunctionDef)]
         self.types: dict[str, dict[str, set[str]]] = {}  # kernel -> argument -> its types over the launches
@@ -37,13 +42,29 @@ class Text:
 
     def assignments(self, function: ast.FunctionDef) -> dict[str, list[ast.expr]]:
         """Name -> every expression assigned to it in the function, tuples left out."""
-        found: dict[str, list[ast.expr]] = {}
+        if function in self._assignments:
+            return self._assignments[function]
+        found = self._assignments.setdefault(function, {})
         for node in ast.walk(function):
             if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)) and node.value is not None:
                 for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
                     if isinstance(target, ast.Name):
                         found.setdefault(target.id, []).append(node.value)
         return found
+
+    def reaching(self, function: ast.FunctionDef, name: ast.Name) -> list[ast.expr]:
+        """What a name may hold where it is read: the assignment before it if control must pass that, else all of them."""
+        values = self.assignments(function).get(name.id, [])
+        before = [value for value in values if value.lineno < name.lineno]
+        if before:
+            nearest = max(before, key=lambda value: value.lineno)
+            block, around = self.parents[self.parents[nearest]], self.parents[name]
+            # An `if` has two arms in one node, so what stands in one of them is not known to be passed.
+            while around is not block and around in self.parents:
+                around = self.parents[around]
+            if around is block and not isinstance(block, ast.If):
+                return [nearest]
+        return values
 
     def derived(
         self, function: ast.FunctionDef, sources: set[str], hidden: Callable[[ast.AST], bool] | None = None
@@ -105,23 +126,23 @@ def cast_type(node: ast.AST) -> str | None:
     return None
 
 
-def is_of(node: ast.expr, types: set[str], assignments: Mapping[str, list[ast.expr]], depth: int = 8) -> bool:
+def is_of(node: ast.expr, types: set[str], text: Text, function: ast.FunctionDef, depth: int = 8) -> bool:
     """The text shows that the expression is of one of the types."""
     if cast_type(node) is not None:
         return cast_type(node) in types
     if isinstance(node, ast.Name):
-        values = assignments.get(node.id, [])
-        return depth > 0 and bool(values) and all(is_of(v, types, assignments, depth - 1) for v in values)
+        values = text.reaching(function, node)
+        return depth > 0 and bool(values) and all(is_of(v, types, text, function, depth - 1) for v in values)
     if isinstance(node, ast.Subscript):
-        return is_of(node.value, types, assignments, depth)
+        return is_of(node.value, types, text, function, depth)
     if isinstance(node, ast.Call):
         name = ast.unparse(node.func)
         if name in _FP16_DEVICE:
             return "tl.float16" in types
         if name.startswith("tl.") and name.removeprefix("tl.") in _LAYOUT_ONLY and node.args:
-            return is_of(node.args[0], types, assignments, depth)
+            return is_of(node.args[0], types, text, function, depth)
         if isinstance(node.func, ast.Attribute) and node.func.attr in _LAYOUT_ONLY:
-            return is_of(node.func.value, types, assignments, depth)
+            return is_of(node.func.value, types, text, function, depth)
     return False
 
 
