@@ -53,7 +53,7 @@ class Text:
         return found
 
     def reaching(self, function: ast.FunctionDef, name: ast.Name) -> list[ast.expr]:
-        """What a name may hold where it is read: the assignment before it if control must pass that, else all of them."""
+        """What a name may hold where it is read: the assignment before it if always passed, else all of them."""
         values = self.assignments(function).get(name.id, [])
         before = [value for value in values if value.lineno < name.lineno]
         if before:
