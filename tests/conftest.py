@@ -1,0 +1,45 @@
+"""What all tests share: the mode of the process, generated code in a folder of its own, hypothesis profiles.
+
+A process is interpreted or compiled, never both: `TRITON_INTERPRET=1 pytest tests/interpreted` runs the kernels in
+Triton's interpreter, `pytest tests` everything else.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from hypothesis import HealthCheck, settings
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+collect_ignore = [] if INTERPRETED else ["interpreted"]
+
+for name, examples in {"fast": 20, "ci": 100, "thorough": 2000}.items():
+    settings.register_profile(
+        name, max_examples=examples, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+    )
+settings.load_profile(os.environ.get("KVDSL_PROFILE", "fast"))
+
+
+def _own_cache_folder() -> None:
+    """Generated code goes into a folder of this run; the models and texts a user has already fetched are seen in it."""
+    from kvdsl.models.fetch import cache_folder
+
+    fetched = cache_folder()
+    fetched.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="kvdsl-tests-"))
+    (folder / "files").symlink_to(fetched.resolve(), target_is_directory=True)
+    os.environ["KVDSL_CACHE_DIR"] = str(folder)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
+
+if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker inherits the folder of the run
+    _own_cache_folder()
+
+
+def pytest_report_header() -> str:
+    how = "interpreted" if INTERPRETED else "not run; TRITON_INTERPRET=1 pytest tests/interpreted runs them"
+    return f"generated Triton kernels: {how}; hypothesis profile {settings.get_current_profile_name()}"
