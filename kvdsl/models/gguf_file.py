@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..extras import need
+from kvdsl.extras import need
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +45,7 @@ class Fields:
 def load_gguf(path: Path, *, dtype: torch.dtype) -> tuple[Any, Any]:
     """(LlamaForCausalLM, PreTrainedTokenizerFast) of a GGUF file.
 
-    Raises ModelError for a file that is no GGUF file or is of another architecture, MissingExtra without gguf or tokenizers.
+    Raises ModelError for what is no GGUF file or of another architecture, MissingExtra without gguf or tokenizers.
     """
     from . import ModelError
 
@@ -57,7 +57,9 @@ def load_gguf(path: Path, *, dtype: torch.dtype) -> tuple[Any, Any]:
     fields = Fields(reader)
     architecture = fields.get("general.architecture")
     if architecture != "llama":
-        raise ModelError(f"model {str(path)!r}: GGUF architecture {architecture!r}; only 'llama' is read, convert it to a folder")
+        raise ModelError(
+            f"model {str(path)!r}: GGUF architecture {architecture!r}, only llama is read; convert it to a folder"
+        )
     unknown = [t.name for t in reader.tensors if _target(t.name) is None]
     if unknown or fields.get("llama.rope.scaling.type", "none") != "none":
         what = f"tensor {unknown[0]}" if unknown else "rope scaling"
@@ -125,11 +127,14 @@ def _model(reader: Any, fields: Fields, dtype: torch.dtype) -> Any:
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     absent = set(missing) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
     if absent or unexpected:
-        raise ModelError(f"model: the file lacks {sorted(absent)} and holds {sorted(unexpected)}; it is no complete llama model")
+        raise ModelError(
+            f"model: the file lacks {sorted(absent)} and holds {sorted(unexpected)}; it is no complete llama model"
+        )
     model.tie_weights()
     # Its buffer was made on the meta device; it stays float32 in every dtype, as in a loaded folder.
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    return model.eval()
+    trained = model.eval()  # type: ignore[no-untyped-call]
+    return trained
 
 
 def halves(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -147,7 +152,9 @@ def _tokenizer(fields: Fields, path: Path) -> Any:
 
     kind, rule = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
     if (kind, rule) != ("gpt2", "smollm"):
-        raise ModelError(f"model {str(path)!r}: tokenizer {kind!r} with rule {rule!r} is not read; convert the file to a folder")
+        raise ModelError(
+            f"model {str(path)!r}: tokenizer {kind!r} with rule {rule!r} is not read; convert the file to a folder"
+        )
     tokens = fields.get("tokenizer.ggml.tokens")
     merges = [tuple(merge.split(" ")) for merge in fields.get("tokenizer.ggml.merges")]
     core = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
@@ -165,7 +172,7 @@ def _tokenizer(fields: Fields, path: Path) -> Any:
         index = fields.get(f"tokenizer.ggml.{key}_token_id")
         return None if index is None else str(tokens[index])
 
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=core,
         bos_token=named("bos"),
         eos_token=named("eos"),

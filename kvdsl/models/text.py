@@ -26,7 +26,7 @@ def botchan() -> str:
 
 
 def code() -> str:
-    """The source of eight modules of Python's library.  It changes with Python's version: print its sha256 with a figure."""
+    """The source of eight modules of Python's library; it changes with Python's version, so print its sha256 too."""
     import argparse
     import ast
     import asyncio.base_events
