@@ -26,7 +26,7 @@ if INTERPRETED:
     @triton.jit
     def quotient(dividend, divisor):
         """dividend / divisor, rounded to nearest; the divisor a positive or negative float16 widened to float32."""
-        return tl.div_rn(dividend, divisor)
+        return tl.div_rn(dividend, tl.broadcast_to(divisor, dividend.shape))
 
 else:
 
@@ -57,8 +57,45 @@ else:
         inverse = tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [divisor], dtype=tl.float32, is_pure=True, pack=1
         )
+        inverse = tl.broadcast_to(inverse, dividend.shape)
         first = dividend * inverse
-        return tl.fma(tl.fma(-first, divisor, dividend), inverse, first)
+        return tl.fma(tl.fma(-first, tl.broadcast_to(divisor, dividend.shape), dividend), inverse, first)
+
+
+@triton.jit
+def exact_quotient(dividend, divisor):
+    """dividend / divisor, rounded to nearest, of any float32 numbers."""
+    return tl.div_rn(dividend, tl.broadcast_to(divisor, dividend.shape))
+
+
+@triton.jit
+def over(dividend, DIVISOR: tl.constexpr):
+    """dividend / DIVISOR, rounded to nearest."""
+    return tl.div_rn(dividend, tl.full(dividend.shape, DIVISOR, tl.float32))
+
+
+@triton.jit
+def as_int(x):
+    """A float32's bits."""
+    return x.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def as_float(words):
+    """32-bit words read as float32."""
+    return words.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def to_int(x):
+    """Whole numbers as int32."""
+    return x.to(tl.int32)
+
+
+@triton.jit
+def to_int16(words):
+    """The low 16 bits of 32-bit words."""
+    return words.to(tl.int16)
 
 
 @triton.jit

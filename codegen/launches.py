@@ -17,9 +17,11 @@ FLOATS = ("scaling", "softcap")
 ATTEND = ("decode", "extend")
 
 
-def warps(kernel: str) -> int:
-    """Warps of a program: one where tiles stay in one warp's tensor cores, four where a page is rewritten."""
-    return 1 if kernel in (*ATTEND, "scores") else 4
+def warps(kernel: str, plan: Plan) -> int:
+    """Warps of a program: one where tiles stay in one warp's tensor cores, four where a page is rewritten or products
+    are of float32 numbers."""
+    exact = plan.shape.dtype == "fp32" or any(side.floats == "fp32" for side in (plan.keys, plan.values))
+    return 1 if kernel in (*ATTEND, "scores") and not exact else 4
 
 
 def stages(kernel: str) -> int:
@@ -35,7 +37,8 @@ def loop_bytes(plan: Plan) -> int:
         if side.floats:
             total += layout.page_tokens * layout.head_dim * (4 if side.floats == "fp32" else 2)
         if side.layout.meta is not None:
-            total += side.layout.meta.size
+            meta = side.layout.meta
+            total += meta.size // (meta.head_groups if meta.shared else 1)
     return total * plan.tile // layout.page_tokens
 
 
@@ -71,7 +74,7 @@ def launches(plan: Plan, source: str) -> tuple[Launch, ...]:
                 kernel,
                 tuple((name, _type(name, kernel, plan)) for name in names),
                 tuple((name, constants[name]) for name in names if name.isupper()),
-                warps=warps(kernel),
+                warps=warps(kernel, plan),
                 stages=stages(kernel),
                 fp_fusion=not kernel.startswith(("pack", "unpack")),
                 loop_packed_bytes=loop_bytes(plan) if kernel in ATTEND else 0,

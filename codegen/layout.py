@@ -83,6 +83,7 @@ class Meta:
     offset: int
     shared: bool
     heads: int
+    head_groups: int
     tokens: int
     channels: int
     blocks: int
@@ -95,9 +96,14 @@ class Meta:
         return self.blocks * self.groups
 
     @property
+    def total(self) -> int:
+        """Entries of the section: those of all head groups where it is shared, else of one head."""
+        return self.entries * (self.head_groups if self.shared else 1)
+
+    @property
     def size(self) -> int:
-        """Bytes of one head's (or one head group's) entries."""
-        return self.entries * {"half": 2, "halves": 4, "word": 4, "words": 8}[self.kind]
+        """Bytes of the section."""
+        return self.total * {"half": 2, "halves": 4, "word": 4, "words": 8}[self.kind]
 
 
 @dataclass(frozen=True)
@@ -202,7 +208,7 @@ def _meta(store: Store, head_dim: int, kv_heads: int, tokens: int) -> Meta | Non
     beside = scale.range in ("minmax", "minmax_zero") and scale.zero != "in_scale"
     kind: MetaKind = ("words" if beside else "word") if scale.dtype == "fp32" else ("halves" if beside else "half")
     strides = (1, blocks) if span == 1 else (groups, 1)
-    return Meta(kind, 0, heads > 1, heads, span, channels, blocks, groups, *strides)
+    return Meta(kind, 0, heads > 1, heads, kv_heads // heads, span, channels, blocks, groups, *strides)
 
 
 @cache
@@ -232,7 +238,7 @@ def lay_out(scheme: Scheme, shape: Shape) -> Layout:
     for side, meta in metas.items():
         if meta is not None and meta.shared:
             metas[side] = replace(meta, offset=offset)
-            offset = aligned(offset + meta.size * (shape.kv_heads // meta.heads))
+            offset = aligned(offset + meta.size)
     keys, values = (replace(codes[side], meta=metas[side]) for side in SIDES)
     return Layout(head_dim, shape.kv_heads, tokens, head_bytes, offset, keys, values)
 

@@ -10,7 +10,7 @@ from kvdsl.rules import refuse_for
 from kvdsl.scheme import SIDES, Float, Scale, Scheme, Store, Uniform
 from kvdsl.shape import Shape
 
-from .layout import PAIR, BijectionProof, Layout, SideLayout, lay_out, prove_bijection, token_block
+from .layout import PAIR, BijectionProof, Layout, SideLayout, Stream, lay_out, prove_bijection, token_block
 from .placement import When, place
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 DECODE_ROWS = 8
 EXTEND_ROWS = 16
+EXACT_TILE = 16  # tokens a tile where products are of float32 numbers, outside the tensor cores
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,16 @@ class SidePlan:
             return self.layout.meta.groups
         return 1
 
+    def run(self, stream: Stream, plane: int) -> range:
+        """Positions, in the plane's byte, of the planes that share its scale: only those may be read uncleaned."""
+        place = stream.places[plane]
+        positions = [
+            other.bit // stream.width
+            for other in stream.places
+            if (other.tile, other.byte) == (place.tile, place.byte) and self.group(other.plane) == self.group(plane)
+        ]
+        return range(min(positions), max(positions) + 1)
+
     def group(self, plane: int) -> int:
         """The channel group that plane belongs to, of those counted by `groups`."""
         return plane * self.groups // self.layout.planes
@@ -100,6 +111,11 @@ class Plan:
     def half(self) -> int:
         """Tokens of a sub-tile."""
         return self.tile // self.halves
+
+    @property
+    def edge_tile(self) -> int:
+        """Tokens that the masked part of attention decodes or reads at a time."""
+        return min(PAIR, self.tile)
 
     def rows(self, *, many: bool) -> int:
         """Query rows of a program: the head group padded to 8 or 16, or 16 where there are several query tokens."""
@@ -128,4 +144,6 @@ def plan_for(scheme: Scheme, shape: Shape) -> Plan:
     paired = any(side.layout.paired for side in sides)
     narrow = any(side.when is When.ONCE_PER_TILE and token_block(side.store) % (2 * PAIR) for side in sides)
     tile = 2 * PAIR if paired or not narrow else PAIR
+    if not paired and any(side.floats == "fp32" for side in sides):
+        tile = EXACT_TILE
     return Plan(scheme, shape, layout, sides[0], sides[1], tile, 2 if paired else 1, proofs)

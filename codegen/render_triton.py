@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import re
+from functools import cache
+from pathlib import Path
 
 from .header import heading
 from .plan import Plan
 from .triton_attend import Attend
 from .triton_pack import Pack, Unpack
+
+
+@cache
+def helpers() -> tuple[str, ...]:
+    """The names that device.py defines, read from its text: it must not be imported to print."""
+    tree = ast.parse((Path(__file__).parent / "device.py").read_text(encoding="utf-8"))
+    return tuple(sorted({node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}))
 
 
 def render(plan: Plan, name: str) -> str:
@@ -20,13 +30,6 @@ def render(plan: Plan, name: str) -> str:
     kernels.append(attend.attention("extend", plan.rows(many=True)))
     kernels.append(attend.merge())
     body = "\n\n".join(kernels)
-    used = sorted(name for name in _helpers() if re.search(rf"\b{name}\(", body))
+    used = sorted(name for name in helpers() if re.search(rf"\b{name}\(", body))
     imports = f"import triton\nimport triton.language as tl\nfrom kvdsl.codegen.device import {', '.join(used)}\n"
     return f"{heading(plan, name)}\n{imports}\n\n{body}"
-
-
-def _helpers() -> tuple[str, ...]:
-    return (
-        "above", "bits_bf16", "bits_fp16", "bits_fp32", "finite", "half", "half_bf16", "high_half", "high_half_bf16", "highest", "low_half",
-        "low_half_bf16", "lowest", "nan", "nearest", "nearest_half_up", "plane", "quotient", "scale_over_zero_point", "tanh", "upper",
-    )  # fmt: skip

@@ -45,7 +45,7 @@ class TritonModule:
         fusion = not kernel.startswith(("pack", "unpack"))
         function = getattr(self.module, kernel)
         ordered = {name: values[name] for name in self.arguments[kernel]}
-        function[grid](**ordered, num_warps=warps(kernel), num_stages=stages(kernel), enable_fp_fusion=fusion)
+        function[grid](**ordered, num_warps=warps(kernel, self.plan), num_stages=stages(kernel), enable_fp_fusion=fusion)
 
     def pack(self, side: Side, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor, reach: tuple[int, int],
              pool: Tensor, table: Tensor, params: Params) -> None:  # fmt: skip
@@ -97,7 +97,10 @@ class TritonModule:
         rows = plan.rows(many=queries > 1)
         blocks = -(-queries * shape.group // rows)
         programs = batch * shape.kv_heads
-        count = splits or self.splits(programs * blocks, state.longest)
+        clean = splits or self.splits(programs * blocks, state.longest)
+        exact_tokens = min(state.longest, state.key_rows.shape[2] + 2 * plan.layout.page_tokens)
+        edges = max(1, min(32, exact_tokens // 512))
+        count = clean + edges
         partial = torch.empty(programs * blocks * count * rows * dim, dtype=torch.float32, device=query.device)
         lse = torch.empty(programs * blocks * count * rows, dtype=torch.float32, device=query.device)
         capped = state.softcap is not None
@@ -107,7 +110,8 @@ class TritonModule:
             "first_ptr": state.first, "key_rows_ptr": state.key_rows, "value_rows_ptr": state.value_rows,
             "partial_ptr": partial, "lse_ptr": lse, "queries": queries, "table_width": state.table.shape[1],
             "ring": state.key_rows.shape[2] - plan.sinks,
-            "window": NO_WINDOW if state.window is None else state.window, "splits": count,
+            "window": NO_WINDOW if state.window is None else state.window, "splits": clean, "edge_splits": edges,
+            "edge_splits": edges,
             "scaling": state.scaling * (1.0 if capped else LOG2E), "softcap": state.softcap if capped else 1.0,
             "STAGES": stages(kernel),
         }  # fmt: skip

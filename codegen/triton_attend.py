@@ -4,8 +4,8 @@ Glossary of the attention skeleton (for maintainers; not emitted):
   bh, b, h      program's sequence and kv head; split: its share of the tokens; rows: query tokens x heads of the group
   u             token position counted from the first one after the sinks; a page holds PAGE of them, a tile TILE
   clean pages   visible to every row and packed on both sides: the main loop, no masks
-  edge tiles    sinks, the first page when it is partly visible, and everything from the last clean page on: masked,
-                packed and exact at once
+  edge tiles    sinks, the first page when it is partly visible, and everything from the last clean page on: one more
+                program (or several) decodes what is packed, takes exact rows for the rest, and masks
   size          power of two that a row of the query was divided by; scores and maxima are in its units
 """
 
@@ -19,14 +19,10 @@ from .triton_values import Values
 
 LOG2E = 1.4426950408889634
 ATTEND = """
-@triton.jit(do_not_specialize=["queries", "splits", "first_extra", "ring", "window"])
+@triton.jit(do_not_specialize=["queries", "ring", "window", "splits", "edge_splits"])
 def $name(
-    query_ptr, $pool_args, table_ptr, $params_args
-    packed_keys_ptr, packed_values_ptr, length_ptr, start_ptr, first_ptr,
-    key_rows_ptr, value_rows_ptr, partial_ptr, lse_ptr,
-    queries, table_width, ring, window, splits, scaling, softcap,
-    STAGES: tl.constexpr,
-):  # fmt: skip
+    $args
+):
     ROWS: tl.constexpr = $rows
     bh = tl.program_id(0)
     split = tl.program_id(1)
@@ -51,11 +47,10 @@ def $name(
 
     head = (b * $q_heads + h * $group + row_index % $group).to(tl.int64)
     query = query_ptr + ((head * queries + token) * $head_dim)[None, :]
-    $lanes
-    $prologue
+    key_rows = key_rows_ptr + bh.to(tl.int64) * total_rows * $head_dim
+    value_rows = value_rows_ptr + bh.to(tl.int64) * total_rows * $head_dim
     peak = tl.full([ROWS], -1.0e30, tl.float32)
     mass = tl.zeros([ROWS], tl.float32)
-    $accumulators
 
     # clean pages: every row sees all of their tokens, and both sides are packed
     newest_start = tl.maximum(start, length - window) - $sinks
@@ -66,32 +61,43 @@ def $name(
     edge = tl.maximum(oldest_start, 0) // $page
     low = tl.where(high > low, low, edge)
     high = tl.where(high > low, high, edge)
-    share = (high - low + splits - 1) // splits
-    begin = tl.minimum(low + split * share, high)
-    stop = tl.minimum(begin + share, high)
-    next_page = tl.load(table + begin)
-    for tile in tl.range(begin * $sub, stop * $sub, num_stages=STAGES):
-        page = next_page.to(tl.int64)
-        next_page = tl.load(table + (tile + 1)$per_page)
-        $addresses
-        $clean
-
-    # edges: sinks, a partly visible first page, and all that follows the clean pages
-    $exact_accumulators
-    before = (low - edge) * $sub
-    after = (tl.maximum(end - high * $page, 0) + $tile_less) // $tile
-    for step in tl.range(split, $sink_tiles + before + after, splits, num_stages=1):
-        tile = step - $sink_tiles
-        tile = tl.where(tile < before, edge * $sub + tile, high * $sub + tile - before)
-        $sink_step
-        base_u = tile * $tile
-        in_pages = (base_u >= 0) & (base_u < tl.maximum(packed_keys, packed_values))
-        page = tl.load(table + base_u // $page, mask=in_pages, other=0).to(tl.int64)
-        $edge_addresses
-        $edges
-    $epilogue
+    if split < splits:
+        $lanes
+        $prologue
+        $accumulators
+        share = (high - low + splits - 1) // splits
+        begin = tl.minimum(low + split * share, high)
+        stop = tl.minimum(begin + share, high)
+        next_page = tl.load(table + begin)
+        for tile in tl.range(begin * $sub, stop * $sub, num_stages=STAGES):
+            page = next_page.to(tl.int64)
+            next_page = tl.load(table + (tile + 1)$per_page)
+            $addresses
+            $clean
+        $epilogue
+    else:
+        # edges: sinks, a partly visible first page, and all that follows the clean pages; decoded, or exact, by token
+        $lanes
+        $edge_prologue
+        $edge_accumulators
+        before = (low - edge) * $edge_sub
+        after = (tl.maximum(end - high * $page, 0) + $edge_tile_less) // $edge_tile
+        for step in tl.range(split - splits, $sink_tiles + before + after, edge_splits, num_stages=1):
+            tile = step - $sink_tiles
+            tile = tl.where(tile < before, edge * $edge_sub + tile, high * $edge_sub + tile - before)
+            $sink_step
+            u = tile * $edge_tile + tl.arange(0, $edge_tile)
+            in_pages = (tile >= 0) & (tile * $edge_tile < tl.maximum(packed_keys, packed_values))
+            page = tl.load(table + tile * $edge_tile // $page, mask=in_pages, other=0).to(tl.int64)
+            t = tl.maximum(u, 0) % $page
+            seen = (u[:, None] <= last[None, :]) & (u[:, None] >= oldest[None, :]) & (u >= $minus_sinks)[:, None]
+            here = (u >= $minus_sinks) & (u < end)
+            row = $row
+            $edge_addresses
+            $edges
     inverse = 1.0 / tl.where(mass > 0.0, mass, 1.0)
-    out = ((bh.to(tl.int64) * tl.num_programs(2) + block) * splits + split) * ROWS
+    out = ((bh.to(tl.int64) * tl.num_programs(2) + block) * (splits + edge_splits) + split) * ROWS
+    $lanes
     partial = partial_ptr + (out + tl.arange(0, ROWS))[None, :] * $head_dim
     $stores
     lse = tl.where(mass > 0.0, peak * size + tl.log2(tl.where(mass > 0.0, mass, 1.0)), -1.0e30)
@@ -128,7 +134,7 @@ def merge(partial_ptr, lse_ptr, out_ptr, out_lse_ptr, queries, blocks, splits, R
 
 SCORES = """
 @triton.jit(do_not_specialize=["queries", "tokens"])
-def scores(query_ptr, $pool_args, table_ptr, $params_args out_ptr, queries, table_width, tokens, scaling):
+def scores($args):
     ROWS: tl.constexpr = $rows
     bh = tl.program_id(0)
     tile = tl.program_id(1)
@@ -164,23 +170,26 @@ class Attend:
             "rows": rows, "heads": plan.shape.kv_heads, "q_heads": str(plan.shape.q_heads), "group": plan.shape.group,
             "head_dim": plan.shape.head_dim, "sinks": plan.sinks, "page": plan.layout.page_tokens,
             "page_less": plan.layout.page_tokens - 1, "tile": plan.tile, "tile_less": plan.tile - 1, "sub": sub,
-            "per_page": f" // {sub}" if sub > 1 else "", "pool_args": ", ".join(self.pools),
-            "sink_tiles": -(-plan.sinks // plan.tile), "params_args": "".join(f"{p}, " for p in parameters(plan)),
+            "per_page": f" // {sub}" if sub > 1 else "",
         }  # fmt: skip
 
-    def addresses(self, tile: str = "tile") -> list[str]:
+    def addresses(self) -> list[str]:
         """Where the page's words and metadata of head h begin, and which tokens of the page the tile holds."""
         plan, lines = self.plan, []
-        layout = plan.layout
-        sub = layout.page_tokens // plan.tile
-        position = f"{tile} % {sub} * {plan.tile}" if sub > 1 else "0"
+        sub = plan.layout.page_tokens // plan.tile
+        position = f"tile % {sub} * {plan.tile}" if sub > 1 else "0"
         lines.append(f"page_token = {position}")
         for half in range(plan.halves):
             shift = f" + {half * plan.half}" if half else ""
             lines.append(f"{tokens_name(plan, half)} = page_token{shift} + tl.arange(0, {plan.half})")
         if any(side.layout.paired for side in (plan.keys, plan.values)):
             lines.append("pair = page_token // 2 + tl.arange(0, 32)")
-        if "pool16_ptr" in self.pools:
+        return lines + self.sections()
+
+    def sections(self) -> list[str]:
+        """Where the page's words, numbers and metadata of head h begin."""
+        plan, lines, layout = self.plan, [], self.plan.layout
+        if any(side.layout.streams for side in (plan.keys, plan.values)):
             lines.append(f"words = pool16_ptr + page * {layout.page_bytes // 2} + h * {layout.head_bytes // 2}")
         for side in (plan.keys, plan.values):
             if side.floats:
@@ -220,60 +229,23 @@ class Attend:
         return [f"{name} = softcap * tanh({name} * true_size[None, :] / softcap) * {literal(LOG2E)}"]
 
     def edges(self) -> list[str]:
-        """The edge loop's body: every token is packed or exact on either side, or not visible."""
-        plan, lines = self.plan, []
-        halves = range(plan.halves)
-        names = []
-        for half in halves:
-            t = tokens_name(plan, half)
-            lines += [
-                f"u = base_u + {half * plan.half} + tl.arange(0, {plan.half})"
-                if half
-                else f"u = base_u + tl.arange(0, {plan.half})",
-                f"seen_{half} = (u[:, None] <= last[None, :]) & (u[:, None] >= oldest[None, :]) & (u >= {-plan.sinks})[:, None]",
-                f"keys_in_{half} = (u >= 0) & (u < packed_keys)",
-                f"values_in_{half} = (u >= 0) & (u < packed_values)",
-                f"keys_out_{half} = ((u < 0) | (u >= packed_keys)) & (u >= {-plan.sinks}) & (u < end)",
-                f"values_out_{half} = ((u < 0) | (u >= packed_values)) & (u >= {-plan.sinks}) & (u < end)",
-                *self._row(half),
-            ]
-            lines += self.keys.scores(half, t)
-            lines += ["row = row_%d" % half, *self.keys.exact_scores(f"keys_out_{half}")]
-            lines.append(f"s = tl.where(keys_in_{half}[:, None], s, s_exact)")
-            lines += self._capped("s")
-            names.append(f"s{half}_all")
-            lines.append(f"s{half}_all = tl.where(seen_{half}, s, -1.0e30)")
-        lines += self._softmax(names)
-        for half in halves:
-            lines += [
-                f"weights = tl.exp2(s{half}_all * size[None, :] - (peak * size)[None, :])",
-                f"weights = tl.where(seen_{half}, weights, 0.0)",
-                "mass = mass * decay + tl.sum(weights, 0)" if half == 0 else "mass = mass + tl.sum(weights, 0)",
-                f"p = tl.where(values_in_{half}[:, None], weights, 0.0)",
-                f"p_exact = tl.where(values_out_{half}[:, None], weights, 0.0)",
-            ]
-            guard = f"values_in_{half}"
-            if self.values.side.when.name == "ONCE_PER_TILE":
-                lines.append(f"{guard}_any = tl.max({guard}.to(tl.int32), 0)")
-            lines += self.values.accumulate(half, tokens_name(plan, half), guard)
-            lines += [f"row = row_{half}", *self.values.exact_accumulate(half, f"values_out_{half}")]
-        return lines
+        """The edge loop's body: every token is decoded or exact on either side, or not visible."""
+        lines = ["coded = (u >= 0) & (u < packed_keys)", "exact = here & ((u < 0) | (u >= packed_keys))"]
+        lines += [*self.keys.either(), *self._capped("s"), "s = tl.where(seen, s, -1.0e30)"]
+        lines += self._softmax(["s"])
+        lines.append("p = tl.where(seen, tl.exp2(s * size[None, :] - (peak * size)[None, :]), 0.0)")
+        lines.append("mass = mass * decay + tl.sum(p, 0)")
+        lines += ["coded = (u >= 0) & (u < packed_values)", "exact = here & ((u < 0) | (u >= packed_values))"]
+        return lines + self.values.either()
 
-    def _row(self, half: int) -> list[str]:
+    def _row(self) -> str:
         sinks = self.plan.sinks
-        inside = f"{sinks} + (u - first) % ring" if sinks else "(u - first) % ring"
-        row = f"tl.where(u < 0, u + {sinks}, {inside})" if sinks else inside
-        return [f"row_{half} = {row}"]
+        return f"tl.where(u < 0, u + {sinks}, {sinks} + (u - first) % ring)" if sinks else "(u - first) % ring"
 
     def attention(self, name: str, rows: int) -> str:
         """The text of `decode` or `extend`."""
         plan = self.plan
         size = ["true_size = size", "size = tl.full([ROWS], 1.0, tl.float32)"] if plan.shape.softcap else []
-        rows_of = [
-            "key_rows = key_rows_ptr + bh.to(tl.int64) * total_rows * $d",
-            "value_rows = value_rows_ptr + bh.to(tl.int64) * total_rows * $d",
-        ]
-        d = plan.shape.head_dim
         values = self.values
         stores = []
         for j in range(values.side.layout.planes):
@@ -282,41 +254,57 @@ class Attend:
             )
             lane = f"({values.lane} + {j * values.width})[:, None]" if j else f"{values.lane}[:, None]"
             stores.append(f"tl.store(partial + {lane}, o{j} * inverse[None, :], mask={mask})")
-        sink_step = []
-        if plan.sinks:
-            count = -(-plan.sinks // plan.tile)
-            sink_step = [f"tile = tl.where(step < {count}, step - {count}, tile)"]
+        edge_tile, sinks = plan.edge_tile, plan.sinks
+        sink_tiles = -(-sinks // edge_tile)
+        args = ["query_ptr", *self.pools, "table_ptr", *parameters(plan)]
+        args += ["packed_keys_ptr", "packed_values_ptr", "length_ptr", "start_ptr", "first_ptr"]
+        args += ["key_rows_ptr", "value_rows_ptr", "partial_ptr", "lse_ptr", "queries", "table_width", "ring", "window"]
+        args += ["splits", "edge_splits", "scaling", *(["softcap"] if plan.shape.softcap else []), "STAGES: tl.constexpr"]
         return fill(
             ATTEND,
             name=name,
             **self._shared(rows),
-            lanes=[*self.keys.lane_lines(), *values.lane_lines(), *(line.replace("$d", str(d)) for line in rows_of)],
-            prologue=[*self.keys.prologue(exact_rows=True), *size],
+            args=[f"{arg}," for arg in args],
+            lanes=[*self.keys.lane_lines(), *values.lane_lines()],
+            prologue=[*self.keys.prologue(), *size],
             accumulators=values.prologue(),
             addresses=self.addresses(),
-            edge_addresses=self.addresses("tl.maximum(tile, 0)"),
             clean=self.clean(),
-            exact_accumulators=values.exact_prologue(),
-            sink_step=sink_step,
-            edges=self.edges(),
             epilogue=values.epilogue(),
+            edge_prologue=[*self.keys.edge_prologue(), *size],
+            edge_accumulators=values.edge_prologue(),
+            edge_sub=plan.layout.page_tokens // edge_tile,
+            edge_tile=edge_tile,
+            edge_tile_less=edge_tile - 1,
+            sink_tiles=sink_tiles,
+            minus_sinks=-sinks,
+            sink_step=[f"tile = tl.where(step < {sink_tiles}, step - {sink_tiles}, tile)"] if sinks else [],
+            row=self._row(),
+            edge_addresses=self.sections(),
+            edges=self.edges(),
             stores=stores,
-        ).replace('"first_extra", ', "")
+        )
 
     def scores(self, rows: int) -> str:
         """The text of `scores`."""
         plan, halves = self.plan, Lines()
+        addresses = [line for line in self.addresses() if not line.startswith(("v_meta", "value_floats"))]
         for half in range(plan.halves):
             halves.extend(self.keys.scores(half, tokens_name(plan, half)))
             u = f"(tile * {plan.tile} + {half * plan.half} + tl.arange(0, {plan.half}))"
             halves.add(f"u = {u}")
             halves.add("tl.store(out + u[:, None], s * size[None, :], mask=live[None, :] & (u < tokens)[:, None])")
+        text = "\n".join([*addresses, *halves.lines])
+        args = ["query_ptr", *(p for p in self.pools if p in text), "table_ptr"]
+        args += [p for p in parameters(plan) if p.startswith("keys")]
+        args += ["out_ptr", "queries", "table_width", "tokens", "scaling"]
         return fill(
             SCORES,
             **self._shared(rows),
+            args=", ".join(args),
             lanes=self.keys.lane_lines(),
-            prologue=self.keys.prologue(exact_rows=False),
-            addresses=[line for line in self.addresses() if not line.startswith("v_meta")],
+            prologue=self.keys.prologue(),
+            addresses=addresses,
             halves=halves.lines,
         )
 

@@ -11,7 +11,7 @@ def section(side: SidePlan, page_bytes: int, head_bytes: int) -> tuple[int, str]
     assert meta is not None
     size = 2 if meta.kind == "half" else 4
     if meta.shared:
-        index = f" + h // {meta.heads} * {meta.size // size}"
+        index = f" + h // {meta.heads} * {meta.entries}"
         return size, f"page * {page_bytes // size} + {meta.offset // size}{index}"
     return size, f"page * {page_bytes // size} + h * {head_bytes // size} + {meta.offset // size}"
 
@@ -66,5 +66,5 @@ def read(side: SidePlan, base: str, index: str, scale: str, offset: str, mask: s
         ]
     lines = [f"{scale} = tl.load({where}{suffix}).to(tl.float32, bitcast=True)"]
     if meta.kind == "words":
-        lines.append(f"{offset} = tl.load({where} + {meta.entries}{suffix}).to(tl.float32, bitcast=True)")
+        lines.append(f"{offset} = tl.load({where} + {meta.total}{suffix}).to(tl.float32, bitcast=True)")
     return lines

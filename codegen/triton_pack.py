@@ -5,13 +5,13 @@ One pack program owns one token block (or 32 single tokens) of one kv head: stat
 
 from __future__ import annotations
 
+from .codec import functions, results
 from .layout import PAIR, token_block
 from .plan import Plan, SidePlan
 from .text import Lines, fill, padded
 from .triton_attend import parameters, pools, tokens_name
-from .triton_codec import encode, measure, results
-from .triton_keys import Planes, static_read
 from .triton_meta import entry, section
+from .triton_planes import Planes, static_read
 
 PACK = """
 @triton.jit(do_not_specialize=["offset", "ring", "first_step"])
@@ -94,8 +94,7 @@ class Pack(Planes):
             span_mask=f" & (tl.arange(0, {self.tokens}) < {self.span})" if self.tokens != self.span else "",
             head_dim=plan.shape.head_dim, body=body.lines,
         )  # fmt: skip
-        functions = [] if side.floats else ([] if side.static else [measure(side)]) + [encode(side)]
-        return "\n\n".join([*functions, kernel])
+        return "\n\n".join([*([] if side.floats else functions(side, "tl.")), kernel])
 
     def _floats(self, body: Lines) -> None:
         layout, side = self.plan.layout, self.side
@@ -202,7 +201,7 @@ class Pack(Planes):
         mask = f"({mask}) & ({only})" if only else mask
         body.add(f"tl.store(meta + {index}, word, mask={mask})")
         if meta.kind == "words":
-            body.add(f"tl.store(meta + {index} + {meta.entries}, second, mask={mask})")
+            body.add(f"tl.store(meta + {index} + {meta.total}, second, mask={mask})")
         for j in members:
             self._encode(body, j, f"scale{column}", f"start{column}")
 

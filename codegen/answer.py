@@ -1,0 +1,72 @@
+"""How the command line speaks: a document or lines on stdout, a message or progress on stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+
+def document(data: Any) -> None:
+    """One JSON document on stdout.  Infinities and NaN become null: they are no JSON."""
+    print(json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {str(key): _finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def lines(texts: Iterable[str]) -> None:
+    """Plain lines on stdout."""
+    print("\n".join(texts))
+
+
+def headline(text: str) -> None:
+    """A heading: bold where the terminal can."""
+    if sys.stdout.isatty() and "NO_COLOR" not in os.environ:
+        text = f"\033[1m{text}\033[0m"
+    print(text)
+
+
+def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    """Rows as aligned columns; those numbered in `right` end at one edge.  The last column is never padded."""
+    sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligned = []
+    for row in rows:
+        cells = [
+            cell.rjust(size) if i in right else cell.ljust(size)
+            for i, (cell, size) in enumerate(zip(row, sizes, strict=True))
+        ]
+        aligned.append("  ".join(cells).rstrip())
+    return aligned
+
+
+def complain(message: str) -> None:
+    """One message on stderr."""
+    print(f"kvdsl: {message}", file=sys.stderr)
+
+
+@contextmanager
+def progress(text: str) -> Iterator[None]:
+    """A spinner on stderr while something long runs, where stderr is a terminal; nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(text):
+        yield
+
+
+def plain_warnings() -> None:
+    """Warnings as one line on stderr, without the line of source that raised them."""
+    warnings.showwarning = lambda message, *_, **__: complain(f"warning: {message}")

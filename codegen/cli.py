@@ -1,0 +1,332 @@
+"""The command line: what a user can ask of a scheme without writing Python.
+
+Exit status 0: done; 1: a check failed; 2: wrong use or a bad spec, with one message on stderr.  Everything heavy is
+imported inside the command that needs it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import click
+import typer
+
+from . import answer
+
+if TYPE_CHECKING:
+    from kvdsl.scheme import Scheme
+    from kvdsl.shape import Shape
+
+DONE, FAILED, WRONG = 0, 1, 2
+app = typer.Typer(
+    name="kvdsl",
+    help="State how a KV cache is quantized; read, check and run what is generated from it.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+class Stage(StrEnum):
+    """What `show` can show."""
+
+    scheme = "scheme"
+    normal_form = "normal-form"
+    layout = "layout"
+    plan = "plan"
+    source = "source"
+    cost = "cost"
+
+
+class BackendName(StrEnum):
+    """What generated text is for."""
+
+    triton = "triton"
+    torch = "torch"
+
+
+class InputFormatName(StrEnum):
+    """The dtype of a model's queries, keys and values."""
+
+    fp16 = "fp16"
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+Name = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME", help="a name of `kvdsl list`, package.module:NAME, file.py:NAME, a .toml or .json file"
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on stdout and nothing else")]
+HeadDim = Annotated[int, typer.Option(help="channels of a head")]
+KvHeads = Annotated[int, typer.Option(help="kv heads of a layer")]
+QHeads = Annotated[int | None, typer.Option(help="query heads of a layer; default 4 for each kv head")]
+Dtype = Annotated[InputFormatName, typer.Option(help="dtype of queries, keys and values")]
+Model = Annotated[str, typer.Option(metavar="DIR", help="a folder in the transformers format, a GGUF file, or smollm2")]
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run one command: the exit status.  No traceback reaches the user for anything that a user can cause."""
+    answer.plain_warnings()
+    try:
+        status = app(list(sys.argv[1:] if arguments is None else arguments), standalone_mode=False, prog_name="kvdsl")
+        return status if isinstance(status, int) else DONE
+    except click.exceptions.Exit as exit_:
+        return exit_.exit_code
+    except click.ClickException as error:
+        where = f"; see `{error.ctx.command_path} --help`" if isinstance(error, click.UsageError) and error.ctx else ""
+        answer.complain(error.format_message() + where)
+        return WRONG
+    except (click.Abort, KeyboardInterrupt):
+        answer.complain("interrupted")
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except _expected() as error:
+        answer.complain(str(error))
+        return WRONG
+
+
+def _expected() -> tuple[type[BaseException], ...]:
+    """What a user's input can cause, of the modules that this command loaded."""
+    from kvdsl.errors import BackendError, SchemeError, ShapeError
+
+    kinds: list[type[BaseException]] = [SchemeError, ShapeError, BackendError, OSError, ImportError]
+    if "kvdsl.models" in sys.modules:
+        kinds.append(sys.modules["kvdsl.models"].ModelError)
+    return tuple(kinds)
+
+
+def loaded(name: str) -> Scheme:
+    """The scheme of a NAME.  Whatever a user's own file raises is told in one line."""
+    from kvdsl.errors import SchemeError
+    from kvdsl.registry import load
+
+    try:
+        return load(name)
+    except (SchemeError, OSError):
+        raise
+    except Exception as error:
+        _refuse(f"{name}: {type(error).__name__}: {error}")
+
+
+def label(name: str, scheme: Scheme) -> str:
+    """What generated text is called: the name itself, or the inner name or stem of a path."""
+    from kvdsl.registry import name_of, names
+
+    if name in names():
+        return name
+    shipped = name_of(scheme)
+    if not shipped.startswith("scheme-"):
+        return shipped
+    inner = name.rpartition(":")[2] if ":" in name else Path(name).stem
+    return re.sub(r"\W+", "_", inner, flags=re.ASCII)[:40].strip("_") or "scheme"
+
+
+def _shape(head_dim: int, kv_heads: int, q_heads: int | None, dtype: InputFormatName) -> Shape:
+    from kvdsl.shape import Shape
+
+    return Shape(head_dim, kv_heads, 4 * kv_heads if q_heads is None else q_heads, dtype.value)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise click.ClickException(message)
+
+
+@app.command("list")
+def list_(json: AsJson = False) -> None:
+    """Every scheme: name, system, source, bits per element of keys, values and both (head_dim 128, no window)."""
+    from .listing import rows
+
+    found = rows()
+    if json:
+        answer.document(found)
+        return
+    table = [("name", "system", "keys", "values", "mean", "source")]
+    for row in found:
+        bits = [f"{row['bits'][side]:.3f}" for side in ("keys", "values", "mean")]
+        table.append((row["name"], row["system"], *bits, row["source"]))  # type: ignore[arg-type]
+    answer.lines(answer.columns(table, right=(2, 3, 4)))
+
+
+@app.command()
+def show(
+    name: Name,
+    stage: Annotated[Stage | None, typer.Option(help="one stage; default all, without the source")] = None,
+    head_dim: HeadDim = 128,
+    kv_heads: KvHeads = 8,
+    q_heads: QHeads = None,
+    dtype: Dtype = InputFormatName.fp16,
+    backend: Annotated[BackendName, typer.Option(help="whose source")] = BackendName.triton,
+    tokens: Annotated[int | None, typer.Option(help="count the window of a sequence of so many tokens", min=1)] = None,
+    json: AsJson = False,
+) -> None:
+    """One stage of the compiler, or all, as a person would want to read it."""
+    from . import show as stages
+
+    scheme = loaded(name)
+    shape = _shape(head_dim, kv_heads, q_heads, dtype)
+    view = stages.View(label(name, scheme), scheme, shape, backend.value, tokens)
+    chosen = [stage.value] if stage else [s for s in stages.STAGES if json or s != "source"]
+    told = {each: stages.show(view, each) for each in chosen}
+    if json:
+        answer.document({"scheme": view.name, "stages": {each: data for each, (data, _) in told.items()}})
+        return
+    for each, (_, texts) in told.items():
+        if len(told) > 1:
+            answer.headline(f"\n{view.name}: {each}\n")
+        answer.lines(texts)
+
+
+@app.command()
+def emit(
+    name: Name,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="folder for the file; made if it is not there")],
+    backend: Annotated[BackendName, typer.Option(help="triton or torch")] = BackendName.triton,
+    head_dim: HeadDim = 128,
+    kv_heads: KvHeads = 8,
+    q_heads: QHeads = None,
+    dtype: Dtype = InputFormatName.fp16,
+    json: AsJson = False,
+) -> None:
+    """Write the generated source, ready to read, import and step through."""
+    from . import render, store
+    from .plan import plan_for
+
+    scheme = loaded(name)
+    plan, called = plan_for(scheme, _shape(head_dim, kv_heads, q_heads, dtype)), label(name, scheme)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{called}_{backend.value}.py"
+    store.write(path, render(plan, backend.value, called))
+    if json:
+        answer.document({"scheme": called, "backend": backend.value, "files": [str(path)]})
+    else:
+        print(path)
+
+
+@app.command("compile")
+def compile_(
+    name: Name,
+    arch: Annotated[
+        str, typer.Option(metavar="ARCHES", help="architectures, separated by commas")
+    ] = "sm_80,sm_90,sm_100",
+    head_dim: HeadDim = 128,
+    kv_heads: KvHeads = 8,
+    q_heads: QHeads = None,
+    dtype: Dtype = InputFormatName.fp16,
+    json: AsJson = False,
+) -> None:
+    """Compile ahead of time, with no GPU: registers, spills, instructions per packed byte, predicted share."""
+    from .compiling import compiled, told
+
+    scheme = loaded(name)
+    arches = [part.strip() for part in arch.split(",") if part.strip()]
+    with answer.progress(f"compiling {name} for {', '.join(arches)}"):
+        path, kernels = compiled(scheme, _shape(head_dim, kv_heads, q_heads, dtype), label(name, scheme), arches)
+    if json:
+        answer.document({"kernels": kernels, "path": str(path)})
+        return
+    answer.lines([*told(kernels), "", f"source {path}"])
+
+
+@app.command()
+def check(
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME...", help="schemes to check")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="every shipped and registered scheme")] = False,
+    examples: Annotated[int | None, typer.Option(help="examples a law", min=1)] = None,
+    seed: Annotated[int | None, typer.Option(help="where the examples start")] = None,
+    backend: Annotated[BackendName | None, typer.Option(help="triton or torch; default the live one")] = None,
+    json: AsJson = False,
+) -> None:
+    """Property tests: every law that applies to a scheme.  Exit status 1 with the smallest counterexample."""
+    from kvdsl.registry import names as known
+
+    from .checking import results, told
+
+    if all_ == bool(names):
+        _refuse("check: name one or more schemes, or give --all")
+    schemes = {name: loaded(name) for name in (known() if all_ else names or ())}
+    found = results(schemes, examples=examples, seed=seed, backend=backend.value if backend else None)
+    if json:
+        answer.document({"results": found})
+    else:
+        answer.lines(told(found))
+    if not all(result["passed"] for result in found):
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def generate(
+    name: Name,
+    model: Model,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="what to continue")] = None,
+    file: Annotated[Path | None, typer.Option(metavar="F", help="a text file to continue")] = None,
+    tokens: Annotated[int, typer.Option(help="tokens to generate at most", min=1)] = 64,
+    params: Annotated[Path | None, typer.Option(metavar="F", help="what `kvdsl calibrate` wrote")] = None,
+    backend: Annotated[BackendName | None, typer.Option(help="triton or torch; default by the model's device")] = None,
+    json: AsJson = False,
+) -> None:
+    """Greedy generation through the packed cache, beside full precision: text, agreement, bytes."""
+    from .running import generated, told
+
+    if (prompt is None) == (file is None):
+        _refuse("generate: give either --prompt TEXT or --file F")
+    text = prompt if prompt is not None else _text(file)
+    scheme = loaded(name)
+    with answer.progress(f"generating with {name} and in full precision"):
+        found = generated(scheme, label(name, scheme), model, text, tokens, params, backend.value if backend else None)
+    if json:
+        answer.document(found)
+    else:
+        answer.lines(told(found))
+
+
+@app.command()
+def calibrate(
+    name: Name,
+    model: Model,
+    text: Annotated[Path, typer.Option(metavar="FILE", help="a text of the kind the model will read")],
+    out: Annotated[Path, typer.Option(metavar="F", help="the safetensors file to write")],
+    tokens: Annotated[int, typer.Option(help="tokens of the text to read at most", min=1)] = 512,
+    json: AsJson = False,
+) -> None:
+    """Measure the scales that a scheme takes as given, layer by layer, and save them with the scheme's hash."""
+    from .running import calibrated
+
+    scheme, words = loaded(name), _text(text)
+    with answer.progress(f"calibrating {name}"):
+        found = calibrated(scheme, model, words, out, tokens)
+    if json:
+        answer.document({"scheme": label(name, scheme), **found})
+    else:
+        print(f"{found['tensors']} tensors of {found['layers']} layers over {found['tokens']} tokens: {out}")
+
+
+@app.command()
+def doctor(json: AsJson = False) -> None:
+    """Versions, GPU, cache folders, which paths are live and why the others are not."""
+    from .doctor import report, told
+
+    found: dict[str, Any] = report()
+    if json:
+        answer.document(found)
+    else:
+        answer.lines(told(found))
+
+
+def _text(path: Path | None) -> str:
+    assert path is not None
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        _refuse(f"{path}: it is no text in UTF-8; give a text file")

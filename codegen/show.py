@@ -1,0 +1,175 @@
+"""Every stage of the compiler as a person wants to read it, and as data: `kvdsl show`."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from kvdsl import cost
+from kvdsl.kernels import Backend
+from kvdsl.scheme import SIDES, Scheme, Side
+from kvdsl.shape import Shape
+from kvdsl.window import Window, windows
+
+from . import render
+from .launches import launches
+from .plan import Plan, plan_for
+from .show_algebra import normal_form
+from .show_layout import page
+
+
+@dataclass(frozen=True)
+class View:
+    """A scheme under a name, to be shown for a shape; `tokens` counts the window of a sequence of this length."""
+
+    name: str
+    scheme: Scheme
+    shape: Shape
+    backend: Backend = "triton"
+    tokens: int | None = None
+
+    @property
+    def plan(self) -> Plan:
+        return plan_for(self.scheme, self.shape)
+
+
+Stage = tuple[dict[str, Any], list[str]]
+
+
+def show(view: View, stage: str) -> Stage:
+    """(data, lines) of one stage.  Raises SchemeError where the scheme does not fit the shape."""
+    return STAGES[stage](view)
+
+
+def scheme_stage(view: View) -> Stage:
+    """The spec, its hash, and which tokens it packs."""
+    scheme = view.scheme
+    kept = {side: _tokens(window) for side, window in windows(scheme).items()}
+    data = {
+        "name": view.name,
+        "source": scheme.source,
+        "hash": scheme.hash,
+        "spec": repr(scheme),
+        "tree": scheme.to_dict(),
+        "tokens": kept,
+    }
+    lines = textwrap.wrap(repr(scheme), 110, subsequent_indent="    ", break_long_words=False)
+    lines += ["", f"hash     {scheme.hash}", f"source   {scheme.source or 'not stated'}"]
+    lines += [f"{side:8s} {text}" for side, text in kept.items()]
+    seen = "exactly" if scheme.prefill == "exact" else "as they are stored"
+    lines.append(f"a step's fresh tokens are attended {seen}")
+    return data, lines
+
+
+def _tokens(window: Window) -> str:
+    said = [f"the first {window.sinks} tokens stay exact"] if window.sinks else []
+    if window.whole:
+        said.append(f"tokens wait exact until {window.recent} are full, then leave together")
+    elif window.recent:
+        said.append(f"the newest {window.recent} tokens are exact, older ones leave one by one")
+    else:
+        said.append("every token is packed when it arrives")
+    return "; ".join(said)
+
+
+def normal_form_stage(view: View) -> Stage:
+    """The derivation and its proof."""
+    return normal_form(view.plan)
+
+
+def layout_stage(view: View) -> Stage:
+    """The page."""
+    return page(view.plan)
+
+
+def plan_stage(view: View) -> Stage:
+    """Tiles and launches."""
+    plan = view.plan
+    records = [record.to_json() for record in launches(plan, render(plan, "triton", view.name))]
+    data: dict[str, Any] = {
+        "tile": plan.tile,
+        "halves": plan.halves,
+        "rows": {"decode": plan.rows(many=False), "extend": plan.rows(many=True)},
+        "span": {side: plan.span(side) for side in SIDES},
+        "kernels": records,
+    }
+    halves = f", as two halves of {plan.half} whose tokens share words" if plan.halves > 1 else ""
+    lines = [
+        f"tile     {plan.tile} tokens are read at a time{halves}",
+        f"rows     {plan.rows(many=False)} query rows a program in decode, {plan.rows(many=True)} in extend and scores",
+        *(f"pack     one program quantizes {data['span'][side]} tokens of the {side}" for side in SIDES),
+        "",
+    ]
+    for record in records:
+        loop = f", {record['loop_packed_bytes']} packed bytes an iteration" if record["loop_packed_bytes"] else ""
+        rounded = "" if record["fp_fusion"] else ", rounded after every operation"
+        lines.append(f"{record['kernel']:14s} {record['warps']} warps, {record['stages']} stages{loop}{rounded}")
+        arguments = ", ".join(f"{name} {kind}" for name, kind in record["signature"] if kind != "constexpr")
+        lines += textwrap.wrap(arguments, 104, initial_indent=" " * 15, subsequent_indent=" " * 15)
+        if record["constants"]:
+            lines.append(" " * 15 + ", ".join(f"{name} = {value}" for name, value in record["constants"]))
+    return data, lines
+
+
+def source_stage(view: View) -> Stage:
+    """The generated text."""
+    text = render(view.plan, view.backend, view.name)
+    return {"backend": view.backend, "text": text}, text.rstrip("\n").split("\n")
+
+
+def cost_stage(view: View) -> Stage:
+    """Bits an element with their formula, bytes a token and layer."""
+    shape, layout = view.shape, view.plan.layout
+    found = cost.bits(view.scheme, shape.head_dim, shape.kv_heads, view.tokens)
+    sides: dict[str, Any] = {side: _side_cost(found, side) for side in SIDES}
+    exact = 2 * 2 * shape.kv_heads * shape.head_dim
+    per_token = found.mean / 8 * 2 * shape.kv_heads * shape.head_dim
+    data: dict[str, Any] = {
+        **sides,
+        "mean": found.mean,
+        "constants_bytes": found.constants,
+        "bytes_per_token_and_layer": per_token,
+        "fp16_bytes_per_token_and_layer": exact,
+        "page_tokens": layout.page_tokens,
+        "page_bytes": layout.page_bytes,
+    }
+    lines = ["bits an element   code  metadata  padding   window    total   formula of a packed number"]
+    for side in SIDES:
+        part = sides[side]
+        widths = {"code": 6, "metadata": 9, "padding": 8, "window": 8, "total": 8}
+        numbers = " ".join(f"{part[name]:{width}.3f}" for name, width in widths.items())
+        lines.append(f"{side:15s} {numbers}   {part['formula']}")
+    lines += [
+        f"mean            {found.mean:41.3f}",
+        "",
+        f"bytes a token and layer   {per_token:g} ({exact} in fp16, {exact / per_token:.2f} times as many)",
+        f"bytes a page              {layout.page_bytes} for {layout.page_tokens} tokens",
+        f"calibrated numbers        {found.constants:g} bytes a layer, for any length",
+    ]
+    if view.tokens is None:
+        lines.append("the window's exact tokens are not counted; --tokens N counts those of a sequence of N tokens")
+    return data, lines
+
+
+def _side_cost(found: cost.Bits, side: Side) -> dict[str, Any]:
+    part = found.side(side)
+    return {
+        "code": part.code,
+        "metadata": part.metadata,
+        "padding": part.padding,
+        "window": part.window,
+        "total": part.total,
+        "formula": found.formula(side),
+    }
+
+
+STAGES: dict[str, Callable[[View], Stage]] = {
+    "scheme": scheme_stage,
+    "normal-form": normal_form_stage,
+    "layout": layout_stage,
+    "plan": plan_stage,
+    "source": source_stage,
+    "cost": cost_stage,
+}

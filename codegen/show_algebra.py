@@ -1,0 +1,127 @@
+"""The normal form as a person reads it: definition, terms, where each factor is applied, and what proves it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy as sp
+
+from .algebra import NormalForm, Term
+from .placement import When
+from .plan import Plan, SidePlan
+
+LEGEND = (
+    "t token, d channel, b block of tokens, g group of channels",
+    "c code, s stored scale, z stored minimum or zero point; q query, p softmax weight",
+)
+Stage = tuple[dict[str, Any], list[str]]
+
+
+def normal_form(plan: Plan) -> Stage:
+    """(data, lines) of both sides of a plan."""
+    data, lines = dict[str, Any](), [*LEGEND]
+    for side in (plan.keys, plan.values):
+        told = _side(side)
+        data[side.name] = told
+        lines += ["", *_lines(side, told)]
+    return data, lines
+
+
+def _side(side: SidePlan) -> dict[str, Any]:
+    form = side.form
+    return {
+        "definition": f"{_name(side)} = {_definition(side)}",
+        "lowered": f"{_outcome(side)} = {_joined([_sum(form, term) for term in form.terms])}",
+        "applied": side.when.value,
+        "terms": [_term(side, term) for term in form.terms],
+        "proof": [{"statement": step.statement, "method": step.method} for step in form.proof],
+    }
+
+
+def _name(side: SidePlan) -> str:
+    return f"{side.name[0]}[t, d]"
+
+
+def _definition(side: SidePlan) -> str:
+    return f"the number itself, as {side.floats}" if side.floats else sp.sstr(side.form.definition)
+
+
+def _outcome(side: SidePlan) -> str:
+    return "q . k[t]" if side.name == "keys" else "out[d]"
+
+
+def _sum(form: NormalForm, term: Term) -> str:
+    """One term with its sum: what stands before it has left the sum."""
+    over, inner, outer = _factors(form, term)
+    number = {True: "*x[t, d]" if form.when is When.IN_LOOP else "*c[t, d]", False: ""}[term.coded]
+    summed = f"sum_{over} {sp.sstr(inner)}{number}".replace(" 1*", " ")
+    return summed if outer == 1 else f"{sp.sstr(outer)} * {summed}"
+
+
+def _joined(terms: list[str]) -> str:
+    return " + ".join(terms).replace("+ -", "- ")
+
+
+def _factors(form: NormalForm, term: Term) -> tuple[str, sp.Expr, sp.Expr]:
+    """(the summed index, the factor inside the sum, the factor outside)."""
+    if form.side == "keys":
+        return "d", term.channel_factor, term.token_factor
+    return "t", term.token_factor, term.channel_factor
+
+
+def _term(side: SidePlan, term: Term) -> dict[str, str]:
+    form = side.form
+    _, inner, outer = _factors(form, term)
+    return {
+        "sum": _sum(form, term),
+        "inside": sp.sstr(inner),
+        "outside": sp.sstr(outer),
+        "where": _where(side, term),
+    }
+
+
+def _where(side: SidePlan, term: Term) -> str:
+    """What happens to each factor of a term, in words."""
+    form = side.form
+    _, inner, outer = _factors(form, term)
+    if side.floats:
+        return "nothing is scaled"
+    if form.when is When.IN_LOOP:
+        return "the number is decoded in the loop, before the dot product"
+    said = []
+    carrier, target = ("the query", "the dot product") if side.name == "keys" else ("the weights", "the output")
+    own = sp.IndexedBase("q") if side.name == "keys" else sp.IndexedBase("p")
+    scaled = [part for part in sp.Mul.make_args(inner) if not part.has(own) and not part.is_number]
+    if scaled:
+        often = _often(form.when, side.name, inside=True)
+        said.append(f"{_product(scaled)} is multiplied onto {carrier}, {often}")
+    if outer != 1:
+        often = _often(form.when, side.name, inside=False)
+        said.append(f"{sp.sstr(outer)} is applied behind {target}, {often}")
+    if not term.coded:
+        said.append(f"made of {carrier} alone, no code is read")
+    return "; ".join(said) or "the codes go into the dot product as they are"
+
+
+def _often(when: When, side: str, *, inside: bool) -> str:
+    if when is When.AFTER_DOT:
+        return "once per token and channel group"
+    if when is When.ONCE_PER_TILE:
+        return "once per tile of tokens that share it"
+    if side == "keys":
+        return "once per query" if inside else "once per token"
+    return "once per token" if inside else "once per output"
+
+
+def _product(parts: list[sp.Expr]) -> str:
+    return sp.sstr(sp.Mul(*parts))
+
+
+def _lines(side: SidePlan, told: dict[str, Any]) -> list[str]:
+    lines = [side.name, f"  definition   {told['definition']}", f"  lowered      {told['lowered']}"]
+    lines.append(f"  scale        {told['applied']}")
+    for number, term in enumerate(told["terms"], 1):
+        lines += [f"  term {number}       {term['sum']}", f"               {term['where']}"]
+    for step in told["proof"]:
+        lines.append(f"  proof        {step['statement']}   [{step['method']}]")
+    return lines

@@ -1,0 +1,119 @@
+"""The page as a person reads it: which bytes hold what, and which bits of a word hold which channel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .layout import PAIR, Meta, SideLayout, Stream, aligned
+from .plan import Plan, SidePlan
+
+KINDS = {
+    "half": "16-bit scales",
+    "halves": "32-bit words: scale in the low half, offset in the high half",
+    "word": "32-bit scales",
+    "words": "32-bit scales, then 32-bit offsets",
+}
+Stage = tuple[dict[str, Any], list[str]]
+
+
+def page(plan: Plan) -> Stage:
+    """(data, lines) of a plan's page."""
+    layout = plan.layout
+    sections = [row for side in (plan.keys, plan.values) for row in _sections(plan, side)]
+    sections.sort(key=lambda row: (row["shared"], row["offset"]))
+    streams = {side.name: [_stream(side.layout, s) for s in side.layout.streams] for side in (plan.keys, plan.values)}
+    data = {
+        "page_tokens": layout.page_tokens,
+        "page_bytes": layout.page_bytes,
+        "head_bytes": layout.head_bytes,
+        "kv_heads": layout.kv_heads,
+        "sections": sections,
+        "streams": streams,
+        "proof": [{"stream": p.stream, "method": p.method, "bits": p.cases} for p in plan.bijection],
+    }
+    lines = [
+        f"a page holds {layout.page_tokens} tokens of {layout.kv_heads} kv heads in {layout.page_bytes} bytes:",
+        f"{layout.kv_heads} heads of {layout.head_bytes} bytes, head h at h*{layout.head_bytes}"
+        + (", then what heads share" if layout.page_bytes > layout.kv_heads * layout.head_bytes else ""),
+        "",
+        "    byte    bytes  side    holds",
+    ]
+    for row in sections:
+        at = f"{row['offset']:8d} {row['bytes']:8d}  {row['side']:6s}  {row['holds']}"
+        lines.append(at + ("  (from the page's start)" if row["shared"] else ""))
+    for side in (plan.keys, plan.values):
+        for stream in side.layout.streams:
+            lines += ["", *_drawn(side, stream)]
+    lines += [""] if plan.bijection else []
+    lines += [f"every bit of {p.stream} is one bit of one code: {p.method}, {p.cases} bits" for p in plan.bijection]
+    return data, lines
+
+
+def _sections(plan: Plan, side: SidePlan) -> list[dict[str, Any]]:
+    layout, part = plan.layout, side.layout
+    rows = []
+    if side.floats:
+        size = layout.page_tokens * layout.head_dim * (4 if side.floats == "fp32" else 2)
+        rows.append(
+            _row(side, part.float_offset, size, f"{layout.page_tokens} rows of {layout.head_dim} {side.floats}")
+        )
+    for stream in part.streams:
+        last = stream.shift + stream.width - 1
+        bits = f"bits {stream.shift} to {last}" if last > stream.shift else f"bit {last}"
+        what = f"codes, {bits}: {stream.rows} rows of {stream.row_words} words"
+        rows.append(_row(side, stream.offset, stream.size, what))
+    if part.meta is not None:
+        copies = layout.kv_heads // part.meta.heads if part.meta.shared else 1
+        rows.append(_row(side, part.meta.offset, part.meta.size * copies, _meta(part.meta), shared=part.meta.shared))
+    return rows
+
+
+def _row(side: SidePlan, offset: int, size: int, holds: str, *, shared: bool = False) -> dict[str, Any]:
+    padded = aligned(size) - size
+    text = holds + (f", {padded} bytes of padding" if padded else "")
+    return {"side": side.name, "offset": offset, "bytes": aligned(size), "holds": text, "shared": shared}
+
+
+def _meta(meta: Meta) -> str:
+    order = "block by block" if meta.group_stride == 1 else "group by group"
+    across = f" and {meta.heads} heads" if meta.shared else ""
+    share = f"one for {meta.tokens} token{"s" * (meta.tokens > 1)} x {meta.channels} channels{across}"
+    return f"{meta.entries} {KINDS[meta.kind]}; {share}, {order}"
+
+
+def _stream(part: SideLayout, stream: Stream) -> dict[str, Any]:
+    places = [{"plane": p.plane, "tile": p.tile, "byte": p.byte, "bit": p.bit} for p in stream.places]
+    return {
+        "width": stream.width,
+        "shift": stream.shift,
+        "paired": stream.paired,
+        "plane_channels": part.plane_width,
+        "rows": stream.rows,
+        "row_words": stream.row_words,
+        "planes": places,
+    }
+
+
+def _drawn(side: SidePlan, stream: Stream) -> list[str]:
+    """One word of each word tile, highest bit first, with the channel that each run of bits belongs to."""
+    wide = side.layout.plane_width
+    lines = [
+        f"{side.name}, {stream.width}-bit stream: planes of {wide} channels; 16-bit words of a tile, x = 0..{wide - 1}",
+        f"  row t // 64 * 32 + t % 32: token t in the low byte, token t + {PAIR} in the high byte"
+        if stream.paired
+        else "  row t: one token",
+    ]
+    for tile in range(stream.tiles):
+        cells = {}
+        for place in stream.places:
+            if place.tile == tile:
+                for byte in (0, 1) if stream.paired else (place.byte,):
+                    low = 8 * byte + place.bit
+                    cells[low] = f"{place.plane * wide}+x"
+        starts = sorted(cells, reverse=True)
+        size = max(map(len, cells.values())) + 1
+        bits = [f"{low + stream.width - 1}..{low}" if stream.width > 1 else str(low) for low in starts]
+        size = max(size, *(len(b) + 1 for b in bits))
+        lines.append(f"  word {tile * wide}+x".ljust(14) + "bit     " + "|".join(b.center(size) for b in bits))
+        lines.append(" " * 14 + "channel " + "|".join(cells[low].center(size) for low in starts))
+    return lines

@@ -1,0 +1,133 @@
+"""The arithmetic of the normal form as lines of source, the same for both backends.
+
+`unit` is what a code read from a plane has to be multiplied by (2**24 where a masked word stands for a subnormal float16);
+`lead` precedes an index that adds an axis; `operand` is what a query must be cast to before a product.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import sympy as sp
+
+from .algebra import clean_from_dirty, decoded, query_of_dirty
+from .placement import When
+from .plan import SidePlan
+from .printer import TilePrinter, number
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Prints one side's steps for one backend."""
+
+    side: SidePlan
+    unit: int
+    lead: str
+    operand: str
+
+    def printed(self, expression: sp.Expr, axes: Mapping[str, tuple[str, ...]], names: Mapping[str, str]) -> str:
+        """An expression over plain symbols, broadcast over the first symbol's axes, with names put in."""
+        want = next(iter(axes.values()))
+        return renamed(TilePrinter(axes, self.lead).print(expression, want), names)
+
+    def prepared(self, source: str) -> list[str]:
+        """q<width>_<plane> = the combination of query planes that multiplies that dirty plane."""
+        lines = []
+        for stream in self.side.layout.streams:
+            for place in stream.places:
+                position = place.bit // stream.width
+                text = ""
+                for step, factor in query_of_dirty(stream.width, position, self.side.run(stream, place.plane)):
+                    factor = factor * 2**stream.shift
+                    name = f"{source}{place.plane + step - position}"
+                    term = name if abs(factor) == 1 else f"{name} * {number(abs(factor))}"
+                    text = f"{text} {'-' if factor < 0 else '+'} {term}" if text else term
+                cast = (f"({text})" if " " in text else text) + self.operand if self.operand else text
+                lines.append(f"q{stream.width}_{place.plane} = {cast}")
+        return lines
+
+    def scaled(self, plane: int, query: str, scale: str, offset: str) -> list[str]:
+        """y<plane>: the query times the channels' scale; b<plane>: what adds up to the offset's share of the score."""
+        lines = []
+        for term in self.side.form.terms:
+            factor = term.channel_factor if term.coded else term.channel_factor * term.token_factor
+            axes = {"q": ("w", "r"), "s": ("w",), "z": ("w",)}
+            text = self.printed(plain(factor), axes, {"q": query, "s": scale, "z": offset})
+            lines.append(f"{'y' if term.coded else 'b'}{plane} = {text}")
+        return lines
+
+    @property
+    def offset_in_score(self) -> bool:
+        """Something besides the codes adds to a score."""
+        return any(not term.coded for term in self.side.form.terms)
+
+    def assembled(self, dot: str, total: str, scale: str, offset: str) -> str:
+        """A score from a group's dot product, the query's total over the group, and the token's stored numbers."""
+        s, total_of = sp.symbols("dot total")
+        score = sum(
+            plain(t.token_factor) * (self.unit * s if t.coded else total_of) for t in self.side.form.terms
+        )
+        factored = sp.factor_terms(score)
+        axes = {"dot": ("t", "r"), "total": ("r",), "s": ("t",), "z": ("t",)}
+        names = {"dot": dot, "total": total, "s": scale, "z": offset}
+        return self.printed(factored if factored.is_Mul else score, axes, names)
+
+    def weight(self, weights: str, scale: str) -> str:
+        """What multiplies a token's codes in the output: its weight times its scale."""
+        coded = next(t for t in self.side.form.terms if t.coded)
+        return self.printed(plain(coded.token_factor), {"p": ("t", "r"), "s": ("t",)}, {"p": weights, "s": scale})
+
+    def carried(self, weights: str, scale: str, offset: str) -> tuple[str, sp.Expr] | None:
+        """(what each token adds to the offsets' sum, the constant taken out of that sum); None: nothing is carried."""
+        terms = [t for t in self.side.form.terms if not t.coded]
+        if not terms or self.side.when not in (When.AFTER_DOT, When.ONCE_PER_QUERY):
+            return None
+        if self.side.when is When.ONCE_PER_QUERY:
+            return weights, sp.Integer(1)
+        coefficient, rest = sum(plain(t.token_factor * t.channel_factor) for t in terms).as_coeff_Mul()
+        axes = {"p": ("t", "r"), "s": ("t",), "z": ("t",)}
+        return self.printed(rest, axes, {"p": weights, "s": scale, "z": offset}), coefficient
+
+    def clean(self, plane: int) -> str:
+        """The sum of codes of one plane, from the sums over dirty planes."""
+        text = ""
+        for stream in self.side.layout.streams:
+            position = stream.places[plane].bit // stream.width
+            parts = clean_from_dirty(stream.width, position, self.side.run(stream, plane))
+            names = [f"a{stream.width}_{plane + step - position}" for step, _ in parts]
+            inner = names[0] if len(names) == 1 else f"({names[0]} - {names[1]})"
+            factor = parts[0][1] * self.unit * 2**stream.shift
+            text += (" + " if text else "") + (inner if factor == 1 else f"{inner} * {number(factor)}")
+        return text
+
+    def output(self, total: str, mass: str, scale: str, offset: str) -> str:
+        """Real sums of a plane's channels from sums of codes and the mass of weights, where channels are scaled."""
+        c, p = sp.symbols("c p")
+        whole = sum(plain(t.token_factor * t.channel_factor) * (c / p if t.coded else 1) for t in self.side.form.terms)
+        axes = {"c": ("w", "r"), "s": ("w",), "z": ("w",), "p": ("r",)}
+        return self.printed(sp.expand(whole), axes, {"c": total, "s": scale, "z": offset, "p": mass})
+
+    def plus_carried(self, text: str, group: int, coefficient: sp.Expr) -> str:
+        """A plane's sums with the offsets of its group added."""
+        name = f"carried{group}"
+        scaled = name if abs(coefficient) == 1 else f"({name} * {number(abs(coefficient))})"
+        return f"{text} {'-' if coefficient < 0 else '+'} {scaled}[{self.lead}None, :]"
+
+    def number(self, code: str, scale: str, offset: str) -> str:
+        """A decoded number over equal-shaped arrays."""
+        c, s, z = sp.symbols("c s z")
+        expression = decoded(self.side.store, c, s, z)
+        axes = {"c": ("x",), "s": ("x",), "z": ("x",)}
+        return self.printed(expression, axes, {"c": code, "s": scale, "z": offset})
+
+
+def plain(expression: sp.Expr) -> sp.Expr:
+    """Indexed symbols without their indices: s[t, g] -> s."""
+    return expression.xreplace({item: sp.Symbol(str(item.base)) for item in expression.atoms(sp.Indexed)})
+
+
+def renamed(text: str, names: Mapping[str, str]) -> str:
+    """Every name of the text that stands in `names`, replaced."""
+    return re.sub(r"\b[A-Za-z_]\w*\b", lambda match: names.get(match[0], match[0]), text)

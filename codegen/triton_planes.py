@@ -1,0 +1,199 @@
+"""A side's words in Triton: loading them, taking planes and codes out of them, decoding them."""
+
+from __future__ import annotations
+
+from .layout import PAIR, Stream
+from .plan import Plan, SidePlan
+from .steps import Steps
+from .text import padded
+from .triton_meta import entry, pointer, read
+
+UNIT = 2**24  # a masked word read as float16 is the code times 2**-24
+
+
+class Planes:
+    """Loading a side's words and taking planes out of them.  Keys lie [tokens, lanes], values [lanes, tokens]."""
+
+    def __init__(self, plan: Plan, side: SidePlan) -> None:
+        self.plan, self.side = plan, side
+        self.width = side.layout.plane_width
+        self.lanes = max(16, padded(self.width))
+        self.prefix = side.name[0]
+        self.lane = f"{self.prefix}_lane"
+        self.transposed = side.name == "values"
+        self.steps = Steps(side, UNIT, "", ".to(tl.float16)")
+
+    @property
+    def ragged(self) -> bool:
+        """A plane is narrower than its tile: lanes beyond it are masked."""
+        return self.lanes != self.width
+
+    def lane_lines(self) -> list[str]:
+        lines = [f"{self.lane} = tl.arange(0, {self.lanes})"]
+        if self.ragged:
+            lines.append(f"{self.lane}_in = {self.lane} < {self.width}")
+        return lines
+
+    def grid(self, tokens: str, lanes: str) -> tuple[str, str]:
+        """Index expressions of tokens and lanes for a tile of this side."""
+        return (
+            (f"{tokens}[None, :]", f"{lanes}[:, None]")
+            if self.transposed
+            else (f"{tokens}[:, None]", f"{lanes}[None, :]")
+        )
+
+    def mask(self, tokens: str) -> str:
+        """The mask of a tile load: lanes in range and, if `tokens` names a token mask, tokens too."""
+        token, lane = self.grid(tokens, f"{self.lane}_in")
+        return " & ".join(([token] if tokens else []) + ([lane] if self.ragged else []))
+
+    def words(self, stream: Stream, tile: int, half: int) -> str:
+        which = "" if stream.paired or self.plan.halves == 1 else f"_{half}"
+        return f"{self.prefix}{stream.width}_{tile}{which}"
+
+    def load(self, half: int, tokens: str) -> list[str]:
+        """Load the words of sub-tile `half`, whose tokens of the page are `tokens`; paired words come with half 0.
+
+        A page is whole, so words of tokens that were never packed are read too: any code, never used."""
+        lines = []
+        mask = self.mask("")
+        other = f", mask={mask}, other=0" if mask else ""
+        for stream in self.side.layout.streams:
+            if stream.paired and half:
+                continue
+            token, lane = self.grid("pair" if stream.paired else tokens, self.lane)
+            for tile in range(stream.tiles):
+                start = stream.offset // 2 + tile * self.width
+                address = f"{token} * {stream.row_words} + {lane} + {start}"
+                lines.append(f"{self.words(stream, tile, half)} = tl.load(words + {address}{other})")
+        for stream in self.side.layout.streams:
+            for tile in range(stream.tiles):
+                high = half == 1 if stream.paired else True
+                if high:
+                    name = self.words(stream, tile, half)
+                    lines.append(f"{name}_high = upper({name})")
+        return lines
+
+    def operand(self, stream: Stream, plane: int, half: int) -> str:
+        """The dirty plane as float16: the place's bits of the byte, and those below that share its scale."""
+        place = stream.places[plane]
+        high = bool(half) if stream.paired else bool(place.byte)
+        name = self.words(stream, place.tile, half) + ("_high" if high else "")
+        lowest = self.side.run(stream, plane).start * stream.width
+        if place.bit + stream.width == 8 and lowest == 0 and high:
+            return f"{name}.to(tl.float16, bitcast=True)"
+        return f"plane({name}, {2 ** (place.bit + stream.width) - 2**lowest})"
+
+    def code(self, plane: int, half: int) -> str:
+        """The codes of one plane as float32."""
+        return self._joined([
+            (stream, self.words(stream, place.tile, half), bool(half) if stream.paired else bool(place.byte), place.bit)
+            for stream in self.side.layout.streams
+            for place in (stream.places[plane],)
+        ])  # fmt: skip
+
+    def _joined(self, parts: list[tuple[Stream, str, bool, int]]) -> str:
+        pieces = []
+        for stream, name, high, bit in parts:
+            name = f"{name}_high" if high else name
+            kept = f"(({name} >> {bit}) & {2**stream.width - 1})" if bit else f"({name} & {2**stream.width - 1})"
+            pieces.append(f"({kept} << {stream.shift})" if stream.shift else kept)
+        return f"({' | '.join(pieces)}).to(tl.float32)" if len(pieces) > 1 else f"{pieces[0]}.to(tl.float32)"
+
+    def block(self, half: int) -> str:
+        """The token block, within its page, of sub-tile `half` (one block spans the sub-tile)."""
+        meta = self.side.layout.meta
+        assert meta is not None
+        if meta.blocks == 1:
+            return "0"
+        return f"(page_token + {half * self.plan.half}) // {meta.tokens}" if half else f"page_token // {meta.tokens}"
+
+    def plane_lane(self, plane: int) -> str:
+        """The channels of a plane."""
+        return f"({self.lane} + {plane * self.width})" if plane else self.lane
+
+    def channel_group(self, plane: int) -> str:
+        """The channel group of each lane of a plane."""
+        meta = self.side.layout.meta
+        assert meta is not None
+        lane = self.plane_lane(plane)
+        return lane if meta.channels == 1 else f"{lane} // {meta.channels}"
+
+    def decode(self, half: int, tokens: str) -> list[str]:
+        """Decode every plane of loaded words into float32 tiles n0, n1, ...: what cannot leave the loop, and unpack."""
+        lines = []
+        for plane in range(self.side.layout.planes):
+            lines.append(f"c = {self.code(plane, half)}")
+            lines += self._number(plane, tokens, "")
+        return lines
+
+    def decode_tokens(self, tokens: str, guard: str = "") -> list[str]:
+        """Decode every plane of any tokens of the page into float32 tiles n0, n1, ..., one byte of each word at a time.
+
+        `guard` names the mask of tokens whose metadata may be read; others decode to a finite number.
+        """
+        side, lines = self.side, []
+        if side.floats:
+            token, lane = self.grid(tokens, self.lane)
+            mask = self.mask(guard)
+            other = f", mask={mask}, other=0.0" if mask else ""
+            source = f"{side.name[:-1]}_floats + {token} * {self.plan.shape.head_dim} + {lane}"
+            return [
+                f"n{j} = tl.load({source} + {j * self.width}{other}).to(tl.float32)" for j in range(side.layout.planes)
+            ]
+        for stream in side.layout.streams:
+            row = f"({tokens} // {2 * PAIR} * {PAIR} + {tokens} % {PAIR})" if stream.paired else tokens
+            token, lane = self.grid(row, self.lane)
+            mask = self.mask("")
+            other = f", mask={mask}, other=0" if mask else ""
+            shift, _ = self.grid(f"({tokens} % {2 * PAIR} // {PAIR} * 8)", self.lane)
+            for tile in range(stream.tiles):
+                name = f"{self.prefix}{stream.width}_{tile}"
+                address = f"{token} * {stream.row_words} + {lane} + {stream.offset // 2 + tile * self.width}"
+                lines.append(f"{name} = tl.load(words + {address}{other})")
+                if stream.paired:
+                    lines.append(f"{name} = ({name} >> {shift}) & 255")
+                else:
+                    lines.append(f"{name}_high = upper({name})")
+        for plane in range(side.layout.planes):
+            parts = [
+                (stream, f"{self.prefix}{stream.width}_{place.tile}", bool(place.byte), place.bit)
+                for stream in side.layout.streams
+                for place in (stream.places[plane],)
+            ]
+            lines.append(f"c = {self._joined(parts)}")
+            lines += self._number(plane, tokens, guard)
+        return lines
+
+    def _number(self, plane: int, tokens: str, guard: str) -> list[str]:
+        """n<plane> from the codes c of one plane."""
+        side, lines = self.side, []
+        meta = side.layout.meta
+        names = (f"{self.prefix}_scale", f"{self.prefix}_offset")
+        if meta is not None:
+            token, lane = self.grid(tokens, self.plane_lane(plane))
+            token = f"{token} // {meta.tokens}" if meta.tokens > 1 else token
+            lane = f"{lane} // {meta.channels}" if meta.channels > 1 else lane
+            base = f"{pointer(side)} + {self.prefix}_meta"
+            lines += read(side, base, entry(side, token, lane), *names, mask=self.mask(guard))
+        elif side.static:
+            lines += static_read(self, plane, self.grid(tokens, self.lane)[1])
+        return [*lines, f"n{plane} = {self.steps.number('c', *names)}"]
+
+
+def static_read(planes: Planes, plane: int, lane: str) -> list[str]:
+    """Lines that load calibrated scales of one plane's channels into `x_scale` (and `x_offset`)."""
+    side = planes.side
+    mask = planes.mask("")
+    other = f", mask={mask}, other=0.0" if mask else ""
+    block, head_dim = side.scale.block, planes.plan.shape.head_dim
+    channels = block.channels if isinstance(block.channels, int) else head_dim
+    groups = head_dim // channels
+    head = "h" if block.heads == 1 else "0"
+    channel = f"({lane} + {plane * planes.width})" if plane else lane
+    index = f"{head} * {groups} + {channel} // {channels}" if groups > 1 else f"{head} + {lane} * 0"
+    heads = planes.plan.shape.kv_heads if block.heads == 1 else 1
+    lines = [f"{planes.prefix}_scale = tl.load({side.name}_scale_ptr + {index}{other})"]
+    if side.has_offset:
+        lines.append(f"{planes.prefix}_offset = tl.load({side.name}_scale_ptr + {heads * groups} + {index}{other})")
+    return lines
