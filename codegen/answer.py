@@ -67,6 +67,9 @@ def progress(text: str) -> Iterator[None]:
         yield
 
 
-def plain_warnings() -> None:
-    """Warnings as one line on stderr, without the line of source that raised them."""
-    warnings.showwarning = lambda message, *_, **__: complain(f"warning: {message}")
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Inside, a warning is one line on stderr, without the line of source that raised it."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: complain(f"warning: {message}")
+        yield

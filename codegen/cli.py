@@ -9,13 +9,15 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
-import click
 import typer
+
+from kvdsl.errors import BackendError, ProofError, SchemeError, ShapeError
 
 from . import answer
 
@@ -23,15 +25,20 @@ if TYPE_CHECKING:
     from kvdsl.scheme import Scheme
     from kvdsl.shape import Shape
 
-DONE, FAILED, WRONG = 0, 1, 2
+DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
+# Typer has its own copy of click or takes the package, by its version: the class is reached through what it exports.
+UsageError: type[Any] = typer.BadParameter.__bases__[0]
 app = typer.Typer(
     name="kvdsl",
     help="State how a KV cache is quantized; read, check and run what is generated from it.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+class Refused(Exception):
+    """Input that a command cannot use; the message says what and why."""
 
 
 class Stage(StrEnum):
@@ -76,40 +83,33 @@ Model = Annotated[str, typer.Option(metavar="DIR", help="a folder in the transfo
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command: the exit status.  No traceback reaches the user for anything that a user can cause."""
-    answer.plain_warnings()
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        status = app(list(sys.argv[1:] if arguments is None else arguments), standalone_mode=False, prog_name="kvdsl")
+        with answer.plain_warnings():
+            status = app(given, standalone_mode=False, prog_name="kvdsl")
         return status if isinstance(status, int) else DONE
-    except click.exceptions.Exit as exit_:
+    except typer.Exit as exit_:
         return exit_.exit_code
-    except click.ClickException as error:
-        where = f"; see `{error.ctx.command_path} --help`" if isinstance(error, click.UsageError) and error.ctx else ""
-        answer.complain(error.format_message() + where)
-        return WRONG
-    except (click.Abort, KeyboardInterrupt):
+    except UsageError as error:
+        where = f"; see `{error.ctx.command_path} --help`" if error.ctx else ""
+        answer.complain(error.format_message().rstrip(".") + where)
+    except (typer.Abort, KeyboardInterrupt):
         answer.complain("interrupted")
-        return 130
-    except BrokenPipeError:
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader, as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
-    except _expected() as error:
+    except OSError as error:
+        answer.complain(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+    except (Refused, SchemeError, ShapeError, BackendError, ProofError, ImportError) as error:
         answer.complain(str(error))
-        return WRONG
-
-
-def _expected() -> tuple[type[BaseException], ...]:
-    """What a user's input can cause, of the modules that this command loaded."""
-    from kvdsl.errors import BackendError, SchemeError, ShapeError
-
-    kinds: list[type[BaseException]] = [SchemeError, ShapeError, BackendError, OSError, ImportError]
-    if "kvdsl.models" in sys.modules:
-        kinds.append(sys.modules["kvdsl.models"].ModelError)
-    return tuple(kinds)
+        if isinstance(error, ProofError) or hasattr(error, "failures"):
+            return FAILED  # a lowering that is not proven, a kernel that does not compile
+    return WRONG
 
 
 def loaded(name: str) -> Scheme:
     """The scheme of a NAME.  Whatever a user's own file raises is told in one line."""
-    from kvdsl.errors import SchemeError
     from kvdsl.registry import load
 
     try:
@@ -117,7 +117,7 @@ def loaded(name: str) -> Scheme:
     except (SchemeError, OSError):
         raise
     except Exception as error:
-        _refuse(f"{name}: {type(error).__name__}: {error}")
+        raise Refused(f"{name}: {type(error).__name__}: {error}") from None
 
 
 def label(name: str, scheme: Scheme) -> str:
@@ -140,7 +140,7 @@ def _shape(head_dim: int, kv_heads: int, q_heads: int | None, dtype: InputFormat
 
 
 def _refuse(message: str) -> NoReturn:
-    raise click.ClickException(message)
+    raise UsageError(message)
 
 
 @app.command("list")
@@ -283,7 +283,7 @@ def generate(
         _refuse("generate: give either --prompt TEXT or --file F")
     text = prompt if prompt is not None else _text(file)
     scheme = loaded(name)
-    with answer.progress(f"generating with {name} and in full precision"):
+    with answer.progress(f"generating with {name} and in full precision"), _of_a_model():
         found = generated(scheme, label(name, scheme), model, text, tokens, params, backend.value if backend else None)
     if json:
         answer.document(found)
@@ -304,7 +304,7 @@ def calibrate(
     from .running import calibrated
 
     scheme, words = loaded(name), _text(text)
-    with answer.progress(f"calibrating {name}"):
+    with answer.progress(f"calibrating {name}"), _of_a_model():
         found = calibrated(scheme, model, words, out, tokens)
     if json:
         answer.document({"scheme": label(name, scheme), **found})
@@ -324,9 +324,20 @@ def doctor(json: AsJson = False) -> None:
         answer.lines(told(found))
 
 
+@contextmanager
+def _of_a_model() -> Iterator[None]:
+    """A model or text that cannot be used is wrong use: kvdsl and transformers both say so by ValueError."""
+    try:
+        yield
+    except (SchemeError, ShapeError):
+        raise
+    except ValueError as error:
+        raise Refused(str(error)) from None
+
+
 def _text(path: Path | None) -> str:
     assert path is not None
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        _refuse(f"{path}: it is no text in UTF-8; give a text file")
+        raise Refused(f"{path}: it is no text in UTF-8; give a text file") from None

@@ -35,7 +35,7 @@ def told(found: dict[str, Any]) -> list[str]:
         found["baseline_text"],
         "",
         f"agreement   {found['agreement']:.0%} of the tokens are the same, the first {found['same_tokens']} in a row",
-        f"bytes       {found['cache_bytes']} packed, {found['baseline_bytes']} in full precision, {ratio:.2f} times as many",
+        f"bytes       {found['cache_bytes']} packed, {found['baseline_bytes']} in full precision: {ratio:.2f} times",
         f"bits        {stats['bits']:.2f} a number held, window and tables included, after {found['tokens']} tokens",
         f"fallbacks   {stats['fallbacks']}",
     ]

@@ -77,7 +77,8 @@ def _row(side: SidePlan, offset: int, size: int, holds: str, *, shared: bool = F
 def _meta(meta: Meta) -> str:
     order = "block by block" if meta.group_stride == 1 else "group by group"
     across = f" and {meta.heads} heads" if meta.shared else ""
-    share = f"one for {meta.tokens} token{"s" * (meta.tokens > 1)} x {meta.channels} channels{across}"
+    tokens = "a token" if meta.tokens == 1 else f"{meta.tokens} tokens"
+    share = f"one for {tokens} x {meta.channels} channel{'s' * (meta.channels > 1)}{across}"
     return f"{meta.entries} {KINDS[meta.kind]}; {share}, {order}"
 
 
