@@ -1,6 +1,6 @@
 """transformers: a cache of packed bytes, and the attention that reads it where it lies.
 
-    use        `cache` and `use`: what a user calls
+    plug       `cache` and `use`: what a user calls
     layer      the library's layer protocol over one QuantizedCache a layer
     handle     what a layer hands to the attention: a tensor by name, a reference in fact
     attention  the registered attention function
@@ -13,14 +13,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..extras import need
+from kvdsl.extras import need
 
 if TYPE_CHECKING:
     from .layer import PackedCache
-    from .use import cache, use
+    from .plug import cache, use
 
 __all__ = ["PackedCache", "cache", "use"]
-_HOME = {"cache": "use", "use": "use", "PackedCache": "layer"}
+_HOME = {"cache": "plug", "use": "plug", "PackedCache": "layer"}
 OLDEST = "5.17"
 
 

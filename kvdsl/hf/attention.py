@@ -1,4 +1,4 @@
-"""The attention function registered with transformers: packed bytes where the cache is ours, plain tensors elsewhere."""
+"""The attention function registered with transformers: packed bytes where the cache is ours, else plain tensors."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from .handle import is_handle
-from .layer import Step
+from .handle import Handle, step_of
+from .layer import Step, permuted
 from .masks import padding_of
 
 DENSE: Counter[str] = Counter()
@@ -40,25 +40,30 @@ def attention(
 ) -> tuple[Tensor, None]:
     """query (B, Hq, Q, D), key and value (B, H, K, D) or handles -> (out (B, Q, Hq, D), None).
 
-    `s_aux` (Hq,) are attention sinks: one logit a head that joins the softmax.  Raises ValueError for what a packed cache
-    cannot do: a keyword that changes the mathematics, dropout, attention in both directions.
+    `s_aux` (Hq,) are attention sinks: one logit a head that joins the softmax.  Raises ValueError for what a packed
+    cache cannot do: a keyword that changes the mathematics, dropout, attention in both directions.
     """
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    if not is_handle(key):
+    step = step_of(key, value)
+    if step is None:
+        # One of the two may still be a handle, where a model computes with the other: then that one is decoded too.
+        key, value = (x.step.touched(x.which) if isinstance(x, Handle) else x for x in (key, value))
         DENSE["calls"] += 1
-        return _plain(module, query, key, value, attention_mask, scaling, dropout, sliding_window, softcap, s_aux, causal, kwargs)
+        return _plain(
+            module, query, key, value, attention_mask, scaling, dropout, sliding_window, softcap, s_aux, causal, kwargs
+        )
     refuse(kwargs, dropout)
     if not causal:
         raise ValueError("attention: a packed cache is read causally, and this model attends in both directions")
-    step: Step = key.step  # type: ignore[attr-defined]
     window = _window(step, sliding_window)
     padding = padding_of(attention_mask)
     if attention_mask is not None and (padding is None or not _fits(step, padding.counts, padding.real)):
         full = attention_mask if padding is None else padding.full()
         return _decoded(step, query, full, scaling, softcap, s_aux), None
     calls = step.layer.calls
-    step.append(None if padding is None else padding.counts, query.shape[1], softcap=softcap is not None)
+    counts, order = (None, None) if padding is None else (padding.counts, padding.order)
+    step.append(counts, order, query.shape[1], softcap=softcap is not None)
     if padding is None and step.began_empty and _fresh(step, query, window, softcap, s_aux):
         calls["fresh_calls"] += 1
         out: Tensor
@@ -67,9 +72,12 @@ def attention(
     calls["packed_calls"] += 1
     assert step.layer.packed is not None
     state = replace(step.state, scaling=scaling, softcap=softcap, window=window)
-    out, lse = step.layer.packed.attend(query.contiguous(), state)
+    query = query.contiguous() if order is None else permuted(query, order)
+    out, lse = step.layer.packed.attend(query, state)
     if s_aux is not None:
         out = out * torch.sigmoid(lse - s_aux.float()[None, :, None])[..., None].to(out.dtype)
+    if order is not None:
+        out = permuted(out, order.argsort(dim=1))
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -78,14 +86,18 @@ def refuse(keywords: dict[str, Any], dropout: float) -> None:
     for name, value in keywords.items():
         if value is None or value is False or name in HARMLESS:
             continue
-        mend = "leave it out" if name != "output_attentions" else "the kernels keep no weights; use attn_implementation='eager'"
+        mend = (
+            "leave it out"
+            if name != "output_attentions"
+            else "the kernels keep no weights; use attn_implementation='eager'"
+        )
         raise ValueError(f"attention: {name} is not supported over a packed cache; {mend}")
     if dropout:
         raise ValueError(f"attention: dropout {dropout} over a packed cache; call model.eval()")
 
 
 def _window(step: Step, asked: int | None) -> int | None:
-    """The sliding window of a call.  A layer that kept all tokens serves any; one that let tokens go, only its own or less."""
+    """The sliding window of a call.  A layer that kept all tokens serves any; one that let some go, its own or less."""
     own = step.layer.window
     if own is None or asked is None or asked <= own:
         return own if asked is None else asked
@@ -112,15 +124,16 @@ def _decoded(
 ) -> Tensor:
     """Attention under a mask that only a full (B, 1, Q, K) tensor can say: over decoded keys and values."""
     if mask.dim() != 4:
-        raise ValueError(f"attention: a mask of shape {tuple(mask.shape)}; give (batch, tokens) to the model, or (B, 1, Q, K)")
+        raise ValueError(
+            f"attention: a mask of shape {tuple(mask.shape)}; give (batch, tokens) to the model, or (B, 1, Q, K)"
+        )
     if step.began_empty:
-        step.append(None, query.shape[1], softcap=softcap is not None)
+        step.append(None, None, query.shape[1], softcap=softcap is not None)
     if step.began_empty and step.layer.scheme.prefill == "exact":
         step.layer.calls["fresh_calls"] += 1
         return by_hand(query, step.keys, step.values, mask, scaling, softcap, s_aux)
     step.layer.fell_back(
-        "this mask is neither causal nor a sliding window with left padding, so the cache is decoded at every step; "
-        "pad on the left, and leave custom masks out"
+        "this mask is neither causal nor a sliding window, or hides stored tokens, so the cache is decoded for it"
     )
     numbers = step.numbers()
     return by_hand(query, numbers["keys"], numbers["values"], mask, scaling, softcap, s_aux)
@@ -179,8 +192,8 @@ def by_hand(
 ) -> Tensor:
     """Attention written out, in float32: query (B, Hq, Q, D), key and value (B, H, K, D) -> (B, Q, Hq, D).
 
-    mask: bool (True: seen) or added, broadcast to (B, Hq, Q, K); `causal` adds the causal one.  A query that sees nothing
-    gives zeros.
+    mask: bool (True: seen) or added, broadcast to (B, Hq, Q, K); `causal` adds the causal one.  A query that sees
+    nothing gives zeros.
     """
     group = query.shape[1] // key.shape[1]
     scores = query.float() @ key.float().repeat_interleave(group, 1).transpose(2, 3) * scaling

@@ -35,13 +35,15 @@ class Handle(torch.Tensor):
     def __init__(self, step: Step, which: Which) -> None:
         pass
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return func(*_pytree.tree_map(_real, args), **_pytree.tree_map(_real, kwargs or {}))
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Handle({self.which}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
 
@@ -49,6 +51,7 @@ def _real(x: Any) -> Any:
     return x.step.touched(x.which) if isinstance(x, Handle) else x
 
 
-def is_handle(x: Tensor) -> bool:
-    """Whether x stands for a packed cache."""
-    return isinstance(x, Handle)
+def step_of(keys: Tensor, values: Tensor) -> Step | None:
+    """The step that both stand for; None where one of them is a plain tensor."""
+    both = isinstance(keys, Handle) and isinstance(values, Handle) and keys.step is values.step
+    return keys.step if both else None  # type: ignore[attr-defined]

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ..cache import QuantizedCache
-from ..codegen import build
-from ..errors import CacheError, ShapeError
-from ..inputs import DTYPES
-from ..kernels import Backend, Params
-from ..scheme import SIDES, Scheme
-from ..shape import InputFormat, Shape
+from kvdsl.cache import QuantizedCache
+from kvdsl.codegen import build
+from kvdsl.errors import CacheError, ShapeError
+from kvdsl.inputs import DTYPES
+from kvdsl.kernels import Backend, Params
+from kvdsl.scheme import Scheme
+from kvdsl.shape import InputFormat, Shape
+
 from .handle import Handle, Which
 
 FORMATS: dict[torch.dtype, InputFormat] = {dtype: name for name, dtype in DTYPES.items()}  # type: ignore[misc]
@@ -39,9 +40,19 @@ class Step:
         self.began_empty = not layer.seen
         self._numbers: dict[Which, Tensor] = {}
 
-    def append(self, counts: Sequence[int] | None, q_heads: int | None = None, *, softcap: bool = False) -> None:
-        """Store the tokens (the last counts_b of sequence b) unless that is done."""
+    def append(
+        self,
+        counts: Sequence[int] | None,
+        order: Tensor | None = None,
+        q_heads: int | None = None,
+        *,
+        softcap: bool = False,
+    ) -> None:
+        """Store the tokens (the last counts_b of sequence b, after the permutation `order`) unless that is done."""
         if self.state is None:
+            if order is not None:
+                self.keys, self.values = permuted(self.keys, order), permuted(self.values, order)
+                self.layer.has_gaps = True
             self.state = self.layer.append(self, counts, q_heads, softcap)
 
     def numbers(self) -> dict[Which, Tensor]:
@@ -50,12 +61,14 @@ class Step:
         Raises CacheError where padding inside the sequence was left out, since the places are no longer the library's.
         """
         if not self._numbers:
+            sides: tuple[Which, Which] = ("keys", "values")
+            fresh = {"keys": self.keys, "values": self.values}
             exact = self.layer.scheme.prefill == "exact" and self.state is None
-            old = {side: self.layer.dense(side) for side in SIDES} if exact else {}
+            old = {side: self.layer.dense(side) for side in sides} if exact else {}
             self.append(None)
-            for side, fresh in (("keys", self.keys), ("values", self.values)):
-                all_ = torch.cat([old[side], fresh], 2) if exact and side in old else self.layer.dense(side)  # type: ignore[index,arg-type]
-                self._numbers[side] = _right_aligned(all_, self.visible)  # type: ignore[index]
+            for side in sides:
+                tokens = torch.cat([old[side], fresh[side]], 2) if exact else self.layer.dense(side)
+                self._numbers[side] = _right_aligned(tokens, self.visible)
         return self._numbers
 
     def touched(self, which: Which) -> Tensor:
@@ -67,12 +80,17 @@ class Step:
         return self.numbers()[which]
 
 
+def permuted(x: Tensor, order: Tensor) -> Tensor:
+    """x (B, H, T, D) with token order[b, t] at place t."""
+    return x.gather(2, order[:, None, :, None].expand_as(x))
+
+
 def _right_aligned(x: Tensor, tokens: int) -> Tensor:
     short = tokens - x.shape[2]
     return torch.nn.functional.pad(x, (0, 0, short, 0)) if short > 0 else x[:, :, x.shape[2] - tokens :]
 
 
-class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
+class PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One layer: scheme and window are known, batch, heads and dtype come with the first tokens.
 
     `seen` counts tokens as the library does, padding included; the QuantizedCache holds those that are no padding.
@@ -94,7 +112,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         capacity: int | None = None,
         calls: Counter[str] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.scheme, self.window, self.params, self.backend = scheme, window, params, backend
         self.heads, self.softcap, self.capacity = heads, softcap, capacity
         self.calls: Counter[str] = Counter() if calls is None else calls
@@ -106,7 +124,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         self._draft = 0
         self._step: Step | None = None
 
-    # -- what the library calls in a forward ------------------------------------------------------------------------------
+    # -- what the library calls in a forward ---------------------------------------------------------------------------
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Note dtype and device; the packed cache itself is made with the first tokens."""
@@ -139,7 +157,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         """-1: no limit; a sliding layer says its window."""
         return -1 if self.window is None else self.window
 
-    # -- the tokens -------------------------------------------------------------------------------------------------------
+    # -- the tokens ----------------------------------------------------------------------------------------------------
 
     def append(self, step: Step, counts: Sequence[int] | None, q_heads: int | None, softcap: bool) -> Any:
         """Store a step's tokens; returns what its attention reads."""
@@ -153,9 +171,9 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
             self._draft = max(DRAFT, 2 * fresh if self.seen else 0)
             self.packed.record(self._draft)
         state = self.packed.append(step.keys, step.values, counts=counts)
-        self.has_gaps |= counts is not None and self.seen > 0 and any(
-            c < fresh and length > c for c, length in zip(counts, self.packed.lengths, strict=True)
-        )
+        if counts is not None:
+            lengths = self.packed.lengths
+            self.has_gaps |= any(c < fresh and length > c for c, length in zip(counts, lengths, strict=True))
         self.seen += fresh
         return state
 
@@ -163,7 +181,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         keys, values = step.keys, step.values
         if keys.shape[3] != values.shape[3]:
             raise ShapeError(
-                f"values: head_dim {values.shape[3]} beside keys of {keys.shape[3]}; only models with one head_dim are cached"
+                f"values: head_dim {values.shape[3]} beside keys of {keys.shape[3]}; a cache needs them equal"
             )
         if keys.dtype not in FORMATS:
             raise ShapeError(f"keys: {keys.dtype} is none of float16, bfloat16, float32; load the model in one of them")
@@ -189,8 +207,8 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         """All tokens of a side, decoded, (B, H, longest, D), right aligned; before the first token of no length."""
         if self.has_gaps:
             raise CacheError(
-                "cache: padding between turns was left out, so the tokens no longer stand where a full mask has them; "
-                "use a causal mask, or one turn a batch"
+                "cache: padding after the first token was left out, so the tokens no longer stand where a full mask or "
+                "another attention has them; keep to causal masks and kvdsl's attention, or pad on the left"
             )
         if self.packed is None:
             assert self._step is not None
@@ -204,7 +222,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         if self.calls["fallbacks"] == 1:
             warnings.warn(f"kvdsl: {why}", stacklevel=3)
 
-    # -- what decoding strategies call ------------------------------------------------------------------------------------
+    # -- what decoding strategies call ---------------------------------------------------------------------------------
 
     def activate_past_recording(self) -> None:
         """From now on the newest tokens can be cropped without loss, also in a sliding window."""
@@ -212,17 +230,14 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Drop the newest -tokens_to_remove tokens (a number <= 0).  CacheError where a sliding window has let go of them."""
+        """Drop the newest -tokens_to_remove (<= 0) tokens.  CacheError where a sliding window has let go of them."""
         self.settle()
         if tokens_to_remove > 0:
             raise ValueError(f"crop: {tokens_to_remove} is positive; give minus the number of tokens to remove")
         drop = min(-tokens_to_remove, self.seen)
         if not drop or self.packed is None:
             return
-        lengths = {max(0, length - drop) for length in self.packed.lengths}
-        if len(lengths) > 1:
-            raise CacheError("crop: the sequences of a padded batch differ in length; crop one sequence at a time")
-        self.packed.crop(lengths.pop())
+        self.packed.crop([max(0, length - drop) for length in self.packed.lengths])
         self.seen -= drop
 
     def reorder_cache(self, beam_idx: Tensor | Sequence[int]) -> None:
@@ -273,11 +288,12 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         return self.packed.stats() if self.packed is not None else {}
 
 
-class PackedCache(Cache):  # type: ignore[misc]
+class PackedCache(Cache):
     """A transformers cache of packed layers, to be passed as `past_key_values`.  Made by `kvdsl.cache`."""
 
     def __init__(self, layers: list[Any], scheme: Scheme, calls: Counter[str]) -> None:
         super().__init__(layers=layers)
+        self.layers: list[Any]
         self.scheme, self.calls = scheme, calls
         self._dense_before = dense_calls()
 
@@ -289,13 +305,13 @@ class PackedCache(Cache):  # type: ignore[misc]
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """See PackedLayer.update.  CacheError when an earlier forward failed halfway, so that layers hold different tokens."""
+        """See PackedLayer.update.  CacheError when a forward failed halfway, so that layers hold different tokens."""
         mine = self.packed_layers
         if self.layers[layer_idx] is mine[0]:
             lengths = {layer.get_seq_length() for layer in mine}
             if len(lengths) > 1:
                 raise CacheError(
-                    f"cache: layers hold {min(lengths)} to {max(lengths)} tokens, a forward failed halfway; reset() the cache"
+                    f"cache: layers hold {min(lengths)} to {max(lengths)} tokens, a forward failed halfway; reset() it"
                 )
         keys, values = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
         return keys, values
@@ -327,7 +343,9 @@ class PackedCache(Cache):  # type: ignore[misc]
         dense_calls: attention without a packed cache, anywhere, since this one was made; fallbacks: handles decoded for
         other code or other masks; requantized_tokens: quantized a second time after a crop; layers: the same by layer.
         """
-        layers = [{"layer": i, **layer.stats()} for i, layer in enumerate(self.layers) if isinstance(layer, PackedLayer)]
+        layers = [
+            {"layer": i, **layer.stats()} for i, layer in enumerate(self.layers) if isinstance(layer, PackedLayer)
+        ]
         filled = [layer for layer in layers if len(layer) > 1]
         numbers = sum(8 * layer["bytes"] / layer["bits"] for layer in filled if layer["bits"])
         return {

@@ -19,12 +19,14 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_
 class Padding:
     """What a (B, 1, 1, K) mask made here says, on the host: tokens that are no padding, of each sequence.
 
-    counts   among the fresh tokens; they are the last ones of the chunk
+    counts   among the fresh tokens
     real     among all tokens
+    order    None where padding stands before the fresh tokens, else the stable permutation (B, Q) that puts it there
     """
 
     counts: tuple[int, ...]
     real: tuple[int, ...]
+    order: Tensor | None
     gives: Callable[[], Tensor]
 
     def full(self) -> Tensor:
@@ -50,7 +52,8 @@ def mask(
 ) -> Tensor | None:
     """The mask function registered with transformers.
 
-    None: causal (or sliding), nothing padded.  (B, 1, 1, K) bool carrying a Padding: causal (or sliding) and left padded.
+    None: causal (or sliding), nothing padded.
+    (B, 1, 1, K) bool carrying a Padding: causal (or sliding) and padded.
     (B, 1, Q, K) bool, or what the library makes of it: everything else.
     """
 
@@ -86,8 +89,7 @@ def mask(
     counts, real, left = torch.stack([fresh.sum(1), seen.sum(1), ordered.to(torch.int64)]).tolist()
     if min(real) == total:
         return None
-    if not all(left):
-        return full(allow_is_causal_skip=False)
+    order = None if all(left) else fresh.to(torch.uint8).argsort(dim=1, stable=True)
     row = seen[:, None, None, kv_offset:]
 
     def whole() -> Tensor:
@@ -95,7 +97,7 @@ def mask(
         assert made is not None
         return made
 
-    row.kvdsl_padding = Padding(tuple(counts), tuple(real), whole)  # type: ignore[attr-defined]
+    row.kvdsl_padding = Padding(tuple(counts), tuple(real), order, whole)  # type: ignore[attr-defined]
     return row
 
 

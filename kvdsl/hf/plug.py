@@ -8,15 +8,25 @@ from contextlib import contextmanager
 from typing import Any
 
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
 
-from ..kernels import Backend, Params
-from ..scheme import Scheme
+from kvdsl.kernels import Backend, Params
+from kvdsl.registry import load
+from kvdsl.scheme import Scheme
+
 from .attention import attention
 from .layer import PackedCache, PackedLayer
 from .masks import mask
 
 NAME = "kvdsl"
+OWN_MASKS = frozenset({"doge"})
+"""Families that compute masks of their own from the one they are given, which must then be the full one."""
 AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, mask)
 
@@ -38,20 +48,11 @@ def cache(
 
     Raises ValueError for a model with layers whose state is no pair of keys and values of one head size.
     """
-    scheme = _loaded(scheme)
+    scheme = load(scheme)
     layers, calls = _layers(scheme, model, params, backend, capacity)
     if model.config._attn_implementation != NAME:
         model.set_attn_implementation(NAME)
     return PackedCache(layers, scheme, calls)
-
-
-def _loaded(scheme: Scheme | str) -> Scheme:
-    if isinstance(scheme, Scheme):
-        return scheme
-    from ..registry import load
-
-    found: Scheme = load(scheme)
-    return found
 
 
 def _layers(
@@ -59,7 +60,9 @@ def _layers(
 ) -> tuple[list[Any], Counter[str]]:
     """A packed layer where the library would have a dynamic one; layers without keys and values stay the library's."""
     config = model.config.get_text_config(decoder=True)
-    theirs = DynamicCache(config=config).layers or [DynamicLayer() for _ in range(config.num_hidden_layers)]
+    if config.model_type in OWN_MASKS:
+        raise ValueError(f"model: {config.model_type} makes attention masks of its own; a packed cache cannot serve it")
+    theirs = DynamicCache(config=config).layers or [DynamicLayer()] * config.num_hidden_layers  # type: ignore[no-untyped-call]
     calls: Counter[str] = Counter()
     layers: list[Any] = []
     for index, layer in enumerate(theirs):
@@ -67,7 +70,9 @@ def _layers(
             layers.append(layer)
             continue
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            raise ValueError(f"model: layer {index} keeps a {type(layer).__name__}, which is no plain pair of keys and values")
+            raise ValueError(
+                f"model: layer {index} keeps a {type(layer).__name__}, which is no plain pair of keys and values"
+            )
         layers.append(
             PackedLayer(
                 scheme.for_layer(index, len(theirs)),
@@ -108,11 +113,11 @@ def use(
     backend: Backend | None = None,
     capacity: int | None = None,
 ) -> Iterator[Use]:
-    """Inside, every `model.generate()` that is given no cache gets a fresh one of `scheme`; afterwards the model is as before.
+    """Inside, every `model.generate()` given no cache gets a fresh one of `scheme`; afterwards the model is as before.
 
     Arguments as for `cache`.
     """
-    loaded = _loaded(scheme)
+    loaded = load(scheme)
     before = _implementations(model)
     had, own = "generate" in vars(model), vars(model).get("generate")
     plain = model.generate
