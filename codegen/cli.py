@@ -6,7 +6,6 @@ imported inside the command that needs it.
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -96,9 +95,6 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except (typer.Abort, KeyboardInterrupt):
         answer.complain("interrupted")
         return INTERRUPTED
-    except BrokenPipeError:  # the reader, as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
     except OSError as error:
         answer.complain(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
     except (Refused, SchemeError, ShapeError, BackendError, ProofError, ImportError) as error:

@@ -174,3 +174,16 @@ def heads_of(shared: Tensor, groups: int, heads: int) -> Tensor:
     """Metadata that heads share, once for each head: (B, pages, groups * n) -> (B, H, pages, n)."""
     batch, pages, _ = shared.shape
     return shared.reshape(batch, pages, groups, -1).movedim(2, 1).repeat_interleave(heads, 1)
+
+
+def entries(words: Tensor, blocks: int, groups: int, *, token_major: bool) -> Tensor:
+    """Metadata words of pages as (B, H, token blocks, groups): (B, H, pages, blocks * groups), in either order."""
+    if token_major:
+        return words.unflatten(-1, (blocks, groups)).flatten(2, 3)
+    return words.unflatten(-1, (groups, blocks)).mT.flatten(2, 3)
+
+
+def used(numbers: Tensor, weights: Tensor, tokens: int) -> Tensor:
+    """Numbers (B, H, token blocks, ...) with those of blocks that no weight reaches made 0: they may be anything."""
+    reached = (weights > 0).any(-1).unflatten(-1, (-1, tokens)).any(-1)
+    return torch.where(reached[..., None], numbers, 0.0)

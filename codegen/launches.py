@@ -6,7 +6,7 @@ import ast
 from functools import cache
 
 from .launch import CONSTEXPR, Launch
-from .plan import Plan
+from .plan import DECODE_ROWS, Plan
 
 POINTERS = {
     "query_ptr": "input", "rows_ptr": "input", "key_rows_ptr": "input", "value_rows_ptr": "input",
@@ -18,10 +18,14 @@ ATTEND = ("decode", "extend")
 
 
 def warps(kernel: str, plan: Plan) -> int:
-    """Warps of a program: one where tiles stay in one warp's tensor cores, four where a page is rewritten or products
-    are of float32 numbers."""
+    """Warps of a program: one where tiles stay in one warp's tensor cores, two where 16 rows would not fit its registers,
+    four where a page is rewritten or products are of float32 numbers."""
     exact = plan.shape.dtype == "fp32" or any(side.floats == "fp32" for side in (plan.keys, plan.values))
-    return 1 if kernel in (*ATTEND, "scores") and not exact else 4
+    if kernel.startswith("pack"):
+        return max(4, min(16, plan.span(kernel.removeprefix("pack_")) * plan.shape.head_dim // 1024))
+    if kernel not in (*ATTEND, "scores") or exact:
+        return 4
+    return 1 if plan.rows(many=kernel != "decode") == DECODE_ROWS else 2
 
 
 def stages(kernel: str) -> int:
@@ -47,7 +51,9 @@ def arguments(source: str) -> dict[str, tuple[str, ...]]:
     """The argument names of every kernel of a generated text."""
     tree = ast.parse(source)
     return {
-        node.name: tuple(arg.arg for arg in node.args.args) for node in tree.body if isinstance(node, ast.FunctionDef)
+        node.name: tuple(arg.arg for arg in node.args.args)
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith(("measure_", "encode_"))
     }
 
 

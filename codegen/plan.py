@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 DECODE_ROWS = 8
 EXTEND_ROWS = 16
+EDGE_TILE = 16
 EXACT_TILE = 16  # tokens a tile where products are of float32 numbers, outside the tensor cores
 
 
@@ -115,7 +116,7 @@ class Plan:
     @property
     def edge_tile(self) -> int:
         """Tokens that the masked part of attention decodes or reads at a time."""
-        return min(PAIR, self.tile)
+        return EDGE_TILE
 
     def rows(self, *, many: bool) -> int:
         """Query rows of a program: the head group padded to 8 or 16, or 16 where there are several query tokens."""

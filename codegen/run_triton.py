@@ -45,7 +45,9 @@ class TritonModule:
         fusion = not kernel.startswith(("pack", "unpack"))
         function = getattr(self.module, kernel)
         ordered = {name: values[name] for name in self.arguments[kernel]}
-        function[grid](**ordered, num_warps=warps(kernel, self.plan), num_stages=stages(kernel), enable_fp_fusion=fusion)
+        function[grid](
+            **ordered, num_warps=warps(kernel, self.plan), num_stages=stages(kernel), enable_fp_fusion=fusion
+        )
 
     def pack(self, side: Side, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor, reach: tuple[int, int],
              pool: Tensor, table: Tensor, params: Params) -> None:  # fmt: skip

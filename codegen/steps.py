@@ -66,9 +66,7 @@ class Steps:
     def assembled(self, dot: str, total: str, scale: str, offset: str) -> str:
         """A score from a group's dot product, the query's total over the group, and the token's stored numbers."""
         s, total_of = sp.symbols("dot total")
-        score = sum(
-            plain(t.token_factor) * (self.unit * s if t.coded else total_of) for t in self.side.form.terms
-        )
+        score = sum(plain(t.token_factor) * (self.unit * s if t.coded else total_of) for t in self.side.form.terms)
         factored = sp.factor_terms(score)
         axes = {"dot": ("t", "r"), "total": ("r",), "s": ("t",), "z": ("t",)}
         names = {"dot": dot, "total": total, "s": scale, "z": offset}

@@ -259,7 +259,13 @@ class Attend:
         args = ["query_ptr", *self.pools, "table_ptr", *parameters(plan)]
         args += ["packed_keys_ptr", "packed_values_ptr", "length_ptr", "start_ptr", "first_ptr"]
         args += ["key_rows_ptr", "value_rows_ptr", "partial_ptr", "lse_ptr", "queries", "table_width", "ring", "window"]
-        args += ["splits", "edge_splits", "scaling", *(["softcap"] if plan.shape.softcap else []), "STAGES: tl.constexpr"]
+        args += [
+            "splits",
+            "edge_splits",
+            "scaling",
+            *(["softcap"] if plan.shape.softcap else []),
+            "STAGES: tl.constexpr",
+        ]
         return fill(
             ATTEND,
             name=name,

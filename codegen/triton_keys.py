@@ -136,11 +136,12 @@ class Keys(Planes):
 
     def either(self) -> list[str]:
         """s = scores of edge tokens: decoded where `coded`, from exact rows where `exact`."""
-        lines = self.decode_tokens("t")
+        lines = self.load_tokens("t")
         token, lane = self.grid("row", self.lane)
         mask = self.mask("exact")
         source = f"key_rows + {token} * {self.plan.shape.head_dim} + {lane}"
         for j in range(self.side.layout.planes):
+            lines += self.decode_token(j, "t")
             lines.append(f"k = tl.load({source} + {j * self.width}, mask={mask}, other=0.0).to(tl.float32)")
             lines.append(f"k = tl.where(coded[:, None], n{j}, k).to({self.exact})")
             lines.append(f"s = tl.dot(k, e{j}{', s' if j else ''}{self.precise})")

@@ -127,20 +127,9 @@ class Planes:
             lines += self._number(plane, tokens, "")
         return lines
 
-    def decode_tokens(self, tokens: str, guard: str = "") -> list[str]:
-        """Decode every plane of any tokens of the page into float32 tiles n0, n1, ..., one byte of each word at a time.
-
-        `guard` names the mask of tokens whose metadata may be read; others decode to a finite number.
-        """
+    def load_tokens(self, tokens: str) -> list[str]:
+        """Load the words of any tokens of the page; where two tokens share words, each takes its own byte."""
         side, lines = self.side, []
-        if side.floats:
-            token, lane = self.grid(tokens, self.lane)
-            mask = self.mask(guard)
-            other = f", mask={mask}, other=0.0" if mask else ""
-            source = f"{side.name[:-1]}_floats + {token} * {self.plan.shape.head_dim} + {lane}"
-            return [
-                f"n{j} = tl.load({source} + {j * self.width}{other}).to(tl.float32)" for j in range(side.layout.planes)
-            ]
         for stream in side.layout.streams:
             row = f"({tokens} // {2 * PAIR} * {PAIR} + {tokens} % {PAIR})" if stream.paired else tokens
             token, lane = self.grid(row, self.lane)
@@ -155,15 +144,26 @@ class Planes:
                     lines.append(f"{name} = ({name} >> {shift}) & 255")
                 else:
                     lines.append(f"{name}_high = upper({name})")
-        for plane in range(side.layout.planes):
-            parts = [
-                (stream, f"{self.prefix}{stream.width}_{place.tile}", bool(place.byte), place.bit)
-                for stream in side.layout.streams
-                for place in (stream.places[plane],)
-            ]
-            lines.append(f"c = {self._joined(parts)}")
-            lines += self._number(plane, tokens, guard)
         return lines
+
+    def decode_token(self, plane: int, tokens: str, guard: str = "") -> list[str]:
+        """n<plane>: one plane of the tokens of `load_tokens`, decoded, float32.
+
+        `guard` names the mask of tokens whose metadata may be read; others decode to a finite number.
+        """
+        side = self.side
+        if side.floats:
+            token, lane = self.grid(tokens, self.lane)
+            mask = self.mask(guard)
+            other = f", mask={mask}, other=0.0" if mask else ""
+            source = f"{side.name[:-1]}_floats + {token} * {self.plan.shape.head_dim} + {lane}"
+            return [f"n{plane} = tl.load({source} + {plane * self.width}{other}).to(tl.float32)"]
+        parts = [
+            (stream, f"{self.prefix}{stream.width}_{place.tile}", bool(place.byte), place.bit)
+            for stream in side.layout.streams
+            for place in (stream.places[plane],)
+        ]
+        return [f"c = {self._joined(parts)}", *self._number(plane, tokens, guard)]
 
     def _number(self, plane: int, tokens: str, guard: str) -> list[str]:
         """n<plane> from the codes c of one plane."""

@@ -1,0 +1,27 @@
+"""A plan as one torch module: pack, unpack and the two products of either side."""
+
+from __future__ import annotations
+
+import ast
+import re
+from functools import cache
+from pathlib import Path
+
+from .header import heading
+from .plan import Plan
+from .torch_sides import TorchSide
+
+
+@cache
+def helpers() -> tuple[str, ...]:
+    """The names that host.py defines, read from its text."""
+    tree = ast.parse((Path(__file__).parent / "host.py").read_text(encoding="utf-8"))
+    return tuple(sorted({node.name for node in tree.body if isinstance(node, ast.FunctionDef)} | {"exact_quotient"}))
+
+
+def render(plan: Plan, name: str) -> str:
+    """The whole text, deterministic."""
+    body = "\n\n".join(text for side in (plan.keys, plan.values) for text in TorchSide(plan, side).functions())
+    used = [helper for helper in helpers() if re.search(rf"(?<![\w.]){helper}\(", body)]
+    imports = "import torch\n" + (f"from kvdsl.codegen.host import {', '.join(used)}\n" if used else "")
+    return f"{heading(plan, name)}\n{imports}\n\n{body}"

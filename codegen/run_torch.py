@@ -1,0 +1,209 @@
+"""The torch backend: pages gathered and scattered, windows and masks, around the generated functions.
+
+It runs on any device.  Working memory grows with the packed tokens that a call reads; the pool itself is never copied.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from kvdsl.kernels import AttentionState, Params, Side
+from torch import Tensor
+
+from .host import rows_of_bytes
+from .plan import Plan
+
+LOG2E = 1.4426950408889634
+PACK_AT_ONCE = 64  # pages quantized at a time: bounds the working memory of a long prompt
+
+
+class TorchModule:
+    """The functions of one generated module, bound to pools and tables."""
+
+    def __init__(self, plan: Plan, module: ModuleType) -> None:
+        self.plan, self.module = plan, module
+
+    # ---- pages ----------------------------------------------------------------------------------------------------
+
+    def _blobs(self, pages: Tensor) -> tuple[Tensor, Tensor]:
+        """Pages (..., page_bytes) as blobs (..., H, head_bytes), and what heads share (..., bytes)."""
+        layout = self.plan.layout
+        split = layout.head_bytes * layout.kv_heads
+        return pages[..., :split].unflatten(-1, (layout.kv_heads, layout.head_bytes)), pages[..., split:]
+
+    def _gather(self, side: Side, pool: Tensor, table: Tensor, low: int, high: int, params: Params) -> list[Tensor]:
+        """The arguments of a reading function: pages `low` to `high` of every sequence."""
+        pages = pool[table[:, low:high].long()]
+        blobs, shared = self._blobs(pages)
+        given = [blobs.movedim(2, 1)]
+        meta = self.plan.side(side).layout.meta
+        if meta is not None and meta.shared:
+            given.append(shared)
+        if self.plan.side(side).static:
+            given.append(params[f"{side}.scale"])
+        return given
+
+    def pack(self, side: Side, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor, reach: tuple[int, int],
+             pool: Tensor, table: Tensor, params: Params) -> None:  # fmt: skip
+        tokens = self.plan.layout.page_tokens
+        low, high = reach[0] // tokens, -(-reach[1] // tokens)
+        starts = torch.arange(low, max(low, high), device=pool.device) * tokens
+        touched = (starts < end[:, None]) & (starts + tokens > begin[:, None])
+        sequences, places = touched.nonzero(as_tuple=True)
+        for chunk in range(0, len(sequences), PACK_AT_ONCE):
+            b, page = sequences[chunk : chunk + PACK_AT_ONCE], places[chunk : chunk + PACK_AT_ONCE] + low
+            self._pack_pages(side, rows, first, offset, begin, end, pool, table, params, b, page)
+
+    def _pack_pages(self, side: Side, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor,
+                    pool: Tensor, table: Tensor, params: Params, b: Tensor, page: Tensor) -> None:  # fmt: skip
+        layout, part = self.plan.layout, self.plan.side(side)
+        u = page[:, None] * layout.page_tokens + torch.arange(layout.page_tokens, device=pool.device)
+        inside = (u >= begin[b, None]) & (u < end[b, None])
+        ring = rows.shape[2] - offset
+        row = torch.where(inside, offset + torch.remainder(u - first[b, None], ring), 0)
+        x = rows[b[:, None], :, row].movedim(2, 1).to(torch.float32)
+        x = torch.where(inside[:, None, :, None], x, 0.0)
+        given = [x, params[f"{side}.scale"]] if part.static else [x]
+        sections = list(getattr(self.module, f"pack_{side}")(*given))
+        ids = table[b, page].long()
+        old = pool[ids]
+        blobs, shared = self._blobs(old)
+        if part.floats:
+            size = part.layout.float_offset
+            width = sections[0].shape[-1] // layout.page_tokens
+            self._merge(blobs, size, sections[0], inside.repeat_interleave(width, -1)[:, None])
+        for stream in part.layout.streams:
+            marks = inside[:, None, :, None].expand(-1, 1, -1, stream.row_words)
+            marks = rows_of_bytes((marks,) if stream.paired else (marks, marks), paired=stream.paired)
+            self._merge(blobs, stream.offset, sections.pop(0), marks)
+        meta = part.layout.meta
+        if meta is not None:
+            blocks = inside.unflatten(-1, (meta.blocks, meta.tokens)).any(-1)
+            marks = blocks[:, None, :].expand(-1, meta.groups, -1) if meta.tokens == 1 else blocks[..., None]
+            marks = marks.expand(-1, -1, meta.groups) if meta.tokens > 1 else marks
+            marks = marks.flatten(1)
+            if meta.shared:
+                marks = marks.repeat(1, meta.head_groups)
+            marks = marks.repeat(1, 2) if meta.kind == "words" else marks
+            marks = marks.repeat_interleave(2 if meta.kind == "half" else 4, -1)
+            if meta.shared:
+                self._merge(shared, meta.offset - layout.head_bytes * layout.kv_heads, sections.pop(0), marks)
+            else:
+                self._merge(blobs, meta.offset, sections.pop(0), marks[:, None])
+        pool[ids] = old
+
+    @staticmethod
+    def _merge(target: Tensor, offset: int, new: Tensor, marks: Tensor) -> None:
+        """Write the marked bytes of a section into gathered pages."""
+        view = target[..., offset : offset + new.shape[-1]]
+        view.copy_(torch.where(marks, new, view))
+
+    def unpack(self, side: Side, pool: Tensor, table: Tensor, begin: int, end: int, params: Params) -> Tensor:
+        shape, tokens = self.plan.shape, self.plan.layout.page_tokens
+        if end <= begin:
+            return torch.empty(table.shape[0], shape.kv_heads, 0, shape.head_dim, device=pool.device)
+        low, high = begin // tokens, -(-end // tokens)
+        whole: Tensor = getattr(self.module, f"unpack_{side}")(*self._gather(side, pool, table, low, high, params))
+        return whole[:, :, begin - low * tokens : end - low * tokens]
+
+    # ---- attention ------------------------------------------------------------------------------------------------
+
+    def _rows(self, query: Tensor, factor: float) -> Tensor:
+        """Query (B, Hq, Q, D) as columns (B, H, D, Q * group), float32, scaled."""
+        batch, _, queries, dim = query.shape
+        grouped = query.to(torch.float32).mul(factor).unflatten(1, (self.plan.shape.kv_heads, -1))
+        return grouped.movedim(2, 3).reshape(batch, self.plan.shape.kv_heads, queries * self.plan.shape.group, dim).mT
+
+    def _heads(self, x: Tensor, queries: int) -> Tensor:
+        """(B, H, Q * group, n) back to (B, Hq, Q, n)."""
+        return x.unflatten(2, (queries, self.plan.shape.group)).movedim(3, 2).flatten(1, 2)
+
+    def scores(self, query: Tensor, pool: Tensor, table: Tensor, tokens: int, params: Params) -> Tensor:
+        batch, heads, queries, _ = query.shape
+        if tokens == 0:
+            return torch.empty(batch, heads, queries, 0, device=query.device)
+        pages = -(-tokens // self.plan.layout.page_tokens)
+        score = self.module.score(self._rows(query, 1.0), *self._gather("keys", pool, table, 0, pages, params))
+        return self._heads(score.mT[..., :tokens], queries)
+
+    def attend(
+        self, query: Tensor, state: AttentionState, params: Params, splits: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See KernelSet; `splits` is a matter of the GPU and changes nothing here."""
+        queries, tokens, sinks = query.shape[2], self.plan.layout.page_tokens, self.plan.sinks
+        factor = state.scaling if state.softcap is not None else state.scaling * LOG2E
+        columns = self._rows(query, factor)
+        end = max(0, state.longest - sinks)
+        pages = -(-min(state.packed_most, end) // tokens)
+        low = self._first_page(state, queries, pages)
+        exact_from = max(low * tokens, int(torch.minimum(state.packed_keys, state.packed_values).min()))
+        exact_from = min(exact_from, end)
+        u = torch.arange(low * tokens, end, device=query.device)
+        coded = max(0, min(pages * tokens, end) - low * tokens)
+
+        score = columns.new_full((*columns.shape[:2], len(u), columns.shape[-1]), -torch.inf)
+        if coded:
+            keys = self._gather("keys", state.pool, state.table, low, pages, params)
+            score[:, :, :coded] = self.module.score(columns, *keys)[:, :, :coded]
+        tail = slice(exact_from - low * tokens, len(u))
+        alive = self._alive(state, u[tail], state.packed_keys)
+        exact = self._exact_rows(state, state.key_rows, u[tail], alive) @ columns
+        score[:, :, tail] = torch.where(
+            (u[tail] >= state.packed_keys[:, None])[:, None, :, None], exact, score[:, :, tail]
+        )
+        first = self._exact_rows(state, state.key_rows, torch.arange(-sinks, 0, device=query.device), None) @ columns
+        score = torch.cat((first, score), -2)
+        if state.softcap is not None:
+            score = torch.tanh(score / state.softcap) * (state.softcap * LOG2E)
+        u = torch.cat((torch.arange(-sinks, 0, device=query.device), u))
+        score = torch.where(self._seen(state, queries, u)[:, None], score, -torch.inf)
+
+        most = score.amax(-2, keepdim=True) if score.shape[-2] else score.new_full((1, 1, 1, 1), -torch.inf)
+        weights = torch.exp2(score - torch.where(most == -torch.inf, 0.0, most))
+        mass = weights.sum(-2)
+        on_sinks, weights = weights.split((sinks, score.shape[-2] - sinks), -2)
+        out = self._exact_rows(state, state.value_rows, u[:sinks], None).mT @ on_sinks
+        u = u[sinks:]
+        on_pages = torch.where((u < state.packed_values[:, None])[:, None, :, None], weights, 0.0)
+        if coded:
+            values = self._gather("values", state.pool, state.table, low, pages, params)
+            rest = pages * tokens - low * tokens - coded
+            out = out + self.module.weigh(torch.nn.functional.pad(on_pages[:, :, :coded], (0, 0, 0, rest)), *values)
+        alive = self._alive(state, u[tail], state.packed_values)
+        on_rows = torch.where(alive[:, None, :, None], weights[:, :, tail], 0.0)
+        out = out + self._exact_rows(state, state.value_rows, u[tail], alive).mT @ on_rows
+        out = out / torch.where(mass > 0, mass, 1.0)[..., None, :]
+        lse = (most[..., 0, :] + torch.log2(mass)) / LOG2E
+        lse = torch.where(mass > 0, lse, -torch.inf) if score.shape[-2] else torch.full_like(mass, -torch.inf)
+        return self._heads(out.mT, queries).to(query.dtype), self._heads(lse[..., None], queries)[..., 0]
+
+    def _first_page(self, state: AttentionState, queries: int, pages: int) -> int:
+        """The first page that any query of any sequence may see."""
+        oldest = state.start
+        if state.window is not None:
+            oldest = torch.maximum(oldest, state.length - queries - state.window + 1)
+        return min(pages, max(0, int(oldest.min()) - self.plan.sinks) // self.plan.layout.page_tokens)
+
+    def _alive(self, state: AttentionState, u: Tensor, packed: Tensor) -> Tensor:
+        """(B, tokens): the token at u is there, and exact."""
+        return (u >= packed[:, None]) & (u < (state.length - self.plan.sinks)[:, None])
+
+    def _exact_rows(self, state: AttentionState, rows: Tensor, u: Tensor, alive: Tensor | None) -> Tensor:
+        """Exact rows of the tokens at u, float32 (B, H, tokens, D); rows of tokens that are not alive are 0."""
+        if alive is None:  # sinks: rows from the first on, those beyond a short sequence 0
+            sinks = self.plan.sinks
+            there = (u + sinks < state.length[:, None])[:, None, :, None]
+            return torch.where(there, rows[:, :, :sinks].to(torch.float32), 0.0)
+        ring = rows.shape[2] - self.plan.sinks
+        place = self.plan.sinks + torch.remainder(u - state.first[:, None], max(1, ring))
+        index = place[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3])
+        return torch.where(alive[:, None, :, None], rows.gather(2, index).to(torch.float32), 0.0)
+
+    def _seen(self, state: AttentionState, queries: int, u: Tensor) -> Tensor:
+        """(B, tokens, rows): does the query row see the token at u."""
+        position = (state.length - queries)[:, None] + torch.arange(queries, device=u.device)
+        position = position.repeat_interleave(self.plan.shape.group, -1)[:, None] - self.plan.sinks
+        t = u[None, :, None]
+        seen = (t <= position) & (t >= (state.start - self.plan.sinks)[:, None, None])
+        return seen if state.window is None else seen & (t > position - state.window)

@@ -1,0 +1,344 @@
+"""The torch functions of a side: the same steps as the Triton kernels, over all pages of a batch at once.
+
+Arrays lead with (B, H); tokens and query rows are the last two axes of scores, lanes and rows of outputs.
+"""
+
+from __future__ import annotations
+
+from .codec import functions, results
+from .layout import Stream
+from .placement import When
+from .plan import Plan, SidePlan
+from .steps import Steps
+from .text import Lines
+
+
+class TorchSide:
+    """Prints `pack_<side>`, `numbers_<side>`, `unpack_<side>`, and `score` or `weigh`."""
+
+    def __init__(self, plan: Plan, side: SidePlan) -> None:
+        self.plan, self.side = plan, side
+        self.width, self.planes = side.layout.plane_width, range(side.layout.planes)
+        self.prefix = side.name[0]
+        self.steps = Steps(side, 1, "..., ", "")
+
+    # ---- what a function takes ------------------------------------------------------------------------------------
+
+    def inputs(self) -> list[str]:
+        """The arguments that say where codes and scales are."""
+        meta = self.side.layout.meta
+        extra = ["shared"] if meta is not None and meta.shared else []
+        return ["pages", *extra, *(["calibrated"] if self.side.static else [])]
+
+    def functions(self) -> list[str]:
+        texts = [] if self.side.floats else functions(self.side, "torch.")
+        texts.append(self.pack())
+        if self.side.layout.meta is not None:
+            texts.append(self.numbers())
+        texts.append(self.unpack())
+        texts.append(self.score() if self.side.name == "keys" else self.weigh())
+        return texts
+
+    # ---- packing --------------------------------------------------------------------------------------------------
+
+    def pack(self) -> str:
+        """Whole pages of numbers to the bytes of every section."""
+        side, meta, out = self.side, self.side.layout.meta, Lines()
+        arguments = "x, calibrated" if side.static else "x"
+        with out.deeper(f"def pack_{side.name}({arguments}):"):
+            out.add(f'"""Bytes of every section that float32 x (pages, H, {self.plan.layout.page_tokens}, D) fills."""')
+            if side.floats:
+                if side.floats == "fp16":
+                    out.add("x = torch.where(x == x, finite(x), x).to(torch.float16)")
+                out.add("return (bytes_of(x.flatten(-2)),)")
+                return str(out)
+            rest = ["scale", *(["start"] if side.has_offset else [])]
+            if side.static:
+                out.add(*self._calibrated("scale", "start"))
+                out.add(f"code = encode_{side.name}(x, {', '.join(rest)}).to(torch.uint8)")
+            else:
+                assert meta is not None
+                block = f"{meta.tokens}, {meta.channels}, {meta.heads}"
+                out.add(f"low, high, spoilt = extremes(x, {block})")
+                out.add(f"{', '.join(results(side))} = measure_{side.name}(low, high, spoilt)")
+                spread = ", ".join(f"spread({name}, {block})" for name in rest)
+                out.add(f"code = encode_{side.name}(x, {spread}).to(torch.uint8)")
+            out.add(
+                f"{', '.join(f'c{j}' for j in self.planes)}{',' * (len(self.planes) == 1)} = code.split({self.width}, -1)"
+            )
+            sections = [self._stream(out, stream) for stream in side.layout.streams]
+            if meta is not None:
+                sections.append(self._metadata())
+            out.add(f"return {', '.join(sections)}{',' * (len(sections) == 1)}")
+        return str(out)
+
+    def _calibrated(self, scale: str, offset: str) -> list[str]:
+        """Lines that spread calibrated numbers (heads, groups) over (H, tokens, channels)."""
+        block = self.side.scale.block
+        channels = block.channels if isinstance(block.channels, int) else 1
+        index = "[0]" if self.side.has_offset else ""
+        lines = [f"{scale} = calibrated{index}[:, None].repeat_interleave({channels}, -1)"]
+        if self.side.has_offset:
+            lines.append(f"{offset} = calibrated[1][:, None].repeat_interleave({channels}, -1)")
+        return lines
+
+    def _stream(self, out: Lines, stream: Stream) -> str:
+        """Add the lines that put one stream's bits into bytes; the section as an expression."""
+        tiles: dict[int, list[str]] = {0: [], 1: []}
+        for byte in (0,) if stream.paired else (0, 1):
+            for tile in range(stream.tiles):
+                parts = []
+                for place in (p for p in stream.places if (p.tile, p.byte) == (tile, byte)):
+                    bits = f"(c{place.plane} >> {stream.shift})" if stream.shift else f"c{place.plane}"
+                    if len(self.side.layout.streams) > 1:
+                        bits = f"({bits} & {2**stream.width - 1})"
+                    parts.append(f"({bits} << {place.bit})" if place.bit else bits)
+                tiles[byte].append(" | ".join(parts))
+        names = []
+        for byte in (0,) if stream.paired else (0, 1):
+            name = f"bits{stream.width}" + ("" if stream.paired else ("_low", "_high")[byte])
+            joined = tiles[byte][0] if stream.tiles == 1 else f"torch.cat(({', '.join(tiles[byte])}), -1)"
+            out.add(f"{name} = {joined}")
+            names.append(name)
+        return f"rows_of_bytes(({', '.join(names)},), paired={stream.paired})"
+
+    def _metadata(self) -> str:
+        meta = self.side.layout.meta
+        assert meta is not None
+        order = ".mT" if meta.tokens == 1 else ""
+        flat = ".flatten(1)" if meta.shared else ".flatten(-2)"
+        words = [f"word{order}{flat}"] + ([f"second{order}{flat}"] if meta.kind == "words" else [])
+        return f"bytes_of({words[0]})" if len(words) == 1 else f"bytes_of(torch.cat(({', '.join(words)}), -1))"
+
+    # ---- reading --------------------------------------------------------------------------------------------------
+
+    def numbers(self) -> str:
+        """Stored scales and offsets of every token block and channel group."""
+        side, meta, out = self.side, self.side.layout.meta, Lines()
+        assert meta is not None
+        kind = {"half": "int16", "halves": "int32", "word": "int32", "words": "int32"}[meta.kind]
+        count = meta.total * (2 if meta.kind == "words" else 1)
+        result = "scale, offset" if side.has_offset else "scale"
+        with out.deeper(f"def numbers_{side.name}({'shared' if meta.shared else 'pages'}):"):
+            out.add(f'"""Stored {result}: each float32 (B, H, token blocks, {meta.groups} groups of channels)."""')
+            source = "shared" if meta.shared else "pages"
+            start = meta.offset - (self.plan.layout.head_bytes * self.plan.layout.kv_heads if meta.shared else 0)
+            out.add(f"word = section({source}, {start}, {count}, torch.{kind})")
+            if meta.kind == "words":
+                out.add("word, second = word.chunk(2, -1)")
+            for name in ["word", *(["second"] if meta.kind == "words" else [])]:
+                if meta.shared:
+                    out.add(f"{name} = heads_of({name}, {meta.head_groups}, {meta.heads})")
+                out.add(f"{name} = entries({name}, {meta.blocks}, {meta.groups}, token_major={meta.tokens > 1})")
+            bf16 = "_bf16" if side.scale.dtype == "bf16" else ""
+            if meta.kind == "half":
+                out.add(f"return half{bf16}(word)")
+            elif meta.kind == "halves":
+                out.add(f"return low_half{bf16}(word), high_half{bf16}(word)")
+            elif meta.kind == "words":
+                out.add("return as_float(word), as_float(second)")
+            elif side.has_offset:
+                mask = 2 ** (side.code.bits or 0) - 1
+                out.add(f"return scale_over_zero_point(word, {mask}), (word & {mask}).to(torch.float32)")
+            else:
+                out.add("return as_float(word)")
+        return str(out)
+
+    def _read(self) -> list[str]:
+        """Lines that load the streams' bytes, one row a token."""
+        lines = []
+        for stream in self.side.layout.streams:
+            name = f"{self.prefix}{stream.width}"
+            names = f"{name}," if stream.paired else f"{name}_low, {name}_high"
+            call = f"byte_rows(pages, {stream.offset}, {stream.rows}, {stream.row_words}, paired={stream.paired})"
+            lines.append(f"{names} = {call}")
+        return lines
+
+    def _byte(self, stream: Stream, plane: int) -> str:
+        place = stream.places[plane]
+        name = f"{self.prefix}{stream.width}" + ("" if stream.paired else ("_low", "_high")[place.byte])
+        if stream.tiles == 1:
+            return name
+        return f"{name}[..., {place.tile * self.width} : {(place.tile + 1) * self.width}]"
+
+    def _numbers(self) -> list[str]:
+        side = self.side
+        if side.static:
+            return self._calibrated("scale", "offset")
+        meta = side.layout.meta
+        assert meta is not None
+        source = "shared" if meta.shared else "pages"
+        return [f"{'scale, offset' if side.has_offset else 'scale'} = numbers_{side.name}({source})"]
+
+    def unpack(self) -> str:
+        """Decoded numbers, one by one."""
+        side, out = self.side, Lines()
+        with out.deeper(f"def unpack_{side.name}({', '.join(self.inputs())}):"):
+            out.add('"""Every token of the pages decoded: float32 (B, H, tokens, D)."""')
+            head_dim, tokens = self.plan.shape.head_dim, self.plan.layout.page_tokens
+            if side.floats:
+                kind = {"fp16": "float16", "fp32": "float32"}[side.floats]
+                start = side.layout.float_offset
+                out.add(f"x = section(pages, {start}, {tokens * head_dim}, torch.{kind})")
+                out.add(f"return x.reshape(*pages.shape[:2], -1, {head_dim}).to(torch.float32)")
+                return str(out)
+            out.extend(self._read())
+            pieces = []
+            for j in self.planes:
+                parts = []
+                for stream in side.layout.streams:
+                    bit = stream.places[j].bit
+                    shifted = f"({self._byte(stream, j)} >> {bit})" if bit else self._byte(stream, j)
+                    kept = f"({shifted} & {2**stream.width - 1})" if stream.width < 8 else shifted
+                    parts.append(f"({kept} << {stream.shift})" if stream.shift else kept)
+                pieces.append(" | ".join(parts))
+            out.add(f"code = torch.cat(({', '.join(pieces)},), -1).to(torch.float32)")
+            out.extend(self._numbers())
+            meta = side.layout.meta
+            if meta is not None:
+                for name in ["scale", *(["offset"] if side.has_offset else [])]:
+                    out.add(f"{name} = spread({name}, {meta.tokens}, {meta.channels}, 1)")
+            out.add(f"return {self.steps.number('code', 'scale', 'offset')}")
+        return str(out)
+
+    def _plane(self, stream: Stream, plane: int) -> str:
+        """A dirty plane as float32 (..., tokens, lanes)."""
+        place = stream.places[plane]
+        low = self.side.run(stream, plane).start * stream.width
+        mask = 2 ** (place.bit + stream.width) - 2**low
+        byte = self._byte(stream, plane)
+        return f"{byte}.to(torch.float32)" if mask == 255 else f"({byte} & {mask}).to(torch.float32)"
+
+    def _channels(self, name: str, plane: int) -> str:
+        """The stored numbers of a plane's channels, of (..., groups) numbers."""
+        meta = self.side.layout.meta
+        channels = meta.channels if meta is not None else 1
+        groups = meta.groups if meta is not None else self.plan.shape.head_dim
+        block = self.side.scale.block
+        if self.side.static and not isinstance(block.channels, int) or groups == 1:
+            return name
+        spread = name if channels == 1 or self.side.static else f"{name}.repeat_interleave({channels}, -1)"
+        return f"{spread}[..., {plane * self.width} : {(plane + 1) * self.width}]"
+
+    # ---- products -------------------------------------------------------------------------------------------------
+
+    def score(self) -> str:
+        """Scores of packed keys."""
+        side, out = self.side, Lines()
+        with out.deeper(f"def score({', '.join(['query', *self.inputs()])}):"):
+            out.add('"""q.k of every packed token: query float32 (B, H, D, rows) -> (B, H, tokens, rows)."""')
+            if side.when in (When.NEVER, When.IN_LOOP):
+                out.add(f"return unpack_keys({', '.join(self.inputs())}) @ query")
+                return str(out)
+            names = ", ".join(f"x{j}" for j in self.planes)
+            out.add(f"{names}{',' * (len(self.planes) == 1)} = query.split({self.width}, -2)")
+            out.extend(self._read())
+            out.extend(self._numbers())
+            if side.when is When.AFTER_DOT:
+                self._score_after_dot(out)
+            else:
+                self._score_scaled(out)
+        return str(out)
+
+    def _score_after_dot(self, out: Lines) -> None:
+        side = self.side
+        out.extend(self.steps.prepared("x"))
+        for group in range(side.groups):
+            members = [j for j in self.planes if side.group(j) == group]
+            products = [f"{self._plane(s, j)} @ q{s.width}_{j}" for s in side.layout.streams for j in members]
+            out.add(f"s = {products[0]}", *(f"s = s + {product}" for product in products[1:]))
+            out.add(f"total = ({' + '.join(f'x{j}' for j in members)}).sum(-2)")
+            out.add(f"scale_g = scale[..., {group}]")
+            if side.has_offset:
+                out.add(f"offset_g = offset[..., {group}]")
+            text = self.steps.assembled("s", "total", "scale_g", "offset_g")
+            out.add(f"score = {'score + ' if group else ''}{text}")
+        out.add("return score")
+
+    def _score_scaled(self, out: Lines) -> None:
+        """Scales on the query: of each token block, or calibrated."""
+        side, meta = self.side, self.side.layout.meta
+        blocked = side.when is When.ONCE_PER_TILE
+        for j in self.planes:
+            query = f"x{j}[:, :, None]" if blocked else f"x{j}"
+            out.add(f"x{j} = {query}") if blocked else None
+            out.add(f"scale_j = {self._channels(self._static_row('scale'), j)}")
+            if side.has_offset:
+                out.add(f"offset_j = {self._channels(self._static_row('offset'), j)}")
+            out.extend(self.steps.scaled(j, f"x{j}", "scale_j", "offset_j"))
+        out.extend(self.steps.prepared("y"))
+        for i, (stream, j) in enumerate((s, j) for s in side.layout.streams for j in self.planes):
+            plane = self._plane(stream, j)
+            if blocked:
+                assert meta is not None
+                plane = f"{plane}.unflatten(-2, (-1, {meta.tokens}))"
+            out.add(f"s = {'s + ' if i else ''}{plane} @ q{stream.width}_{j}")
+        if self.steps.offset_in_score:
+            total = " + ".join(f"b{j}.sum(-2)" for j in self.planes)
+            out.add(f"s = s + ({total})[..., None, :]")
+        out.add("return s.flatten(2, 3)" if blocked else "return s")
+
+    def _static_row(self, name: str) -> str:
+        """Calibrated numbers stand as (H, 1, channels): the middle axis is not there for a query."""
+        return f"{name}[:, 0]" if self.side.static else name
+
+    def weigh(self) -> str:
+        """Sums of packed values under weights."""
+        side, out = self.side, Lines()
+        with out.deeper(f"def weigh({', '.join(['weights', *self.inputs()])}):"):
+            out.add('"""Sums of packed values: weights float32 (B, H, tokens, rows) -> (B, H, D, rows)."""')
+            if side.when in (When.NEVER, When.IN_LOOP):
+                out.add(f"return used(unpack_values({', '.join(self.inputs())}), weights, 1).mT @ weights")
+                return str(out)
+            out.extend(self._read())
+            out.extend(self._numbers())
+            meta = side.layout.meta
+            if meta is not None:
+                for name in ["scale", *(["offset"] if side.has_offset else [])]:
+                    out.add(f"{name} = used({name}, weights, {meta.tokens})")
+            if side.when is When.ONCE_PER_TILE:
+                self._weigh_blocks(out)
+            else:
+                self._weigh_planes(out)
+            out.add(f"return torch.cat(({', '.join(f'o{j}' for j in self.planes)},), -2)")
+        return str(out)
+
+    def _weigh_planes(self, out: Lines) -> None:
+        side = self.side
+        carried = self.steps.carried("weights", "scale_g", "offset_g")
+        for group in range(side.groups):
+            if side.when is When.AFTER_DOT:
+                out.add(f"scale_g = scale[..., {group}]")
+                if side.has_offset:
+                    out.add(f"offset_g = offset[..., {group}]")
+            out.add(f"weight = {self.steps.weight('weights', 'scale_g')}")
+            if carried is not None:
+                text = f"({carried[0]})" if " " in carried[0] else carried[0]
+                out.add(f"carried{group} = {text}.sum(-2)")
+            for stream in side.layout.streams:
+                for j in (j for j in self.planes if side.group(j) == group):
+                    out.add(f"a{stream.width}_{j} = {self._plane(stream, j)}.mT @ weight")
+        for j in self.planes:
+            text = self.steps.clean(j)
+            if side.when is When.ONCE_PER_QUERY:
+                out.add(f"total = {text}", f"scale_j = {self._channels(self._static_row('scale'), j)}")
+                if side.has_offset:
+                    out.add(f"offset_j = {self._channels(self._static_row('offset'), j)}")
+                text = self.steps.output("total", "carried0", "scale_j", "offset_j")
+            elif carried is not None:
+                text = self.steps.plus_carried(text, side.group(j), carried[1])
+            out.add(f"o{j} = {text}")
+
+    def _weigh_blocks(self, out: Lines) -> None:
+        side, meta = self.side, self.side.layout.meta
+        assert meta is not None
+        out.add(f"weight = weights.unflatten(-2, (-1, {meta.tokens}))", "weighed = weight.sum(-2)")
+        for stream in side.layout.streams:
+            for j in self.planes:
+                plane = f"{self._plane(stream, j)}.unflatten(-2, (-1, {meta.tokens}))"
+                out.add(f"a{stream.width}_{j} = {plane}.mT @ weight")
+        for j in self.planes:
+            out.add(f"total = {self.steps.clean(j)}", f"scale_j = {self._channels('scale', j)}")
+            if side.has_offset:
+                out.add(f"offset_j = {self._channels('offset', j)}")
+            out.add(f"o{j} = ({self.steps.output('total', 'weighed', 'scale_j', 'offset_j')}).sum(2)")
