@@ -102,10 +102,7 @@ class QuantizedCache:
 
     def attend(self, query: Tensor, state: AttentionState) -> tuple[Tensor, Tensor]:
         """Attention of query (B, Hq, Q, D) over a state: (out (B, Hq, Q, D), lse (B, Hq, Q) float32), see KernelSet."""
-        shape = self.kernels.shape
-        refuse_tensor(
-            "query", query, (self.batch, shape.q_heads or shape.kv_heads, None, shape.head_dim), shape, self.device
-        )
+        self._check_query(query)
         if not query.numel():
             return torch.empty_like(query), query.new_zeros(query.shape[:3], dtype=torch.float32)
         return self.kernels.attend(query, state, self.params)
@@ -184,6 +181,7 @@ class QuantizedCache:
         softcap: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         """One step: append, then attention of query (B, Hq, Q, D) over it.  A failure in either undoes both."""
+        self._check_query(query)
         counts = self._checked(keys, values, counts)
         with self._changing() as now:
             step = self._machine.append(now, {"keys": keys, "values": values}, counts)
@@ -191,10 +189,10 @@ class QuantizedCache:
             self._commit(step.after, step.dropped)
         return result
 
-    # -- cutting and moving ---------------------------------------------------------------------------------------------
+    # -- cutting and moving --------------------------------------------------------------------------------------------
 
-    def crop(self, length: int, *, requantize: bool = True) -> None:
-        """Shorten every sequence to at most `length` tokens.
+    def crop(self, length: int | Sequence[int], *, requantize: bool = True) -> None:
+        """Shorten every sequence to at most `length` tokens, or sequence b to length_b.
 
         Within the draft (`record`) the cache is as if the rest had never come.  Further back, tokens whose exact rows
         are gone stay packed; where the cut divides a block of tokens that share a scale, the block's kept tokens are
@@ -202,17 +200,21 @@ class QuantizedCache:
         requantize=False. CacheError too when a sliding window has let go of what a later query would see.  Either way
         nothing has changed.
         """
-        checked_number("length", length, 0)
+        lengths = (length,) * self.batch if isinstance(length, int) else tuple(length)
+        if len(lengths) != self.batch:
+            raise ShapeError(f"length: {len(lengths)} numbers for {self.batch} sequences")
+        for value in (length,) if isinstance(length, int) else lengths:
+            checked_number("length", value, 0)
         with self._changing() as now:
-            after, dropped, second = self._machine.crop(now, length, requantize=requantize)
+            after, dropped, second = self._machine.crop(now, lengths, requantize=requantize)
             self._commit(after, dropped)
             self.requantized += second
 
     def record(self, draft: int) -> None:
-        """Keep the exact rows of enough tokens that cropping up to `draft` of them loses nothing (0: stop).
+        """From now on keep so many exact rows that cropping loses nothing down to `draft` tokens before the newest one
+        that was ever there; 0 stops.
 
-        For speculative decoding: what is attended and packed stays the same, the ring of exact rows gets longer.  Call
-        it before the tokens that may be cropped arrive.
+        For speculative decoding: what is attended and packed stays the same, the ring of exact rows gets longer.
         """
         checked_number("draft", draft, 0)
         with self._changing() as now:
@@ -266,7 +268,7 @@ class QuantizedCache:
             table, dropped = now.table.truncate([0] * self.batch)
             self._commit(now.moved((Member(),) * self.batch, table=table), dropped)
 
-    # -- keeping --------------------------------------------------------------------------------------------------------
+    # -- keeping -------------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, see saving.py; an existing file is replaced only by a complete one."""
@@ -322,6 +324,11 @@ class QuantizedCache:
         if values.shape[2] != chunk:
             raise ShapeError(f"values: {values.shape[2]} tokens beside {chunk} of keys; give both the same")
         return (chunk,) * self.batch if counts is None else checked_counts("counts", counts, (chunk,) * self.batch)
+
+    def _check_query(self, query: Tensor) -> None:
+        shape = self.kernels.shape
+        sizes = (self.batch, shape.q_heads or shape.kv_heads, None, shape.head_dim)
+        refuse_tensor("query", query, sizes, shape, self.device)
 
     def _scaled(self, state: AttentionState, scaling: float | None, softcap: float | None) -> AttentionState:
         return replace(state, scaling=state.scaling if scaling is None else scaling, softcap=softcap)

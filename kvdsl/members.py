@@ -153,8 +153,8 @@ class Policy:
         seen = 0 if self.sliding is None else max(0, length - self.sliding + 1 - self.sinks)
         if seen < min(member.gone, max(keys.packed, values.packed, keys.decode[1], values.decode[1])):
             raise CacheError(
-                f"crop: a query after {length} tokens sees back to token {seen + self.sinks}, but the sliding window of "
-                f"{self.sliding} has let go of tokens before {member.gone + self.sinks}; record(draft=) keeps more"
+                f"crop: a query after {length} tokens sees back to token {seen + self.sinks}, but the sliding window "
+                f"of {self.sliding} has let go of tokens before {member.gone + self.sinks}; record(draft=) keeps more"
             )
         gone = min(member.gone, min(keys.packed, values.packed) // self.page_tokens * self.page_tokens)
         start = min(member.start, length)

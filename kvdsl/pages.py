@@ -77,8 +77,8 @@ class PagePool:
             self.recount()
         if count > self._left():
             raise CacheError(
-                f"pages: {count} pages ({count * self.page_bytes} bytes) are needed, {self._left()} of {self.limit} are "
-                f"free; build the cache with a capacity= of more tokens, crop or reset it"
+                f"pages: {count} pages ({count * self.page_bytes} bytes) are needed, {self._left()} of {self.limit} "
+                f"are free; build the cache with a capacity= of more tokens, crop or reset it"
             )
         top = len(self._holders)
         fresh = max(0, count - len(self._free))
@@ -181,8 +181,8 @@ class PageTable:
             entries.append((b, j, page))
         if not entries:
             return self, dropped
-        ids = tuple(tuple(changed.get(b, row)) for b, row in enumerate(self.ids))
-        return PageTable(ids, self._with(entries, max(map(len, ids)) + 1)), dropped
+        after = tuple(tuple(changed.get(b, ids)) for b, ids in enumerate(self.ids))
+        return PageTable(after, self._with(entries, max(map(len, after)) + 1)), dropped
 
     def truncate(self, counts: Sequence[int]) -> tuple[PageTable, list[int]]:
         """The first counts_b places of each sequence, and the pages behind them."""

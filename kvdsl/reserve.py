@@ -59,7 +59,7 @@ def _lazy(size: int) -> Tensor:
     """Zero bytes that take memory only once they are written."""
     try:
         if sys.platform == "linux":
-            # Without MAP_NORESERVE (0x4000; named in the module from Python 3.13 on) the system may refuse a large range.
+            # 0x4000 is MAP_NORESERVE, without which the system may refuse a large range.
             space = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)
         else:
             space = mmap.mmap(-1, size)

@@ -36,7 +36,7 @@ FIELDS = ("length", "keys", "values", "gone", "start")
 def digest(tensor: Tensor) -> str:
     """sha256 of a tensor's bytes, in hex."""
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(flat.numpy()).hexdigest()
+    return hashlib.sha256(flat.numpy().data).hexdigest()
 
 
 def params_digest(params: Params) -> str:
@@ -109,10 +109,11 @@ def restore(cache: QuantizedCache, document: Document, tensors: Mapping[str, Ten
     entries, count = tensors["table"].tolist(), len(tensors["pages"])
     if {page for row in entries for page in row} | {0} != set(range(count + 1)):
         raise CacheError(f"saved cache: its table does not name each of {count} pages")
-    ids = []
+    ids, place = [], dict[int, int]()
     for member, row in zip(members, entries, strict=True):
         used = -(-member.packed // policy.page_tokens)
-        if any(row[used:]) or (policy.sliding is None and not all(row[:used])):
+        astray = any(page and place.setdefault(page, j) != j for j, page in enumerate(row))
+        if astray or any(row[used:]) or (policy.sliding is None and not all(row[:used])):
             raise CacheError(f"saved cache: a sequence of {member.packed} packed tokens has pages {row}")
         ids.append(row[:used])
     with cache._changing() as now:

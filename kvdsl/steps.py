@@ -95,23 +95,22 @@ class Machine:
                 self.pool.bytes, after.table.tensor, self.params,
             )  # fmt: skip
 
-    def crop(self, now: Now, length: int, *, requantize: bool) -> tuple[Now, list[int], int]:
-        """Every sequence at most `length` tokens long: (state, pages to release, codes that became exact rows)."""
-        cuts = {m: now.policy.crop(m, length) for m in set(now.members) if m.length > length}
-        decoded = {m: sum(end - begin for begin, end in (c.decode for c in cut[1:])) for m, cut in cuts.items()}
-        second = sum(decoded.get(m, 0) for m in now.members)
+    def crop(self, now: Now, lengths: Sequence[int], *, requantize: bool) -> tuple[Now, list[int], int]:
+        """Sequence b at most lengths_b tokens long: (state, pages to release, codes that became exact rows)."""
+        wanted = [(m, min(n, m.length)) for m, n in zip(now.members, lengths, strict=True)]
+        cropped = {pair: now.policy.crop(*pair) for pair in set(wanted) if pair[1] < pair[0].length}
+        cuts = [cropped[pair][1:] if pair in cropped else None for pair in wanted]
+        second = sum(cut.decode[1] - cut.decode[0] for both in cuts if both for cut in both)
         if second and not requantize:
             raise CacheError(
-                f"crop: {length} tokens divide blocks whose exact rows are gone; {second} keys and values would be "
-                f"quantized twice; crop to a whole block, record(draft=) before appending, or let requantize=True"
+                f"crop: {min(lengths)} tokens divide blocks whose exact rows are gone; {second} keys and values would "
+                f"be quantized twice; crop to a whole block, record(draft=) before appending, or let requantize=True"
             )
-        members = tuple(cuts[m][0] if m in cuts else m for m in now.members)
+        members = tuple(cropped[pair][0] if pair in cropped else pair[0] for pair in wanted)
         size = now.policy.page_tokens
         table, dropped = now.table.truncate([-(-m.packed // size) for m in members])
-        rows = {}
-        for number, side in enumerate(SIDES, 1):
-            rows[side] = self._decoded(now, side, [cuts[m][number] if m in cuts else None for m in now.members])
-        return now.moved(members, table=table, key_rows=rows["keys"], value_rows=rows["values"]), dropped, second
+        rows = [self._decoded(now, side, [both and both[number] for both in cuts]) for number, side in enumerate(SIDES)]
+        return now.moved(members, table=table, key_rows=rows[0], value_rows=rows[1]), dropped, second
 
     def _decoded(self, now: Now, side: Side, cuts: Sequence[Cut | None]) -> Tensor:
         """The row buffer of a side with the tokens of cut blocks decoded into it; a copy when there are any."""

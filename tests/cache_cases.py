@@ -35,11 +35,11 @@ SCHEMES = {
 }
 
 
-def compiled(name: str) -> KernelSet:
-    """The torch kernels of one of SCHEMES."""
+def compiled(scheme: str | Scheme) -> KernelSet:
+    """The torch kernels of a scheme, or of one of SCHEMES by its name."""
     from kvdsl.codegen import build
 
-    return build(SCHEMES[name], SHAPE, backend="torch")
+    return build(SCHEMES[scheme] if isinstance(scheme, str) else scheme, SHAPE, backend="torch")
 
 
 def numbers(batch: int, tokens: int, *, heads: int = HEADS, seed: int = 0) -> Tensor:
@@ -53,7 +53,9 @@ def pair(batch: int, tokens: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return numbers(batch, tokens, seed=seed), numbers(batch, tokens, seed=seed + 1000)
 
 
-def filled(kernels: KernelSet, keys: Tensor, values: Tensor, cuts: Sequence[int] = (), **options: Any) -> QuantizedCache:
+def filled(
+    kernels: KernelSet, keys: Tensor, values: Tensor, cuts: Sequence[int] = (), **options: Any
+) -> QuantizedCache:
     """A cache given all tokens, cut into chunks at `cuts`."""
     cache = QuantizedCache(kernels, keys.shape[0], **{"capacity": 2048, **options})
     edges = [0, *sorted(cuts), keys.shape[2]]
@@ -77,6 +79,11 @@ def view(cache: QuantizedCache) -> dict[str, Any]:
         "holders": [cache.pool.holders(page) for page in cache.held()],
         "requantized": cache.requantized,
     }
+
+
+def told(cache: QuantizedCache) -> dict[str, Any]:
+    """The view without the raw pages, whose places behind the packed tokens mean nothing."""
+    return {key: value for key, value in view(cache).items() if key != "pages"}
 
 
 def same(one: Any, other: Any) -> bool:
@@ -113,14 +120,15 @@ def attention(query: Tensor, keys: Tensor, values: Tensor, window: int | None = 
     seen = token <= position
     if window is not None:
         seen &= token > position - window
-    return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ values
+    out: Tensor = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ values
+    return out
 
 
-class Failing(TorchDispatchMode):
+class Failing(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Raises in the n-th tensor operation."""
 
     def __init__(self, at: int, error: type[BaseException]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.left, self.error = at, error
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -130,11 +138,11 @@ class Failing(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class Largest(TorchDispatchMode):
+class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Remembers the bytes of the largest new tensor that an operation made."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.nbytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

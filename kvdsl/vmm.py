@@ -1,0 +1,123 @@
+"""Growing CUDA memory at a fixed address, by the driver's virtual memory calls (CUDA driver API, section 6.14).
+
+A range of addresses is reserved once; physical memory is mapped into it a granule at a time.  Nothing here is part of
+PyTorch's allocator: this memory counts in the cache's own figures, not in torch.cuda.memory_allocated().
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from ctypes import byref, c_int, c_size_t, c_uint64
+from typing import Any
+
+import torch
+
+from .errors import CacheError
+
+OUT_OF_MEMORY = 2
+PINNED, ON_DEVICE, READ_WRITE = 1, 1, 3
+
+
+class _Location(ctypes.Structure):
+    _fields_ = [("kind", c_int), ("id", c_int)]
+
+
+class _Properties(ctypes.Structure):
+    """CUmemAllocationProp."""
+
+    _fields_ = [
+        ("kind", c_int),
+        ("handle_kinds", c_int),
+        ("location", _Location),
+        ("win32", ctypes.c_void_p),
+        ("flags", ctypes.c_ubyte * 8),
+    ]
+
+
+class _Access(ctypes.Structure):
+    """CUmemAccessDesc."""
+
+    _fields_ = [("location", _Location), ("flags", c_int)]
+
+
+class Mapped:
+    """`size` reserved bytes from `address` on, the first `committed` of them backed by memory of one device.
+
+    A tensor made of it (torch.as_tensor) keeps it alive; with the last such tensor the memory goes back, after the
+    device has finished.
+    """
+
+    def __init__(self, driver: Any, address: int, size: int, granule: int, device: torch.device) -> None:
+        self._driver, self._granule, self.device = driver, granule, device
+        self.address, self.size, self.committed = address, size, 0
+        self._handles: list[int] = []
+        self._properties = _properties(device)
+        self._access = _Access(self._properties.location, READ_WRITE)
+        self.__cuda_array_interface__ = {"shape": (size,), "typestr": "|u1", "data": (address, False), "version": 2}
+        weakref.finalize(self, _give_back, driver, address, size, granule, self._handles, device)
+
+    @classmethod
+    def reserve(cls, size: int, device: torch.device) -> Mapped | None:
+        """A range for at least `size` bytes, or None where the driver has no such calls (or refuses them)."""
+        if torch.version.cuda is None:
+            return None
+        try:
+            driver = ctypes.CDLL("libcuda.so.1")
+            query, reserve = driver.cuMemGetAllocationGranularity, driver.cuMemAddressReserve
+        except (OSError, AttributeError):
+            return None
+        with torch.cuda.device(device):
+            torch.zeros(1, device=device)  # The driver calls need the context that PyTorch makes at its first use.
+            granule, address = c_size_t(), c_uint64()
+            if query(byref(granule), byref(_properties(device)), 0):
+                return None
+            size = -(-size // granule.value) * granule.value
+            if reserve(byref(address), c_size_t(size), c_size_t(0), c_uint64(0), c_uint64(0)):
+                return None
+        return cls(driver, address.value, size, granule.value, device)
+
+    def commit(self, size: int) -> None:
+        """Back the first `size` bytes.  CacheError, with nothing changed, when the device has no memory left."""
+        wanted = -(-size // self._granule) * self._granule
+        if wanted <= self.committed:
+            return
+        with torch.cuda.device(self.device):
+            while self.committed < wanted:
+                self._add_granule(wanted)
+
+    def _add_granule(self, wanted: int) -> None:
+        handle, place, step = c_uint64(), c_uint64(self.address + self.committed), c_size_t(self._granule)
+        status = self._driver.cuMemCreate(byref(handle), step, byref(self._properties), c_uint64(0))
+        if status == OUT_OF_MEMORY:
+            torch.cuda.empty_cache()
+            status = self._driver.cuMemCreate(byref(handle), step, byref(self._properties), c_uint64(0))
+        if status:
+            raise CacheError(
+                f"pages: {wanted - self.committed} more bytes cannot be had on {self.device} (driver status {status}); "
+                f"crop or reset caches, or free memory"
+            )
+        status = self._driver.cuMemMap(place, step, c_size_t(0), handle, c_uint64(0))
+        if not status:
+            status = self._driver.cuMemSetAccess(place, step, byref(self._access), c_size_t(1))
+            if status:
+                self._driver.cuMemUnmap(place, step)
+        if status:
+            self._driver.cuMemRelease(handle)
+            raise CacheError(f"pages: memory cannot be mapped on {self.device} (driver status {status})")
+        self._handles.append(handle.value)
+        self.committed += self._granule
+
+
+def _properties(device: torch.device) -> _Properties:
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _Properties(kind=PINNED, location=_Location(ON_DEVICE, index))
+
+
+def _give_back(driver: Any, address: int, size: int, granule: int, handles: list[int], device: torch.device) -> None:
+    with torch.cuda.device(device):
+        torch.cuda.synchronize(device)
+        for number, handle in enumerate(handles):
+            driver.cuMemUnmap(c_uint64(address + number * granule), c_size_t(granule))
+            driver.cuMemRelease(c_uint64(handle))
+        driver.cuMemAddressFree(c_uint64(address), c_size_t(size))
