@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .header import heading
 from .plan import Plan
+from .text import imported
 from .torch_sides import TorchSide
 
 
@@ -23,5 +24,5 @@ def render(plan: Plan, name: str) -> str:
     """The whole text, deterministic."""
     body = "\n\n".join(text for side in (plan.keys, plan.values) for text in TorchSide(plan, side).functions())
     used = [helper for helper in helpers() if re.search(rf"(?<![\w.]){helper}\(", body)]
-    imports = "import torch\n" + (f"from kvdsl.codegen.host import {', '.join(used)}\n" if used else "")
+    imports = "import torch\n" + (imported("kvdsl.codegen.host", used) if used else "")
     return f"{heading(plan, name)}\n{imports}\n\n{body}"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .header import heading
 from .plan import Plan
+from .text import imported
 from .triton_attend import Attend
 from .triton_pack import Pack, Unpack
 
@@ -31,5 +32,5 @@ def render(plan: Plan, name: str) -> str:
     kernels.append(attend.merge())
     body = "\n\n".join(kernels)
     used = sorted(name for name in helpers() if re.search(rf"\b{name}\(", body))
-    imports = f"import triton\nimport triton.language as tl\nfrom kvdsl.codegen.device import {', '.join(used)}\n"
+    imports = "import triton\nimport triton.language as tl\n" + imported("kvdsl.codegen.device", used)
     return f"{heading(plan, name)}\n{imports}\n\n{body}"

@@ -8,8 +8,9 @@ from __future__ import annotations
 from types import ModuleType
 
 import torch
-from kvdsl.kernels import AttentionState, Params, Side
 from torch import Tensor
+
+from kvdsl.kernels import AttentionState, Params, Side
 
 from .host import rows_of_bytes
 from .plan import Plan

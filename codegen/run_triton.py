@@ -87,8 +87,19 @@ class TritonModule:
         pages = max(1, -(-longest // self.plan.layout.page_tokens))
         if not torch.cuda.is_available():
             return min(2, pages)
-        processors = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
-        return max(1, min(pages, -(-8 * processors // max(1, programs)), 128))
+        return max(1, min(pages, 8 * self.processors() // max(1, programs), 128))
+
+    def edge_splits(self, programs: int, state: AttentionState) -> int:
+        """How many programs share the edges of one sequence: one a tile while the machine has room for them."""
+        exact = min(state.longest, state.key_rows.shape[2] + 2 * self.plan.layout.page_tokens)
+        tiles = -(-exact // self.plan.edge_tile)
+        return max(1, min(tiles, -(-4 * self.processors() // max(1, programs)), 32))
+
+    def processors(self) -> int:
+        """Multiprocessors of the GPU; 1 where kernels are interpreted."""
+        if not torch.cuda.is_available():
+            return 1
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
 
     def attend(
         self, query: Tensor, state: AttentionState, params: Params, splits: int | None = None
@@ -100,8 +111,7 @@ class TritonModule:
         blocks = -(-queries * shape.group // rows)
         programs = batch * shape.kv_heads
         clean = splits or self.splits(programs * blocks, state.longest)
-        exact_tokens = min(state.longest, state.key_rows.shape[2] + 2 * plan.layout.page_tokens)
-        edges = max(1, min(32, exact_tokens // 512))
+        edges = self.edge_splits(programs * blocks, state)
         count = clean + edges
         partial = torch.empty(programs * blocks * count * rows * dim, dtype=torch.float32, device=query.device)
         lse = torch.empty(programs * blocks * count * rows, dtype=torch.float32, device=query.device)

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from string import Template
 
+WIDTH = 120  # of a line of generated text
+
 
 class Lines:
     """Source under construction: `add` lines at the current depth, `deeper` indents."""
@@ -56,3 +58,18 @@ def padded(count: int) -> int:
 def literal(value: float) -> str:
     """A float literal."""
     return repr(float(value))
+
+
+def imported(module: str, names: Iterable[str]) -> str:
+    """An import statement, on one line where it fits."""
+    names = sorted(names)
+    line = f"from {module} import {', '.join(names)}\n"
+    if len(line) <= WIDTH:
+        return line
+    return f"from {module} import (\n" + "".join(f"    {name},\n" for name in names) + ")\n"
+
+
+def listed(items: Iterable[str]) -> str:
+    """A tuple's items: a comma after a single one."""
+    items = list(items)
+    return f"{items[0]}," if len(items) == 1 else ", ".join(items)

@@ -5,12 +5,14 @@ Arrays lead with (B, H); tokens and query rows are the last two axes of scores, 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from .codec import functions, results
 from .layout import Stream
 from .placement import When
 from .plan import Plan, SidePlan
 from .steps import Steps
-from .text import Lines
+from .text import Lines, listed
 
 
 class TorchSide:
@@ -63,13 +65,13 @@ class TorchSide:
                 out.add(f"{', '.join(results(side))} = measure_{side.name}(low, high, spoilt)")
                 spread = ", ".join(f"spread({name}, {block})" for name in rest)
                 out.add(f"code = encode_{side.name}(x, {spread}).to(torch.uint8)")
-            out.add(
-                f"{', '.join(f'c{j}' for j in self.planes)}{',' * (len(self.planes) == 1)} = code.split({self.width}, -1)"
-            )
+            out.add(f"{unpacked(f'c{j}' for j in self.planes)} = code.split({self.width}, -1)")
             sections = [self._stream(out, stream) for stream in side.layout.streams]
             if meta is not None:
                 sections.append(self._metadata())
-            out.add(f"return {', '.join(sections)}{',' * (len(sections) == 1)}")
+            for i, text in enumerate(sections):
+                out.add(f"section{i} = {text}")
+            out.add(f"return {unpacked(f'section{i}' for i in range(len(sections)))}")
         return str(out)
 
     def _calibrated(self, scale: str, offset: str) -> list[str]:
@@ -84,23 +86,20 @@ class TorchSide:
 
     def _stream(self, out: Lines, stream: Stream) -> str:
         """Add the lines that put one stream's bits into bytes; the section as an expression."""
-        tiles: dict[int, list[str]] = {0: [], 1: []}
+        names = []
         for byte in (0,) if stream.paired else (0, 1):
+            tiles = []
             for tile in range(stream.tiles):
-                parts = []
-                for place in (p for p in stream.places if (p.tile, p.byte) == (tile, byte)):
+                name = f"bits{stream.width}" + ("" if stream.paired else ("_low", "_high")[byte])
+                name += f"_{tile}" if stream.tiles > 1 else ""
+                for i, place in enumerate(p for p in stream.places if (p.tile, p.byte) == (tile, byte)):
                     bits = f"(c{place.plane} >> {stream.shift})" if stream.shift else f"c{place.plane}"
                     if len(self.side.layout.streams) > 1:
                         bits = f"({bits} & {2**stream.width - 1})"
-                    parts.append(f"({bits} << {place.bit})" if place.bit else bits)
-                tiles[byte].append(" | ".join(parts))
-        names = []
-        for byte in (0,) if stream.paired else (0, 1):
-            name = f"bits{stream.width}" + ("" if stream.paired else ("_low", "_high")[byte])
-            joined = tiles[byte][0] if stream.tiles == 1 else f"torch.cat(({', '.join(tiles[byte])}), -1)"
-            out.add(f"{name} = {joined}")
-            names.append(name)
-        return f"rows_of_bytes(({', '.join(names)},), paired={stream.paired})"
+                    out.add(f"{name} = {name} | ({bits} << {place.bit})" if i else f"{name} = {bare(bits)}")
+                tiles.append(name)
+            names.append(tiles[0] if len(tiles) == 1 else f"torch.cat(({listed(tiles)}), -1)")
+        return f"rows_of_bytes(({listed(names)}), paired={stream.paired})"
 
     def _metadata(self) -> str:
         meta = self.side.layout.meta
@@ -149,7 +148,7 @@ class TorchSide:
         lines = []
         for stream in self.side.layout.streams:
             name = f"{self.prefix}{stream.width}"
-            names = f"{name}," if stream.paired else f"{name}_low, {name}_high"
+            names = f"({name},)" if stream.paired else f"{name}_low, {name}_high"
             call = f"byte_rows(pages, {stream.offset}, {stream.rows}, {stream.row_words}, paired={stream.paired})"
             lines.append(f"{names} = {call}")
         return lines
@@ -159,7 +158,7 @@ class TorchSide:
         name = f"{self.prefix}{stream.width}" + ("" if stream.paired else ("_low", "_high")[place.byte])
         if stream.tiles == 1:
             return name
-        return f"{name}[..., {place.tile * self.width} : {(place.tile + 1) * self.width}]"
+        return f"{name}[..., {place.tile * self.width}:{(place.tile + 1) * self.width}]"
 
     def _numbers(self) -> list[str]:
         side = self.side
@@ -183,16 +182,14 @@ class TorchSide:
                 out.add(f"return x.reshape(*pages.shape[:2], -1, {head_dim}).to(torch.float32)")
                 return str(out)
             out.extend(self._read())
-            pieces = []
             for j in self.planes:
-                parts = []
-                for stream in side.layout.streams:
+                for i, stream in enumerate(side.layout.streams):
                     bit = stream.places[j].bit
                     shifted = f"({self._byte(stream, j)} >> {bit})" if bit else self._byte(stream, j)
                     kept = f"({shifted} & {2**stream.width - 1})" if stream.width < 8 else shifted
-                    parts.append(f"({kept} << {stream.shift})" if stream.shift else kept)
-                pieces.append(" | ".join(parts))
-            out.add(f"code = torch.cat(({', '.join(pieces)},), -1).to(torch.float32)")
+                    part = f"({kept} << {stream.shift})" if stream.shift else kept
+                    out.add(f"c{j} = c{j} | {part}" if i else f"c{j} = {bare(part)}")
+            out.add(f"code = torch.cat(({listed(f'c{j}' for j in self.planes)}), -1).to(torch.float32)")
             out.extend(self._numbers())
             meta = side.layout.meta
             if meta is not None:
@@ -218,7 +215,7 @@ class TorchSide:
         if self.side.static and not isinstance(block.channels, int) or groups == 1:
             return name
         spread = name if channels == 1 or self.side.static else f"{name}.repeat_interleave({channels}, -1)"
-        return f"{spread}[..., {plane * self.width} : {(plane + 1) * self.width}]"
+        return f"{spread}[..., {plane * self.width}:{(plane + 1) * self.width}]"
 
     # ---- products -------------------------------------------------------------------------------------------------
 
@@ -230,8 +227,7 @@ class TorchSide:
             if side.when in (When.NEVER, When.IN_LOOP):
                 out.add(f"return unpack_keys({', '.join(self.inputs())}) @ query")
                 return str(out)
-            names = ", ".join(f"x{j}" for j in self.planes)
-            out.add(f"{names}{',' * (len(self.planes) == 1)} = query.split({self.width}, -2)")
+            out.add(f"{unpacked(f'x{j}' for j in self.planes)} = query.split({self.width}, -2)")
             out.extend(self._read())
             out.extend(self._numbers())
             if side.when is When.AFTER_DOT:
@@ -247,7 +243,8 @@ class TorchSide:
             members = [j for j in self.planes if side.group(j) == group]
             products = [f"{self._plane(s, j)} @ q{s.width}_{j}" for s in side.layout.streams for j in members]
             out.add(f"s = {products[0]}", *(f"s = s + {product}" for product in products[1:]))
-            out.add(f"total = ({' + '.join(f'x{j}' for j in members)}).sum(-2)")
+            together = " + ".join(f"x{j}" for j in members)
+            out.add(f"total = ({together}).sum(-2)" if len(members) > 1 else f"total = {together}.sum(-2)")
             out.add(f"scale_g = scale[..., {group}]")
             if side.has_offset:
                 out.add(f"offset_g = offset[..., {group}]")
@@ -261,7 +258,8 @@ class TorchSide:
         blocked = side.when is When.ONCE_PER_TILE
         for j in self.planes:
             query = f"x{j}[:, :, None]" if blocked else f"x{j}"
-            out.add(f"x{j} = {query}") if blocked else None
+            if blocked:
+                out.add(f"x{j} = {query}")
             out.add(f"scale_j = {self._channels(self._static_row('scale'), j)}")
             if side.has_offset:
                 out.add(f"offset_j = {self._channels(self._static_row('offset'), j)}")
@@ -274,8 +272,9 @@ class TorchSide:
                 plane = f"{plane}.unflatten(-2, (-1, {meta.tokens}))"
             out.add(f"s = {'s + ' if i else ''}{plane} @ q{stream.width}_{j}")
         if self.steps.offset_in_score:
-            total = " + ".join(f"b{j}.sum(-2)" for j in self.planes)
-            out.add(f"s = s + ({total})[..., None, :]")
+            total = " + ".join(f"b{j}" for j in self.planes)
+            out.add(f"total = ({total}).sum(-2)" if len(self.planes) > 1 else f"total = {total}.sum(-2)")
+            out.add("s = s + total[..., None, :]")
         out.add("return s.flatten(2, 3)" if blocked else "return s")
 
     def _static_row(self, name: str) -> str:
@@ -300,7 +299,7 @@ class TorchSide:
                 self._weigh_blocks(out)
             else:
                 self._weigh_planes(out)
-            out.add(f"return torch.cat(({', '.join(f'o{j}' for j in self.planes)},), -2)")
+            out.add(f"return torch.cat(({listed(f'o{j}' for j in self.planes)}), -2)")
         return str(out)
 
     def _weigh_planes(self, out: Lines) -> None:
@@ -342,3 +341,19 @@ class TorchSide:
             if side.has_offset:
                 out.add(f"offset_j = {self._channels('offset', j)}")
             out.add(f"o{j} = ({self.steps.output('total', 'weighed', 'scale_j', 'offset_j')}).sum(2)")
+
+
+def unpacked(names: Iterable[str]) -> str:
+    """Names on the left of an assignment, or returned."""
+    names = list(names)
+    return f"({names[0]},)" if len(names) == 1 else ", ".join(names)
+
+
+def bare(text: str) -> str:
+    """An expression without the parentheses around all of it."""
+    depth = 0
+    for i, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if depth == 0 and i < len(text) - 1:
+            return text
+    return text[1:-1] if text.startswith("(") else text
