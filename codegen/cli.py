@@ -151,7 +151,7 @@ def list_(json: AsJson = False) -> None:
     table = [("name", "system", "keys", "values", "mean", "source")]
     for row in found:
         bits = [f"{row['bits'][side]:.3f}" for side in ("keys", "values", "mean")]
-        table.append((row["name"], row["system"], *bits, row["source"]))  # type: ignore[arg-type]
+        table.append((row["name"], row["system"], *bits, row["source"]))
     answer.lines(answer.columns(table, right=(2, 3, 4)))
 
 

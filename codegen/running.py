@@ -67,7 +67,7 @@ def calibrated(scheme: Scheme, model: str, text: str, out: Path, tokens: int) ->
     count = len(cache.layers)
     if found := layer_faults(scheme, count):
         raise SchemeError(found)
-    numbers = {}
+    numbers: dict[str, torch.Tensor] = {}
     for index, layer in enumerate(cache.layers):
         own = calibrate(scheme.for_layer(index, count), layer.keys, layer.values)
         numbers |= {f"layers.{index}.{name}": tensor for name, tensor in own.items()}
@@ -77,4 +77,4 @@ def calibrated(scheme: Scheme, model: str, text: str, out: Path, tokens: int) ->
 
 def _wants(scheme: Scheme) -> bool:
     own = any(store.scale is not None and store.scale.when == "calibrated" for store in (scheme.keys, scheme.values))
-    return own or any(_wants(inner) for _, inner in scheme.layers)  # type: ignore[misc,str-unpack]
+    return own or any(_wants(inner) for _, inner in scheme.layers)
