@@ -1,0 +1,33 @@
+# make demo   a scheme, its kernels, and a real model generating through its packed cache
+# make test   the whole test suite
+# make lint   ruff and mypy
+# Each makes .venv first, with the versions of constraints.txt.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+# The checkout's own path is part of the name: a copied or moved .venv is made anew.
+STAMP := $(VENV)/installed.$(shell pwd | cksum | cut -d ' ' -f 1)
+
+.PHONY: demo test lint
+.NOTPARALLEL:
+
+demo: $(STAMP)
+	$(RUN) examples/demo.py
+
+# Triton's interpreter and its compiler cannot share a process, so the kernels run interpreted in a process of their own.
+test: $(STAMP)
+	TRITON_INTERPRET=1 $(RUN) -m pytest tests/interpreted
+	env -u TRITON_INTERPRET $(RUN) -m pytest tests --ignore tests/interpreted
+
+lint: $(STAMP)
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kvdsl needs Python 3.11 or newer; run make PYTHON=python3.11")'
+	@test -e $@ || rm -rf $(VENV)
+	@$(RUN) -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[demo,check,dev]'
+	@touch $@
