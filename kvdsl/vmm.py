@@ -1,7 +1,7 @@
 """Growing CUDA memory at a fixed address, by the driver's virtual memory calls (CUDA driver API, section 6.14).
 
-A range of addresses is reserved once; physical memory is mapped into it a granule at a time.  Nothing here is part of
-PyTorch's allocator: this memory counts in the cache's own figures, not in torch.cuda.memory_allocated().
+A range of addresses is reserved once; physical memory is mapped into it as it is used, in whole granules.  This memory
+is no part of PyTorch's allocator: it counts in the cache's own figures, not in torch.cuda.memory_allocated().
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ class Mapped:
     def __init__(self, driver: Any, address: int, size: int, granule: int, device: torch.device) -> None:
         self._driver, self._granule, self.device = driver, granule, device
         self.address, self.size, self.committed = address, size, 0
-        self._handles: list[int] = []
+        self._pieces: list[tuple[int, int, int]] = []
         self._properties = _properties(device)
         self._access = _Access(self._properties.location, READ_WRITE)
         self.__cuda_array_interface__ = {"shape": (size,), "typestr": "|u1", "data": (address, False), "version": 2}
-        weakref.finalize(self, _give_back, driver, address, size, granule, self._handles, device)
+        weakref.finalize(self, _give_back, driver, address, size, self._pieces, device)
 
     @classmethod
     def reserve(cls, size: int, device: torch.device) -> Mapped | None:
@@ -79,34 +79,31 @@ class Mapped:
 
     def commit(self, size: int) -> None:
         """Back the first `size` bytes.  CacheError, with nothing changed, when the device has no memory left."""
-        wanted = -(-size // self._granule) * self._granule
-        if wanted <= self.committed:
+        more = -(-size // self._granule) * self._granule - self.committed
+        if more <= 0:
             return
+        driver, handle, step = self._driver, c_uint64(), c_size_t(more)
+        place = c_uint64(self.address + self.committed)
         with torch.cuda.device(self.device):
-            while self.committed < wanted:
-                self._add_granule(wanted)
-
-    def _add_granule(self, wanted: int) -> None:
-        handle, place, step = c_uint64(), c_uint64(self.address + self.committed), c_size_t(self._granule)
-        status = self._driver.cuMemCreate(byref(handle), step, byref(self._properties), c_uint64(0))
-        if status == OUT_OF_MEMORY:
-            torch.cuda.empty_cache()
-            status = self._driver.cuMemCreate(byref(handle), step, byref(self._properties), c_uint64(0))
-        if status:
-            raise CacheError(
-                f"pages: {wanted - self.committed} more bytes cannot be had on {self.device} (driver status {status}); "
-                f"crop or reset caches, or free memory"
-            )
-        status = self._driver.cuMemMap(place, step, c_size_t(0), handle, c_uint64(0))
-        if not status:
-            status = self._driver.cuMemSetAccess(place, step, byref(self._access), c_size_t(1))
+            status = driver.cuMemCreate(byref(handle), step, byref(self._properties), c_uint64(0))
+            if status == OUT_OF_MEMORY:
+                torch.cuda.empty_cache()
+                status = driver.cuMemCreate(byref(handle), step, byref(self._properties), c_uint64(0))
             if status:
-                self._driver.cuMemUnmap(place, step)
-        if status:
-            self._driver.cuMemRelease(handle)
-            raise CacheError(f"pages: memory cannot be mapped on {self.device} (driver status {status})")
-        self._handles.append(handle.value)
-        self.committed += self._granule
+                raise CacheError(
+                    f"pages: {more} more bytes cannot be had on {self.device} (driver status {status}); "
+                    f"crop or reset caches, or free memory"
+                )
+            status = driver.cuMemMap(place, step, c_size_t(0), handle, c_uint64(0))
+            if not status:
+                status = driver.cuMemSetAccess(place, step, byref(self._access), c_size_t(1))
+                if status:
+                    driver.cuMemUnmap(place, step)
+            if status:
+                driver.cuMemRelease(handle)
+                raise CacheError(f"pages: memory cannot be mapped on {self.device} (driver status {status})")
+        self._pieces.append((place.value, more, handle.value))
+        self.committed += more
 
 
 def _properties(device: torch.device) -> _Properties:
@@ -114,10 +111,10 @@ def _properties(device: torch.device) -> _Properties:
     return _Properties(kind=PINNED, location=_Location(ON_DEVICE, index))
 
 
-def _give_back(driver: Any, address: int, size: int, granule: int, handles: list[int], device: torch.device) -> None:
+def _give_back(driver: Any, address: int, size: int, pieces: list[tuple[int, int, int]], device: torch.device) -> None:
     with torch.cuda.device(device):
         torch.cuda.synchronize(device)
-        for number, handle in enumerate(handles):
-            driver.cuMemUnmap(c_uint64(address + number * granule), c_size_t(granule))
+        for place, length, handle in pieces:
+            driver.cuMemUnmap(c_uint64(place), c_size_t(length))
             driver.cuMemRelease(c_uint64(handle))
         driver.cuMemAddressFree(c_uint64(address), c_size_t(size))

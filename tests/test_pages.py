@@ -60,7 +60,8 @@ def test_pages_of_a_dropped_owner_are_found_again() -> None:
 
 def test_random_claims_never_share_a_written_page() -> None:
     """After any claims, selections and truncations: touched places are held once and keep the bytes they had, counts
-    are those of the tables, the device table is the host's, and at least one entry of padding follows."""
+    are those of the tables, old tables are unchanged, the device table is the host's, and at least one entry of padding
+    follows."""
     for seed in range(20):
         rng = random.Random(seed)
         pool = PagePool(200, 16, CPU)
@@ -68,6 +69,7 @@ def test_random_claims_never_share_a_written_page() -> None:
         pool.owners.add(holder)
         for _ in range(25):
             old = holder.table
+            was = old.tensor.clone()
             if rng.random() < 0.3:
                 index = [rng.randrange(len(old.ids)) for _ in range(3)]
                 holder.table = old.select(index)
@@ -88,6 +90,7 @@ def test_random_claims_never_share_a_written_page() -> None:
                         assert pool.holders(page) == 1
                         assert torch.equal(pool.bytes[page], pool.bytes[before]) or before not in (page, ZERO)
                         pool.bytes[page] = rng.randrange(256)
+            assert torch.equal(old.tensor, was)
             held = Counter(page for page in holder.held() if page != ZERO)
             assert {page: pool.holders(page) for page in held} == held and pool.in_use == len(held)
             for ids, row in zip(holder.table.ids, holder.table.tensor.tolist(), strict=True):
