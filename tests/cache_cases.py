@@ -124,7 +124,7 @@ def attention(query: Tensor, keys: Tensor, values: Tensor, window: int | None = 
     return out
 
 
-class Failing(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Failing(TorchDispatchMode):
     """Raises in the n-th tensor operation."""
 
     def __init__(self, at: int, error: type[BaseException]) -> None:
@@ -138,7 +138,7 @@ class Failing(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Largest(TorchDispatchMode):
     """Remembers the bytes of the largest new tensor that an operation made."""
 
     def __init__(self) -> None:

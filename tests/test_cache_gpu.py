@@ -78,11 +78,11 @@ def test_the_gpu_stores_what_the_cpu_stores(name: str) -> None:
         assert torch.equal(caches[0].pool.bytes[list(ids)].cpu(), caches[1].pool.bytes[list(others)])
     state = caches[0].state()
     asked = numbers(2, 1, heads=4).cuda()
-    out, _ = caches[0].attend(asked, state)
+    seen, _ = caches[0].attend(asked, state)
     length = caches[0].lengths[0]
     dense = [caches[0].dense(side)[:1, :, -length:] for side in SIDES]
     torch.testing.assert_close(
-        out[:1].double().cpu(), attention(asked[:1].cpu(), dense[0].cpu(), dense[1].cpu()), rtol=2e-3, atol=2e-3
+        seen[:1].double().cpu(), attention(asked[:1].cpu(), dense[0].cpu(), dense[1].cpu()), rtol=2e-3, atol=2e-3
     )
 
 

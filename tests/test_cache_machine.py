@@ -174,7 +174,7 @@ def _case(name: str) -> type:
     case.settings = settings(
         max_examples=25, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck)
     )
-    return case  # type: ignore[no-any-return]
+    return case
 
 
 TestWhole, TestRolling, TestBare, TestStored = map(_case, ("whole", "rolling", "bare", "stored"))
