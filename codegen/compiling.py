@@ -36,7 +36,7 @@ def told(kernels: Sequence[dict[str, Any]]) -> list[str]:
         per_byte = f"{kernel['instructions_per_byte']:.3f}" if loop else ""
         numbers = (kernel["registers"], kernel["spills"], kernel["shared_bytes"])
         in_loop = (kernel["loop_instructions"] or "", kernel["loop_packed_bytes"] or "")
-        rows.append((kernel["kernel"], kernel["arch"], *map(str, (*numbers, *in_loop)), per_byte, share))  # type: ignore[arg-type]
+        rows.append((kernel["kernel"], kernel["arch"], *map(str, (*numbers, *in_loop)), per_byte, share))
     lines = columns(rows, right=(2, 3, 4, 5, 6, 7))
     spilled = [f"{kernel['kernel']} on {kernel['arch']}" for kernel in kernels if kernel["spills"] or kernel["stack"]]
     return [*lines, "", *([f"spills: {', '.join(spilled)}"] if spilled else ["no kernel spills registers"])]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
-from kvdsl.errors import SchemeError
+from kvdsl.errors import SchemeError, ShapeError
 from kvdsl.kernels import Backend
 from kvdsl.rules import layer_faults
 from kvdsl.scheme import Scheme
@@ -18,7 +19,12 @@ def generated(
     from kvdsl.generation import generate
     from kvdsl.params import load
 
+    if params is None and _wants(scheme):
+        raise ShapeError(
+            "params: scales of this scheme are calibrated; give --params F, which `kvdsl calibrate` writes"
+        )
     numbers = None if params is None else load(params, scheme)
+    _quiet()
     found = generate(scheme, model, prompt, tokens=tokens, params=numbers, backend=backend)
     return {**found, "scheme": name}
 
@@ -59,6 +65,7 @@ def calibrated(scheme: Scheme, model: str, text: str, out: Path, tokens: int) ->
             "scale", "every scale is measured online", "there is nothing to calibrate; use the scheme as it is"
         )
         raise SchemeError((fault,))
+    _quiet()
     network, tokenizer = opened(model)
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][:, :tokens].to(network.device)
     cache = need("transformers", "hf").DynamicCache()
@@ -73,6 +80,14 @@ def calibrated(scheme: Scheme, model: str, text: str, out: Path, tokens: int) ->
         numbers |= {f"layers.{index}.{name}": tensor for name, tensor in own.items()}
     save(out, scheme, numbers)
     return {"path": str(out), "hash": scheme.hash, "layers": count, "tokens": ids.shape[1], "tensors": len(numbers)}
+
+
+def _quiet() -> None:
+    """No progress bars of transformers where nobody watches."""
+    if not sys.stderr.isatty():
+        from kvdsl.extras import need
+
+        need("transformers.utils.logging", "hf").disable_progress_bar()
 
 
 def _wants(scheme: Scheme) -> bool:

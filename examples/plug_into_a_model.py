@@ -3,6 +3,8 @@
 The model is small and untrained, so that nothing is downloaded; a trained one is used in the same way.
 """
 
+from typing import Any
+
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -20,7 +22,7 @@ CONFIG = LlamaConfig(
 
 def main() -> None:
     torch.manual_seed(0)
-    model = LlamaForCausalLM(CONFIG)
+    model: Any = LlamaForCausalLM(CONFIG).eval()
     prompt = torch.randint(0, 256, (1, 200))
 
     # A cache of one's own, passed along.

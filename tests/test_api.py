@@ -121,7 +121,7 @@ def test_a_wrong_tensor_is_refused_in_words(message: str) -> None:
 
 def test_a_backend_that_is_none_is_refused() -> None:
     with pytest.raises(kvdsl.BackendError, match="'cuda' is none of"):
-        kvdsl.roundtrip(SCHEMES["whole"], K, K, backend="cuda")  # type: ignore[arg-type]
+        kvdsl.roundtrip(SCHEMES["whole"], K, K, backend="cuda")
 
 
 # -- calibrated numbers ----------------------------------------------------------------------------------------------
