@@ -75,8 +75,8 @@ def choose_backend(backend: Backend | None) -> tuple[Backend, str]:
         return "torch", "torch, since there is no GPU and TRITON_INTERPRET is not 1"
     if not interpreted and not gpu:
         raise BackendError(
-            "backend: 'triton' needs a GPU, and there is none; set TRITON_INTERPRET=1 before Python starts to interpret "
-            "the kernels, or use backend='torch'"
+            "backend: 'triton' needs a GPU, and there is none; set TRITON_INTERPRET=1 before Python starts to "
+            "interpret the kernels, or use backend='torch'"
         )
     try:
         import triton  # noqa: F401
@@ -87,8 +87,8 @@ def choose_backend(backend: Backend | None) -> tuple[Backend, str]:
     device = sys.modules.get("kvdsl.codegen.device")
     if device is not None and interpreted != device.INTERPRETED:
         raise BackendError(
-            "backend: TRITON_INTERPRET changed after triton was imported; one process is interpreted or compiled, never "
-            "both: start a new one"
+            "backend: TRITON_INTERPRET changed after triton was imported; one process is interpreted or compiled, "
+            "never both: start a new one"
         )
     return "triton", "triton, interpreted (TRITON_INTERPRET=1)" if interpreted else "triton, compiled for the GPU"
 

@@ -1,9 +1,9 @@
 """The normal form: what a decoded number depends on decides where each of its factors is applied.
 
-A score is sum_d q[d] * x(t, d) and an output is sum_t p[t] * x(t, d).  x is affine in the code, so either is a sum of
-terms (factor of the token) * (factor of the channel) * (code or 1).  A factor that does not vary along the summed index
-leaves the sum: a token's scale goes behind the dot product, a channel's scale onto the query.  Each derivation is proven:
-the terms, multiplied out, are the definition.
+A score is sum_d q[d] * x(t, d) and an output is sum_t p[t] * x(t, d).  x is affine in the code, so either is a sum
+of terms (factor of the token) * (factor of the channel) * (code or 1).  A factor that does not vary along the summed
+index leaves the sum: a token's scale goes behind the dot product, a channel's scale onto the query.  Each derivation
+is proven: the terms, multiplied out, are the definition.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def derive(side: Literal["keys", "values"], store: Store, when: When) -> NormalF
 
 
 def clean_from_dirty(width: int, position: int, run: range) -> tuple[tuple[int, sp.Rational], ...]:
-    """Plane `position` of a byte from dirty planes D_i = sum_(k in run, k<=i) c_k 2^(k width): ((i, coefficient), ...)."""
+    """Plane `position` of a byte from dirty planes D_i = sum_(k in run, k<=i) c_k 2^(k width): ((i, factor), ...)."""
     scale = sp.Rational(1, 2 ** (position * width))
     return ((position, scale),) if position == run.start else ((position, scale), (position - 1, -scale))
 

@@ -1,8 +1,8 @@
 """The quantizer's arithmetic: from extremes to stored scales, from numbers to codes.  One function each a side.
 
-Both backends print the same lines; `ns` is "tl." or "torch.", and the functions without a prefix stand in device.py and
-host.py under the same names.  Every operation that decides a code rounds once: no fused multiply-add (the launch forbids
-it), exact quotients.
+Both backends print the same lines; `ns` is "tl." or "torch.", and the functions without a prefix stand in device.py
+and host.py under the same names.  Every operation that decides a code rounds once: no fused multiply-add (the launch
+forbids it), exact quotients.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The heading of every generated file: the scheme, its formulas, its page, its cost.  Nothing that varies between runs."""
+"""The heading of every generated file: scheme, formulas, page, cost.  Nothing that varies between runs."""
 
 from __future__ import annotations
 

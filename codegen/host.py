@@ -115,7 +115,7 @@ def scale_over_zero_point(words: Tensor, mask: int) -> Tensor:
     return as_float(words & ~mask)
 
 
-# ---- pages ------------------------------------------------------------------------------------------------------------
+# ---- pages -----------------------------------------------------------------------------------------------------------
 
 
 def section(pages: Tensor, offset: int, count: int, dtype: torch.dtype) -> Tensor:
@@ -154,7 +154,7 @@ def bytes_of(words: Tensor) -> Tensor:
 
 
 def extremes(x: Tensor, tokens: int, channels: int, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Lowest, highest, and 1 where a NaN is, of every block: (pages, H, T, D) -> (pages, H/heads, T/tokens, D/channels)."""
+    """Lowest, highest, and 1 where a NaN is, of every block: (n, H, T, D) -> (n, H/heads, T/tokens, D/channels)."""
     n, h, t, d = x.shape
     blocks = x.reshape(n, h // heads, heads, t // tokens, tokens, d // channels, channels)
     clean = finite(blocks)

@@ -1,4 +1,4 @@
-"""Where every bit of a page stands: codes in planes of words, metadata beside them, all kv heads of a layer in one page.
+"""Where every bit of a page stands: codes in planes of words, metadata beside them, a layer's kv heads in one page.
 
 A page holds `page_tokens` tokens.  It is one blob a kv head, then the metadata that several heads share.  Codes are cut
 into streams of 8, 4, 2 and 1 bits, the widest holding the top bits, so that no width is padded to a power of two.  A

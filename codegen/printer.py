@@ -19,7 +19,7 @@ def number(value: sp.Expr) -> str:
 
 
 def broadcast(text: str, have: Axes, want: Axes, lead: str = "") -> str:
-    """Index an array of axes `have` so that it broadcasts against `want`; `lead` is "..., " where batch axes go before."""
+    """Index an array of axes `have` to broadcast against `want`; `lead` is "..., " where batch axes go before."""
     if have == want or not have:
         return text
     index = ", ".join(":" if axis in have else "None" for axis in want)

@@ -45,8 +45,8 @@ class TorchModule:
             given.append(params[f"{side}.scale"])
         return given
 
-    def pack(self, side: Side, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor, reach: tuple[int, int],
-             pool: Tensor, table: Tensor, params: Params) -> None:  # fmt: skip
+    def pack(self, side: Side, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor,
+             reach: tuple[int, int], pool: Tensor, table: Tensor, params: Params) -> None:  # fmt: skip
         tokens = self.plan.layout.page_tokens
         low, high = reach[0] // tokens, -(-reach[1] // tokens)
         starts = torch.arange(low, max(low, high), device=pool.device) * tokens

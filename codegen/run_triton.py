@@ -49,8 +49,8 @@ class TritonModule:
             **ordered, num_warps=warps(kernel, self.plan), num_stages=stages(kernel), enable_fp_fusion=fusion
         )
 
-    def pack(self, side: Side, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor, reach: tuple[int, int],
-             pool: Tensor, table: Tensor, params: Params) -> None:  # fmt: skip
+    def pack(self, side: Side, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor,
+             reach: tuple[int, int], pool: Tensor, table: Tensor, params: Params) -> None:  # fmt: skip
         span = self.plan.span(side)
         batch, heads = rows.shape[:2]
         low, high = reach[0] // span, -(-reach[1] // span)
@@ -122,7 +122,7 @@ class TritonModule:
             "first_ptr": state.first, "key_rows_ptr": state.key_rows, "value_rows_ptr": state.value_rows,
             "partial_ptr": partial, "lse_ptr": lse, "queries": queries, "table_width": state.table.shape[1],
             "ring": state.key_rows.shape[2] - plan.sinks,
-            "window": NO_WINDOW if state.window is None else state.window, "splits": clean, "edge_splits": edges,
+            "window": NO_WINDOW if state.window is None else state.window, "splits": clean,
             "edge_splits": edges,
             "scaling": state.scaling * (1.0 if capped else LOG2E), "softcap": state.softcap if capped else 1.0,
             "STAGES": stages(kernel),

@@ -1,6 +1,6 @@
 """The arithmetic of the normal form as lines of source, the same for both backends.
 
-`unit` is what a code read from a plane has to be multiplied by (2**24 where a masked word stands for a subnormal float16);
+`unit` is what a code read from a plane has to be multiplied by (2**24 where a masked word is a subnormal float16);
 `lead` precedes an index that adds an axis; `operand` is what a query must be cast to before a product.
 """
 

@@ -1,4 +1,4 @@
-"""KernelSet: what a compiled scheme can do.  The cache, the models and the laws take one and never import the compiler."""
+"""KernelSet: what a compiled scheme can do.  Cache, models and laws take one and never import the compiler."""
 
 from __future__ import annotations
 
@@ -21,14 +21,16 @@ Params = Mapping[str, "Tensor"]
 class Module(Protocol):
     """The functions that every backend's generated module is bound to; see KernelSet for what they take."""
 
-    def pack(self, side: Side, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor, reach: tuple[int, int],
-             pool: Tensor, table: Tensor, params: Params) -> None: ...  # fmt: skip
+    def pack(self, side: Side, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor,
+             reach: tuple[int, int], pool: Tensor, table: Tensor, params: Params) -> None: ...  # fmt: skip
 
     def unpack(self, side: Side, pool: Tensor, table: Tensor, begin: int, end: int, params: Params) -> Tensor: ...
 
     def scores(self, query: Tensor, pool: Tensor, table: Tensor, tokens: int, params: Params) -> Tensor: ...
 
-    def attend(self, query: Tensor, state: AttentionState, params: Params, splits: int | None = None) -> tuple[Tensor, Tensor]: ...
+    def attend(
+        self, query: Tensor, state: AttentionState, params: Params, splits: int | None = None
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,8 @@ class KernelSet:
     page_bytes: int
     module: Module
 
-    def pack(self, side: Side, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor, reach: tuple[int, int],
-             pool: Tensor, table: Tensor, params: Params) -> None:  # fmt: skip
+    def pack(self, side: Side, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor,
+             reach: tuple[int, int], pool: Tensor, table: Tensor, params: Params) -> None:  # fmt: skip
         """Quantize tokens u in [begin_b, end_b) of one side and write them into the pages of `table`.
 
         rows (B, H, offset + ring, D) with token u in row `offset + (u - first_b) % ring`; first, begin, end int32 (B,);
@@ -106,7 +108,7 @@ class KernelSet:
     def attend(
         self, query: Tensor, state: AttentionState, params: Params, splits: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Causal attention: query (B, Hq, Q, D), query i at position length_b - Q + i -> (out (B, Hq, Q, D) in the query's
+        """Causal attention: query (B, Hq, Q, D), query i at position length_b - Q + i -> (out like query, in its
         dtype, lse (B, Hq, Q) float32, natural logarithm).  A query that sees no token gives zeros and -inf.
 
         `splits` is the number of programs that share one sequence (None: chosen from the shape and the machine)."""
