@@ -22,7 +22,8 @@ CONFIG = LlamaConfig(
 
 def main() -> None:
     torch.manual_seed(0)
-    model: Any = LlamaForCausalLM(CONFIG).eval()
+    model: Any = LlamaForCausalLM(CONFIG)
+    model.eval()
     prompt = torch.randint(0, 256, (1, 200))
 
     # A cache of one's own, passed along.

@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     )
     core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tiny.model("llama").save_pretrained(path)
-    PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]", eos_token="[END]").save_pretrained(path)
+    PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]", eos_token="[END]").save_pretrained(path)  # type: ignore[no-untyped-call]
     return str(path)
 
 
