@@ -59,8 +59,9 @@ def $name(
     high = tl.maximum(high, 0) // $page
     oldest_start = tl.maximum(start, length - queries - window + 1) - $sinks
     edge = tl.maximum(oldest_start, 0) // $page
-    low = tl.where(high > low, low, edge)
-    high = tl.where(high > low, high, edge)
+    clean = high > low
+    low = tl.where(clean, low, edge)
+    high = tl.where(clean, high, edge)
     if split < splits:
         $lanes
         $prologue
