@@ -22,7 +22,7 @@ def warps(kernel: str, plan: Plan) -> int:
     four where a page is rewritten or products are of float32 numbers."""
     exact = plan.shape.dtype == "fp32" or any(side.floats == "fp32" for side in (plan.keys, plan.values))
     if kernel.startswith("pack"):
-        return max(4, min(16, plan.span(kernel.removeprefix("pack_")) * plan.shape.head_dim // 1024))
+        return max(4, min(8, plan.span(kernel.removeprefix("pack_")) * plan.shape.head_dim // 1024))
     if kernel not in (*ATTEND, "scores") or exact:
         return 4
     return 1 if plan.rows(many=kernel != "decode") == DECODE_ROWS else 2

@@ -33,22 +33,14 @@ def $name(
     packed_values = tl.load(packed_values_ptr + b)
     length = tl.load(length_ptr + b)
     start = tl.load(start_ptr + b)
-    first = tl.load(first_ptr + b)
     table = table_ptr + b.to(tl.int64) * table_width
 
-    # which rows: (query token, head of the group); what each may see, in positions after the sinks
+    # which rows: (query token, head of the group)
     row_index = block * ROWS + tl.arange(0, ROWS)
     live = row_index < queries * $group
     token = row_index // $group
-    last = length - queries + token - $sinks  # [rows]
-    oldest = tl.maximum(start, length - queries + token - window + 1) - $sinks  # [rows]
-    end = length - $sinks
-    total_rows = $sinks + ring
-
     head = (b * $q_heads + h * $group + row_index % $group).to(tl.int64)
     query = query_ptr + ((head * queries + token) * $head_dim)[None, :]
-    key_rows = key_rows_ptr + bh.to(tl.int64) * total_rows * $head_dim
-    value_rows = value_rows_ptr + bh.to(tl.int64) * total_rows * $head_dim
     peak = tl.full([ROWS], -1.0e30, tl.float32)
     mass = tl.zeros([ROWS], tl.float32)
 
@@ -76,8 +68,15 @@ def $name(
             $addresses
             $clean
         $epilogue
+        $partials
     else:
         # edges: sinks, a partly visible first page, and all that follows the clean pages; decoded, or exact, by token
+        first = tl.load(first_ptr + b)
+        key_rows = key_rows_ptr + bh.to(tl.int64) * ($sinks + ring) * $head_dim
+        value_rows = value_rows_ptr + bh.to(tl.int64) * ($sinks + ring) * $head_dim
+        last = length - queries + token - $sinks  # [rows]
+        oldest = tl.maximum(start, length - queries + token - window + 1) - $sinks  # [rows]
+        end = length - $sinks
         $lanes
         $edge_prologue
         $edge_accumulators
@@ -96,13 +95,17 @@ def $name(
             row = $row
             $edge_addresses
             $edges
-    inverse = 1.0 / tl.where(mass > 0.0, mass, 1.0)
-    out = ((bh.to(tl.int64) * tl.num_programs(2) + block) * (splits + edge_splits) + split) * ROWS
-    $lanes
-    partial = partial_ptr + (out + tl.arange(0, ROWS))[None, :] * $head_dim
-    $stores
-    lse = tl.where(mass > 0.0, peak * size + tl.log2(tl.where(mass > 0.0, mass, 1.0)), -1.0e30)
-    tl.store(lse_ptr + out + tl.arange(0, ROWS), lse, mask=live)
+        $partials
+"""
+
+# Stored in either branch: what both need at their ends would otherwise be kept in registers through the loops.
+PARTIALS = """
+inverse = 1.0 / tl.where(mass > 0.0, mass, 1.0)
+out = ((bh.to(tl.int64) * tl.num_programs(2) + block) * (splits + edge_splits) + split) * ROWS
+partial = partial_ptr + (out + tl.arange(0, ROWS))[None, :] * $head_dim
+$stores
+lse = tl.where(mass > 0.0, peak * size + tl.log2(tl.where(mass > 0.0, mass, 1.0)), -1.0e30)
+tl.store(lse_ptr + out + tl.arange(0, ROWS), lse, mask=live)
 """
 
 MERGE = """
@@ -289,7 +292,7 @@ class Attend:
             row=self._row(),
             edge_addresses=self.sections(),
             edges=self.edges(),
-            stores=stores,
+            partials=fill(PARTIALS, head_dim=plan.shape.head_dim, stores=stores).splitlines(),
         )
 
     def scores(self, rows: int) -> str:

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .cache import QuantizedCache
 from .errors import ShapeError
 from .inputs import DTYPES, refuse_tensor
 from .kernels import AttentionState, Backend, KernelSet, Params, Side
 from .params import checked
+from .quantized_cache import QuantizedCache
 from .scheme import SIDES, Scheme
 from .shape import InputFormat, Shape
 from .window import windows

@@ -22,7 +22,7 @@ from .kernels import KernelSet
 from .snapshot import Document, digest, expected, restore, snapshot
 
 if TYPE_CHECKING:
-    from .cache import QuantizedCache
+    from .quantized_cache import QuantizedCache
 
 Cache = TypeVar("Cache", bound="QuantizedCache")
 HEADER_LIMIT = 1 << 20

@@ -26,7 +26,7 @@ from .rows import live_index
 from .scheme import SIDES
 
 if TYPE_CHECKING:
-    from .cache import QuantizedCache
+    from .quantized_cache import QuantizedCache
 
 FORMAT = 1
 Document = dict[str, Any]

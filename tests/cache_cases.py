@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kvdsl.cache import QuantizedCache
 from kvdsl.kernels import KernelSet
+from kvdsl.quantized_cache import QuantizedCache
 from kvdsl.scheme import Recent, Scheme, Sinks, Store, Uniform, per_channel, per_token
 from kvdsl.shape import Shape
 

@@ -28,8 +28,8 @@ from cache_cases import (
     view,
 )
 
-from kvdsl.cache import QuantizedCache
 from kvdsl.errors import CacheError, ShapeError
+from kvdsl.quantized_cache import QuantizedCache
 from kvdsl.scheme import SIDES, Recent
 
 EACH = pytest.mark.parametrize("name", SCHEMES)

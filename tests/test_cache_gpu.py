@@ -8,8 +8,8 @@ import pytest
 import torch
 from cache_cases import SCHEMES, SHAPE, attention, numbers, pair
 
-from kvdsl.cache import QuantizedCache
 from kvdsl.errors import CacheError
+from kvdsl.quantized_cache import QuantizedCache
 from kvdsl.reserve import Reservation
 from kvdsl.scheme import SIDES
 

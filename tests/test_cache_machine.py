@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from torch import Tensor
 
-from kvdsl.cache import QuantizedCache
+from kvdsl.quantized_cache import QuantizedCache
 from kvdsl.scheme import SIDES, Scheme
 from kvdsl.window import windows
 

@@ -32,6 +32,15 @@ TOKENS = Scheme(both=Store(Uniform(4), scale=per_token()), sinks=Sinks(2), prefi
 SCHEMES = {"channels": CHANNELS, "tokens": TOKENS, "mixed": FP32.with_(layers={0: CHANNELS, -1: TOKENS})}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Models this small lose most of their time to threads that wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def no_fallback_unsaid() -> Iterator[None]:
     with warnings.catch_warnings():
@@ -59,7 +68,7 @@ def test_exact_scheme_gives_the_library_s_tokens(family: str, mode: str) -> None
     network = plain(model(family))
     ids, mask, options = modes()[mode]
     if "assistant_model" in options:
-        options = dict(assistant_model=plain(model(family, num_hidden_layers=2)))
+        options = dict(assistant_model=plain(model(family, num_hidden_layers=1)))
     expected = generated(network, ids, mask=mask, **options)
     packed = cache(FP32, network)
     assert torch.equal(generated(network, ids, packed, mask, **options), expected)
@@ -111,7 +120,7 @@ def test_every_attention_is_the_definition_s(
     monkeypatch.setitem(AttentionInterface._global_mapping, "kvdsl", witness)
     ids, mask = left_padded()
     generated(network, ids, packed, mask, **options)
-    assert witness.calls >= 16 * 3 * 3  # tokens, layers, sequences
+    assert witness.calls >= 10 * 2 * 3  # tokens, layers, sequences
     assert witness.worst < 2e-4
     assert packed.stats()["fallbacks"] == 0
 
@@ -170,7 +179,7 @@ def test_use_gives_fresh_caches_and_restores_the_model() -> None:
     before = network.generate
     with use(network, FP32) as used:
         assert used.cache is None
-        assert torch.equal(network.generate(ids, max_new_tokens=16, min_new_tokens=16, do_sample=False), expected)
+        assert torch.equal(network.generate(ids, max_new_tokens=10, min_new_tokens=10, do_sample=False), expected)
         first = used.cache
         network.generate(ids, max_new_tokens=2)
         assert used.cache is not first and used.cache is not None
@@ -222,7 +231,7 @@ def test_attention_without_a_packed_cache_is_the_library_s(family: str) -> None:
     found = network(ids, attention_mask=mask, use_cache=False).logits
     torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-4)
     assert torch.equal(generated(network, ids, mask=mask), tokens)
-    assert packed.stats()["dense_calls"] >= 3 * 17 and packed.stats()["packed_calls"] == 0
+    assert packed.stats()["dense_calls"] >= 2 * 11 and packed.stats()["packed_calls"] == 0
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt_oss"])
@@ -241,7 +250,7 @@ def test_a_mask_that_hides_stored_tokens_falls_back_and_says_so(family: str) -> 
             results.append(network(more, attention_mask=hidden, past_key_values=start).logits)
         assert any("hides stored tokens" in str(w.message) for w in said) == (name == "kvdsl")
     torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-3)
-    assert start.stats()["fallbacks"] == 3
+    assert start.stats()["fallbacks"] == 2
 
 
 def test_a_ready_made_mask() -> None:
@@ -254,11 +263,11 @@ def test_a_ready_made_mask() -> None:
     packed = cache(CHANNELS, network)
     found = network(ids, attention_mask=seen, past_key_values=packed).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert packed.stats()["fallbacks"] == 0 and packed.stats()["fresh_calls"] == 3
+    assert packed.stats()["fallbacks"] == 0 and packed.stats()["fresh_calls"] == 2
     later = torch.ones(1, 1, 1, 14, dtype=torch.bool)
     with pytest.warns(UserWarning, match="neither causal"):
         network(ids[:, :1], attention_mask=later, past_key_values=packed)
-    assert packed.stats()["fallbacks"] == 3
+    assert packed.stats()["fallbacks"] == 2
 
 
 def test_what_changes_the_mathematics_is_refused() -> None:
@@ -319,7 +328,7 @@ def test_rollback() -> None:
     padded, mask = left_padded()
     generated(network, padded, batch, mask)
     batch.crop(-2)
-    assert batch.get_seq_length() == 26 and batch.layers[0].packed.lengths == (21, 26, 17)
+    assert batch.get_seq_length() == 20 and batch.layers[0].packed.lengths == (15, 20, 11)
 
 
 def test_batch_operations_follow_the_library_s() -> None:
@@ -340,15 +349,15 @@ def test_batch_operations_follow_the_library_s() -> None:
 
 
 def test_stats_say_what_is_held() -> None:
-    network = model("llama")
+    network = model("llama", num_hidden_layers=3)
     packed = cache(SCHEMES["mixed"], network)
     assert packed.stats()["bytes"] == packed.nbytes == 0
     generated(network, prompt(1, 300), packed)
     stats = packed.stats()
-    assert stats["tokens"] == 315 and stats["bytes"] == packed.nbytes
+    assert stats["tokens"] == 309 and stats["bytes"] == packed.nbytes
     assert [layer["layer"] for layer in stats["layers"]] == [0, 1, 2]
     assert stats["layers"][0]["bits"] < stats["layers"][1]["bits"] > stats["layers"][2]["bits"]
-    assert stats["bits"] == pytest.approx(8 * packed.nbytes / (3 * 2 * 2 * 32 * 315))
+    assert stats["bits"] == pytest.approx(8 * packed.nbytes / (3 * 2 * 2 * 32 * 309))
 
 
 def test_layers_that_hold_something_else_are_refused() -> None:

@@ -14,8 +14,8 @@ import pytest
 import torch
 from cache_cases import DIM, HEADS, SCHEMES, Failing, compiled, content, filled, pair, same, view
 
-from kvdsl.cache import QuantizedCache
 from kvdsl.errors import CacheError
+from kvdsl.quantized_cache import QuantizedCache
 
 EACH = pytest.mark.parametrize("name", SCHEMES)
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kvdsl.cache import QuantizedCache
 from kvdsl.codegen import build
 from kvdsl.errors import CacheError, ShapeError
 from kvdsl.inputs import DTYPES
 from kvdsl.kernels import Backend, Params
+from kvdsl.quantized_cache import QuantizedCache
 from kvdsl.scheme import Scheme
 from kvdsl.shape import InputFormat, Shape
 
