@@ -63,8 +63,8 @@ def main() -> None:
     stats = found["stats"]
     print(
         f"   cache after {found['tokens']} tokens: {found['cache_bytes']:,} bytes, full precision "
-        f"{found['baseline_bytes']:,}; {stats['bits']:.2f} bits a number with the exact window, "
-        f"{stats['fallbacks']} fallbacks"
+        f"({str(model[0].dtype).removeprefix('torch.')}) {found['baseline_bytes']:,}; {stats['bits']:.2f} bits a "
+        f"number with the exact window, {stats['fallbacks']} fallbacks"
     )
 
     print("5. the novel itself, token by token, beside a scheme with codes of half the bits")
