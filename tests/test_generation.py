@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from tiny import FP32
+from tiny import FP32, one_thread
 
 from kvdsl import generation
 from kvdsl.models import load, text
@@ -19,6 +20,12 @@ SCHEMES = {
     "kivi4": scheme_of("kivi4"),
     "kivi2": scheme_of("kivi2"),
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quiet() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")

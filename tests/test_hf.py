@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FAMILIES, FP32, generated, left_padded, model, plain, prompt
+from tiny import FAMILIES, FP32, generated, left_padded, model, one_thread, plain, prompt
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
 
@@ -33,12 +33,9 @@ SCHEMES = {"channels": CHANNELS, "tokens": TOKENS, "mixed": FP32.with_(layers={0
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models this small lose most of their time to threads that wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def quiet() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -75,3 +77,14 @@ def plain(network: Any) -> Any:
     """The model, back on the library's own attention."""
     network.set_attn_implementation("eager")
     return network
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Operations this small lose most of their time to threads that wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
