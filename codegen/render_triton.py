@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .header import heading
 from .plan import Plan
-from .text import imported
+from .text import imported, without_unused
 from .triton_attend import Attend
 from .triton_pack import Pack, Unpack
 
@@ -30,7 +30,7 @@ def render(plan: Plan, name: str) -> str:
     kernels.append(attend.attention("decode", plan.rows(many=False)))
     kernels.append(attend.attention("extend", plan.rows(many=True)))
     kernels.append(attend.merge())
-    body = "\n\n".join(kernels)
+    body = "\n\n".join(without_unused(kernel) for kernel in kernels)
     used = sorted(name for name in helpers() if re.search(rf"\b{name}\(", body))
     imports = "import triton\nimport triton.language as tl\n" + imported("kvdsl.codegen.device", used)
     return f"{heading(plan, name)}\n{imports}\n\n{body}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from string import Template
@@ -50,6 +52,17 @@ def fill(skeleton: str, **holes: Iterable[str] | str | int) -> str:
     return "\n".join(out) + "\n"
 
 
+def without_unused(function: str) -> str:
+    """A function's text without assignments to names that nothing reads: loads and arithmetic have no other effect."""
+    lines = function.split("\n")
+    while True:
+        words = Counter(re.findall(r"\w+", function))
+        kept = [line for line in lines if not (m := re.match(r"\s+(\w+) = ", line)) or words[m[1]] > 1]
+        if len(kept) == len(lines):
+            return function
+        lines, function = kept, "\n".join(kept)
+
+
 def padded(count: int) -> int:
     """The next power of two: what a tile's side must be."""
     return 1 << (count - 1).bit_length()
@@ -73,3 +86,13 @@ def listed(items: Iterable[str]) -> str:
     """A tuple's items: a comma after a single one."""
     items = list(items)
     return f"{items[0]}," if len(items) == 1 else ", ".join(items)
+
+
+def bare(text: str) -> str:
+    """An expression without the parentheses around all of it."""
+    depth = 0
+    for i, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if depth == 0 and i < len(text) - 1:
+            return text
+    return text[1:-1] if text.startswith("(") else text

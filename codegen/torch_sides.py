@@ -12,7 +12,7 @@ from .layout import Stream
 from .placement import When
 from .plan import Plan, SidePlan
 from .steps import Steps
-from .text import Lines, listed
+from .text import Lines, bare, listed
 
 
 class TorchSide:
@@ -347,13 +347,3 @@ def unpacked(names: Iterable[str]) -> str:
     """Names on the left of an assignment, or returned."""
     names = list(names)
     return f"({names[0]},)" if len(names) == 1 else ", ".join(names)
-
-
-def bare(text: str) -> str:
-    """An expression without the parentheses around all of it."""
-    depth = 0
-    for i, letter in enumerate(text):
-        depth += (letter == "(") - (letter == ")")
-        if depth == 0 and i < len(text) - 1:
-            return text
-    return text[1:-1] if text.startswith("(") else text

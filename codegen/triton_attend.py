@@ -110,7 +110,9 @@ tl.store(lse_ptr + out + tl.arange(0, ROWS), lse, mask=live)
 
 MERGE = """
 @triton.jit(do_not_specialize=["queries", "splits", "blocks"])
-def merge(partial_ptr, lse_ptr, out_ptr, out_lse_ptr, queries, blocks, splits, ROWS: tl.constexpr, SPLITS: tl.constexpr):
+def merge(
+    partial_ptr, lse_ptr, out_ptr, out_lse_ptr, queries, blocks, splits, ROWS: tl.constexpr, SPLITS: tl.constexpr
+):
     head = tl.program_id(0)
     token = tl.program_id(1)
     b = head // $q_heads
@@ -198,7 +200,8 @@ class Attend:
         for side in (plan.keys, plan.values):
             if side.floats:
                 size = 4 if side.floats == "fp32" else 2
-                start = f"page * {layout.page_bytes // size} + h * {layout.head_bytes // size} + {side.layout.float_offset // size}"
+                start = f"page * {layout.page_bytes // size} + h * {layout.head_bytes // size}"
+                start += f" + {side.layout.float_offset // size}" if side.layout.float_offset else ""
                 lines.append(f"{side.name[:-1]}_floats = pool_{side.floats}_ptr + {start}")
             if side.layout.meta is not None:
                 lines.append(f"{side.name[0]}_meta = {section(side, layout.page_bytes, layout.head_bytes)[1]}")
@@ -301,8 +304,8 @@ class Attend:
         addresses = [line for line in self.addresses() if not line.startswith(("v_meta", "value_floats"))]
         for half in range(plan.halves):
             halves.extend(self.keys.scores(half, tokens_name(plan, half)))
-            u = f"(tile * {plan.tile} + {half * plan.half} + tl.arange(0, {plan.half}))"
-            halves.add(f"u = {u}")
+            shift = f" + {half * plan.half}" if half else ""
+            halves.add(f"u = tile * {plan.tile}{shift} + tl.arange(0, {plan.half})")
             halves.add("tl.store(out + u[:, None], s * size[None, :], mask=live[None, :] & (u < tokens)[:, None])")
         text = "\n".join([*addresses, *halves.lines])
         args = ["query_ptr", *(p for p in self.pools if p in text), "table_ptr"]

@@ -26,7 +26,9 @@ class Keys(Planes):
         """Load the query rows, plane by plane, as operands for decoded or exact numbers."""
         layout = self.side.layout
         mask = "live[None, :]" + (f" & {self.lane}_in[:, None]" if self.ragged else "")
-        lines = [
+        lines = [f"known = {mask}"] if self.ragged else []
+        mask = "known" if self.ragged else mask
+        lines += [
             f"x{j} = tl.load(query + {self.plane_lane(j)}[:, None], mask={mask}, other=0.0).to(tl.float32) * scaling"
             for j in range(layout.planes)
         ]
@@ -54,7 +56,7 @@ class Keys(Planes):
                 lines += static_read(self, j, self.lane)
                 lines += self.steps.scaled(j, f"x{j}", "k_scale", "k_offset")
             lines += self.steps.prepared("y")
-            lines.append("total0 = " + " + ".join(f"tl.sum(b{j}, 0)" for j in range(layout.planes)) + "  # [rows]")
+            lines.append(f"total0 = tl.sum({' + '.join(f'b{j}' for j in range(layout.planes))}, 0)  # [rows]")
         return lines
 
     # ---- once per tile --------------------------------------------------------------------------------------------
@@ -99,7 +101,7 @@ class Keys(Planes):
             lines += read(self.side, base, index, "k_scale", "k_offset", mask=mask)
             lines += self.steps.scaled(j, f"x{j}", "k_scale", "k_offset")
         lines += self.steps.prepared("y")
-        lines.append("total0 = " + " + ".join(f"tl.sum(b{j}, 0)" for j in range(self.side.layout.planes)))
+        lines.append(f"total0 = tl.sum({' + '.join(f'b{j}' for j in range(self.side.layout.planes))}, 0)")
         return lines
 
     def _operands(self, half: int, planes: range | list[int]) -> list[tuple[str, str]]:
@@ -139,10 +141,10 @@ class Keys(Planes):
         lines = self.load_tokens("t")
         token, lane = self.grid("row", self.lane)
         mask = self.mask("exact")
-        source = f"key_rows + {token} * {self.plan.shape.head_dim} + {lane}"
+        lines.append(f"source = key_rows + {token} * {self.plan.shape.head_dim} + {lane}")
         for j in range(self.side.layout.planes):
             lines += self.decode_token(j, "t")
-            lines.append(f"k = tl.load({source} + {j * self.width}, mask={mask}, other=0.0).to(tl.float32)")
+            lines.append(f"k = tl.load({self.at('source', j)}, mask={mask}, other=0.0).to(tl.float32)")
             lines.append(f"k = tl.where(coded[:, None], n{j}, k).to({self.exact})")
             lines.append(f"s = tl.dot(k, e{j}{', s' if j else ''}{self.precise})")
         return lines

@@ -49,10 +49,14 @@ def read(side: SidePlan, base: str, index: str, scale: str, offset: str, mask: s
     suffix = f", mask={mask}, other=0" if mask else ""
     bf16 = "_bf16" if side.scale.dtype == "bf16" else ""
     word = f"{scale}_word"
+    lines = []
+    if len(where) + len(suffix) > 80:
+        lines, where = [f"entry = {where}"], "entry"
     if meta.kind == "half":
-        return [f"{scale} = half{bf16}(tl.load({where}{suffix}))"]
+        return [*lines, f"{scale} = half{bf16}(tl.load({where}{suffix}))"]
     if meta.kind == "halves":
         return [
+            *lines,
             f"{word} = tl.load({where}{suffix})",
             f"{scale} = low_half{bf16}({word})",
             f"{offset} = high_half{bf16}({word})",
@@ -60,11 +64,12 @@ def read(side: SidePlan, base: str, index: str, scale: str, offset: str, mask: s
     if side.has_offset and meta.kind == "word":
         mask_bits = 2 ** (side.code.bits or 0) - 1
         return [
+            *lines,
             f"{word} = tl.load({where}{suffix})",
             f"{scale} = scale_over_zero_point({word}, {mask_bits})",
             f"{offset} = ({word} & {mask_bits}).to(tl.float32)",
         ]
-    lines = [f"{scale} = tl.load({where}{suffix}).to(tl.float32, bitcast=True)"]
+    lines.append(f"{scale} = as_float(tl.load({where}{suffix}))")
     if meta.kind == "words":
-        lines.append(f"{offset} = tl.load({where} + {meta.total}{suffix}).to(tl.float32, bitcast=True)")
+        lines.append(f"{offset} = as_float(tl.load({where} + {meta.total}{suffix}))")
     return lines

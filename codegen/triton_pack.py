@@ -6,9 +6,9 @@ One pack program owns one token block (or 32 single tokens) of one kv head: stat
 from __future__ import annotations
 
 from .codec import functions, results
-from .layout import PAIR, token_block
+from .layout import PAIR, Stream, token_block
 from .plan import Plan, SidePlan
-from .text import Lines, fill, padded
+from .text import Lines, bare, fill, padded
 from .triton_attend import parameters, pools, tokens_name
 from .triton_meta import entry, section
 from .triton_planes import Planes, static_read
@@ -73,10 +73,9 @@ class Pack(Planes):
                 body.add(
                     f"words = pool16_ptr + page * {plan.layout.page_bytes // 2} + h * {plan.layout.head_bytes // 2}"
                 )
-            for j in range(side.layout.planes):
-                body.add(f"x{j} = tl.load(source + {j * self.width}, mask={self.inside}, other=0.0).to(tl.float32)")
             if side.static:
                 for j in range(side.layout.planes):
+                    self._load(body, j)
                     body.extend(static_read(self, j, self.lane))
                     self._encode(body, j, f"{self.prefix}_scale[None, :]", f"{self.prefix}_offset[None, :]")
             else:
@@ -110,6 +109,10 @@ class Pack(Planes):
                 body.add("x = tl.where(x == x, finite(x), x).to(tl.float16)")
             body.add(f"tl.store(out + {j * self.width}, x, mask={self.inside})")
 
+    def _load(self, body: Lines, plane: int) -> None:
+        """x<plane>: loaded just before it is needed, as a token block of all channels would fill the registers."""
+        body.add(f"x{plane} = tl.load({self.at('source', plane)}, mask={self.inside}, other=0.0).to(tl.float32)")
+
     # ---- statistics -----------------------------------------------------------------------------------------------
 
     def _online(self, body: Lines) -> None:
@@ -129,16 +132,21 @@ class Pack(Planes):
                 for j in planes:
                     body.add(f"x = tl.load(other + {j * self.width}, mask={self.inside}, other=0.0).to(tl.float32)")
                     self._fold(body, "x", whole)
+            for j in planes:
+                self._load(body, j)
             vector = "t" if self.single else "tl.arange(0, 1)"
             self._measured(body, "0", f"({vector} * 0 + h) % {meta.heads} == 0", planes)
         elif meta.channels == 1:
             for j in planes:
+                self._load(body, j)
                 self._start(body, None, f"x{j}", (0,))
                 self._measured(body, f"({self.lane} + {j * self.width})" if j else self.lane, "", [j])
         elif meta.channels % self.width == 0:
             per_group = len(planes) // meta.groups
             for group in range(meta.groups):
                 members = planes[group * per_group : (group + 1) * per_group]
+                for j in members:
+                    self._load(body, j)
                 self._start(body, None, f"x{members[0]}", whole)
                 for j in members[1:]:
                     self._fold(body, f"x{j}", whole)
@@ -152,6 +160,7 @@ class Pack(Planes):
                     near = f"({lane} // {meta.channels} * {meta.channels} + near - {self.lane})[None, :]"
                     body.add(f"x = tl.load(source + {near}, mask={self.inside}, other=0.0).to(tl.float32)")
                     self._fold(body, "x", () if self.single else (0,))
+                self._load(body, j)
                 self._measured(body, lane, f"{lane} % {meta.channels} == 0", [j])
 
     def _extreme(self, function: str, name: str, axes: tuple[int, ...]) -> str:
@@ -197,7 +206,7 @@ class Pack(Planes):
             index, column = entry(side, "t[:, None]", f"({wide})[None, :]"), ""
             mask, only = self.inside, f"({only})[None, :]" if only else ""
         else:
-            index, mask, column = entry(side, f"({block})", wide), lane_mask, "[None, :]"
+            index, mask, column = entry(side, block, wide), lane_mask, "[None, :]"
         mask = f"({mask}) & ({only})" if only else mask
         body.add(f"tl.store(meta + {index}, word, mask={mask})")
         if meta.kind == "words":
@@ -206,31 +215,39 @@ class Pack(Planes):
             self._encode(body, j, f"scale{column}", f"start{column}")
 
     def _encode(self, body: Lines, plane: int, scale: str, start: str) -> None:
+        """Codes of a plane, put into their words at once: they are not kept."""
         rest = f", {start}" if self.side.has_offset else ""
-        body.add(f"c{plane} = encode_{self.side.name}(x{plane}, {scale}{rest})")
+        body.add(f"c = encode_{self.side.name}(x{plane}, {scale}{rest})")
+        for stream in self.side.layout.streams:
+            place = stream.places[plane]
+            bits = f"(c >> {stream.shift})" if stream.shift else "c"
+            if self.side.code.bits != stream.width + stream.shift or len(self.side.layout.streams) > 1:
+                bits = f"({bits} & {2**stream.width - 1})"
+            shift = 8 * place.byte + place.bit
+            word = self._word(stream, place.tile)
+            begun = any(other.tile == place.tile for other in stream.places[:plane])
+            moved = f"({bits} << {shift})" if shift else bits
+            body.add(f"{word} = {word} | {moved}" if begun else f"{word} = {bare(moved)}")
+
+    def _word(self, stream: Stream, tile: int) -> str:
+        return f"word{stream.width}_{tile}"
 
     def _words(self, body: Lines) -> None:
-        """Put codes into words and store them: whole words where a token has its own, else single bytes."""
-        plan, side, lane = self.plan, self.side, self.lane
-        for stream in side.layout.streams:
+        """Store the words: whole where a token has its own, else single bytes."""
+        plan, lane = self.plan, self.lane
+        for stream in self.side.layout.streams:
             if stream.paired:
                 base = f"page * {plan.layout.page_bytes} + h * {plan.layout.head_bytes} + {stream.offset}"
                 row = f"(t // {2 * PAIR} * {PAIR} + t % {PAIR}) * {2 * stream.row_words} + t % {2 * PAIR} // {PAIR}"
-                body.add(f"out = pool8_ptr + {base} + ({row})[:, None] + 2 * {lane}[None, :]")
+                body.add(f"byte = {row}")
+                body.add(f"out = pool8_ptr + {base} + byte[:, None] + 2 * {lane}[None, :]")
             else:
                 body.add(f"out = words + t[:, None] * {stream.row_words} + {lane}[None, :] + {stream.offset // 2}")
             for tile in range(stream.tiles):
-                parts = []
-                for place in (place for place in stream.places if place.tile == tile):
-                    bits = f"(c{place.plane} >> {stream.shift})" if stream.shift else f"c{place.plane}"
-                    if side.code.bits != stream.width + stream.shift or len(side.layout.streams) > 1:
-                        bits = f"({bits} & {2**stream.width - 1})"
-                    shift = 8 * place.byte + place.bit
-                    parts.append(f"({bits} << {shift})" if shift else bits)
                 step = tile * self.width * (2 if stream.paired else 1)
                 kind = "tl.uint8" if stream.paired else "tl.int16"
-                body.add(f"word = {' | '.join(parts)}")
-                body.add(f"tl.store(out + {step}, word.to({kind}), mask={self.inside})")
+                at = f"out + {step}" if step else "out"
+                body.add(f"tl.store({at}, {self._word(stream, tile)}.to({kind}), mask={self.inside})")
 
 
 class Unpack(Planes):

@@ -108,6 +108,10 @@ class Planes:
             return "0"
         return f"(page_token + {half * self.plan.half}) // {meta.tokens}" if half else f"page_token // {meta.tokens}"
 
+    def at(self, source: str, plane: int) -> str:
+        """The address of a plane's first lanes, from that of plane 0."""
+        return f"{source} + {plane * self.width}" if plane else source
+
     def plane_lane(self, plane: int) -> str:
         """The channels of a plane."""
         return f"({self.lane} + {plane * self.width})" if plane else self.lane
@@ -131,7 +135,10 @@ class Planes:
         """Load the words of any tokens of the page; where two tokens share words, each takes its own byte."""
         side, lines = self.side, []
         for stream in side.layout.streams:
-            row = f"({tokens} // {2 * PAIR} * {PAIR} + {tokens} % {PAIR})" if stream.paired else tokens
+            row = tokens
+            if stream.paired:
+                row = "pair_row"
+                lines.append(f"pair_row = {tokens} // {2 * PAIR} * {PAIR} + {tokens} % {PAIR}")
             token, lane = self.grid(row, self.lane)
             mask = self.mask("")
             other = f", mask={mask}, other=0" if mask else ""
@@ -156,8 +163,11 @@ class Planes:
             token, lane = self.grid(tokens, self.lane)
             mask = self.mask(guard)
             other = f", mask={mask}, other=0.0" if mask else ""
-            source = f"{side.name[:-1]}_floats + {token} * {self.plan.shape.head_dim} + {lane}"
-            return [f"n{plane} = tl.load({source} + {plane * self.width}{other}).to(tl.float32)"]
+            address = f"{side.name[:-1]}_floats + {token} * {self.plan.shape.head_dim} + {lane}"
+            return [
+                f"place = {self.at(address, plane)}",
+                f"n{plane} = tl.load(place{other}).to(tl.float32)",
+            ]
         parts = [
             (stream, f"{self.prefix}{stream.width}_{place.tile}", bool(place.byte), place.bit)
             for stream in side.layout.streams

@@ -123,10 +123,10 @@ class Values(Planes):
         lines = [*self.load_tokens("t"), f"weight = {self._cast('p')}"]
         token, lane = self.grid("row", self.lane)
         mask = self.mask("exact")
-        source = f"value_rows + {token} * {self.plan.shape.head_dim} + {lane}"
+        lines.append(f"source = value_rows + {token} * {self.plan.shape.head_dim} + {lane}")
         for j in range(self.side.layout.planes):
             lines += self.decode_token(j, "t", "coded")
-            lines.append(f"v = tl.load({source} + {j * self.width}, mask={mask}, other=0.0).to(tl.float32)")
+            lines.append(f"v = tl.load({self.at('source', j)}, mask={mask}, other=0.0).to(tl.float32)")
             lines.append(f"v = tl.where(coded[None, :], n{j}, v).to({self.exact})")
             lines.append(f"o{j} = tl.dot(v, weight, o{j} * decay[None, :]{self.precise})")
         return lines
