@@ -1,4 +1,4 @@
-"""How each generated Triton kernel is launched: argument types, warps, stages.  Read by the runtime and ahead of time."""
+"""How each generated Triton kernel is launched: argument types, warps, stages; for the runtime and ahead of time."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from .plan import DECODE_ROWS, Plan
 POINTERS = {
     "query_ptr": "input", "rows_ptr": "input", "key_rows_ptr": "input", "value_rows_ptr": "input",
     "pool8_ptr": "*u8", "pool16_ptr": "*i16", "pool32_ptr": "*i32", "pool_fp16_ptr": "*fp16", "pool_fp32_ptr": "*fp32",
-    "partial_ptr": "*fp32", "lse_ptr": "*fp32", "out_lse_ptr": "*fp32", "keys_scale_ptr": "*fp32", "values_scale_ptr": "*fp32",
+    "partial_ptr": "*fp32", "lse_ptr": "*fp32", "out_lse_ptr": "*fp32", "keys_scale_ptr": "*fp32",
+    "values_scale_ptr": "*fp32",
 }  # fmt: skip
 FLOATS = ("scaling", "softcap")
 ATTEND = ("decode", "extend")
 
 
 def warps(kernel: str, plan: Plan) -> int:
-    """Warps of a program: one where tiles stay in one warp's tensor cores, two where 16 rows would not fit its registers,
-    four where a page is rewritten or products are of float32 numbers."""
+    """Warps of a program: one where tiles stay in one warp's tensor cores, two where 16 rows would not fit its
+    registers, four or more where a page is rewritten or products are of float32 numbers."""
     exact = plan.shape.dtype == "fp32" or any(side.floats == "fp32" for side in (plan.keys, plan.values))
     if kernel.startswith("pack"):
         return max(4, min(8, plan.span(kernel.removeprefix("pack_")) * plan.shape.head_dim // 1024))

@@ -134,7 +134,7 @@ class Plan:
 
 @cache
 def plan_for(scheme: Scheme, shape: Shape) -> Plan:
-    """Lower a scheme.  Raises SchemeError where it does not fit the shape, ProofError where the page is no bijection."""
+    """Lower a scheme.  Raises SchemeError if it does not fit the shape, ProofError if the page is no bijection."""
     refuse_for(scheme, shape)
     layout = lay_out(scheme, shape)
     proofs = prove_bijection(layout)

@@ -15,7 +15,7 @@ from .triton_planes import Planes, static_read
 
 
 class Values(Planes):
-    """The values' part of an attention kernel; p is the tile of weights [tokens, rows], decay the factor of the past."""
+    """The values' part of an attention kernel; p are the weights [tokens, rows], decay the factor of the past."""
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan, plan.values)
