@@ -1,0 +1,125 @@
+"""Checking a scheme: laws that its kernels and caches must obey, asked on random shapes, lengths and numbers.
+
+    report      every law that applies to a scheme, and whether it held
+    check       the same, raising LawBroken with the smallest case that breaks one
+    schemes, shapes, cases, faulty_schemes   hypothesis strategies to test with
+
+A law is one function in `codes` (packed bytes), `attention` (kernels) or `caches` (caches over time); `LAWS` holds all
+of them by name, each with the number of the property it states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvdsl.kernels import Backend
+from kvdsl.scheme import Scheme
+
+from . import attention, caches, codes  # noqa: F401  (they enter their laws)
+from .cases import LAWS, Case, Law, LawBroken
+from .strategies import cases, faulty_schemes, schemes, shapes
+
+__all__ = [
+    "LAWS", "Case", "Law", "LawBroken", "Result", "applicable", "cases", "check", "faulty_schemes", "report", "schemes",
+    "shapes",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    """One law asked of a scheme: in how many examples, and the smallest case that broke it, in words (None: none)."""
+
+    law: str
+    examples: int
+    failure: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        return self.failure is None
+
+
+def applicable(scheme: Scheme) -> list[Law]:
+    """The laws that are made of such a scheme."""
+    return [law for law in LAWS.values() if law.applies(scheme)]
+
+
+def report(
+    scheme: Scheme, *, backend: Backend | None = None, examples: int = 25, seed: int = 0, laws: Sequence[str] = ()
+) -> Iterator[Result]:
+    """Ask every law (or those named) that applies, `examples` times each; the same seed asks the same.
+
+    backend   as for `kvdsl.build`; None: Triton where there is a GPU or TRITON_INTERPRET=1, else torch
+    """
+    for law in applicable(scheme):
+        if not laws or law.name in laws:
+            yield _ask(law, scheme, backend, examples, seed)
+
+
+def check(
+    scheme: Scheme, *, backend: Backend | None = None, examples: int = 25, seed: int = 0, laws: Sequence[str] = ()
+) -> list[Result]:
+    """`report`, raising LawBroken with the smallest case as soon as a law is broken."""
+    results = []
+    for result in report(scheme, backend=backend, examples=examples, seed=seed, laws=laws):
+        if result.failure is not None:
+            raise LawBroken(result.failure)
+        results.append(result)
+    return results
+
+
+def _ask(law: Law, scheme: Scheme, backend: Backend | None, examples: int, seed: int) -> Result:
+    """Hypothesis looks for a case that breaks the law, and makes it as small as it can."""
+    import hypothesis
+    from hypothesis import strategies as st
+
+    count, broken = 0, [""]
+
+    def examine(data: Any) -> None:
+        nonlocal count
+        count += 1
+        shape = data.draw(st.sampled_from(some))
+        case = data.draw(cases(scheme, shape, backend, kinds=law.kinds))
+        try:
+            law(case)
+        except LawBroken as failure:
+            broken[0] = str(failure)
+            raise
+
+    some = _some_shapes(scheme)
+    everything = [check for check in hypothesis.HealthCheck]
+    settings = hypothesis.settings(
+        max_examples=examples, database=None, deadline=None, suppress_health_check=everything, print_blob=False,
+        report_multiple_bugs=False, phases=(hypothesis.Phase.generate, hypothesis.Phase.shrink),
+    )  # fmt: skip
+    test = hypothesis.seed(seed)(settings(hypothesis.given(st.data())(examine)))
+    try:
+        with _quiet():
+            test()
+    except LawBroken:
+        return Result(law.name, count, broken[0])
+    return Result(law.name, count)
+
+
+def _quiet() -> Any:
+    """Hypothesis prints each falsifying example: the report says it instead."""
+    import contextlib
+    import io
+
+    return contextlib.redirect_stdout(io.StringIO())
+
+
+def _some_shapes(scheme: Scheme) -> list[Any]:
+    """A few shapes the scheme fits, each compiled once: small first."""
+    from kvdsl.rules import shape_faults
+    from kvdsl.shape import Shape
+
+    found = [
+        Shape(dim, heads, heads * group, dtype, softcap)  # type: ignore[arg-type]
+        for dim, heads, group, dtype, softcap in (
+            (32, 1, 1, "fp16", False), (64, 2, 3, "fp16", False), (128, 2, 4, "bf16", False), (80, 1, 8, "fp32", True),
+            (96, 4, 1, "fp16", True), (256, 2, 2, "fp16", False),
+        )
+    ]  # fmt: skip
+    return [shape for shape in found if not shape_faults(scheme, shape)][:4]

@@ -1,0 +1,294 @@
+"""Laws of packed codes: which words are written, what they decode to, how far that is from what was given."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from kvdsl import reference
+from kvdsl.inputs import DTYPES
+from kvdsl.kernels import Params, Side
+from kvdsl.reference.quantize import level_count, quantize
+from kvdsl.scheme import SIDES, Float, Scheme, Store, Uniform
+
+from .bounds import LARGEST, blocks_of, bound, spread
+from .cases import METADATA, Case, law, require, require_equal, require_within, static
+from .driving import POISON, USUAL, Ends, Pages, Poison, device_of, moved, new_pages, pack, packed
+
+
+def _ends(case: Case, tokens: int) -> Ends:
+    return {side: [tokens] * case.batch for side in SIDES}
+
+
+def _with_sinks(case: Case, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Poisoned sinks before the tokens that are packed: they may not count."""
+    lead = torch.full((*k.shape[:2], case.sinks, k.shape[3]), torch.nan, dtype=k.dtype)
+    return torch.cat([lead, k], 2), torch.cat([lead, v], 2)
+
+
+def _pages(case: Case, k: Tensor, v: Tensor, params: Params, poison: Poison = USUAL) -> Pages:
+    return packed(case.kernels, *_with_sinks(case, k, v), _ends(case, k.shape[2]), params, poison)
+
+
+def _decoded(case: Case, pages: Pages, begin: int, end: int, params: Params) -> tuple[Tensor, Tensor]:
+    there = moved(params, device_of(case.kernels))
+    keys, values = (case.kernels.unpack(side, pages.pool, pages.table, begin, end, there).cpu() for side in SIDES)
+    return keys, values
+
+
+def _roundtrip(case: Case, k: Tensor, v: Tensor, params: Params) -> tuple[Tensor, Tensor]:
+    return _decoded(case, _pages(case, k, v, params), 0, k.shape[2], params)
+
+
+def _uniform(store: Store) -> bool:
+    return isinstance(store.code, Uniform)
+
+
+def _unclipped(scheme: Scheme) -> bool:
+    return all(s.scale is None or s.scale.clip == 1 for s in (scheme.keys, scheme.values))
+
+
+# ---- which words
+
+
+@law("P27")
+def words_equal_the_reference(case: Case) -> None:
+    """P27, P32: the words of packed tokens are those of the reference, bit for bit; no other byte is written."""
+    tokens = case.whole
+    k, v = case.pair(tokens)
+    params = case.params(k, v)
+    want = torch.from_numpy(reference.pages(case.bare, case.shape, k, v, params))
+    one, other = (
+        _pages(case, k, v, params, Poison(word, seed=case.seed)).content() for word in (POISON, 0xFF ^ POISON)
+    )
+    written = one == other
+    require_equal("bytes", torch.where(written, one, 0), torch.where(written, want, 0))
+    require_equal("bytes that nobody wrote", torch.where(written, POISON, one), torch.full_like(one, POISON))
+    require(not bool(want[~written].any()), "a byte that holds something was not written")
+
+
+@law("P28")
+def packing_in_parts_gives_the_same_words(case: Case) -> None:
+    """P28: packed in parts, in any order of cuts at whole blocks, the words are those of packing at once."""
+    tokens = case.whole
+    k, v = case.pair(tokens)
+    params = case.params(k, v)
+    want = _pages(case, k, v, params)
+    parts = new_pages(case.kernels, case.batch, tokens)
+    for side, x in zip(SIDES, _with_sinks(case, k, v), strict=True):
+        cuts = sorted({case.random.randrange(0, tokens + 1) // case.block * case.block for _ in range(3)} | {0, tokens})
+        for begin, end in zip(cuts, cuts[1:], strict=False):
+            pack(case.kernels, side, x, [begin] * case.batch, [end] * case.batch, parts, params, Poison(seed=begin))
+    require_equal("bytes", parts.content(), want.content())
+
+
+@law("P29")
+def neighbours_do_not_reach_the_words(case: Case) -> None:
+    """P29: packed in a ragged batch, a sequence has the words it has alone, whatever stands beside and behind it."""
+    k, v = case.pair(case.whole)
+    params = case.params(k, v)
+    counts = [case.random.randrange(0, case.whole // case.block + 1) * case.block for _ in range(case.batch)]
+    both = _with_sinks(case, k, v)
+    ends: Ends = {side: counts for side in SIDES}
+    for b, count in enumerate(counts):
+        for x in both:
+            x[b, :, case.sinks + count :] = torch.nan
+    together = packed(case.kernels, *both, ends, params, Poison(seed=case.seed), room=case.whole).content()
+    for b, count in enumerate(counts):
+        own: Ends = {side: [count] for side in SIDES}
+        k, v = (x[b : b + 1] for x in both)
+        alone = packed(case.kernels, k, v, own, params, room=case.whole)
+        require_equal(f"bytes of sequence {b}", together[b : b + 1], alone.content())
+
+
+# ---- what they decode to
+
+
+@law("P32")
+def decoding_equals_the_reference(case: Case) -> None:
+    """P32: unpack gives the reference's decoded numbers to the last bit, of any range of tokens."""
+    k, v = case.pair(case.whole)
+    params = case.params(k, v)
+    pages = _pages(case, k, v, params, Poison(seed=case.seed))
+    wanted = case.decoded(k, v, params)
+    cut = case.random.randrange(0, case.whole)
+    for begin, end in ((0, case.whole), (cut, case.random.randrange(cut, case.whole + 1))):
+        for side, got, want in zip(SIDES, _decoded(case, pages, begin, end, params), wanted, strict=True):
+            require_equal(f"decoded {side}", got, want[:, :, begin:end])
+
+
+@law("P27", lambda scheme: _unclipped(scheme) and (_uniform(scheme.keys) or _uniform(scheme.values)))
+def every_code_comes_back(case: Case) -> None:
+    """P27: numbers that are levels of a step of one decode to themselves, so every code survives in every place."""
+    given = {side: _levels(case, side) for side in SIDES}
+    params = {f"{side}.scale": _unit(case, side) for side in SIDES if static(case.scheme.side(side))}
+    (k, keys), (v, values) = given["keys"], given["values"]
+    for side, got, want in zip(SIDES, _roundtrip(case, k, v, params), (keys, values), strict=True):
+        require_equal(f"decoded {side}", got, want)
+
+
+def _levels(case: Case, side: Side) -> tuple[Tensor, Tensor]:
+    """Numbers (B, H, T, D) on random levels of a step of one, both ends of the range in every block; what they decode
+    to."""
+    store = case.scheme.side(side)
+    generator = torch.Generator().manual_seed(case.seed)
+    size = (case.batch, case.shape.kv_heads, case.whole, case.shape.head_dim)
+    dtype = DTYPES[case.shape.dtype]
+    if not isinstance(store.code, Uniform) or store.scale is None:
+        integers = torch.randint(-256, 257, size, generator=generator).to(dtype)
+        return integers, integers.double()
+    levels, cells = level_count(store), store.code.grid == "cells"
+    middle = levels // 2 if cells or store.scale.range == "signed_absmax" else (levels - 1) // 2
+    if store.scale.range in ("absmax", "signed_absmax"):
+        lowest, most = -middle, 2 * middle if store.scale.range == "absmax" and not cells else levels - 1
+    else:
+        lowest, most = 0, levels if cells else levels - 1
+    codes = torch.randint(0, most + 1, size, generator=generator)
+    blocks = blocks_of(store, codes).permute(0, 1, 3, 5, 2, 4, 6)
+    rows = blocks.reshape(blocks.shape[:4].numel(), -1).clone()
+    places = torch.rand(rows.shape, generator=generator).argsort(1)
+    rows.scatter_(1, places[:, :1], 0).scatter_(1, places[:, 1:2], most)
+    codes = rows.reshape(blocks.shape).permute(0, 1, 4, 2, 5, 3, 6).reshape(size)
+    return (codes + lowest).to(dtype), codes.clamp(max=levels - 1).double() + lowest + (0.5 if cells else 0.0)
+
+
+def _unit(case: Case, side: Side) -> Tensor:
+    """Calibrated parameters with a step of one and a minimum of 0."""
+    scale = case.scheme.side(side).scale
+    unit = torch.ones_like(case.params(*case.pair(1))[f"{side}.scale"])
+    if scale is not None and scale.range in ("minmax", "minmax_zero"):
+        unit[1] = 0
+    return unit
+
+
+# ---- how far that is from what was given
+
+
+@law("P1")
+def errors_stay_within_the_bound(case: Case) -> None:
+    """P1, P2: no decoded number is farther from its original than the bound derived in `bounds`."""
+    k, v = case.pair(case.whole)
+    params = case.params(k, v)
+    for side, x, got in zip(SIDES, (k, v), _roundtrip(case, k, v, params), strict=True):
+        require_within(f"decoded {side}", got, x, bound(case.scheme.side(side), x, params, side))
+
+
+def _keeps_its_ends(store: Store) -> bool:
+    """Whether coding what was decoded finds the same range again: nearest levels, both ends of an unclipped range."""
+    if isinstance(store.code, Float):
+        return True
+    scale, code = store.scale, store.code
+    assert scale is not None
+    fixed = scale.when == "calibrated"
+    nearest = code.rounding != "floor" and code.grid == "ends" and scale.zero == "min"
+    fits = {"fp16": 8, "bf16": 6, "fp32": 8}[scale.dtype] >= (code.bits or 0)
+    return nearest and (fixed or (scale.clip == 1 and fits))
+
+
+@law("P3", lambda s: _keeps_its_ends(s.keys) and _keeps_its_ends(s.values), ("normal", "outlier_channel", "ties"))
+def a_second_time_changes_no_code(case: Case) -> None:
+    """P3: what was decoded is coded by the same codes again, where the ends of the range are levels.
+
+    The two decoded numbers then differ by what rounding the scale a second time may do: less than a quarter step.
+    """
+    case = replace(case, shape=replace(case.shape, dtype="fp32"))
+    k, v = case.pair(case.whole)
+    params = case.params(k, v)
+    once = _roundtrip(case, k, v, params)
+    for side, first, second in zip(SIDES, once, _roundtrip(case, *once, params), strict=True):
+        store = case.scheme.side(side)
+        if isinstance(store.code, Float):
+            require_equal(f"decoded {side}", second, first)
+            continue
+        scale = quantize(store, first, params, side).scale
+        assert scale is not None
+        require_within(f"decoded {side}", second, first, spread(store, scale.abs(), first) / 4 + 1e-30)
+
+
+def _keeps_constants(store: Store) -> bool:
+    scale = store.scale
+    if scale is None:
+        return True
+    return scale.when == "online" and scale.clip == 1 and scale.range == "minmax" and scale.zero in ("min", "point")
+
+
+@law("P4", lambda s: _keeps_constants(s.keys) and _keeps_constants(s.values), ("constant",))
+def a_constant_block_is_itself(case: Case) -> None:
+    """P4: a block of one number decodes to that number, rounded as its metadata (or float code) is."""
+    for value in (0.0, 1.0, -2.5, 65504.0, -65504.0, float(case.pair(1)[0].view(-1)[0])):
+        k, v = (torch.full_like(x, value) for x in case.pair(case.whole))
+        for side, x, got in zip(SIDES, (k, v), _roundtrip(case, k, v, {}), strict=True):
+            store = case.scheme.side(side)
+            if isinstance(store.code, Float):
+                dtype = METADATA[store.code.format]
+                limit = LARGEST if store.code.format == "fp16" else float("inf")
+            else:
+                assert store.scale is not None
+                dtype, limit = METADATA[store.scale.dtype], LARGEST
+            held = x.double().clamp(-limit, limit).float().to(dtype).double()
+            require_equal(f"decoded {side}", got, held)
+
+
+@law("P4", kinds=("normal", "outlier_channel"))
+def a_nan_spoils_its_block_only(case: Case) -> None:
+    """A NaN makes its own block NaN (a calibrated scale codes it as 0) and leaves every other number as it was."""
+    k, v = case.pair(case.whole)
+    params = case.params(k, v)
+    at = tuple(case.random.randrange(n) for n in k.shape)
+    clean = _roundtrip(case, k, v, params)
+    for x in (k, v):
+        x[at] = torch.nan
+    for side, x, before, got in zip(SIDES, (k, v), clean, _roundtrip(case, k, v, params), strict=True):
+        store = case.scheme.side(side)
+        bad = x.isnan()
+        if store.scale is not None and not static(store):
+            hit = blocks_of(store, bad.double()).amax((2, 4, 6)) > 0
+            bad = spread(store, hit.double(), x) > 0
+        require_equal(f"decoded {side}", got[~bad], before[~bad])
+        if static(store):
+            zero = quantize(store, torch.zeros_like(x), params, side).decoded
+            require_equal(f"decoded {side}", got[bad], zero[bad])
+        else:
+            require(bool(got[bad].isnan().all()), f"decoded {side}: a number beside the NaN at {at} is {got[bad]}")
+
+
+@law("P2", kinds=("normal", "huge"))
+def infinity_saturates(case: Case) -> None:
+    """Infinities are taken as +-65504 (as they are by Float("fp32")): it saturates and nothing becomes NaN."""
+    k, v = case.pair(case.whole)
+    params = case.params(k, v)
+    at = tuple(case.random.randrange(n) for n in k.shape)
+    for x in (k, v):
+        x[at] = torch.inf if case.seed % 2 else -torch.inf
+    wanted = case.decoded(k, v, params)
+    for side, got, want in zip(SIDES, _roundtrip(case, k, v, params), wanted, strict=True):
+        require_equal(f"decoded {side}", got, want)
+        store = case.scheme.side(side)
+        if not (isinstance(store.code, Float) and store.code.format == "fp32"):
+            require(bool(got.isfinite().all()), f"decoded {side}: not finite")
+
+
+@law("P1", kinds=("normal", "positive", "outlier_channel"))
+def powers_of_two_go_through(case: Case) -> None:
+    """Numbers times a power of two decode to the same times it, so the codes are the same, wherever the metadata is
+    neither subnormal nor saturated."""
+    k, v = case.pair(case.whole)
+    params = case.params(k, v)
+    factor = 2.0 ** case.random.choice((1, 2, 3))
+    bigger = {name: tensor * factor for name, tensor in params.items()}
+    once = _roundtrip(case, k, v, params)
+    twice = _roundtrip(case, k * factor, v * factor, bigger)
+    for side, x, first, second in zip(SIDES, (k, v), once, twice, strict=True):
+        store = case.scheme.side(side)
+        usual = torch.ones_like(first, dtype=torch.bool)
+        if isinstance(store.code, Float):
+            usual = (first.abs() >= 2.0**-14) | (first == 0)
+        else:
+            found = quantize(store, x, params, side)
+            for number in (found.scale, found.offset if store.scale and store.scale.zero == "min" else None):
+                if number is not None:
+                    normal = ((number.abs() >= 2.0**-14) | (number == 0)) & (number.abs() * factor < LARGEST)
+                    usual &= spread(store, normal, x)
+        require_equal(f"decoded {side}", second[usual], (first * factor)[usual])

@@ -1,0 +1,172 @@
+"""Random schemes of the language, legal by construction, the shapes they fit, and schemes with exactly one mistake."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from hypothesis import strategies as st
+
+from kvdsl.scheme import ALL, SIDES, Block, Count, Float, Recent, Scale, Scheme, Sinks, Store, Uniform
+from kvdsl.shape import Shape
+from kvdsl.window import windows
+
+from .cases import Case
+from .data import KINDS
+
+Draw = Callable[..., Any]
+
+
+def schemes(*, longest: int = 64) -> st.SearchStrategy[Scheme]:
+    """Legal schemes without layers.  `longest`: the most tokens that share a scale or wait in a window."""
+    return _schemes(longest)
+
+
+@st.composite
+def _schemes(draw: Draw, longest: int) -> Scheme:
+    keys = draw(stores(longest))
+    values = draw(st.one_of(st.just(keys), stores(longest)))
+    group = math.lcm(_tokens(keys), _tokens(values))
+    sinks = draw(st.sampled_from([None, None, Sinks(1), Sinks(4), Sinks(5)]))
+    if group > 1:
+        most = max(1, longest // group)
+        recent = Recent(group * draw(st.integers(1, most)), draw(st.sampled_from(["auto", "whole"])))
+    else:
+        flush = st.sampled_from(["auto", "rolling", "whole"])
+        recent = draw(st.one_of(st.none(), st.builds(Recent, st.integers(1, longest), flush)))
+    prefill = draw(st.sampled_from(["exact", "exact", "stored"]))
+    return Scheme(keys=keys, values=values, sinks=sinks, recent=recent, prefill=prefill)
+
+
+def _tokens(store: Store) -> int:
+    tokens = store.scale.block.tokens if store.scale is not None and store.scale.when == "online" else 1
+    assert isinstance(tokens, int)
+    return tokens
+
+
+@st.composite
+def stores(draw: Draw, longest: int) -> Store:
+    """A legal store: one float in eight, else levels under a scale."""
+    if draw(st.integers(0, 7)) == 7:
+        return Store(Float(draw(st.sampled_from(["fp16", "fp32"]))))
+    range_ = draw(st.sampled_from(["minmax", "minmax", "minmax_zero", "absmax", "signed_absmax"]))
+    grid = "ends" if range_ == "signed_absmax" else draw(st.sampled_from(["ends", "ends", "cells"]))
+    centred = range_ == "absmax" and grid == "ends"
+    even = range_ == "signed_absmax" or (range_ == "absmax" and grid == "cells")
+    bits = draw(st.integers(2 if centred else 1, 8))
+    levels = None
+    if draw(st.integers(0, 3)) == 3:
+        levels = draw(st.integers(3 if centred else 2, 2**bits))
+        levels -= levels % 2 if even else 0
+    rounding = "even" if grid == "cells" else draw(st.sampled_from(["even", "half_up", "floor"]))
+    code = Uniform(bits, levels=levels, grid=grid, rounding=rounding)  # type: ignore[arg-type]
+
+    when = draw(st.sampled_from(["online"] * 5 + ["calibrated"]))
+    dtype, zero = draw(st.sampled_from(["fp16", "bf16", "fp32"])), "min"
+    if when == "online" and grid == "ends" and range_ in ("minmax", "minmax_zero"):
+        zero = draw(
+            st.sampled_from(["min", "min", "point", "in_scale"] if dtype == "fp32" else ["min", "min", "point"])
+        )
+    clip = draw(st.sampled_from([1.0, 1.0, 1.0, 0.9, 0.5]))
+    block = draw(_blocks(longest, when == "calibrated"))
+    scale = Scale(block, range=range_, clip=clip, zero=zero, dtype=dtype, when=when)  # type: ignore[arg-type]
+    return Store(code, scale=scale)
+
+
+@st.composite
+def _blocks(draw: Draw, longest: int, calibrated: bool) -> Block:
+    heads: Count = draw(st.sampled_from([1, 1, 1, ALL] if calibrated else [1, 1, 1, 1, 2, ALL]))
+    tokens: Count = ALL
+    if not calibrated:
+        tokens = draw(st.sampled_from([1, 1, 1, *(n for n in (2, 4, 8, 16, 24, 32, 64) if n <= longest)]))
+    groups: list[Count] = [8, 16, 32, ALL, ALL]
+    if tokens != 1:
+        groups = [1, *groups]
+    return Block(tokens, ALL if heads != 1 else draw(st.sampled_from(groups)), heads)
+
+
+def shapes(scheme: Scheme, *, widest: int = 128) -> st.SearchStrategy[Shape]:
+    """Shapes that the scheme fits: every legal head_dim up to `widest`, up to four kv heads, every dtype."""
+    stores = (scheme.keys, scheme.values)
+    blocks = [store.scale.block for store in stores if store.scale is not None]
+    channels = math.lcm(8, *(block.channels for block in blocks if isinstance(block.channels, int)))
+    heads = math.lcm(1, *(block.heads for block in blocks if isinstance(block.heads, int)))
+    widths = [d for d in range(channels, widest + 1, channels) if d >= 32] or [channels]
+    usual = [d for d in widths if d in (32, 64, 80, 96, 112, 128)] or widths
+    return st.builds(
+        lambda width, factor, group, dtype, softcap: Shape(
+            width, factor * heads, factor * heads * group, dtype, softcap
+        ),
+        st.one_of(st.sampled_from(usual), st.sampled_from(widths)),
+        st.integers(1, 2),
+        st.sampled_from([1, 2, 3, 5, 8, 16]),
+        st.sampled_from(["fp16", "fp16", "bf16", "fp32"]),
+        st.sampled_from([False, False, True]),
+    )
+
+
+def cases(
+    scheme: Scheme, shape: Shape, backend: Any = None, *, kinds: tuple[str, ...] = (), most: int = 0, batch: int = 3
+) -> st.SearchStrategy[Case]:
+    """Cases of a scheme at a shape: token counts at and beside the borders of words, pages, blocks and windows."""
+    policies = windows(scheme).values()
+    page = math.lcm(64, *(policy.block for policy in policies))
+    sinks, window = (max(getattr(policy, name) for policy in policies) for name in ("sinks", "recent"))
+    limit = most or sinks + window + page + 40
+    borders = {1, 2, 32, 64, page, sinks, window, sinks + window, sinks + page, sinks + window + page}
+    near = sorted({n + i for n in borders for i in (-1, 0, 1) if 1 <= n + i <= limit})
+    return st.builds(
+        Case,
+        st.just(scheme),
+        st.just(shape),
+        st.just(backend),
+        st.integers(1, batch),
+        st.one_of(st.sampled_from(near), st.integers(1, limit)),
+        st.sampled_from(kinds or tuple(KINDS)),
+        st.integers(0, 2**16),
+    )
+
+
+WRONG: dict[str, tuple[Any, ...]] = {
+    "code.bits": (0, 9, -1, True, 4.0, "4", 10**9, math.nan),
+    "code.levels": (1, 0, 257, 2.5, "16", True),
+    "code.grid": ("end", "", None, 3),
+    "code.rounding": ("up", "EVEN", None),
+    "code.format": ("fp8", "float16", None),
+    "scale.block.tokens": (0, -1, 513, 1.5, "32", None, False),
+    "scale.block.channels": (0, -8, 257, 8.5, None),
+    "scale.block.heads": (0, -1, 1025, "all", None),
+    "scale.range": ("max", "minmax ", None, 1),
+    "scale.clip": (0.0, 1.01, -1.0, math.nan, math.inf, "1", True),
+    "scale.zero": ("max", None, 0),
+    "scale.dtype": ("fp8", "float16", None),
+    "scale.when": ("later", None),
+}
+
+
+@st.composite
+def faulty_schemes(draw: Draw) -> tuple[Callable[[], Scheme], str]:
+    """(something that builds a legal scheme with one field spoiled, the place that its error must name)."""
+    scheme: Scheme = draw(schemes())
+    options: list[tuple[str, tuple[Any, ...]]] = [("prefill", ("later", None, 1))]
+    if scheme.recent is not None:
+        options += [("recent.tokens", (0, -1, 2**21, 1.5, "64", True)), ("recent.flush", ("roll", None))]
+    if scheme.sinks is not None:
+        options.append(("sinks.tokens", (0, -4, 2**21, 0.5, None)))
+    for side in SIDES:
+        for field, wrong in WRONG.items():
+            if _has(scheme.side(side), field):
+                options.append((f"{side}.{field}", wrong))
+    place, wrong = draw(st.sampled_from(options))
+    value = draw(st.sampled_from(wrong))
+    return (lambda: scheme.with_(**{place: value})), place
+
+
+def _has(store: Store, path: str) -> bool:
+    part: Any = store
+    for name in path.split("."):
+        if part is None or not hasattr(part, name):
+            return False
+        part = getattr(part, name)
+    return True
