@@ -68,6 +68,11 @@ def padded(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
+def plus(value: int) -> str:
+    """An addend; nothing for 0."""
+    return f" + {value}" if value else ""
+
+
 def literal(value: float) -> str:
     """A float literal."""
     return repr(float(value))

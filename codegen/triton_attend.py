@@ -62,9 +62,9 @@ def $name(
         begin = tl.minimum(low + split * share, high)
         stop = tl.minimum(begin + share, high)
         next_page = tl.load(table + begin)
-        for tile in tl.range(begin * $sub, stop * $sub, num_stages=STAGES):
+        for tile in tl.range(begin$tiles, stop$tiles, num_stages=STAGES):
             page = next_page.to(tl.int64)
-            next_page = tl.load(table + (tile + 1)$per_page)
+            next_page = tl.load(table + $next)
             $addresses
             $clean
         $epilogue
@@ -176,7 +176,8 @@ class Attend:
             "rows": rows, "heads": plan.shape.kv_heads, "q_heads": str(plan.shape.q_heads), "group": plan.shape.group,
             "head_dim": plan.shape.head_dim, "sinks": plan.sinks, "page": plan.layout.page_tokens,
             "page_less": plan.layout.page_tokens - 1, "tile": plan.tile, "tile_less": plan.tile - 1, "sub": sub,
-            "per_page": f" // {sub}" if sub > 1 else "",
+            "per_page": f" // {sub}" if sub > 1 else "", "tiles": f" * {sub}" if sub > 1 else "",
+            "next": f"(tile + 1) // {sub}" if sub > 1 else "tile + 1",
         }  # fmt: skip
 
     def addresses(self) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from .placement import When
 from .plan import Plan
 from .printer import number
+from .text import plus
 from .triton_meta import entry, pointer, read
 from .triton_planes import UNIT, Planes, static_read
 
@@ -125,7 +126,7 @@ class Keys(Planes):
         other = f", mask={mask}, other=0.0" if mask else ""
         lines = []
         for j in range(self.side.layout.planes):
-            address = f"{token} * {self.plan.shape.head_dim} + {lane} + {j * self.width}"
+            address = f"{token} * {self.plan.shape.head_dim} + {lane}{plus(j * self.width)}"
             lines.append(f"k = tl.load(key_floats + {address}{other})")
             left, right = "k", f"e{j}"
             if fp32 and self.exact == "tl.float16":

@@ -8,7 +8,7 @@ from __future__ import annotations
 from .codec import functions, results
 from .layout import PAIR, Stream, token_block
 from .plan import Plan, SidePlan
-from .text import Lines, bare, fill, padded
+from .text import Lines, bare, fill, padded, plus
 from .triton_attend import parameters, pools, tokens_name
 from .triton_meta import entry, section
 from .triton_planes import Planes, static_read
@@ -104,10 +104,10 @@ class Pack(Planes):
         body.add(f"out = pool_{side.floats}_ptr + {start}")
         body.add(f"out = out + t[:, None] * {self.plan.shape.head_dim} + {self.lane}[None, :]")
         for j in range(side.layout.planes):
-            body.add(f"x = tl.load(source + {j * self.width}, mask={self.inside}, other=0.0).to(tl.float32)")
+            body.add(f"x = tl.load({self.at('source', j)}, mask={self.inside}, other=0.0).to(tl.float32)")
             if side.floats == "fp16":
                 body.add("x = tl.where(x == x, finite(x), x).to(tl.float16)")
-            body.add(f"tl.store(out + {j * self.width}, x, mask={self.inside})")
+            body.add(f"tl.store({self.at('out', j)}, x, mask={self.inside})")
 
     def _load(self, body: Lines, plane: int) -> None:
         """x<plane>: loaded just before it is needed, as a token block of all channels would fill the registers."""
@@ -130,7 +130,7 @@ class Pack(Planes):
             ):
                 body.add(f"other = source + (head - h) * total_rows * {self.plan.shape.head_dim}")
                 for j in planes:
-                    body.add(f"x = tl.load(other + {j * self.width}, mask={self.inside}, other=0.0).to(tl.float32)")
+                    body.add(f"x = tl.load({self.at('other', j)}, mask={self.inside}, other=0.0).to(tl.float32)")
                     self._fold(body, "x", whole)
             for j in planes:
                 self._load(body, j)
@@ -242,7 +242,7 @@ class Pack(Planes):
                 body.add(f"byte = {row}")
                 body.add(f"out = pool8_ptr + {base} + byte[:, None] + 2 * {lane}[None, :]")
             else:
-                body.add(f"out = words + t[:, None] * {stream.row_words} + {lane}[None, :] + {stream.offset // 2}")
+                body.add(f"out = words + t[:, None] * {stream.row_words} + {lane}[None, :]{plus(stream.offset // 2)}")
             for tile in range(stream.tiles):
                 step = tile * self.width * (2 if stream.paired else 1)
                 kind = "tl.uint8" if stream.paired else "tl.int16"
@@ -273,7 +273,7 @@ class Unpack(Planes):
                 halves.extend([*self.load(half, t), *self.decode(half, t)])
             halves.add(f"place = out + (u - begin)[:, None] * {plan.shape.head_dim} + {self.lane}[None, :]")
             for j in range(side.layout.planes):
-                halves.add(f"tl.store(place + {j * self.width}, n{j}, mask={mask})")
+                halves.add(f"tl.store({self.at('place', j)}, n{j}, mask={mask})")
         other = "k" if side.name == "values" else "v"
         keep = [a for a in addresses if not a.startswith((f"{other}_meta", "page_token"))]
         text = "\n".join([*keep, *halves.lines])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .layout import PAIR, Stream
 from .plan import Plan, SidePlan
 from .steps import Steps
-from .text import padded
+from .text import padded, plus
 from .triton_meta import entry, pointer, read
 
 UNIT = 2**24  # a masked word read as float16 is the code times 2**-24
@@ -64,7 +64,7 @@ class Planes:
             token, lane = self.grid("pair" if stream.paired else tokens, self.lane)
             for tile in range(stream.tiles):
                 start = stream.offset // 2 + tile * self.width
-                address = f"{token} * {stream.row_words} + {lane} + {start}"
+                address = f"{token} * {stream.row_words} + {lane}{plus(start)}"
                 lines.append(f"{self.words(stream, tile, half)} = tl.load(words + {address}{other})")
         for stream in self.side.layout.streams:
             for tile in range(stream.tiles):
@@ -145,7 +145,7 @@ class Planes:
             shift, _ = self.grid(f"({tokens} % {2 * PAIR} // {PAIR} * 8)", self.lane)
             for tile in range(stream.tiles):
                 name = f"{self.prefix}{stream.width}_{tile}"
-                address = f"{token} * {stream.row_words} + {lane} + {stream.offset // 2 + tile * self.width}"
+                address = f"{token} * {stream.row_words} + {lane}{plus(stream.offset // 2 + tile * self.width)}"
                 lines.append(f"{name} = tl.load(words + {address}{other})")
                 if stream.paired:
                     lines.append(f"{name} = ({name} >> {shift}) & 255")
@@ -194,7 +194,7 @@ class Planes:
 def static_read(planes: Planes, plane: int, lane: str) -> list[str]:
     """Lines that load calibrated scales of one plane's channels into `x_scale` (and `x_offset`)."""
     side = planes.side
-    mask = planes.mask("")
+    mask = planes.mask("") if "[" in lane else f"{planes.lane}_in" * planes.ragged
     other = f", mask={mask}, other=0.0" if mask else ""
     block, head_dim = side.scale.block, planes.plan.shape.head_dim
     channels = block.channels if isinstance(block.channels, int) else head_dim

@@ -10,6 +10,7 @@ from sympy import Expr
 
 from .placement import When
 from .plan import Plan
+from .text import plus
 from .triton_meta import entry, pointer, read
 from .triton_planes import Planes, static_read
 
@@ -105,7 +106,7 @@ class Values(Planes):
         other = f", mask={mask}, other=0.0" if mask else ""
         lines = [f"weight = {'p' if fp32 else 'p.to(tl.float16)'}"]
         for j in range(self.side.layout.planes):
-            address = f"{token} * {self.plan.shape.head_dim} + {lane} + {j * self.width}"
+            address = f"{token} * {self.plan.shape.head_dim} + {lane}{plus(j * self.width)}"
             lines.append(f"v = tl.load(value_floats + {address}{other})")
             value = "v.to(tl.float32)" if fp32 and self.side.floats == "fp16" else "v"
             precise = ', input_precision="ieee"' if fp32 else ""
