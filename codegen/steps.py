@@ -50,13 +50,13 @@ class Steps:
 
     def scaled(self, plane: int, query: str, scale: str, offset: str) -> list[str]:
         """y<plane>: the query times the channels' scale; b<plane>: what adds up to the offset's share of the score."""
-        lines = []
+        axes, names = {"q": ("w", "r"), "s": ("w",), "z": ("w",)}, {"q": query, "s": scale, "z": offset}
+        coded, rest = sp.Integer(0), sp.Integer(0)
         for term in self.side.form.terms:
-            factor = term.channel_factor if term.coded else term.channel_factor * term.token_factor
-            axes = {"q": ("w", "r"), "s": ("w",), "z": ("w",)}
-            text = self.printed(plain(factor), axes, {"q": query, "s": scale, "z": offset})
-            lines.append(f"{'y' if term.coded else 'b'}{plane} = {text}")
-        return lines
+            factor = plain(term.channel_factor * (1 if term.coded else term.token_factor))
+            coded, rest = (coded + factor, rest) if term.coded else (coded, rest + factor)
+        lines = [f"y{plane} = {self.printed(coded, axes, names)}"]
+        return lines if rest == 0 else [*lines, f"b{plane} = {self.printed(rest, axes, names)}"]
 
     @property
     def offset_in_score(self) -> bool:

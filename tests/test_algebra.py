@@ -11,6 +11,8 @@ from kvdsl.codegen import algebra
 from kvdsl.codegen.algebra import clean_from_dirty, decoded, derive, planes_proof, query_of_dirty
 from kvdsl.codegen.layout import lay_out
 from kvdsl.codegen.placement import When, place
+from kvdsl.codegen.plan import SidePlan
+from kvdsl.codegen.steps import Steps
 from kvdsl.errors import ProofError
 from kvdsl.scheme import Recent, Scheme
 from kvdsl.shape import Shape
@@ -109,3 +111,12 @@ def test_the_definition_is_the_references(name: str) -> None:
         assert decode(int(coded.codes[0, 0, t, d]), float(coded.scale[at]), offset) == pytest.approx(
             float(coded.decoded[0, 0, t, d]), rel=1e-6, abs=1e-6
         )
+
+
+def test_all_that_is_added_to_a_blocks_score_is_added_once() -> None:
+    """Cells under a minimum have two addends (half a step, and the minimum): neither may replace the other."""
+    store = Store(Uniform(4, grid="cells"), scale=per_channel(tokens=32))
+    side = SidePlan("keys", store, layout_of(store), When.ONCE_PER_TILE)
+    lines = Steps(side, 1, "", "").scaled(0, "x0", "k_scale", "k_offset")
+    assert [line.split(" = ")[0] for line in lines] == ["y0", "b0"]
+    assert "k_offset" in lines[1] and "k_scale" in lines[1] and "0.5" in lines[1]

@@ -6,7 +6,6 @@ import ast
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -136,22 +135,15 @@ def test_no_module_hides_a_public_name() -> None:
 # -- what an import costs --------------------------------------------------------------------------------------------
 
 
-def test_importing_kvdsl_loads_no_heavy_package_and_is_quick() -> None:
-    code = "import sys, time; s = time.perf_counter(); import kvdsl; print(time.perf_counter() - s, *sys.modules)"
-    seconds, *modules = min((python(code).split() for _ in range(3)), key=lambda words: float(words[0]))
+def test_importing_kvdsl_loads_no_heavy_package() -> None:
+    """What takes long to import is not there; how long the rest takes is no matter of a test."""
+    modules = python("import sys, kvdsl; print(*sys.modules)").split()
     assert not {"torch", "triton", "sympy", "transformers", "numpy", "typer"} & set(modules)
-    assert float(seconds) < 0.3
 
 
-def test_the_list_of_schemes_loads_no_heavy_package_and_is_quick() -> None:
-    code = "import sys; from kvdsl.codegen.cli import run; run(['list']); print(*sys.modules)"
-    taken = []
-    for _ in range(3):
-        begin = time.perf_counter()
-        modules = set(python(code).split())
-        taken.append(time.perf_counter() - begin)
-    assert not {"torch", "triton", "sympy", "transformers"} & modules
-    assert min(taken) < 1
+def test_the_list_of_schemes_loads_no_heavy_package() -> None:
+    modules = python("import sys; from kvdsl.codegen.cli import run; run(['list']); print(*sys.modules)").split()
+    assert not {"torch", "triton", "sympy", "transformers"} & set(modules)
 
 
 def test_the_language_the_cost_and_the_plan_need_no_torch() -> None:
