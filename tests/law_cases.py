@@ -1,0 +1,35 @@
+"""Which laws are asked of which schemes, how often, and how a failure is told."""
+
+from __future__ import annotations
+
+import hypothesis
+import torch
+from hypothesis import HealthCheck, settings
+
+from kvdsl.kernels import Backend
+from kvdsl.scheme import Scheme
+from kvdsl.testing import LAWS, applicable, report
+
+LAW_NAMES = sorted(LAWS)
+
+torch.set_num_threads(1)  # small tensors: more threads wait for each other longer than they compute
+
+
+def holds(scheme: Scheme, backend: Backend, examples: int, leave_out: tuple[str, ...] = ()) -> int:
+    """Ask every law that applies but those left out, failing with every one that is broken; how many examples it took."""
+    names = [law.name for law in applicable(scheme) if law.name not in leave_out]
+    results = list(report(scheme, backend=backend, examples=examples, laws=names))
+    broken = [result.failure for result in results if result.failure is not None]
+    assert not broken, "\n\n".join(broken)
+    assert [result.law for result in results] == names
+    return sum(result.examples for result in results)
+
+
+def fixed(examples: int) -> settings:
+    """The same examples in every run, as many as given."""
+    everything = list(HealthCheck)
+    phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate, hypothesis.Phase.shrink)
+    return settings(
+        max_examples=examples, derandomize=True, database=None, deadline=None, suppress_health_check=everything,
+        phases=phases,
+    )  # fmt: skip
