@@ -20,7 +20,7 @@ def results(
     need("hypothesis", "check")
     from kvdsl.testing import report
 
-    given = {name: value for name, value in (("examples", examples), ("seed", seed)) if value is not None}
+    given: dict[str, Any] = {name: value for name, value in (("examples", examples), ("seed", seed)) if value is not None}
     found = []
     for name, scheme in schemes.items():
         with progress(f"checking {name}"):

@@ -9,7 +9,7 @@ import torch
 from kvdsl import Block, Scale, Store, Uniform, per_channel, per_tensor, per_token, reference
 from kvdsl.codegen import algebra
 from kvdsl.codegen.algebra import clean_from_dirty, decoded, derive, planes_proof, query_of_dirty
-from kvdsl.codegen.layout import lay_out
+from kvdsl.codegen.layout import SideLayout, lay_out
 from kvdsl.codegen.placement import When, place
 from kvdsl.codegen.plan import SidePlan
 from kvdsl.codegen.steps import Steps
@@ -35,8 +35,8 @@ STORES = {
 }
 
 
-def layout_of(store: Store, side: str = "keys"):  # type: ignore[no-untyped-def]
-    block = store.scale.block.tokens if store.scale is not None else 1  # type: ignore[union-attr]
+def layout_of(store: Store, side: str = "keys") -> SideLayout:
+    block = store.scale.block.tokens if store.scale is not None else 1
     recent = Recent(block) if isinstance(block, int) and block > 1 else None
     return lay_out(Scheme(both=store, recent=recent), Shape(128, 2)).side(side)
 
@@ -102,6 +102,7 @@ def test_the_definition_is_the_references(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 1, 192, 128, generator=generator)
     coded = reference.quantize(store, x)
+    assert coded.scale is not None and coded.codes is not None
     c, s, z = sp.symbols("c s z")
     decode = sp.lambdify((c, s, z), decoded(store, c, s, z), "math")
     blocks = coded.scale.shape[2:]
