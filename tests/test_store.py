@@ -71,7 +71,11 @@ def test_a_planted_link_is_not_followed(home: Path, tmp_path_factory: pytest.Tem
 
 def test_a_failed_write_leaves_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_for(ALL["kivi2"], SHAPE)
-    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+
+    def full(*_: object) -> None:
+        raise OSError("full")
+
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="full"):
         store.keep("kivi2", plan, "torch", "x = 1\n")
     assert not [path for path in home.rglob("*") if path.is_file()]
@@ -81,8 +85,8 @@ def test_processes_that_build_at_once_agree(home: Path) -> None:
     """Fault 28: several processes, one file."""
     program = "from kvdsl import build, load, Shape\nprint(build(load('kivi2'), Shape(64, 2), backend='torch').path)\n"
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    run = lambda: subprocess.Popen([sys.executable, "-c", program], env=env, stdout=subprocess.PIPE, text=True)  # noqa: E731
-    children = [run() for _ in range(3)]
+    command = [sys.executable, "-c", program]
+    children = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     paths = {child.communicate()[0].strip() for child in children}
     assert len(paths) == 1 and Path(paths.pop()).exists()
 
