@@ -12,7 +12,7 @@ InputFormat = Literal["fp16", "bf16", "fp32"]
 
 @dataclass(frozen=True)
 class Shape:
-    """What kernels are specialised for: one layer's heads, its head_dim, the dtype of q, k and v, and logit soft-capping.
+    """What kernels are specialised for: one layer's heads, head_dim, the dtype of q, k and v, and logit soft-capping.
 
     `q_heads` None: as many as kv heads.  Raises ShapeError naming the field, its value and what would be right.
     """
@@ -31,7 +31,10 @@ class Shape:
             if type(value) is not int or value < 1:
                 raise ShapeError(f"shape.{field}: {value!r} is no positive integer")
         if self.head_dim % 8 or not 32 <= self.head_dim <= 256:
-            raise ShapeError(f"shape.head_dim: {self.head_dim} is no multiple of 8 from 32 to 256; use 64, 80, 96, 112, 128, 192 or 256")
+            raise ShapeError(
+                f"shape.head_dim: {self.head_dim} is no multiple of 8 from 32 to 256; "
+                "use 64, 80, 96, 112, 128, 192 or 256"
+            )
         if self.q_heads % self.kv_heads:  # type: ignore[operator]
             raise ShapeError(f"shape.q_heads: {self.q_heads} query heads are no multiple of {self.kv_heads} kv heads")
         if self.dtype not in ("fp16", "bf16", "fp32"):
