@@ -20,7 +20,8 @@ def results(
     need("hypothesis", "check")
     from kvdsl.testing import report
 
-    given: dict[str, Any] = {name: value for name, value in (("examples", examples), ("seed", seed)) if value is not None}
+    asked: dict[str, Any] = {"examples": examples, "seed": seed}
+    given = {name: value for name, value in asked.items() if value is not None}
     found = []
     for name, scheme in schemes.items():
         with progress(f"checking {name}"):
