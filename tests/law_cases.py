@@ -16,7 +16,7 @@ torch.set_num_threads(1)  # small tensors: more threads wait for each other long
 
 
 def holds(scheme: Scheme, backend: Backend, examples: int, leave_out: tuple[str, ...] = ()) -> int:
-    """Ask every law that applies but those left out, failing with every one that is broken; how many examples it took."""
+    """Ask every law that applies but those left out, and fail with all that are broken; the number of examples."""
     names = [law.name for law in applicable(scheme) if law.name not in leave_out]
     results = list(report(scheme, backend=backend, examples=examples, laws=names))
     broken = [result.failure for result in results if result.failure is not None]

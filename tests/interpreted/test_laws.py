@@ -1,0 +1,56 @@
+"""Laws of `kvdsl.testing` in Triton's interpreter: every shipped scheme, and random ones of the whole language.
+
+One example a law on the smallest shape.  Left out for their time are the laws of caches over time and those that pack
+or attend many times (constants, parts, chunks, poison, second times): the torch backend and a GPU are asked them all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from law_cases import fixed
+
+from kvdsl.rules import shape_faults
+from kvdsl.schemes import ALL
+from kvdsl.shape import Shape
+from kvdsl.testing import LAWS, Case, schemes
+from kvdsl.window import windows
+
+QUICK = (
+    "words_equal_the_reference", "decoding_equals_the_reference", "decode_is_attention", "extend_is_attention",
+    "neighbours_do_not_reach_the_words", "scores_are_products",
+)  # fmt: skip
+SLOW = ("windows_and_padding_are_seen", "neighbours_do_not_reach_attention", "splits_do_not_matter")
+SHAPES = (Shape(32, 1, 2), Shape(64, 2, 4), Shape(128, 1, 2))
+
+
+def _case(scheme: Any, seed: int, batch: int = 2) -> Case:
+    """Tokens that fill the sinks, the window and a page, and a few more."""
+    policies = windows(scheme).values()
+    tokens = max(policy.sinks + policy.recent for policy in policies) + 70
+    shape = next(shape for shape in SHAPES if not shape_faults(scheme, shape))
+    return Case(scheme, shape, "triton", batch=batch, tokens=tokens, seed=seed)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("law", QUICK)
+def test_a_shipped_scheme_obeys_the_law(name: str, law: str) -> None:
+    assert LAWS[law].applies(ALL[name])
+    LAWS[law](_case(ALL[name], seed=1))
+
+
+@pytest.mark.parametrize("name", ["kivi2", "token4", "int8_tensor"])
+@pytest.mark.parametrize("law", SLOW)
+def test_some_shipped_schemes_obey_the_slower_laws(name: str, law: str) -> None:
+    LAWS[law](_case(ALL[name], seed=2))
+
+
+@pytest.mark.parametrize("law", ["words_equal_the_reference", "decoding_equals_the_reference", "decode_is_attention"])
+@fixed(examples=10)
+@given(st.data())
+def test_any_legal_scheme_obeys_the_law(law: str, data: Any) -> None:
+    fits = schemes(longest=32).filter(lambda s: any(not shape_faults(s, shape) for shape in SHAPES))
+    LAWS[law](_case(data.draw(fits), data.draw(st.integers(0, 99)), batch=1))
