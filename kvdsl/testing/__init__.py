@@ -11,7 +11,9 @@ of them by name, each with the number of the property it states.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from typing import Any
 
 from kvdsl.kernels import Backend
@@ -102,12 +104,19 @@ def _ask(law: Law, scheme: Scheme, backend: Backend | None, examples: int, seed:
     return Result(law.name, count)
 
 
-def _quiet() -> Any:
-    """Hypothesis prints each falsifying example: the report says it instead."""
-    import contextlib
-    import io
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hypothesis prints each falsifying example: the report says it instead.  One thread: tensors are small, and more
+    threads wait for each other longer than they compute."""
+    import torch
 
-    return contextlib.redirect_stdout(io.StringIO())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with redirect_stdout(StringIO()):
+            yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _some_shapes(scheme: Scheme) -> list[Any]:
