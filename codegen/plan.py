@@ -10,7 +10,7 @@ from kvdsl.rules import refuse_for
 from kvdsl.scheme import SIDES, Float, Scale, Scheme, Store, Uniform
 from kvdsl.shape import Shape
 
-from .layout import PAIR, BijectionProof, Layout, SideLayout, Stream, lay_out, prove_bijection, token_block
+from .layout import NARROWEST, PAIR, BijectionProof, Layout, SideLayout, Stream, lay_out, prove_bijection, token_block
 from .placement import When, place
 
 if TYPE_CHECKING:
@@ -77,9 +77,19 @@ class SidePlan:
             return self.layout.meta.groups
         return 1
 
+    @property
+    def rescaled(self) -> bool:
+        """Each tile multiplies queries already rounded to float16 by its scale: half the instructions, equal error."""
+        return self.name == "keys" and self.when is When.ONCE_PER_TILE and self.scale.dtype == "fp16"
+
     def run(self, stream: Stream, plane: int) -> range:
-        """Positions, in the plane's byte, of the planes that share its scale: only those may be read uncleaned."""
+        """Positions, in the plane's byte, of the planes that share its scale: only those may be read uncleaned.
+
+        Rescaled queries leave no place to take off what uncleaned planes have too much.
+        """
         place = stream.places[plane]
+        if self.rescaled:
+            return range(place.bit // stream.width, place.bit // stream.width + 1)
         positions = [
             other.bit // stream.width
             for other in stream.places
@@ -94,7 +104,7 @@ class SidePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """`tile` tokens are read at a time, as `halves` sub-tiles: two where two tokens share a word."""
+    """`tile` tokens are read at a time, as `halves` sub-tiles: two where tokens share words, or 32 of them a scale."""
 
     scheme: Scheme
     shape: Shape
@@ -119,13 +129,23 @@ class Plan:
         return EDGE_TILE
 
     def rows(self, *, many: bool) -> int:
-        """Query rows of a program: the head group padded to 8 or 16, or 16 where there are several query tokens."""
-        return EXTEND_ROWS if many or self.shape.group > DECODE_ROWS else DECODE_ROWS
+        """Query rows of a program: 8, or 16 where there are more of them and two warps can share the planes.
+
+        Planes of 16 channels are one tensor-core operand, and a second warp would only repeat the work of the first.
+        """
+        shared = all(side.layout.plane_width >= 2 * NARROWEST for side in (self.keys, self.values))
+        return EXTEND_ROWS if shared and (many or self.shape.group > DECODE_ROWS) else DECODE_ROWS
 
     def span(self, side: str) -> int:
         """Tokens that one program of `pack` quantizes: a token block, or 32 single tokens."""
         block = token_block(self.scheme.side(side))  # type: ignore[arg-type]
         return block if block > 1 else PAIR
+
+    def held(self, side: str) -> int:
+        """Numbers that one program of `pack` keeps at a time: planes whose channels are measured apart come one by one."""
+        part = self.side(side)
+        alone = part.store.scale is not None and part.store.scale.block.channels == 1
+        return self.span(side) * (part.layout.plane_width if alone else self.shape.head_dim)
 
     @property
     def sinks(self) -> int:
@@ -144,7 +164,7 @@ def plan_for(scheme: Scheme, shape: Shape) -> Plan:
         sides.append(SidePlan(name, store, part, place(store, part)))
     paired = any(side.layout.paired for side in sides)
     narrow = any(side.when is When.ONCE_PER_TILE and token_block(side.store) % (2 * PAIR) for side in sides)
-    tile = 2 * PAIR if paired or not narrow else PAIR
+    tile, halves = 2 * PAIR, 2 if paired or narrow else 1
     if not paired and any(side.floats == "fp32" for side in sides):
-        tile = EXACT_TILE
-    return Plan(scheme, shape, layout, sides[0], sides[1], tile, 2 if paired else 1, proofs)
+        tile, halves = EXACT_TILE, 1
+    return Plan(scheme, shape, layout, sides[0], sides[1], tile, halves, proofs)

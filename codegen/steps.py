@@ -50,13 +50,22 @@ class Steps:
 
     def scaled(self, plane: int, query: str, scale: str, offset: str) -> list[str]:
         """y<plane>: the query times the channels' scale; b<plane>: what adds up to the offset's share of the score."""
-        axes, names = {"q": ("w", "r"), "s": ("w",), "z": ("w",)}, {"q": query, "s": scale, "z": offset}
-        coded, rest = sp.Integer(0), sp.Integer(0)
-        for term in self.side.form.terms:
-            factor = plain(term.channel_factor * (1 if term.coded else term.token_factor))
-            coded, rest = (coded + factor, rest) if term.coded else (coded, rest + factor)
-        lines = [f"y{plane} = {self.printed(coded, axes, names)}"]
-        return lines if rest == 0 else [*lines, f"b{plane} = {self.printed(rest, axes, names)}"]
+        return [f"y{plane} = {self.times_scale(query, scale, offset)}", *self.added(plane, query, scale, offset)]
+
+    def times_scale(self, query: str, scale: str, offset: str) -> str:
+        """What multiplies a channel's codes in a score."""
+        factor = sum((plain(t.channel_factor) for t in self.side.form.terms if t.coded), sp.Integer(0))
+        return self._of_channel(factor, query, scale, offset)
+
+    def added(self, plane: int, query: str, scale: str, offset: str) -> list[str]:
+        """b<plane>: what adds up, over channels, to the offset's share of the score; no line if it has none."""
+        parts = (plain(t.channel_factor * t.token_factor) for t in self.side.form.terms if not t.coded)
+        rest = sum(parts, sp.Integer(0))
+        return [] if rest == 0 else [f"b{plane} = {self._of_channel(rest, query, scale, offset)}"]
+
+    def _of_channel(self, factor: sp.Expr, query: str, scale: str, offset: str) -> str:
+        axes = {"q": ("w", "r"), "s": ("w",), "z": ("w",)}
+        return self.printed(factor, axes, {"q": query, "s": scale, "z": offset})
 
     @property
     def offset_in_score(self) -> bool:

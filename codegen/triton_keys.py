@@ -52,6 +52,8 @@ class Keys(Planes):
             for group in range(side.groups):
                 members = [f"x{j}" for j in range(layout.planes) if side.group(j) == group]
                 lines.append(f"total{group} = tl.sum({' + '.join(members)}, 0)  # [rows]")
+        if side.rescaled:
+            lines += self.steps.prepared("x")
         if when is When.ONCE_PER_QUERY:
             for j in range(layout.planes):
                 lines += static_read(self, j, self.lane)
@@ -77,7 +79,7 @@ class Keys(Planes):
             return lines + self._dots("s", dots, self.precise)
         base = f"{pointer(side)} + k_meta" if layout.meta is not None else ""
         if when is When.ONCE_PER_TILE:
-            lines += self._tile_queries(base, half)
+            lines += self._rescaled_queries(base, half) if side.rescaled else self._tile_queries(base, half)
         if when is not When.AFTER_DOT:
             lines += self._dots("s", self._operands(half, range(layout.planes)))
             return lines + [f"s = s * {number(UNIT)} + total0[None, :]"]
@@ -93,21 +95,45 @@ class Keys(Planes):
 
     def _tile_queries(self, base: str, half: int) -> list[str]:
         """Re-derive the prepared queries for the token block of sub-tile `half`."""
-        meta, lines = self.side.layout.meta, []
-        assert meta is not None
-        block = self.block(half)
-        mask = f"{self.lane}_in" if self.ragged else ""
+        lines = []
         for j in range(self.side.layout.planes):
-            index = entry(self.side, block, self.channel_group(j))
-            lines += read(self.side, base, index, "k_scale", "k_offset", mask=mask)
+            lines += self._block_numbers(base, half, j)
             lines += self.steps.scaled(j, f"x{j}", "k_scale", "k_offset")
         lines += self.steps.prepared("y")
         lines.append(f"total0 = tl.sum({' + '.join(f'b{j}' for j in range(self.side.layout.planes))}, 0)")
         return lines
 
+    def _rescaled_queries(self, base: str, half: int) -> list[str]:
+        """r<width>_<plane>: the prepared queries times the scale of the sub-tile's token block, in float16 throughout:
+        queries in float32 kept beside them would fill the registers."""
+        lines, streams = [], self.side.layout.streams
+        sums: dict[int, str] = {}
+        for j in range(self.side.layout.planes):
+            lines += [*self._block_numbers(base, half, j), "k_factor = k_scale.to(tl.float16)"]
+            for stream in streams:
+                factor = self.steps.times_scale(f"q{stream.width}_{j}", "k_factor", "k_start")
+                lines.append(f"r{stream.width}_{j} = {factor}")
+            if self.side.has_offset:
+                lines.append("k_start = k_offset.to(tl.float16)")
+            added = self.steps.added(j, f"q{streams[0].width}_{j}", "k_factor", "k_start")
+            if added:
+                power = streams[0].places[j].bit - streams[0].shift
+                name = f"b{power}" if power >= 0 else f"b_{-power}"
+                value = added[0].split(" = ", 1)[1]
+                lines.append(f"{name} = {f'{name} + {value}' if power in sums else value}")
+                sums[power] = name
+        terms = [f"{name}.to(tl.float32)" + (f" * {number(2**power)}" if power else "") for power, name in sums.items()]
+        return [*lines, f"total0 = tl.sum({' + '.join(terms)}, 0)"] if terms else lines
+
+    def _block_numbers(self, base: str, half: int, plane: int) -> list[str]:
+        """Lines that read a plane's scales and offsets of the token block of sub-tile `half`."""
+        mask = f"{self.lane}_in" if self.ragged else ""
+        index = entry(self.side, self.block(half), self.channel_group(plane))
+        return read(self.side, base, index, "k_scale", "k_offset", mask=mask)
+
     def _operands(self, half: int, planes: range | list[int]) -> list[tuple[str, str]]:
         return [
-            (self.operand(stream, j, half), f"q{stream.width}_{j}")
+            (self.operand(stream, j, half), f"{'r' if self.side.rescaled else 'q'}{stream.width}_{j}")
             for stream in self.side.layout.streams
             for j in planes
         ]
