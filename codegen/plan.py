@@ -142,7 +142,7 @@ class Plan:
         return block if block > 1 else PAIR
 
     def held(self, side: str) -> int:
-        """Numbers that one program of `pack` keeps at a time: planes whose channels are measured apart come one by one."""
+        """Numbers a program of `pack` keeps at a time: planes whose channels have scales of their own come singly."""
         part = self.side(side)
         alone = part.store.scale is not None and part.store.scale.block.channels == 1
         return self.span(side) * (part.layout.plane_width if alone else self.shape.head_dim)
