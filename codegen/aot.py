@@ -97,7 +97,7 @@ def compile_text(source: Path | ModuleType, launches: Sequence[Launch], arch: st
     _check(arch)
     _triton()
     module = source if isinstance(source, ModuleType) else _load(source)
-    return [_measured(launch, arch, _binary(module, launch, arch)) for launch in launches]
+    return [_best(module, launch, arch) for launch in launches]
 
 
 def compile_in_child(
@@ -159,6 +159,16 @@ def _ask_child(request: Mapping[str, Any], cache_folder: Path | None) -> list[di
     raise BackendError(f"the compiling process ended with status {child.returncode}: {why}")
 
 
+def _best(module: ModuleType, launch: Launch, arch: str) -> CompiledKernel:
+    """Under the first setting of the assembler without spills, else under that with the fewest."""
+    tried = []
+    for assembler in launch.assembler:
+        tried.append(_measured(launch, arch, _binary(module, launch, arch, assembler)))
+        if not tried[-1].spilled:
+            return tried[-1]
+    return min(tried, key=lambda kernel: kernel.spills)
+
+
 def _check(arch: str) -> None:
     if arch not in GPUS:
         raise BackendError(f"architecture {arch!r} is not known here; take one of {', '.join(ARCHES)}")
@@ -210,7 +220,7 @@ def _loaded(path: Path, name: str) -> ModuleType:
     return module
 
 
-def _binary(module: ModuleType, launch: Launch, arch: str) -> Any:
+def _binary(module: ModuleType, launch: Launch, arch: str, assembler: str | None = None) -> Any:
     """Triton's compiled kernel (`.asm`, `.metadata`)."""
     triton = _triton()
     kernel = getattr(module, launch.kernel, None)
@@ -228,7 +238,8 @@ def _binary(module: ModuleType, launch: Launch, arch: str) -> Any:
             attrs={(place[name],): [["tt.divisibility", 16]] for name in launch.aligned},
         )
         target = triton.backends.compiler.GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-        options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": launch.fp_fusion}
+        options: dict[str, object] = {"num_warps": launch.warps, "num_stages": launch.stages}
+        options |= {"enable_fp_fusion": launch.fp_fusion, "ptx_options": assembler}
         return triton.compile(source, target=target, options=options)
     except OSError as error:
         folder = os.environ.get("TRITON_CACHE_DIR", "~/.triton/cache")

@@ -17,6 +17,7 @@ class Launch:
     signature          argument name -> "*fp16", "*u8", "i32", "fp32", ... or "constexpr", in the order of the arguments
     constants          values of the constexpr arguments
     warps, stages      `num_warps`, `num_stages`
+    assembler          values of `ptx_options` to try, for NVIDIA's assembler, until no number is moved to memory
     fp_fusion          False where results must be rounded after every operation (packing)
     loop_packed_bytes  bytes of codes and metadata that one iteration of the main loop reads; 0 without such a loop
     aligned            pointers, strides and lengths that are multiples of 16 at every call; without it no wide loads
@@ -27,6 +28,7 @@ class Launch:
     constants: tuple[tuple[str, object], ...] = ()
     warps: int = 1
     stages: int = 1
+    assembler: tuple[str | None, ...] = (None,)
     fp_fusion: bool = True
     loop_packed_bytes: int = 0
     aligned: tuple[str, ...] = ()
@@ -52,4 +54,4 @@ class Launch:
     def from_json(cls, data: Mapping[str, Any]) -> Launch:
         """The launch that `to_json` wrote."""
         pairs = {name: tuple((key, value) for key, value in data[name]) for name in ("signature", "constants")}
-        return cls(**{**data, **pairs, "aligned": tuple(data["aligned"])})
+        return cls(**{**data, **pairs, "aligned": tuple(data["aligned"]), "assembler": tuple(data["assembler"])})

@@ -17,13 +17,17 @@ POINTERS = {
 FLOATS = ("scaling", "softcap")
 ATTEND = ("decode", "extend")
 
+# Settings of NVIDIA's assembler, tried in this order until a kernel keeps its numbers in registers: just above a count
+# that allows one program more it would rather move a few to memory.
+ASSEMBLER = (None, "--register-usage-level=10", "--register-usage-level=0")
+
 
 def warps(kernel: str, plan: Plan) -> int:
     """Warps of a program: one where tiles stay in one warp's tensor cores, two where 16 rows would not fit its
     registers, four or more where a page is rewritten or products are of float32 numbers."""
     exact = plan.shape.dtype == "fp32" or any(side.floats == "fp32" for side in (plan.keys, plan.values))
     if kernel.startswith("pack"):
-        return max(4, min(8, plan.span(kernel.removeprefix("pack_")) * plan.shape.head_dim // 1024))
+        return max(4, min(8, plan.held(kernel.removeprefix("pack_")) // 1024))
     if kernel not in (*ATTEND, "scores") or exact:
         return 4
     return 1 if plan.rows(many=kernel != "decode") == DECODE_ROWS else 2
@@ -83,6 +87,7 @@ def launches(plan: Plan, source: str) -> tuple[Launch, ...]:
                 tuple((name, constants[name]) for name in names if name.isupper()),
                 warps=warps(kernel, plan),
                 stages=stages(kernel),
+                assembler=ASSEMBLER,
                 fp_fusion=not kernel.startswith(("pack", "unpack")),
                 loop_packed_bytes=loop_bytes(plan) if kernel in ATTEND else 0,
                 aligned=tuple(name for name in names if name.endswith("_ptr")),

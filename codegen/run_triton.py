@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvdsl.kernels import AttentionState, Params, Side
 
-from .launches import arguments, stages, warps
+from .launches import ASSEMBLER, arguments, stages, warps
 from .plan import Plan
 from .text import padded
 
@@ -29,6 +29,7 @@ class TritonModule:
     def __init__(self, plan: Plan, module: ModuleType, source: str) -> None:
         self.plan, self.module = plan, module
         self.arguments = arguments(source)
+        self.settings: dict[str, tuple[str | None, ...]] = {}  # kernel -> the assembler's setting found best
 
     def _run(
         self, kernel: str, grid: tuple[int, ...], given: Mapping[str, Any], pool: Tensor | None, params: Params
@@ -45,9 +46,14 @@ class TritonModule:
         fusion = not kernel.startswith(("pack", "unpack"))
         function = getattr(self.module, kernel)
         ordered = {name: values[name] for name in self.arguments[kernel]}
-        function[grid](
-            **ordered, num_warps=warps(kernel, self.plan), num_stages=stages(kernel), enable_fp_fusion=fusion
-        )
+        options = {"num_warps": warps(kernel, self.plan), "num_stages": stages(kernel), "enable_fp_fusion": fusion}
+        spills: dict[str | None, int] = {}
+        for setting in self.settings.get(kernel, ASSEMBLER):
+            compiled = function[grid](**ordered, **options, ptx_options=setting)
+            spills[setting] = getattr(compiled, "n_spills", 0) or 0
+            if not spills[setting]:
+                break
+        self.settings[kernel] = (min(spills, key=lambda one: spills[one]),)
 
     def pack(self, side: Side, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor,
              reach: tuple[int, int], pool: Tensor, table: Tensor, params: Params) -> None:  # fmt: skip

@@ -61,7 +61,16 @@ class Pack(Planes):
         self.single = token_block(side.store) == 1
         self.span = plan.span(side.name)
         self.tokens = padded(self.span)
+        meta = side.layout.meta
+        self.apart = meta is not None and meta.tokens > 1 and meta.channels == 1  # each channel has its own scale
         self.inside = "inside[:, None]" + (f" & {self.lane}_in[None, :]" if self.ragged else "")
+
+    def lane_lines(self) -> list[str]:
+        """Two channels a thread where each is measured: with wide loads many threads would measure the same eight."""
+        lines = super().lane_lines()
+        if not self.apart:
+            return lines
+        return [f"{self.lane} = tl.max_contiguous(tl.arange(0, {self.lanes}), 2)", *lines[1:]]
 
     def text(self) -> str:
         plan, side = self.plan, self.side
