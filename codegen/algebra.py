@@ -54,7 +54,7 @@ class NormalForm:
 
 def decoded(store: Store, c: sp.Expr, s: sp.Expr, z: sp.Expr) -> sp.Expr:
     """The definition of a decoded number in its code c, stored scale s and stored offset (or zero point) z."""
-    code_, scale = store.code, store.scale
+    code_, scale = store.code, store.measure
     if not isinstance(code_, Uniform) or scale is None:
         return c
     half = sp.Rational(1, 2) if code_.grid == "cells" else sp.Integer(0)

@@ -149,10 +149,10 @@ def widths(bits: int) -> tuple[int, ...]:
 
 def token_block(store: Store) -> int:
     """Tokens that share an online scale."""
-    if store.scale is None or store.scale.when == "calibrated":
+    if store.measure is None or store.measure.when == "calibrated":
         return 1
-    assert isinstance(store.scale.block.tokens, int)
-    return store.scale.block.tokens
+    assert isinstance(store.measure.block.tokens, int)
+    return store.measure.block.tokens
 
 
 def _natural(width: int, head_dim: int) -> tuple[bool, int]:
@@ -168,7 +168,7 @@ def plane_width(store: Store, head_dim: int) -> int:
         return min(64, head_dim & -head_dim)
     assert isinstance(store.code, Uniform) and store.code.bits is not None
     width = min(_natural(w, head_dim)[1] for w in widths(store.code.bits))
-    scale = store.scale
+    scale = store.measure
     if scale is None or scale.when == "calibrated" or scale.block.tokens != 1 or scale.block.channels is ALL:
         return width
     narrow = width
@@ -196,7 +196,7 @@ def _streams(bits: int, head_dim: int, width: int, tokens: int, offset: int) -> 
 
 
 def _meta(store: Store, head_dim: int, kv_heads: int, tokens: int) -> Meta | None:
-    scale = store.scale
+    scale = store.measure
     if scale is None or scale.when == "calibrated":
         return None
     block = scale.block

@@ -39,7 +39,7 @@ def place(store: Store, part: SideLayout) -> When:
     Behind the dot product a scale must be constant over the channels of whole planes; once per tile it must be constant
     over a tile's tokens, which takes blocks of 32 tokens or a multiple.
     """
-    scale = store.scale
+    scale = store.measure
     if scale is None:
         return When.NEVER
     if scale.when == "calibrated":

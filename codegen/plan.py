@@ -40,8 +40,8 @@ class SidePlan:
 
     @property
     def scale(self) -> Scale:
-        assert self.store.scale is not None
-        return self.store.scale
+        assert self.store.measure is not None
+        return self.store.measure
 
     @property
     def code(self) -> Uniform:
@@ -56,18 +56,18 @@ class SidePlan:
     @property
     def static(self) -> bool:
         """Scales come from calibration, not from the page."""
-        return self.store.scale is not None and self.store.scale.when == "calibrated"
+        return self.store.measure is not None and self.store.measure.when == "calibrated"
 
     @property
     def offset_stored(self) -> bool:
         """A second number stands beside each scale."""
-        scale = self.store.scale
+        scale = self.store.measure
         return scale is not None and scale.range in ("minmax", "minmax_zero") and scale.zero != "in_scale"
 
     @property
     def has_offset(self) -> bool:
         """The decoded number needs a second number, stored or hidden in the scale."""
-        scale = self.store.scale
+        scale = self.store.measure
         return scale is not None and scale.range in ("minmax", "minmax_zero")
 
     @property
@@ -144,7 +144,7 @@ class Plan:
     def held(self, side: str) -> int:
         """Numbers a program of `pack` keeps at a time: planes whose channels have scales of their own come singly."""
         part = self.side(side)
-        alone = part.store.scale is not None and part.store.scale.block.channels == 1
+        alone = part.store.measure is not None and part.store.measure.block.channels == 1
         return self.span(side) * (part.layout.plane_width if alone else self.shape.head_dim)
 
     @property

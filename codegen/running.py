@@ -91,5 +91,6 @@ def _quiet() -> None:
 
 
 def _wants(scheme: Scheme) -> bool:
-    own = any(store.scale is not None and store.scale.when == "calibrated" for store in (scheme.keys, scheme.values))
+    measures = (scheme.keys.measure, scheme.values.measure)
+    own = any(scale is not None and scale.when == "calibrated" for scale in measures)
     return own or any(_wants(inner) for _, inner in scheme.layers)

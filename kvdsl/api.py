@@ -130,7 +130,7 @@ def calibrate(scheme: Scheme, k: Tensor, v: Tensor) -> dict[str, Tensor]:
         raise ShapeError(f"k: shape {tuple(k.shape)} holds no token; give typical keys and values")
     for side, x in zip(SIDES, (k, v), strict=True):
         store = scheme.side(side)
-        if store.scale is None or store.scale.when == "online":
+        if store.measure is None or store.measure.when == "online":
             continue
         # The definition, measured over the data as one block of tokens.
         tokens = x.transpose(0, 1).reshape(1, x.shape[1], -1, x.shape[3])

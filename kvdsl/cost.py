@@ -156,7 +156,7 @@ def _code(store: Store) -> int:
 
 
 def _online(store: Store) -> Scale | None:
-    return store.scale if store.scale is not None and store.scale.when == "online" else None
+    return store.measure if store.measure is not None and store.measure.when == "online" else None
 
 
 def _size(count: object, whole: int) -> int:
@@ -178,7 +178,7 @@ def _widths(scale: Scale) -> tuple[int, ...]:
 
 def _constants(store: Store, shape: Shape) -> int:
     """Bytes a layer of a calibrated scale: (kv heads or 1) x (groups of channels or 1), offsets too."""
-    scale = store.scale
+    scale = store.measure
     if scale is None or scale.when == "online" or not isinstance(store.code, Uniform):
         return 0
     heads = 1 if scale.block.heads is ALL else shape.kv_heads

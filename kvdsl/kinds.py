@@ -6,35 +6,37 @@ import difflib
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
+from .codes import Codebook, Float, FloatFormat, Grid, Law, Rounding, Sketch, SketchBasis, Uniform
 from .errors import Fault
+from .part import ALL, Part
 from .scheme import (
-    ALL,
     Block,
-    Float,
-    FloatFormat,
     Flush,
-    Grid,
     MetaFormat,
-    Part,
     Prefill,
     Range,
     Recent,
-    Rounding,
+    Refit,
     Scale,
     Scheme,
     Sinks,
     Store,
-    Uniform,
     When,
     Zero,
 )
+from .transforms import ChannelScale, ChannelShift, Order, Permute, Rotate, RotateKind, ScaleRule, ShiftRule
 
 LONGEST_BLOCK = 512  # tokens that may share a scale: a page holds whole blocks
 LONGEST_WINDOW = 1 << 20
 LONGEST_SOURCE = 4096  # characters
 MOST_LAYERS = 4096
+MOST_LEVELS = 16  # of a table: more are no lookup in registers any more
+MOST_CLIP = 4.0
+MOST_CANDIDATES = 8
+LONGEST_SKETCH = 1024  # rows
+LARGEST_SEED = (1 << 31) - 1
 
 Check = Callable[[str, Any], Iterator[Fault]]
 
@@ -99,16 +101,18 @@ def _type(value: Any) -> str:
 
 
 def _named(kind: type) -> str:
-    own = kind.__module__ in ("builtins", Part.__module__)
+    own = kind.__module__ == "builtins" or issubclass(kind, Part)
     name = kind.__name__ if own else f"{kind.__module__}.{kind.__name__}"
     return f"an {name}" if name[0] in "aeiouAEIO" else f"a {name}"
 
 
-def word(kind: Any) -> Check:
-    """One of the strings of a Literal."""
+def word(kind: Any, *, optional: bool = False) -> Check:
+    """One of the strings of a Literal; with `optional` also None."""
     known: tuple[str, ...] = get_args(kind)
 
     def check(place: str, value: Any) -> Iterator[Fault]:
+        if value is None and optional:
+            return
         if type(value) is not str or value not in known:
             near = closest(value, known)
             mend = f"use {near!r}" if near else f"use {listed([repr(k) for k in known])}"
@@ -117,13 +121,47 @@ def word(kind: Any) -> Check:
     return check
 
 
-def fraction(place: str, value: Any) -> Iterator[Fault]:
-    """A finite number in (0, 1]."""
+def clip(place: str, value: Any) -> Iterator[Fault]:
+    """A factor of the range, or several to choose from."""
+    if not isinstance(value, tuple):
+        yield from _factor(place, value)
+    elif not 2 <= len(value) <= MOST_CANDIDATES:
+        fact = f"{len(value)} candidates are no choice" if len(value) < 2 else f"{len(value)} candidates are too many"
+        yield Fault(place, fact, f"give 2 to {MOST_CANDIDATES} of them, as (1.0, 1.5), or one number")
+    else:
+        for position, item in enumerate(value):
+            yield from _factor(f"{place}[{position}]", item)
+
+
+def _factor(place: str, value: Any) -> Iterator[Fault]:
     if type(value) not in (int, float):
-        mend = f"use {float(value)!r}" if isinstance(value, float) and 0 < value <= 1 else "use a float, as 0.9"
+        mend = f"use {float(value)!r}" if isinstance(value, float) and 0 < value <= 4 else "use a float, as 0.9"
         yield Fault(place, f"{said(value)} is {_type(value)}, not a float", mend)
-    elif not (math.isfinite(value) and 0 < value <= 1):
-        yield Fault(place, f"{said(value)} is not in (0, 1]", "use 1.0 for the whole range, or less, as 0.9")
+    elif not (math.isfinite(value) and 0 < value <= MOST_CLIP):
+        yield Fault(place, f"{said(value)} is not in (0, {MOST_CLIP}]", "use 1.0 for the whole range, or less, as 0.9")
+
+
+def levels(place: str, value: Any) -> Iterator[Fault]:
+    """The name of a law, or rising numbers that float16 holds."""
+    if isinstance(value, str) or not isinstance(value, (tuple, list)):
+        yield from word(Law)(place, value)
+        return
+    if not 2 <= len(value) <= MOST_LEVELS:
+        fact = f"{len(value)} levels are {'fewer than 2' if len(value) < 2 else f'more than {MOST_LEVELS}'}"
+        yield Fault(place, fact, "give the numbers that a code stands for, as (-1, 0, 1)")
+    numbers = [item for item in value if type(item) in (int, float) and math.isfinite(item) and abs(item) <= 65504]
+    if len(numbers) < len(value):
+        wrong = next(item for item in value if item not in numbers)
+        yield Fault(place, f"{said(wrong)} is no number within float16", "give finite numbers up to 65504")
+    elif any(low >= high for low, high in zip(numbers, numbers[1:], strict=False)):
+        yield Fault(place, "the levels do not rise", f"write {tuple(sorted(set(numbers)))!r}")
+
+
+def transforms(place: str, value: Any) -> Iterator[Fault]:
+    """Transforms, in the order in which they are applied."""
+    for position, item in enumerate(value if isinstance(value, tuple) else (value,)):
+        here = f"{place}[{position}]" if isinstance(value, tuple) else place
+        yield from one_of('transform=Rotate("hadamard")', Rotate, ChannelScale, ChannelShift, Permute)(here, item)
 
 
 def text(place: str, value: Any) -> Iterator[Fault]:
@@ -184,10 +222,12 @@ KINDS: dict[type[Part], dict[str, Check]] = {
     },
     Scale: {
         "block": one_of("Block(tokens=1, channels=32), or per_token(channels=32) for the scale", Block),
-        "range": word(Range),
-        "clip": fraction,
+        "range": word(Range, optional=True),
+        "clip": clip,
         "zero": word(Zero),
+        "refit": word(Refit, optional=True),
         "dtype": word(MetaFormat),
+        "scale": one_of('per_tensor(dtype="fp32", when="calibrated")', Scale, optional=True),
         "when": word(When),
     },
     Uniform: {
@@ -197,9 +237,24 @@ KINDS: dict[type[Part], dict[str, Check]] = {
         "rounding": word(Rounding),
     },
     Float: {"format": word(FloatFormat)},
+    Codebook: {"bits": count(1, 4, "bits", optional=True), "levels": levels},
+    Sketch: {
+        "dim": count(8, LONGEST_SKETCH, "rows", whole_axis=True),
+        "basis": word(SketchBasis),
+        "seed": count(0, LARGEST_SEED, "seed"),
+    },
+    Rotate: {
+        "kind": word(RotateKind),
+        "size": count(2, 256, "channels", whole_axis=True),
+        "seed": count(0, LARGEST_SEED, "seed", optional=True),
+    },
+    ChannelScale: {"by": word(ScaleRule), "when": word(Literal["calibrated"])},
+    ChannelShift: {"by": word(ShiftRule), "when": word(Literal["calibrated"])},
+    Permute: {"by": word(Order), "when": word(Literal["calibrated"])},
     Store: {
-        "code": one_of("Uniform(bits=4) or Float('fp16')", Uniform, Float),
+        "code": one_of("Uniform(bits=4) or Float('fp16')", Uniform, Float, Codebook, Sketch),
         "scale": one_of("scale=per_token(channels=32)", Scale, optional=True),
+        "transform": transforms,
     },
     Recent: {"tokens": count(1, LONGEST_WINDOW, "tokens"), "flush": word(Flush)},
     Sinks: {"tokens": count(1, LONGEST_WINDOW, "tokens")},
@@ -222,5 +277,10 @@ def misfits(part: Part, path: str = "") -> Iterator[Fault]:
         place = f"{path}.{field}".lstrip(".")
         found = tuple(check(place, value))
         yield from found
-        if isinstance(value, Part) and not found:
+        if found:
+            continue
+        if isinstance(value, Part):
             yield from misfits(value, place)
+        elif field == "transform":
+            for position, item in enumerate(value):
+                yield from misfits(item, f"{place}[{position}]")

@@ -28,7 +28,7 @@ def wanted(scheme: Scheme, shape: Shape) -> dict[str, tuple[int, ...]]:
     and (2, ...) = scale, offset where the range has an offset.  Empty where every scale is measured online."""
     found: dict[str, tuple[int, ...]] = {}
     for side in SIDES:
-        scale = scheme.side(side).scale
+        scale = scheme.side(side).measure
         if scale is None or scale.when == "online":
             continue
         blocks = (_blocks(scale.block.heads, shape.kv_heads), _blocks(scale.block.channels, shape.head_dim))

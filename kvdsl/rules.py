@@ -27,7 +27,7 @@ class Site:
 
     @property
     def scale(self) -> Scale | None:
-        return self.store.scale
+        return self.store.measure
 
     def fault(self, inner: str, fact: str, mend: str) -> Fault:
         return Fault(f"{self.place}.{inner}", fact, mend)

@@ -7,91 +7,30 @@ scale.  A spec says what is stored, never how it is laid out or scheduled; it ho
 from __future__ import annotations
 
 import dataclasses as dc
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, InitVar, dataclass
 from functools import cached_property
-from typing import Any, Literal, Self
+from typing import Any, Literal, get_args
 
+from .codes import Code, Codebook, Float, FloatFormat, Rounding, Sketch, Uniform
+from .part import ALL, Count, Part
+from .transforms import ChannelScale, ChannelShift, Permute, Rotate, Transform
 
-class _All:
-    """The whole axis: all channels of a head, all kv heads of a layer, all tokens."""
+__all__ = [
+    "ALL", "Block", "ChannelScale", "ChannelShift", "Code", "Codebook", "Count", "Float", "FloatFormat", "Flush",
+    "Layers", "MetaFormat", "PARTS", "Part", "Permute", "Prefill", "Range", "Recent", "Refit", "Rotate", "Rounding",
+    "SIDES", "Scale", "Scheme", "Side", "Sinks", "Sketch", "Store", "Transform", "Uniform", "When", "Zero",
+    "per_channel", "per_tensor", "per_token",
+]  # fmt: skip
 
-    def __repr__(self) -> str:
-        return "ALL"
-
-    def __reduce__(self) -> str:
-        return "ALL"
-
-
-ALL = _All()
-Count = int | _All
-Rounding = Literal["even", "half_up", "floor"]
-Grid = Literal["ends", "cells"]
-Range = Literal["minmax", "minmax_zero", "absmax", "signed_absmax"]
+Range = Literal["minmax", "minmax_zero", "absmax", "signed_absmax", "norm", "absmean"]
 Zero = Literal["min", "point", "in_scale"]
-FloatFormat = Literal["fp16", "fp32"]
-MetaFormat = Literal["fp32", "fp16", "bf16"]
+Refit = Literal["least_squares", "weighted_least_squares", "norm"]
+MetaFormat = Literal["fp32", "fp16", "bf16", "e4m3", "e8m0"]
 When = Literal["online", "calibrated"]
 Flush = Literal["auto", "rolling", "whole"]
 Prefill = Literal["exact", "stored"]
 Side = Literal["keys", "values"]
-
-
-class Part:
-    """What every constructor shares: a repr a user would have written, `with_`, and a walk over the spec."""
-
-    def __repr__(self) -> str:
-        from .text import spelled
-
-        return spelled(self)
-
-    def with_(self, **changes: Any) -> Self:
-        """A copy with fields replaced; a name this part lacks goes down to every inner part that has it.
-
-        A dotted path (`{"keys.scale.dtype": "bf16"}`) reaches one inner field.  Raises TypeError for a name nobody has.
-        """
-        own = {f.name for f in dc.fields(self)}  # type: ignore[arg-type]
-        if isinstance(self, Scheme) and "both" in changes:
-            changes |= {"keys": changes["both"], "values": changes.pop("both")}
-        new = {name: value for name, value in changes.items() if name in own}
-        for name, value in changes.items():
-            if name in own:
-                continue
-            head, _, rest = name.partition(".")
-            if rest and head in own and isinstance(inner := new.get(head, getattr(self, head)), Part):
-                new[head] = inner.with_(**{rest: value})
-            elif not self._hand_down(name, value, new):
-                raise TypeError(f"{type(self).__name__} and its parts have no field {name!r}")
-        return dc.replace(self, **new)  # type: ignore[type-var]
-
-    def _hand_down(self, name: str, value: Any, new: dict[str, Any]) -> bool:
-        found = False
-        for field in _INNER.get(type(self).__name__, ()):
-            part = new.get(field, getattr(self, field))
-            if isinstance(part, Part):
-                try:
-                    new[field] = part.with_(**{name: value})
-                    found = True
-                except TypeError:
-                    pass
-        return found
-
-    def to_dict(self) -> dict[str, Any]:
-        """A tree of dicts, lists, strings and numbers: `part`, and the fields that differ from their default."""
-        from .text import to_dict
-
-        return to_dict(self)
-
-    def walk(self, path: str = "") -> Iterator[tuple[str, Part]]:
-        """This part and every part inside it, each with its dotted path in the spec."""
-        yield path, self
-        for field in dc.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
-            if isinstance(value, Part):
-                yield from value.walk(f"{path}.{field.name}".lstrip("."))
-
-
-_INNER = {"Scheme": ("keys", "values"), "Store": ("code", "scale"), "Scale": ("block",)}
 
 
 @dataclass(frozen=True, repr=False)
@@ -105,20 +44,31 @@ class Block(Part):
 
 @dataclass(frozen=True, repr=False)
 class Scale(Part):
-    """How a block is measured and how the measure is stored.
+    """How a block of n numbers is measured and how the measure is stored.
 
-    With L levels and x the block: `minmax` has lo, hi = clip*min, clip*max; `minmax_zero` widens that to hold 0;
-    `absmax` has s = clip*max|x| / the top level; `signed_absmax` has s = the x of largest size / the lowest level.
-    `zero` says what is stored beside s where the range has an offset: `min` stores lo, `point` the integer
-    round(-lo/s), `in_scale` that integer in the lowest mantissa bits of an fp32 s.
+    range    With L levels and x the block: `minmax` has lo, hi = clip*min, clip*max; `minmax_zero` widens that to hold
+             0; `absmax` has s = clip*max|x| / the top level; `signed_absmax` has s = the x of largest size / the lowest
+             level; `norm` has s = clip*|x|/sqrt(n), `absmean` s = clip*mean|x|.  None: the code's own, `minmax` for
+             Uniform, `absmax` for Float, `norm` for Codebook (of calibrated levels `minmax`,
+             whose middle and half width these levels of -1..1 then stand on).
+    clip     a tuple is a search: the candidate under which the block's squared error is least, the first of equals
+    zero     what is stored beside s where the range has an offset: `min` stores lo, `point` the integer round(-lo/s),
+             `in_scale` that integer in the lowest mantissa bits of an fp32 s
+    refit    a second s for the codes that the first one gave, l their levels: `least_squares` <x,l>/<l,l>,
+             `weighted_least_squares` the same weighted by x^2, `norm` |x|/|l|
+    dtype    of what is stored; e8m0 is a power of two, 2^(floor(log2 max|x|) - floor(log2 top level)) (OCP MX 1.0)
+    scale    a second level: a calibrated scale that s is divided by before it is stored
     """
 
+    inner = ("block", "scale")
     block: Block = Block()
     _: KW_ONLY
-    range: Range = "minmax"
-    clip: float = 1.0
+    range: Range | None = None
+    clip: float | tuple[float, ...] = 1.0
     zero: Zero = "min"
+    refit: Refit | None = None
     dtype: MetaFormat = "fp16"
+    scale: Scale | None = None
     when: When = "online"
 
 
@@ -138,38 +88,29 @@ def per_tensor(**scale: Any) -> Scale:
 
 
 @dataclass(frozen=True, repr=False)
-class Uniform(Part):
-    """Equally spaced levels, coded as integers 0..levels-1.
-
-    grid `ends`: the range's ends are levels, step (hi-lo)/(L-1), decoded at lo + s*c.
-    grid `cells`: the range is cut into L cells, step (hi-lo)/L, decoded at lo + s*(c + 1/2).
-    `levels` None: 2**bits, but 2**bits - 1 under `absmax` with grid `ends`, so that 0 is a level and the grid is even.
-    """
-
-    bits: int | None = None
-    _: KW_ONLY
-    levels: int | None = None
-    grid: Grid = "ends"
-    rounding: Rounding = "even"
-
-
-@dataclass(frozen=True, repr=False)
-class Float(Part):
-    """The number itself, rounded to a float format."""
-
-    format: FloatFormat = "fp16"
-
-
-Code = Uniform | Float
-
-
-@dataclass(frozen=True, repr=False)
 class Store(Part):
-    """What is stored of a vector: a code, and the scale it needs."""
+    """What is stored of a vector: it is transformed, in the order given, then coded under a scale."""
 
+    inner = ("code", "scale", "transform")
     code: Code = Float("fp16")
     _: KW_ONLY
     scale: Scale | None = None
+    transform: tuple[Transform, ...] | Transform = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.transform, (list, *get_args(Transform))):
+            one = self.transform if isinstance(self.transform, list) else [self.transform]
+            object.__setattr__(self, "transform", tuple(one))
+
+    @cached_property
+    def measure(self) -> Scale | None:
+        """The scale with its range resolved: the code's own where the spec names none."""
+        if isinstance(self.code, Sketch):
+            return Scale(range="norm")
+        if self.scale is None or self.scale.range is not None:
+            return self.scale
+        fitted = isinstance(self.code, Codebook) and self.code.levels == "calibrated"
+        return dc.replace(self.scale, range="minmax" if fitted else _OWN_RANGE.get(type(self.code), "minmax"))
 
 
 @dataclass(frozen=True, repr=False)
@@ -191,6 +132,8 @@ class Sinks(Part):
     tokens: int
 
 
+_OWN_RANGE: dict[type[Part], Range] = {Uniform: "minmax", Float: "absmax", Codebook: "norm"}
+
 Layers = tuple[tuple[tuple[int, ...], "Scheme"], ...]
 
 
@@ -199,6 +142,7 @@ class Scheme(Part):
     """A way to store a KV cache.  `both=` gives keys and values one store; `layers` maps layer indices (negative: from
     the end) to schemes of their own.  Raises SchemeError naming every fault, its place and its mend."""
 
+    inner = ("keys", "values")
     keys: Store = None  # type: ignore[assignment]
     values: Store = None  # type: ignore[assignment]
     _: KW_ONLY
@@ -296,4 +240,7 @@ def _ordered(rows: Iterable[Any]) -> list[Any]:
 
 
 SIDES: tuple[Side, Side] = ("keys", "values")
-PARTS: dict[str, type[Part]] = {c.__name__: c for c in (Block, Scale, Uniform, Float, Store, Recent, Sinks, Scheme)}
+_CODES: tuple[type[Part], ...] = get_args(Code)
+_TRANSFORMS: tuple[type[Part], ...] = get_args(Transform)
+_PARTS = (Block, Scale, *_CODES, *_TRANSFORMS, Store, Recent, Sinks, Scheme)
+PARTS: dict[str, type[Part]] = {c.__name__: c for c in _PARTS}

@@ -15,16 +15,19 @@ from typing import Any
 
 from .errors import Fault, SchemeError
 from .kinds import closest, listed, said
-from .scheme import ALL, PARTS, Block, Part, Scale, Scheme
+from .part import ALL, Part
+from .scheme import PARTS, Block, Scale, Scheme
 
 LANGUAGE = 1  # enters every hash: raise it when a default or a meaning changes
 LONGEST_TEXT = 1 << 20  # characters
 DEEPEST = 12
 
-_WHERE = {"keys": "Store", "values": "Store", "both": "Store", "code": "Uniform Float", "scale": "Scale"}
+_WHERE = {"keys": "Store", "values": "Store", "both": "Store", "scale": "Scale"}
+_WHERE |= {"code": "Uniform Float Codebook Sketch", "transform": "Rotate ChannelScale ChannelShift Permute"}
 _WHERE |= {"block": "Block", "sinks": "Sinks", "recent": "Recent", "scheme": "Scheme"}
 _TYPES = {field: tuple(names.split()) for field, names in _WHERE.items()}
-_COUNTS = ("tokens", "channels", "heads")
+_COUNTS = ("tokens", "channels", "heads", "size", "dim")
+_LISTS = ("transform", "levels", "clip")
 _SHOWN = {"code", "format"}  # worth reading even where they are the default
 
 
@@ -103,8 +106,14 @@ def to_dict(part: Part) -> dict[str, Any]:
             if value:
                 tree[field] = value
         elif not _plain_default(value, default):
-            tree[field] = to_dict(value) if isinstance(value, Part) else "ALL" if value is ALL else value
+            tree[field] = _plain(value)
     return tree
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return to_dict(value) if isinstance(value, Part) else "ALL" if value is ALL else value
 
 
 def from_dict(tree: Mapping[str, Any]) -> Scheme:
@@ -153,7 +162,12 @@ def _read(tree: Any, path: str, types: tuple[str, ...], found: list[Fault], dept
             fields[key] = tuple(_rows(value, found, depth))
         else:
             whole = isinstance(value, str) and value == "ALL" and key in _COUNTS
-            fields[key] = ALL if whole else _read(value, here, _TYPES.get(key, ()), found, depth + 1)
+            many = isinstance(value, (list, tuple)) and key in _LISTS
+            if many:
+                items = enumerate(value)
+                fields[key] = tuple(_read(v, f"{here}[{i}]", _TYPES.get(key, ()), found, depth + 1) for i, v in items)
+            else:
+                fields[key] = ALL if whole else _read(value, here, _TYPES.get(key, ()), found, depth + 1)
     if name == "Recent" or name == "Sinks":
         fields.setdefault("tokens", None)
     if kind is Scheme and found:

@@ -37,7 +37,7 @@ def windows(scheme: Scheme) -> dict[str, Window]:
     flush = scheme.recent.flush if scheme.recent else "rolling"
     policies: dict[str, Window] = {}
     for side in SIDES:
-        scale = scheme.side(side).scale
+        scale = scheme.side(side).measure
         tokens = scale.block.tokens if scale is not None and scale.when == "online" else 1
         block = 1 if tokens is ALL else tokens
         assert isinstance(block, int)

@@ -84,8 +84,8 @@ def pages(scheme: Scheme, shape: Shape, k: Tensor, v: Tensor, params: Params | N
                 else:
                     assert coded.codes is not None
                     _put_codes(here, place.codes, coded.codes[:, h, t].numpy(), t % size, store, size)
-        if place.metadata is not None and store.scale is not None:
-            _put_metadata(out, place, coded, store.scale, store, heads, blob, size)
+        if place.metadata is not None and store.measure is not None:
+            _put_metadata(out, place, coded, store.measure, store, heads, blob, size)
     return out
 
 
@@ -137,19 +137,19 @@ def _bits(store: Store) -> int:
 
 
 def _has_metadata(store: Store) -> bool:
-    return isinstance(store.code, Uniform) and store.scale is not None and store.scale.when == "online"
+    return isinstance(store.code, Uniform) and store.measure is not None and store.measure.when == "online"
 
 
 def _block_tokens(store: Store) -> int:
     if not _has_metadata(store):
         return 1
-    assert store.scale is not None and isinstance(store.scale.block.tokens, int)
-    return store.scale.block.tokens
+    assert store.measure is not None and isinstance(store.measure.block.tokens, int)
+    return store.measure.block.tokens
 
 
 def _heads(store: Store, heads: int) -> int:
-    assert store.scale is not None
-    count = store.scale.block.heads
+    assert store.measure is not None
+    count = store.measure.block.heads
     return count if isinstance(count, int) else heads
 
 
@@ -158,8 +158,8 @@ def _shares(store: Store, heads: int) -> bool:
 
 
 def _groups(store: Store, d: int) -> int:
-    assert store.scale is not None
-    channels = store.scale.block.channels
+    assert store.measure is not None
+    channels = store.measure.block.channels
     return d // channels if isinstance(channels, int) else 1
 
 
@@ -170,8 +170,8 @@ def _entry_bytes(scale: Scale) -> int:
 
 
 def _metadata_bytes(store: Store, head_groups: int, d: int, size: int) -> int:
-    assert store.scale is not None
-    return head_groups * _groups(store, d) * (size // _block_tokens(store)) * _entry_bytes(store.scale)
+    assert store.measure is not None
+    return head_groups * _groups(store, d) * (size // _block_tokens(store)) * _entry_bytes(store.measure)
 
 
 def _paired(d: int, width: int) -> bool:

@@ -46,8 +46,8 @@ def quantize(store: Store, x: Tensor, params: Params | None = None, side: str = 
     x = widened(x, side)
     if isinstance(store.code, Float):
         return Quantized(None, None, None, _float(x, store.code))
-    assert isinstance(store.code, Uniform) and store.scale is not None
-    code, scale = store.code, store.scale
+    assert isinstance(store.code, Uniform) and store.measure is not None
+    code, scale = store.code, store.measure
     levels = level_count(store)
     size = block_size(scale, x.shape, side)
 
@@ -76,11 +76,11 @@ def widened(x: Tensor, name: str) -> Tensor:
 
 def level_count(store: Store) -> int:
     """How many levels the store's uniform code has: one fewer than 2**bits where `absmax` needs an even grid."""
-    assert isinstance(store.code, Uniform) and store.scale is not None
+    assert isinstance(store.code, Uniform) and store.measure is not None
     if store.code.levels is not None:
         return store.code.levels
     assert store.code.bits is not None
-    centred = store.scale.range == "absmax" and store.code.grid == "ends"
+    centred = store.measure.range == "absmax" and store.code.grid == "ends"
     return (1 << store.code.bits) - (1 if centred else 0)
 
 
@@ -186,12 +186,12 @@ def _given(
     store: Store, shape: torch.Size, size: tuple[int, int, int], params: Params | None, side: str
 ) -> tuple[Tensor, Tensor | None]:
     """Scale and offset of a calibrated store, (1, H / heads, 1, D / channels) each."""
-    assert store.scale is not None
+    assert store.measure is not None
     name = f"{side}.scale"
     if params is None or name not in params:
         raise ShapeError(f"params[{name!r}]: missing; the scale of the {side} is calibrated, give its numbers")
     blocks = (shape[1] // size[0], shape[3] // size[2])
-    ranged = store.scale.range in ("minmax", "minmax_zero")
+    ranged = store.measure.range in ("minmax", "minmax_zero")
     right = (2, *blocks) if ranged else blocks
     given = params[name]
     if tuple(given.shape) != right:

@@ -34,7 +34,7 @@ def packed_tokens(scheme: Scheme, side: str, tokens: int) -> tuple[int, int]:
 def _leave_together(flush: str, store: Store) -> bool:
     if flush != "auto":
         return flush == "whole"
-    scale = store.scale
+    scale = store.measure
     return scale is not None and scale.when == "online" and (scale.block.tokens is ALL or scale.block.tokens != 1)
 
 

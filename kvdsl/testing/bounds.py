@@ -45,9 +45,9 @@ def deviation(value: Tensor, dtype: str, spare: int = 0) -> Tensor:
 
 def blocks_of(store: Store, x: Tensor) -> Tensor:
     """x (B, H, T, D) as (B, H/bh, bh, T/bt, bt, D/bc, bc)."""
-    assert store.scale is not None
+    assert store.measure is not None
     batch, heads, tokens, channels = x.shape
-    block = store.scale.block
+    block = store.measure.block
     bh, bt, bc = (
         size if isinstance(size, int) else length
         for size, length in zip((block.heads, block.tokens, block.channels), (heads, tokens, channels), strict=True)
@@ -69,15 +69,15 @@ def bound(store: Store, x: Tensor, params: Params | None = None, side: str = "ke
         if store.code.format == "fp32":
             return torch.zeros_like(given)
         return deviation(inside, "fp16") + (given - inside).abs()
-    assert isinstance(store.code, Uniform) and store.scale is not None
+    assert isinstance(store.code, Uniform) and store.measure is not None
     numbers = blocks_of(store, inside)
-    if store.scale.when == "calibrated":
+    if store.measure.when == "calibrated":
         assert params is not None
         limit = _calibrated(
-            store.code, store.scale, numbers, params[f"{side}.scale"].double().cpu(), level_count(store)
+            store.code, store.measure, numbers, params[f"{side}.scale"].double().cpu(), level_count(store)
         )
     else:
-        limit = _online(store.code, store.scale, numbers, level_count(store)).expand_as(numbers)
+        limit = _online(store.code, store.measure, numbers, level_count(store)).expand_as(numbers)
     return limit.reshape(x.shape) + (given - inside).abs()
 
 

@@ -99,12 +99,12 @@ class Case:
 
 def static(store: Store) -> bool:
     """Whether the store's scale is calibrated."""
-    return store.scale is not None and store.scale.when == "calibrated"
+    return store.measure is not None and store.measure.when == "calibrated"
 
 
 def calibrated(store: Store, x: Tensor, share: float) -> Tensor:
     """The parameter of a calibrated store: float32 numbers that its metadata format holds."""
-    scale, code = store.scale, store.code
+    scale, code = store.measure, store.code
     assert scale is not None and isinstance(code, Uniform)
     batch, heads, tokens, dim = x.shape
     bh = heads if scale.block.heads != 1 else 1

@@ -47,7 +47,7 @@ def _uniform(store: Store) -> bool:
 
 
 def _unclipped(scheme: Scheme) -> bool:
-    return all(s.scale is None or s.scale.clip == 1 for s in (scheme.keys, scheme.values))
+    return all(s.measure is None or s.measure.clip == 1 for s in (scheme.keys, scheme.values))
 
 
 # ---- which words
@@ -136,13 +136,13 @@ def _levels(case: Case, side: Side) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(case.seed)
     size = (case.batch, case.shape.kv_heads, case.whole, case.shape.head_dim)
     dtype = DTYPES[case.shape.dtype]
-    if not isinstance(store.code, Uniform) or store.scale is None:
+    if not isinstance(store.code, Uniform) or store.measure is None:
         integers = torch.randint(-256, 257, size, generator=generator).to(dtype)
         return integers, integers.double()
     levels, cells = level_count(store), store.code.grid == "cells"
-    middle = levels // 2 if cells or store.scale.range == "signed_absmax" else (levels - 1) // 2
-    if store.scale.range in ("absmax", "signed_absmax"):
-        lowest, most = -middle, 2 * middle if store.scale.range == "absmax" and not cells else levels - 1
+    middle = levels // 2 if cells or store.measure.range == "signed_absmax" else (levels - 1) // 2
+    if store.measure.range in ("absmax", "signed_absmax"):
+        lowest, most = -middle, 2 * middle if store.measure.range == "absmax" and not cells else levels - 1
     else:
         lowest, most = 0, levels if cells else levels - 1
     codes = torch.randint(0, most + 1, size, generator=generator)
@@ -156,7 +156,7 @@ def _levels(case: Case, side: Side) -> tuple[Tensor, Tensor]:
 
 def _unit(case: Case, side: Side) -> Tensor:
     """Calibrated parameters with a step of one and a minimum of 0."""
-    scale = case.scheme.side(side).scale
+    scale = case.scheme.side(side).measure
     unit = torch.ones_like(case.params(*case.pair(1))[f"{side}.scale"])
     if scale is not None and scale.range in ("minmax", "minmax_zero"):
         unit[1] = 0
@@ -179,7 +179,7 @@ def _keeps_its_ends(store: Store) -> bool:
     """Whether coding what was decoded finds the same range again: nearest levels, both ends of an unclipped range."""
     if isinstance(store.code, Float):
         return True
-    scale, code = store.scale, store.code
+    scale, code = store.measure, store.code
     assert scale is not None
     fixed = scale.when == "calibrated"
     nearest = code.rounding != "floor" and code.grid == "ends" and scale.zero == "min"
@@ -209,7 +209,7 @@ def a_second_time_changes_no_code(case: Case) -> None:
 
 def _keeps_constants(store: Store) -> bool:
     """Whether a block of one number has a code for it: not where it is floored over a scale that was rounded up."""
-    scale = store.scale
+    scale = store.measure
     if scale is None:
         return True
     assert isinstance(store.code, Uniform)
@@ -229,8 +229,8 @@ def a_constant_block_is_itself(case: Case) -> None:
                 dtype = METADATA[store.code.format]
                 limit = LARGEST if store.code.format == "fp16" else float("inf")
             else:
-                assert store.scale is not None
-                dtype, limit = METADATA[store.scale.dtype], LARGEST
+                assert store.measure is not None
+                dtype, limit = METADATA[store.measure.dtype], LARGEST
             held = x.double().clamp(-limit, limit).float().to(dtype).double()
             require_equal(f"decoded {side}", got, held)
 
@@ -247,7 +247,7 @@ def a_nan_spoils_its_block_only(case: Case) -> None:
     for side, x, before, got in zip(SIDES, (k, v), clean, _roundtrip(case, k, v, params), strict=True):
         store = case.scheme.side(side)
         bad = x.isnan()
-        if store.scale is not None and not static(store):
+        if store.measure is not None and not static(store):
             hit = blocks_of(store, bad.double()).amax((2, 4, 6)) > 0
             bad = spread(store, hit.double(), x) > 0
         require_equal(f"decoded {side}", got[~bad], before[~bad])
@@ -291,7 +291,7 @@ def powers_of_two_go_through(case: Case) -> None:
             usual = (first.abs() >= 2.0**-14) | (first == 0)
         else:
             found = quantize(store, x, params, side)
-            for number in (found.scale, found.offset if store.scale and store.scale.zero == "min" else None):
+            for number in (found.scale, found.offset if store.measure and store.measure.zero == "min" else None):
                 if number is not None:
                     normal = ((number.abs() >= 2.0**-14) | (number == 0)) & (number.abs() * factor < LARGEST)
                     usual &= spread(store, normal, x)

@@ -40,7 +40,7 @@ def _schemes(draw: Draw, longest: int) -> Scheme:
 
 
 def _tokens(store: Store) -> int:
-    tokens = store.scale.block.tokens if store.scale is not None and store.scale.when == "online" else 1
+    tokens = store.measure.block.tokens if store.measure is not None and store.measure.when == "online" else 1
     assert isinstance(tokens, int)
     return tokens
 
@@ -89,7 +89,7 @@ def _blocks(draw: Draw, longest: int, calibrated: bool) -> Block:
 def shapes(scheme: Scheme, *, widest: int = 128) -> st.SearchStrategy[Shape]:
     """Shapes that the scheme fits: every legal head_dim up to `widest`, up to four kv heads, every dtype."""
     stores = (scheme.keys, scheme.values)
-    blocks = [store.scale.block for store in stores if store.scale is not None]
+    blocks = [store.measure.block for store in stores if store.measure is not None]
     channels = math.lcm(8, *(block.channels for block in blocks if isinstance(block.channels, int)))
     heads = math.lcm(1, *(block.heads for block in blocks if isinstance(block.heads, int)))
     widths = [d for d in range(channels, widest + 1, channels) if d >= 32] or [channels]

@@ -1,0 +1,76 @@
+"""The codes of the language: alphabets that a number, or a whole vector, is written in."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from typing import Literal
+
+from .part import ALL, Count, Part
+
+Rounding = Literal["even", "half_up", "away", "floor"]
+Grid = Literal["ends", "cells"]
+FloatFormat = Literal["fp16", "fp32", "e4m3", "e5m2", "e2m1"]
+Law = Literal["normal", "beta", "calibrated"]
+SketchBasis = Literal["orthogonal", "gaussian", "hadamard"]
+
+TRITS = 5  # ternary digits that one byte holds: 3**5 = 243
+
+
+@dataclass(frozen=True, repr=False)
+class Uniform(Part):
+    """Equally spaced levels, coded as integers 0..levels-1.
+
+    grid `ends`: the range's ends are levels, step (hi-lo)/(L-1), decoded at lo + s*c.
+    grid `cells`: the range is cut into L cells, step (hi-lo)/L, decoded at lo + s*(c + 1/2).
+    `levels` None: 2**bits, but 2**bits - 1 under `absmax` with grid `ends`, so that 0 is a level and the grid is even.
+    """
+
+    bits: int | None = None
+    _: KW_ONLY
+    levels: int | None = None
+    grid: Grid = "ends"
+    rounding: Rounding = "even"
+
+
+@dataclass(frozen=True, repr=False)
+class Float(Part):
+    """The number itself over the scale (1 without one), rounded to a float format, saturating.
+
+    e4m3, e5m2: the 8-bit formats of OCP (e4m3 without infinities); e2m1: 0, 1/2, 1, 3/2, 2, 3, 4, 6 and the same with a
+    minus sign.
+    """
+
+    format: FloatFormat = "fp16"
+
+
+@dataclass(frozen=True, repr=False)
+class Codebook(Part):
+    """The nearest of a few levels of x/s, the lower one where two are equally near; decoded at s*level.
+
+    levels   the numbers, rising; or the law that the best ones (Lloyd-Max) are computed for: `normal` of variance 1,
+             `beta` (a coordinate of a random unit vector of the block's channels, times the root of their number);
+             `calibrated`: a table of each layer from a file
+    bits     of a code; None: as few as the levels need, and 8/5 for three levels (five of them in a byte)
+    """
+
+    bits: int | None = None
+    levels: Law | tuple[float, ...] = "normal"
+
+
+@dataclass(frozen=True, repr=False)
+class Sketch(Part):
+    """Signs of random projections, c = sign(S x) with 0 taken as -1, scaled by the norm of x (QJL, arXiv 2406.03482).
+
+    S has `dim` rows (ALL: as many as there are channels).  basis `gaussian`: independent normal entries; `orthogonal`:
+    blocks of rows that are orthogonal to each other, of norm sqrt(channels), from a QR factorisation; `hadamard`: the
+    same from a Hadamard matrix with random signs and rows chosen at random.  The estimate of <q, x> is
+    a*|x|*<S q, c>, of x itself a*|x|*S^T c, with a = sqrt(pi/2)/(dim*c_d) so that it is right in the mean: c_d is 1 for
+    independent rows, else sqrt(d/2)*Gamma(d/2)/Gamma((d+1)/2).
+    """
+
+    dim: Count = ALL
+    basis: SketchBasis = "orthogonal"
+    seed: int = 0
+
+
+Code = Uniform | Float | Codebook | Sketch

@@ -1,0 +1,63 @@
+"""The transforms of the language: maps of a head's vector before it is coded, undone where it is read.
+
+Every one of them is linear (but for a shift), so none costs anything in the loop over tokens: a key's map goes onto the
+query once, a value's onto the output once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .part import ALL, Count, Part
+
+RotateKind = Literal["hadamard", "random_hadamard", "orthogonal"]
+ScaleRule = Literal["absmax", "sqrt_absmax", "balance", "learned"]
+ShiftRule = Literal["mean", "middle", "learned"]
+Order = Literal["range", "sum"]
+
+
+@dataclass(frozen=True, repr=False)
+class Rotate(Part):
+    """y = R x with R orthonormal, in blocks of `size` channels (ALL: the whole head).
+
+    kind     `hadamard`: Sylvester's matrix over sqrt(size), a power of two; `random_hadamard`: the same after random
+             signs; `orthogonal`: the Q of a random normal matrix (with the signs of R's diagonal), any size
+    seed     of the signs or the matrix
+    """
+
+    kind: RotateKind = "hadamard"
+    size: Count = ALL
+    seed: int | None = None
+
+
+@dataclass(frozen=True, repr=False)
+class ChannelScale(Part):
+    """y_i = x_i / n_i for every channel of every kv head.
+
+    by   `absmax`: n = max|x|; `sqrt_absmax`: its square root; `balance`: sqrt(max|k|/max|q|), keys against queries;
+         `learned`: as given.  Measured on calibration data.
+    """
+
+    by: ScaleRule = "sqrt_absmax"
+    when: Literal["calibrated"] = "calibrated"
+
+
+@dataclass(frozen=True, repr=False)
+class ChannelShift(Part):
+    """y_i = x_i - m_i for every channel of every kv head: the mean, the middle of the range, or as given."""
+
+    by: ShiftRule = "mean"
+    when: Literal["calibrated"] = "calibrated"
+
+
+@dataclass(frozen=True, repr=False)
+class Permute(Part):
+    """Channels of each kv head in another order, so that those which share a scale are alike: sorted by the range or
+    the sum of their numbers in calibration data."""
+
+    by: Order = "range"
+    when: Literal["calibrated"] = "calibrated"
+
+
+Transform = Rotate | ChannelScale | ChannelShift | Permute
