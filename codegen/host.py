@@ -115,6 +115,12 @@ def scale_over_zero_point(words: Tensor, mask: int) -> Tensor:
     return as_float(words & ~mask)
 
 
+def mapped(x: Tensor, matrix: Tensor, shift: Tensor | None) -> Tensor:
+    """float32 (n, H, T, in) by a map (H or 1, out, in) and a shift (H or 1, out), summed in float64, rounded once."""
+    y = x.to(torch.float64) @ matrix.mT.to(torch.float64)
+    return (y if shift is None else y + shift[:, None].to(torch.float64)).to(torch.float32)
+
+
 # ---- pages -----------------------------------------------------------------------------------------------------------
 
 

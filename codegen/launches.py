@@ -11,8 +11,8 @@ from .plan import DECODE_ROWS, Plan
 POINTERS = {
     "query_ptr": "input", "rows_ptr": "input", "key_rows_ptr": "input", "value_rows_ptr": "input",
     "pool8_ptr": "*u8", "pool16_ptr": "*i16", "pool32_ptr": "*i32", "pool_fp16_ptr": "*fp16", "pool_fp32_ptr": "*fp32",
-    "partial_ptr": "*fp32", "lse_ptr": "*fp32", "out_lse_ptr": "*fp32", "keys_scale_ptr": "*fp32",
-    "values_scale_ptr": "*fp32",
+    "first_ptr": "*i32", "begin_ptr": "*i32", "end_ptr": "*i32", "table_ptr": "*i32", "packed_keys_ptr": "*i32",
+    "packed_values_ptr": "*i32", "length_ptr": "*i32", "start_ptr": "*i32",
 }  # fmt: skip
 FLOATS = ("scaling", "softcap")
 ATTEND = ("decode", "extend")
@@ -28,9 +28,16 @@ def warps(kernel: str, plan: Plan) -> int:
     exact = plan.shape.dtype == "fp32" or any(side.floats == "fp32" for side in (plan.keys, plan.values))
     if kernel.startswith("pack"):
         return max(4, min(8, plan.held(kernel.removeprefix("pack_")) // 1024))
+    if kernel.startswith(("turn_k", "turn_v", "restore")):
+        return 8
     if kernel not in (*ATTEND, "scores") or exact:
         return 4
     return 1 if plan.rows(many=kernel != "decode") == DECODE_ROWS else 2
+
+
+def fused(kernel: str) -> bool:
+    """Whether the compiler may fuse a product and a sum: not where a number is stored or given back."""
+    return not kernel.startswith(("pack", "unpack", "turn", "restore"))
 
 
 def stages(kernel: str) -> int:
@@ -44,7 +51,7 @@ def loop_bytes(plan: Plan) -> int:
     for side in (plan.keys, plan.values):
         total += sum(stream.size for stream in side.layout.streams)
         if side.floats:
-            total += layout.page_tokens * layout.head_dim * (4 if side.floats == "fp32" else 2)
+            total += layout.page_tokens * side.dim * (4 if side.floats == "fp32" else 2)
         if side.layout.meta is not None:
             meta = side.layout.meta
             total += meta.size // (meta.head_groups if meta.shared else 1)
@@ -70,7 +77,7 @@ def _type(name: str, kernel: str, plan: Plan) -> str:
     if name == "out_ptr":
         return {"fp16": "*fp16", "bf16": "*i16", "fp32": "*fp32"}[plan.shape.dtype] if kernel == "merge" else "*fp32"
     if name.endswith("_ptr"):
-        kind = POINTERS.get(name, "*i32")
+        kind = POINTERS.get(name, "*fp32")
         return f"*{plan.shape.dtype}" if kind == "input" else kind
     return "i32"
 
@@ -88,7 +95,7 @@ def launches(plan: Plan, source: str) -> tuple[Launch, ...]:
                 warps=warps(kernel, plan),
                 stages=stages(kernel),
                 assembler=ASSEMBLER,
-                fp_fusion=not kernel.startswith(("pack", "unpack")),
+                fp_fusion=fused(kernel),
                 loop_packed_bytes=loop_bytes(plan) if kernel in ATTEND else 0,
                 aligned=tuple(name for name in names if name.endswith("_ptr")),
             )

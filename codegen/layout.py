@@ -108,8 +108,10 @@ class Meta:
 
 @dataclass(frozen=True)
 class SideLayout:
-    """One side of a page.  `streams` is empty where the numbers themselves are stored (`float_offset`)."""
+    """One side of a page, `width` numbers a token.  `streams` is empty where the numbers themselves are stored
+    (`float_offset`)."""
 
+    width: int
     streams: tuple[Stream, ...]
     plane_width: int
     planes: int
@@ -216,19 +218,20 @@ def lay_out(scheme: Scheme, shape: Shape) -> Layout:
     """The page of a scheme at a shape: sections in the order key codes, value codes, key metadata, value metadata."""
     from dataclasses import replace
 
-    head_dim, stores = shape.head_dim, {side: scheme.side(side) for side in SIDES}
+    stores = {side: scheme.side(side) for side in SIDES}
+    dims = {side: store.coded(shape.head_dim) for side, store in stores.items()}
     tokens = math.lcm(2 * PAIR, *(token_block(store) for store in stores.values()))
     offset, codes = 0, {}
     for side, store in stores.items():
-        width = plane_width(store, head_dim)
+        dim, width = dims[side], plane_width(store, dims[side])
         if isinstance(store.code, Float):
-            codes[side] = SideLayout((), width, head_dim // width, None, offset)
-            offset = aligned(offset + tokens * head_dim * (4 if store.code.format == "fp32" else 2))
+            codes[side] = SideLayout(dim, (), width, dim // width, None, offset)
+            offset = aligned(offset + tokens * dim * (4 if store.code.format == "fp32" else 2))
         else:
             assert store.code.bits is not None
-            streams, offset = _streams(store.code.bits, head_dim, width, tokens, offset)
-            codes[side] = SideLayout(streams, width, head_dim // width, None)
-    metas = {side: _meta(store, head_dim, shape.kv_heads, tokens) for side, store in stores.items()}
+            streams, offset = _streams(store.code.bits, dim, width, tokens, offset)
+            codes[side] = SideLayout(dim, streams, width, dim // width, None)
+    metas = {side: _meta(store, dims[side], shape.kv_heads, tokens) for side, store in stores.items()}
     for side, meta in metas.items():
         if meta is not None and not meta.shared:
             metas[side] = replace(meta, offset=offset)
@@ -240,7 +243,7 @@ def lay_out(scheme: Scheme, shape: Shape) -> Layout:
             metas[side] = replace(meta, offset=offset)
             offset = aligned(offset + meta.size)
     keys, values = (replace(codes[side], meta=metas[side]) for side in SIDES)
-    return Layout(head_dim, shape.kv_heads, tokens, head_bytes, offset, keys, values)
+    return Layout(shape.head_dim, shape.kv_heads, tokens, head_bytes, offset, keys, values)
 
 
 @dataclass(frozen=True)
@@ -266,10 +269,10 @@ def prove_bijection(layout: Layout) -> tuple[BijectionProof, ...]:
             period = 2 * PAIR if stream.paired else 1
             seen = set()
             for token in range(period):
-                for channel in range(layout.head_dim):
+                for channel in range(part.width):
                     byte, bit = stream.address(token, channel, part.plane_width)
                     seen |= {8 * byte + bit + k for k in range(stream.width)}
-            wanted = period * layout.head_dim * stream.width
+            wanted = period * part.width * stream.width
             stride = stream.row(period) * stream.row_words * 16
             if seen != set(range(wanted)) or stride != wanted:
                 raise ProofError(f"{side}: the {stream.width}-bit stream does not fill its section exactly once")

@@ -49,6 +49,21 @@ class SidePlan:
         return self.store.code
 
     @property
+    def dim(self) -> int:
+        """Numbers of a coded vector."""
+        return self.layout.width
+
+    @property
+    def turned(self) -> bool:
+        """What is coded is a map of the vector, undone on the query or on the output."""
+        return self.store.turned
+
+    @property
+    def shifted(self) -> bool:
+        """Reading adds a vector to what is decoded and mapped back."""
+        return self.store.shifted
+
+    @property
     def floats(self) -> str | None:
         """The float format, where the numbers themselves are stored."""
         return self.store.code.format if isinstance(self.store.code, Float) else None
@@ -145,7 +160,7 @@ class Plan:
         """Numbers a program of `pack` keeps at a time: planes whose channels have scales of their own come singly."""
         part = self.side(side)
         alone = part.store.measure is not None and part.store.measure.block.channels == 1
-        return self.span(side) * (part.layout.plane_width if alone else self.shape.head_dim)
+        return self.span(side) * (part.layout.plane_width if alone else part.dim)
 
     @property
     def sinks(self) -> int:

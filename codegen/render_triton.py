@@ -1,4 +1,4 @@
-"""A plan as one Triton module: imports, pack, unpack, scores, decode, extend, merge, in that order."""
+"""A plan as one Triton module: imports, maps, pack, unpack, scores, decode, extend, merge, in that order."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from .header import heading
 from .plan import Plan
 from .text import imported, without_unused
 from .triton_attend import Attend
+from .triton_merge import merge
 from .triton_pack import Pack, Unpack
+from .triton_turn import restore, turn, turn_query
 
 
 @cache
@@ -24,12 +26,15 @@ def helpers() -> tuple[str, ...]:
 def render(plan: Plan, name: str) -> str:
     """The whole text, formatted and deterministic."""
     attend = Attend(plan)
-    kernels = [Pack(plan, side).text() for side in (plan.keys, plan.values)]
-    kernels += [Unpack(plan, side).text(attend.addresses()) for side in (plan.keys, plan.values)]
+    sides = (plan.keys, plan.values)
+    kernels = [write(plan, side) for side in sides if side.turned for write in (turn, restore)]
+    kernels += [turn_query(plan)] if plan.keys.turned else []
+    kernels += [Pack(plan, side).text() for side in sides]
+    kernels += [Unpack(plan, side).text(attend.addresses()) for side in sides]
     kernels.append(attend.scores(plan.rows(many=True)))
     kernels.append(attend.attention("decode", plan.rows(many=False)))
     kernels.append(attend.attention("extend", plan.rows(many=True)))
-    kernels.append(attend.merge())
+    kernels.append(merge(plan))
     body = "\n\n".join(without_unused(kernel) for kernel in kernels)
     used = sorted(name for name in helpers() if re.search(rf"\b{name}\(", body))
     imports = "import triton\nimport triton.language as tl\n" + imported("kvdsl.codegen.device", used)

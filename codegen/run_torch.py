@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvdsl.kernels import AttentionState, Params, Side
 
-from .host import rows_of_bytes
+from .host import finite, mapped, rows_of_bytes
 from .plan import Plan
 
 LOG2E = 1.4426950408889634
@@ -45,6 +45,19 @@ class TorchModule:
             given.append(params[f"{side}.scale"])
         return given
 
+    def _turned(self, side: Side, rows: Tensor, params: Params) -> Tensor:
+        """The numbers to be coded of rows (n, H, T, D), float32."""
+        if not self.plan.side(side).turned:
+            return rows
+        clean = torch.where(rows == rows, finite(rows), rows)
+        return mapped(clean, params[f"{side}.encode"], params.get(f"{side}.encode_shift"))
+
+    def _restored(self, side: Side, coded: Tensor, params: Params) -> Tensor:
+        """Decoded numbers (B, H, T, M) as the head's vectors (B, H, T, D)."""
+        if not self.plan.side(side).turned:
+            return coded
+        return mapped(coded, params[f"{side}.decode"], params.get(f"{side}.decode_shift"))
+
     def pack(self, side: Side, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor,
              reach: tuple[int, int], pool: Tensor, table: Tensor, params: Params) -> None:  # fmt: skip
         tokens = self.plan.layout.page_tokens
@@ -64,7 +77,7 @@ class TorchModule:
         ring = rows.shape[2] - offset
         row = torch.where(inside, offset + torch.remainder(u - first[b, None], ring), 0)
         x = rows[b[:, None], :, row].movedim(2, 1).to(torch.float32)
-        x = torch.where(inside[:, None, :, None], x, 0.0)
+        x = self._turned(side, torch.where(inside[:, None, :, None], x, 0.0), params)
         given = [x, params[f"{side}.scale"]] if part.static else [x]
         sections = list(getattr(self.module, f"pack_{side}")(*given))
         ids = table[b, page].long()
@@ -106,7 +119,7 @@ class TorchModule:
             return torch.empty(table.shape[0], shape.kv_heads, 0, shape.head_dim, device=pool.device)
         low, high = begin // tokens, -(-end // tokens)
         whole: Tensor = getattr(self.module, f"unpack_{side}")(*self._gather(side, pool, table, low, high, params))
-        return whole[:, :, begin - low * tokens : end - low * tokens]
+        return self._restored(side, whole[:, :, begin - low * tokens : end - low * tokens], params)
 
     # ---- attention ------------------------------------------------------------------------------------------------
 
@@ -125,8 +138,28 @@ class TorchModule:
         if tokens == 0:
             return torch.empty(batch, heads, queries, 0, device=query.device)
         pages = -(-tokens // self.plan.layout.page_tokens)
-        score = self.module.score(self._rows(query, 1.0), *self._gather("keys", pool, table, 0, pages, params))
+        keys = self._gather("keys", pool, table, 0, pages, params)
+        score = self._scores_of_codes(self._rows(query, 1.0), keys, params)
         return self._heads(score.mT[..., :tokens], queries)
+
+    def _scores_of_codes(self, columns: Tensor, keys: list[Tensor], params: Params) -> Tensor:
+        """q.k of packed tokens for queries (B, H, D, rows): the query is mapped, not the keys."""
+        if not self.plan.keys.turned:
+            score: Tensor = self.module.score(columns, *keys)
+            return score
+        score = self.module.score(params["keys.decode"].mT @ columns, *keys)
+        if self.plan.keys.shifted:
+            score = score + (params["keys.decode_shift"][:, None] @ columns)
+        return score
+
+    def _sums_of_codes(self, weights: Tensor, values: list[Tensor], params: Params) -> Tensor:
+        """Sums of packed values under weights (B, H, tokens, rows), as vectors of the head: (B, H, D, rows)."""
+        total: Tensor = self.module.weigh(weights, *values)
+        if self.plan.values.turned:
+            total = params["values.decode"] @ total
+        if self.plan.values.shifted:
+            total = total + params["values.decode_shift"][..., None] * weights.sum(-2, keepdim=True)
+        return total
 
     def attend(
         self, query: Tensor, state: AttentionState, params: Params, splits: int | None = None
@@ -146,7 +179,7 @@ class TorchModule:
         score = columns.new_full((*columns.shape[:2], len(u), columns.shape[-1]), -torch.inf)
         if coded:
             keys = self._gather("keys", state.pool, state.table, low, pages, params)
-            score[:, :, :coded] = self.module.score(columns, *keys)[:, :, :coded]
+            score[:, :, :coded] = self._scores_of_codes(columns, keys, params)[:, :, :coded]
         tail = slice(exact_from - low * tokens, len(u))
         alive = self._alive(state, u[tail], state.packed_keys)
         exact = self._exact_rows(state, state.key_rows, u[tail], alive) @ columns
@@ -170,7 +203,8 @@ class TorchModule:
         if coded:
             values = self._gather("values", state.pool, state.table, low, pages, params)
             rest = pages * tokens - low * tokens - coded
-            out = out + self.module.weigh(torch.nn.functional.pad(on_pages[:, :, :coded], (0, 0, 0, rest)), *values)
+            on_pages = torch.nn.functional.pad(on_pages[:, :, :coded], (0, 0, 0, rest))
+            out = out + self._sums_of_codes(on_pages, values, params)
         alive = self._alive(state, u[tail], state.packed_values)
         on_rows = torch.where(alive[:, None, :, None], weights[:, :, tail], 0.0)
         out = out + self._exact_rows(state, state.value_rows, u[tail], alive).mT @ on_rows

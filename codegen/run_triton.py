@@ -11,15 +11,17 @@ from torch import Tensor
 
 from kvdsl.kernels import AttentionState, Params, Side
 
-from .launches import ASSEMBLER, arguments, stages, warps
+from .launches import ASSEMBLER, arguments, fused, stages, warps
 from .plan import Plan
 from .text import padded
+from .triton_turn import QUERY_LANES, QUERY_ROWS, TURN_LANES, TURN_ROWS
 
 VIEWS = {
     "pool8_ptr": torch.uint8, "pool16_ptr": torch.int16, "pool32_ptr": torch.int32,
     "pool_fp16_ptr": torch.float16, "pool_fp32_ptr": torch.float32,
 }  # fmt: skip
 NO_WINDOW = 1 << 30
+SCRATCH = 1 << 26  # bytes of mapped rows that wait to be packed or mapped back at a time
 LOG2E = 1.4426950408889634
 
 
@@ -41,12 +43,11 @@ class TritonModule:
             if name in VIEWS:
                 assert pool is not None
                 values[name] = pool.view(VIEWS[name])
-            elif name in ("keys_scale_ptr", "values_scale_ptr"):
-                values[name] = params[f"{name.split('_')[0]}.scale"]
-        fusion = not kernel.startswith(("pack", "unpack"))
+            elif name not in values and name.startswith(("keys_", "values_")):
+                values[name] = _parameter(name, params)
         function = getattr(self.module, kernel)
         ordered = {name: values[name] for name in self.arguments[kernel]}
-        options = {"num_warps": warps(kernel, self.plan), "num_stages": stages(kernel), "enable_fp_fusion": fusion}
+        options = {"num_warps": warps(kernel, self.plan), "num_stages": stages(kernel), "enable_fp_fusion": fused(kernel)}
         spills: dict[str | None, int] = {}
         for setting in self.settings.get(kernel, ASSEMBLER):
             compiled = function[grid](**ordered, **options, ptx_options=setting)
@@ -57,24 +58,82 @@ class TritonModule:
 
     def pack(self, side: Side, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor,
              reach: tuple[int, int], pool: Tensor, table: Tensor, params: Params) -> None:  # fmt: skip
+        part, rows = self.plan.side(side), rows.contiguous()
+        if not part.turned:
+            self._pack(side, rows, first, offset, begin, end, reach, pool, table, params)
+            return
+        batch, heads, total, _ = rows.shape
+        for low, high in self._chunks(side, *reach, batch):
+            coded = torch.empty(batch, heads, high - low, part.dim, dtype=torch.float32, device=rows.device)
+            given = {
+                "rows_ptr": rows, "first_ptr": first, "begin_ptr": begin, "end_ptr": end, "out_ptr": coded,
+                "total_rows": total, "offset": offset, "ring": total - offset, "low": low, "count": high - low,
+            }  # fmt: skip
+            self._run(f"turn_{side}", self._turn_grid(high - low, batch, part.dim), given, None, params)
+            at = torch.full_like(first, low)
+            self._pack(side, coded, at, 0, begin, end, (low, high), pool, table, params)
+
+    def _chunks(self, side: Side, low: int, high: int, batch: int) -> list[tuple[int, int]]:
+        """Spans of tokens whose mapped rows fit SCRATCH, cut at whole programs of `pack`."""
+        span = self.plan.span(side)
+        bytes_a_token = 4 * batch * self.plan.shape.kv_heads * self.plan.side(side).dim
+        size = max(1, SCRATCH // bytes_a_token // span) * span
+        cuts = [low, *range(low // size * size + size, high, size), high]
+        return list(zip(cuts, cuts[1:], strict=False)) if low < high else []
+
+    def _turn_grid(self, count: int, batch: int, numbers: int) -> tuple[int, int, int]:
+        lanes = min(TURN_LANES, padded(numbers))
+        return -(-count // TURN_ROWS), batch * self.plan.shape.kv_heads, -(-numbers // lanes)
+
+    def _pack(self, side: Side, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor,
+              reach: tuple[int, int], pool: Tensor, table: Tensor, params: Params) -> None:  # fmt: skip
         span = self.plan.span(side)
         batch, heads = rows.shape[:2]
         low, high = reach[0] // span, -(-reach[1] // span)
         given = {
-            "rows_ptr": rows.contiguous(), "first_ptr": first, "begin_ptr": begin, "end_ptr": end, "table_ptr": table,
-            "total_rows": rows.shape[2], "offset": offset, "ring": rows.shape[2] - offset,
+            "rows_ptr": rows, "coded_ptr": rows, "first_ptr": first, "begin_ptr": begin, "end_ptr": end,
+            "table_ptr": table, "total_rows": rows.shape[2], "offset": offset, "ring": rows.shape[2] - offset,
             "table_width": table.shape[1], "first_step": low,
         }  # fmt: skip
         self._run(f"pack_{side}", (max(0, high - low), batch * heads), given, pool, params)
 
     def unpack(self, side: Side, pool: Tensor, table: Tensor, begin: int, end: int, params: Params) -> Tensor:
-        shape, tile = self.plan.shape, self.plan.tile
-        batch = table.shape[0]
-        out = torch.empty(batch, shape.kv_heads, end - begin, shape.head_dim, dtype=torch.float32, device=pool.device)
+        part, batch, dim = self.plan.side(side), table.shape[0], self.plan.shape.head_dim
+        if not part.turned or begin >= end:
+            return self._unpack(side, pool, table, begin, end, dim, params)
+        found = []
+        for low, high in self._chunks(side, begin, end, batch):
+            coded = self._unpack(side, pool, table, low, high, part.dim, params)
+            out = torch.empty(*coded.shape[:3], dim, dtype=torch.float32, device=pool.device)
+            given = {"coded_ptr": coded, "out_ptr": out, "count": high - low}
+            self._run(f"restore_{side}", self._turn_grid(high - low, batch, dim), given, None, params)
+            found.append(out)
+        return found[0] if len(found) == 1 else torch.cat(found, 2)
+
+    def _unpack(
+        self, side: Side, pool: Tensor, table: Tensor, begin: int, end: int, dim: int, params: Params
+    ) -> Tensor:
+        heads, tile, batch = self.plan.shape.kv_heads, self.plan.tile, table.shape[0]
+        out = torch.empty(batch, heads, max(0, end - begin), dim, dtype=torch.float32, device=pool.device)
         given = {"table_ptr": table, "out_ptr": out, "begin": begin, "end": end, "table_width": table.shape[1]}
         steps = -(-end // tile) - begin // tile if end > begin else 0
-        self._run(f"unpack_{side}", (steps, batch * shape.kv_heads), given, pool, params)
+        self._run(f"unpack_{side}", (steps, batch * heads), given, pool, params)
         return out
+
+    def _query(self, query: Tensor, params: Params) -> dict[str, Tensor]:
+        """The query, and where keys are turned what it becomes for packed tokens."""
+        keys, shape = self.plan.keys, self.plan.shape
+        query = query.contiguous()
+        if not keys.turned:
+            return {"query_ptr": query}
+        batch, heads, queries, _ = query.shape
+        given = {"query_ptr": query, "turned_ptr": query.new_empty(*query.shape[:3], keys.dim, dtype=torch.float32)}
+        if keys.shifted:
+            given["bias_ptr"] = query.new_empty(query.shape[:3], dtype=torch.float32)
+        blocks = -(-queries * shape.group // QUERY_ROWS)
+        grid = (batch * shape.kv_heads, -(-keys.dim // QUERY_LANES), blocks)
+        self._run("turn_query", grid, {**given, "queries": queries}, None, params)
+        return given
 
     def scores(self, query: Tensor, pool: Tensor, table: Tensor, tokens: int, params: Params) -> Tensor:
         shape = self.plan.shape
@@ -82,7 +141,7 @@ class TritonModule:
         out = torch.empty(batch, heads, queries, tokens, dtype=torch.float32, device=query.device)
         blocks = -(-queries * shape.group // self.plan.rows(many=True))
         given = {
-            "query_ptr": query.contiguous(), "table_ptr": table, "out_ptr": out, "queries": queries,
+            **self._query(query, params), "table_ptr": table, "out_ptr": out, "queries": queries,
             "table_width": table.shape[1], "tokens": tokens, "scaling": 1.0,
         }  # fmt: skip
         self._run("scores", (batch * shape.kv_heads, -(-tokens // self.plan.tile), blocks), given, pool, params)
@@ -119,14 +178,18 @@ class TritonModule:
         clean = splits or self.splits(programs * blocks, state.longest)
         edges = self.edge_splits(programs * blocks, state)
         count = clean + edges
-        partial = torch.empty(programs * blocks * count * rows * dim, dtype=torch.float32, device=query.device)
+        partial = torch.empty(programs * blocks * count * rows * plan.values.dim, dtype=torch.float32, device=query.device)
         lse = torch.empty(programs * blocks * count * rows, dtype=torch.float32, device=query.device)
+        apart = {}  # sums over exact rows, which the map of the values does not touch
+        if plan.values.turned:
+            apart["exact_ptr"] = torch.empty(programs * blocks * edges * rows * dim, dtype=torch.float32, device=query.device)
+            apart["share_ptr"] = torch.empty(programs * blocks * edges * rows, dtype=torch.float32, device=query.device)
         capped = state.softcap is not None
         given = {
-            "query_ptr": query.contiguous(), "table_ptr": state.table, "packed_keys_ptr": state.packed_keys,
+            **self._query(query, params), "table_ptr": state.table, "packed_keys_ptr": state.packed_keys,
             "packed_values_ptr": state.packed_values, "length_ptr": state.length, "start_ptr": state.start,
             "first_ptr": state.first, "key_rows_ptr": state.key_rows, "value_rows_ptr": state.value_rows,
-            "partial_ptr": partial, "lse_ptr": lse, "queries": queries, "table_width": state.table.shape[1],
+            "partial_ptr": partial, **apart, "lse_ptr": lse, "queries": queries, "table_width": state.table.shape[1],
             "ring": state.key_rows.shape[2] - plan.sinks,
             "window": NO_WINDOW if state.window is None else state.window, "splits": clean,
             "edge_splits": edges,
@@ -138,8 +201,20 @@ class TritonModule:
         out_lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=query.device)
         as_words = out.view(torch.int16) if query.dtype == torch.bfloat16 else out
         given = {
-            "partial_ptr": partial, "lse_ptr": lse, "out_ptr": as_words, "out_lse_ptr": out_lse, "queries": queries,
-            "blocks": blocks, "splits": count, "ROWS": rows, "SPLITS": padded(count),
+            "partial_ptr": partial, **apart, "lse_ptr": lse, "out_ptr": as_words, "out_lse_ptr": out_lse,
+            "queries": queries, "blocks": blocks, "splits": count, "clean": clean, "ROWS": rows, "SPLITS": padded(count),
         }  # fmt: skip
         self._run("merge", (batch * heads, queries), given, None, params)
         return out, out_lse
+
+
+def _parameter(name: str, params: Params) -> Tensor | int:
+    """A kernel's argument that comes from the parameters: `keys_scale_ptr`, `keys_encode_ptr`, or how far apart one
+    head's map (`keys_stride`) or shift (`keys_shifts`) is from the next; 0 where heads share it."""
+    side, _, what = name.removesuffix("_ptr").partition("_")
+    if what == "stride":
+        matrix = params[f"{side}.encode"]
+        return matrix.shape[1] * matrix.shape[2] if matrix.shape[0] > 1 else 0
+    if what == "shifts":
+        return int(params[f"{side}.encode_shift"].shape[0] > 1)
+    return params[f"{side}.{what}"]

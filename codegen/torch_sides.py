@@ -174,12 +174,12 @@ class TorchSide:
         side, out = self.side, Lines()
         with out.deeper(f"def unpack_{side.name}({', '.join(self.inputs())}):"):
             out.add('"""Every token of the pages decoded: float32 (B, H, tokens, D)."""')
-            head_dim, tokens = self.plan.shape.head_dim, self.plan.layout.page_tokens
+            dim, tokens = side.dim, self.plan.layout.page_tokens
             if side.floats:
                 kind = {"fp16": "float16", "fp32": "float32"}[side.floats]
                 start = side.layout.float_offset
-                out.add(f"x = section(pages, {start}, {tokens * head_dim}, torch.{kind})")
-                out.add(f"return x.reshape(*pages.shape[:2], -1, {head_dim}).to(torch.float32)")
+                out.add(f"x = section(pages, {start}, {tokens * dim}, torch.{kind})")
+                out.add(f"return x.reshape(*pages.shape[:2], -1, {dim}).to(torch.float32)")
                 return str(out)
             out.extend(self._read())
             for j in self.planes:
@@ -210,7 +210,7 @@ class TorchSide:
         """The stored numbers of a plane's channels, of (..., groups) numbers."""
         meta = self.side.layout.meta
         channels = meta.channels if meta is not None else 1
-        groups = meta.groups if meta is not None else self.plan.shape.head_dim
+        groups = meta.groups if meta is not None else self.side.dim
         block = self.side.scale.block
         if self.side.static and not isinstance(block.channels, int) or groups == 1:
             return name

@@ -1,4 +1,4 @@
-"""Attention kernels in Triton: decode and extend (one skeleton), the merge of splits, and raw scores.
+"""Attention kernels in Triton: decode and extend (one skeleton), and raw scores.
 
 Glossary of the attention skeleton (for maintainers; not emitted):
   bh, b, h      program's sequence and kv head; split: its share of the tokens; rows: query tokens x heads of the group
@@ -7,6 +7,7 @@ Glossary of the attention skeleton (for maintainers; not emitted):
   edge tiles    sinks, the first page when it is partly visible, and everything from the last clean page on: one more
                 program (or several) decodes what is packed, takes exact rows for the rest, and masks
   size          power of two that a row of the query was divided by; scores and maxima are in its units
+  turned        the query mapped into the space that keys are coded in; exact rows meet the query itself
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def $name(
     live = row_index < queries * $group
     token = row_index // $group
     head = (b * $q_heads + h * $group + row_index % $group).to(tl.int64)
-    query = query_ptr + ((head * queries + token) * $head_dim)[None, :]
+    $query
     peak = tl.full([ROWS], -1.0e30, tl.float32)
     mass = tl.zeros([ROWS], tl.float32)
 
@@ -68,7 +69,7 @@ def $name(
             $addresses
             $clean
         $epilogue
-        $partials
+        $clean_partials
     else:
         # edges: sinks, a partly visible first page, and all that follows the clean pages; decoded, or exact, by token
         first = tl.load(first_ptr + b)
@@ -78,6 +79,7 @@ def $name(
         oldest = tl.maximum(start, length - queries + token - window + 1) - $sinks  # [rows]
         end = length - $sinks
         $lanes
+        $exact_query
         $edge_prologue
         $edge_accumulators
         before = (low - edge) * $edge_sub
@@ -95,47 +97,18 @@ def $name(
             row = $row
             $edge_addresses
             $edges
-        $partials
+        $edge_partials
 """
 
 # Stored in either branch: what both need at their ends would otherwise be kept in registers through the loops.
 PARTIALS = """
 inverse = 1.0 / tl.where(mass > 0.0, mass, 1.0)
 out = ((bh.to(tl.int64) * tl.num_programs(2) + block) * (splits + edge_splits) + split) * ROWS
-partial = partial_ptr + (out + tl.arange(0, ROWS))[None, :] * $head_dim
+partial = partial_ptr + (out + tl.arange(0, ROWS))[None, :] * $dim
 $stores
+$exact
 lse = tl.where(mass > 0.0, peak * size + tl.log2(tl.where(mass > 0.0, mass, 1.0)), -1.0e30)
 tl.store(lse_ptr + out + tl.arange(0, ROWS), lse, mask=live)
-"""
-
-MERGE = """
-@triton.jit(do_not_specialize=["queries", "splits", "blocks"])
-def merge(
-    partial_ptr, lse_ptr, out_ptr, out_lse_ptr, queries, blocks, splits, ROWS: tl.constexpr, SPLITS: tl.constexpr
-):
-    head = tl.program_id(0)
-    token = tl.program_id(1)
-    b = head // $q_heads
-    h = head % $q_heads // $group
-    row = token * $group + head % $group
-    s = tl.arange(0, SPLITS)
-    d = tl.arange(0, $lanes)
-    place = ((b * $heads + h).to(tl.int64) * blocks + row // ROWS) * splits + s
-    place = place * ROWS + row % ROWS
-    lse = tl.load(lse_ptr + place, mask=s < splits, other=-1.0e30)
-    most = tl.max(lse, 0)
-    weight = tl.where(lse > -1.0e29, tl.exp2(lse - most), 0.0)
-    mass = tl.sum(weight, 0)
-    part = tl.load(
-        partial_ptr + place[:, None] * $head_dim + d[None, :],
-        mask=((s < splits) & (weight > 0.0))[:, None] & (d < $head_dim)[None, :],
-        other=0.0,
-    )
-    total = tl.sum(part * weight[:, None], 0) / tl.where(mass > 0.0, mass, 1.0)
-    where = head.to(tl.int64) * queries + token
-    tl.store(out_ptr + where * $head_dim + d, $result, mask=d < $head_dim)
-    natural = (most + tl.log2(tl.where(mass > 0.0, mass, 1.0))) * 0.6931471805599453
-    tl.store(out_lse_ptr + where, tl.where(mass > 0.0, natural, float("-inf")))
 """
 
 SCORES = """
@@ -151,7 +124,7 @@ def scores($args):
     live = row_index < queries * $group
     token = row_index // $group
     head = (b * $q_heads + h * $group + row_index % $group).to(tl.int64)
-    query = query_ptr + ((head * queries + token) * $head_dim)[None, :]
+    $query
     $lanes
     $prologue
     page = tl.load(table_ptr + b.to(tl.int64) * table_width + tile$per_page).to(tl.int64)
@@ -250,23 +223,34 @@ class Attend:
         sinks = self.plan.sinks
         return f"tl.where(u < 0, u + {sinks}, {sinks} + (u - first) % ring)" if sinks else "(u - first) % ring"
 
+    def _partials(self, edges: bool) -> list[str]:
+        """Lines that store a program's outputs; those of its exact tokens apart where values are turned."""
+        values, exact = self.values, []
+        if edges and values.exact_rows is not None:
+            exact = ["edge = (bh.to(tl.int64) * tl.num_programs(2) + block) * edge_splits + split - splits"]
+            exact.append("edge = edge * ROWS + tl.arange(0, ROWS)")
+            exact += values.exact_rows.stores()
+            if values.side.shifted:
+                exact.append("tl.store(share_ptr + edge, coded_mass * inverse, mask=live)")
+        stores = values.stores("partial", [f"o{j}" for j in range(values.side.layout.planes)])
+        return fill(PARTIALS, dim=values.side.dim, stores=stores, exact=exact).splitlines()
+
+    def _query(self, name: str) -> list[str]:
+        """Where the rows of the query, or of the turned query, begin."""
+        dim = self.plan.keys.dim if name == "turned" else self.plan.shape.head_dim
+        return [f"{name} = {name}_ptr + ((head * queries + token) * {dim})[None, :]"]
+
     def attention(self, name: str, rows: int) -> str:
         """The text of `decode` or `extend`."""
         plan = self.plan
         size = ["true_size = size", "size = tl.full([ROWS], 1.0, tl.float32)"] if plan.shape.softcap else []
         values = self.values
-        stores = []
-        for j in range(values.side.layout.planes):
-            mask = "live[None, :] & " + (
-                f"{values.lane}_in[:, None]" if values.ragged else f"({values.lane} >= 0)[:, None]"
-            )
-            lane = f"({values.lane} + {j * values.width})[:, None]" if j else f"{values.lane}[:, None]"
-            stores.append(f"tl.store(partial + {lane}, o{j} * inverse[None, :], mask={mask})")
         edge_tile, sinks = plan.edge_tile, plan.sinks
         sink_tiles = -(-sinks // edge_tile)
-        args = ["query_ptr", *self.pools, "table_ptr", *parameters(plan)]
+        args = ["query_ptr", *self.keys.inputs(), *self.pools, "table_ptr", *parameters(plan)]
         args += ["packed_keys_ptr", "packed_values_ptr", "length_ptr", "start_ptr", "first_ptr"]
-        args += ["key_rows_ptr", "value_rows_ptr", "partial_ptr", "lse_ptr", "queries", "table_width", "ring", "window"]
+        args += ["key_rows_ptr", "value_rows_ptr", "partial_ptr"]
+        args += [*values.outputs(), "lse_ptr", "queries", "table_width", "ring", "window"]
         args += [
             "splits",
             "edge_splits",
@@ -280,6 +264,8 @@ class Attend:
             **self._shared(rows),
             args=[f"{arg}," for arg in args],
             lanes=[*self.keys.lane_lines(), *values.lane_lines()],
+            query=self._query(self.keys.query),
+            exact_query=self._query("query") if plan.keys.turned else [],
             prologue=[*self.keys.prologue(), *size],
             accumulators=values.prologue(),
             addresses=self.addresses(),
@@ -296,7 +282,8 @@ class Attend:
             row=self._row(),
             edge_addresses=self.sections(),
             edges=self.edges(),
-            partials=fill(PARTIALS, head_dim=plan.shape.head_dim, stores=stores).splitlines(),
+            clean_partials=self._partials(False),
+            edge_partials=self._partials(True),
         )
 
     def scores(self, rows: int) -> str:
@@ -309,25 +296,19 @@ class Attend:
             halves.add(f"u = tile * {plan.tile}{shift} + tl.arange(0, {plan.half})")
             halves.add("tl.store(out + u[:, None], s * size[None, :], mask=live[None, :] & (u < tokens)[:, None])")
         text = "\n".join([*addresses, *halves.lines])
-        args = ["query_ptr", *(p for p in self.pools if p in text), "table_ptr"]
+        args = [*(self.keys.inputs() or ["query_ptr"]), *(p for p in self.pools if p in text), "table_ptr"]
         args += [p for p in parameters(plan) if p.startswith("keys")]
         args += ["out_ptr", "queries", "table_width", "tokens", "scaling"]
         return fill(
             SCORES,
             **self._shared(rows),
             args=", ".join(args),
+            query=self._query(self.keys.query),
             lanes=self.keys.lane_lines(),
             prologue=self.keys.prologue(),
             addresses=addresses,
             halves=halves.lines,
         )
-
-    def merge(self) -> str:
-        """The text of `merge`."""
-        plan = self.plan
-        result = {"fp16": "total.to(tl.float16)", "fp32": "total", "bf16": "bits_bf16(total).to(tl.int16)"}
-        shared = self._shared(8)
-        return fill(MERGE, **{**shared, "lanes": padded(plan.shape.head_dim), "result": result[plan.shape.dtype]})
 
 
 def tokens_name(plan: Plan, half: int) -> str:

@@ -11,6 +11,7 @@ from .printer import number
 from .text import plus
 from .triton_meta import entry, pointer, read
 from .triton_planes import UNIT, Planes, static_read
+from .triton_rows import ExactRows
 
 
 class Keys(Planes):
@@ -20,30 +21,47 @@ class Keys(Planes):
         super().__init__(plan, plan.keys)
         self.exact = "tl.float32" if plan.shape.dtype == "fp32" else "tl.float16"
         self.precise = ', input_precision="ieee"' if plan.shape.dtype == "fp32" else ""
+        self.exact_rows = ExactRows(plan, self.side, self.exact, self.precise) if self.side.turned else None
+        self.query = "turned" if self.side.turned else "query"
+
+    def inputs(self) -> list[str]:
+        """The arguments that stand beside the query: the turned query, and what it adds to a score."""
+        return ["turned_ptr", *(["bias_ptr"] if self.side.shifted else [])] if self.side.turned else []
 
     # ---- once per query -------------------------------------------------------------------------------------------
 
     def edge_prologue(self) -> list[str]:
-        """Load the query rows, plane by plane, as operands for decoded or exact numbers."""
+        """The operands for decoded numbers, and for exact ones."""
+        if self.exact_rows is None:
+            return self._operands_of_rows()
+        rows = self.exact_rows
+        lines = [*rows.lanes(), *rows.queries(), *self._operands_of_rows([f"r{j}" for j in rows.planes])]
+        return lines + [f"f{j} = (r{j} * inverse[None, :]).to({self.exact})" for j in rows.planes]
+
+    def _operands_of_rows(self, others: list[str] | None = None) -> list[str]:
+        """Load the query rows, plane by plane, as operands; `others` share their size."""
         layout = self.side.layout
         mask = "live[None, :]" + (f" & {self.lane}_in[:, None]" if self.ragged else "")
         lines = [f"known = {mask}"] if self.ragged else []
         mask = "known" if self.ragged else mask
         lines += [
-            f"x{j} = tl.load(query + {self.plane_lane(j)}[:, None], mask={mask}, other=0.0).to(tl.float32) * scaling"
+            f"x{j} = tl.load({self.query} + {self.plane_lane(j)}[:, None], mask={mask}, other=0.0).to(tl.float32) * scaling"
             for j in range(layout.planes)
         ]
         lines += ["top = tl.max(tl.abs(x0), 0)"]
-        lines += [f"top = tl.maximum(top, tl.max(tl.abs(x{j}), 0))" for j in range(1, layout.planes)]
+        names = [*(f"x{j}" for j in range(1, layout.planes)), *(others or [])]
+        lines += [f"top = tl.maximum(top, tl.max(tl.abs({name}), 0))" for name in names]
         lines += ["size, inverse = above(top)  # [rows]"]
         lines += [f"x{j} = x{j} * inverse[None, :]" for j in range(layout.planes)]
+        if self.side.shifted:
+            lines.append("bias = tl.load(bias_ptr + head * queries + token, mask=live, other=0.0) * scaling * inverse")
         return lines + [f"e{j} = x{j}.to({self.exact})" for j in range(layout.planes)]
 
     def prologue(self) -> list[str]:
         """Load the query rows, plane by plane, and prepare them for the planes."""
         side, layout = self.side, self.side.layout
         when = side.when
-        lines = self.edge_prologue()
+        lines = self._operands_of_rows()
         if when not in (When.IN_LOOP, When.NEVER):
             lines = [line for line in lines if not line.startswith("e")]
         if when is When.AFTER_DOT:
@@ -65,6 +83,11 @@ class Keys(Planes):
     # ---- once per tile --------------------------------------------------------------------------------------------
 
     def scores(self, half: int, tokens: str) -> list[str]:
+        """`_scores`, and what a shift adds to each."""
+        added = ["s = s + bias[None, :]"] if self.side.shifted else []
+        return self._scores(half, tokens) + added
+
+    def _scores(self, half: int, tokens: str) -> list[str]:
         """s = scores of the sub-tile's packed tokens [tokens, rows], in units of the row's `size`.
 
         Tokens that were never packed give any number, in their own row only."""
@@ -152,7 +175,7 @@ class Keys(Planes):
         other = f", mask={mask}, other=0.0" if mask else ""
         lines = []
         for j in range(self.side.layout.planes):
-            address = f"{token} * {self.plan.shape.head_dim} + {lane}{plus(j * self.width)}"
+            address = f"{token} * {self.side.dim} + {lane}{plus(j * self.width)}"
             lines.append(f"k = tl.load(key_floats + {address}{other})")
             left, right = "k", f"e{j}"
             if fp32 and self.exact == "tl.float16":
@@ -166,6 +189,12 @@ class Keys(Planes):
     def either(self) -> list[str]:
         """s = scores of edge tokens: decoded where `coded`, from exact rows where `exact`."""
         lines = self.load_tokens("t")
+        if self.exact_rows is not None:
+            for j in range(self.side.layout.planes):
+                lines += self.decode_token(j, "t")
+                lines.append(f"s = tl.dot(n{j}.to({self.exact}), e{j}{', s' if j else ''}{self.precise})")
+            lines += ["s = s + bias[None, :]"] * self.side.shifted
+            return [*lines, *self.exact_rows.scores(), "s = tl.where(coded[:, None], s, r)"]
         token, lane = self.grid("row", self.lane)
         mask = self.mask("exact")
         lines.append(f"source = key_rows + {token} * {self.plan.shape.head_dim} + {lane}")

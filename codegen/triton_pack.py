@@ -32,7 +32,7 @@ def pack_$side(
         t = u % $page
         row = (offset + (u - first) % ring).to(tl.int64)
         $lanes
-        source = rows_ptr + (bh.to(tl.int64) * total_rows + row)[:, None] * $head_dim + $lane[None, :]
+        source = $rows_ptr + (bh.to(tl.int64) * total_rows + row)[:, None] * $head_dim + $lane[None, :]
         $body
 """
 
@@ -93,14 +93,15 @@ class Pack(Planes):
         pool_args = sorted(set(pools(plan)) | ({"pool8_ptr"} if side.layout.paired else set()))
         params = [p for p in parameters(plan) if p.startswith(side.name)]
         text = str(body)
-        args = ["rows_ptr", "first_ptr", "begin_ptr", "end_ptr"]
+        rows = "coded_ptr" if side.turned else "rows_ptr"  # mapped by `turn_<side>`
+        args = [rows, "first_ptr", "begin_ptr", "end_ptr"]
         args += [p for p in pool_args if p in text] + ["table_ptr", *params]
         args += ["total_rows", "offset", "ring", "table_width", "first_step"]
         kernel = fill(
-            PACK, side=side.name, args=[f"{name}," for name in args], heads=plan.shape.kv_heads, span=self.span,
+            PACK, side=side.name, rows_ptr=rows, args=[f"{name}," for name in args], heads=plan.shape.kv_heads, span=self.span,
             lanes_t=self.tokens, page=plan.layout.page_tokens, lanes=self.lane_lines(), lane=self.lane,
             span_mask=f" & (tl.arange(0, {self.tokens}) < {self.span})" if self.tokens != self.span else "",
-            head_dim=plan.shape.head_dim, body=body.lines,
+            head_dim=side.dim, body=body.lines,
         )  # fmt: skip
         return "\n\n".join([*([] if side.floats else functions(side, "tl.")), kernel])
 
@@ -111,7 +112,7 @@ class Pack(Planes):
             f"page * {layout.page_bytes // size} + h * {layout.head_bytes // size} + {side.layout.float_offset // size}"
         )
         body.add(f"out = pool_{side.floats}_ptr + {start}")
-        body.add(f"out = out + t[:, None] * {self.plan.shape.head_dim} + {self.lane}[None, :]")
+        body.add(f"out = out + t[:, None] * {self.side.dim} + {self.lane}[None, :]")
         for j in range(side.layout.planes):
             body.add(f"x = tl.load({self.at('source', j)}, mask={self.inside}, other=0.0).to(tl.float32)")
             if side.floats == "fp16":
@@ -137,7 +138,7 @@ class Pack(Planes):
             with body.deeper(
                 f"for head in range(h // {meta.heads} * {meta.heads}, (h // {meta.heads} + 1) * {meta.heads}):"
             ):
-                body.add(f"other = source + (head - h) * total_rows * {self.plan.shape.head_dim}")
+                body.add(f"other = source + (head - h) * total_rows * {self.side.dim}")
                 for j in planes:
                     body.add(f"x = tl.load({self.at('other', j)}, mask={self.inside}, other=0.0).to(tl.float32)")
                     self._fold(body, "x", whole)
@@ -275,12 +276,12 @@ class Unpack(Planes):
             halves.add(f"u = step * {plan.tile}{shift} + tl.arange(0, {plan.half})")
             halves.add("inside = (u >= begin) & (u < end)")
             if side.floats:
-                at = f"{side.name[:-1]}_floats + {t}[:, None] * {plan.shape.head_dim} + {self.lane}[None, :]"
+                at = f"{side.name[:-1]}_floats + {t}[:, None] * {side.dim} + {self.lane}[None, :]"
                 for j in range(side.layout.planes):
                     halves.add(f"n{j} = tl.load({at} + {j * self.width}, mask={mask}, other=0.0).to(tl.float32)")
             else:
                 halves.extend([*self.load(half, t), *self.decode(half, t)])
-            halves.add(f"place = out + (u - begin)[:, None] * {plan.shape.head_dim} + {self.lane}[None, :]")
+            halves.add(f"place = out + (u - begin)[:, None] * {side.dim} + {self.lane}[None, :]")
             for j in range(side.layout.planes):
                 halves.add(f"tl.store({self.at('place', j)}, n{j}, mask={mask})")
         other = "k" if side.name == "values" else "v"
@@ -290,6 +291,6 @@ class Unpack(Planes):
         args += [p for p in parameters(plan) if p.startswith(side.name)] + ["out_ptr", "begin", "end", "table_width"]
         return fill(
             UNPACK, side=side.name, args=", ".join(args), heads=plan.shape.kv_heads, tile=plan.tile,
-            page=plan.layout.page_tokens, head_dim=plan.shape.head_dim, lanes=self.lane_lines(), addresses=keep,
+            page=plan.layout.page_tokens, head_dim=side.dim, lanes=self.lane_lines(), addresses=keep,
             halves=halves.lines,
         )  # fmt: skip

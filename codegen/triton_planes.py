@@ -163,7 +163,7 @@ class Planes:
             token, lane = self.grid(tokens, self.lane)
             mask = self.mask(guard)
             other = f", mask={mask}, other=0.0" if mask else ""
-            address = f"{side.name[:-1]}_floats + {token} * {self.plan.shape.head_dim} + {lane}"
+            address = f"{side.name[:-1]}_floats + {token} * {side.dim} + {lane}"
             return [
                 f"place = {self.at(address, plane)}",
                 f"n{plane} = tl.load(place{other}).to(tl.float32)",
@@ -196,9 +196,9 @@ def static_read(planes: Planes, plane: int, lane: str) -> list[str]:
     side = planes.side
     mask = planes.mask("") if "[" in lane else f"{planes.lane}_in" * planes.ragged
     other = f", mask={mask}, other=0.0" if mask else ""
-    block, head_dim = side.scale.block, planes.plan.shape.head_dim
-    channels = block.channels if isinstance(block.channels, int) else head_dim
-    groups = head_dim // channels
+    block = side.scale.block
+    channels = block.channels if isinstance(block.channels, int) else side.dim
+    groups = side.dim // channels
     head = "h" if block.heads == 1 else "0"
     channel = f"({lane} + {plane * planes.width})" if plane else lane
     index = f"{head} * {groups} + {channel} // {channels}" if groups > 1 else f"{head} + {lane} * 0"

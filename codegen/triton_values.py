@@ -13,6 +13,7 @@ from .plan import Plan
 from .text import plus
 from .triton_meta import entry, pointer, read
 from .triton_planes import Planes, static_read
+from .triton_rows import ExactRows
 
 
 class Values(Planes):
@@ -24,6 +25,20 @@ class Values(Planes):
         self.exact = "tl.float32" if plan.shape.dtype == "fp32" else "tl.float16"
         self.precise = ', input_precision="ieee"' if plan.shape.dtype == "fp32" else ""
         self.rows = "ROWS"
+        self.exact_rows = ExactRows(plan, self.side, self.exact, self.precise) if self.side.turned else None
+
+    def outputs(self) -> list[str]:
+        """The arguments where sums over exact rows go, and the packed tokens' share of the weights."""
+        return ["exact_ptr", *(["share_ptr"] if self.side.shifted else [])] if self.side.turned else []
+
+    def stores(self, out: str, names: list[str]) -> list[str]:
+        """Lines that store a tile a plane [lanes, rows], divided by the mass of weights."""
+        inside = f"{self.lane}_in[:, None]" if self.ragged else f"({self.lane} >= 0)[:, None]"
+        lines = []
+        for j, name in enumerate(names):
+            lane = f"({self.lane} + {j * self.width})[:, None]" if j else f"{self.lane}[:, None]"
+            lines.append(f"tl.store({out} + {lane}, {name} * inverse[None, :], mask=live[None, :] & {inside})")
+        return lines
 
     @property
     def in_planes(self) -> bool:
@@ -106,7 +121,7 @@ class Values(Planes):
         other = f", mask={mask}, other=0.0" if mask else ""
         lines = [f"weight = {'p' if fp32 else 'p.to(tl.float16)'}"]
         for j in range(self.side.layout.planes):
-            address = f"{token} * {self.plan.shape.head_dim} + {lane}{plus(j * self.width)}"
+            address = f"{token} * {self.side.dim} + {lane}{plus(j * self.width)}"
             lines.append(f"v = tl.load(value_floats + {address}{other})")
             value = "v.to(tl.float32)" if fp32 and self.side.floats == "fp16" else "v"
             precise = ', input_precision="ieee"' if fp32 else ""
@@ -117,11 +132,23 @@ class Values(Planes):
 
     def edge_prologue(self) -> list[str]:
         zero = f"tl.zeros([{self.lanes}, {self.rows}], tl.float32)"
-        return [f"o{j} = {zero}" for j in range(self.side.layout.planes)]
+        lines = [f"o{j} = {zero}" for j in range(self.side.layout.planes)]
+        if self.exact_rows is not None:
+            lines += [*self.exact_rows.lanes(), *self.exact_rows.accumulators()]
+            lines += ["coded_mass = tl.zeros([ROWS], tl.float32)"] * self.side.shifted
+        return lines
 
     def either(self) -> list[str]:
         """Add edge tokens under weights p: decoded where `coded`, from exact rows where `exact`."""
         lines = [*self.load_tokens("t"), f"weight = {self._cast('p')}"]
+        if self.exact_rows is not None:
+            for j in range(self.side.layout.planes):
+                lines += self.decode_token(j, "t", "coded")
+                lines.append(f"v = tl.where(coded[None, :], n{j}, 0.0).to({self.exact})")
+                lines.append(f"o{j} = tl.dot(v, weight, o{j} * decay[None, :]{self.precise})")
+            if self.side.shifted:
+                lines.append("coded_mass = coded_mass * decay + tl.sum(tl.where(coded[:, None], p, 0.0), 0)")
+            return lines + self.exact_rows.accumulate()
         token, lane = self.grid("row", self.lane)
         mask = self.mask("exact")
         lines.append(f"source = value_rows + {token} * {self.plan.shape.head_dim} + {lane}")

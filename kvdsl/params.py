@@ -1,6 +1,8 @@
-"""Calibrated numbers of a scheme: which it wants, whether they fit, and the file they are kept in.
+"""Numbers of a scheme beside its pages: which it wants, whether they fit, and the file they are kept in.
 
-Names are `keys.scale` and `values.scale`; in a file for a whole model each stands behind `layers.<i>.`.
+Names are the parts' places in the spec, as `keys.scale` or `values.transform[1]`; in a file for a whole model each
+stands behind `layers.<i>.`.  Kernels take them made ready: with the maps of the spaces that keys and values are coded
+in, `keys.encode` and so on (see spaces.py).
 """
 
 from __future__ import annotations
@@ -16,18 +18,23 @@ from torch import Tensor
 
 from .errors import ShapeError
 from .kernels import Params
-from .scheme import SIDES, Count, Scheme
+from .scheme import SIDES, Count, Scheme, Side
 from .shape import Shape
+from .spaces import calibrated, maps
 
 HASH = "kvdsl.scheme"
 LONGEST_HEADER = 1 << 20  # bytes of a file's description that are read
 
 
 def wanted(scheme: Scheme, shape: Shape) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of the numbers a scheme needs beside its pages: (kv heads or 1, groups of channels or 1),
-    and (2, ...) = scale, offset where the range has an offset.  Empty where every scale is measured online."""
+    """The names and shapes of the numbers a scheme needs from data.
+
+    A scale: (kv heads or 1, groups of channels or 1), and (2, ...) = scale, offset where the range has an offset; a
+    transform: (kv heads, head_dim).  Empty where everything is measured online or follows from a seed.
+    """
     found: dict[str, tuple[int, ...]] = {}
     for side in SIDES:
+        found |= calibrated(scheme.side(side), side, shape.kv_heads, shape.head_dim)
         scale = scheme.side(side).measure
         if scale is None or scale.when == "online":
             continue
@@ -43,12 +50,20 @@ def _blocks(size: Count, whole: int) -> int:
 def checked(
     scheme: Scheme, shape: Shape, params: Params | None, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
-    """The wanted numbers as float32 on a device.  ShapeError names what is missing, of another shape or not finite."""
+    """The wanted numbers as float32 on a device, and the maps made of them.
+
+    A map given under its own name (`keys.encode` with `keys.decode`) stands for what it is made of.  ShapeError names
+    what is missing, of another shape or not finite.
+    """
+    params = {} if params is None else params
     taken = dict[str, Tensor]()
+    mapped = [side for side in SIDES if f"{side}.encode" in params and f"{side}.decode" in params]
     for name, right in wanted(scheme, shape).items():
-        if params is None or name not in params:
+        if name not in params and name.partition(".transform")[0] in mapped:
+            continue
+        if name not in params:
             raise ShapeError(
-                f"params[{name!r}]: missing; this scale is calibrated, give params=kvdsl.calibrate(scheme, k, v) of "
+                f"params[{name!r}]: missing; it is calibrated, give params=kvdsl.calibrate(scheme, k, v) of "
                 f"typical k and v"
             )
         given = params[name]
@@ -61,7 +76,24 @@ def checked(
                 f"params[{name!r}]: it holds numbers that are no finite floats; calibrate on finite tensors"
             )
         taken[name] = given.detach().to(device, torch.float32).contiguous()
+    for side in SIDES:
+        made = maps(scheme.side(side), side, shape.head_dim, params, device)
+        _fit(made, side, scheme.side(side).coded(shape.head_dim), shape)
+        taken |= made
     return taken
+
+
+def _fit(made: Params, side: Side, numbers: int, shape: Shape) -> None:
+    """ShapeError for a given map that does not fit."""
+    sizes = {"encode": (numbers, shape.head_dim), "decode": (shape.head_dim, numbers)}
+    sizes |= {"encode_shift": (numbers,), "decode_shift": (shape.head_dim,)}  # type: ignore[dict-item]
+    for name, tensor in made.items():
+        right = sizes[name.removeprefix(f"{side}.")]
+        if tuple(tensor.shape[1:]) != right or tensor.shape[0] not in (1, shape.kv_heads):
+            raise ShapeError(
+                f"params[{name!r}]: shape {tuple(tensor.shape)}; the right one is {(shape.kv_heads, *right)}, or 1 in "
+                f"place of {shape.kv_heads}"
+            )
 
 
 def save(path: str | Path, scheme: Scheme, params: Params) -> None:

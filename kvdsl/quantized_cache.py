@@ -17,6 +17,7 @@ from .inputs import checked_counts, checked_index, checked_number, refuse_tensor
 from .kernels import AttentionState, KernelSet, Params, Side
 from .members import Member, Policy
 from .pages import ZERO, PagePool
+from .params import checked
 from .rows import dense_index, gather, ring_index
 from .scheme import SIDES
 from .state import Now
@@ -63,7 +64,7 @@ class QuantizedCache:
         self.requantized = 0
         with torch.inference_mode(False), torch.no_grad():
             self.device = torch.empty(0, device=device).device
-            self.params = {name: tensor.detach().to(self.device) for name, tensor in (params or {}).items()}
+            self.params = checked(kernels.scheme, kernels.shape, params, self.device)
             limit = max(1, batch) * -(-capacity // kernels.page_tokens)
             self.pool = PagePool(limit, kernels.page_bytes, self.device)
             self._now = Now.empty(Policy.of(kernels, window), batch, kernels.shape, self.device)

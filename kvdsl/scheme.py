@@ -102,6 +102,22 @@ class Store(Part):
             one = self.transform if isinstance(self.transform, list) else [self.transform]
             object.__setattr__(self, "transform", tuple(one))
 
+    def coded(self, head_dim: int) -> int:
+        """How many numbers a head's vector of `head_dim` channels is coded as."""
+        if isinstance(self.code, Sketch) and isinstance(self.code.dim, int):
+            return self.code.dim
+        return head_dim
+
+    @property
+    def turned(self) -> bool:
+        """Whether anything but the vector as it is, is coded: what comes back is mapped on the query or the output."""
+        return bool(self.transform) or isinstance(self.code, Sketch)
+
+    @property
+    def shifted(self) -> bool:
+        """Whether reading adds a vector."""
+        return any(isinstance(part, ChannelShift) for part in self.transform)  # type: ignore[union-attr]
+
     @cached_property
     def measure(self) -> Scale | None:
         """The scale with its range resolved: the code's own where the spec names none."""

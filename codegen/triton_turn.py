@@ -1,0 +1,132 @@
+"""Maps between a head's vector and what is coded of it, in Triton: rows before packing, queries, decoded rows back.
+
+Sums run in float64 where their result is stored or given back: products of float32 numbers are exact there, so their
+order decides nothing.  Queries are summed in float32.
+"""
+
+from __future__ import annotations
+
+from .plan import Plan, SidePlan
+from .text import fill, padded
+
+TURN_ROWS = 32  # tokens of a program
+TURN_LANES = 128  # numbers of the result of a program
+QUERY_ROWS = 16
+QUERY_LANES = 32
+
+# One row of the source at a time would wait for memory; a whole tile of products would not fit: one number of every
+# row against one line of the map.
+TURN = """
+@triton.jit(do_not_specialize=[$loose])
+def $name($args):
+    n = tl.program_id(0) * $rows + tl.arange(0, $rows)
+    bh = tl.program_id(1)
+    i = tl.program_id(2) * $lanes + tl.arange(0, $lanes)
+    b = bh // $heads
+    h = bh % $heads
+    $where
+    source = $source + row * $taken
+    matrix = $matrix_ptr + h.to(tl.int64) * $stride + i.to(tl.int64) * $taken
+    y = tl.zeros([$rows, $lanes], tl.float64)
+    for d in range(0, $taken):
+        x = tl.load(source + d, mask=inside, other=0.0).to(tl.float32)
+        $clean
+        e = tl.load(matrix + d, mask=i < $given, other=0.0)
+        y += x.to(tl.float64)[:, None] * e.to(tl.float64)[None, :]
+    $shift
+    out = out_ptr + (bh.to(tl.int64) * count + n)[:, None] * $given + i[None, :]
+    tl.store(out, y.to(tl.float32), mask=inside[:, None] & (i < $given)[None, :])
+"""
+
+QUERY = """
+@triton.jit(do_not_specialize=["queries"])
+def turn_query($args):
+    bh = tl.program_id(0)
+    i = tl.program_id(1) * $lanes + tl.arange(0, $lanes)
+    b = bh // $heads
+    h = bh % $heads
+    row_index = tl.program_id(2) * $rows + tl.arange(0, $rows)
+    live = row_index < queries * $group
+    token = row_index // $group
+    place = (b * $q_heads + h * $group + row_index % $group).to(tl.int64) * queries + token
+    d = tl.arange(0, $padded)
+    known = (d < $taken) & (d >= 0)
+    q = tl.load(
+        query_ptr + place[:, None] * $taken + d[None, :], mask=live[:, None] & known[None, :], other=0.0
+    ).to(tl.float32)
+    matrix = keys_decode_ptr + h.to(tl.int64) * keys_stride
+    w = tl.load(
+        matrix + d.to(tl.int64)[:, None] * $given + i[None, :], mask=known[:, None] & (i < $given)[None, :], other=0.0
+    )
+    y = tl.dot(q, w, input_precision="ieee")
+    tl.store(turned_ptr + place[:, None] * $given + i[None, :], y, mask=live[:, None] & (i < $given)[None, :])
+    $bias
+"""
+
+
+def _turn(plan: Plan, side: SidePlan, name: str, **holes: list[str] | str | int) -> str:
+    back = name.startswith("restore")
+    taken, given = (side.dim, plan.shape.head_dim) if back else (plan.shape.head_dim, side.dim)
+    which = f"{side.name}_{'decode' if back else 'encode'}"
+    shift = []
+    if side.shifted:
+        shift = [
+            f"shift = tl.load({which}_shift_ptr + h * {side.name}_shifts * {given} + i, mask=i < {given}, other=0.0)",
+            "y = y + shift.to(tl.float64)[None, :]",
+        ]
+    lanes = min(TURN_LANES, padded(given))
+    return fill(
+        TURN, name=name, rows=TURN_ROWS, lanes=lanes, heads=plan.shape.kv_heads, taken=taken, given=given,
+        matrix_ptr=f"{which}_ptr", stride=f"{side.name}_stride", shift=shift, **holes,
+    )  # fmt: skip
+
+
+def map_arguments(side: SidePlan, what: str) -> list[str]:
+    """The arguments of a kernel that applies `encode` or `decode`: matrix, shift, and how far one head's is apart."""
+    name = f"{side.name}_{what}"
+    shift = [f"{name}_shift_ptr", f"{side.name}_shifts"] if side.shifted else []
+    return [f"{name}_ptr", f"{side.name}_stride", *shift]
+
+
+def turn(plan: Plan, side: SidePlan) -> str:
+    """The text of `turn_<side>`: tokens u in [low, low + count) of the rows as float32 numbers to be coded."""
+    args = ["rows_ptr", "first_ptr", "begin_ptr", "end_ptr", *map_arguments(side, "encode"), "out_ptr"]
+    args += ["total_rows", "offset", "ring", "low", "count"]
+    where = [
+        "u = low + n",
+        "inside = (n < count) & (u >= tl.load(begin_ptr + b)) & (u < tl.load(end_ptr + b))",
+        "row = (offset + tl.where(inside, u - tl.load(first_ptr + b), 0) % ring).to(tl.int64)",
+        "row = bh.to(tl.int64) * total_rows + row",
+    ]
+    return _turn(
+        plan, side, f"turn_{side.name}", args=", ".join(args), loose='"offset", "ring", "low", "count"', where=where,
+        source="rows_ptr", clean=["x = tl.where(x == x, finite(x), x)"],
+    )  # fmt: skip
+
+
+def restore(plan: Plan, side: SidePlan) -> str:
+    """The text of `restore_<side>`: decoded numbers (programs, count, M) float32 as the head's vectors."""
+    args = ["coded_ptr", *map_arguments(side, "decode"), "out_ptr", "count"]
+    where = ["inside = n < count", "row = bh.to(tl.int64) * count + n"]
+    return _turn(
+        plan, side, f"restore_{side.name}", args=", ".join(args), loose='"count"', where=where, source="coded_ptr",
+        clean=[],
+    )  # fmt: skip
+
+
+def turn_query(plan: Plan) -> str:
+    """The text of `turn_query`: what multiplies a coded key in a score (B, Hq, Q, M), and what is added to it."""
+    side, shape = plan.keys, plan.shape
+    args = ["query_ptr", *map_arguments(side, "decode"), "turned_ptr"]
+    bias = []
+    if side.shifted:
+        args.append("bias_ptr")
+        bias = [
+            f"shift = tl.load(keys_decode_shift_ptr + h * keys_shifts * {shape.head_dim} + d, mask=known, other=0.0)",
+            "tl.store(bias_ptr + place, tl.sum(q * shift[None, :], 1), mask=live)",
+        ]
+    return fill(
+        QUERY, args=", ".join([*args, "queries"]), lanes=QUERY_LANES, rows=QUERY_ROWS, heads=shape.kv_heads,
+        group=shape.group, q_heads=str(shape.q_heads), padded=padded(shape.head_dim), taken=shape.head_dim,
+        given=side.dim, bias=bias,
+    )  # fmt: skip

@@ -1,0 +1,94 @@
+"""The space that a store codes in: what transforms and a sketch make of a head's vector, as one affine map each way.
+
+A chain of transforms, or a sketch, takes a vector x of D channels to y = E x - u of M numbers, which is coded; a coded
+y is read as x = W y + v.  Scores and outputs never need x: q.x = (W^T q).y + q.v, and sum_t p_t x_t = W sum_t p_t y_t
++ v sum_t p_t, so that W is applied once to a query, or once to an output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .matrices import rotation, sketch
+from .scheme import ALL, ChannelScale, ChannelShift, Permute, Rotate, Side, Sketch, Store
+
+Params = Mapping[str, Tensor]
+Map = tuple[Tensor, Tensor]  # matrix (heads or 1, out, in) and shift (heads or 1, out), float64
+
+
+def calibrated(store: Store, side: Side, heads: int, head_dim: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the transforms' numbers that come from data: (kv heads, head_dim) each."""
+    parts = enumerate(store.transform)  # type: ignore[arg-type]
+    return {f"{side}.transform[{i}]": (heads, head_dim) for i, part in parts if not isinstance(part, Rotate)}
+
+
+def maps(store: Store, side: Side, head_dim: int, params: Params, device: torch.device | str) -> dict[str, Tensor]:
+    """`<side>.encode` (heads or 1, M, D) and `<side>.decode` (heads or 1, D, M), float32; with a shift also
+    `<side>.encode_shift` (heads or 1, M) and `<side>.decode_shift` (heads or 1, D).  Given ones are taken as they are.
+
+    Empty for a store that codes the vector itself.
+    """
+    if not store.turned:
+        return {}
+    names = [f"{side}.{name}" for name in ("encode", "decode", "encode_shift", "decode_shift")]
+    if names[0] in params and names[1] in params:
+        return {name: params[name].to(device, torch.float32).contiguous() for name in names if name in params}
+    numbers = tuple(params.get(f"{side}.transform[{i}]") for i in range(len(store.transform)))  # type: ignore[arg-type]
+    if any(given is not None for given in numbers):
+        found = _composed(store, head_dim, numbers)
+    else:
+        found = _fixed(store, head_dim, str(device))
+    kept = names if store.shifted else names[:2]
+    return {name: tensor.to(device) for name, tensor in zip(kept, found, strict=False)}
+
+
+@cache
+def _fixed(store: Store, head_dim: int, device: str) -> tuple[Tensor, ...]:
+    """Maps that a seed alone gives: the layers of a model share them."""
+    empty = (None,) * len(store.transform)  # type: ignore[arg-type]
+    return tuple(tensor.to(device) for tensor in _composed(store, head_dim, empty))
+
+
+def _composed(store: Store, head_dim: int, numbers: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    """(E, W, u, v) in float32: products formed in float64 and rounded once."""
+    forth: Map = (torch.eye(head_dim, dtype=torch.float64)[None], torch.zeros(1, head_dim, dtype=torch.float64))
+    back: Map = forth
+    for part, given in zip(store.transform, numbers, strict=True):  # type: ignore[arg-type]
+        there, here = _step(part, head_dim, given)
+        forth = _after(there, forth)
+        back = _after(back, here)
+    if isinstance(store.code, Sketch):
+        rows = sketch(store.coded(head_dim), head_dim, store.code.basis, store.code.seed)[None]
+        zero = torch.zeros(1, 1, dtype=torch.float64)
+        forth = _after((rows, zero), forth)
+        back = _after(back, (rows.mT, zero))
+    return tuple(x.to(torch.float32).contiguous() for x in (forth[0], back[0], -forth[1], back[1]))
+
+
+def _after(outer: Map, inner: Map) -> Map:
+    """The map that applies `inner`, then `outer`."""
+    return outer[0] @ inner[0], (outer[0] @ inner[1][..., None])[..., 0] + outer[1]
+
+
+def _step(part: object, head_dim: int, given: Tensor | None) -> tuple[Map, Map]:
+    """One transform and its inverse."""
+    zero = torch.zeros(1, head_dim, dtype=torch.float64)
+    if isinstance(part, Rotate):
+        size = head_dim if part.size is ALL else part.size
+        assert isinstance(size, int)
+        matrix = rotation(part.kind, size, part.seed, head_dim)[None]
+        return (matrix, zero), (matrix.mT, zero)
+    assert given is not None
+    numbers = given.to("cpu", torch.float64)
+    if isinstance(part, ChannelScale):
+        return (torch.diag_embed(1 / numbers), zero), (torch.diag_embed(numbers), zero)
+    one = torch.eye(head_dim, dtype=torch.float64)
+    if isinstance(part, ChannelShift):
+        return (one[None], -numbers), (one[None], numbers)
+    assert isinstance(part, Permute)
+    matrix = one[numbers.to(torch.int64)]
+    return (matrix, zero), (matrix.mT, zero)
