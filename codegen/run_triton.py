@@ -175,8 +175,10 @@ class TritonModule:
         rows = plan.rows(many=queries > 1)
         blocks = -(-queries * shape.group // rows)
         programs = batch * shape.kv_heads
-        clean = splits or self.splits(programs * blocks, state.longest)
-        edges = self.edge_splits(programs * blocks, state)
+        if splits is None:
+            clean, edges = self.splits(programs * blocks, state.longest), self.edge_splits(programs * blocks, state)
+        else:  # a fixed plan: what a sequence gets must not depend on who else is in the batch
+            clean = edges = splits
         count = clean + edges
         partial = torch.empty(programs * blocks * count * rows * plan.values.dim, dtype=torch.float32, device=query.device)
         lse = torch.empty(programs * blocks * count * rows, dtype=torch.float32, device=query.device)

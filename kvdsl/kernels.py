@@ -111,5 +111,7 @@ class KernelSet:
         """Causal attention: query (B, Hq, Q, D), query i at position length_b - Q + i -> (out like query, in its
         dtype, lse (B, Hq, Q) float32, natural logarithm).  A query that sees no token gives zeros and -inf.
 
-        `splits` is the number of programs that share one sequence (None: chosen from the shape and the machine)."""
+        `splits` is the number of programs that share the packed tokens of one sequence, and of those that share the
+        exact ones (None: chosen from the batch and the machine).  Given, a sequence gets from the Triton kernels to
+        the bit what it gets alone, whatever batch it is in."""
         return self.module.attend(query, state, params, splits)

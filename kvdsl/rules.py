@@ -178,6 +178,14 @@ def _a_zero_point_belongs_to_a_minimum(site: Site) -> Iterator[Fault]:
         yield site.fault("scale.zero", fact, "use zero='min' or grid='ends'")
 
 
+@rule("~.scale.zero", "~.code")
+def _a_zero_point_takes_the_nearest_level(site: Site) -> Iterator[Fault]:
+    code, scale = site.store.code, site.scale
+    if isinstance(code, Uniform) and code.rounding == "floor" and scale is not None and scale.zero == "point":
+        fact = "rounded down over a scale that was rounded up, a block of one number beside its zero point decodes to 0"
+        yield site.fault("code.rounding", fact, "use rounding='even' or zero='min'")
+
+
 @rule("~.scale.zero", "~.scale.dtype")
 def _a_zero_point_in_the_scale_needs_spare_bits(site: Site) -> Iterator[Fault]:
     scale = site.scale

@@ -147,6 +147,11 @@ FAULTY: list[tuple[Callable[[], Scheme], str]] = [
         "leave zero out, or use range='minmax'",
     ),
     (
+        lambda: uniform(Uniform(4, rounding="floor"), zero="point"),
+        "keys.code.rounding: rounded down over a scale that was rounded up, a block of one number beside its zero "
+        "point decodes to 0; use rounding='even' or zero='min'",
+    ),
+    (
         lambda: uniform(Uniform(4, grid="cells"), zero="point"),
         "keys.scale.zero: an integer zero point lies on a level, and grid 'cells' puts 0 between two; "
         "use zero='min' or grid='ends'",

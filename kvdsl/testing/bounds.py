@@ -112,8 +112,7 @@ def _online(code: Uniform, scale: Scale, numbers: Tensor, levels: int) -> Tensor
         point = low.abs() / torch.where(least == 0, torch.ones_like(least), least) + 0.5
         limit = limit + levels * moved + (step + moved) * deviation(point, scale.dtype)
         limit = torch.where(least == 0, limit + largest, limit)
-        rounded_up = largest if code.rounding == "floor" else torch.zeros_like(largest)  # then floor(v / |v|) may be 0
-        limit = torch.where(step == 0, deviation(low, scale.dtype) + (1 - scale.clip) * largest + rounded_up, limit)
+        limit = torch.where(step == 0, deviation(low, scale.dtype) + (1 - scale.clip) * largest, limit)
     elif not symmetric:
         limit = limit + levels * moved
     return limit + 7 * 2.0**-24 * (largest + step)

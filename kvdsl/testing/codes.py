@@ -208,13 +208,10 @@ def a_second_time_changes_no_code(case: Case) -> None:
 
 
 def _keeps_constants(store: Store) -> bool:
-    """Whether a block of one number has a code for it: not where it is floored over a scale that was rounded up."""
+    """Whether a block of one number has a code for it."""
     scale = store.measure
     if scale is None:
         return True
-    assert isinstance(store.code, Uniform)
-    if scale.zero == "point" and store.code.rounding == "floor":
-        return False
     return scale.when == "online" and scale.clip == 1 and scale.range == "minmax" and scale.zero in ("min", "point")
 
 

@@ -65,9 +65,8 @@ def stores(draw: Draw, longest: int) -> Store:
     when = draw(st.sampled_from(["online"] * 5 + ["calibrated"]))
     dtype, zero = draw(st.sampled_from(["fp16", "bf16", "fp32"])), "min"
     if when == "online" and grid == "ends" and range_ in ("minmax", "minmax_zero"):
-        zero = draw(
-            st.sampled_from(["min", "min", "point", "in_scale"] if dtype == "fp32" else ["min", "min", "point"])
-        )
+        zeros = ["min", "min"] + ["point"] * (rounding != "floor") + ["in_scale"] * (dtype == "fp32")
+        zero = draw(st.sampled_from(zeros))
     clip = draw(st.sampled_from([1.0, 1.0, 1.0, 0.9, 0.5]))
     block = draw(_blocks(longest, when == "calibrated"))
     scale = Scale(block, range=range_, clip=clip, zero=zero, dtype=dtype, when=when)  # type: ignore[arg-type]
