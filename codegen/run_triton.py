@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -180,19 +181,18 @@ class TritonModule:
         else:  # a fixed plan: what a sequence gets must not depend on who else is in the batch
             clean = edges = splits
         count = clean + edges
-        partial = torch.empty(programs * blocks * count * rows * plan.values.dim, dtype=torch.float32, device=query.device)
-        lse = torch.empty(programs * blocks * count * rows, dtype=torch.float32, device=query.device)
-        apart = {}  # sums over exact rows, which the map of the values does not touch
-        if plan.values.turned:
-            apart["exact_ptr"] = torch.empty(programs * blocks * edges * rows * dim, dtype=torch.float32, device=query.device)
-            apart["share_ptr"] = torch.empty(programs * blocks * edges * rows, dtype=torch.float32, device=query.device)
+        floats = partial(torch.empty, dtype=torch.float32, device=query.device)
+        results = {"partial_ptr": floats(programs * blocks * count * rows * plan.values.dim)}
+        results["lse_ptr"] = floats(programs * blocks * count * rows)
+        if plan.values.turned:  # sums over exact rows, which the map of the values does not touch
+            results["exact_ptr"] = floats(programs * blocks * edges * rows * dim)
+            results["share_ptr"] = floats(programs * blocks * edges * rows)
         capped = state.softcap is not None
         given = {
             **self._query(query, params), "table_ptr": state.table, "packed_keys_ptr": state.packed_keys,
             "packed_values_ptr": state.packed_values, "length_ptr": state.length, "start_ptr": state.start,
             "first_ptr": state.first, "key_rows_ptr": state.key_rows, "value_rows_ptr": state.value_rows,
-            "partial_ptr": partial, **apart, "lse_ptr": lse, "queries": queries, "table_width": state.table.shape[1],
-            "ring": state.key_rows.shape[2] - plan.sinks,
+            **results, "queries": queries, "table_width": state.table.shape[1], "ring": state.key_rows.shape[2] - plan.sinks,
             "window": NO_WINDOW if state.window is None else state.window, "splits": clean,
             "edge_splits": edges,
             "scaling": state.scaling * (1.0 if capped else LOG2E), "softcap": state.softcap if capped else 1.0,
@@ -200,11 +200,11 @@ class TritonModule:
         }  # fmt: skip
         self._run(kernel, (programs, count, blocks), given, state.pool, params)
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        out_lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=query.device)
+        out_lse = floats(batch, heads, queries)
         as_words = out.view(torch.int16) if query.dtype == torch.bfloat16 else out
         given = {
-            "partial_ptr": partial, **apart, "lse_ptr": lse, "out_ptr": as_words, "out_lse_ptr": out_lse,
-            "queries": queries, "blocks": blocks, "splits": count, "clean": clean, "ROWS": rows, "SPLITS": padded(count),
+            **results, "out_ptr": as_words, "out_lse_ptr": out_lse, "queries": queries, "blocks": blocks,
+            "splits": count, "clean": clean, "ROWS": rows, "SPLITS": padded(count),
         }  # fmt: skip
         self._run("merge", (batch * heads, queries), given, None, params)
         return out, out_lse

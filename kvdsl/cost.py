@@ -145,7 +145,7 @@ def _stored(store: Store, shape: Shape, tokens: int) -> tuple[Fraction, Fraction
             section, copies = section * copies, 1
     padded = -(-section // ALIGN) * ALIGN
     metadata, padding = (Fraction(8 * size * copies, elements) for size in (section, padded - section))
-    return Fraction(_code(store)), metadata, padding
+    return Fraction(_code(store) * store.coded(shape.head_dim), shape.head_dim), metadata, padding
 
 
 def _code(store: Store) -> int:

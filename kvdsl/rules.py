@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from .errors import Fault, SchemeError
 from .kinds import misfits
-from .scheme import ALL, Float, Scale, Scheme, Store, Uniform
+from .scheme import ALL, ChannelScale, Float, Rotate, Scale, Scheme, Sketch, Store, Uniform
 from .shape import Shape
 
 LONGEST_PAGE = 4096  # tokens: a page holds whole blocks of both sides and whole words
@@ -260,6 +260,51 @@ def _a_calibrated_scale_stores_its_minimum(site: Site) -> Iterator[Fault]:
         yield site.fault("scale.zero", fact, "leave zero out")
 
 
+@rule("~.code", "~.scale", "~.transform")
+def _a_sketch_stands_alone(site: Site) -> Iterator[Fault]:
+    if not isinstance(site.store.code, Sketch):
+        return
+    dim = site.store.code.dim
+    if isinstance(dim, int) and dim % 8:
+        yield site.fault("code.dim", f"{dim} signs fill no whole bytes", f"use {-(-dim // 8) * 8}")
+    if site.store.scale is not None:
+        yield site.fault("scale", "a sketch is scaled by the norm of the vector", "leave scale out")
+    if site.store.transform:
+        yield site.fault("transform", "a sketch maps the vector itself", "choose the map by basis=, and leave it out")
+
+
+@rule("~.transform")
+def _a_rotation_is_drawn_from_a_seed(site: Site) -> Iterator[Fault]:
+    for position, part in enumerate(site.store.transform):  # type: ignore[arg-type]
+        if not isinstance(part, Rotate):
+            continue
+        if part.kind != "hadamard" and part.seed is None:
+            yield site.fault(f"transform[{position}].seed", f"{part.kind} is drawn at random", "give seed=0")
+        if part.kind == "hadamard" and part.seed is not None:
+            mend = "leave seed out, or use kind='random_hadamard'"
+            yield site.fault(f"transform[{position}].seed", "nothing of a hadamard rotation is drawn", mend)
+        if part.kind != "orthogonal" and isinstance(part.size, int) and not _is_power(part.size):
+            yield site.fault(f"transform[{position}].size", *_no_power(part.size))
+
+
+def _is_power(count: int) -> bool:
+    return count & (count - 1) == 0
+
+
+def _no_power(size: int) -> tuple[str, str]:
+    near = size & -size
+    mend = f"use size={near} or kind='orthogonal'" if near > 1 else "use kind='orthogonal'"
+    return f"a Hadamard rotation needs a power of two, {size} is none", mend
+
+
+@rule("~.transform")
+def _queries_balance_keys(site: Site) -> Iterator[Fault]:
+    for position, part in enumerate(site.store.transform):  # type: ignore[arg-type]
+        if site.place == "values" and isinstance(part, ChannelScale) and part.by == "balance":
+            fact = "'balance' weighs keys against queries"
+            yield site.fault(f"transform[{position}].by", fact, "on values use 'sqrt_absmax'")
+
+
 def _layers(scheme: Scheme) -> Iterator[Fault]:
     seen: set[int] = set()
     for key, inner in scheme.layers:
@@ -288,9 +333,16 @@ def layer_faults(scheme: Scheme, layers: int) -> tuple[Fault, ...]:
 
 
 def _shape(site: Site, shape: Shape) -> Iterator[Fault]:
+    for position, part in enumerate(site.store.transform):  # type: ignore[arg-type]
+        if isinstance(part, Rotate):
+            yield from _rotation(site, f"transform[{position}]", part, shape.head_dim)
+    code = site.store.code
+    if isinstance(code, Sketch) and code.basis == "hadamard" and not _is_power(shape.head_dim):
+        fact = f"a Hadamard basis needs a power of two, and head_dim is {shape.head_dim}"
+        yield site.fault("code.basis", fact, "use basis='orthogonal'")
     if site.scale is None:
         return
-    block, size, heads = site.scale.block, shape.head_dim, shape.kv_heads
+    block, size, heads = site.scale.block, site.store.coded(shape.head_dim), shape.kv_heads
     if isinstance(block.channels, int) and size % block.channels:
         common = math.gcd(block.channels, size)
         mend = f"use {common} or ALL" if common > 1 else "use ALL"
@@ -301,3 +353,13 @@ def _shape(site: Site, shape: Shape) -> Iterator[Fault]:
         fits = [str(n) for n in range(1, heads + 1) if heads % n == 0]
         mend = f"use {', '.join(fits)} or ALL"
         yield site.fault("scale.block.heads", f"{block.heads} heads do not divide {heads} kv heads", mend)
+
+
+def _rotation(site: Site, place: str, part: Rotate, head_dim: int) -> Iterator[Fault]:
+    size = part.size if isinstance(part.size, int) else head_dim
+    if head_dim % size:
+        common = math.gcd(size, head_dim)
+        fact = f"blocks of {size} channels do not divide head_dim {head_dim}"
+        yield site.fault(f"{place}.size", fact, f"use size={common}" if common > 1 else "leave size out")
+    elif part.kind != "orthogonal" and not _is_power(size):
+        yield site.fault(place, *_no_power(size))

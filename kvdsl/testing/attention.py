@@ -354,9 +354,9 @@ def _largest(store: Store, k: Tensor, params: Params) -> Tensor:
         return k.abs()
     if not static(store):
         return spread(store, blocks_of(store, k.abs()).amax((2, 4, 6)), k)
-    assert store.scale is not None
+    assert store.measure is not None
     given = params["keys.scale"].double().cpu()
-    step, low = (given[0], given[1]) if store.scale.range in ("minmax", "minmax_zero") else (given, None)
+    step, low = (given[0], given[1]) if store.measure.range in ("minmax", "minmax_zero") else (given, None)
     reach = step * level_count(store)
     low = -reach / 2 - step / 2 if low is None else low
     return spread(store, torch.maximum(low.abs(), (low + reach).abs())[None, :, None], k)
