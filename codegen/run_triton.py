@@ -48,7 +48,8 @@ class TritonModule:
                 values[name] = _parameter(name, params)
         function = getattr(self.module, kernel)
         ordered = {name: values[name] for name in self.arguments[kernel]}
-        options = {"num_warps": warps(kernel, self.plan), "num_stages": stages(kernel), "enable_fp_fusion": fused(kernel)}
+        options = {"num_warps": warps(kernel, self.plan), "num_stages": stages(kernel)}
+        options["enable_fp_fusion"] = fused(kernel)
         spills: dict[str | None, int] = {}
         for setting in self.settings.get(kernel, ASSEMBLER):
             compiled = function[grid](**ordered, **options, ptx_options=setting)
@@ -192,9 +193,9 @@ class TritonModule:
             **self._query(query, params), "table_ptr": state.table, "packed_keys_ptr": state.packed_keys,
             "packed_values_ptr": state.packed_values, "length_ptr": state.length, "start_ptr": state.start,
             "first_ptr": state.first, "key_rows_ptr": state.key_rows, "value_rows_ptr": state.value_rows,
-            **results, "queries": queries, "table_width": state.table.shape[1], "ring": state.key_rows.shape[2] - plan.sinks,
-            "window": NO_WINDOW if state.window is None else state.window, "splits": clean,
-            "edge_splits": edges,
+            **results, "queries": queries, "table_width": state.table.shape[1],
+            "ring": state.key_rows.shape[2] - plan.sinks,
+            "window": NO_WINDOW if state.window is None else state.window, "splits": clean, "edge_splits": edges,
             "scaling": state.scaling * (1.0 if capped else LOG2E), "softcap": state.softcap if capped else 1.0,
             "STAGES": stages(kernel),
         }  # fmt: skip

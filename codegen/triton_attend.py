@@ -13,7 +13,7 @@ Glossary of the attention skeleton (for maintainers; not emitted):
 from __future__ import annotations
 
 from .plan import Plan
-from .text import Lines, fill, literal, padded
+from .text import Lines, fill, literal
 from .triton_keys import Keys
 from .triton_meta import section
 from .triton_values import Values
@@ -227,11 +227,11 @@ class Attend:
         """Lines that store a program's outputs; those of its exact tokens apart where values are turned."""
         values, exact = self.values, []
         if edges and values.exact_rows is not None:
-            exact = ["edge = (bh.to(tl.int64) * tl.num_programs(2) + block) * edge_splits + split - splits"]
-            exact.append("edge = edge * ROWS + tl.arange(0, ROWS)")
+            exact = ["slot = (bh.to(tl.int64) * tl.num_programs(2) + block) * edge_splits + split - splits"]
+            exact.append("slot = slot * ROWS + tl.arange(0, ROWS)")
             exact += values.exact_rows.stores()
             if values.side.shifted:
-                exact.append("tl.store(share_ptr + edge, coded_mass * inverse, mask=live)")
+                exact.append("tl.store(share_ptr + slot, coded_mass * inverse, mask=live)")
         stores = values.stores("partial", [f"o{j}" for j in range(values.side.layout.planes)])
         return fill(PARTIALS, dim=values.side.dim, stores=stores, exact=exact).splitlines()
 

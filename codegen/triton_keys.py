@@ -45,7 +45,8 @@ class Keys(Planes):
         lines = [f"known = {mask}"] if self.ragged else []
         mask = "known" if self.ragged else mask
         lines += [
-            f"x{j} = tl.load({self.query} + {self.plane_lane(j)}[:, None], mask={mask}, other=0.0).to(tl.float32) * scaling"
+            f"x{j} = tl.load({self.query} + {self.plane_lane(j)}[:, None], mask={mask}, other=0.0)"
+            f".to(tl.float32) * scaling"
             for j in range(layout.planes)
         ]
         lines += ["top = tl.max(tl.abs(x0), 0)"]

@@ -1,4 +1,4 @@
-"""The merge of a query's partial outputs, in Triton: weighted by their log-sum-exps, in the model's dtype at the end."""
+"""The merge of a query's partial outputs, in Triton: weighted by their log-sum-exps, in the model's dtype."""
 
 from __future__ import annotations
 
@@ -50,16 +50,16 @@ total = tl.sum(part * weight[:, None], 0) / tl.where(mass > 0.0, mass, 1.0)
 TURNED_PLACE = """
 base = (b * $heads + h).to(tl.int64) * blocks + row // ROWS
 place = (base * splits + s) * ROWS + row % ROWS
-edge = (base * (splits - clean) + tl.maximum(s - clean, 0)) * ROWS + row % ROWS
+slot = (base * (splits - clean) + tl.maximum(s - clean, 0)) * ROWS + row % ROWS
 """
 
 TURNED_SUM = """
-part = tl.load(
-    exact_ptr + edge[:, None] * $head_dim + d[None, :],
+exact = tl.load(
+    exact_ptr + slot[:, None] * $head_dim + d[None, :],
     mask=((s >= clean) & (s < splits) & (weight > 0.0))[:, None] & (d < $head_dim)[None, :],
     other=0.0,
 )
-total = tl.sum(part * weight[:, None], 0)
+total = tl.sum(exact * weight[:, None], 0)
 matrix = values_decode_ptr + h.to(tl.int64) * values_stride
 for first in range(0, $dim, $step):
     i = first + tl.arange(0, $step)
@@ -77,7 +77,7 @@ total = total / tl.where(mass > 0.0, mass, 1.0)
 """
 
 SHIFT = """
-share = tl.load(share_ptr + edge, mask=(s >= clean) & (s < splits) & (weight > 0.0), other=0.0)
+share = tl.load(share_ptr + slot, mask=(s >= clean) & (s < splits) & (weight > 0.0), other=0.0)
 share = tl.sum(tl.where(s < clean, weight, share * weight), 0)
 shift = tl.load(values_decode_shift_ptr + h * values_shifts * $head_dim + d, mask=d < $head_dim, other=0.0)
 total = total + shift * share

@@ -98,8 +98,8 @@ class Pack(Planes):
         args += [p for p in pool_args if p in text] + ["table_ptr", *params]
         args += ["total_rows", "offset", "ring", "table_width", "first_step"]
         kernel = fill(
-            PACK, side=side.name, rows_ptr=rows, args=[f"{name}," for name in args], heads=plan.shape.kv_heads, span=self.span,
-            lanes_t=self.tokens, page=plan.layout.page_tokens, lanes=self.lane_lines(), lane=self.lane,
+            PACK, side=side.name, rows_ptr=rows, args=[f"{name}," for name in args], heads=plan.shape.kv_heads,
+            span=self.span, lanes_t=self.tokens, page=plan.layout.page_tokens, lanes=self.lane_lines(), lane=self.lane,
             span_mask=f" & (tl.arange(0, {self.tokens}) < {self.span})" if self.tokens != self.span else "",
             head_dim=side.dim, body=body.lines,
         )  # fmt: skip

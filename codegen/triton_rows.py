@@ -70,7 +70,7 @@ class ExactRows:
 
     def stores(self) -> list[str]:
         """Store the sums of exact rows."""
-        lines = [f"exact_out = exact_ptr + edge[None, :] * {self.dim} + {self.lane}[:, None]"]
+        lines = [f"exact_out = exact_ptr + slot[None, :] * {self.dim} + {self.lane}[:, None]"]
         for j in self.planes:
             mask = f"live[None, :] & ({self.lane} < {min(self.width, self.dim - j * self.width)})[:, None]"
             lines.append(f"tl.store(exact_out{plus(j * self.width)}, g{j} * inverse[None, :], mask={mask})")
