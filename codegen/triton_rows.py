@@ -13,7 +13,7 @@ class ExactRows:
     def __init__(self, plan: Plan, side: SidePlan, operand: str, precise: str) -> None:
         self.plan, self.side, self.operand, self.precise = plan, side, operand, precise
         self.dim = plan.shape.head_dim
-        self.width = max(16, min(64, self.dim & -self.dim))
+        self.width = max(16, min(32, self.dim & -self.dim))
         self.planes = range(-(-self.dim // self.width))
         self.lane = f"{side.name[0]}_row"
 
