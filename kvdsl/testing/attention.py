@@ -21,7 +21,7 @@ from kvdsl.scheme import SIDES, Float, Scheme, Store
 from .bounds import blocks_of, spread
 from .cases import Case, law, require, require_equal, require_within, static
 from .data import MODEST
-from .driving import USUAL, Ends, Poison, attention_state, device_of, moved, packed
+from .driving import USUAL, Ends, Poison, attention_state, device_of, packed, ready
 
 HALF = 2.0**-10  # twice the rounding unit of float16
 
@@ -61,7 +61,7 @@ def attend(case: Case, step: Step, splits: int | None = None, poison: Poison = U
     """The kernels' output and log-sum-exp, on the CPU."""
     device = device_of(case.kernels)
     q = step.q.to(device)
-    out, lse = case.kernels.attend(q, step.state(case, poison), moved(step.params, device), splits)
+    out, lse = case.kernels.attend(q, step.state(case, poison), ready(case.kernels, step.params), splits)
     return out.cpu(), lse.cpu()
 
 
@@ -341,7 +341,7 @@ def scores_are_products(case: Case) -> None:
     ends: Ends = {"keys": [tokens] * case.batch, "values": [0] * case.batch}
     pages = packed(case.kernels, torch.cat([lead, k], 2), torch.cat([lead, v], 2), ends, params)
     q, device = case.query(2), device_of(case.kernels)
-    got = case.kernels.scores(q.to(device), pages.pool, pages.table, tokens, moved(params, device)).cpu()
+    got = case.kernels.scores(q.to(device), pages.pool, pages.table, tokens, ready(case.kernels, params)).cpu()
     want = reference.scores(case.bare, q, k, window=False, params=params)
     largest = _largest(case.scheme.keys, k.double(), params).repeat_interleave(case.shape.group, 1)
     limit = q.double().abs() @ largest.transpose(2, 3) * 2.0**-10

@@ -15,7 +15,7 @@ from kvdsl.scheme import SIDES, Float, Scheme, Store, Uniform
 
 from .bounds import LARGEST, blocks_of, bound, spread
 from .cases import METADATA, Case, law, require, require_equal, require_within, static
-from .driving import POISON, USUAL, Ends, Pages, Poison, device_of, moved, new_pages, pack, packed
+from .driving import POISON, USUAL, Ends, Pages, Poison, new_pages, pack, packed, ready
 
 
 def _ends(case: Case, tokens: int) -> Ends:
@@ -33,7 +33,7 @@ def _pages(case: Case, k: Tensor, v: Tensor, params: Params, poison: Poison = US
 
 
 def _decoded(case: Case, pages: Pages, begin: int, end: int, params: Params) -> tuple[Tensor, Tensor]:
-    there = moved(params, device_of(case.kernels))
+    there = ready(case.kernels, params)
     keys, values = (case.kernels.unpack(side, pages.pool, pages.table, begin, end, there).cpu() for side in SIDES)
     return keys, values
 

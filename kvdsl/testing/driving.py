@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvdsl.kernels import AttentionState, KernelSet, Params, Side
+from kvdsl.params import checked
 from kvdsl.scheme import SIDES
 from kvdsl.window import windows
 
@@ -56,9 +57,9 @@ def integers(values: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor(list(values), dtype=torch.int32, device=device)
 
 
-def moved(params: Params, device: torch.device) -> dict[str, Tensor]:
-    """Calibrated parameters on the device."""
-    return {name: tensor.to(device) for name, tensor in params.items()}
+def ready(kernels: KernelSet, params: Params | None) -> dict[str, Tensor]:
+    """Parameters as the kernels take them: on their device, with the maps made of them."""
+    return checked(kernels.scheme, kernels.shape, params, device_of(kernels))
 
 
 def new_pages(kernels: KernelSet, batch: int, tokens: int, poison: Poison = USUAL) -> Pages:
@@ -98,7 +99,7 @@ def pack(
     reach = (min(begin), max(end))
     kernels.pack(
         side, rows, integers(first, device), sinks, integers(begin, device), integers(end, device), reach, pages.pool,
-        pages.table, moved(params or {}, device),
+        pages.table, ready(kernels, params),
     )  # fmt: skip
 
 
