@@ -14,6 +14,7 @@ from .layout import NARROWEST, PAIR, BijectionProof, Layout, SideLayout, Stream,
 from .placement import When, place
 
 if TYPE_CHECKING:
+    from .absorb import Absorbed
     from .algebra import NormalForm
 
 DECODE_ROWS = 8
@@ -37,6 +38,13 @@ class SidePlan:
         from .algebra import derive
 
         return derive(self.name, self.store, self.when)
+
+    @cached_property
+    def absorbed(self) -> Absorbed | None:
+        """What becomes of the map of the space that is coded, with its proof; None where there is no map."""
+        from .absorb import absorb
+
+        return absorb(self.name, self.store)
 
     @property
     def scale(self) -> Scale:

@@ -6,7 +6,7 @@ from typing import Any
 
 import sympy as sp
 
-from .algebra import NormalForm, Term
+from .algebra import NormalForm, ProofStep, Term
 from .placement import When
 from .plan import Plan, SidePlan
 
@@ -28,18 +28,28 @@ def normal_form(plan: Plan) -> Stage:
 
 
 def _side(side: SidePlan) -> dict[str, Any]:
-    form = side.form
+    form, absorbed = side.form, side.absorbed
+    steps = [*form.proof]
+    if absorbed is not None:
+        steps.append(ProofStep(absorbed.statement, absorbed.method))
     return {
+        "space": [] if absorbed is None else [*absorbed.steps, _read(side), absorbed.where],
         "definition": f"{_name(side)} = {_definition(side)}",
         "lowered": f"{_outcome(side)} = {_joined([_sum(form, term) for term in form.terms])}",
         "applied": side.when.value,
         "terms": [_term(side, term) for term in form.terms],
-        "proof": [{"statement": step.statement, "method": step.method} for step in form.proof],
+        "proof": [{"statement": step.statement, "method": step.method} for step in steps],
     }
 
 
 def _name(side: SidePlan) -> str:
-    return f"{side.name[0]}[t, d]"
+    return "y[t, d]" if side.turned else f"{side.name[0]}[t, d]"
+
+
+def _read(side: SidePlan) -> str:
+    """What a coded vector is read as."""
+    letter = side.name[0]
+    return f"{letter}[t, d] = sum_i W[d, i]*y[t, i]" + (f" + {letter}0[d]" if side.shifted else "")
 
 
 def _definition(side: SidePlan) -> str:
@@ -47,6 +57,8 @@ def _definition(side: SidePlan) -> str:
 
 
 def _outcome(side: SidePlan) -> str:
+    if side.turned:
+        return "q' . y[t]" if side.name == "keys" else "out'[d]"
     return "q . k[t]" if side.name == "keys" else "out[d]"
 
 
@@ -118,7 +130,8 @@ def _product(parts: list[sp.Expr]) -> str:
 
 
 def _lines(side: SidePlan, told: dict[str, Any]) -> list[str]:
-    lines = [side.name, f"  definition   {told['definition']}", f"  lowered      {told['lowered']}"]
+    lines = [side.name, *(f"  space        {line}" for line in told["space"])]
+    lines += [f"  definition   {told['definition']}", f"  lowered      {told['lowered']}"]
     lines.append(f"  scale        {told['applied']}")
     for number, term in enumerate(told["terms"], 1):
         lines += [f"  term {number}       {term['sum']}", f"               {term['where']}"]

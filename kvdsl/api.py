@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from .errors import ShapeError
+from .fitting import fitted
 from .inputs import DTYPES, refuse_tensor
 from .kernels import AttentionState, Backend, KernelSet, Params, Side
-from .params import checked
+from .params import checked, wanted
 from .quantized_cache import QuantizedCache
 from .scheme import SIDES, Scheme
 from .shape import InputFormat, Shape
@@ -116,9 +117,10 @@ def attend(
         return out.to(k.device), lse.to(k.device)
 
 
-def calibrate(scheme: Scheme, k: Tensor, v: Tensor) -> dict[str, Tensor]:
-    """The numbers of the scheme's calibrated scales, measured over all tokens of k and v (B, H, T, D): float32 on the
-    CPU, rounded as the scheme stores them.  Empty for a scheme that has none.
+def calibrate(scheme: Scheme, k: Tensor, v: Tensor, q: Tensor | None = None) -> dict[str, Tensor]:
+    """The numbers of the scheme's calibrated parts, measured over all tokens of k and v (B, H, T, D), and of queries q
+    (B, Hq, Q, D) where keys are balanced against them: float32 on the CPU, rounded as the scheme stores them.  Empty
+    for a scheme that has none.
 
     Raises ShapeError for tensors that are no such pair, hold no token, or hold a NaN.
     """
@@ -130,15 +132,18 @@ def calibrate(scheme: Scheme, k: Tensor, v: Tensor) -> dict[str, Tensor]:
         raise ShapeError(f"k: shape {tuple(k.shape)} holds no token; give typical keys and values")
     for side, x in zip(SIDES, (k, v), strict=True):
         store = scheme.side(side)
+        found |= fitted(store, side, x.detach().cpu(), None if q is None else q.detach().cpu())
         if store.measure is None or store.measure.when == "online":
             continue
         # The definition, measured over the data as one block of tokens.
         tokens = x.transpose(0, 1).reshape(1, x.shape[1], -1, x.shape[3])
-        measured = quantize(store.with_(when="online"), tokens, None, side)
+        online = store.with_(scale=store.measure.with_(when="online"))
+        measured = quantize(online, tokens, found, side)
         assert measured.scale is not None
         parts = [part[0, :, 0].to(torch.float32) for part in (measured.scale, measured.offset) if part is not None]
         found[f"{side}.scale"] = torch.stack(parts) if len(parts) > 1 else parts[0]
-    return checked(scheme, shape, found)
+    ready = checked(scheme, shape, found)
+    return {name: ready[name] for name in wanted(scheme, shape)}
 
 
 @dataclass(frozen=True)

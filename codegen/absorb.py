@@ -1,0 +1,75 @@
+"""How the map of a side's space is taken out of the loop: onto the query for keys, onto the output for values, proven.
+
+What is coded of a vector x is y = E x - u; what is read is x = W y + v.  Scores and outputs are linear in x, so W and v
+leave the sum over tokens: they are applied once to a query, or once to an output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sympy as sp
+
+from kvdsl.errors import ProofError
+from kvdsl.scheme import ALL, ChannelScale, ChannelShift, Permute, Rotate, Sketch, Store
+
+CHANNELS, NUMBERS, TOKENS = 3, 2, 2  # of the proof: the statement is linear in every factor
+
+
+@dataclass(frozen=True)
+class Absorbed:
+    """One side's map: each step in words, what the side's sums become, and where the map is applied."""
+
+    steps: tuple[str, ...]
+    statement: str
+    method: str
+    where: str
+
+
+def steps(store: Store) -> tuple[str, ...]:
+    """The chain of maps, in the order in which they are applied."""
+    found = [_said(part) for part in store.transform]  # type: ignore[union-attr]
+    if isinstance(store.code, Sketch):
+        code = store.code
+        rows = "as many rows as channels" if code.dim is ALL else f"{code.dim} rows"
+        found.append(f"y = S x, S of {rows}, {code.basis}, from seed {code.seed}")
+    return tuple(found)
+
+
+def _said(part: object) -> str:
+    if isinstance(part, Rotate):
+        size = "the head" if part.size is ALL else f"blocks of {part.size} channels"
+        drawn = "" if part.seed is None else f", from seed {part.seed}"
+        return f"y = R x, R {part.kind} over {size}{drawn}"
+    if isinstance(part, ChannelScale):
+        return f"y = x / n, n a channel's {part.by}, calibrated"
+    if isinstance(part, ChannelShift):
+        return f"y = x - m, m a channel's {part.by}, calibrated"
+    assert isinstance(part, Permute)
+    return f"y = channels of x in order of their {part.by}, calibrated"
+
+
+def absorb(side: str, store: Store) -> Absorbed | None:
+    """What becomes of one side's sums; None where the vector itself is coded.  Raises ProofError if it is not so."""
+    if not store.turned:
+        return None
+    w = sp.Matrix(CHANNELS, NUMBERS, lambda d, i: sp.Symbol(f"W{d}{i}"))
+    v = sp.Matrix(CHANNELS, 1, lambda d, _: sp.Symbol(f"v{d}") if store.shifted else 0)
+    y = sp.Matrix(NUMBERS, TOKENS, lambda i, t: sp.Symbol(f"y{i}{t}"))
+    x = w * y + v * sp.ones(1, TOKENS)
+    if side == "keys":
+        q = sp.Matrix(1, CHANNELS, lambda _, d: sp.Symbol(f"q{d}"))
+        difference = q * x - ((w.T * q.T).T * y + (q * v) * sp.ones(1, TOKENS))
+        statement = "sum_d q[d]*k[t, d] = sum_i (sum_d W[d, i]*q[d])*y[t, i]"
+        statement += " + sum_d q[d]*v[d]" if store.shifted else ""
+        where = "W is applied to the query, once per step"
+    else:
+        p = sp.Matrix(TOKENS, 1, lambda t, _: sp.Symbol(f"p{t}"))
+        difference = x * p - (w * (y * p) + v * (sp.ones(1, TOKENS) * p))
+        statement = "sum_t p[t]*v[t, d] = sum_i W[d, i]*(sum_t p[t]*y[t, i])"
+        statement += " + v[d]*sum_t p[t]" if store.shifted else ""
+        where = "W is applied to the output, once per step"
+    if any(sp.expand(entry) != 0 for entry in difference):
+        raise ProofError(f"{side}: the map does not leave the sum over tokens")
+    method = f"symbolic, with {CHANNELS} channels of {NUMBERS} numbers and {TOKENS} tokens: it is linear in each"
+    return Absorbed(steps(store), statement, method, where)

@@ -1,0 +1,82 @@
+"""Transforms measured on data: scales, shifts and orders of channels, one after the other as they are applied."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .errors import ShapeError
+from .scheme import ChannelScale, ChannelShift, Permute, Side, Store
+from .spaces import maps
+
+EXPONENTS = tuple(i / 20 for i in range(21))  # of the search for learned scales
+LEAST = 2.0**-14  # of a channel's scale: a channel of zeros is left as it is
+
+
+def fitted(store: Store, side: Side, x: Tensor, q: Tensor | None) -> dict[str, Tensor]:
+    """The numbers of every calibrated transform, float32 (H, D), from x (B, H, T, D) and queries q (B, Hq, Q, D).
+
+    `learned` scales are max|x|^a with the exponent a, one a head, under which the store codes the data with the least
+    squared error; `learned` shifts are the middle of the range.  Raises ShapeError where `balance` has no queries.
+    """
+    found: dict[str, Tensor] = {}
+    seen: tuple[object, ...] = ()
+    for position, part in enumerate(store.transform):  # type: ignore[arg-type]
+        name = f"{side}.transform[{position}]"
+        y = _through(store, side, seen, found, x)
+        if isinstance(part, ChannelScale):
+            found[name] = _scales(store, side, part, seen, found, x, y, q)
+        elif isinstance(part, ChannelShift):
+            low, high = y.amin((0, 2)), y.amax((0, 2))
+            found[name] = y.mean((0, 2)) if part.by == "mean" else (low + high) / 2
+        elif isinstance(part, Permute):
+            size = y.amax((0, 2)) - y.amin((0, 2)) if part.by == "range" else y.sum((0, 2))
+            found[name] = size.argsort(-1, stable=True).to(torch.float32)
+        seen = (*seen, part)
+    return {name: numbers.to(torch.float32) for name, numbers in found.items()}
+
+
+def _through(store: Store, side: Side, parts: tuple[object, ...], numbers: dict[str, Tensor], x: Tensor) -> Tensor:
+    """x after the first parts of the chain, float64."""
+    if not parts:
+        return x.double()
+    part = Store(transform=parts)  # type: ignore[arg-type]
+    made = maps(part, side, x.shape[3], numbers, "cpu")
+    y = x.double() @ made[f"{side}.encode"].mT.double()
+    shift = made.get(f"{side}.encode_shift")
+    return y if shift is None else y + shift[:, None].double()
+
+
+def _scales(
+    store: Store, side: Side, part: ChannelScale, seen: tuple[object, ...], numbers: dict[str, Tensor], x: Tensor,
+    y: Tensor, q: Tensor | None,
+) -> Tensor:  # fmt: skip
+    size = y.abs().amax((0, 2)).clamp(min=LEAST)
+    if part.by == "absmax":
+        return size
+    if part.by == "sqrt_absmax":
+        return size.sqrt()
+    if part.by == "balance":
+        if q is None:
+            raise ShapeError("q: missing; 'balance' weighs keys against queries, give q=")
+        turned = q.double().unflatten(1, (x.shape[1], -1)).flatten(2, 3)
+        if seen:
+            turned = turned @ maps(Store(transform=seen), side, x.shape[3], numbers, "cpu")[f"{side}.decode"].double()  # type: ignore[arg-type]
+        return (size / turned.abs().amax((0, 2)).clamp(min=LEAST)).sqrt()
+    return _learned(store, side, len(seen), numbers, x, size)
+
+
+def _learned(store: Store, side: Side, position: int, numbers: dict[str, Tensor], x: Tensor, size: Tensor) -> Tensor:
+    """max|x|^a: the best exponent of each head."""
+    from .reference.quantize import quantize
+
+    name = f"{side}.transform[{position}]"
+    chain = store.with_(transform=store.transform[: position + 1])  # type: ignore[index]
+    best, least = size**0, torch.full((x.shape[1],), torch.inf, dtype=torch.float64)
+    for exponent in EXPONENTS:
+        tried = (size**exponent).to(torch.float32)
+        decoded = quantize(chain, x, {**numbers, name: tried}, side).decoded
+        error = (decoded - x.double()).square().sum((0, 2, 3))
+        best = torch.where((error < least)[:, None], tried.double(), best)
+        least = torch.minimum(error, least)
+    return best
