@@ -110,7 +110,7 @@ def _levels_need_a_scale(site: Site) -> Iterator[Fault]:
             "evenly spaced levels need a scale",
             "say what shares one, as scale=per_token(channels=32)",
         )
-    if isinstance(site.store.code, Float) and site.scale is not None:
+    if isinstance(site.store.code, Float) and site.store.code.format in ("fp16", "fp32") and site.scale is not None:
         fact = f"{site.store.code.format} holds the number itself and takes no scale"
         yield site.fault("scale", fact, "leave scale out, or use Uniform(bits=4)")
 
