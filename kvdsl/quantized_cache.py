@@ -17,6 +17,7 @@ from .inputs import checked_counts, checked_index, checked_number, refuse_tensor
 from .kernels import AttentionState, KernelSet, Params, Side
 from .members import Member, Policy
 from .pages import ZERO, PagePool
+from .params import checked
 from .rows import dense_index, gather, ring_index
 from .scheme import SIDES
 from .state import Now
@@ -28,7 +29,8 @@ CAPACITY = 131072
 class QuantizedCache:
     """One layer's keys and values for `batch` sequences.
 
-    kernels   the compiled scheme; `params` its calibrated parameters, moved to `device` once
+    kernels   the compiled scheme; `params` its calibrated parameters, moved to `device` once, ShapeError where one is
+              missing or does not fit
     device    default: CUDA for the triton backend where there is one, else the CPU
     window    sliding window in tokens: a query at position p sees t > p - window; pages that no later query sees are
               freed
@@ -63,7 +65,7 @@ class QuantizedCache:
         self.requantized = 0
         with torch.inference_mode(False), torch.no_grad():
             self.device = torch.empty(0, device=device).device
-            self.params = {name: tensor.detach().to(self.device) for name, tensor in (params or {}).items()}
+            self.params = checked(kernels.scheme, kernels.shape, params, self.device)
             limit = max(1, batch) * -(-capacity // kernels.page_tokens)
             self.pool = PagePool(limit, kernels.page_bytes, self.device)
             self._now = Now.empty(Policy.of(kernels, window), batch, kernels.shape, self.device)
@@ -278,8 +280,8 @@ class QuantizedCache:
 
     @classmethod
     def load(cls, path: str | Path, kernels: KernelSet, **options: Any) -> Self:
-        """Read what `save` wrote for the same scheme and shape; options as for the constructor.  CacheError if not
-        so."""
+        """Read what `save` wrote for the same scheme and shape; options as for the constructor: the file holds no
+        calibrated parameters, so `params` are given again.  CacheError for another scheme, shape or set of them."""
         from .saving import load
 
         return load(cls, Path(path), kernels, options)
