@@ -29,7 +29,8 @@ CAPACITY = 131072
 class QuantizedCache:
     """One layer's keys and values for `batch` sequences.
 
-    kernels   the compiled scheme; `params` its calibrated parameters, moved to `device` once
+    kernels   the compiled scheme; `params` its calibrated parameters, moved to `device` once, ShapeError where one is
+              missing or does not fit
     device    default: CUDA for the triton backend where there is one, else the CPU
     window    sliding window in tokens: a query at position p sees t > p - window; pages that no later query sees are
               freed
@@ -279,8 +280,8 @@ class QuantizedCache:
 
     @classmethod
     def load(cls, path: str | Path, kernels: KernelSet, **options: Any) -> Self:
-        """Read what `save` wrote for the same scheme and shape; options as for the constructor.  CacheError if not
-        so."""
+        """Read what `save` wrote for the same scheme and shape; options as for the constructor: the file holds no
+        calibrated parameters, so `params` are given again.  CacheError for another scheme, shape or set of them."""
         from .saving import load
 
         return load(cls, Path(path), kernels, options)

@@ -8,6 +8,7 @@ import pickle
 import random
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from cache_cases import (
 from kvdsl.errors import CacheError, ShapeError
 from kvdsl.quantized_cache import QuantizedCache
 from kvdsl.scheme import SIDES, Recent
+from kvdsl.schemes import int8_tensor
 
 EACH = pytest.mark.parametrize("name", SCHEMES)
 
@@ -525,3 +527,24 @@ def test_copies_are_their_own(name: str) -> None:
         )
         fresh.append(keys[:, :, 150:], values[:, :, 150:])
         assert same(content(twin, 0), content(fresh, 0)) and same(content(twin, 1), content(fresh, 1))
+
+
+@pytest.mark.parametrize(
+    "params, told",
+    [
+        (None, r"params\['keys.scale'\]: missing; this scale is calibrated, give params="),
+        ({}, r"params\['keys.scale'\]: missing"),
+        ({"keys.scale": torch.ones(1, 1)}, r"params\['values.scale'\]: missing"),
+        ({"keys.scale": torch.ones(3), "values.scale": torch.ones(1, 1)}, r"shape \(3,\); the right one is \(1, 1\)"),
+        ({"keys.scale": torch.full((1, 1), torch.nan), "values.scale": torch.ones(1, 1)}, "no finite floats"),
+        ({"keys.scale": 1.0, "values.scale": 1.0}, "float is no tensor"),
+    ],
+)
+def test_calibrated_numbers_are_checked_first(params: Any, told: str) -> None:
+    """A cache of a calibrated scheme is not made without its numbers; what the scheme does not want is not kept."""
+    kernels = compiled(int8_tensor)
+    with pytest.raises(ShapeError, match=told):
+        QuantizedCache(kernels, 1, params=params)
+    right = {"keys.scale": torch.ones(1, 1), "values.scale": torch.ones(1, 1, dtype=torch.float16)}
+    cache = filled(kernels, *pair(1, 9), params=right | {"more": torch.ones(1)})
+    assert sorted(cache.params) == sorted(right) and same(view(copy.deepcopy(cache)), view(cache))

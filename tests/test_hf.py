@@ -376,3 +376,22 @@ def test_a_library_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(Cache, "activate_past_recording")
     with pytest.raises(ImportError, match=r"pip install 'transformers>=5.17'"):
         kvdsl.hf.require()
+
+
+def test_calibrated_numbers_are_asked_for_before_the_first_token() -> None:
+    """Missing ones, and ones that do not fit the model, are named with their layer."""
+    network = plain(model("llama"))
+    with pytest.raises(ShapeError, match=r"layer 0: params\['keys.scale'\]: missing; .*kvdsl calibrate"):
+        cache("int8_tensor", network)
+    with pytest.raises(ShapeError, match="layer 0: .*missing"), use(network, "int8_tensor"):
+        pass
+    one = {f"layers.0.{side}.scale": torch.full((1, 1), 0.1) for side in ("keys", "values")}
+    with pytest.raises(ShapeError, match=r"layer 1: params\['keys.scale'\]: missing"):
+        cache("int8_tensor", network, params=one)
+    wrong = one | {"keys.scale": torch.ones(1, 1), "values.scale": torch.ones(2, 2)}
+    with pytest.raises(ShapeError, match=r"layer 1: params\['values.scale'\]: shape \(2, 2\); the right one is"):
+        cache("int8_tensor", network, params=wrong)
+    assert network.config._attn_implementation == "eager"
+    all_layers = {"keys.scale": torch.full((1, 1), 0.1), "values.scale": torch.full((1, 1), 0.1)}
+    cache("int8_tensor", network, params=all_layers)
+    plain(network)

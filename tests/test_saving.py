@@ -14,8 +14,9 @@ import pytest
 import torch
 from cache_cases import DIM, HEADS, SCHEMES, Failing, compiled, content, filled, pair, same, view
 
-from kvdsl.errors import CacheError
+from kvdsl.errors import CacheError, ShapeError
 from kvdsl.quantized_cache import QuantizedCache
+from kvdsl.schemes import int8_tensor
 
 EACH = pytest.mark.parametrize("name", SCHEMES)
 
@@ -85,8 +86,19 @@ def test_other_kernels_are_refused(tmp_path: Path) -> None:
     saved(tmp_path / "c")
     with pytest.raises(CacheError, match="scheme is"):
         QuantizedCache.load(tmp_path / "c", compiled("bare"))
+
+
+def test_calibrated_numbers_are_given_again(tmp_path: Path) -> None:
+    """A file does not hold them: they are asked for by name, and others than it was packed with are refused."""
+    kernels, path = compiled(int8_tensor), tmp_path / "c"
+    params = {"keys.scale": torch.full((1, 1), 0.02), "values.scale": torch.full((1, 1), 0.03)}
+    cache = filled(kernels, *pair(2, 70), params=params)
+    cache.save(path)
+    assert same(view(QuantizedCache.load(path, kernels, params=params)), view(cache))
+    with pytest.raises(ShapeError, match=r"params\['keys.scale'\]: missing; .*kvdsl.calibrate"):
+        QuantizedCache.load(path, kernels)
     with pytest.raises(CacheError, match="other calibrated parameters"):
-        QuantizedCache.load(tmp_path / "c", compiled("whole"), params={"keys.scale": torch.ones(1, 1)})
+        QuantizedCache.load(path, kernels, params=params | {"keys.scale": torch.ones(1, 1)})
 
 
 def test_every_damage_is_found(tmp_path: Path) -> None:

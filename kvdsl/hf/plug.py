@@ -16,9 +16,12 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+from kvdsl.errors import ShapeError
 from kvdsl.kernels import Backend, Params
+from kvdsl.params import checked, wanted
 from kvdsl.registry import load
 from kvdsl.scheme import Scheme
+from kvdsl.shape import Shape
 
 from .attention import attention
 from .layer import PackedCache, PackedLayer
@@ -46,7 +49,8 @@ def cache(
     backend   "triton" or "torch"; default by the device of the model
     capacity  tokens a sequence for which address space is reserved
 
-    Raises ValueError for a model with layers whose state is no pair of keys and values of one head size.
+    Raises ValueError for a model with layers whose state is no pair of keys and values of one head size, ShapeError for
+    calibrated parameters that are missing or do not fit.
     """
     scheme = load(scheme)
     layers, calls = _layers(scheme, model, params, backend, capacity)
@@ -73,11 +77,13 @@ def _layers(
             raise ValueError(
                 f"model: layer {index} keeps a {type(layer).__name__}, which is no plain pair of keys and values"
             )
+        own, numbers = scheme.for_layer(index, len(theirs)), _of_layer(params, index)
+        _refuse_numbers(own, numbers, config, index)
         layers.append(
             PackedLayer(
-                scheme.for_layer(index, len(theirs)),
+                own,
                 window=getattr(layer, "sliding_window", None),
-                params=_of_layer(params, index),
+                params=numbers,
                 backend=backend,
                 heads=getattr(config, "num_attention_heads", None),
                 softcap=getattr(config, "attn_logit_softcapping", None) is not None,
@@ -95,6 +101,27 @@ def _of_layer(params: Params | None, index: int) -> Params | None:
     prefix = f"layers.{index}."
     common = {name: value for name, value in params.items() if not name.startswith("layers.")}
     return common | {name.removeprefix(prefix): value for name, value in params.items() if name.startswith(prefix)}
+
+
+def _refuse_numbers(scheme: Scheme, params: Params | None, config: Any, index: int) -> None:
+    """ShapeError where a layer lacks calibrated numbers or has others than fit the model.
+
+    Of a model whose layers differ in their heads only what is missing is seen here; the rest when tokens come."""
+    if not wanted(scheme, Shape(64)):
+        return
+    heads = getattr(config, "num_attention_heads", None)
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(config, "head_dim", None)
+    if width is None and isinstance(heads, int):
+        width = getattr(config, "hidden_size", 0) // heads
+    try:
+        if isinstance(kv_heads, int) and isinstance(width, int) and not hasattr(config, "global_head_dim"):
+            checked(scheme, Shape(width, kv_heads), params)
+        elif lacking := [name for name in wanted(scheme, Shape(64)) if name not in (params or {})]:
+            raise ShapeError(f"params[{lacking[0]!r}]: missing; this scale is calibrated")
+    except ShapeError as error:
+        measured = "; `kvdsl calibrate` measures those of a model" if "missing" in str(error) else ""
+        raise ShapeError(f"layer {index}: {error}{measured}") from None
 
 
 class Use:

@@ -237,8 +237,8 @@ def splits_do_not_matter(case: Case) -> None:
 @law("P12", kinds=MODEST)
 def parts_merge_by_their_sums(case: Case) -> None:
     """P12: attention over two parts of a sequence, merged by their log-sum-exps, is attention over the whole,
-    within the three-way rule of each: a page that one of them cuts may be read by other arithmetic.  Log-sum-exps differ
-    by at most what a score of the whole and one of a part are off."""
+    within the three-way rule of each: a page that one of them cuts may be read by other arithmetic.  Log-sum-exps
+    differ by at most what a score of the whole and one of a part are off."""
     step = step_of(case, 1, ragged=False)
     out, lse = attend(case, step)
     cut = case.random.randint(0, case.tokens)
@@ -257,8 +257,8 @@ def parts_merge_by_their_sums(case: Case) -> None:
     limit = sum(2 * float(truth(case, one)[2].nan_to_num(0.0).max()) for one in asked)
     limit += 2e-3 * max(float(part[0].abs().max()) for part in parts) + 1e-5
     require_within("merged output", merged, out.double(), limit)
-    errors = [score_errors(case, one) for one in asked]
-    require_within("merged log-sum-exp", total, lse.double(), errors[0] + torch.stack(errors).amax(0) + rounding_of(lse))
+    errors = torch.stack([score_errors(case, one) for one in asked])
+    require_within("merged log-sum-exp", total, lse.double(), errors[0] + errors.amax(0) + rounding_of(lse))
 
 
 def _same_packed(case: Case, seen: int, early: int, cut: int) -> bool:
