@@ -14,14 +14,15 @@ from kvdsl import reference
 from kvdsl.inputs import DTYPES
 from kvdsl.kernels import AttentionState, Params, Side
 from kvdsl.reference.attention import softmax_rows
-from kvdsl.reference.quantize import level_count, quantize
-from kvdsl.reference.timeline import contents, packed_tokens
+from kvdsl.reference.quantize import level_count
+from kvdsl.reference.timeline import packed_tokens
 from kvdsl.scheme import SIDES, Float, Scheme, Store
 
 from .bounds import blocks_of, spread
 from .cases import Case, law, require, require_equal, require_within, static
 from .data import MODEST
 from .driving import USUAL, Ends, Poison, attention_state, device_of, packed, ready
+from .products import mapped_back, mapped_query, sides_of, sizes_of
 
 HALF = 2.0**-10  # twice the rounding unit of float16
 
@@ -83,25 +84,18 @@ def truth(case: Case, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         q, options = step.q[b : b + 1], _options(step, b)
         out, lse = softmax_rows(q, keys, values, **options)
         plain = eager(q, keys, values, DTYPES[case.shape.dtype], **options)
-        factored = normal_form(q, keys, key_part, values, value_part, **options)
+        mapped = mapped_query(case.scheme.keys, q, case.shape.kv_heads, step.params)
+        value_part = mapped_back(case.scheme.values, value_part, case.shape.head_dim, step.params)
+        factored = normal_form(q, mapped, keys, key_part, values, value_part, **options)
         found.append((out, lse, torch.maximum((plain - out).abs(), (factored - out).abs())))
     out, lse, error = (torch.cat(rows) for rows in zip(*found, strict=True))
     return out, lse, error
 
 
 def coded(case: Case, step: Step, b: int, side: Side) -> tuple[Tensor, Tensor]:
-    """What the cache holds of sequence b, float64 (1, H, length, D), and the part of it that is code times scale: what
-    remains of a packed number without its offset, and all of an exact one."""
-    store, params = case.scheme.side(side), step.params
+    """What the cache holds of sequence b, float64 (1, H, length, D), and the factors of products with it."""
     x = (step.k if side == "keys" else step.v)[b : b + 1, :, : step.lengths[b]]
-    first, end = packed_tokens(case.scheme, side, step.seen[b])
-    whole = contents(store, x, (first, end), params, side)
-    part = whole.clone()
-    if end > first and not isinstance(store.code, Float):
-        numbers = quantize(store, x[:, :, first:end], params, side)
-        assert numbers.codes is not None and numbers.scale is not None
-        part[:, :, first:end] = numbers.codes * spread(store, numbers.scale, x[:, :, first:end])
-    return whole, part
+    return sides_of(case.scheme.side(side), x, packed_tokens(case.scheme, side, step.seen[b]), step.params, side)
 
 
 def _seen(queries: int, tokens: int, sliding: int | None, start: int | None) -> Tensor:
@@ -113,16 +107,16 @@ def _seen(queries: int, tokens: int, sliding: int | None, start: int | None) -> 
 
 
 def normal_form(
-    q: Tensor, keys: Tensor, key_part: Tensor, values: Tensor, value_part: Tensor, *, sliding: int | None,
-    start: int | None, softcap: float | None, scale: float | None,
+    q: Tensor, mapped: Tensor, keys: Tensor, key_part: Tensor, values: Tensor, value_part: Tensor, *,
+    sliding: int | None, start: int | None, softcap: float | None, scale: float | None,
 ) -> Tensor:  # fmt: skip
     """Attention by the kernels' form q.k^ = s*(q.c) + o*sum(q), where the operands of products of codes are rounded to
-    float16 and codes are not centred: float64 but for these two roundings."""
+    float16 and codes are not centred: float64 but for these two roundings.  `mapped` is what multiplies the codes."""
     group, factor = q.shape[1] // keys.shape[1], (q.shape[3] ** -0.5 if scale is None else scale) * math.log2(math.e)
     exact = q.double()
-    rounded = (exact * factor).to(torch.float16).double() / factor
+    rounded = (mapped * factor).to(torch.float16).double() / factor
     held, part = (x.repeat_interleave(group, 1).transpose(2, 3) for x in (keys, key_part))
-    scores = (exact @ held + (rounded - exact) @ part) * (factor / math.log2(math.e))
+    scores = (exact @ held + (rounded - mapped) @ part) * (factor / math.log2(math.e))
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     shares = scores.masked_fill(~_seen(q.shape[2], keys.shape[2], sliding, start), -math.inf)
@@ -159,12 +153,10 @@ def score_errors(case: Case, step: Step, unit: float = HALF) -> Tensor:
     found = []
     for b, length in enumerate(step.lengths):
         options = _options(step, b)
-        x = step.k[b : b + 1, :, :length].double()
-        size = torch.maximum(x.abs(), coded(case, step, b, "keys")[0].abs())
-        first, end = packed_tokens(case.scheme, "keys", step.seen[b])
-        if end > first:
-            size[:, :, first:end] = _largest(case.scheme.keys, x[:, :, first:end], step.params)
-        error = step.q[b : b + 1].double().abs() @ size.repeat_interleave(group, 1).transpose(2, 3)
+        span = packed_tokens(case.scheme, "keys", step.seen[b])
+        size = sizes_of(case.scheme.keys, step.k[b : b + 1, :, :length], span, step.params, "keys", _largest)
+        mapped = mapped_query(case.scheme.keys, step.q[b : b + 1], case.shape.kv_heads, step.params)
+        error = mapped.abs() @ size.repeat_interleave(group, 1).transpose(2, 3)
         seen = _seen(step.q.shape[2], length, options["sliding"], options["start"])
         found.append(error.masked_fill(~seen, 0.0).amax(-1) * scaling * unit)
     return torch.cat(found)
@@ -343,8 +335,9 @@ def scores_are_products(case: Case) -> None:
     q, device = case.query(2), device_of(case.kernels)
     got = case.kernels.scores(q.to(device), pages.pool, pages.table, tokens, ready(case.kernels, params)).cpu()
     want = reference.scores(case.bare, q, k, window=False, params=params)
-    largest = _largest(case.scheme.keys, k.double(), params).repeat_interleave(case.shape.group, 1)
-    limit = q.double().abs() @ largest.transpose(2, 3) * 2.0**-10
+    store = case.scheme.keys
+    size = sizes_of(store, k, (0, tokens), params, "keys", _largest).repeat_interleave(case.shape.group, 1)
+    limit = mapped_query(store, q, case.shape.kv_heads, params).abs() @ size.transpose(2, 3) * 2.0**-10
     require_within("scores", got, want, limit + 1e-6)
 
 

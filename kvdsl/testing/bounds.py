@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from kvdsl.kernels import Params
-from kvdsl.reference.quantize import level_count
+from kvdsl.reference.quantize import encoded_rows, level_count, maps
 from kvdsl.scheme import Float, Scale, Store, Uniform
 
 FORMATS = {
@@ -63,6 +63,8 @@ def spread(store: Store, number: Tensor, x: Tensor) -> Tensor:
 
 def bound(store: Store, x: Tensor, params: Params | None = None, side: str = "keys") -> Tensor:
     """The largest legal |x - x^|, float64 (B, H, T, D), for finite x (B, H, T, D) of whole blocks."""
+    if store.turned:
+        return _mapped_bound(store, x, params, side)
     given = x.double()
     inside = given.clamp(-LARGEST, LARGEST)
     if isinstance(store.code, Float):
@@ -79,6 +81,18 @@ def bound(store: Store, x: Tensor, params: Params | None = None, side: str = "ke
     else:
         limit = _online(store.code, store.measure, numbers, level_count(store)).expand_as(numbers)
     return limit.reshape(x.shape) + (given - inside).abs()
+
+
+def _mapped_bound(store: Store, x: Tensor, params: Params | None, side: str) -> Tensor:
+    """The bound of y = E x - u carried back by |W|, and what rounding of the maps and of two sums adds: W E is the
+    identity but for 2^-24 of each factor, of which there are D in a sum."""
+    found = maps(store, x.shape[3], x.shape[1], params, side)
+    assert found is not None
+    encode, _, decode, shift = (part.abs() for part in found)
+    coded = encoded_rows(store, x, params, side)
+    within = bound(store.with_(transform=()), coded, params, side) @ decode.mT
+    size = x.double().abs().clamp(max=LARGEST) @ encode.mT @ decode.mT + shift[:, None]
+    return within + 2.0**-22 * size + (x.double().abs() - LARGEST).clamp(min=0)
 
 
 def _factor(code: Uniform, scale: Scale) -> float:

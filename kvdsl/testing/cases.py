@@ -14,8 +14,8 @@ from torch import Tensor
 from kvdsl import reference
 from kvdsl.codegen import build
 from kvdsl.kernels import Backend, KernelSet
-from kvdsl.reference.quantize import level_count
-from kvdsl.scheme import SIDES, Scheme, Store, Uniform
+from kvdsl.reference.quantize import encoded_rows, level_count
+from kvdsl.scheme import SIDES, ChannelScale, ChannelShift, Permute, Scheme, Store, Uniform
 from kvdsl.shape import Shape
 from kvdsl.window import windows
 
@@ -86,15 +86,36 @@ class Case:
         return numbers("normal", size, self.shape.dtype, 104729 * self.seed + seed)
 
     def params(self, k: Tensor, v: Tensor, share: float = 0.9) -> dict[str, Tensor]:
-        """Calibrated parameters from k and v, a little too narrow, so that some numbers saturate."""
-        pairs = zip(SIDES, (k, v), strict=True)
-        return {
-            f"{s}.scale": calibrated(self.scheme.side(s), x, share) for s, x in pairs if static(self.scheme.side(s))
-        }
+        """Calibrated parameters from k and v; ranges a little too narrow, so that some numbers saturate."""
+        found: dict[str, Tensor] = {}
+        for side, x in zip(SIDES, (k, v), strict=True):
+            store = self.scheme.side(side)
+            found |= _transforms(store, side, x, self.seed)
+            if static(store):
+                found[f"{side}.scale"] = calibrated(store, encoded_rows(store, x, found, side), share)
+        return found
 
     def decoded(self, k: Tensor, v: Tensor, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """What the reference decodes where every token is packed."""
         return reference.roundtrip(self.bare, k, v, window=False, params=params)
+
+
+def _transforms(store: Store, side: str, x: Tensor, seed: int) -> dict[str, Tensor]:
+    """Numbers of a store's calibrated transforms: from x, or drawn; none of them zero."""
+    found: dict[str, Tensor] = {}
+    generator = torch.Generator().manual_seed(seed)
+    clean = x.float().nan_to_num(0.0).clamp(-65504, 65504)
+    for position, part in enumerate(store.transform):  # type: ignore[arg-type]
+        if isinstance(part, ChannelScale):
+            numbers = clean.abs().amax((0, 2)).clamp(min=2.0**-7).sqrt()
+        elif isinstance(part, ChannelShift):
+            numbers = clean.mean((0, 2))
+        elif isinstance(part, Permute):
+            numbers = torch.rand(x.shape[1], x.shape[3], generator=generator).argsort(-1).float()
+        else:
+            continue
+        found[f"{side}.transform[{position}]"] = numbers
+    return found
 
 
 def static(store: Store) -> bool:

@@ -10,8 +10,8 @@ from torch import Tensor
 from kvdsl import reference
 from kvdsl.inputs import DTYPES
 from kvdsl.kernels import Params, Side
-from kvdsl.reference.quantize import level_count, quantize
-from kvdsl.scheme import SIDES, Float, Scheme, Store, Uniform
+from kvdsl.reference.quantize import encoded_rows, level_count, quantize
+from kvdsl.scheme import SIDES, ChannelShift, Float, Scale, Scheme, Store, Uniform
 
 from .bounds import LARGEST, blocks_of, bound, spread
 from .cases import METADATA, Case, law, require, require_equal, require_within, static
@@ -44,6 +44,11 @@ def _roundtrip(case: Case, k: Tensor, v: Tensor, params: Params) -> tuple[Tensor
 
 def _uniform(store: Store) -> bool:
     return isinstance(store.code, Uniform)
+
+
+def _bare(scheme: Scheme) -> bool:
+    """Whether vectors are coded as they are on both sides."""
+    return not (scheme.keys.turned or scheme.values.turned)
 
 
 def _unclipped(scheme: Scheme) -> bool:
@@ -119,7 +124,7 @@ def decoding_equals_the_reference(case: Case) -> None:
             require_equal(f"decoded {side}", got, want[:, :, begin:end])
 
 
-@law("P27", lambda scheme: _unclipped(scheme) and (_uniform(scheme.keys) or _uniform(scheme.values)))
+@law("P27", lambda scheme: _bare(scheme) and _unclipped(scheme) and (_uniform(scheme.keys) or _uniform(scheme.values)))
 def every_code_comes_back(case: Case) -> None:
     """P27: numbers that are levels of a step of one decode to themselves, so every code survives in every place."""
     given = {side: _levels(case, side) for side in SIDES}
@@ -187,7 +192,7 @@ def _keeps_its_ends(store: Store) -> bool:
     return nearest and (fixed or (scale.clip == 1 and fits))
 
 
-@law("P3", lambda s: _keeps_its_ends(s.keys) and _keeps_its_ends(s.values), ("normal", "outlier_channel", "ties"))
+@law("P3", lambda s: _bare(s) and _keeps_its_ends(s.keys) and _keeps_its_ends(s.values), ("normal", "outlier_channel", "ties"))
 def a_second_time_changes_no_code(case: Case) -> None:
     """P3: what was decoded is coded by the same codes again, where the ends of the range are levels.
 
@@ -215,7 +220,7 @@ def _keeps_constants(store: Store) -> bool:
     return scale.when == "online" and scale.clip == 1 and scale.range == "minmax" and scale.zero in ("min", "point")
 
 
-@law("P4", lambda s: _keeps_constants(s.keys) and _keeps_constants(s.values), ("constant",))
+@law("P4", lambda s: _bare(s) and _keeps_constants(s.keys) and _keeps_constants(s.values), ("constant",))
 def a_constant_block_is_itself(case: Case) -> None:
     """P4: a block of one number decodes to that number, rounded as its metadata (or float code) is."""
     for value in (0.0, 1.0, -2.5, 65504.0, -65504.0, float(case.pair(1)[0].view(-1)[0])):
@@ -234,7 +239,8 @@ def a_constant_block_is_itself(case: Case) -> None:
 
 @law("P4", kinds=("normal", "outlier_channel"))
 def a_nan_spoils_its_block_only(case: Case) -> None:
-    """A NaN makes its own block NaN (a calibrated scale codes it as 0) and leaves every other number as it was."""
+    """A NaN makes its own block NaN (a calibrated scale codes it as 0) and leaves every other number as it was; where
+    vectors are mapped it stands in every number of its vector."""
     k, v = case.pair(case.whole)
     params = case.params(k, v)
     at = tuple(case.random.randrange(n) for n in k.shape)
@@ -243,14 +249,16 @@ def a_nan_spoils_its_block_only(case: Case) -> None:
         x[at] = torch.nan
     for side, x, before, got in zip(SIDES, (k, v), clean, _roundtrip(case, k, v, params), strict=True):
         store = case.scheme.side(side)
-        bad = x.isnan()
+        coded = encoded_rows(store, x, params, side)
+        bad = coded.isnan()
         if store.measure is not None and not static(store):
             hit = blocks_of(store, bad.double()).amax((2, 4, 6)) > 0
-            bad = spread(store, hit.double(), x) > 0
+            bad = spread(store, hit.double(), coded) > 0
+        if store.turned:
+            bad = bad.any(-1, keepdim=True).expand(x.shape)
         require_equal(f"decoded {side}", got[~bad], before[~bad])
         if static(store):
-            zero = quantize(store, torch.zeros_like(x), params, side).decoded
-            require_equal(f"decoded {side}", got[bad], zero[bad])
+            require_equal(f"decoded {side}", got[bad], quantize(store, x, params, side).decoded[bad])
         else:
             require(bool(got[bad].isnan().all()), f"decoded {side}: a number beside the NaN at {at} is {got[bad]}")
 
@@ -271,6 +279,22 @@ def infinity_saturates(case: Case) -> None:
             require(bool(got.isfinite().all()), f"decoded {side}: not finite")
 
 
+def _has_units(scheme: Scheme, name: str) -> bool:
+    """Whether a calibrated number is of the size of the keys or values themselves."""
+    side, _, inner = name.partition(".")
+    store = scheme.side("keys" if side == "keys" else "values")
+    place = dict(store.walk()).get(inner)
+    return isinstance(place, (Scale, ChannelShift))
+
+
+def _everywhere(store: Store, holds: Tensor, x: Tensor) -> Tensor:
+    """Whether something holds of the block of each number of x, or of every block of its vector where it is mapped."""
+    if not store.turned:
+        return spread(store, holds, x)
+    coded = x.new_empty(*x.shape[:3], store.coded(x.shape[3]))
+    return spread(store, holds, coded).all(-1, keepdim=True).expand(x.shape)
+
+
 @law("P1", kinds=("normal", "positive", "outlier_channel"))
 def powers_of_two_go_through(case: Case) -> None:
     """Numbers times a power of two decode to the same times it, so the codes are the same, wherever the metadata is
@@ -278,7 +302,7 @@ def powers_of_two_go_through(case: Case) -> None:
     k, v = case.pair(case.whole)
     params = case.params(k, v)
     factor = 2.0 ** case.random.choice((1, 2, 3))
-    bigger = {name: tensor * factor for name, tensor in params.items()}
+    bigger = {name: tensor * factor if _has_units(case.scheme, name) else tensor for name, tensor in params.items()}
     once = _roundtrip(case, k, v, params)
     twice = _roundtrip(case, k * factor, v * factor, bigger)
     for side, x, first, second in zip(SIDES, (k, v), once, twice, strict=True):
@@ -291,5 +315,5 @@ def powers_of_two_go_through(case: Case) -> None:
             for number in (found.scale, found.offset if store.measure and store.measure.zero == "min" else None):
                 if number is not None:
                     normal = ((number.abs() >= 2.0**-14) | (number == 0)) & (number.abs() * factor < LARGEST)
-                    usual &= spread(store, normal, x)
+                    usual &= _everywhere(store, normal, x)
         require_equal(f"decoded {side}", second[usual], (first * factor)[usual])

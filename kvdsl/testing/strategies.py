@@ -8,7 +8,24 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from kvdsl.scheme import ALL, SIDES, Block, Count, Float, Recent, Scale, Scheme, Sinks, Store, Uniform
+from kvdsl.scheme import (
+    ALL,
+    SIDES,
+    Block,
+    ChannelScale,
+    ChannelShift,
+    Count,
+    Float,
+    Permute,
+    Recent,
+    Rotate,
+    Scale,
+    Scheme,
+    Sinks,
+    Store,
+    Transform,
+    Uniform,
+)
 from kvdsl.shape import Shape
 from kvdsl.window import windows
 
@@ -70,7 +87,23 @@ def stores(draw: Draw, longest: int) -> Store:
     clip = draw(st.sampled_from([1.0, 1.0, 1.0, 0.9, 0.5]))
     block = draw(_blocks(longest, when == "calibrated"))
     scale = Scale(block, range=range_, clip=clip, zero=zero, dtype=dtype, when=when)  # type: ignore[arg-type]
-    return Store(code, scale=scale)
+    return Store(code, scale=scale, transform=draw(transforms()))
+
+
+@st.composite
+def transforms(draw: Draw) -> tuple[Transform, ...]:
+    """No map of the vector three times in four, else one or two."""
+    one = st.one_of(
+        st.builds(Rotate, st.just("hadamard"), st.sampled_from([8, 16, 32])),
+        st.builds(Rotate, st.just("random_hadamard"), st.sampled_from([8, 32]), st.integers(0, 3)),
+        st.builds(Rotate, st.just("orthogonal"), st.sampled_from([8, ALL]), st.integers(0, 3)),
+        st.builds(ChannelScale, st.sampled_from(["absmax", "sqrt_absmax", "learned"])),
+        st.builds(ChannelShift, st.sampled_from(["mean", "middle"])),
+        st.builds(Permute, st.sampled_from(["range", "sum"])),
+    )
+    if draw(st.integers(0, 3)) < 3:
+        return ()
+    return tuple(draw(st.lists(one, min_size=1, max_size=2)))
 
 
 @st.composite
@@ -89,7 +122,9 @@ def shapes(scheme: Scheme, *, widest: int = 128) -> st.SearchStrategy[Shape]:
     """Shapes that the scheme fits: every legal head_dim up to `widest`, up to four kv heads, every dtype."""
     stores = (scheme.keys, scheme.values)
     blocks = [store.measure.block for store in stores if store.measure is not None]
-    channels = math.lcm(8, *(block.channels for block in blocks if isinstance(block.channels, int)))
+    sizes = [part.size for store in stores for _, part in store.walk() if isinstance(part, Rotate)]
+    sizes += [block.channels for block in blocks]
+    channels = math.lcm(8, *(size for size in sizes if isinstance(size, int)))
     heads = math.lcm(1, *(block.heads for block in blocks if isinstance(block.heads, int)))
     widths = [d for d in range(channels, widest + 1, channels) if d >= 32] or [channels]
     usual = [d for d in widths if d in (32, 64, 80, 96, 112, 128)] or widths
@@ -136,7 +171,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "scale.block.tokens": (0, -1, 513, 1.5, "32", None, False),
     "scale.block.channels": (0, -8, 257, 8.5, None),
     "scale.block.heads": (0, -1, 1025, "all", None),
-    "scale.range": ("max", "minmax ", None, 1),
+    "scale.range": ("max", "minmax ", 1),
     "scale.clip": (0.0, 1.01, -1.0, math.nan, math.inf, "1", True),
     "scale.zero": ("max", None, 0),
     "scale.dtype": ("fp8", "float16", None),
