@@ -27,8 +27,9 @@ def calibrated(store: Store, side: Side, heads: int, head_dim: int) -> dict[str,
 
 
 def maps(store: Store, side: Side, head_dim: int, params: Params, device: torch.device | str) -> dict[str, Tensor]:
-    """`<side>.encode` (heads or 1, M, D) and `<side>.decode` (heads or 1, D, M), float32; with a shift also
-    `<side>.encode_shift` (heads or 1, M) and `<side>.decode_shift` (heads or 1, D).  Given ones are taken as they are.
+    """`<side>.encode` E (heads or 1, M, D) and `<side>.decode` W (heads or 1, D, M), float32; with a shift also
+    `<side>.encode_shift` -u (heads or 1, M) and `<side>.decode_shift` v (heads or 1, D), which are added.  Given ones
+    are taken as they are.
 
     Empty for a store that codes the vector itself.
     """
@@ -54,7 +55,7 @@ def _fixed(store: Store, head_dim: int, device: str) -> tuple[Tensor, ...]:
 
 
 def _composed(store: Store, head_dim: int, numbers: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
-    """(E, W, u, v) in float32: products formed in float64 and rounded once."""
+    """(E, W, -u, v) in float32: products formed in float64 and rounded once."""
     forth: Map = (torch.eye(head_dim, dtype=torch.float64)[None], torch.zeros(1, head_dim, dtype=torch.float64))
     back: Map = forth
     for part, given in zip(store.transform, numbers, strict=True):  # type: ignore[arg-type]
@@ -66,7 +67,7 @@ def _composed(store: Store, head_dim: int, numbers: tuple[Tensor | None, ...]) -
         zero = torch.zeros(1, 1, dtype=torch.float64)
         forth = _after((rows, zero), forth)
         back = _after(back, (rows.mT, zero))
-    return tuple(x.to(torch.float32).contiguous() for x in (forth[0], back[0], -forth[1], back[1]))
+    return tuple(x.to(torch.float32).contiguous() for x in (forth[0], back[0], forth[1], back[1]))
 
 
 def _after(outer: Map, inner: Map) -> Map:
