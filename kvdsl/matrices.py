@@ -1,0 +1,117 @@
+"""The matrices of rotations and sketches: a function of kind, size and seed alone, the same on every machine.
+
+Random numbers come from numpy's PCG64 on the CPU.  Sums run row after row, never through a library whose order of
+summation is its own, so that no digit depends on where a matrix was made.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from .codes import Sketch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def rotation(kind: str, size: int, seed: int | None = None, channels: int | None = None) -> Tensor:
+    """The orthonormal matrix of a rotation, float64: size x size, or channels x channels with that block repeated.
+
+    `random_hadamard` draws a sign for each of the channels, so that its blocks differ.  Raises ValueError for a
+    Hadamard matrix whose size is no power of two, and for channels that are no whole number of blocks.
+    """
+    import torch
+
+    channels = size if channels is None else channels
+    if channels % size:
+        raise ValueError(f"{channels} channels are no whole number of blocks of {size}")
+    return torch.from_numpy(_rotation(kind, size, 0 if seed is None else seed, channels).copy())
+
+
+def sketch(dim: int, channels: int, basis: str, seed: int) -> Tensor:
+    """The matrix S of a sketch, (dim, channels) float64; rows have length sqrt(channels), Gaussian ones in the mean.
+
+    Rows of `orthogonal` and `hadamard` are orthogonal within each block of `channels` rows; the last block may be cut.
+    """
+    import torch
+
+    return torch.from_numpy(_sketch(dim, channels, basis, seed).copy())
+
+
+def estimator(sketch: Sketch, channels: int) -> float:
+    """The level a that stands for +1: with s the root mean square of x, s * a * S^T sign(S x) is x in the mean."""
+    dim = sketch.dim if isinstance(sketch.dim, int) else channels
+    return math.sqrt(channels) * math.sqrt(math.pi / 2) / (dim * excess(sketch.basis, channels))
+
+
+def excess(basis: str, channels: int) -> float:
+    """c_d, by which rows of exact length sqrt(d) overestimate a product: sqrt(d/2) Gamma(d/2) / Gamma((d+1)/2)."""
+    if basis == "gaussian":
+        return 1.0
+    return math.sqrt(channels / 2) * math.exp(math.lgamma(channels / 2) - math.lgamma((channels + 1) / 2))
+
+
+@lru_cache(maxsize=32)
+def _rotation(kind: str, size: int, seed: int, channels: int) -> Any:
+    import numpy as np
+
+    block = _orthogonal(_generator(seed), size) if kind == "orthogonal" else _hadamard(size) / math.sqrt(size)
+    whole = np.zeros((channels, channels))
+    for first in range(0, channels, size):
+        whole[first : first + size, first : first + size] = block
+    return whole * _signs(_generator(seed), channels) if kind == "random_hadamard" else whole
+
+
+@lru_cache(maxsize=32)
+def _sketch(dim: int, channels: int, basis: str, seed: int) -> Any:
+    import numpy as np
+
+    generator = _generator(seed)
+    if basis == "gaussian":
+        return generator.standard_normal((dim, channels))
+    blocks = []
+    for first in range(0, dim, channels):
+        rows = min(channels, dim - first)
+        if basis == "orthogonal":
+            block = math.sqrt(channels) * _orthogonal(generator, channels)
+        else:
+            block = _hadamard(channels) * _signs(generator, channels)
+            block = block[generator.permutation(channels)] if rows < channels else block
+        blocks.append(block[:rows])
+    return np.concatenate(blocks)
+
+
+def _generator(seed: int) -> Any:
+    import numpy as np
+
+    return np.random.Generator(np.random.PCG64(seed))
+
+
+def _signs(generator: Any, count: int) -> Any:
+    return 1.0 - 2.0 * generator.integers(0, 2, count)
+
+
+def _hadamard(size: int) -> Any:
+    """Sylvester's matrix of -1 and 1, symmetric, the first row all 1."""
+    import numpy as np
+
+    if size < 1 or size & (size - 1):
+        raise ValueError(f"a Hadamard matrix of {size} channels: {size} is no power of two")
+    matrix = np.ones((1, 1))
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return matrix
+
+
+def _orthogonal(generator: Any, size: int) -> Any:
+    """Q of the QR factorisation of a normal matrix with R's diagonal positive: Gram and Schmidt's, twice."""
+    columns = generator.standard_normal((size, size))
+    for _ in range(2):
+        for i in range(size):
+            columns[:, i] /= math.sqrt(math.fsum(columns[:, i] ** 2))
+            unit = columns[:, i, None]
+            rest = columns[:, i + 1 :]
+            rest -= unit * (unit * rest).sum(0)
+    return columns
