@@ -5,15 +5,19 @@ from __future__ import annotations
 import ast
 from functools import cache
 
+from kvdsl.scheme import SIDES
+
 from .launch import CONSTEXPR, Launch
 from .plan import DECODE_ROWS, Plan
 
 POINTERS = {
     "query_ptr": "input", "rows_ptr": "input", "key_rows_ptr": "input", "value_rows_ptr": "input",
     "pool8_ptr": "*u8", "pool16_ptr": "*i16", "pool32_ptr": "*i32", "pool_fp16_ptr": "*fp16", "pool_fp32_ptr": "*fp32",
-    "partial_ptr": "*fp32", "lse_ptr": "*fp32", "out_lse_ptr": "*fp32", "keys_scale_ptr": "*fp32",
-    "values_scale_ptr": "*fp32",
+    "partial_ptr": "*fp32", "lse_ptr": "*fp32", "out_lse_ptr": "*fp32",
 }  # fmt: skip
+GIVEN = {"scale": "scale", "second": "scale.scale", "table": "code"}  # pointer -> name of the parameter behind its side
+GIVEN_POINTERS = {f"{side}_{name}_ptr": f"{side}.{path}" for side in SIDES for name, path in GIVEN.items()}
+POINTERS |= dict.fromkeys(GIVEN_POINTERS, "*fp32")
 FLOATS = ("scaling", "softcap")
 ATTEND = ("decode", "extend")
 
@@ -58,7 +62,7 @@ def arguments(source: str) -> dict[str, tuple[str, ...]]:
     return {
         node.name: tuple(arg.arg for arg in node.args.args)
         for node in tree.body
-        if isinstance(node, ast.FunctionDef) and not node.name.startswith(("measure_", "encode_"))
+        if isinstance(node, ast.FunctionDef) and any(arg.arg.endswith("_ptr") for arg in node.args.args)
     }
 
 

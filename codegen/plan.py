@@ -7,7 +7,7 @@ from functools import cache, cached_property
 from typing import TYPE_CHECKING, Literal
 
 from kvdsl.rules import refuse_for
-from kvdsl.scheme import SIDES, Float, Scale, Scheme, Store
+from kvdsl.scheme import SIDES, Float, Scale, Scheme, Store, Uniform
 from kvdsl.shape import Shape
 
 from .alphabet import Alphabet, alphabet_of
@@ -55,6 +55,11 @@ class SidePlan:
     def scale(self) -> Scale:
         assert self.store.measure is not None
         return self.store.measure
+
+    @property
+    def uniform(self) -> Uniform | None:
+        """The code, where its levels are evenly spaced by definition."""
+        return self.store.code if isinstance(self.store.code, Uniform) else None
 
     @property
     def floats(self) -> str | None:

@@ -11,7 +11,8 @@ from .header import heading
 from .plan import Plan
 from .text import imported, without_unused
 from .triton_attend import Attend
-from .triton_pack import Pack, Unpack
+from .triton_pack import Pack
+from .triton_unpack import Unpack
 
 
 @cache

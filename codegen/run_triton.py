@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvdsl.kernels import AttentionState, Params, Side
 
-from .launches import ASSEMBLER, arguments, stages, warps
+from .launches import ASSEMBLER, GIVEN_POINTERS, arguments, stages, warps
 from .plan import Plan
 from .text import padded
 
@@ -41,8 +41,8 @@ class TritonModule:
             if name in VIEWS:
                 assert pool is not None
                 values[name] = pool.view(VIEWS[name])
-            elif name in ("keys_scale_ptr", "values_scale_ptr"):
-                values[name] = params[f"{name.split('_')[0]}.scale"]
+            elif name in GIVEN_POINTERS:
+                values[name] = params[GIVEN_POINTERS[name]]
         fusion = not kernel.startswith(("pack", "unpack"))
         function = getattr(self.module, kernel)
         ordered = {name: values[name] for name in self.arguments[kernel]}

@@ -24,7 +24,7 @@ class Steps:
     """Prints one side's steps for one backend."""
 
     side: SidePlan
-    unit: int
+    unit: sp.Rational
     lead: str
     operand: str
     lift: int = 0
@@ -32,7 +32,7 @@ class Steps:
     @property
     def lifted(self) -> sp.Expr:
         """What is left of the unit where the scale was lifted."""
-        return sp.Integer(self.unit) / sp.Integer(2) ** self.lift
+        return self.unit / sp.Integer(2) ** self.lift
 
     def printed(self, expression: sp.Expr, axes: Mapping[str, tuple[str, ...]], names: Mapping[str, str]) -> str:
         """An expression over plain symbols, broadcast over the first symbol's axes, with names put in."""
@@ -119,7 +119,7 @@ class Steps:
             parts = clean_from_dirty(stream.width, position, self.side.run(stream, plane))
             names = [f"a{stream.width}_{plane + step - position}" for step, _ in parts]
             inner = names[0] if len(names) == 1 else f"({names[0]} - {names[1]})"
-            unit = self.lifted if self.scaled_weights else sp.Integer(self.unit)
+            unit = self.lifted if self.scaled_weights else self.unit
             factor = parts[0][1] * unit * 2**stream.shift
             text += (" + " if text else "") + (inner if factor == 1 else f"{inner} * {number(factor)}")
         return text

@@ -62,6 +62,10 @@ class Codebook(Part):
     bits: int | None = None
     levels: Law | tuple[float, ...] = "normal"
 
+    def __post_init__(self) -> None:
+        if isinstance(self.levels, list):
+            object.__setattr__(self, "levels", tuple(self.levels))
+
 
 @dataclass(frozen=True, repr=False)
 class Sketch(Part):

@@ -1,6 +1,7 @@
 """Calibrated numbers of a scheme: which it wants, whether they fit, and the file they are kept in.
 
-Names are `keys.scale` and `values.scale`; in a file for a whole model each stands behind `layers.<i>.`.
+Names are the paths of parts in the spec: `keys.scale`, `keys.scale.scale` (a second level), `keys.code` (the levels of
+a table); in a file for a whole model each stands behind `layers.<i>.`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from .errors import ShapeError
 from .kernels import Params
-from .scheme import SIDES, Count, Scheme
+from .scheme import SIDES, Codebook, Count, Scheme
 from .shape import Shape
 
 HASH = "kvdsl.scheme"
@@ -24,15 +25,19 @@ LONGEST_HEADER = 1 << 20  # bytes of a file's description that are read
 
 
 def wanted(scheme: Scheme, shape: Shape) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of the numbers a scheme needs beside its pages: (kv heads or 1, groups of channels or 1),
-    and (2, ...) = scale, offset where the range has an offset.  Empty where every scale is measured online."""
+    """The names and shapes of the numbers a scheme needs beside its pages: of a scale (kv heads or 1, groups of channels
+    or 1), and (2, ...) = scale, offset where the range has an offset; of a second level (kv heads or 1, 1); of a table
+    (levels,).  Empty where nothing is calibrated."""
     found: dict[str, tuple[int, ...]] = {}
     for side in SIDES:
-        scale = scheme.side(side).measure
-        if scale is None or scale.when == "online":
-            continue
-        blocks = (_blocks(scale.block.heads, shape.kv_heads), _blocks(scale.block.channels, shape.head_dim))
-        found[f"{side}.scale"] = (2, *blocks) if scale.range in ("minmax", "minmax_zero") else blocks
+        code, scale = scheme.side(side).code, scheme.side(side).measure
+        if scale is not None and scale.when == "calibrated":
+            blocks = (_blocks(scale.block.heads, shape.kv_heads), _blocks(scale.block.channels, shape.head_dim))
+            found[f"{side}.scale"] = (2, *blocks) if scale.range in ("minmax", "minmax_zero") else blocks
+        if scale is not None and scale.scale is not None:
+            found[f"{side}.scale.scale"] = (_blocks(scale.scale.block.heads, shape.kv_heads), 1)
+        if isinstance(code, Codebook) and code.levels == "calibrated":
+            found[f"{side}.code"] = (2 ** (code.bits or 0),)
     return found
 
 
@@ -48,7 +53,7 @@ def checked(
     for name, right in wanted(scheme, shape).items():
         if params is None or name not in params:
             raise ShapeError(
-                f"params[{name!r}]: missing; this scale is calibrated, give params=kvdsl.calibrate(scheme, k, v) of "
+                f"params[{name!r}]: missing; it is calibrated, give params=kvdsl.calibrate(scheme, k, v) of "
                 f"typical k and v"
             )
         given = params[name]
@@ -60,6 +65,10 @@ def checked(
             raise ShapeError(
                 f"params[{name!r}]: it holds numbers that are no finite floats; calibrate on finite tensors"
             )
+        if name.endswith(".scale.scale") and not bool((given > 0).all()):
+            raise ShapeError(f"params[{name!r}]: {float(given.min())!r} is no scale to divide by; give numbers above 0")
+        if name.endswith(".code") and not bool((given[1:] > given[:-1]).all()):
+            raise ShapeError(f"params[{name!r}]: the levels do not rise; sort them, each one different")
         taken[name] = given.detach().to(device, torch.float32).contiguous()
     return taken
 
