@@ -10,7 +10,22 @@ import torch
 
 from kvdsl import reference
 from kvdsl.errors import ShapeError
-from kvdsl.scheme import ALL, Block, Float, Recent, Scale, Scheme, Store, Uniform, per_channel, per_token
+from kvdsl.scheme import (
+    ALL,
+    Block,
+    Codebook,
+    Float,
+    Recent,
+    Rotate,
+    Scale,
+    Scheme,
+    Sketch,
+    Store,
+    Uniform,
+    per_channel,
+    per_tensor,
+    per_token,
+)
 from kvdsl.shape import Shape
 
 ABSENT = Store(Float("fp16"))
@@ -124,3 +139,98 @@ def test_a_page_holds_whole_blocks_of_both_sides() -> None:
         reference.pages(scheme, Shape(32, 1), torch.zeros(1, 1, 128, 32), torch.zeros(1, 1, 128, 32))
     with pytest.raises(ShapeError, match=r"v: shape \(1, 2, 384, 32\); the right one is \(1, 1, 384, 32\)"):
         reference.pages(scheme, Shape(32, 1), torch.zeros(1, 1, 384, 32), torch.zeros(1, 2, 384, 32))
+
+
+# ---- minifloats, tables, sketches, scales of one byte
+
+
+def test_eight_bit_floats_by_hand() -> None:
+    # two planes of 32 channels: 1.0 is 0x38 in channel 0, -448 is 0xFE in channel 32, NaN is 0x7F in channel 1
+    x = torch.zeros(1, 1, 64, 64)
+    x[0, 0, 0, 0], x[0, 0, 0, 32], x[0, 0, 0, 1] = 1, -1000, float("nan")
+    page = reference.pages(Scheme(both=Store(Float("e4m3"))), Shape(64, 1), x, x)[0, 0]
+    assert page[:4].tolist() == [0x38, 0xFE, 0x7F, 0] and page[4:4096].max() == 0
+    assert page[4096:4100].tolist() == [0x38, 0xFE, 0x7F, 0] and len(page) == 2 * 4096
+
+
+def test_four_bit_floats_and_powers_of_two_by_hand() -> None:
+    # 64 codes of 4 bits: rows of 16 words, planes of 16 channels in the nibbles.  The largest is 12: 2^(3 - 2) = 2
+    x = torch.zeros(1, 1, 64, 64)
+    x[0, 0, 2, 0], x[0, 0, 2, 16], x[0, 0, 2, 32], x[0, 0, 2, 63] = 12, -3, 1, 96
+    x[0, 0, 3, 0] = float("nan")
+    store = Store(Float("e2m1"), scale=per_token(32, dtype="e8m0"))
+    page = reference.pages(Scheme(keys=store, values=ABSENT), Shape(64, 1), x, torch.zeros_like(x))[0, 0]
+    # of the second half 96 is 6 * 2^4 (byte 131), 1 is 1/16 of that and becomes 0; planes 0 and 1 have the low byte
+    assert page[2 * 32 : 2 * 32 + 2].tolist() == [7 | (8 + 3) << 4, 0] and page[2 * 32 + 2 * 15 + 1] == 7 << 4
+    # metadata after 64 * 32 bytes of codes and 64 * 128 of values, [group, token]: a block of zeros has the smallest
+    # power, byte 1, one with a NaN 255
+    meta = page[2048 + 8192 :].tolist()
+    assert meta[2] == 128 and meta[64 + 2] == 131 and meta[3] == 255
+    assert len(meta) == 128 and all(byte == 1 for at, byte in enumerate(meta) if at not in (2, 3, 66))
+    assert reference.page_bytes(Scheme(both=store), Shape(64, 1)) == 2 * (2048 + 128)
+
+
+def test_a_scale_of_one_byte_by_hand() -> None:
+    x = torch.zeros(1, 1, 64, 32)
+    x[0, 0, 5] = 12  # 12 / 6 = 2 is 0x40 in e4m3
+    inner = per_tensor(dtype="fp32", when="calibrated")
+    store = Store(Float("e2m1"), scale=per_token(dtype="e4m3", scale=inner))
+    params = {f"{side}.scale.scale": torch.ones(1, 1) for side in ("keys", "values")}
+    page = reference.pages(Scheme(both=store), Shape(32, 1), x, x * float("nan"), params)[0, 0]
+    assert len(page) == 2 * (1024 + 64)
+    assert page[2048 + 5] == 0x40 and np.count_nonzero(page[2048 : 2048 + 64]) == 1
+    assert (page[2048 + 64 :] == 0x7F).all()
+
+
+def test_a_scale_and_an_offset_of_one_byte_by_hand() -> None:
+    # token 1: 2 to 8, middle 5 (0x4A) and half width 3 (0x44); scale low, offset high
+    x = torch.zeros(1, 1, 64, 32)
+    x[0, 0, 1] = torch.linspace(2, 8, 32)
+    store = Store(Codebook(levels=(-1, 0, 1), bits=2), scale=per_token(range="minmax", dtype="e4m3"))
+    page = reference.pages(Scheme(keys=store, values=ABSENT), Shape(32, 1), x, torch.zeros_like(x))[0, 0]
+    first = 64 * 8 + 64 * 64  # after keys of 2 bits and values of 2 bytes
+    words = page[first : first + 128].view("<u2")
+    assert words[1] == 0x4A44 and np.count_nonzero(words) == 1
+
+
+def test_a_table_of_three_levels_has_two_bits() -> None:
+    # 32 codes of 2 bits are 4 words a token; two tokens share a row.  planes of 8 channels, code 2 in channel 9 = 8 + 1
+    x = torch.zeros(1, 1, 64, 32)
+    x[0, 0, :, :8], x[0, 0, 33, 9] = -1, 1
+    store = Store(Codebook(levels=(-1, 0, 1)), scale=per_token(range="absmax"))
+    page = reference.pages(Scheme(keys=store, values=ABSENT), Shape(32, 1), x, torch.zeros_like(x))[0, 0]
+    # row 1 (tokens 1 and 33) is 16 bytes, 8 words; zeros are code 1 in the bits of planes 1 to 3: 0b01010100
+    assert page[16:32].tolist() == [0b01010100, 0b01010100, 0b01010100, 0b01011000, *[0b01010100] * 12]
+
+
+def test_a_sketch_by_hand() -> None:
+    # 32 rows, one bit each: 2 words a token and 4 a row, planes of 4 channels at bits 0 to 7 of a byte
+    encode = torch.zeros(1, 32, 64)
+    encode[0, 9, 3] = 1  # row 9 = 4 * 2 + 1 sees channel 3
+    params = {"keys.encode": encode, "keys.decode": encode.transpose(1, 2)}
+    x = torch.zeros(1, 1, 64, 64)
+    x[0, 0, 7, 3], x[0, 0, 40, 3], x[0, 0, 41, 3] = 2, 4, -4
+    scheme = Scheme(keys=Store(Sketch(32)), values=ABSENT)
+    page = reference.pages(scheme, Shape(64, 1), x, torch.zeros_like(x), params)[0, 0]
+    # tokens 7 (low byte of row 7) and 40 (high byte of row 8): word 1 of the row, bit 2
+    ones = {int(i): int(page[i]) for i in page[:256].nonzero()[0]}
+    assert ones == {7 * 8 + 2: 4, 8 * 8 + 2 + 1: 4}
+    # values are 64 rows of 64 fp16 numbers; then fp16 root mean squares: 2 / 8, 4 / 8 twice
+    norms = page[256 + 8192 :].view("<f2")
+    assert norms[[7, 40, 41]].tolist() == [0.25, 0.5, 0.5] and np.count_nonzero(norms) == 3 and len(norms) == 64
+
+
+@pytest.mark.parametrize("rows", [8, 24, 96, 160, 512])
+def test_p27_every_sign_has_its_own_place(rows: int) -> None:
+    scheme = Scheme(keys=Store(Sketch(rows, basis="gaussian")), values=ABSENT)
+    x = torch.randn(1, 1, 64, 32, generator=torch.Generator().manual_seed(0))
+    coded = reference.quantize(scheme.keys, x)
+    page = reference.pages(scheme, Shape(32, 1), x, torch.zeros_like(x))[0, 0]
+    assert coded.codes is not None and int(np.unpackbits(page[: 8 * rows]).sum()) == int(coded.codes.sum())
+
+
+def test_rows_of_numbers_stand_in_the_coded_space() -> None:
+    x = torch.zeros(1, 1, 64, 64)
+    x[0, 0, 1, 0] = 3
+    page = reference.pages(Scheme(both=Store(Float("fp16"), transform=Rotate())), Shape(64, 1), x, x)[0, 0]
+    assert page.view("<f2")[64:128].tolist() == [0.375] * 64 and np.count_nonzero(page.view("<f2")) == 128

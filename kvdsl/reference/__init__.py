@@ -1,9 +1,12 @@
 """The definitions, executable: what every scheme means, in plain float64 torch.
 
 This package is what generated kernels are checked against.  It is written from the definitions of the language with
-loops where loops are clearer, imports the language (kvdsl.scheme, kvdsl.errors) and torch, and nothing of the compiler.
+loops where loops are clearer, imports the language, its tables and matrices, and torch, and nothing of the compiler.
 
-    rounding    float32 steps, metadata formats, the three ways to round to an integer
+    rounding    float32 steps, metadata formats, minifloats, the ways to round to an integer
+    spaces      the map into the space that is coded, and back
+    alphabets   codes of numbers, numbers of codes
+    measure     scales and offsets of blocks
     quantize    one store applied to one tensor: codes, stored scales and offsets, decoded numbers
     timeline    which tokens are packed when
     attention   roundtrip, scores and attend on a whole sequence
@@ -15,7 +18,7 @@ from __future__ import annotations
 
 from .attention import attend, roundtrip, scores
 from .pages import page_bytes, page_tokens, pages
-from .quantize import Quantized, quantize
+from .quantize import Quantized, encoded_rows, maps, quantize
 from .streams import Stream, stream
 from .timeline import packed_tokens
 
@@ -23,6 +26,8 @@ __all__ = [
     "Quantized",
     "Stream",
     "attend",
+    "encoded_rows",
+    "maps",
     "packed_tokens",
     "page_bytes",
     "page_tokens",

@@ -4,6 +4,9 @@ A page holds `page_tokens` tokens of all kv heads of one layer: one blob a head,
 rounded up to 16 bytes.  A blob holds key codes, value codes, key metadata, value metadata; every section starts at a
 multiple of 16 bytes.
 
+A side's codes are those of the space that is coded: M channels, head_dim but for a sketch.  A minifloat's code is its
+bits, a sketch's one bit; numbers in fp16 and fp32 stand as they are, row after row.
+
 Codes are cut into streams of 8, 4, 2 or 1 bits, the widest with the top bits (3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2,
 7 = 4 + 2 + 1), each stream a section of 16-bit little-endian words.  A row of words is one token, or two tokens (32
 apart, one in the low bytes, one in the high bytes) where one token would fill fewer than 16 words.  The channels are
@@ -11,7 +14,8 @@ cut into planes of equal width; channel x of plane j stands in word x of its til
 
 Choices where several readings are possible: a stored zero has no sign; a NaN scale is the positive quiet NaN without
 payload (under `in_scale` with the zero point in its low bits); scales of shared metadata in fp32 with an offset stand
-all before all offsets; heads share metadata when a block spans more than one head of the tensor at hand.
+all before all offsets, those of 8-bit formats are the low and the high byte of one 16-bit word; heads share metadata
+when a block spans more than one head of the tensor at hand.
 """
 
 from __future__ import annotations
@@ -25,17 +29,21 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kvdsl.codes import Float
 from kvdsl.errors import ShapeError
-from kvdsl.scheme import SIDES, Float, Scale, Scheme, Store, Uniform
+from kvdsl.scheme import SIDES, Scale, Scheme, Store
 
+from .alphabets import code_bits, has_offset, holds_numbers
 from .quantize import Params, Quantized, quantize
-from .rounding import FORMATS
+from .rounding import BIAS, FORMATS, MINIFLOATS, exponent, minifloat_bits
+from .spaces import channels_of
 
 if TYPE_CHECKING:
     from kvdsl.shape import Shape
 
 Bytes = npt.NDArray[np.uint8]
 STREAMS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "e4m3": 1, "e8m0": 1}
 NAN = {"fp16": 0x7E00, "bf16": 0x7FC0, "fp32": 0x7FC00000}
 
 
@@ -79,8 +87,9 @@ def pages(scheme: Scheme, shape: Shape, k: Tensor, v: Tensor, params: Params | N
             page = out[:, t // size]
             for h in range(heads):
                 here = page[:, h * blob : (h + 1) * blob]
-                if isinstance(store.code, Float):
-                    _put_floats(here, place.codes[0], coded.decoded[:, h, t], t % size, store.code)
+                if holds_numbers(store):
+                    assert isinstance(store.code, Float)
+                    _put_floats(here, place.codes[0], coded.coded[:, h, t], t % size, store.code)
                 else:
                     assert coded.codes is not None
                     _put_codes(here, place.codes, coded.codes[:, h, t].numpy(), t % size, store, size)
@@ -91,29 +100,31 @@ def pages(scheme: Scheme, shape: Shape, k: Tensor, v: Tensor, params: Params | N
 
 def _places(scheme: Scheme, shape: Shape) -> tuple[int, dict[str, _Places], int]:
     """Bytes of a head's blob, the places of both sides, bytes of a page."""
-    size, d = page_tokens(scheme), shape.head_dim
+    size = page_tokens(scheme)
+    width = {side: channels_of(scheme.side(side), shape.head_dim) for side in SIDES}
     end = 0
     codes: dict[str, tuple[int, ...]] = {}
     for side in SIDES:
         store = scheme.side(side)
         starts = []
-        for width in _widths(store):
+        for bits in _widths(store):
             starts.append(end)
-            end = _aligned(end + size * d * width // 8)
+            end = _aligned(end + size * width[side] * bits // 8)
         codes[side] = tuple(starts)
     metadata: dict[str, int | None] = {}
     for side in SIDES:
         store = scheme.side(side)
         metadata[side] = end if _has_metadata(store) else None
         if _has_metadata(store) and not _shares(store, shape.kv_heads):
-            end = _aligned(end + _metadata_bytes(store, 1, d, size))
+            end = _aligned(end + _metadata_bytes(store, 1, width[side], size))
     blob = end
     end = blob * shape.kv_heads
     for side in SIDES:
         store = scheme.side(side)
         if _has_metadata(store) and _shares(store, shape.kv_heads):
             metadata[side] = end
-            end = _aligned(end + _metadata_bytes(store, shape.kv_heads // _heads(store, shape.kv_heads), d, size))
+            groups = shape.kv_heads // _heads(store, shape.kv_heads)
+            end = _aligned(end + _metadata_bytes(store, groups, width[side], size))
     places: dict[str, _Places] = {
         side: _Places(codes[side], metadata[side], _shares(scheme.side(side), shape.kv_heads)) for side in SIDES
     }
@@ -125,19 +136,12 @@ def _aligned(offset: int) -> int:
 
 
 def _widths(store: Store) -> tuple[int, ...]:
-    """Bits of every code section, a float's own bits for a Float."""
-    if isinstance(store.code, Float):
-        return (16,) if store.code.format == "fp16" else (32,)
-    return STREAMS[_bits(store)]
-
-
-def _bits(store: Store) -> int:
-    assert isinstance(store.code, Uniform) and store.code.bits is not None
-    return store.code.bits
+    """Bits of every code section, a number's own bits where numbers are kept."""
+    return (code_bits(store),) if holds_numbers(store) else STREAMS[code_bits(store)]
 
 
 def _has_metadata(store: Store) -> bool:
-    return isinstance(store.code, Uniform) and store.measure is not None and store.measure.when == "online"
+    return not holds_numbers(store) and store.measure is not None and store.measure.when == "online"
 
 
 def _block_tokens(store: Store) -> int:
@@ -165,8 +169,7 @@ def _groups(store: Store, d: int) -> int:
 
 def _entry_bytes(scale: Scale) -> int:
     """Bytes a block's metadata takes: scale and offset, the offset free inside the scale."""
-    numbers = 1 if scale.range in ("absmax", "signed_absmax") or scale.zero == "in_scale" else 2
-    return numbers * (4 if scale.dtype == "fp32" else 2)
+    return (2 if has_offset(scale) and scale.zero != "in_scale" else 1) * BYTES[scale.dtype]
 
 
 def _metadata_bytes(store: Store, head_groups: int, d: int, size: int) -> int:
@@ -182,10 +185,9 @@ def _paired(d: int, width: int) -> bool:
 def _plane(store: Store, d: int) -> int:
     """Channels of a plane, the same for all streams of a store."""
     natural = min(d * width // (8 if _paired(d, width) else 16) for width in _widths(store))
-    groups = _groups(store, d)
-    if not _has_metadata(store) or _block_tokens(store) > 1 or groups == 1:
+    if not _has_metadata(store) or _block_tokens(store) > 1 or _groups(store, d) == 1:
         return natural
-    channels, plane = d // groups, natural
+    channels, plane = d // _groups(store, d), natural
     while channels % plane:
         if plane % 2 or plane // 2 < 16:
             return natural
@@ -197,7 +199,7 @@ def _put_codes(blob: Bytes, starts: tuple[int, ...], codes: Any, t: int, store: 
     """Codes (B, D) of token t of the page into blobs (B, bytes)."""
     d = codes.shape[1]
     plane = _plane(store, d)
-    below = _bits(store)
+    below = code_bits(store)
     for start, width in zip(starts, _widths(store), strict=True):
         below -= width
         part = (codes >> below) & ((1 << width) - 1)
@@ -224,6 +226,10 @@ def _put_floats(blob: Bytes, start: int, numbers: Tensor, t: int, code: Float) -
 
 def _words(numbers: Tensor, dtype: str) -> Any:
     """Bit patterns of float64 numbers that the format holds exactly, int64; one NaN for all."""
+    if dtype in MINIFLOATS:
+        return minifloat_bits(numbers, MINIFLOATS[dtype]).numpy()
+    if dtype == "e8m0":
+        return torch.where(numbers.isnan(), 255, exponent(numbers.nan_to_num(1.0)).to(torch.int64) + BIAS).numpy()
     narrow = numbers.to(FORMATS[dtype]).contiguous()  # type: ignore[index]
     bits = narrow.view(torch.int32 if dtype == "fp32" else torch.int16).to(torch.int64)
     bits = bits & (0xFFFFFFFF if dtype == "fp32" else 0xFFFF)
@@ -254,14 +260,14 @@ def _put_metadata(
                 count = head_groups * entries if place.shared else entries
                 scales, offsets = s[:, h, block, g], None if o is None else o[:, h, block, g]
                 target = out[:, page]
-                if scale.dtype == "fp32":
+                width = BYTES[scale.dtype]
+                if offsets is None:
+                    _put(target, base + width * index, scales, width)
+                elif scale.dtype == "fp32":
                     _put(target, base + 4 * index, scales, 4)
-                    if offsets is not None:
-                        _put(target, base + 4 * (count + index), offsets, 4)
-                elif offsets is not None:
-                    _put(target, base + 4 * index, scales | offsets << 16, 4)
+                    _put(target, base + 4 * (count + index), offsets, 4)
                 else:
-                    _put(target, base + 2 * index, scales, 2)
+                    _put(target, base + 2 * width * index, scales | offsets << 8 * width, 2 * width)
 
 
 def _put(target: Bytes, address: int, words: Any, count: int) -> None:

@@ -1,87 +1,167 @@
 """One store applied to one tensor.
 
-Every block of `tokens` x `channels` x `heads` numbers is measured, its scale (and offset) stored in the metadata
-format, and its numbers coded with what was stored.  Blocks are counted from the first token given.
+A side's vectors are brought into the space that is coded.  There every block of `tokens` x `channels` x `heads` numbers
+is measured, its scale (and offset) stored in the metadata format, and its numbers coded with what was stored.  Blocks
+are counted from the first token given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from kvdsl.codes import Float, Sketch
 from kvdsl.errors import ShapeError
-from kvdsl.scheme import Count, Float, Scale, Store, Uniform
+from kvdsl.scheme import Count, Scale, Store
 
-from .rounding import LARGEST_INPUT, bits_of, constant, f32, from_bits, ratio, stored, to_integer
+from .alphabets import Alphabet, alphabet, given_table, has_offset, holds_numbers, level_count
+from .measure import Measured, measure, refitted, shifted
+from .rounding import LARGEST_INPUT, MINIFLOATS, f32, ratio, sum64
+from .spaces import Params, encoded, maps, restored, widened
 
-Params = Mapping[str, Tensor]
+__all__ = ["Params", "Quantized", "block_size", "encoded_rows", "level_count", "maps", "quantize", "widened"]
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """What a store keeps of a tensor (B, H, T, D), as float64 and int64.
+    """What a store keeps of a tensor (B, H, T, D), as float64 and int64; M = D but for a sketch.
 
-    codes    int64 (B, H, T, D), 0..levels-1; None under a Float code
-    scale    float64 (B, H / heads, T / tokens, D / channels), one number a block, exactly as stored: NaN where the
-             block held a NaN; (1, H / heads, 1, D / channels) if calibrated; None under a Float code
-    offset   as scale: the minimum, or the integer zero point; None where the range has none
+    codes    int64 (B, H, T, M), 0..levels-1, of a minifloat its bits; None where fp16 or fp32 numbers are kept
+    scale    float64 (B, H / heads, T / tokens, M / channels), one number a block, exactly as stored: NaN where the
+             block held a NaN; (1, H / heads, 1, M / channels) if calibrated; None without one
+    offset   as scale: the minimum (of a codebook the middle), or the integer zero point; None where the range has none
     decoded  float64 (B, H, T, D), every number a float32 number
+    coded    float64 (B, H, T, M): the same in the space that is coded
     """
 
     codes: Tensor | None
     scale: Tensor | None
     offset: Tensor | None
     decoded: Tensor
+    coded: Tensor
 
 
 def quantize(store: Store, x: Tensor, params: Params | None = None, side: str = "keys") -> Quantized:
     """Codes, stored metadata and decoded numbers of every number of `x` (B, H, T, D), whole blocks.
 
-    `params` holds `<side>.scale` of a calibrated scale.  Raises ShapeError for a tensor that is no whole number of
-    blocks and for params that are missing or of another shape.
+    `params` holds what is calibrated: `<side>.scale`, `<side>.scale.scale`, `<side>.code`, `<side>.transform[<i>]`.
+    Raises ShapeError for a tensor that is no whole number of blocks and for params missing or of another shape.
     """
     x = widened(x, side)
-    if isinstance(store.code, Float):
-        return Quantized(None, None, None, _float(x, store.code))
-    assert isinstance(store.code, Uniform) and store.measure is not None
+    mapped = maps(store, x.shape[3], x.shape[1], params, side)
+    y = encoded(x, mapped)
+    codes, scale, offset, coded = _coded(store, x, y, params, side)
+    return Quantized(codes, scale, offset, restored(coded, mapped), coded)
+
+
+def encoded_rows(store: Store, x: Tensor, params: Params | None = None, side: str = "keys") -> Tensor:
+    """x (B, H, T, D) in the space that is coded, float32 (B, H, T, M); every number of a vector with a NaN is NaN."""
+    x = widened(x, side)
+    return encoded(x, maps(store, x.shape[3], x.shape[1], params, side)).to(torch.float32)
+
+
+Coded = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]
+
+
+def _coded(store: Store, x: Tensor, y: Tensor, params: Params | None, side: str) -> Coded:
+    """Codes, scale, offset and decoded numbers of y, the coded space of x."""
     code, scale = store.code, store.measure
-    levels = level_count(store)
-    size = block_size(scale, x.shape, side)
-
-    numbers = _cut(x, size)
+    if holds_numbers(store):
+        assert isinstance(code, Float)
+        return None, None, None, _number(y, code)
+    if scale is None:
+        assert isinstance(code, Float)
+        return _unscaled(y, code)
+    size = block_size(scale, y.shape, side)
+    letters = alphabet(store, x.shape[3] if isinstance(code, Sketch) else size[2], given_table(store, params, side))
+    numbers = _cut(y, size)
     invalid = numbers.isnan().any(-1)
-    numbers = torch.where(numbers.isnan(), torch.zeros_like(numbers), numbers).clamp(-LARGEST_INPUT, LARGEST_INPUT)
-    if scale.when == "calibrated":
-        s, o = _given(store, x.shape, size, params, side)
-        final = s
+    numbers = _finite(numbers)
+    if isinstance(code, Sketch):
+        found = measure(_finite(x)[..., None, :], code, scale, 1.0, letters, None)
+        c, decoded = _letters(numbers, found, scale, letters)
+    elif scale.when == "calibrated":
+        found = _given(store, y.shape, size, params, side)
+        c, decoded = _letters(numbers, found, scale, letters)
     else:
-        s, o = _measure(numbers, code, scale, levels)
-        final = torch.where(invalid, torch.full_like(s, float("nan")), s)
-    c = _encode(numbers, s[..., None], None if o is None else o[..., None], code, scale, levels)
-    decoded = _decode(c, final[..., None], None if o is None else o[..., None], code, scale, levels)
-    return Quantized(_join(c, x.shape, size).to(torch.int64), final, o, _join(decoded, x.shape, size))
+        second = _second(scale, y.shape[1], size[0], params, side)
+        found, c, decoded = _best(numbers, store, scale, letters, second)
+    final, spoiled = found.scale, decoded
+    if scale.when == "online":
+        final = torch.where(invalid, torch.full_like(found.scale, float("nan")), found.scale)
+        spoiled = torch.where(invalid[..., None], torch.full_like(decoded, float("nan")), decoded)
+    return _join(c, y.shape, size).to(torch.int64), final, found.offset, _join(spoiled, y.shape, size)
 
 
-def widened(x: Tensor, name: str) -> Tensor:
-    """`x` as float64 holding float32 numbers; float64 input is rounded to float32 first."""
-    if x.dim() != 4:
-        raise ShapeError(f"{name}: shape {tuple(x.shape)} has {x.dim()} axes; give (batch, heads, tokens, head_dim)")
-    if not x.is_floating_point():
-        raise ShapeError(f"{name}: dtype {x.dtype} is no float; give float16, bfloat16 or float32")
-    return f32(x.detach().cpu())
+def _best(
+    x: Tensor, store: Store, scale: Scale, letters: Alphabet, second: Tensor | None
+) -> tuple[Measured, Tensor, Tensor]:
+    """Measure, code and decode blocks (..., numbers) under every clip; of each block the first with the least error."""
+    clips = scale.clip if isinstance(scale.clip, tuple) else (scale.clip,)
+    best: tuple[Measured, Tensor, Tensor] | None = None
+    least = torch.zeros(())
+    for clip in clips:
+        found = measure(x, store.code, scale, clip, letters, second)
+        c, decoded = _letters(x, found, scale, letters)
+        if scale.refit is not None:
+            none = torch.zeros((), dtype=torch.float64)
+            found = refitted(x, letters.level(c, none), found, scale, second)
+            again, _ = _letters(x, found, scale, letters)
+            c = again if scale.refit == "weighted_least_squares" else c
+            decoded = f32(found.s[..., None] * letters.level(c, none))
+        error = sum64((x - decoded) ** 2)
+        if best is None:
+            best, least = (found, c, decoded), error
+            continue
+        better = error < least
+        best, least = _chosen(better, (found, c, decoded), best), torch.where(better, error, least)
+    assert best is not None
+    return best
 
 
-def level_count(store: Store) -> int:
-    """How many levels the store's uniform code has: one fewer than 2**bits where `absmax` needs an even grid."""
-    assert isinstance(store.code, Uniform) and store.measure is not None
-    if store.code.levels is not None:
-        return store.code.levels
-    assert store.code.bits is not None
-    centred = store.measure.range == "absmax" and store.code.grid == "ends"
-    return (1 << store.code.bits) - (1 if centred else 0)
+def _chosen(
+    better: Tensor, new: tuple[Measured, Tensor, Tensor], old: tuple[Measured, Tensor, Tensor]
+) -> tuple[Measured, Tensor, Tensor]:
+    """Of every block the new or the old."""
+
+    def of(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(better if a.dim() == better.dim() else better[..., None], a, b)
+
+    def maybe(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+        return None if a is None or b is None else of(a, b)
+
+    (a, c, x), (b, d, y) = new, old
+    found = Measured(of(a.scale, b.scale), maybe(a.offset, b.offset), of(a.s, b.s), maybe(a.o, b.o))
+    return found, of(c, d), of(x, y)
+
+
+def _letters(x: Tensor, found: Measured, scale: Scale, letters: Alphabet) -> tuple[Tensor, Tensor]:
+    """Codes of (..., numbers) under the scales of (...), and the numbers that they stand for."""
+    low, point = shifted(found, scale)
+    s = found.s[..., None]
+    c = letters.encode(ratio(f32(x - low), s), point)
+    decoded = f32(s * letters.level(c, point))
+    return c, decoded if isinstance(low, float) else f32(decoded + low)
+
+
+def _finite(x: Tensor) -> Tensor:
+    return torch.where(x.isnan(), torch.zeros_like(x), x).clamp(-LARGEST_INPUT, LARGEST_INPUT)
+
+
+def _number(y: Tensor, code: Float) -> Tensor:
+    if code.format == "fp32":
+        return y
+    return y.clamp(-LARGEST_INPUT, LARGEST_INPUT).to(torch.float16).to(torch.float64)
+
+
+def _unscaled(y: Tensor, code: Float) -> Coded:
+    """A minifloat of the numbers themselves: a NaN is the format's own, where it has one."""
+    letters, none = alphabet(Store(code), 1, None), torch.zeros((), dtype=torch.float64)
+    c = letters.encode(y.clamp(-LARGEST_INPUT, LARGEST_INPUT), none)
+    decoded = letters.level(c, none)
+    return c.to(torch.int64), None, None, torch.where(y.isnan(), y, decoded) if MINIFLOATS[code.format].nan else decoded
 
 
 def block_size(scale: Scale, shape: torch.Size | tuple[int, ...], side: str) -> tuple[int, int, int]:
@@ -100,12 +180,6 @@ def _count(count: Count, length: int) -> int:
     return count if isinstance(count, int) else max(length, 1)
 
 
-def _float(x: Tensor, code: Float) -> Tensor:
-    if code.format == "fp32":
-        return x
-    return x.clamp(-LARGEST_INPUT, LARGEST_INPUT).to(torch.float16).to(torch.float64)
-
-
 def _cut(x: Tensor, size: tuple[int, int, int]) -> Tensor:
     """(B, H, T, D) as (B, H / heads, T / tokens, D / channels, numbers of a block)."""
     (b, h, t, d), (bh, bt, bc) = x.shape, size
@@ -120,83 +194,30 @@ def _join(blocks: Tensor, shape: torch.Size, size: tuple[int, int, int]) -> Tens
     return blocks.permute(0, 1, 4, 2, 5, 3, 6).reshape(b, h, t, d)
 
 
-def _measure(x: Tensor, code: Uniform, scale: Scale, levels: int) -> tuple[Tensor, Tensor | None]:
-    """Stored scale and offset of every block: (..., numbers) -> two of (...)."""
-    clip = constant(scale.clip)
-    intervals = levels if code.grid == "cells" else levels - 1
-    if scale.range == "absmax":
-        size = f32(clip * x.abs().amax(-1))
-        if code.grid == "cells":
-            return stored(f32(2 * size / levels), scale.dtype), None
-        return stored(f32(size / ((levels - 1) // 2)), scale.dtype), None
-    if scale.range == "signed_absmax":
-        high, low = x.amax(-1), x.amin(-1)
-        extreme = f32(clip * torch.where(high >= -low, high, low))
-        return stored(f32(extreme / -(levels // 2)), scale.dtype), None
-
-    low, high = f32(clip * x.amin(-1)), f32(clip * x.amax(-1))
-    if scale.range == "minmax_zero" or scale.zero == "in_scale":
-        low, high = low.clamp(max=0), high.clamp(min=0)
-    step = f32(f32(high - low) / intervals)
-    if scale.zero == "min":
-        return stored(step, scale.dtype), stored(low, scale.dtype)
-    if scale.zero == "in_scale":
-        assert code.bits is not None
-        unit = 1 << code.bits
-        s = from_bits((bits_of(step) + unit // 2) & ~(unit - 1))
-        return s, to_integer(ratio(-low, s), "even").clamp(0, levels - 1) + 0.0
-    # A constant block is one step away from zero, so that it decodes to its constant.
-    s = stored(torch.where(step == 0, low.abs(), step), scale.dtype)
-    point = torch.where(step == 0, (low < 0).to(low), to_integer(ratio(-low, s), "even"))
-    if scale.range == "minmax_zero":
-        point = point.clamp(0, levels - 1)
-    return s, stored(point, scale.dtype)
-
-
-def _encode(x: Tensor, s: Tensor, o: Tensor | None, code: Uniform, scale: Scale, levels: int) -> Tensor:
-    """Codes of (..., numbers) under s and o of (..., 1)."""
-    rounding = "floor" if code.grid == "cells" else code.rounding
-    if o is None:
-        shift = levels // 2 if _even(code, scale) else (levels - 1) // 2
-        c = f32(to_integer(ratio(x, s), rounding) + shift)
-    elif scale.zero == "min":
-        c = to_integer(ratio(f32(x - o), s), rounding)
-    else:
-        c = f32(to_integer(ratio(x, s), rounding) + o)
-    return c.clamp(0, levels - 1)
-
-
-def _decode(c: Tensor, s: Tensor, o: Tensor | None, code: Uniform, scale: Scale, levels: int) -> Tensor:
-    """Numbers of codes: s * (level of c) + minimum."""
-    half = 0.5 if code.grid == "cells" else 0.0
-    if o is None:
-        shift = levels // 2 if _even(code, scale) else (levels - 1) // 2
-        return f32(s * (c - shift + half))
-    if scale.zero == "min":
-        return f32(f32(s * (c + half)) + o)
-    return f32(s * f32(c - o + half))
-
-
-def _even(code: Uniform, scale: Scale) -> bool:
-    """Whether code L/2 stands for the interval or level at 0 (else code (L-1)//2 does)."""
-    return scale.range == "signed_absmax" or code.grid == "cells"
-
-
-def _given(
-    store: Store, shape: torch.Size, size: tuple[int, int, int], params: Params | None, side: str
-) -> tuple[Tensor, Tensor | None]:
+def _given(store: Store, shape: torch.Size, size: tuple[int, int, int], params: Params | None, side: str) -> Measured:
     """Scale and offset of a calibrated store, (1, H / heads, 1, D / channels) each."""
     assert store.measure is not None
-    name = f"{side}.scale"
-    if params is None or name not in params:
-        raise ShapeError(f"params[{name!r}]: missing; the scale of the {side} is calibrated, give its numbers")
     blocks = (shape[1] // size[0], shape[3] // size[2])
-    ranged = store.measure.range in ("minmax", "minmax_zero")
-    right = (2, *blocks) if ranged else blocks
-    given = params[name]
-    if tuple(given.shape) != right:
-        raise ShapeError(f"params[{name!r}]: shape {tuple(given.shape)}; the right one is {right}")
-    numbers = f32(given.detach().cpu())
-    if not ranged:
-        return numbers[None, :, None, :], None
-    return numbers[0][None, :, None, :], numbers[1][None, :, None, :]
+    right = (2, *blocks) if has_offset(store.measure) else blocks
+    numbers = _calibrated(params, f"{side}.scale", right, f"the scale of the {side} is calibrated, give its numbers")
+    s = (numbers[0] if len(right) == 3 else numbers)[None, :, None, :]
+    o = numbers[1][None, :, None, :] if len(right) == 3 else None
+    return Measured(s, o, s, o)
+
+
+def _second(scale: Scale, heads: int, block_heads: int, params: Params | None, side: str) -> Tensor | None:
+    """The second level, broadcast over (B, H / heads, T / tokens, D / channels); None where the scale has none."""
+    if scale.scale is None:
+        return None
+    rows = heads if scale.scale.block.heads == 1 else 1
+    what = f"the second scale of the {side} is calibrated, give its numbers"
+    numbers = _calibrated(params, f"{side}.scale.scale", (rows, 1), what)
+    return numbers[None, ::block_heads, None, :] if rows > 1 else numbers[None, :, None, :]
+
+
+def _calibrated(params: Params | None, name: str, shape: tuple[int, ...], what: str) -> Tensor:
+    if params is None or name not in params:
+        raise ShapeError(f"params[{name!r}]: missing; {what}")
+    if tuple(params[name].shape) != shape:
+        raise ShapeError(f"params[{name!r}]: shape {tuple(params[name].shape)}; the right one is {shape}")
+    return f32(params[name].detach().cpu())

@@ -1,0 +1,111 @@
+"""The space that is coded: a side's transforms as one affine map y = E x - u, and back, x = W y + v.
+
+The chain is multiplied out in float64 and rounded once to float32; a number of either space is one float64 sum, rounded
+once.  A sketch is such a map too, E = S and W = S^T; what it stores of y is the signs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from kvdsl.codes import Sketch
+from kvdsl.errors import ShapeError
+from kvdsl.matrices import rotation, sketch
+from kvdsl.scheme import Store
+from kvdsl.transforms import ChannelScale, ChannelShift, Rotate
+
+from .rounding import LARGEST_INPUT, f32
+
+Params = Mapping[str, Tensor]
+Maps = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def widened(x: Tensor, name: str) -> Tensor:
+    """`x` as float64 holding float32 numbers; float64 input is rounded to float32 first."""
+    if x.dim() != 4:
+        raise ShapeError(f"{name}: shape {tuple(x.shape)} has {x.dim()} axes; give (batch, heads, tokens, head_dim)")
+    if not x.is_floating_point():
+        raise ShapeError(f"{name}: dtype {x.dtype} is no float; give float16, bfloat16 or float32")
+    return f32(x.detach().cpu())
+
+
+def channels_of(store: Store, head_dim: int) -> int:
+    """M, the channels of the coded space."""
+    return store.code.dim if isinstance(store.code, Sketch) and isinstance(store.code.dim, int) else head_dim
+
+
+def maps(store: Store, head_dim: int, heads: int, params: Params | None = None, side: str = "keys") -> Maps | None:
+    """(E, u, W, v), float64 holding float32: (H or 1, M, D), (H or 1, M), (H or 1, D, M), (H or 1, D); None if the side
+    is coded as it is.
+
+    `params` holds `<side>.transform[<i>]` of calibrated transforms, or `<side>.encode` and `<side>.decode`, which stand
+    for the whole chain.  Raises ShapeError for those that are missing or of another shape.
+    """
+    if not store.transform and not isinstance(store.code, Sketch):
+        return None
+    width = channels_of(store, head_dim)
+    if params is not None and f"{side}.encode" in params:
+        encode = _param(params, f"{side}.encode", heads, (width, head_dim), "a map")
+        decode = _param(params, f"{side}.decode", heads, (head_dim, width), "a map")
+        zero = torch.zeros(1, 1, dtype=torch.float64)
+        return f32(encode), zero.expand(1, width), f32(decode), zero.expand(1, head_dim)
+    if isinstance(store.code, Sketch):
+        rows = sketch(width, head_dim, store.code.basis, store.code.seed)
+        e, w, u = rows[None], rows.T[None], torch.zeros(1, width, dtype=torch.float64)
+    else:
+        e = torch.eye(head_dim, dtype=torch.float64)[None]
+        w, u = e, torch.zeros(1, head_dim, dtype=torch.float64)
+    assert isinstance(store.transform, tuple)
+    for position, part in enumerate(store.transform):
+        name = f"{side}.transform[{position}]"
+        if isinstance(part, Rotate):
+            size = part.size if isinstance(part.size, int) else head_dim
+            r = rotation(part.kind, size, part.seed, head_dim)
+            e, u, w = r @ e, u @ r.T, w @ r.T
+            continue
+        given = _param(params, name, heads, (head_dim,), "a calibrated transform")
+        if isinstance(part, ChannelScale):
+            e, u, w = e / given[..., None], u / given, w * given[:, None, :]
+        elif isinstance(part, ChannelShift):
+            u = u + given
+        else:
+            p = torch.nn.functional.one_hot(given.to(torch.int64), head_dim).to(torch.float64)
+            e, u, w = p @ e, (p @ u[..., None])[..., 0], w @ p.transpose(1, 2)
+    v = (w @ u[..., None])[..., 0]
+    return f32(e), f32(u), f32(w), f32(v)
+
+
+def encoded(x: Tensor, mapped: Maps | None) -> Tensor:
+    """x (B, H, T, D) in the coded space (B, H, T, M), float64 holding float32.
+
+    Every number of a vector with a NaN is NaN; numbers beyond +-65504 saturate before they are mapped.
+    """
+    if mapped is None:
+        return x
+    e, u, _, _ = mapped
+    spoiled = x.isnan().any(-1, keepdim=True)
+    x = torch.where(x.isnan(), torch.zeros_like(x), x).clamp(-LARGEST_INPUT, LARGEST_INPUT)
+    y = f32(x @ e.transpose(1, 2) - u[:, None, :])
+    return torch.where(spoiled, torch.full_like(y, float("nan")), y)
+
+
+def restored(y: Tensor, mapped: Maps | None) -> Tensor:
+    """y (B, H, T, M) brought back, (B, H, T, D), float64 holding float32."""
+    if mapped is None:
+        return y
+    _, _, w, v = mapped
+    return f32(y @ w.transpose(1, 2) + v[:, None, :])
+
+
+def _param(params: Params | None, name: str, heads: int, shape: tuple[int, ...], what: str) -> Tensor:
+    """A parameter as float64 holding float32, one for each kv head or (of whole maps) one for all."""
+    if params is None or name not in params:
+        raise ShapeError(f"params[{name!r}]: missing; {what} of the side needs it, give its numbers")
+    given = params[name]
+    rows = (1, heads) if len(shape) > 1 else (heads,)
+    if tuple(given.shape) not in [(count, *shape) for count in rows]:
+        raise ShapeError(f"params[{name!r}]: shape {tuple(given.shape)}; the right one is {(heads, *shape)}")
+    return f32(given.detach().cpu())
