@@ -195,7 +195,7 @@ def e2m1(words: Tensor) -> Tensor:
 def e8m0(words: Tensor) -> Tensor:
     """Bytes read as the power of two whose exponent they are, as float32; 255 is NaN."""
     words = words.to(torch.int32) & 255
-    return as_float((words << 23) | torch.where(words == 255, 0x400000, 0))
+    return as_float((words << 23) | torch.where(words == 255, 0x400000, 0).to(torch.int32))
 
 
 def chosen(codes: Tensor, levels: tuple[float | Tensor, ...]) -> Tensor:

@@ -117,27 +117,19 @@ def attend(
 
 
 def calibrate(scheme: Scheme, k: Tensor, v: Tensor) -> dict[str, Tensor]:
-    """The numbers of the scheme's calibrated scales, measured over all tokens of k and v (B, H, T, D): float32 on the
-    CPU, rounded as the scheme stores them.  Empty for a scheme that has none.
+    """What the scheme takes from data, measured over all tokens of k and v (B, H, T, D): calibrated scales, rounded as
+    the scheme stores them, second levels, tables of levels; float32 on the CPU.  Empty where nothing is calibrated.
 
     Raises ShapeError for tensors that are no such pair, hold no token, or hold a NaN.
     """
-    from .reference.quantize import quantize
+    from .calibration import measured
 
     shape, found = _shape(k, None), dict[str, Tensor]()
     refuse_tensor("v", v, tuple(k.shape), shape, k.device)
     if not k.numel():
         raise ShapeError(f"k: shape {tuple(k.shape)} holds no token; give typical keys and values")
     for side, x in zip(SIDES, (k, v), strict=True):
-        store = scheme.side(side)
-        if store.measure is None or store.measure.when == "online":
-            continue
-        # The definition, measured over the data as one block of tokens.
-        tokens = x.transpose(0, 1).reshape(1, x.shape[1], -1, x.shape[3])
-        measured = quantize(store.with_(when="online"), tokens, None, side)
-        assert measured.scale is not None
-        parts = [part[0, :, 0].to(torch.float32) for part in (measured.scale, measured.offset) if part is not None]
-        found[f"{side}.scale"] = torch.stack(parts) if len(parts) > 1 else parts[0]
+        found |= measured(scheme.side(side), x, side)
     return checked(scheme, shape, found)
 
 
