@@ -16,9 +16,10 @@ from kvdsl.kernels import AttentionState, Params, Side
 from kvdsl.reference.attention import softmax_rows
 from kvdsl.reference.quantize import quantize
 from kvdsl.reference.timeline import contents, packed_tokens
-from kvdsl.scheme import SIDES, Float, Scheme, Store
+from kvdsl.levels import table
+from kvdsl.scheme import SIDES, Codebook, Float, Scheme, Store, Uniform
 
-from .bounds import blocks_of, spread
+from .bounds import blocks_of, second, spread
 from .cases import Case, law, require, require_equal, require_within, static
 from .data import MODEST
 from .driving import USUAL, Ends, Poison, attention_state, device_of, moved, packed
@@ -90,18 +91,37 @@ def truth(case: Case, step: Step) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def coded(case: Case, step: Step, b: int, side: Side) -> tuple[Tensor, Tensor]:
-    """What the cache holds of sequence b, float64 (1, H, length, D), and the part of it that is code times scale: what
-    remains of a packed number without its offset, and all of an exact one."""
+    """What the cache holds of sequence b, float64 (1, H, length, D), and the part of it that is code (or level) times
+    scale: what remains of a packed number without its offset, and all of an exact one.  Evenly spaced levels are codes,
+    counted from the lowest."""
     store, params = case.scheme.side(side), step.params
     x = (step.k if side == "keys" else step.v)[b : b + 1, :, : step.lengths[b]]
     first, end = packed_tokens(case.scheme, side, step.seen[b])
     whole = contents(store, x, (first, end), params, side)
     part = whole.clone()
-    if end > first and not isinstance(store.code, Float):
-        numbers = quantize(store, x[:, :, first:end], params, side)
+    if end > first and store.measure is not None:
+        given = x[:, :, first:end]
+        numbers = quantize(store, given, params, side)
         assert numbers.codes is not None and numbers.scale is not None
-        part[:, :, first:end] = numbers.codes * spread(store, numbers.scale, x[:, :, first:end])
+        scale = spread(store, numbers.scale * second(store, params, side), given)
+        if isinstance(store.code, Uniform):
+            part[:, :, first:end] = numbers.codes * scale
+        else:
+            coded = numbers.coded
+            if numbers.offset is not None:
+                coded = coded - spread(store, numbers.offset * second(store, params, side), given)
+            even = _step(store)
+            part[:, :, first:end] = coded if even is None else numbers.codes * scale * even
     return whole, part
+
+
+def _step(store: Store) -> float | None:
+    """The step of evenly spaced levels of a table."""
+    levels = store.code.levels if isinstance(store.code, Codebook) else ()
+    if isinstance(levels, str):
+        return 2 * table(store.code, 128)[1] if levels != "calibrated" and store.code.bits == 1 else None  # type: ignore
+    steps = {high - low for low, high in zip(levels, levels[1:], strict=False)}
+    return steps.pop() if len(steps) == 1 else None
 
 
 def _seen(queries: int, tokens: int, sliding: int | None, start: int | None) -> Tensor:
@@ -296,21 +316,24 @@ def scores_are_products(case: Case) -> None:
     q, device = case.query(2), device_of(case.kernels)
     got = case.kernels.scores(q.to(device), pages.pool, pages.table, tokens, moved(params, device)).cpu()
     want = reference.scores(case.bare, q, k, window=False, params=params)
-    largest = _largest(case.scheme.keys, k).repeat_interleave(case.shape.group, 1)
+    largest = _largest(case.scheme.keys, k)
+    if not isinstance(case.scheme.keys.code, Uniform):  # a level may lie farther out than every number
+        held, _ = case.decoded(k, v, params)
+        largest = torch.maximum(largest, held.double().abs())
+    largest = largest.repeat_interleave(case.shape.group, 1)
     limit = q.double().abs() @ largest.transpose(2, 3) * 2.0**-10
     require_within("scores", got, want, limit + 1e-6)
 
 
 def _largest(store: Store, k: Tensor) -> Tensor:
     """The largest size in the block of each number."""
-    if isinstance(store.code, Float) or static(store):
+    if store.measure is None or static(store):
         return k.double().abs().amax().expand(k.shape)
     return spread(store, blocks_of(store, k.double().abs()).amax((2, 4, 6)), k)
 
 
 def _plain(scheme: Scheme) -> bool:
-    formats = [side.code.format for side in (scheme.keys, scheme.values) if isinstance(side.code, Float)]
-    return len(formats) == 2
+    return all(isinstance(side.code, Float) and side.code.plain for side in (scheme.keys, scheme.values))
 
 
 @law("P32", _plain, MODEST)

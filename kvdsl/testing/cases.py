@@ -22,7 +22,10 @@ from kvdsl.window import windows
 
 from .data import numbers
 
-METADATA = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+METADATA = {
+    "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "e4m3": torch.float8_e4m3fn,
+    "e5m2": torch.float8_e5m2,
+}  # fmt: skip
 
 
 class LawBroken(AssertionError):
@@ -131,7 +134,8 @@ def calibrated(store: Store, x: Tensor, share: float, side: str) -> dict[str, Te
     step = measured.scale[0, :, 0] * share
     step = torch.where(step < 0, step.clamp(max=-(2.0**-14)), step.clamp(min=2.0**-14))
     parts = [step] if measured.offset is None else [step, measured.offset[0, :, 0] * share]
-    rounded = [part.clamp(-65504, 65504).to(METADATA.get(scale.dtype, torch.float32)).float() for part in parts]
+    exact = scale.dtype if scale.dtype in ("fp16", "bf16") else "fp32"
+    rounded = [part.clamp(-65504, 65504).to(METADATA[exact]).float() for part in parts]
     found[f"{side}.scale"] = torch.stack(rounded) if len(rounded) > 1 else rounded[0]
     return found
 
