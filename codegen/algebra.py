@@ -16,17 +16,18 @@ import sympy as sp
 from kvdsl.errors import ProofError
 from kvdsl.scheme import Store, Uniform
 
+from .alphabet import Alphabet, alphabet_of, prove
 from .layout import widths
 from .placement import When, centre
 
 token, block, group, channel = (sp.Symbol(name, integer=True, nonnegative=True) for name in ("t", "b", "g", "d"))
 query, weight = sp.IndexedBase("q")[channel], sp.IndexedBase("p")[token]
-code = sp.IndexedBase("c")[token, channel]
+code, level = (sp.IndexedBase(name)[token, channel] for name in "cl")
 
 
 @dataclass(frozen=True)
 class Term:
-    """token_factor * channel_factor * (code, if `coded`), summed over channels (keys) or tokens (values)."""
+    """token_factor * channel_factor * (code or level, if `coded`), summed over channels (keys) or tokens (values)."""
 
     token_factor: sp.Expr
     channel_factor: sp.Expr
@@ -43,22 +44,30 @@ class ProofStep:
 
 @dataclass(frozen=True)
 class NormalForm:
-    """One side of a scheme: its definition, its terms, and the proof that they agree."""
+    """One side of a scheme: its definition, its terms, and the proof that they agree.
+
+    letter   what a product reads: c, the code, or l, the level that a code is looked up as
+    """
 
     side: Literal["keys", "values"]
     when: When
     definition: sp.Expr
     terms: tuple[Term, ...]
     proof: tuple[ProofStep, ...]
+    letter: Literal["c", "l"] = "c"
 
 
-def decoded(store: Store, c: sp.Expr, s: sp.Expr, z: sp.Expr) -> sp.Expr:
-    """The definition of a decoded number in its code c, stored scale s and stored offset (or zero point) z."""
+def decoded(store: Store, alphabet: Alphabet, c: sp.Expr, s: sp.Expr, z: sp.Expr) -> sp.Expr:
+    """The definition of a decoded number in its code c (of a looked-up alphabet: its level), stored scale s and stored
+    offset (or zero point) z."""
     code_, scale = store.code, store.measure
-    if not isinstance(code_, Uniform) or scale is None:
+    if scale is None:
         return c
+    if not isinstance(code_, Uniform):
+        line = c if alphabet.looked_up else alphabet.first + alphabet.step * c
+        return s * line + (z if scale.range in ("minmax", "minmax_zero") else 0)
     half = sp.Rational(1, 2) if code_.grid == "cells" else sp.Integer(0)
-    if scale.range in ("absmax", "signed_absmax"):
+    if scale.range not in ("minmax", "minmax_zero"):
         return s * (c - centre(code_, scale) + half)
     if scale.zero == "min":
         return s * (c + half) + z
@@ -78,7 +87,7 @@ def _split(factor: sp.Expr, coded: bool) -> Term:
     """Sort the factors of one product by the index they depend on."""
     of_token, of_channel = sp.Integer(1), sp.Integer(1)
     for part in sp.Mul.make_args(factor):
-        if part == code:
+        if part in (code, level):
             continue
         depends = part.free_symbols & {token, channel}
         if depends == {token, channel}:
@@ -90,34 +99,45 @@ def _split(factor: sp.Expr, coded: bool) -> Term:
     return Term(of_token, of_channel, coded)
 
 
-def derive(side: Literal["keys", "values"], store: Store, when: When) -> NormalForm:
+def derive(
+    side: Literal["keys", "values"], store: Store, when: When, alphabet: Alphabet | None = None
+) -> NormalForm:
     """The normal form of one side whose scale is applied at `when`, with its proof.
 
+    alphabet   how codes become numbers; None: as in blocks of 128 channels
     Raises ProofError where the terms do not give the definition back, or a factor cannot leave the loop.
     """
     indices = _INDICES[when]
     stored = [sp.IndexedBase(name)[indices] if indices else sp.Integer(0) for name in ("s", "z")]
-    definition = decoded(store, code, *stored)
+    alphabet = alphabet or alphabet_of(store, 128)
+    number, letter = (level, "l") if alphabet.looked_up else (code, "c")
+    definition = decoded(store, alphabet, number, *stored)
     outside = query if side == "keys" else weight
     if when is When.IN_LOOP:
         # the decoded number itself is what the dot product reads
-        number = sp.IndexedBase("x")[token, channel]
+        whole = sp.IndexedBase("x")[token, channel]
         term = Term(sp.Integer(1), query, True) if side == "keys" else Term(weight, sp.Integer(1), True)
         step = ProofStep(
-            f"{outside}*{number} with {number} = {definition}, decoded before the dot product", "by definition"
+            f"{outside}*{whole} with {whole} = {definition}, decoded before the dot product", "by definition"
         )
-        return NormalForm(side, when, definition, (term,), (step,))
+        return NormalForm(side, when, definition, (term,), (step, *alphabet_proof(alphabet)), letter)
     summand = sp.expand(outside * definition)
-    terms = tuple(_split(product, product.has(code)) for product in sp.Add.make_args(summand))
-    back = sum(term.token_factor * term.channel_factor * (code if term.coded else 1) for term in terms)
+    terms = tuple(_split(product, product.has(number)) for product in sp.Add.make_args(summand))
+    back = sum(term.token_factor * term.channel_factor * (number if term.coded else 1) for term in terms)
     if sp.simplify(back - outside * definition) != 0:
         raise ProofError(f"{side}: the terms {terms} do not add up to {definition}")
     lowered = " + ".join(
-        f"({sp.sstr(term.token_factor)})*({sp.sstr(term.channel_factor)})" + ("*c[t, d]" if term.coded else "")
+        f"({sp.sstr(term.token_factor)})*({sp.sstr(term.channel_factor)})" + (f"*{letter}[t, d]" if term.coded else "")
         for term in terms
     )
     statement = f"{sp.sstr(outside)}*({sp.sstr(definition)}) = {lowered}"
-    return NormalForm(side, when, definition, terms, (ProofStep(statement, "symbolic"), *planes_proof(store)))
+    steps = (ProofStep(statement, "symbolic"), *alphabet_proof(alphabet), *planes_proof(store, alphabet))
+    return NormalForm(side, when, definition, terms, steps, letter)
+
+
+def alphabet_proof(alphabet: Alphabet) -> tuple[ProofStep, ...]:
+    """That what a product reads of a code is its level."""
+    return tuple(ProofStep(*step) for step in prove(alphabet))
 
 
 def clean_from_dirty(width: int, position: int, run: range) -> tuple[tuple[int, sp.Rational], ...]:
@@ -138,24 +158,25 @@ def query_of_dirty(width: int, position: int, run: range) -> tuple[tuple[int, sp
     return tuple(taken)
 
 
-def planes_proof(store: Store) -> tuple[ProofStep, ...]:
+def planes_proof(store: Store, alphabet: Alphabet | None = None) -> tuple[ProofStep, ...]:
     """Reading dirty planes with a changed query (or undoing them on the output) equals reading the codes."""
-    if not isinstance(store.code, Uniform) or store.code.bits is None:
-        return ()
+    alphabet = alphabet or alphabet_of(store, 128)
     steps = []
-    for width in widths(store.code.bits):
+    for width in () if alphabet.looked_up else widths(alphabet.bits):
         count = 8 // width
         for length in (size for size in (1, 2, 4, 8) if size <= count):
             for first in range(0, count, length):
                 _prove_run(width, range(first, first + length))
         steps.append(ProofStep(f"dirty planes of {width} bits: sum q'_i D_i = sum q_i c_i, and back", "symbolic"))
-    parts, rest = [], store.code.bits
-    for width in widths(store.code.bits):
+    parts, rest = [], alphabet.bits
+    if not rest:
+        return ()
+    for width in widths(alphabet.bits):
         rest -= width
         parts.append((width, rest))
-    whole = 2**store.code.bits
+    whole = 2**alphabet.bits
     if any(sum(((c >> shift) % 2**width) << shift for width, shift in parts) != c for c in range(whole)):
-        raise ProofError(f"streams {parts} do not add up to a code of {store.code.bits} bits")
+        raise ProofError(f"streams {parts} do not add up to a code of {alphabet.bits} bits")
     steps.append(
         ProofStep(" + ".join(f"2^{s}*({w} bits)" for w, s in parts) + " = code", f"exhaustive ({whole} cases)")
     )

@@ -11,7 +11,7 @@ from kvdsl import cost
 from .placement import When
 from .plan import Plan, SidePlan
 
-FORMAT = 1  # of the generated text; a change of it makes every stored file stale
+FORMAT = 2  # of the generated text; a change of it makes every stored file stale
 
 
 def formula_lines(side: SidePlan) -> list[str]:
@@ -29,6 +29,7 @@ def _coded_lines(side: SidePlan, letter: str) -> list[str]:
     if side.floats:
         return [f"{letter}[t, d] = the number itself, as {side.floats}"]
     lines = [f"{letter}[t, d] = {sp.sstr(side.form.definition)}"]
+    lines += [f"           {told}" for told in alphabet_lines(side)]
     names = ("q . k[t]  = ", "out[d]    = ") if letter != "y" else ("q' . y[t] = ", "out'[d]   = ")
     outer = names[side.name == "values"]
     over = "d" if side.name == "keys" else "t"
@@ -39,10 +40,26 @@ def _coded_lines(side: SidePlan, letter: str) -> list[str]:
         inner, out = (
             (term.channel_factor, term.token_factor) if over == "d" else (term.token_factor, term.channel_factor)
         )
-        tail = "*c[t, d]" if term.coded else ""
+        tail = f"*{side.form.letter}[t, d]" if term.coded else ""
         front = "" if out == 1 else f"{sp.sstr(out)} * "
         texts.append(f"{front}sum_{over} {sp.sstr(inner)}{tail}")
     return [*lines, outer + " + ".join(texts).replace("+ -", "- "), f"           {side.when.value}"]
+
+
+def alphabet_lines(side: SidePlan) -> list[str]:
+    """What a code stands for, where it is no whole number; what a stored scale is multiplied by."""
+    alphabet, lines = side.alphabet, []
+    if alphabet.small is not None:
+        lines.append(f"l[t, d] = the number whose {alphabet.bits} bits are stored, {alphabet.small.name}")
+    elif alphabet.given:
+        lines.append(f"l[t, d] = one of {alphabet.count} calibrated levels")
+    elif alphabet.looked_up:
+        levels = ", ".join(f"{level:.9g}" for level in alphabet.levels[: alphabet.count])
+        lines += textwrap.wrap(f"l[t, d] = level c of {levels}", 96, subsequent_indent="    ")
+    if side.second is not None:
+        of = "each kv head" if side.second.block.heads == 1 else "the layer"
+        lines.append(f"s = the stored scale times that of {of}")
+    return lines
 
 
 def page_lines(plan: Plan) -> list[str]:
@@ -63,6 +80,8 @@ def page_lines(plan: Plan) -> list[str]:
         meta = side.layout.meta
         if meta is not None:
             what = {
+                "byte": "scales of a byte",
+                "bytes": "scale and offset bytes",
                 "half": "scales",
                 "halves": "scale and offset words",
                 "word": "scale words",

@@ -40,6 +40,32 @@ def nearest_half_up(x: Tensor) -> Tensor:
     return even + (x - even == 0.5).to(x.dtype)
 
 
+def nearest_away(x: Tensor) -> Tensor:
+    """Round to the nearest integer, ties away from zero."""
+    whole = torch.trunc(x)
+    return whole + torch.where((x - whole).abs() >= 0.5, torch.sign(x), 0.0)
+
+
+def root(x: Tensor) -> Tensor:
+    """The square root, rounded to nearest."""
+    return torch.sqrt(x)
+
+
+def wide(x: Tensor) -> Tensor:
+    """As float64."""
+    return x.to(torch.float64)
+
+
+def narrow(x: Tensor) -> Tensor:
+    """float64 rounded to float32."""
+    return x.to(torch.float32)
+
+
+def to_float(x: Tensor) -> Tensor:
+    """Whole numbers as float32."""
+    return x.to(torch.float32)
+
+
 def as_int(x: Tensor) -> Tensor:
     """A float32's bits."""
     return x.contiguous().view(torch.int32)
@@ -58,6 +84,39 @@ def to_int(x: Tensor) -> Tensor:
 def to_int16(words: Tensor) -> Tensor:
     """The low 16 bits of 32-bit words."""
     return words.to(torch.int16)
+
+
+def to_byte(words: Tensor) -> Tensor:
+    """The low byte of 32-bit words."""
+    return words.to(torch.uint8)
+
+
+def small_float(x: Tensor, mantissa: int, least: int, top: float, sign: int) -> Tensor:
+    """The bits of the nearest small float (ties to even), saturating at `top`; a zero has no sign.
+
+    Numbers from 2**least on have `mantissa` bits behind the first; smaller ones are spaced as those just above.
+    """
+    size = x.abs().clamp(max=top)
+    exponent = (((as_int(size) >> 23) & 255) - 127).clamp(min=least)
+    steps = torch.round(size * as_float((127 + mantissa - exponent) << 23))
+    code = ((exponent - least) << mantissa) + steps.to(torch.int32)
+    return torch.where((x < 0.0) & (code > 0), code + sign, code)
+
+
+def bits_e4m3(x: Tensor) -> Tensor:
+    """The nearest e4m3's bits, saturating.  A zero has no sign."""
+    return small_float(x, 3, -6, 448.0, 128)
+
+
+def power_of_two(size: Tensor, less: int) -> Tensor:
+    """2**(floor(log2(size)) - less) within what 8 bits of exponent hold."""
+    exponent = torch.where(size < 2.0**-126, -126, ((as_int(size) >> 23) & 255) - 127 - less)
+    return as_float((exponent.clamp(-126, 127) + 127) << 23)
+
+
+def power_bits(scale: Tensor) -> Tensor:
+    """The exponent's bits of a power of two."""
+    return (as_int(scale) >> 23) & 255
 
 
 def _bits(x: Tensor, dtype: torch.dtype, nan: int) -> Tensor:
@@ -110,6 +169,41 @@ def half_bf16(words: Tensor) -> Tensor:
     return words.contiguous().view(torch.bfloat16).to(torch.float32)
 
 
+def e4m3(words: Tensor) -> Tensor:
+    """Bytes read as e4m3, as float32."""
+    words = words.to(torch.int32) & 255
+    number = low_half(((words & 127) << 7) | ((words & 128) << 8)) * 256.0
+    return torch.where((words & 127) == 127, torch.nan, number)
+
+
+def high_e4m3(words: Tensor) -> Tensor:
+    """The high bytes of 16-bit words read as e4m3, as float32."""
+    return e4m3(words >> 8)
+
+
+def e5m2(words: Tensor) -> Tensor:
+    """Bytes read as e5m2, as float32."""
+    return low_half(words.to(torch.int32) << 8)
+
+
+def e2m1(words: Tensor) -> Tensor:
+    """Nibbles read as e2m1, as float32."""
+    words = words.to(torch.int32)
+    return low_half(((words & 7) << 9) | ((words & 8) << 12)) * 16384.0
+
+
+def e8m0(words: Tensor) -> Tensor:
+    """Bytes read as the power of two whose exponent they are, as float32; 255 is NaN."""
+    words = words.to(torch.int32) & 255
+    return as_float((words << 23) | torch.where(words == 255, 0x400000, 0).to(torch.int32))
+
+
+def chosen(codes: Tensor, levels: tuple[float | Tensor, ...]) -> Tensor:
+    """The level of each code, float32."""
+    table = torch.stack([torch.as_tensor(level, dtype=torch.float32) for level in levels])
+    return table.to(codes.device)[codes.long()]
+
+
 def scale_over_zero_point(words: Tensor, mask: int) -> Tensor:
     """The float32 whose lowest mantissa bits, under `mask`, hold a zero point: those bits cleared."""
     return as_float(words & ~mask)
@@ -159,17 +253,49 @@ def bytes_of(words: Tensor) -> Tensor:
     return words.contiguous().view(torch.uint8)
 
 
-def extremes(x: Tensor, tokens: int, channels: int, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Lowest, highest, and 1 where a NaN is, of every block: (n, H, T, D) -> (n, H/heads, T/tokens, D/channels)."""
-    n, h, t, d = x.shape
-    blocks = x.reshape(n, h // heads, heads, t // tokens, tokens, d // channels, channels)
-    clean = finite(blocks)
-    spoilt = torch.isnan(blocks).any(-1).any(-2).any(2)
-    return clean.amin((2, 4, 6)), clean.amax((2, 4, 6)), spoilt.to(torch.int32)
+Block = tuple[int, int, int]
+OVER_BLOCK = (2, 4, 6)
+
+
+def blocks(x: Tensor, block: Block) -> Tensor:
+    """x (n, H, T, D) in blocks of (tokens, channels, heads): (n, H/heads, heads, T/tokens, tokens, D/channels,
+    channels)."""
+    (n, h, t, d), (tokens, channels, heads) = x.shape, block
+    return x.reshape(n, h // heads, heads, t // tokens, tokens, d // channels, channels)
+
+
+def lowest_of(x: Tensor, block: Block) -> Tensor:
+    """The lowest number of every block, made finite: (n, H/heads, T/tokens, D/channels)."""
+    return blocks(finite(x), block).amin(OVER_BLOCK)
+
+
+def highest_of(x: Tensor, block: Block) -> Tensor:
+    """The highest number of every block, made finite."""
+    return blocks(finite(x), block).amax(OVER_BLOCK)
+
+
+def nan_in(x: Tensor, block: Block) -> Tensor:
+    """1 where a block holds a NaN."""
+    return blocks(torch.isnan(x), block).any(-1).any(-2).any(2).to(torch.int32)
+
+
+def summed(x: Tensor, block: Block) -> Tensor:
+    """The sum of every block."""
+    return blocks(x, block).sum(OVER_BLOCK)
+
+
+def square(x: Tensor) -> Tensor:
+    """Squares of numbers made finite, float64."""
+    return finite(x).to(torch.float64) ** 2
+
+
+def magnitude(x: Tensor) -> Tensor:
+    """Sizes of numbers made finite, float64."""
+    return finite(x).to(torch.float64).abs()
 
 
 def spread(numbers: Tensor, tokens: int, channels: int, heads: int) -> Tensor:
-    """A number of every block at each of its places: the shape that `extremes` took, up to expansion."""
+    """A number of every block at each of its places: the shape that `blocks` took, up to expansion."""
     for dim, count in ((1, heads), (2, tokens), (3, channels)):
         if numbers.shape[dim] > 1 or dim == 2:
             numbers = numbers.repeat_interleave(count, dim)

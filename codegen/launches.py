@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 from functools import cache
 
+from kvdsl.scheme import SIDES
+
 from .launch import CONSTEXPR, Launch
 from .plan import DECODE_ROWS, Plan
 
@@ -14,6 +16,9 @@ POINTERS = {
     "first_ptr": "*i32", "begin_ptr": "*i32", "end_ptr": "*i32", "table_ptr": "*i32", "packed_keys_ptr": "*i32",
     "packed_values_ptr": "*i32", "length_ptr": "*i32", "start_ptr": "*i32",
 }  # fmt: skip
+GIVEN = {"scale": "scale", "second": "scale.scale", "table": "code"}  # pointer -> name of the parameter behind its side
+GIVEN_POINTERS = {f"{side}_{name}_ptr": f"{side}.{path}" for side in SIDES for name, path in GIVEN.items()}
+POINTERS |= dict.fromkeys(GIVEN_POINTERS, "*fp32")
 FLOATS = ("scaling", "softcap")
 ATTEND = ("decode", "extend")
 
@@ -65,7 +70,7 @@ def arguments(source: str) -> dict[str, tuple[str, ...]]:
     return {
         node.name: tuple(arg.arg for arg in node.args.args)
         for node in tree.body
-        if isinstance(node, ast.FunctionDef) and not node.name.startswith(("measure_", "encode_"))
+        if isinstance(node, ast.FunctionDef) and any(arg.arg.endswith("_ptr") for arg in node.args.args)
     }
 
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-from kvdsl.scheme import ALL, SIDES, Float, Scheme, Store, Uniform
+from kvdsl.codes import width as code_bits
+from kvdsl.scheme import ALL, SIDES, Float, MetaFormat, Scheme, Store
 from kvdsl.shape import Shape
 
 ALIGN = 16  # bytes: what one asynchronous copy moves
@@ -67,15 +68,16 @@ class Stream:
         return 2 * word + byte, place.bit
 
 
-MetaKind = Literal["half", "halves", "word", "words"]
+MetaKind = Literal["byte", "bytes", "half", "halves", "word", "words"]
+META_BYTES: dict[MetaKind, int] = {"byte": 1, "bytes": 2, "half": 2, "halves": 4, "word": 4, "words": 8}
 
 
 @dataclass(frozen=True)
 class Meta:
     """Stored scales (and offsets) of a side.  `offset` in bytes from the blob's start, or from the page's if shared.
 
-    kind: half = a 16-bit scale; halves = scale and offset as low and high half of a 32-bit word; word = one 32-bit
-    scale; words = all 32-bit scales, then all 32-bit offsets.  Entry (block, group) is `block * block_stride + group *
+    kind: byte, half, word = a scale of 8, 16, 32 bits; bytes, halves = scale and offset as low and high half of a word
+    of 16 or 32 bits; words = all 32-bit scales, then all 32-bit offsets.  Entry (block, group) is `block * block_stride + group *
     group_stride`.
     """
 
@@ -103,7 +105,12 @@ class Meta:
     @property
     def size(self) -> int:
         """Bytes of the section."""
-        return self.total * {"half": 2, "halves": 4, "word": 4, "words": 8}[self.kind]
+        return self.total * META_BYTES[self.kind]
+
+    @property
+    def element(self) -> int:
+        """Bytes of what one load reads."""
+        return 4 if self.kind == "words" else META_BYTES[self.kind]
 
 
 @dataclass(frozen=True)
@@ -166,10 +173,9 @@ def _natural(width: int, head_dim: int) -> tuple[bool, int]:
 
 def plane_width(store: Store, head_dim: int) -> int:
     """Channels a plane, common to all streams of a side; it divides a per-token group of channels where that can be."""
-    if isinstance(store.code, Float):
+    if isinstance(store.code, Float) and store.code.plain:
         return min(64, head_dim & -head_dim)
-    assert isinstance(store.code, Uniform) and store.code.bits is not None
-    width = min(_natural(w, head_dim)[1] for w in widths(store.code.bits))
+    width = min(_natural(w, head_dim)[1] for w in widths(code_bits(store.code) or 0))
     scale = store.measure
     if scale is None or scale.when == "calibrated" or scale.block.tokens != 1 or scale.block.channels is ALL:
         return width
@@ -208,7 +214,9 @@ def _meta(store: Store, head_dim: int, kv_heads: int, tokens: int) -> Meta | Non
     assert isinstance(channels, int) and isinstance(heads, int)
     blocks, groups = tokens // span, head_dim // channels
     beside = scale.range in ("minmax", "minmax_zero") and scale.zero != "in_scale"
-    kind: MetaKind = ("words" if beside else "word") if scale.dtype == "fp32" else ("halves" if beside else "half")
+    kinds: dict[MetaFormat, MetaKind] = {"fp32": "word", "fp16": "half", "bf16": "half", "e4m3": "byte", "e8m0": "byte"}
+    pairs: dict[MetaKind, MetaKind] = {"word": "words", "half": "halves", "byte": "bytes"}
+    kind = pairs[kinds[scale.dtype]] if beside else kinds[scale.dtype]
     strides = (1, blocks) if span == 1 else (groups, 1)
     return Meta(kind, 0, heads > 1, heads, kv_heads // heads, span, channels, blocks, groups, *strides)
 
@@ -224,12 +232,13 @@ def lay_out(scheme: Scheme, shape: Shape) -> Layout:
     offset, codes = 0, {}
     for side, store in stores.items():
         dim, width = dims[side], plane_width(store, dims[side])
-        if isinstance(store.code, Float):
+        if isinstance(store.code, Float) and store.code.plain:
             codes[side] = SideLayout(dim, (), width, dim // width, None, offset)
             offset = aligned(offset + tokens * dim * (4 if store.code.format == "fp32" else 2))
         else:
-            assert store.code.bits is not None
-            streams, offset = _streams(store.code.bits, dim, width, tokens, offset)
+            bits = code_bits(store.code)
+            assert bits is not None
+            streams, offset = _streams(bits, dim, width, tokens, offset)
             codes[side] = SideLayout(dim, streams, width, dim // width, None)
     metas = {side: _meta(store, dims[side], shape.kv_heads, tokens) for side, store in stores.items()}
     for side, meta in metas.items():

@@ -10,7 +10,19 @@ from kvdsl.rules import refuse_for
 from kvdsl.scheme import SIDES, Float, Scale, Scheme, Store, Uniform
 from kvdsl.shape import Shape
 
-from .layout import NARROWEST, PAIR, BijectionProof, Layout, SideLayout, Stream, lay_out, prove_bijection, token_block
+from .alphabet import Alphabet, alphabet_of
+from .layout import (
+    NARROWEST,
+    PAIR,
+    BijectionProof,
+    Layout,
+    Place,
+    SideLayout,
+    Stream,
+    lay_out,
+    prove_bijection,
+    token_block,
+)
 from .placement import When, place
 
 if TYPE_CHECKING:
@@ -31,13 +43,14 @@ class SidePlan:
     store: Store
     layout: SideLayout
     when: When
+    alphabet: Alphabet
 
     @cached_property
     def form(self) -> NormalForm:
         """The derivation and its proof: made when text is printed, not when stored text is loaded."""
         from .algebra import derive
 
-        return derive(self.name, self.store, self.when)
+        return derive(self.name, self.store, self.when, self.alphabet)
 
     @cached_property
     def absorbed(self) -> Absorbed | None:
@@ -52,9 +65,9 @@ class SidePlan:
         return self.store.measure
 
     @property
-    def code(self) -> Uniform:
-        assert isinstance(self.store.code, Uniform)
-        return self.store.code
+    def uniform(self) -> Uniform | None:
+        """The code, where its levels are evenly spaced by definition."""
+        return self.store.code if isinstance(self.store.code, Uniform) else None
 
     @property
     def dim(self) -> int:
@@ -74,7 +87,21 @@ class SidePlan:
     @property
     def floats(self) -> str | None:
         """The float format, where the numbers themselves are stored."""
-        return self.store.code.format if isinstance(self.store.code, Float) else None
+        code = self.store.code
+        return code.format if isinstance(code, Float) and code.plain else None
+
+    @cached_property
+    def operands(self) -> tuple[Stream, ...]:
+        """What a product reads: the streams of an affine alphabet one by one, else the codes joined, a plane at a time."""
+        if not self.alphabet.looked_up:
+            return self.layout.streams
+        places = tuple(Place(plane, plane, 0, 0) for plane in range(self.layout.planes))
+        return (Stream(self.alphabet.bits, 0, False, 0, 0, 0, places),)
+
+    @property
+    def second(self) -> Scale | None:
+        """The second level: a calibrated scale that the stored numbers are multiplied by."""
+        return self.store.measure.scale if self.store.measure is not None else None
 
     @property
     def static(self) -> bool:
@@ -103,7 +130,8 @@ class SidePlan:
     @property
     def rescaled(self) -> bool:
         """Each tile multiplies queries already rounded to float16 by its scale: half the instructions, equal error."""
-        return self.name == "keys" and self.when is When.ONCE_PER_TILE and self.scale.dtype == "fp16"
+        whole = self.when is When.ONCE_PER_TILE and self.scale.dtype == "fp16" and self.second is None
+        return self.name == "keys" and whole and self.alphabet.step == 1
 
     def run(self, stream: Stream, plane: int) -> range:
         """Positions, in the plane's byte, of the planes that share its scale: only those may be read uncleaned.
@@ -184,10 +212,16 @@ def plan_for(scheme: Scheme, shape: Shape) -> Plan:
     sides = []
     for name in SIDES:
         store, part = scheme.side(name), layout.side(name)
-        sides.append(SidePlan(name, store, part, place(store, part)))
+        sides.append(SidePlan(name, store, part, place(store, part), alphabet_of(store, _channels(store, shape))))
     paired = any(side.layout.paired for side in sides)
     narrow = any(side.when is When.ONCE_PER_TILE and token_block(side.store) % (2 * PAIR) for side in sides)
     tile, halves = 2 * PAIR, 2 if paired or narrow else 1
     if not paired and any(side.floats == "fp32" for side in sides):
         tile, halves = EXACT_TILE, 1
     return Plan(scheme, shape, layout, sides[0], sides[1], tile, halves, proofs)
+
+
+def _channels(store: Store, shape: Shape) -> int:
+    """Channels of a block."""
+    channels = store.measure.block.channels if store.measure is not None else None
+    return channels if isinstance(channels, int) else shape.head_dim

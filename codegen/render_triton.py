@@ -12,8 +12,9 @@ from .plan import Plan
 from .text import imported, without_unused
 from .triton_attend import Attend
 from .triton_merge import merge
-from .triton_pack import Pack, Unpack
+from .triton_pack import Pack
 from .triton_turn import restore, turn, turn_query
+from .triton_unpack import Unpack
 
 
 @cache

@@ -41,9 +41,13 @@ class TorchModule:
         meta = self.plan.side(side).layout.meta
         if meta is not None and meta.shared:
             given.append(shared)
-        if self.plan.side(side).static:
-            given.append(params[f"{side}.scale"])
-        return given
+        return [*given, *self._given(side, params)]
+
+    def _given(self, side: Side, params: Params) -> list[Tensor]:
+        """What comes with the parameters, in the order in which the side's functions take it."""
+        part = self.plan.side(side)
+        wanted = (part.static, "scale"), (part.second is not None, "scale.scale"), (part.alphabet.given, "code")
+        return [params[f"{side}.{name}"] for takes, name in wanted if takes]
 
     def _turned(self, side: Side, rows: Tensor, params: Params) -> Tensor:
         """The numbers to be coded of rows (n, H, T, D), float32."""
@@ -78,8 +82,7 @@ class TorchModule:
         row = torch.where(inside, offset + torch.remainder(u - first[b, None], ring), 0)
         x = rows[b[:, None], :, row].movedim(2, 1).to(torch.float32)
         x = self._turned(side, torch.where(inside[:, None, :, None], x, 0.0), params)
-        given = [x, params[f"{side}.scale"]] if part.static else [x]
-        sections = list(getattr(self.module, f"pack_{side}")(*given))
+        sections = list(getattr(self.module, f"pack_{side}")(x, *self._given(side, params)))
         ids = table[b, page].long()
         old = pool[ids]
         blobs, shared = self._blobs(old)
@@ -100,7 +103,7 @@ class TorchModule:
             if meta.shared:
                 marks = marks.repeat(1, meta.head_groups)
             marks = marks.repeat(1, 2) if meta.kind == "words" else marks
-            marks = marks.repeat_interleave(2 if meta.kind == "half" else 4, -1)
+            marks = marks.repeat_interleave(meta.element, -1)
             if meta.shared:
                 self._merge(shared, meta.offset - layout.head_bytes * layout.kv_heads, sections.pop(0), marks)
             else:

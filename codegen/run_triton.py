@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvdsl.kernels import AttentionState, Params, Side
 
-from .launches import ASSEMBLER, arguments, fused, stages, warps
+from .launches import ASSEMBLER, GIVEN_POINTERS, arguments, fused, stages, warps
 from .plan import Plan
 from .text import padded
 from .triton_turn import QUERY_LANES, QUERY_ROWS, TURN_LANES, TURN_ROWS
@@ -44,6 +44,8 @@ class TritonModule:
             if name in VIEWS:
                 assert pool is not None
                 values[name] = pool.view(VIEWS[name])
+            elif name in GIVEN_POINTERS:
+                values[name] = params[GIVEN_POINTERS[name]]
             elif name not in values and name.startswith(("keys_", "values_")):
                 values[name] = _parameter(name, params)
         function = getattr(self.module, kernel)

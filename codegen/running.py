@@ -9,7 +9,7 @@ from typing import Any
 from kvdsl.errors import SchemeError, ShapeError
 from kvdsl.kernels import Backend
 from kvdsl.rules import layer_faults
-from kvdsl.scheme import Scheme
+from kvdsl.scheme import Codebook, Scheme, Store
 
 
 def generated(
@@ -21,7 +21,7 @@ def generated(
 
     if params is None and _wants(scheme):
         raise ShapeError(
-            "params: scales of this scheme are calibrated; give --params F, which `kvdsl calibrate` writes"
+            "params: numbers of this scheme are calibrated; give --params F, which `kvdsl calibrate` writes"
         )
     numbers = None if params is None else load(params, scheme)
     _quiet()
@@ -91,6 +91,11 @@ def _quiet() -> None:
 
 
 def _wants(scheme: Scheme) -> bool:
-    measures = (scheme.keys.measure, scheme.values.measure)
-    own = any(scale is not None and scale.when == "calibrated" for scale in measures)
+    own = _calibrated(scheme.keys) or _calibrated(scheme.values)
     return own or any(_wants(inner) for _, inner in scheme.layers)
+
+
+def _calibrated(store: Store) -> bool:
+    scale = store.measure
+    table = isinstance(store.code, Codebook) and store.code.levels == "calibrated"
+    return table or (scale is not None and (scale.when == "calibrated" or scale.scale is not None))

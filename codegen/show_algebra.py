@@ -7,12 +7,13 @@ from typing import Any
 import sympy as sp
 
 from .algebra import NormalForm, ProofStep, Term
+from .header import alphabet_lines
 from .placement import When
 from .plan import Plan, SidePlan
 
 LEGEND = (
     "t token, d channel, b block of tokens, g group of channels",
-    "c code, s stored scale, z stored minimum or zero point; q query, p softmax weight",
+    "c code, l level, s stored scale, z stored minimum or zero point; q query, p softmax weight",
 )
 Stage = tuple[dict[str, Any], list[str]]
 
@@ -36,6 +37,7 @@ def _side(side: SidePlan) -> dict[str, Any]:
         "space": [] if absorbed is None else [*absorbed.steps, _read(side), absorbed.where],
         "definition": f"{_name(side)} = {_definition(side)}",
         "lowered": f"{_outcome(side)} = {_joined([_sum(form, term) for term in form.terms])}",
+        "numbers": alphabet_lines(side),
         "applied": side.when.value,
         "terms": [_term(side, term) for term in form.terms],
         "proof": [{"statement": step.statement, "method": step.method} for step in steps],
@@ -65,7 +67,7 @@ def _outcome(side: SidePlan) -> str:
 def _sum(form: NormalForm, term: Term) -> str:
     """One term with its sum: what stands before it has left the sum."""
     over, inner, outer = _factors(form, term)
-    number = {True: "*x[t, d]" if form.when is When.IN_LOOP else "*c[t, d]", False: ""}[term.coded]
+    number = f"*{'x' if form.when is When.IN_LOOP else form.letter}[t, d]" if term.coded else ""
     summed = f"sum_{over} {sp.sstr(inner)}{number}".replace(" 1*", " ")
     return summed if outer == 1 else f"{sp.sstr(outer)} * {summed}"
 
@@ -112,7 +114,8 @@ def _where(side: SidePlan, term: Term) -> str:
         said.append(f"{sp.sstr(outer)} is applied behind {target}, {often}")
     if not term.coded:
         said.append(f"made of {carrier} alone, no code is read")
-    return "; ".join(said) or "the codes go into the dot product as they are"
+    plain = "the levels" if form.letter == "l" else "the codes"
+    return "; ".join(said) or f"{plain} go into the dot product as they are"
 
 
 def _often(when: When, side: str, *, inside: bool) -> str:
@@ -131,7 +134,9 @@ def _product(parts: list[sp.Expr]) -> str:
 
 def _lines(side: SidePlan, told: dict[str, Any]) -> list[str]:
     lines = [side.name, *(f"  space        {line}" for line in told["space"])]
-    lines += [f"  definition   {told['definition']}", f"  lowered      {told['lowered']}"]
+    lines.append(f"  definition   {told['definition']}")
+    lines += [f"               {line}" for line in told["numbers"]]
+    lines.append(f"  lowered      {told['lowered']}")
     lines.append(f"  scale        {told['applied']}")
     for number, term in enumerate(told["terms"], 1):
         lines += [f"  term {number}       {term['sum']}", f"               {term['where']}"]

@@ -8,6 +8,8 @@ from .layout import PAIR, Meta, SideLayout, Stream, aligned
 from .plan import Plan, SidePlan
 
 KINDS = {
+    "byte": "8-bit scales",
+    "bytes": "16-bit words: scale in the low byte, offset in the high byte",
     "half": "16-bit scales",
     "halves": "32-bit words: scale in the low half, offset in the high half",
     "word": "32-bit scales",

@@ -1,7 +1,8 @@
 """The arithmetic of the normal form as lines of source, the same for both backends.
 
 `unit` is what a code read from a plane has to be multiplied by (2**24 where a masked word is a subnormal float16);
-`lead` precedes an index that adds an axis; `operand` is what a query must be cast to before a product.
+`lead` precedes an index that adds an axis; `operand` is what a query must be cast to before a product; a scale that is
+rounded to float16 for a product is taken 2**lift times as large.
 """
 
 from __future__ import annotations
@@ -23,9 +24,15 @@ class Steps:
     """Prints one side's steps for one backend."""
 
     side: SidePlan
-    unit: int
+    unit: sp.Rational
     lead: str
     operand: str
+    lift: int = 0
+
+    @property
+    def lifted(self) -> sp.Expr:
+        """What is left of the unit where the scale was lifted."""
+        return self.unit / sp.Integer(2) ** self.lift
 
     def printed(self, expression: sp.Expr, axes: Mapping[str, tuple[str, ...]], names: Mapping[str, str]) -> str:
         """An expression over plain symbols, broadcast over the first symbol's axes, with names put in."""
@@ -35,7 +42,7 @@ class Steps:
     def prepared(self, source: str) -> list[str]:
         """q<width>_<plane> = the combination of query planes that multiplies that dirty plane."""
         lines = []
-        for stream in self.side.layout.streams:
+        for stream in self.side.operands:
             for place in stream.places:
                 position = place.bit // stream.width
                 text = ""
@@ -55,7 +62,7 @@ class Steps:
     def times_scale(self, query: str, scale: str, offset: str) -> str:
         """What multiplies a channel's codes in a score."""
         factor = sum((plain(t.channel_factor) for t in self.side.form.terms if t.coded), sp.Integer(0))
-        return self._of_channel(factor, query, scale, offset)
+        return self._of_channel(factor * sp.Integer(2) ** self.lift, query, scale, offset)
 
     def added(self, plane: int, query: str, scale: str, offset: str) -> list[str]:
         """b<plane>: what adds up, over channels, to the offset's share of the score; no line if it has none."""
@@ -84,7 +91,14 @@ class Steps:
     def weight(self, weights: str, scale: str) -> str:
         """What multiplies a token's codes in the output: its weight times its scale."""
         coded = next(t for t in self.side.form.terms if t.coded)
-        return self.printed(plain(coded.token_factor), {"p": ("t", "r"), "s": ("t",)}, {"p": weights, "s": scale})
+        factor = plain(coded.token_factor)
+        factor = factor * sp.Integer(2) ** self.lift if self.scaled_weights else factor
+        return self.printed(factor, {"p": ("t", "r"), "s": ("t",)}, {"p": weights, "s": scale})
+
+    @property
+    def scaled_weights(self) -> bool:
+        """Weights carry the tokens' scales."""
+        return self.side.when is When.AFTER_DOT
 
     def carried(self, weights: str, scale: str, offset: str) -> tuple[str, sp.Expr] | None:
         """(what each token adds to the offsets' sum, the constant taken out of that sum); None: nothing is carried."""
@@ -100,12 +114,13 @@ class Steps:
     def clean(self, plane: int) -> str:
         """The sum of codes of one plane, from the sums over dirty planes."""
         text = ""
-        for stream in self.side.layout.streams:
+        for stream in self.side.operands:
             position = stream.places[plane].bit // stream.width
             parts = clean_from_dirty(stream.width, position, self.side.run(stream, plane))
             names = [f"a{stream.width}_{plane + step - position}" for step, _ in parts]
             inner = names[0] if len(names) == 1 else f"({names[0]} - {names[1]})"
-            factor = parts[0][1] * self.unit * 2**stream.shift
+            unit = self.lifted if self.scaled_weights else self.unit
+            factor = parts[0][1] * unit * 2**stream.shift
             text += (" + " if text else "") + (inner if factor == 1 else f"{inner} * {number(factor)}")
         return text
 
@@ -125,7 +140,7 @@ class Steps:
     def number(self, code: str, scale: str, offset: str) -> str:
         """A decoded number over equal-shaped arrays."""
         c, s, z = sp.symbols("c s z")
-        expression = decoded(self.side.store, c, s, z)
+        expression = decoded(self.side.store, self.side.alphabet, c, s, z)
         axes = {"c": ("x",), "s": ("x",), "z": ("x",)}
         return self.printed(expression, axes, {"c": code, "s": scale, "z": offset})
 

@@ -7,7 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .codec import functions, results
+import sympy as sp
+
+from .codec import (
+    READ,
+    call,
+    clips,
+    coding,
+    functions,
+    given,
+    given_name,
+    numbers,
+    searched,
+    statistics,
+    stored_numbers,
+    sums,
+    tried,
+    words,
+)
 from .layout import Stream
 from .placement import When
 from .plan import Plan, SidePlan
@@ -22,7 +39,7 @@ class TorchSide:
         self.plan, self.side = plan, side
         self.width, self.planes = side.layout.plane_width, range(side.layout.planes)
         self.prefix = side.name[0]
-        self.steps = Steps(side, 1, "..., ", "")
+        self.steps = Steps(side, sp.Integer(1), "..., ", "")
 
     # ---- what a function takes ------------------------------------------------------------------------------------
 
@@ -30,7 +47,21 @@ class TorchSide:
         """The arguments that say where codes and scales are."""
         meta = self.side.layout.meta
         extra = ["shared"] if meta is not None and meta.shared else []
-        return ["pages", *extra, *(["calibrated"] if self.side.static else [])]
+        return ["pages", *extra, *self.given()]
+
+    def given(self) -> list[str]:
+        """The arguments that come with the parameters."""
+        side = self.side
+        found = ["calibrated"] if side.static else []
+        found += ["second"] if side.second is not None else []
+        return found + (["table"] if side.alphabet.given else [])
+
+    def _given(self) -> list[str]:
+        """Lines that name the numbers of the parameters as the side's functions take them."""
+        side = self.side
+        named = [given_name(side, name) for name in given(side)]
+        lines = [f"{unpacked(name for name in named if 'level' in name)} = table.unbind()"] if side.alphabet.given else []
+        return lines + ([f"{named[-1]} = second[:, None]"] if side.second is not None else [])
 
     def functions(self) -> list[str]:
         texts = [] if self.side.floats else functions(self.side, "torch.")
@@ -46,25 +77,22 @@ class TorchSide:
     def pack(self) -> str:
         """Whole pages of numbers to the bytes of every section."""
         side, meta, out = self.side, self.side.layout.meta, Lines()
-        arguments = "x, calibrated" if side.static else "x"
-        with out.deeper(f"def pack_{side.name}({arguments}):"):
+        with out.deeper(f"def pack_{side.name}({', '.join(['x', *self.given()])}):"):
             out.add(f'"""Bytes of every section that float32 x (pages, H, {self.plan.layout.page_tokens}, D) fills."""')
             if side.floats:
                 if side.floats == "fp16":
                     out.add("x = torch.where(x == x, finite(x), x).to(torch.float16)")
                 out.add("return (bytes_of(x.flatten(-2)),)")
                 return str(out)
-            rest = ["scale", *(["start"] if side.has_offset else [])]
+            out.extend(self._given())
+            under: list[str] = []
             if side.static:
                 out.add(*self._calibrated("scale", "start"))
-                out.add(f"code = encode_{side.name}(x, {', '.join(rest)}).to(torch.uint8)")
-            else:
-                assert meta is not None
-                block = f"{meta.tokens}, {meta.channels}, {meta.heads}"
-                out.add(f"low, high, spoilt = extremes(x, {block})")
-                out.add(f"{', '.join(results(side))} = measure_{side.name}(low, high, spoilt)")
-                spread = ", ".join(f"spread({name}, {block})" for name in rest)
-                out.add(f"code = encode_{side.name}(x, {spread}).to(torch.uint8)")
+                under = numbers(side)
+            elif meta is not None:
+                self._measured(out)
+                under = [self._spread(name) for name in coding(side)]
+            out.add(f"code = {call(side, 'encode', ['x', *under])}.to(torch.uint8)")
             out.add(f"{unpacked(f'c{j}' for j in self.planes)} = code.split({self.width}, -1)")
             sections = [self._stream(out, stream) for stream in side.layout.streams]
             if meta is not None:
@@ -73,6 +101,42 @@ class TorchSide:
                 out.add(f"section{i} = {text}")
             out.add(f"return {unpacked(f'section{i}' for i in range(len(sections)))}")
         return str(out)
+
+    @property
+    def _block(self) -> str:
+        meta = self.side.layout.meta
+        assert meta is not None
+        return f"({meta.tokens}, {meta.channels}, {meta.heads})"
+
+    def _spread(self, name: str) -> str:
+        return f"spread({name}, {self._block[1:-1]})"
+
+    def _measured(self, out: Lines) -> None:
+        """Statistics of every block, what is stored of it, its words."""
+        side, block = self.side, self._block
+        taken = {"low": "lowest_of(x, {})", "high": "highest_of(x, {})", "squares": "summed(square(x), {})"}
+        taken["sizes"] = "summed(magnitude(x), {})"
+        out.add(*(f"{name} = {taken[name].format(block)}" for name in statistics(side)), f"spoilt = nan_in(x, {block})")
+        for i, clip in enumerate(clips(side)):
+            measure = call(side, "measure", [*statistics(side), *([repr(float(clip))] if searched(side) else [])])
+            out.add(f"{', '.join(numbers(side))} = {measure}")
+            if side.scale.refit:
+                under = ["x", *(self._spread(name) for name in numbers(side))]
+                out.add(f"{', '.join(sums(side))} = {call(side, 'products', under)}")
+                out.add(*(f"{name} = summed({name}, {block})" for name in sums(side)))
+                out.add(f"fitted = {call(side, 'refit', ['scale', *sums(side)])}")
+            if not searched(side):
+                continue
+            under = ["x", *(self._spread(name) for name in tried(side))]
+            out.add(f"error = narrow(summed({call(side, 'loss', under)}, {block}))")
+            if i == 0:
+                out.add("least = error", *(f"best_{name} = {name}" for name in tried(side)))
+            else:
+                out.add("closer = error < least", "least = torch.where(closer, error, least)")
+                out.add(*(f"best_{name} = torch.where(closer, {name}, best_{name})" for name in tried(side)))
+        if searched(side):
+            out.add(*(f"{name} = best_{name}" for name in tried(side)))
+        out.add(f"{', '.join(words(side))} = {call(side, 'words', [*stored_numbers(side), 'spoilt'])}")
 
     def _calibrated(self, scale: str, offset: str) -> list[str]:
         """Lines that spread calibrated numbers (heads, groups) over (H, tokens, channels)."""
@@ -115,32 +179,31 @@ class TorchSide:
         """Stored scales and offsets of every token block and channel group."""
         side, meta, out = self.side, self.side.layout.meta, Lines()
         assert meta is not None
-        kind = {"half": "int16", "halves": "int32", "word": "int32", "words": "int32"}[meta.kind]
+        kind = {1: "uint8", 2: "int16", 4: "int32"}[meta.element]
         count = meta.total * (2 if meta.kind == "words" else 1)
         result = "scale, offset" if side.has_offset else "scale"
-        with out.deeper(f"def numbers_{side.name}({'shared' if meta.shared else 'pages'}):"):
+        source = "shared" if meta.shared else "pages"
+        with out.deeper(f"def numbers_{side.name}({', '.join([source, *(['second'] if side.second else [])])}):"):
             out.add(f'"""Stored {result}: each float32 (B, H, token blocks, {meta.groups} groups of channels)."""')
-            source = "shared" if meta.shared else "pages"
             start = meta.offset - (self.plan.layout.head_bytes * self.plan.layout.kv_heads if meta.shared else 0)
             out.add(f"word = section({source}, {start}, {count}, torch.{kind})")
             if meta.kind == "words":
-                out.add("word, second = word.chunk(2, -1)")
-            for name in ["word", *(["second"] if meta.kind == "words" else [])]:
+                out.add("word, second_word = word.chunk(2, -1)")
+            for name in ["word", *(["second_word"] if meta.kind == "words" else [])]:
                 if meta.shared:
                     out.add(f"{name} = heads_of({name}, {meta.head_groups}, {meta.heads})")
                 out.add(f"{name} = entries({name}, {meta.blocks}, {meta.groups}, token_major={meta.tokens > 1})")
-            bf16 = "_bf16" if side.scale.dtype == "bf16" else ""
-            if meta.kind == "half":
-                out.add(f"return half{bf16}(word)")
-            elif meta.kind == "halves":
-                out.add(f"return low_half{bf16}(word), high_half{bf16}(word)")
-            elif meta.kind == "words":
-                out.add("return as_float(word), as_float(second)")
-            elif side.has_offset:
-                mask = 2 ** (side.code.bits or 0) - 1
+            outer = " * second[:, None]" if side.second is not None else ""
+            whole, low, high = READ[side.scale.dtype]
+            if side.has_offset and side.scale.zero == "in_scale":
+                mask = 2**side.alphabet.bits - 1
                 out.add(f"return scale_over_zero_point(word, {mask}), (word & {mask}).to(torch.float32)")
+            elif not side.has_offset:
+                out.add(f"return {whole}(word){outer}")
+            elif meta.kind == "words":
+                out.add(f"return as_float(word){outer}, as_float(second_word){outer}")
             else:
-                out.add("return as_float(word)")
+                out.add(f"return {low}(word){outer}, {high}(word){outer}")
         return str(out)
 
     def _read(self) -> list[str]:
@@ -167,7 +230,8 @@ class TorchSide:
         meta = side.layout.meta
         assert meta is not None
         source = "shared" if meta.shared else "pages"
-        return [f"{'scale, offset' if side.has_offset else 'scale'} = numbers_{side.name}({source})"]
+        call_ = f"numbers_{side.name}({', '.join([source, *(['second'] if side.second is not None else [])])})"
+        return [f"{'scale, offset' if side.has_offset else 'scale'} = {call_}"]
 
     def unpack(self) -> str:
         """Decoded numbers, one by one."""
@@ -181,16 +245,13 @@ class TorchSide:
                 out.add(f"x = section(pages, {start}, {tokens * dim}, torch.{kind})")
                 out.add(f"return x.reshape(*pages.shape[:2], -1, {dim}).to(torch.float32)")
                 return str(out)
-            out.extend(self._read())
+            out.extend([*self._given(), *self._read()])
             for j in self.planes:
-                for i, stream in enumerate(side.layout.streams):
-                    bit = stream.places[j].bit
-                    shifted = f"({self._byte(stream, j)} >> {bit})" if bit else self._byte(stream, j)
-                    kept = f"({shifted} & {2**stream.width - 1})" if stream.width < 8 else shifted
-                    part = f"({kept} << {stream.shift})" if stream.shift else kept
-                    out.add(f"c{j} = c{j} | {part}" if i else f"c{j} = {bare(part)}")
-            out.add(f"code = torch.cat(({listed(f'c{j}' for j in self.planes)}), -1).to(torch.float32)")
-            out.extend(self._numbers())
+                out.extend(self._code(j))
+            code = f"torch.cat(({listed(f'c{j}' for j in self.planes)}), -1)"
+            looked_up = side.alphabet.looked_up
+            out.add(f"code = {call(side, 'levels', [code]) if looked_up else f'{code}.to(torch.float32)'}")
+            out.extend(self._numbers() if side.store.measure is not None else [])
             meta = side.layout.meta
             if meta is not None:
                 for name in ["scale", *(["offset"] if side.has_offset else [])]:
@@ -198,8 +259,30 @@ class TorchSide:
             out.add(f"return {self.steps.number('code', 'scale', 'offset')}")
         return str(out)
 
+    def _code(self, plane: int) -> list[str]:
+        """Lines that join the codes c<plane> of a plane over the streams."""
+        lines = []
+        for i, stream in enumerate(self.side.layout.streams):
+            bit = stream.places[plane].bit
+            shifted = f"({self._byte(stream, plane)} >> {bit})" if bit else self._byte(stream, plane)
+            kept = f"({shifted} & {2**stream.width - 1})" if stream.width < 8 else shifted
+            part = f"({kept} << {stream.shift})" if stream.shift else kept
+            lines.append(f"c{plane} = c{plane} | {part}" if i else f"c{plane} = {bare(part)}")
+        return lines
+
+    def _levels(self) -> list[str]:
+        """Lines that look up the levels l<plane> of every plane; none where codes are read as they are."""
+        if not self.side.alphabet.looked_up:
+            return []
+        lines = self._given()
+        for j in self.planes:
+            lines += [*self._code(j), f"l{j} = {call(self.side, 'levels', [f'c{j}'])}"]
+        return lines
+
     def _plane(self, stream: Stream, plane: int) -> str:
-        """A dirty plane as float32 (..., tokens, lanes)."""
+        """What a product reads of a plane, float32 (..., tokens, lanes): dirty codes, or levels."""
+        if self.side.alphabet.looked_up:
+            return f"l{plane}"
         place = stream.places[plane]
         low = self.side.run(stream, plane).start * stream.width
         mask = 2 ** (place.bit + stream.width) - 2**low
@@ -228,7 +311,7 @@ class TorchSide:
                 out.add(f"return unpack_keys({', '.join(self.inputs())}) @ query")
                 return str(out)
             out.add(f"{unpacked(f'x{j}' for j in self.planes)} = query.split({self.width}, -2)")
-            out.extend(self._read())
+            out.extend([*self._read(), *self._levels()])
             out.extend(self._numbers())
             if side.when is When.AFTER_DOT:
                 self._score_after_dot(out)
@@ -241,7 +324,7 @@ class TorchSide:
         out.extend(self.steps.prepared("x"))
         for group in range(side.groups):
             members = [j for j in self.planes if side.group(j) == group]
-            products = [f"{self._plane(s, j)} @ q{s.width}_{j}" for s in side.layout.streams for j in members]
+            products = [f"{self._plane(s, j)} @ q{s.width}_{j}" for s in side.operands for j in members]
             out.add(f"s = {products[0]}", *(f"s = s + {product}" for product in products[1:]))
             together = " + ".join(f"x{j}" for j in members)
             out.add(f"total = ({together}).sum(-2)" if len(members) > 1 else f"total = {together}.sum(-2)")
@@ -265,7 +348,7 @@ class TorchSide:
                 out.add(f"offset_j = {self._channels(self._static_row('offset'), j)}")
             out.extend(self.steps.scaled(j, f"x{j}", "scale_j", "offset_j"))
         out.extend(self.steps.prepared("y"))
-        for i, (stream, j) in enumerate((s, j) for s in side.layout.streams for j in self.planes):
+        for i, (stream, j) in enumerate((s, j) for s in side.operands for j in self.planes):
             plane = self._plane(stream, j)
             if blocked:
                 assert meta is not None
@@ -289,7 +372,7 @@ class TorchSide:
             if side.when in (When.NEVER, When.IN_LOOP):
                 out.add(f"return used(unpack_values({', '.join(self.inputs())}), weights, 1).mT @ weights")
                 return str(out)
-            out.extend(self._read())
+            out.extend([*self._read(), *self._levels()])
             out.extend(self._numbers())
             meta = side.layout.meta
             if meta is not None:
@@ -314,7 +397,7 @@ class TorchSide:
             if carried is not None:
                 text = f"({carried[0]})" if " " in carried[0] else carried[0]
                 out.add(f"carried{group} = {text}.sum(-2)")
-            for stream in side.layout.streams:
+            for stream in side.operands:
                 for j in (j for j in self.planes if side.group(j) == group):
                     out.add(f"a{stream.width}_{j} = {self._plane(stream, j)}.mT @ weight")
         for j in self.planes:
@@ -332,7 +415,7 @@ class TorchSide:
         side, meta = self.side, self.side.layout.meta
         assert meta is not None
         out.add(f"weight = weights.unflatten(-2, (-1, {meta.tokens}))", "weighed = weight.sum(-2)")
-        for stream in side.layout.streams:
+        for stream in side.operands:
             for j in self.planes:
                 plane = f"{self._plane(stream, j)}.unflatten(-2, (-1, {meta.tokens}))"
                 out.add(f"a{stream.width}_{j} = {plane}.mT @ weight")

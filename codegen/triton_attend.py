@@ -317,18 +317,20 @@ def tokens_name(plan: Plan, half: int) -> str:
 
 
 def parameters(plan: Plan) -> list[str]:
-    """Pointers to calibrated scales."""
-    return [f"{side.name}_scale_ptr" for side in (plan.keys, plan.values) if side.static]
+    """Pointers to what comes with the parameters: calibrated scales, second levels, tables."""
+    found = []
+    for side in (plan.keys, plan.values):
+        found += [f"{side.name}_scale_ptr"] if side.static else []
+        found += [f"{side.name}_second_ptr"] if side.second is not None else []
+        found += [f"{side.name}_table_ptr"] if side.alphabet.given else []
+    return found
 
 
 def pools(plan: Plan) -> list[str]:
     """The pool, once for every element type that is read from it."""
     names = set()
     for side in (plan.keys, plan.values):
-        if side.floats:
-            names.add(f"pool_{side.floats}_ptr")
-        else:
-            names.add("pool16_ptr")
+        names.add(f"pool_{side.floats}_ptr" if side.floats else "pool16_ptr")
         if side.layout.meta is not None:
-            names.add("pool16_ptr" if side.layout.meta.kind == "half" else "pool32_ptr")
+            names.add(f"pool{8 * side.layout.meta.element}_ptr")
     return sorted(names)

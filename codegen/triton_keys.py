@@ -10,7 +10,7 @@ from .plan import Plan
 from .printer import number
 from .text import plus
 from .triton_meta import entry, pointer, read
-from .triton_planes import UNIT, Planes, static_read
+from .triton_planes import Planes, static_read
 from .triton_rows import ExactRows
 
 
@@ -63,9 +63,9 @@ class Keys(Planes):
         side, layout = self.side, self.side.layout
         when = side.when
         lines = self._operands_of_rows()
-        if when not in (When.IN_LOOP, When.NEVER):
+        if when is not When.IN_LOOP and not side.floats:
             lines = [line for line in lines if not line.startswith("e")]
-        if when is When.AFTER_DOT:
+        if when is When.AFTER_DOT or when is When.NEVER and not side.floats:
             lines.append("# the query of each plane: surplus bits of the planes below are taken off here")
             lines += self.steps.prepared("x")
             for group in range(side.groups):
@@ -78,7 +78,8 @@ class Keys(Planes):
                 lines += static_read(self, j, self.lane)
                 lines += self.steps.scaled(j, f"x{j}", "k_scale", "k_offset")
             lines += self.steps.prepared("y")
-            lines.append(f"total0 = tl.sum({' + '.join(f'b{j}' for j in range(layout.planes))}, 0)  # [rows]")
+            if self.steps.offset_in_score:
+                lines.append(f"total0 = tl.sum({' + '.join(f'b{j}' for j in range(layout.planes))}, 0)  # [rows]")
         return lines
 
     # ---- once per tile --------------------------------------------------------------------------------------------
@@ -104,15 +105,19 @@ class Keys(Planes):
         base = f"{pointer(side)} + k_meta" if layout.meta is not None else ""
         if when is When.ONCE_PER_TILE:
             lines += self._rescaled_queries(base, half) if side.rescaled else self._tile_queries(base, half)
-        if when is not When.AFTER_DOT:
+        if when not in (When.AFTER_DOT, When.NEVER):
             lines += self._dots("s", self._operands(half, range(layout.planes)))
-            return lines + [f"s = s * {number(UNIT)} + total0[None, :]"]
+            scaled = "s" if self.steps.lifted == 1 else f"s * {number(self.steps.lifted)}"
+            total = " + total0[None, :]" if self.steps.offset_in_score else ""
+            return lines + ([f"s = {scaled}{total}"] if scaled != "s" or total else [])
         for group in range(side.groups):
             members = [j for j in range(layout.planes) if side.group(j) == group]
             name = "s" if side.groups == 1 else f"s{group}"
             lines += self._dots(name, self._operands(half, members))
-            lines += read(side, base, entry(side, tokens, str(group)), "k_scale", "k_offset")
-            lines.append(f"{name} = {self.steps.assembled(name, f'total{group}', 'k_scale', 'k_offset')}")
+            if layout.meta is not None:
+                lines += read(side, base, entry(side, tokens, str(group)), "k_scale", "k_offset")
+            score = self.steps.assembled(name, f"total{group}", "k_scale", "k_offset")
+            lines += [f"{name} = {score}"] if score != name else []
         if side.groups > 1:
             lines.append("s = " + " + ".join(f"s{group}" for group in range(side.groups)))
         return lines
@@ -124,13 +129,14 @@ class Keys(Planes):
             lines += self._block_numbers(base, half, j)
             lines += self.steps.scaled(j, f"x{j}", "k_scale", "k_offset")
         lines += self.steps.prepared("y")
-        lines.append(f"total0 = tl.sum({' + '.join(f'b{j}' for j in range(self.side.layout.planes))}, 0)")
+        if self.steps.offset_in_score:
+            lines.append(f"total0 = tl.sum({' + '.join(f'b{j}' for j in range(self.side.layout.planes))}, 0)")
         return lines
 
     def _rescaled_queries(self, base: str, half: int) -> list[str]:
         """r<width>_<plane>: the prepared queries times the scale of the sub-tile's token block, in float16 throughout:
         queries in float32 kept beside them would fill the registers."""
-        lines, streams = [], self.side.layout.streams
+        lines, streams = [], self.side.operands
         sums: dict[int, str] = {}
         for j in range(self.side.layout.planes):
             lines += [*self._block_numbers(base, half, j), "k_factor = k_scale.to(tl.float16)"]
@@ -158,7 +164,7 @@ class Keys(Planes):
     def _operands(self, half: int, planes: range | list[int]) -> list[tuple[str, str]]:
         return [
             (self.operand(stream, j, half), f"{'r' if self.side.rescaled else 'q'}{stream.width}_{j}")
-            for stream in self.side.layout.streams
+            for stream in self.side.operands
             for j in planes
         ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .codec import READ
 from .plan import SidePlan
 
 
@@ -9,7 +10,7 @@ def section(side: SidePlan, page_bytes: int, head_bytes: int) -> tuple[int, str]
     """(element size, address of the side's first metadata entry for `page` and `h`, in elements)."""
     meta = side.layout.meta
     assert meta is not None
-    size = 2 if meta.kind == "half" else 4
+    size = meta.element
     if meta.shared:
         index = f" + h // {meta.heads} * {meta.entries}"
         return size, f"page * {page_bytes // size} + {meta.offset // size}{index}"
@@ -20,7 +21,7 @@ def pointer(side: SidePlan) -> str:
     """The pool pointer of the metadata's element type."""
     meta = side.layout.meta
     assert meta is not None
-    return "pool16_ptr" if meta.kind == "half" else "pool32_ptr"
+    return f"pool{8 * meta.element}_ptr"
 
 
 def entry(side: SidePlan, block: str, group: str) -> str:
@@ -47,29 +48,20 @@ def read(side: SidePlan, base: str, index: str, scale: str, offset: str, mask: s
     assert meta is not None
     where = base if index == "0" else f"{base} + {index}"
     suffix = f", mask={mask}, other=0" if mask else ""
-    bf16 = "_bf16" if side.scale.dtype == "bf16" else ""
     word = f"{scale}_word"
     lines = []
     if len(where) + len(suffix) > 80:
         lines, where = [f"entry = {where}"], "entry"
-    if meta.kind == "half":
-        return [*lines, f"{scale} = half{bf16}(tl.load({where}{suffix}))"]
-    if meta.kind == "halves":
-        return [
-            *lines,
-            f"{word} = tl.load({where}{suffix})",
-            f"{scale} = low_half{bf16}({word})",
-            f"{offset} = high_half{bf16}({word})",
-        ]
-    if side.has_offset and meta.kind == "word":
-        mask_bits = 2 ** (side.code.bits or 0) - 1
-        return [
-            *lines,
-            f"{word} = tl.load({where}{suffix})",
-            f"{scale} = scale_over_zero_point({word}, {mask_bits})",
-            f"{offset} = ({word} & {mask_bits}).to(tl.float32)",
-        ]
-    lines.append(f"{scale} = as_float(tl.load({where}{suffix}))")
-    if meta.kind == "words":
-        lines.append(f"{offset} = as_float(tl.load({where} + {meta.total}{suffix}))")
-    return lines
+    load = f"tl.load({where}{suffix})"
+    outer = f" * {side.name[0]}_outer" if side.second is not None else ""
+    whole, low, high = READ[side.scale.dtype]
+    if side.has_offset and side.scale.zero == "in_scale":
+        mask_bits = 2**side.alphabet.bits - 1
+        lines += [f"{word} = {load}", f"{scale} = scale_over_zero_point({word}, {mask_bits})"]
+        return [*lines, f"{offset} = ({word} & {mask_bits}).to(tl.float32)"]
+    if not side.has_offset or meta.kind == "words":
+        lines.append(f"{scale} = {whole}({load}){outer}")
+        if meta.kind == "words":
+            lines.append(f"{offset} = as_float(tl.load({where} + {meta.total}{suffix})){outer}")
+        return lines
+    return [*lines, f"{word} = {load}", f"{scale} = {low}({word}){outer}", f"{offset} = {high}({word}){outer}"]

@@ -1,15 +1,16 @@
-"""Quantizing into pages and reading them back, in Triton: the pack and unpack kernels of either side.
+"""Quantizing into pages, in Triton: the pack kernels of either side.
 
 One pack program owns one token block (or 32 single tokens) of one kv head: statistics, metadata, codes, words.
 """
 
 from __future__ import annotations
 
-from .codec import functions, results
+from .codec import call, coding, functions, stored_numbers, words
 from .layout import PAIR, Stream, token_block
 from .plan import Plan, SidePlan
 from .text import Lines, bare, fill, padded, plus
-from .triton_attend import parameters, pools, tokens_name
+from .triton_attend import parameters, pools
+from .triton_blocks import Block, InPlanes, OverHeads, Walked, measured
 from .triton_meta import entry, section
 from .triton_planes import Planes, static_read
 
@@ -34,21 +35,6 @@ def pack_$side(
         $lanes
         source = $rows_ptr + (bh.to(tl.int64) * total_rows + row)[:, None] * $head_dim + $lane[None, :]
         $body
-"""
-
-UNPACK = """
-@triton.jit(do_not_specialize=["begin", "end"])
-def unpack_$side($args):
-    step = tl.program_id(0) + begin // $tile
-    bh = tl.program_id(1)
-    b = bh // $heads
-    h = bh % $heads
-    page = tl.load(table_ptr + b.to(tl.int64) * table_width + step * $tile // $page).to(tl.int64)
-    page_token = step * $tile % $page
-    $lanes
-    $addresses
-    out = out_ptr + bh.to(tl.int64) * (end - begin) * $head_dim
-    $halves
 """
 
 
@@ -82,13 +68,14 @@ class Pack(Planes):
                 body.add(
                     f"words = pool16_ptr + page * {plan.layout.page_bytes // 2} + h * {plan.layout.head_bytes // 2}"
                 )
-            if side.static:
+            if side.layout.meta is not None:
+                self._online(body)
+            else:
+                names = ["scale", *(["offset"] if side.has_offset else [])] if side.static else []
                 for j in range(side.layout.planes):
                     self._load(body, j)
-                    body.extend(static_read(self, j, self.lane))
-                    self._encode(body, j, f"{self.prefix}_scale[None, :]", f"{self.prefix}_offset[None, :]")
-            else:
-                self._online(body)
+                    body.extend(static_read(self, j, self.lane) if side.static else [])
+                    self._encode(body, j, [f"{self.prefix}_{name}[None, :]" for name in names])
             self._words(body)
         pool_args = sorted(set(pools(plan)) | ({"pool8_ptr"} if side.layout.paired else set()))
         params = [p for p in parameters(plan) if p.startswith(side.name)]
@@ -123,115 +110,72 @@ class Pack(Planes):
         """x<plane>: loaded just before it is needed, as a token block of all channels would fill the registers."""
         body.add(f"x{plane} = tl.load({self.at('source', plane)}, mask={self.inside}, other=0.0).to(tl.float32)")
 
-    # ---- statistics -----------------------------------------------------------------------------------------------
+    # ---- blocks ---------------------------------------------------------------------------------------------------
 
     def _online(self, body: Lines) -> None:
-        """Statistics of every block of the tile, its metadata, its codes."""
+        """Of every block of the tile: statistics, stored numbers, codes."""
         side, meta, planes = self.side, self.side.layout.meta, range(self.side.layout.planes)
         assert meta is not None
         size, base = section(side, self.plan.layout.page_bytes, self.plan.layout.head_bytes)
-        body.add(f"meta = {'pool16_ptr' if size == 2 else 'pool32_ptr'} + {base}")
-        whole = (1,) if self.single else (1, 0)
+        body.add(f"meta = pool{8 * size}_ptr + {base}")
         if meta.heads > 1:
-            body.add("# extremes over all heads that share the scale")
-            self._start(body, [self.tokens] if self.single else [1])
-            with body.deeper(
-                f"for head in range(h // {meta.heads} * {meta.heads}, (h // {meta.heads} + 1) * {meta.heads}):"
-            ):
-                body.add(f"other = source + (head - h) * total_rows * {self.side.dim}")
-                for j in planes:
-                    body.add(f"x = tl.load({self.at('other', j)}, mask={self.inside}, other=0.0).to(tl.float32)")
-                    self._fold(body, "x", whole)
-            for j in planes:
-                self._load(body, j)
+            body.add("# blocks span heads: each program reads them all")
             vector = "t" if self.single else "tl.arange(0, 1)"
-            self._measured(body, "0", f"({vector} * 0 + h) % {meta.heads} == 0", planes)
+            self._block(body, "0", OverHeads(self), planes, f"({vector} * 0 + h) % {meta.heads} == 0")
         elif meta.channels == 1:
             for j in planes:
-                self._load(body, j)
-                self._start(body, None, f"x{j}", (0,))
-                self._measured(body, f"({self.lane} + {j * self.width})" if j else self.lane, "", [j])
+                group = f"({self.lane} + {j * self.width})" if j else self.lane
+                self._block(body, group, InPlanes(self, [j]), [j])
         elif meta.channels % self.width == 0:
             per_group = len(planes) // meta.groups
             for group in range(meta.groups):
                 members = planes[group * per_group : (group + 1) * per_group]
-                for j in members:
-                    self._load(body, j)
-                self._start(body, None, f"x{members[0]}", whole)
-                for j in members[1:]:
-                    self._fold(body, f"x{j}", whole)
-                self._measured(body, str(group), "", members)
+                self._block(body, str(group), InPlanes(self, members), members)
         else:
             body.add("# groups are narrower than a plane, or cross planes: each lane walks its own group")
             for j in planes:
                 lane = f"({self.lane} + {j * self.width})"
-                self._start(body, [self.tokens, self.lanes] if self.single else [self.lanes])
-                with body.deeper(f"for near in range(0, {meta.channels}):"):
-                    near = f"({lane} // {meta.channels} * {meta.channels} + near - {self.lane})[None, :]"
-                    body.add(f"x = tl.load(source + {near}, mask={self.inside}, other=0.0).to(tl.float32)")
-                    self._fold(body, "x", () if self.single else (0,))
-                self._load(body, j)
-                self._measured(body, lane, f"{lane} % {meta.channels} == 0", [j])
+                self._block(body, lane, Walked(self, j), [j], f"{lane} % {meta.channels} == 0")
 
-    def _extreme(self, function: str, name: str, axes: tuple[int, ...]) -> str:
-        text, reduce = {
-            "low": (f"lowest({name}, {self.inside})", "tl.min"),
-            "high": (f"highest({name}, {self.inside})", "tl.max"),
-            "spoilt": (f"nan({name})", "tl.max"),
-        }[function]
-        for axis in axes:
-            text = f"{reduce}({text}, {axis})"
-        return text
+    def _block(self, body: Lines, group: str, block: Block, members: range | list[int], only: str = "") -> None:
+        """Measure, store the numbers of channel group `group` where `only` holds, encode the member planes."""
+        for j in members if block.in_registers else []:
+            self._load(body, j)
+        body.extend(measured(self.side, block))
+        for j in members if not block.in_registers else []:
+            self._load(body, j)
+        body.add(f"{', '.join(words(self.side))} = {call(self.side, 'words', [*stored_numbers(self.side), 'spoilt'])}")
+        self._store(body, group, only)
+        for j in members:
+            self._encode(body, j, [f"{name}{block.column}" for name in coding(self.side)])
 
-    def _start(self, body: Lines, shape: list[int] | None, name: str = "", axes: tuple[int, ...] = ()) -> None:
-        """low, high, spoilt of a tile, or of nothing yet."""
-        if shape is not None:
-            body.add(f"low = tl.full({shape}, 65504.0, tl.float32)", f"high = tl.full({shape}, -65504.0, tl.float32)")
-            body.add(f"spoilt = tl.zeros({shape}, tl.int32)")
-            return
-        one = " + tl.zeros([1], {kind})" if axes == (1, 0) else ""
-        for what, kind in (("low", "tl.float32"), ("high", "tl.float32"), ("spoilt", "tl.int32")):
-            body.add(f"{what} = {self._extreme(what, name, axes)}{one.format(kind=kind)}")
-
-    def _fold(self, body: Lines, name: str, axes: tuple[int, ...]) -> None:
-        for what, function in (("low", "minimum"), ("high", "maximum"), ("spoilt", "maximum")):
-            body.add(f"{what} = tl.{function}({what}, {self._extreme(what, name, axes)})")
-
-    # ---- metadata and codes ---------------------------------------------------------------------------------------
-
-    def _measured(self, body: Lines, group: str, only: str, members: range | list[int]) -> None:
-        """Measure, store the metadata of channel group `group` where `only` holds, encode the member planes."""
+    def _store(self, body: Lines, group: str, only: str) -> None:
+        """Store the words of channel group `group` where `only` holds."""
         side, meta = self.side, self.side.layout.meta
         assert meta is not None
-        body.add(f"{', '.join(results(side))} = measure_{side.name}(low, high, spoilt)")
         block = f"step * {self.span} % {self.plan.layout.page_tokens} // {meta.tokens}" if meta.blocks > 1 else "0"
         wide = f"{group} // {meta.channels}" if meta.channels > 1 and not group.isdigit() else group
-        lane_mask = f"{self.lane} < {self.width}"
         if group.isdigit():  # one number a token, or one in all
             index, mask = (entry(side, "t", group), "inside") if self.single else (entry(side, block, group), "")
-            column = "[:, None]"
             if not self.single:
                 index, mask = f"{index} + tl.arange(0, 1)", "tl.arange(0, 1) == 0"
         elif self.single:  # a number for each token and lane
-            index, column = entry(side, "t[:, None]", f"({wide})[None, :]"), ""
+            index = entry(side, "t[:, None]", f"({wide})[None, :]")
             mask, only = self.inside, f"({only})[None, :]" if only else ""
         else:
-            index, mask, column = entry(side, block, wide), lane_mask, "[None, :]"
+            index, mask = entry(side, block, wide), f"{self.lane} < {self.width}"
         mask = f"({mask}) & ({only})" if only else mask
         body.add(f"tl.store(meta + {index}, word, mask={mask})")
         if meta.kind == "words":
             body.add(f"tl.store(meta + {index} + {meta.total}, second, mask={mask})")
-        for j in members:
-            self._encode(body, j, f"scale{column}", f"start{column}")
 
-    def _encode(self, body: Lines, plane: int, scale: str, start: str) -> None:
-        """Codes of a plane, put into their words at once: they are not kept."""
-        rest = f", {start}" if self.side.has_offset else ""
-        body.add(f"c = encode_{self.side.name}(x{plane}, {scale}{rest})")
+    def _encode(self, body: Lines, plane: int, under: list[str]) -> None:
+        """Codes of a plane under its numbers, put into their words at once: they are not kept."""
+        body.add(f"c = {call(self.side, 'encode', [f'x{plane}', *under])}")
         for stream in self.side.layout.streams:
             place = stream.places[plane]
             bits = f"(c >> {stream.shift})" if stream.shift else "c"
-            if self.side.code.bits != stream.width + stream.shift or len(self.side.layout.streams) > 1:
+            if self.side.alphabet.bits != stream.width + stream.shift or len(self.side.layout.streams) > 1:
                 bits = f"({bits} & {2**stream.width - 1})"
             shift = 8 * place.byte + place.bit
             word = self._word(stream, place.tile)
@@ -258,39 +202,3 @@ class Pack(Planes):
                 kind = "tl.uint8" if stream.paired else "tl.int16"
                 at = f"out + {step}" if step else "out"
                 body.add(f"tl.store({at}, {self._word(stream, tile)}.to({kind}), mask={self.inside})")
-
-
-class Unpack(Planes):
-    """Prints `unpack_keys` or `unpack_values`: decoded numbers, one by one, as float32."""
-
-    def __init__(self, plan: Plan, side: SidePlan) -> None:
-        super().__init__(plan, side)
-        self.transposed = False
-
-    def text(self, addresses: list[str]) -> str:
-        plan, side, halves = self.plan, self.side, Lines()
-        mask = "inside[:, None]" + (f" & {self.lane}_in[None, :]" if self.ragged else "")
-        for half in range(plan.halves):
-            t = tokens_name(plan, half)
-            shift = f" + {half * plan.half}" if half else ""
-            halves.add(f"u = step * {plan.tile}{shift} + tl.arange(0, {plan.half})")
-            halves.add("inside = (u >= begin) & (u < end)")
-            if side.floats:
-                at = f"{side.name[:-1]}_floats + {t}[:, None] * {side.dim} + {self.lane}[None, :]"
-                for j in range(side.layout.planes):
-                    halves.add(f"n{j} = tl.load({at} + {j * self.width}, mask={mask}, other=0.0).to(tl.float32)")
-            else:
-                halves.extend([*self.load(half, t), *self.decode(half, t)])
-            halves.add(f"place = out + (u - begin)[:, None] * {side.dim} + {self.lane}[None, :]")
-            for j in range(side.layout.planes):
-                halves.add(f"tl.store({self.at('place', j)}, n{j}, mask={mask})")
-        other = "k" if side.name == "values" else "v"
-        keep = [a for a in addresses if not a.startswith((f"{other}_meta", "page_token"))]
-        text = "\n".join([*keep, *halves.lines])
-        args = [p for p in pools(plan) if p in text] + ["table_ptr"]
-        args += [p for p in parameters(plan) if p.startswith(side.name)] + ["out_ptr", "begin", "end", "table_width"]
-        return fill(
-            UNPACK, side=side.name, args=", ".join(args), heads=plan.shape.kv_heads, tile=plan.tile,
-            page=plan.layout.page_tokens, head_dim=side.dim, lanes=self.lane_lines(), addresses=keep,
-            halves=halves.lines,
-        )  # fmt: skip

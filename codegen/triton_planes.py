@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sympy as sp
+
+from .alphabet import packed_table
+from .codec import call, given
 from .layout import PAIR, Stream
 from .plan import Plan, SidePlan
 from .steps import Steps
@@ -21,7 +25,9 @@ class Planes:
         self.prefix = side.name[0]
         self.lane = f"{self.prefix}_lane"
         self.transposed = side.name == "values"
-        self.steps = Steps(side, UNIT, "", ".to(tl.float16)")
+        looked_up = side.alphabet.looked_up
+        unit = sp.Integer(2) ** side.alphabet.unit if looked_up else sp.Integer(UNIT)
+        self.steps = Steps(side, unit, "", ".to(tl.float16)", side.alphabet.lift)
 
     @property
     def ragged(self) -> bool:
@@ -32,6 +38,19 @@ class Planes:
         lines = [f"{self.lane} = tl.arange(0, {self.lanes})"]
         if self.ragged:
             lines.append(f"{self.lane}_in = {self.lane} < {self.width}")
+        return lines + self.given_lines()
+
+    def given_lines(self) -> list[str]:
+        """Lines that load what comes with the parameters for all tokens: a table's levels, the second level."""
+        side, lines = self.side, []
+        for name in given(side):
+            if name == "outer":
+                assert side.second is not None
+                head = " + h" if side.second.block.heads == 1 else ""
+                lines.append(f"{self.prefix}_outer = tl.load({side.name}_second_ptr{head})")
+            else:
+                index = plus(int(name.removeprefix("level")))
+                lines.append(f"{self.prefix}_{name} = tl.load({side.name}_table_ptr{index})")
         return lines
 
     def grid(self, tokens: str, lanes: str) -> tuple[str, str]:
@@ -75,7 +94,10 @@ class Planes:
         return lines
 
     def operand(self, stream: Stream, plane: int, half: int) -> str:
-        """The dirty plane as float16: the place's bits of the byte, and those below that share its scale."""
+        """What a product reads of a plane, float16: of an affine alphabet the dirty plane, the place's bits of the byte
+        and those below that share its scale; else the level of each code."""
+        if self.side.alphabet.looked_up:
+            return self._looked_up(self._parts(plane, half))
         place = stream.places[plane]
         high = bool(half) if stream.paired else bool(place.byte)
         name = self.words(stream, place.tile, half) + ("_high" if high else "")
@@ -84,21 +106,54 @@ class Planes:
             return f"{name}.to(tl.float16, bitcast=True)"
         return f"plane({name}, {2 ** (place.bit + stream.width) - 2**lowest})"
 
-    def code(self, plane: int, half: int) -> str:
-        """The codes of one plane as float32."""
-        return self._joined([
-            (stream, self.words(stream, place.tile, half), bool(half) if stream.paired else bool(place.byte), place.bit)
-            for stream in self.side.layout.streams
-            for place in (stream.places[plane],)
-        ])  # fmt: skip
+    def _looked_up(self, parts: list[tuple[str, int]]) -> str:
+        """The levels of one plane's codes as float16, over 2**unit."""
+        alphabet, streams = self.side.alphabet, self.side.layout.streams
+        if alphabet.given:
+            return f"{self._level(self._joined(parts))}.to(tl.float16)"
+        if alphabet.small is not None:
+            ((name, bit),) = parts
+            sizes, sign = 10 - alphabet.small.mantissa - bit, 16 - alphabet.bits - bit
+            low, high = (2 ** (alphabet.bits - 1) - 1) << (sizes + bit), -(2**15)
+            if sizes == sign:
+                text = f"field({name}, 0, {sizes}, {high | low})"
+            else:
+                text = f"both(field({name}, 0, {sizes}, {low}), field({name}, 0, {sign}, {high}))"
+            if self.side.store.measure is None and alphabet.small.name == "e4m3":
+                text = f"with_nan({text})"
+            return f"{text}.to(tl.float16, bitcast=True)"
+        text = ""
+        for stream, (name, bit) in zip(streams, parts, strict=True):
+            right, left = max(0, bit - stream.shift), max(0, stream.shift - bit)
+            moved = f"field({name}, {right}, {left}, {(2**stream.width - 1) << stream.shift})"
+            text = f"both({text}, {moved})" if text else moved
+        registers = ", ".join(map(str, packed_table(alphabet.words)))
+        return f"table{max(4, 2**alphabet.bits)}({text}, {registers}).to(tl.float16, bitcast=True)"
 
-    def _joined(self, parts: list[tuple[Stream, str, bool, int]]) -> str:
+    def _parts(self, plane: int, half: int) -> list[tuple[str, int]]:
+        """(bytes in the low halves of words, first bit) of a plane in each stream."""
+        found = []
+        for stream in self.side.layout.streams:
+            place = stream.places[plane]
+            high = bool(half) if stream.paired else bool(place.byte)
+            found.append((self.words(stream, place.tile, half) + "_high" * high, place.bit))
+        return found
+
+    def _joined(self, parts: list[tuple[str, int]]) -> str:
+        """The codes of one plane, whole numbers."""
         pieces = []
-        for stream, name, high, bit in parts:
-            name = f"{name}_high" if high else name
+        for stream, (name, bit) in zip(self.side.layout.streams, parts, strict=True):
             kept = f"(({name} >> {bit}) & {2**stream.width - 1})" if bit else f"({name} & {2**stream.width - 1})"
             pieces.append(f"({kept} << {stream.shift})" if stream.shift else kept)
-        return f"({' | '.join(pieces)}).to(tl.float32)" if len(pieces) > 1 else f"{pieces[0]}.to(tl.float32)"
+        return f"({' | '.join(pieces)})" if len(pieces) > 1 else pieces[0]
+
+    def _level(self, codes: str) -> str:
+        return call(self.side, "levels", [codes])
+
+    def _numbered(self, parts: list[tuple[str, int]]) -> str:
+        """The codes of one plane, or their levels where they are looked up, as float32."""
+        codes = self._joined(parts)
+        return self._level(codes) if self.side.alphabet.looked_up else f"{codes}.to(tl.float32)"
 
     def block(self, half: int) -> str:
         """The token block, within its page, of sub-tile `half` (one block spans the sub-tile)."""
@@ -127,7 +182,7 @@ class Planes:
         """Decode every plane of loaded words into float32 tiles n0, n1, ...: what cannot leave the loop, and unpack."""
         lines = []
         for plane in range(self.side.layout.planes):
-            lines.append(f"c = {self.code(plane, half)}")
+            lines.append(f"c = {self._numbered(self._parts(plane, half))}")
             lines += self._number(plane, tokens, "")
         return lines
 
@@ -169,11 +224,11 @@ class Planes:
                 f"n{plane} = tl.load(place{other}).to(tl.float32)",
             ]
         parts = [
-            (stream, f"{self.prefix}{stream.width}_{place.tile}", bool(place.byte), place.bit)
+            (f"{self.prefix}{stream.width}_{place.tile}" + "_high" * place.byte, place.bit)
             for stream in side.layout.streams
             for place in (stream.places[plane],)
         ]
-        return [f"c = {self._joined(parts)}", *self._number(plane, tokens, guard)]
+        return [f"c = {self._numbered(parts)}", *self._number(plane, tokens, guard)]
 
     def _number(self, plane: int, tokens: str, guard: str) -> list[str]:
         """n<plane> from the codes c of one plane."""

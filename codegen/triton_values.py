@@ -43,11 +43,12 @@ class Values(Planes):
     @property
     def in_planes(self) -> bool:
         """Accumulators stay in the basis of dirty planes through the loops."""
-        return self.when in (When.AFTER_DOT, When.ONCE_PER_QUERY)
+        coded = self.when is When.NEVER and not self.side.floats
+        return coded or self.when in (When.AFTER_DOT, When.ONCE_PER_QUERY)
 
     def accumulators(self) -> list[str]:
         if self.in_planes:
-            return [f"a{s.width}_{j}" for s in self.side.layout.streams for j in range(self.side.layout.planes)]
+            return [f"a{s.width}_{j}" for s in self.side.operands for j in range(self.side.layout.planes)]
         return [f"o{j}" for j in range(self.side.layout.planes)]
 
     def offsets(self) -> list[str]:
@@ -87,7 +88,7 @@ class Values(Planes):
             if carried is not None:
                 past = f"carried{group} * decay" if half == 0 else f"carried{group}"
                 lines.append(f"carried{group} = {past} + tl.sum({carried[0]}, 0)")
-            for stream in layout.streams:
+            for stream in side.operands:
                 for j in range(layout.planes):
                     if side.group(j) == group:
                         name = f"a{stream.width}_{j}"
@@ -102,7 +103,7 @@ class Values(Planes):
         layout, meta = self.side.layout, self.side.layout.meta
         assert meta is not None
         lines = ["weight = p.to(tl.float16)", "weighed = tl.sum(p, 0)  # [rows]"]
-        for stream in layout.streams:
+        for stream in self.side.operands:
             lines += [
                 f"a{stream.width}_{j} = tl.dot({self.operand(stream, j, half)}, weight)" for j in range(layout.planes)
             ]

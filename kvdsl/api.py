@@ -118,13 +118,14 @@ def attend(
 
 
 def calibrate(scheme: Scheme, k: Tensor, v: Tensor, q: Tensor | None = None) -> dict[str, Tensor]:
-    """The numbers of the scheme's calibrated parts, measured over all tokens of k and v (B, H, T, D), and of queries q
-    (B, Hq, Q, D) where keys are balanced against them: float32 on the CPU, rounded as the scheme stores them.  Empty
-    for a scheme that has none.
+    """What the scheme takes from data, measured over all tokens of k and v (B, H, T, D), and of queries q (B, Hq, Q, D)
+    where keys are balanced against them: transforms, calibrated scales, rounded as the scheme stores them, second
+    levels, tables of levels; float32 on the CPU.  Empty where nothing is calibrated.
 
     Raises ShapeError for tensors that are no such pair, hold no token, or hold a NaN.
     """
-    from .reference.quantize import quantize
+    from .calibration import measured
+    from .reference.quantize import encoded_rows
 
     shape, found = _shape(k, None), dict[str, Tensor]()
     refuse_tensor("v", v, tuple(k.shape), shape, k.device)
@@ -133,15 +134,8 @@ def calibrate(scheme: Scheme, k: Tensor, v: Tensor, q: Tensor | None = None) -> 
     for side, x in zip(SIDES, (k, v), strict=True):
         store = scheme.side(side)
         found |= fitted(store, side, x.detach().cpu(), None if q is None else q.detach().cpu())
-        if store.measure is None or store.measure.when == "online":
-            continue
-        # The definition, measured over the data as one block of tokens.
-        tokens = x.transpose(0, 1).reshape(1, x.shape[1], -1, x.shape[3])
-        online = store.with_(scale=store.measure.with_(when="online"))
-        measured = quantize(online, tokens, found, side)
-        assert measured.scale is not None
-        parts = [part[0, :, 0].to(torch.float32) for part in (measured.scale, measured.offset) if part is not None]
-        found[f"{side}.scale"] = torch.stack(parts) if len(parts) > 1 else parts[0]
+        coded = encoded_rows(store, x, found, side) if store.turned else x
+        found |= measured(store.with_(transform=()), coded, side)
     ready = checked(scheme, shape, found)
     return {name: ready[name] for name in wanted(scheme, shape)}
 

@@ -13,6 +13,7 @@ FloatFormat = Literal["fp16", "fp32", "e4m3", "e5m2", "e2m1"]
 Law = Literal["normal", "beta", "calibrated"]
 SketchBasis = Literal["orthogonal", "gaussian", "hadamard"]
 
+FLOAT_BITS: dict[FloatFormat, int] = {"fp16": 16, "fp32": 32, "e4m3": 8, "e5m2": 8, "e2m1": 4}
 TRITS = 5  # ternary digits that one byte holds: 3**5 = 243
 
 
@@ -42,6 +43,11 @@ class Float(Part):
 
     format: FloatFormat = "fp16"
 
+    @property
+    def plain(self) -> bool:
+        """The number itself, stored as a processor stores it: there is no code, and no scale."""
+        return self.format in ("fp16", "fp32")
+
 
 @dataclass(frozen=True, repr=False)
 class Codebook(Part):
@@ -55,6 +61,10 @@ class Codebook(Part):
 
     bits: int | None = None
     levels: Law | tuple[float, ...] = "normal"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.levels, list):
+            object.__setattr__(self, "levels", tuple(self.levels))
 
 
 @dataclass(frozen=True, repr=False)
@@ -74,3 +84,12 @@ class Sketch(Part):
 
 
 Code = Uniform | Float | Codebook | Sketch
+
+
+def width(code: Code) -> int | None:
+    """Bits of one code; None where the code says neither bits nor numbers (or is a sketch, a bit a row)."""
+    if isinstance(code, Float):
+        return FLOAT_BITS[code.format]
+    if isinstance(code, Codebook) and code.bits is None and isinstance(code.levels, tuple):
+        return max(1, (len(code.levels) - 1).bit_length())
+    return None if isinstance(code, Sketch) else code.bits

@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass, fields
 from fractions import Fraction
 
+from .codes import width
 from .errors import SchemeError, ShapeError
 from .rules import layer_faults, refuse_for
-from .scheme import ALL, SIDES, Float, Scale, Scheme, Side, Store, Uniform
+from .scheme import ALL, SIDES, Codebook, Scale, Scheme, Side, Store
 from .shape import Shape
 from .window import windows
 
@@ -16,7 +17,7 @@ ALIGN = 16  # bytes: every section of a page begins at a multiple
 PAGE = 64  # tokens: a page holds whole words and whole blocks, at least these
 EXACT = 16  # bits of a number that a window or a sink keeps as it came
 CONSTANT = 4  # bytes of a calibrated number: float32, once a layer
-WIDTH = {"fp32": 32, "fp16": 16, "bf16": 16}
+WIDTH = {"fp32": 32, "fp16": 16, "bf16": 16, "e4m3": 8, "e8m0": 8}
 
 
 @dataclass(frozen=True)
@@ -149,10 +150,9 @@ def _stored(store: Store, shape: Shape, tokens: int) -> tuple[Fraction, Fraction
 
 
 def _code(store: Store) -> int:
-    if isinstance(store.code, Float):
-        return WIDTH[store.code.format]
-    assert store.code.bits is not None
-    return store.code.bits
+    bits = width(store.code)
+    assert bits is not None
+    return bits
 
 
 def _online(store: Store) -> Scale | None:
@@ -177,12 +177,22 @@ def _widths(scale: Scale) -> tuple[int, ...]:
 
 
 def _constants(store: Store, shape: Shape) -> int:
-    """Bytes a layer of a calibrated scale: (kv heads or 1) x (groups of channels or 1), offsets too."""
-    scale = store.measure
-    if scale is None or scale.when == "online" or not isinstance(store.code, Uniform):
-        return 0
-    heads = 1 if scale.block.heads is ALL else shape.kv_heads
-    return CONSTANT * heads * (shape.head_dim // _size(scale.block.channels, shape.head_dim)) * len(_widths(scale))
+    """Bytes a layer of calibrated numbers: a scale, (kv heads or 1) x (groups of channels or 1), offsets too; a second
+    level, (kv heads or 1); the levels of a table."""
+    scale, count = store.measure, 0
+    if isinstance(store.code, Codebook) and store.code.levels == "calibrated":
+        count += 2 ** _code(store)
+    if scale is not None and scale.when == "calibrated":
+        groups = shape.head_dim // _size(scale.block.channels, shape.head_dim)
+        count += _heads(scale, shape) * groups * len(_widths(scale))
+    if scale is not None and scale.scale is not None:
+        count += _heads(scale.scale, shape)
+    return CONSTANT * count
+
+
+def _heads(scale: Scale, shape: Shape) -> int:
+    """Kv heads that a calibrated scale has a number of its own for, or one for all."""
+    return 1 if scale.block.heads is ALL else shape.kv_heads
 
 
 def _formula(store: Store, shape: Shape, tokens: int) -> str:

@@ -1,8 +1,8 @@
 """Numbers of a scheme beside its pages: which it wants, whether they fit, and the file they are kept in.
 
-Names are the parts' places in the spec, as `keys.scale` or `values.transform[1]`; in a file for a whole model each
-stands behind `layers.<i>.`.  Kernels take them made ready: with the maps of the spaces that keys and values are coded
-in, `keys.encode` and so on (see spaces.py).
+Names are the parts' places in the spec: `keys.scale`, `keys.scale.scale` (a second level), `keys.code` (the levels of a
+table), `values.transform[1]`; in a file for a whole model each stands behind `layers.<i>.`.  Kernels take them made
+ready: with the maps of the spaces that keys and values are coded in, `keys.encode` and so on (see spaces.py).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .errors import ShapeError
 from .kernels import Params
-from .scheme import SIDES, Count, Scheme, Side
+from .scheme import SIDES, Codebook, Count, Scheme, Side
 from .shape import Shape
 from .spaces import calibrated, maps
 
@@ -27,19 +27,21 @@ LONGEST_HEADER = 1 << 20  # bytes of a file's description that are read
 
 
 def wanted(scheme: Scheme, shape: Shape) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of the numbers a scheme needs from data.
-
-    A scale: (kv heads or 1, groups of channels or 1), and (2, ...) = scale, offset where the range has an offset; a
-    transform: (kv heads, head_dim).  Empty where everything is measured online or follows from a seed.
-    """
+    """The names and shapes of the numbers a scheme needs from data: of a scale (kv heads or 1, groups of channels or 1),
+    and (2, ...) = scale, offset where the range has an offset; of a second level (kv heads or 1, 1); of a table
+    (levels,); of a transform (kv heads, head_dim).  Empty where nothing is calibrated."""
     found: dict[str, tuple[int, ...]] = {}
     for side in SIDES:
-        found |= calibrated(scheme.side(side), side, shape.kv_heads, shape.head_dim)
-        scale = scheme.side(side).measure
-        if scale is None or scale.when == "online":
-            continue
-        blocks = (_blocks(scale.block.heads, shape.kv_heads), _blocks(scale.block.channels, shape.head_dim))
-        found[f"{side}.scale"] = (2, *blocks) if scale.range in ("minmax", "minmax_zero") else blocks
+        store = scheme.side(side)
+        code, scale, width = store.code, store.measure, store.coded(shape.head_dim)
+        found |= calibrated(store, side, shape.kv_heads, shape.head_dim)
+        if scale is not None and scale.when == "calibrated":
+            blocks = (_blocks(scale.block.heads, shape.kv_heads), _blocks(scale.block.channels, width))
+            found[f"{side}.scale"] = (2, *blocks) if scale.range in ("minmax", "minmax_zero") else blocks
+        if scale is not None and scale.scale is not None:
+            found[f"{side}.scale.scale"] = (_blocks(scale.scale.block.heads, shape.kv_heads), 1)
+        if isinstance(code, Codebook) and code.levels == "calibrated":
+            found[f"{side}.code"] = (2 ** (code.bits or 0),)
     return found
 
 
@@ -75,6 +77,10 @@ def checked(
             raise ShapeError(
                 f"params[{name!r}]: it holds numbers that are no finite floats; calibrate on finite tensors"
             )
+        if name.endswith(".scale.scale") and not bool((given > 0).all()):
+            raise ShapeError(f"params[{name!r}]: {float(given.min())!r} is no scale to divide by; give numbers above 0")
+        if name.endswith(".code") and not bool((given[1:] > given[:-1]).all()):
+            raise ShapeError(f"params[{name!r}]: the levels do not rise; sort them, each one different")
         taken[name] = given.detach().to(device, torch.float32).contiguous()
     for side in SIDES:
         made = maps(scheme.side(side), side, shape.head_dim, params, device)

@@ -67,4 +67,4 @@ def test_a_calibrated_scheme_without_its_numbers_is_refused(folder: str, capsys:
     capsys.readouterr()
     assert run(["generate", "int8_tensor", "--model", folder, "--prompt", TEXT]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("kvdsl: params: scales of this scheme are calibrated") and said.count("\n") == 1
+    assert said.startswith("kvdsl: params: numbers of this scheme are calibrated") and said.count("\n") == 1

@@ -162,8 +162,8 @@ def test_four_bit_floats_and_powers_of_two_by_hand() -> None:
     page = reference.pages(Scheme(keys=store, values=ABSENT), Shape(64, 1), x, torch.zeros_like(x))[0, 0]
     # of the second half 96 is 6 * 2^4 (byte 131), 1 is 1/16 of that and becomes 0; planes 0 and 1 have the low byte
     assert page[2 * 32 : 2 * 32 + 2].tolist() == [7 | (8 + 3) << 4, 0] and page[2 * 32 + 2 * 15 + 1] == 7 << 4
-    # metadata after 64 * 32 bytes of codes and 64 * 128 of values, [group, token]: zeros have the smallest power, byte 1,
-    # a NaN has 255
+    # metadata after 64 * 32 bytes of codes and 64 * 128 of values, [group, token]: a block of zeros has the smallest
+    # power, byte 1, one with a NaN 255
     meta = page[2048 + 8192 :].tolist()
     assert meta[2] == 128 and meta[64 + 2] == 131 and meta[3] == 255
     assert len(meta) == 128 and all(byte == 1 for at, byte in enumerate(meta) if at not in (2, 3, 66))

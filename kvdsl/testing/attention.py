@@ -16,7 +16,7 @@ from kvdsl.kernels import AttentionState, Params, Side
 from kvdsl.reference.attention import softmax_rows
 from kvdsl.reference.quantize import level_count
 from kvdsl.reference.timeline import packed_tokens
-from kvdsl.scheme import SIDES, Float, Scheme, Store
+from kvdsl.scheme import SIDES, Float, Scheme, Store, Uniform
 
 from .bounds import blocks_of, spread
 from .cases import Case, law, require, require_equal, require_within, static
@@ -343,21 +343,21 @@ def scores_are_products(case: Case) -> None:
 
 def _largest(store: Store, k: Tensor, params: Params) -> Tensor:
     """The largest size in the block of each number, or among its levels where these are given: (B, H, T, D)."""
-    if isinstance(store.code, Float):
+    if store.measure is None:
         return k.abs()
     if not static(store):
         return spread(store, blocks_of(store, k.abs()).amax((2, 4, 6)), k)
-    assert store.measure is not None
     given = params["keys.scale"].double().cpu()
     step, low = (given[0], given[1]) if store.measure.range in ("minmax", "minmax_zero") else (given, None)
+    if not isinstance(store.code, Uniform):  # what its levels reach is among the decoded numbers
+        return spread(store, (step.abs() if low is None else step.abs() + low.abs())[None, :, None], k)
     reach = step * level_count(store)
     low = -reach / 2 - step / 2 if low is None else low
     return spread(store, torch.maximum(low.abs(), (low + reach).abs())[None, :, None], k)
 
 
 def _plain(scheme: Scheme) -> bool:
-    formats = [side.code.format for side in (scheme.keys, scheme.values) if isinstance(side.code, Float)]
-    return len(formats) == 2
+    return all(isinstance(side.code, Float) and side.code.plain for side in (scheme.keys, scheme.values))
 
 
 @law("P32", _plain, MODEST)

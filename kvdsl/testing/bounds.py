@@ -17,22 +17,46 @@ format's numbers relative to them, e half its smallest number.
 - Float32 arithmetic: seven roundings of numbers up to A + s, each 2^-24 of it.  (c*s'+o, x - o, the quotient, hi - lo)
 
 A calibrated scale has its levels given: f*s inside them, plus the distance to the nearest of them outside.
+
+Levels of tables and small floats lie unevenly.  Under a stored scale s' in [s - dev(s), s + dev(s)]:
+
+- Between two levels a number is off by half their distance at most, times s'; of a small float with m bits behind the
+  first that is |x|*2^-(m+1), or s' times half the smallest number.
+- Outside of the levels it is off by what the nearest end, at the s' that reaches least far, leaves of it.
+- With an offset the same holds of x - o, and dev(o) is added.
+
+A second level S divides what is stored: dev(s) = S*dev(s/S), and dividing and multiplying round once each.
+
+A scale chosen for the least squared error of its block does not do worse, summed, than any of the candidates: no number
+is off by more than the root of the sum of the squared bounds of a candidate.  So with a scale fitted by least squares,
+among all scales for these codes; storing it moves numbers by dev of it times a level, at most u*|x|_2 + e*top.  A scale
+fitted otherwise is bounded by its own formula: norms agree, so |x^| <= |x|_2 at most; weighted by x^2 the scale times
+the least level is at most the largest size A, and codes are the nearest to it.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from kvdsl.kernels import Params
+from kvdsl.reference.alphabets import Alphabet, alphabet, given_table
 from kvdsl.reference.quantize import encoded_rows, level_count, maps
+from kvdsl.reference.rounding import MINIFLOATS
 from kvdsl.scheme import Float, Scale, Store, Uniform
 
 FORMATS = {
     "fp16": (2.0**-11, 2.0**-25, 65504.0),
     "bf16": (2.0**-8, 2.0**-134, 3.3895e38),
     "fp32": (2.0**-24, 2.0**-150, 3.4028e38),
+    "e4m3": (2.0**-4, 2.0**-10, 448.0),
+    "e5m2": (2.0**-3, 2.0**-17, 57344.0),
+    "e8m0": (0.0, 0.0, 2.0**127),
 }
+OVER_BLOCK = (2, 4, 6)
+SLACK = 12 * 2.0**-24
 LARGEST = 65504.0
 
 
@@ -67,19 +91,27 @@ def bound(store: Store, x: Tensor, params: Params | None = None, side: str = "ke
         return _mapped_bound(store, x, params, side)
     given = x.double()
     inside = given.clamp(-LARGEST, LARGEST)
-    if isinstance(store.code, Float):
-        if store.code.format == "fp32":
-            return torch.zeros_like(given)
-        return deviation(inside, "fp16") + (given - inside).abs()
-    assert isinstance(store.code, Uniform) and store.measure is not None
-    numbers = blocks_of(store, inside)
-    if store.measure.when == "calibrated":
+    if isinstance(store.code, Float) and store.code.format == "fp32":
+        return torch.zeros_like(given)
+    if store.measure is None:
+        assert isinstance(store.code, Float)
+        return deviation(inside, store.code.format) + (given - inside).abs()
+    numbers, scale = blocks_of(store, inside), store.measure
+    if scale.when == "calibrated":
         assert params is not None
-        limit = _calibrated(
-            store.code, store.measure, numbers, params[f"{side}.scale"].double().cpu(), level_count(store)
-        )
-    else:
-        limit = _online(store.code, store.measure, numbers, level_count(store)).expand_as(numbers)
+        if isinstance(store.code, Uniform):
+            limit = _calibrated(
+                store.code, scale, numbers, params[f"{side}.scale"].double().cpu(), level_count(store)
+            )
+        else:
+            limit = _given(store, numbers, params, side)
+        return limit.reshape(x.shape) + (given - inside).abs()
+    clips = scale.clip if isinstance(scale.clip, tuple) else (scale.clip,)
+    limits = [_candidate(store, replace(scale, clip=clip), numbers, params, side) for clip in clips]
+    limit = limits[0]
+    if len(limits) > 1:
+        roots = [one.square().sum(OVER_BLOCK, keepdim=True).sqrt() for one in limits]
+        limit = torch.stack(roots).amin(0).expand_as(numbers)
     return limit.reshape(x.shape) + (given - inside).abs()
 
 
@@ -95,6 +127,111 @@ def _mapped_bound(store: Store, x: Tensor, params: Params | None, side: str) -> 
     return within + 2.0**-22 * size + (x.double().abs() - LARGEST).clamp(min=0)
 
 
+def second(store: Store, params: Params | None, side: str) -> Tensor | float:
+    """The second level, (1, H or 1, 1, 1); 1 where there is none."""
+    if store.measure is None or store.measure.scale is None:
+        return 1.0
+    assert params is not None
+    return params[f"{side}.scale.scale"].double().cpu()[None, :, None, :]
+
+
+def _candidate(store: Store, scale: Scale, numbers: Tensor, params: Params | None, side: str) -> Tensor:
+    """The bound under one clip, fitted or not: float64, as numbers (B, H/bh, bh, T/bt, bt, D/bc, bc)."""
+    if isinstance(store.code, Uniform):
+        limit = _online(store.code, scale, numbers, level_count(store), _outer(store, params, side))
+        limit = limit.expand_as(numbers)
+    else:
+        limit = _uneven(store, scale, numbers, params, side)
+    if scale.refit is None:
+        return limit
+    length = numbers.square().sum(OVER_BLOCK, keepdim=True).sqrt()
+    largest = numbers.abs().amax(OVER_BLOCK, keepdim=True)
+    letters = _letters(store, numbers.shape[-1], params, side)
+    unit, least, _ = FORMATS[scale.dtype]
+    moved = unit * length + least * max(letters.top, abs(letters.lowest)) * _outer(store, params, side)
+    if scale.refit == "least_squares":
+        fitted = limit.square().sum(OVER_BLOCK, keepdim=True).sqrt()
+    elif scale.refit == "norm":
+        fitted = numbers.abs() + length
+    else:
+        fitted = numbers.abs() + largest
+    return (fitted * (1 + SLACK) + 2 * moved).expand_as(numbers) + limit  # the first scale stays where sums say nothing
+
+
+def _letters(store: Store, channels: int, params: Params | None, side: str) -> Alphabet:
+    return alphabet(store, channels, given_table(store, params, side))
+
+
+def _outer(store: Store, params: Params | None, side: str) -> Tensor | float:
+    """The second level, spread over blocks with kept axes."""
+    outer = second(store, params, side)
+    return outer if isinstance(outer, float) else outer[:, :, None, :, None, :, None]
+
+
+def _stored_step(scale: Scale, step: Tensor, outer: Tensor | float, spare: int = 0) -> Tensor:
+    """dev of a stored number, a second level taken into account."""
+    if isinstance(outer, float):
+        return deviation(step, scale.dtype, spare)
+    return outer * deviation(step / outer, scale.dtype, spare) + step.abs() * 2.0**-22
+
+
+def _uneven(store: Store, scale: Scale, numbers: Tensor, params: Params | None, side: str) -> Tensor:
+    """Of a table's or a small float's levels under a scale measured online."""
+    letters, outer = _letters(store, numbers.shape[-1], params, side), _outer(store, params, side)
+    low, high = numbers.amin(OVER_BLOCK, keepdim=True), numbers.amax(OVER_BLOCK, keepdim=True)
+    largest, offset, moved_offset = numbers.abs().amax(OVER_BLOCK, keepdim=True), None, 0.0
+    if scale.dtype == "e8m0":
+        power = torch.frexp((scale.clip * largest).float()).exponent - torch.frexp(torch.tensor(letters.top)).exponent
+        step = torch.exp2(torch.where(largest == 0, -126, power.clamp(-126, 127)).double())
+    elif scale.range == "norm":
+        step = scale.clip * numbers.square().mean(OVER_BLOCK, keepdim=True).sqrt()
+    elif scale.range == "absmean":
+        step = scale.clip * numbers.abs().mean(OVER_BLOCK, keepdim=True)
+    elif scale.range == "absmax":
+        step = scale.clip * largest / letters.top
+    elif scale.range == "signed_absmax":
+        step = scale.clip * torch.where(high >= -low, high, low) / letters.lowest
+    else:
+        low, high = scale.clip * low, scale.clip * high
+        if scale.range == "minmax_zero":
+            low, high = low.clamp(max=0), high.clamp(min=0)
+        step, offset = (high - low) / 2, (high + low) / 2
+        moved_offset = _stored_step(scale, offset, outer) + SLACK * largest
+    moved = _stored_step(scale, step, outer)
+    centred = numbers if offset is None else numbers - offset
+    return _levelled(store, letters, centred, step, moved) + moved_offset + SLACK * (largest + numbers.abs())
+
+
+def _given(store: Store, numbers: Tensor, params: Params, side: str) -> Tensor:
+    """The same under a calibrated scale."""
+    assert store.measure is not None
+    ranged = store.measure.range in ("minmax", "minmax_zero")
+    given = params[f"{side}.scale"].double().cpu()
+    step = (given[0] if ranged else given)[None, :, None, None, None, :, None]
+    offset = given[1][None, :, None, None, None, :, None] if ranged else torch.zeros_like(step)
+    letters = _letters(store, numbers.shape[-1], params, side)
+    slack = SLACK * (2 * numbers.abs() + offset.abs() + step.abs())
+    return _levelled(store, letters, numbers - offset, step, torch.zeros_like(step)) + slack
+
+
+def _levelled(store: Store, letters: Alphabet, numbers: Tensor, step: Tensor, moved: Tensor) -> Tensor:
+    """|x - s'*level| for the nearest level, s' within `moved` of `step`, of the same sign."""
+    if isinstance(store.code, Float):
+        kind = MINIFLOATS[store.code.format]
+        half = numbers.abs() * 2.0 ** -(kind.mantissa + 1) + (step.abs() + moved) * 2.0 ** (kind.lowest - kind.mantissa - 1)
+        every = torch.tensor([-kind.top, kind.top], dtype=torch.float64)
+    else:
+        codes = torch.arange(letters.count, dtype=torch.float64)
+        every = letters.level(codes, torch.zeros((), dtype=torch.float64))
+        half = (step.abs() + moved) * float(every.diff().max()) / 2
+    outside = torch.zeros_like(numbers)
+    for size in ((step.abs() - moved).clamp(min=0), step.abs() + moved):
+        ends = torch.stack([size * step.sign() * every[0], size * step.sign() * every[-1]])
+        beyond = torch.maximum(numbers - ends.amax(0), ends.amin(0) - numbers)
+        outside = torch.maximum(outside, beyond)
+    return torch.maximum(half.expand_as(numbers), outside) + torch.where(step == 0, numbers.abs(), 0.0)
+
+
 def _factor(code: Uniform, scale: Scale) -> float:
     if scale.range == "signed_absmax":
         return 1.0
@@ -102,7 +239,8 @@ def _factor(code: Uniform, scale: Scale) -> float:
     return rounded + (0.5 if scale.zero != "min" else 0.0)
 
 
-def _online(code: Uniform, scale: Scale, numbers: Tensor, levels: int) -> Tensor:
+def _online(code: Uniform, scale: Scale, numbers: Tensor, levels: int, outer: Tensor | float = 1.0) -> Tensor:
+    assert not isinstance(scale.clip, tuple)
     axes = (2, 4, 6)
     largest = numbers.abs().amax(axes, keepdim=True)
     low, high = scale.clip * numbers.amin(axes, keepdim=True), scale.clip * numbers.amax(axes, keepdim=True)
@@ -117,10 +255,16 @@ def _online(code: Uniform, scale: Scale, numbers: Tensor, levels: int) -> Tensor
         step = (high - low) / (levels if code.grid == "cells" else levels - 1)
 
     spare = (code.bits or 0) if scale.zero == "in_scale" else 0
-    moved = deviation(step, scale.dtype, spare)
-    limit = _factor(code, scale) * (step + moved) + levels * moved + (1 - scale.clip) * largest
+    if scale.dtype == "e8m0":
+        top = levels / 2 if code.grid == "cells" else (levels - 1) // 2
+        power = torch.frexp((scale.clip * largest).float()).exponent - torch.frexp(torch.tensor(top * 1.0)).exponent
+        exact, step = step, torch.exp2(torch.where(largest == 0, -126, power.clamp(-126, 127)).double())
+        short = (exact - step).clamp(min=0)  # a power below the step: the range ends short
+        return _factor(code, scale) * step + levels * short + max(0.0, 1 - scale.clip) * largest + SLACK * largest
+    moved = _stored_step(scale, step, outer, spare)
+    limit = _factor(code, scale) * (step + moved) + levels * moved + max(0.0, 1 - scale.clip) * largest
     if not symmetric and scale.zero == "min":
-        limit = limit + deviation(low, scale.dtype)
+        limit = limit + _stored_step(scale, low, outer)
     elif not symmetric and scale.zero == "point":
         least = (step - moved).clamp(min=0)
         point = low.abs() / torch.where(least == 0, torch.ones_like(least), least) + 0.5
@@ -129,7 +273,7 @@ def _online(code: Uniform, scale: Scale, numbers: Tensor, levels: int) -> Tensor
         limit = torch.where(step == 0, deviation(low, scale.dtype) + (1 - scale.clip) * largest, limit)
     elif not symmetric:
         limit = limit + levels * moved
-    return limit + 7 * 2.0**-24 * (largest + step)
+    return limit + 7 * 2.0**-24 * (largest + step) + (0.0 if isinstance(outer, float) else SLACK * largest)
 
 
 def _calibrated(code: Uniform, scale: Scale, numbers: Tensor, given: Tensor, levels: int) -> Tensor:

@@ -12,16 +12,20 @@ import torch
 from torch import Tensor
 
 from kvdsl import reference
+from kvdsl.calibration import second_level
 from kvdsl.codegen import build
 from kvdsl.kernels import Backend, KernelSet
-from kvdsl.reference.quantize import encoded_rows, level_count
-from kvdsl.scheme import SIDES, ChannelScale, ChannelShift, Permute, Scheme, Store, Uniform
+from kvdsl.reference.quantize import encoded_rows, quantize
+from kvdsl.scheme import SIDES, ChannelScale, ChannelShift, Codebook, Permute, Scheme, Store
 from kvdsl.shape import Shape
 from kvdsl.window import windows
 
 from .data import numbers
 
-METADATA = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+METADATA = {
+    "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "e4m3": torch.float8_e4m3fn,
+    "e5m2": torch.float8_e5m2,
+}  # fmt: skip
 
 
 class LawBroken(AssertionError):
@@ -91,8 +95,8 @@ class Case:
         for side, x in zip(SIDES, (k, v), strict=True):
             store = self.scheme.side(side)
             found |= _transforms(store, side, x, self.seed)
-            if static(store):
-                found[f"{side}.scale"] = calibrated(store, encoded_rows(store, x, found, side), share)
+            y = encoded_rows(store, x, found, side) if store.turned else x
+            found |= calibrated(store.with_(transform=()), y, share, side)
         return found
 
     def decoded(self, k: Tensor, v: Tensor, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -123,28 +127,38 @@ def static(store: Store) -> bool:
     return store.measure is not None and store.measure.when == "calibrated"
 
 
-def calibrated(store: Store, x: Tensor, share: float) -> Tensor:
-    """The parameter of a calibrated store: float32 numbers that its metadata format holds."""
-    scale, code = store.measure, store.code
-    assert scale is not None and isinstance(code, Uniform)
-    batch, heads, tokens, dim = x.shape
-    bh = heads if scale.block.heads != 1 else 1
-    bc = scale.block.channels if isinstance(scale.block.channels, int) else dim
-    blocks = x.float().reshape(batch, heads // bh, bh, tokens, dim // bc, bc)
-    low, high = blocks.amin((0, 2, 3, 5)) * share, blocks.amax((0, 2, 3, 5)) * share
-    levels = level_count(store)
-    if scale.range == "minmax_zero":
-        low, high = low.clamp(max=0), high.clamp(min=0)
-    size = torch.maximum(-low, high)
-    if scale.range == "absmax":
-        step = 2 * size / levels if code.grid == "cells" else size / ((levels - 1) // 2)
-    elif scale.range == "signed_absmax":
-        step = size / (levels // 2)
-    else:
-        step = (high - low) / (levels if code.grid == "cells" else levels - 1)
-    step = step.clamp(min=2.0**-14)
-    found = step if scale.range in ("absmax", "signed_absmax") else torch.stack([step, low])
-    return found.clamp(-65504, 65504).to(METADATA[scale.dtype]).float()
+def given_levels(store: Store) -> Tensor | None:
+    """Levels for a calibrated table, float32, uneven, from -1 to 1 or so; None for every other code."""
+    if not isinstance(store.code, Codebook) or store.code.levels != "calibrated":
+        return None
+    even = torch.linspace(-1, 1, 2 ** (store.code.bits or 0), dtype=torch.float64)
+    wide = 1.0 if store.measure is not None and store.measure.range in ("minmax", "minmax_zero", "absmax") else 1.7
+    return (wide * even.sign() * even.abs() ** 1.25 + 0.01).float()
+
+
+def calibrated(store: Store, x: Tensor, share: float, side: str) -> dict[str, Tensor]:
+    """The parameters of a store by name: a calibrated scale, float32 numbers that its metadata format holds where
+    float32 arithmetic has that format, a second level, a table."""
+    scale, found = store.measure, dict[str, Tensor]()
+    table = given_levels(store)
+    if table is not None:
+        found[f"{side}.code"] = table
+    if scale is None:
+        return found
+    if scale.scale is not None:
+        found[f"{side}.scale.scale"] = (second_level(store, x) * 0.97).float()
+    if scale.when != "calibrated":
+        return found
+    tokens = x.transpose(0, 1).reshape(1, x.shape[1], -1, x.shape[3])
+    measured = quantize(store.with_(**{"scale.when": "online"}), tokens, found, side)
+    assert measured.scale is not None
+    step = measured.scale[0, :, 0] * share
+    step = torch.where(step < 0, step.clamp(max=-(2.0**-14)), step.clamp(min=2.0**-14))
+    parts = [step] if measured.offset is None else [step, measured.offset[0, :, 0] * share]
+    exact = scale.dtype if scale.dtype in ("fp16", "bf16") else "fp32"
+    rounded = [part.clamp(-65504, 65504).to(METADATA[exact]).float() for part in parts]
+    found[f"{side}.scale"] = torch.stack(rounded) if len(rounded) > 1 else rounded[0]
+    return found
 
 
 Test = Callable[[Case], None]

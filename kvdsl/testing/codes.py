@@ -5,17 +5,22 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from kvdsl import reference
 from kvdsl.inputs import DTYPES
 from kvdsl.kernels import Params, Side
+from kvdsl.reference.alphabets import alphabet
 from kvdsl.reference.quantize import encoded_rows, level_count, quantize
-from kvdsl.scheme import SIDES, ChannelShift, Float, Scale, Scheme, Store, Uniform
+from kvdsl.scheme import SIDES, ChannelShift, Codebook, Float, Scale, Scheme, Store, Uniform
 
-from .bounds import LARGEST, blocks_of, bound, spread
+from .bounds import FORMATS, LARGEST, blocks_of, bound, spread
 from .cases import METADATA, Case, law, require, require_equal, require_within, static
 from .driving import POISON, USUAL, Ends, Pages, Poison, new_pages, pack, packed, ready
+
+Levels = tuple[Tensor, Tensor]
+LEAST = {"fp16": -14, "bf16": -126, "fp32": -126, "e4m3": -6, "e5m2": -14, "e8m0": -126}  # exponents of normal numbers
+TOPS = {"fp16": LARGEST, "e4m3": 448.0, "e5m2": 57344.0}  # where a format of numbers saturates
 
 
 def _ends(case: Case, tokens: int) -> Ends:
@@ -42,8 +47,9 @@ def _roundtrip(case: Case, k: Tensor, v: Tensor, params: Params) -> tuple[Tensor
     return _decoded(case, _pages(case, k, v, params), 0, k.shape[2], params)
 
 
-def _uniform(store: Store) -> bool:
-    return isinstance(store.code, Uniform)
+def _plain(store: Store) -> bool:
+    """The numbers themselves are stored."""
+    return isinstance(store.code, Float) and store.code.plain
 
 
 def _bare(scheme: Scheme) -> bool:
@@ -51,8 +57,18 @@ def _bare(scheme: Scheme) -> bool:
     return not (scheme.keys.turned or scheme.values.turned)
 
 
-def _unclipped(scheme: Scheme) -> bool:
-    return all(s.measure is None or s.measure.clip == 1 for s in (scheme.keys, scheme.values))
+def _has_ends(store: Store) -> bool:
+    """Whether numbers can be chosen so that the stored scale is 1: the range has ends that are levels, unclipped."""
+    scale = store.measure
+    if scale is None:
+        return True
+    known = not isinstance(store.code, Codebook) or isinstance(store.code.levels, tuple)
+    return scale.clip == 1 and known and scale.range not in ("norm", "absmean")
+
+
+def _has_codes(scheme: Scheme) -> bool:
+    sides = (scheme.keys, scheme.values)
+    return _bare(scheme) and all(map(_has_ends, sides)) and not all(map(_plain, sides))
 
 
 # ---- which words
@@ -124,11 +140,11 @@ def decoding_equals_the_reference(case: Case) -> None:
             require_equal(f"decoded {side}", got, want[:, :, begin:end])
 
 
-@law("P27", lambda scheme: _bare(scheme) and _unclipped(scheme) and (_uniform(scheme.keys) or _uniform(scheme.values)))
+@law("P27", _has_codes)
 def every_code_comes_back(case: Case) -> None:
     """P27: numbers that are levels of a step of one decode to themselves, so every code survives in every place."""
     given = {side: _levels(case, side) for side in SIDES}
-    params = {f"{side}.scale": _unit(case, side) for side in SIDES if static(case.scheme.side(side))}
+    params = _units(case)
     (k, keys), (v, values) = given["keys"], given["values"]
     for side, got, want in zip(SIDES, _roundtrip(case, k, v, params), (keys, values), strict=True):
         require_equal(f"decoded {side}", got, want)
@@ -141,31 +157,66 @@ def _levels(case: Case, side: Side) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(case.seed)
     size = (case.batch, case.shape.kv_heads, case.whole, case.shape.head_dim)
     dtype = DTYPES[case.shape.dtype]
-    if not isinstance(store.code, Uniform) or store.measure is None:
+    if _plain(store):
         integers = torch.randint(-256, 257, size, generator=generator).to(dtype)
         return integers, integers.double()
+    if not isinstance(store.code, Uniform):
+        return _listed_levels(store, size, generator, dtype)
+    assert store.measure is not None
     levels, cells = level_count(store), store.code.grid == "cells"
     middle = levels // 2 if cells or store.measure.range == "signed_absmax" else (levels - 1) // 2
     if store.measure.range in ("absmax", "signed_absmax"):
         lowest, most = -middle, 2 * middle if store.measure.range == "absmax" and not cells else levels - 1
     else:
         lowest, most = 0, levels if cells else levels - 1
-    codes = torch.randint(0, most + 1, size, generator=generator)
-    blocks = blocks_of(store, codes).permute(0, 1, 3, 5, 2, 4, 6)
-    rows = blocks.reshape(blocks.shape[:4].numel(), -1).clone()
-    places = torch.rand(rows.shape, generator=generator).argsort(1)
-    rows.scatter_(1, places[:, :1], 0).scatter_(1, places[:, 1:2], most)
-    codes = rows.reshape(blocks.shape).permute(0, 1, 4, 2, 5, 3, 6).reshape(size)
+    codes = _with_ends(store, torch.randint(0, most + 1, size, generator=generator), 0, most, generator)
     return (codes + lowest).to(dtype), codes.clamp(max=levels - 1).double() + lowest + (0.5 if cells else 0.0)
 
 
-def _unit(case: Case, side: Side) -> Tensor:
-    """Calibrated parameters with a step of one and a minimum of 0."""
-    scale = case.scheme.side(side).measure
-    unit = torch.ones_like(case.params(*case.pair(1))[f"{side}.scale"])
-    if scale is not None and scale.range in ("minmax", "minmax_zero"):
-        unit[1] = 0
-    return unit
+def _listed_levels(store: Store, size: tuple[int, ...], generator: Generator, dtype: torch.dtype) -> Levels:
+    """The same of a table or a small float: levels that the dtype holds, the level that makes the scale 1 among them."""
+    scale = store.measure
+    channels = scale.block.channels if scale is not None and isinstance(scale.block.channels, int) else size[3]
+    letters = alphabet(store, channels, None)
+    none = torch.zeros((), dtype=torch.float64)
+    every = letters.level(torch.arange(letters.count, dtype=torch.float64), none)
+    every = every[every.isfinite() & (every.to(dtype).double() == every)].unique()
+    ranged = scale is not None and scale.range in ("minmax", "minmax_zero")
+    ends = (-1.0, 1.0) if ranged else (letters.lowest, letters.lowest)
+    if scale is not None and scale.range == "absmax":
+        ends = (letters.top, letters.top) if (every == letters.top).any() else (-letters.top, -letters.top)
+    every = every[(every >= -1) & (every <= 1)] if ranged else every
+    if scale is not None and scale.range == "signed_absmax":
+        every = every[every.abs() <= abs(letters.lowest)]
+        every = every[every != -letters.lowest]
+    if not len(every):
+        every = torch.tensor(ends[:1], dtype=torch.float64)
+    numbers = every[torch.randint(0, len(every), size, generator=generator)]
+    if scale is not None:
+        numbers = _with_ends(store, numbers, *ends, generator)
+    numbers = numbers.to(dtype)
+    return numbers, letters.level(letters.encode(numbers.double(), none), none)
+
+
+def _with_ends(store: Store, numbers: Tensor, low: float, high: float, generator: Generator) -> Tensor:
+    """Numbers (B, H, T, D) with two of every block replaced."""
+    blocks = blocks_of(store, numbers).permute(0, 1, 3, 5, 2, 4, 6)
+    rows = blocks.reshape(blocks.shape[:4].numel(), -1).clone()
+    places = torch.rand(rows.shape, generator=generator).argsort(1)
+    rows.scatter_(1, places[:, :1], low).scatter_(1, places[:, 1:2], high)
+    return rows.reshape(blocks.shape).permute(0, 1, 4, 2, 5, 3, 6).reshape(numbers.shape)
+
+
+def _units(case: Case) -> dict[str, Tensor]:
+    """Calibrated parameters with a step of one and an offset of 0."""
+    params = case.params(*case.pair(1 if case.block == 1 else case.whole))
+    for name, tensor in params.items():
+        if name.endswith(".code"):
+            continue
+        params[name] = torch.ones_like(tensor)
+        if tensor.dim() == 3:
+            params[name][1] = 0
+    return params
 
 
 # ---- how far that is from what was given
@@ -182,14 +233,30 @@ def errors_stay_within_the_bound(case: Case) -> None:
 
 def _keeps_its_ends(store: Store) -> bool:
     """Whether coding what was decoded finds the same range again: nearest levels, both ends of an unclipped range."""
-    if isinstance(store.code, Float):
-        return True
     scale, code = store.measure, store.code
-    assert scale is not None
+    if scale is None:
+        return True
     fixed = scale.when == "calibrated"
+    if not isinstance(code, Uniform):
+        kept = scale.clip == 1 and scale.refit is None and scale.dtype != "e4m3" and _far_ends(store)
+        return fixed or kept
     nearest = code.rounding != "floor" and code.grid == "ends" and scale.zero == "min"
-    fits = {"fp16": 8, "bf16": 6, "fp32": 8}[scale.dtype] >= (code.bits or 0)
-    return nearest and (fixed or (scale.clip == 1 and fits))
+    fits = {"fp16": 8, "bf16": 6, "fp32": 8, "e4m3": 3, "e8m0": 0}[scale.dtype] >= (code.bits or 0)
+    return nearest and (fixed or (scale.clip == 1 and fits and scale.refit is None))
+
+
+def _far_ends(store: Store) -> bool:
+    """Whether the largest number is decoded to the end of the levels, and nothing farther out."""
+    assert store.measure is not None
+    range_, code = store.measure.range, store.code
+    if isinstance(code, Float):
+        return range_ == "absmax"
+    if not isinstance(code, Codebook) or not isinstance(code.levels, tuple):
+        return False
+    low, high = code.levels[0], code.levels[-1]
+    if store.measure.dtype == "e8m0":
+        return False
+    return low == -high if range_ == "absmax" else range_ == "signed_absmax" and -low > abs(high)
 
 
 @law("P3", lambda s: _bare(s) and all(map(_keeps_its_ends, (s.keys, s.values))), ("normal", "outlier_channel", "ties"))
@@ -204,12 +271,15 @@ def a_second_time_changes_no_code(case: Case) -> None:
     once = _roundtrip(case, k, v, params)
     for side, first, second in zip(SIDES, once, _roundtrip(case, *once, params), strict=True):
         store = case.scheme.side(side)
-        if isinstance(store.code, Float):
+        if store.measure is None:
             require_equal(f"decoded {side}", second, first)
             continue
         scale = quantize(store, first, params, side).scale
         assert scale is not None
-        require_within(f"decoded {side}", second, first, spread(store, scale.abs(), first) / 4 + 1e-30)
+        limit = spread(store, scale.abs(), first) / 4 + 1e-30
+        if not isinstance(store.code, Uniform):  # levels are not a step apart, but a scale comes back to the last bit
+            limit = first.abs() * 2.0**-22
+        require_within(f"decoded {side}", second, first, limit)
 
 
 def _keeps_constants(store: Store) -> bool:
@@ -217,6 +287,8 @@ def _keeps_constants(store: Store) -> bool:
     scale = store.measure
     if scale is None:
         return True
+    if scale.scale is not None or isinstance(store.code, Codebook) and store.code.levels == "calibrated":
+        return False  # other numbers are read beside the block
     return scale.when == "online" and scale.clip == 1 and scale.range == "minmax" and scale.zero in ("min", "point")
 
 
@@ -227,12 +299,11 @@ def a_constant_block_is_itself(case: Case) -> None:
         k, v = (torch.full_like(x, value) for x in case.pair(case.whole))
         for side, x, got in zip(SIDES, (k, v), _roundtrip(case, k, v, {}), strict=True):
             store = case.scheme.side(side)
-            if isinstance(store.code, Float):
-                dtype = METADATA[store.code.format]
-                limit = LARGEST if store.code.format == "fp16" else float("inf")
+            if store.measure is None:
+                assert isinstance(store.code, Float)
+                dtype, limit = METADATA[store.code.format], TOPS.get(store.code.format, float("inf"))
             else:
-                assert store.measure is not None
-                dtype, limit = METADATA[store.measure.dtype], LARGEST
+                dtype, limit = METADATA[store.measure.dtype], min(LARGEST, TOPS.get(store.measure.dtype, LARGEST))
             held = x.double().clamp(-limit, limit).float().to(dtype).double()
             require_equal(f"decoded {side}", got, held)
 
@@ -308,12 +379,19 @@ def powers_of_two_go_through(case: Case) -> None:
     for side, x, first, second in zip(SIDES, (k, v), once, twice, strict=True):
         store = case.scheme.side(side)
         usual = torch.ones_like(first, dtype=torch.bool)
-        if isinstance(store.code, Float):
-            usual = (first.abs() >= 2.0**-14) | (first == 0)
+        if isinstance(store.code, Float) and store.measure is None:
+            least, most = 2.0 ** LEAST[store.code.format], TOPS.get(store.code.format, float("inf"))
+            y = encoded_rows(store, x, params, side)
+            usual = ((y.abs() >= least) | (y == 0)) & (y.abs() * factor < most)
+            usual = usual.all(-1, keepdim=True).expand(x.shape) if store.turned else usual
         else:
-            found = quantize(store, x, params, side)
-            for number in (found.scale, found.offset if store.measure and store.measure.zero == "min" else None):
-                if number is not None:
-                    normal = ((number.abs() >= 2.0**-14) | (number == 0)) & (number.abs() * factor < LARGEST)
+            assert store.measure is not None
+            found, scale = quantize(store, x, params, side), store.measure
+            # a scale that was chosen, or fitted to another one, may be that much larger than one that was not kept
+            room = 1.0 if scale.refit is None and not isinstance(scale.clip, tuple) else 16.0
+            least, most = 2.0 ** LEAST[scale.dtype] * room, min(LARGEST, FORMATS[scale.dtype][2]) / factor / room
+            for number in (found.scale, found.offset if scale.zero == "min" else None):
+                if number is not None and scale.scale is None:  # a second level grows with what it divides
+                    normal = ((number.abs() >= least) | (number == 0)) & (number.abs() < most)
                     usual &= _everywhere(store, normal, x)
         require_equal(f"decoded {side}", second[usual], (first * factor)[usual])

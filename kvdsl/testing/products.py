@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from kvdsl.kernels import Params
-from kvdsl.reference.quantize import encoded_rows, maps, quantize
+from kvdsl.levels import table
+from kvdsl.reference.quantize import Quantized, encoded_rows, maps, quantize
 from kvdsl.reference.timeline import contents
-from kvdsl.scheme import Side, Store
+from kvdsl.scheme import Codebook, Side, Store, Uniform
 
-from .bounds import spread
+from .bounds import second, spread
 
 Largest = Callable[[Store, Tensor, Params], Tensor]
 
@@ -30,13 +31,37 @@ def sides_of(store: Store, x: Tensor, span: tuple[int, int], params: Params, sid
     part = x.new_zeros(*x.shape[:3], store.coded(x.shape[3]), dtype=torch.float64)
     if end > first:
         numbers = quantize(store, x[:, :, first:end], params, side)
-        if numbers.codes is None or numbers.scale is None:
-            factors = numbers.coded
-        else:
-            factors = numbers.codes * spread(store, numbers.scale, numbers.coded)
+        factors = _factors(store, numbers, params, side)
         part[:, :, first:end] = factors
         exact[:, :, first:end] = 0 if store.turned else factors
     return whole, torch.cat((part, exact), -1) if store.turned else exact
+
+
+def _factors(store: Store, numbers: Quantized, params: Params, side: Side) -> Tensor:
+    """Code (or level) times scale: what remains of coded numbers without their offset.  Evenly spaced levels are codes,
+    counted from the lowest."""
+    if store.measure is None:
+        return numbers.coded
+    assert numbers.codes is not None and numbers.scale is not None
+    outer = second(store, params, side)
+    scale = spread(store, numbers.scale * outer, numbers.coded)
+    if isinstance(store.code, Uniform):
+        return numbers.codes * scale
+    even = _step(store)
+    if even is not None:
+        return numbers.codes * scale * even
+    if numbers.offset is None:
+        return numbers.coded
+    return numbers.coded - spread(store, numbers.offset * outer, numbers.coded)
+
+
+def _step(store: Store) -> float | None:
+    """The step of evenly spaced levels of a table."""
+    levels = store.code.levels if isinstance(store.code, Codebook) else ()
+    if isinstance(levels, str):
+        return 2 * table(store.code, 128)[1] if levels != "calibrated" and store.code.bits == 1 else None  # type: ignore
+    steps = {high - low for low, high in zip(levels, levels[1:], strict=False)}
+    return steps.pop() if len(steps) == 1 else None
 
 
 def sizes_of(

@@ -1,0 +1,209 @@
+"""Blocks of numbers in a pack kernel: how each kind is visited, and what is folded over it.
+
+Whatever a scale is made from (extremes, sums, products with levels, squared errors) is a fold over the numbers of its
+block.  A block knows how to visit its numbers; a fold says what is taken of each and how two of them are joined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .codec import call, clips, numbers, searched, statistics, sums, tried
+from .plan import SidePlan
+from .text import Lines, literal
+
+if TYPE_CHECKING:
+    from .triton_pack import Pack
+
+# what a fold starts from, its type, how it is reduced within a tile and joined to what was there
+KINDS = {
+    "low": ("65504.0", "tl.float32", "tl.min", "tl.minimum({}, {})"),
+    "high": ("-65504.0", "tl.float32", "tl.max", "tl.maximum({}, {})"),
+    "spoilt": ("0", "tl.int32", "tl.max", "tl.maximum({}, {})"),
+    "sum": ("0.0", "tl.float64", "tl.sum", "{} + {}"),
+}
+OF = {
+    "low": "lowest({x}, {inside})",
+    "high": "highest({x}, {inside})",
+    "spoilt": "nan({x})",
+    "squares": "square({x})",
+    "sizes": "magnitude({x})",
+}
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Accumulators by name; `taken` gives lines, and the value of each accumulator, of a tile of numbers x."""
+
+    names: Sequence[str]
+    taken: Callable[[str], tuple[list[str], list[str]]]
+
+    def kind(self, name: str) -> tuple[str, str, str, str]:
+        return KINDS.get(name, KINDS["sum"])
+
+
+class Block:
+    """Blocks of one kind.
+
+    axes     of a tile that one block spans within it
+    shape    of the accumulators: one number a block
+    column   index that spreads them over a tile
+    """
+
+    axes: tuple[int, ...]
+    shape: str
+    column: str
+    in_registers = False
+
+    def __init__(self, pack: Pack) -> None:
+        self.pack, self.inside = pack, pack.inside
+
+    def fold(self, fold: Fold) -> list[str]:
+        """Lines that fold all numbers of each block."""
+        out = Lines()
+        for name in fold.names:
+            start, kind, _, _ = fold.kind(name)
+            out.add(f"{name} = tl.full({self.shape}, {start}, {kind})")
+        with self.visited(out) as tiles:
+            for x in tiles:
+                self._join(out, fold, x)
+        return out.lines
+
+    def visited(self, out: Lines) -> Visit:
+        """The names of tiles of numbers, within the loop that brings them."""
+        raise NotImplementedError
+
+    def _join(self, out: Lines, fold: Fold, x: str, *, first: bool = False) -> None:
+        lines, values = fold.taken(x)
+        out.extend(lines)
+        for name, value in zip(fold.names, values, strict=True):
+            _, kind, reduce, joined = fold.kind(name)
+            for axis in self.axes:
+                value = f"{reduce}({value}, {axis})"
+            if first and self.axes == (1, 0):
+                value = f"{value} + tl.zeros([1], {kind})"
+            out.add(f"{name} = {value if first else joined.format(name, value)}")
+
+
+class Visit:
+    """A loop around lines, or none."""
+
+    def __init__(self, out: Lines, heads: Sequence[str], lines: Sequence[str], tiles: Iterator[str]) -> None:
+        self.out, self.heads, self.lines, self.tiles = out, heads, lines, tiles
+
+    def __enter__(self) -> Iterator[str]:
+        self.out.add(*self.heads)
+        self.out.depth += len(self.heads)
+        self.out.add(*self.lines)
+        return self.tiles
+
+    def __exit__(self, *error: object) -> None:
+        self.out.depth -= len(self.heads)
+
+
+class InPlanes(Block):
+    """A block is planes of a tile that are in registers: x0, x1, ..."""
+
+    in_registers = True
+
+    def __init__(self, pack: Pack, members: Sequence[int]) -> None:
+        super().__init__(pack)
+        self.members = members
+        if pack.apart:
+            self.axes, self.shape, self.column = (0,), f"[{pack.lanes}]", "[None, :]"
+        elif pack.single:
+            self.axes, self.shape, self.column = (1,), f"[{pack.tokens}]", "[:, None]"
+        else:
+            self.axes, self.shape, self.column = (1, 0), "[1]", "[:, None]"
+
+    def fold(self, fold: Fold) -> list[str]:
+        out = Lines()
+        for i, j in enumerate(self.members):
+            self._join(out, fold, f"x{j}", first=i == 0)
+        return out.lines
+
+
+class OverHeads(Block):
+    """A block spans all channels of several heads, which are read once more for every fold."""
+
+    def __init__(self, pack: Pack) -> None:
+        super().__init__(pack)
+        self.axes, self.shape = ((1,), f"[{pack.tokens}]") if pack.single else ((1, 0), "[1]")
+        self.column = "[:, None]"
+
+    def visited(self, out: Lines) -> Visit:
+        pack, meta = self.pack, self.pack.side.layout.meta
+        assert meta is not None
+        head = f"for head in range(h // {meta.heads} * {meta.heads}, (h // {meta.heads} + 1) * {meta.heads}):"
+        other = f"other = source + (head - h) * total_rows * {pack.plan.shape.head_dim}"
+
+        def tiles() -> Iterator[str]:
+            for j in range(pack.side.layout.planes):
+                out.add(f"x = tl.load({pack.at('other', j)}, mask={self.inside}, other=0.0).to(tl.float32)")
+                yield "x"
+
+        return Visit(out, [head], [other], tiles())
+
+
+class Walked(Block):
+    """Each lane of a plane walks the group of channels that it belongs to."""
+
+    def __init__(self, pack: Pack, plane: int) -> None:
+        super().__init__(pack)
+        self.plane = plane
+        self.axes, self.shape, self.column = (), f"[{pack.tokens}, {pack.lanes}]", ""
+        if not pack.single:
+            self.axes, self.shape, self.column = (0,), f"[{pack.lanes}]", "[None, :]"
+
+    def visited(self, out: Lines) -> Visit:
+        pack, meta = self.pack, self.pack.side.layout.meta
+        assert meta is not None
+        lane = f"({pack.lane} + {self.plane * pack.width})"
+        near = f"({lane} // {meta.channels} * {meta.channels} + near - {pack.lane})[None, :]"
+        load = f"x = tl.load(source + {near}, mask={self.inside}, other=0.0).to(tl.float32)"
+        return Visit(out, [f"for near in range(0, {meta.channels}):"], [load], iter(["x"]))
+
+
+def measured(side: SidePlan, block: Block) -> list[str]:
+    """Lines from the numbers of blocks to what is stored of them: scale, start, fitted, and whether a NaN spoilt them."""
+    inside = block.inside
+    names = [*statistics(side), "spoilt"]
+    out = Lines()
+    out.extend(block.fold(Fold(names, lambda x: ([], [OF[name].format(x=x, inside=inside) for name in names]))))
+    if not searched(side):
+        out.extend(_candidate(side, block, ""))
+        return out.lines
+    for i, clip in enumerate(clips(side)):
+        out.extend(_candidate(side, block, literal(clip)))
+        out.extend(block.fold(_masked(side, block, "loss", tried(side), ["error"])))
+        error = "narrow(error)"
+        if i == 0:
+            out.add(f"least = {error}", *(f"best_{name} = {name}" for name in tried(side)))
+            continue
+        out.add(f"closer = {error} < least", f"least = tl.where(closer, {error}, least)")
+        out.add(*(f"best_{name} = tl.where(closer, {name}, best_{name})" for name in tried(side)))
+    out.add(*(f"{name} = best_{name}" for name in tried(side)))
+    return out.lines
+
+
+def _candidate(side: SidePlan, block: Block, clip: str) -> list[str]:
+    """Lines that measure blocks under one clip, and fit a second scale where there is one."""
+    measure = call(side, "measure", [*statistics(side), *([clip] if clip else [])])
+    lines = [f"{', '.join(numbers(side))} = {measure}"]
+    if side.scale.refit:
+        lines += block.fold(_masked(side, block, "products", numbers(side), sums(side)))
+        lines.append(f"fitted = {call(side, 'refit', ['scale', *sums(side)])}")
+    return lines
+
+
+def _masked(side: SidePlan, block: Block, function: str, under: Sequence[str], names: Sequence[str]) -> Fold:
+    """Sums of what a function of the side gives for each number under the block's stored numbers."""
+
+    def taken(x: str) -> tuple[list[str], list[str]]:
+        made = [f"each{i}" for i in range(len(names))]
+        text = call(side, function, [x, *(f"{name}{block.column}" for name in under)])
+        return [f"{', '.join(made)} = {text}"], [f"tl.where({block.inside}, {one}, 0.0)" for one in made]
+
+    return Fold(names, taken)
