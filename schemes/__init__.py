@@ -4,10 +4,20 @@ from kvdsl.scheme import Scheme
 
 from .baseline import channel2, channel3, channel4, token2, token3, token4
 from .bitdecoding import bitdecoding2, bitdecoding4
+from .fp4 import mxfp4, nvfp4, nvfp4_4over6
+from .fp8 import fp8_tensor, fp8_token_head
 from .int8 import int8_tensor
 from .kivi import kivi2, kivi4
+from .kvtq import kvtq_2bit
+from .llama_cpp import iq4_nl, q4_0, q4_1, q5_0, q5_1, q8_0
+from .omniquant import omniquant4
 from .plain import fp16, fp32
+from .qjl import qjl_gauss, qjl_kv
+from .quarot import quarot2, quarot4
+from .smoothquant import smoothquant8
 from .token_head import int4_token_head, int8_token_head
+from .turboquant import turboquant1, turboquant2, turboquant3, turboquant4
+from .vllm_turboquant import vllm_3bit_nc, vllm_4bit_nc, vllm_k3v4_nc, vllm_k8v4
 
 ALL: dict[str, Scheme] = {
     "fp16": fp16,
@@ -19,6 +29,32 @@ ALL: dict[str, Scheme] = {
     "int8_tensor": int8_tensor,
     "bitdecoding4": bitdecoding4,
     "bitdecoding2": bitdecoding2,
+    "qjl_gauss": qjl_gauss,
+    "qjl_kv": qjl_kv,
+    "kvtq_2bit": kvtq_2bit,
+    "turboquant4": turboquant4,
+    "turboquant3": turboquant3,
+    "turboquant2": turboquant2,
+    "turboquant1": turboquant1,
+    "vllm_k8v4": vllm_k8v4,
+    "vllm_4bit_nc": vllm_4bit_nc,
+    "vllm_k3v4_nc": vllm_k3v4_nc,
+    "vllm_3bit_nc": vllm_3bit_nc,
+    "quarot4": quarot4,
+    "quarot2": quarot2,
+    "smoothquant8": smoothquant8,
+    "omniquant4": omniquant4,
+    "fp8_tensor": fp8_tensor,
+    "fp8_token_head": fp8_token_head,
+    "mxfp4": mxfp4,
+    "nvfp4": nvfp4,
+    "nvfp4_4over6": nvfp4_4over6,
+    "q8_0": q8_0,
+    "q5_1": q5_1,
+    "q5_0": q5_0,
+    "q4_1": q4_1,
+    "q4_0": q4_0,
+    "iq4_nl": iq4_nl,
     "token2": token2,
     "token3": token3,
     "token4": token4,
@@ -36,12 +72,38 @@ __all__ = [
     "channel4",
     "fp16",
     "fp32",
+    "fp8_tensor",
+    "fp8_token_head",
     "int4_token_head",
     "int8_tensor",
     "int8_token_head",
+    "iq4_nl",
     "kivi2",
     "kivi4",
+    "kvtq_2bit",
+    "mxfp4",
+    "nvfp4",
+    "nvfp4_4over6",
+    "omniquant4",
+    "q4_0",
+    "q4_1",
+    "q5_0",
+    "q5_1",
+    "q8_0",
+    "qjl_gauss",
+    "qjl_kv",
+    "quarot2",
+    "quarot4",
+    "smoothquant8",
     "token2",
     "token3",
     "token4",
+    "turboquant1",
+    "turboquant2",
+    "turboquant3",
+    "turboquant4",
+    "vllm_3bit_nc",
+    "vllm_4bit_nc",
+    "vllm_k3v4_nc",
+    "vllm_k8v4",
 ]

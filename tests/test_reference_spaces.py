@@ -164,6 +164,19 @@ def test_a_papers_own_matrix_stands_for_the_chain() -> None:
     assert torch.equal(reference.quantize(Store(EXACT, transform=Rotate()), x, common).coded[:, 0], got.coded[:, 0])
 
 
+def test_the_maps_stand_for_what_they_are_made_of() -> None:
+    """Given as they were found, shifts too, they code alike."""
+    x, params = normal(1, 2, 4, 16), calibrated(2, 16)
+    store = Store(Uniform(4), scale=per_token(), transform=CHAIN)
+    found = reference.maps(store, 16, 2, params)
+    assert found is not None
+    e, u, w, v = found
+    given = {"keys.encode": e, "keys.encode_shift": -u, "keys.decode": w, "keys.decode_shift": v}
+    got, right = reference.quantize(store, x, given), reference.quantize(store, x, params)
+    assert got.codes is not None and right.codes is not None and torch.equal(got.codes, right.codes)
+    assert torch.equal(got.decoded, right.decoded)
+
+
 def test_params_that_do_not_fit() -> None:
     x = normal(1, 2, 4, 16)
     store = Store(EXACT, transform=(Rotate(), ChannelScale()))

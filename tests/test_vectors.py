@@ -1,60 +1,17 @@
-"""The reference against what the published implementations computed on the same inputs.
-
-`vectors/origins.json` says for every vector which function of which repository ran and what agreement it allows.
-exact: relative Frobenius error within the bound.  flips: only rounding ties and half-precision statistics differ, so
-that the share of numbers that are not close is within the bound.
-"""
+"""The reference against what the published implementations computed on the same inputs (see published.py)."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from published import ORIGINS, SIDES, K, Q, V, agree, both_sides, fp32, published
 
 from kvdsl import reference
-from kvdsl.scheme import ALL, Recent, Scheme, Sinks, Store, Uniform, per_channel, per_token
-
-FOLDER = Path(__file__).parent / "vectors"
-ORIGINS: dict[str, dict[str, Any]] = json.loads((FOLDER / "origins.json").read_text())["vectors"]
-INPUTS = {name: torch.from_numpy(array) for name, array in np.load(FOLDER / "inputs.npz").items()}
-K, V, Q = INPUTS["K"].float(), INPUTS["V"].float(), INPUTS["q"].float()
-
-
-def published(name: str) -> dict[str, Tensor]:
-    system, vector = name.split("/")
-    arrays = np.load(FOLDER / f"{system}.npz")
-    return {key.split("__")[1]: torch.from_numpy(arrays[key]) for key in arrays if key.startswith(vector + "__")}
-
-
-def agree(name: str, got: Tensor, right: Tensor) -> None:
-    """Assert the level of agreement of a vector; `right` may hold only the first tokens."""
-    level, tolerance = ORIGINS[name]["level"], ORIGINS[name]["tolerance"]
-    right = right.double()
-    got = got[:, :, : right.shape[2]] if right.dim() == 4 else got
-    assert got.shape == right.shape
-    if level == "exact":
-        assert (got - right).norm() <= tolerance["rel_fro"] * right.norm()
-    else:
-        far = (got - right).abs() > tolerance["close"] * right.abs() + tolerance["close"] * right.abs().mean()
-        assert far.double().mean() <= tolerance["flip"]
-
-
-def both_sides(name: str, scheme: Scheme, *, window: bool = False) -> None:
-    arrays = published(name)
-    k_hat, v_hat = reference.roundtrip(scheme, K, V, window=window)
-    agree(name, k_hat, arrays["K_hat"])
-    agree(name, v_hat, arrays["V_hat"])
-
-
-def fp32(bits: int, scale: Any, **code: Any) -> Store:
-    return Store(Uniform(bits, **code), scale=scale.with_(dtype="fp32"))
-
+from kvdsl.scheme import ALL, ChannelScale, Recent, Rotate, Scheme, Sinks, Store, Uniform, per_channel, per_token
 
 KIVI = Scheme(
     keys=Store(Uniform(2), scale=per_channel(32)), values=Store(Uniform(2), scale=per_token(32)), recent=Recent(96)
@@ -129,15 +86,15 @@ def test_kivi_over_time() -> None:
 
 @pytest.mark.parametrize("bits", [2, 4])
 def test_zipcache_plain(bits: int) -> None:
-    """Keys: one group for the whole sequence.  Values: divided by each channel's sqrt(max |v|) before and multiplied
-    after, which is no part of this language and is done here, around a scale over all heads."""
+    """Keys: one group for the whole sequence.  Values: over each channel's sqrt(max |v|), a scale over all heads."""
     name, arrays = f"zipcache/plain{bits}", published(f"zipcache/plain{bits}")
     keys = reference.quantize(fp32(bits, per_channel(256)), K)
     assert keys.scale is not None and torch.equal(keys.scale[0, :, 0], arrays["K_scale"].double())
     assert keys.offset is not None and torch.equal(keys.offset[0, :, 0], arrays["K_min"].double())
     agree(name, keys.decoded, arrays["K_hat"])
-    norm = V.abs().amax(2, keepdim=True).sqrt()
-    agree(name, reference.quantize(fp32(bits, per_token(heads=ALL)), V / norm).decoded * norm, arrays["V_hat"])
+    values = Store(Uniform(bits), scale=per_token(heads=ALL, dtype="fp32"), transform=ChannelScale("sqrt_absmax"))
+    given = {"values.transform[0]": V.abs().amax((0, 2)).sqrt()}
+    agree(name, reference.quantize(values, V, given, "values").decoded, arrays["V_hat"])
 
 
 @pytest.mark.parametrize(
@@ -175,16 +132,11 @@ def test_skvq() -> None:
 
 
 def test_quarot() -> None:
-    """An integer zero point, the keys' range widened to hold 0; the Hadamard rotation is applied here, and back."""
-    name, arrays = "quarot/quarot4", published("quarot/quarot4")
-    rotation = torch.ones(1, 1, dtype=torch.float64)
-    for _ in range(6):
-        rotation = torch.cat([torch.cat([rotation, rotation], 1), torch.cat([rotation, -rotation], 1)])
-    rotation /= 8
-    ranges: Mapping[str, Any] = {"K": "minmax_zero", "V": "minmax"}
-    for side, x in (("K", K), ("V", V)):
-        store = fp32(4, per_token(range=ranges[side], **POINT))
-        agree(name, reference.quantize(store, x @ rotation.float()).decoded @ rotation, arrays[f"{side}_hat"])
+    """Rotated by Hadamard's matrix; an integer zero point, the keys' range widened to hold 0, the values' not."""
+    arrays = published("quarot/quarot4")
+    for (side, _, x), kind in zip(SIDES, ("minmax_zero", "minmax"), strict=True):
+        store = fp32(4, per_token(range=kind, **POINT)).with_(transform=Rotate("hadamard"))
+        agree("quarot/quarot4", reference.quantize(store, x).decoded, arrays[f"{side}_hat"])
 
 
 @pytest.mark.parametrize(("name", "share"), [("kitty/prefill", 0.25), ("kitty/decode", 0.125)])
@@ -202,6 +154,6 @@ def test_kitty(name: str, share: float) -> None:
 
 
 def test_every_vector_is_used() -> None:
-    source = Path(__file__).read_text()
+    source = "".join(path.read_text() for path in Path(__file__).parent.glob("test_vectors*.py"))
     for name in ORIGINS:
-        assert name in source or name.rstrip("24") in source, name
+        assert name in source or name.rstrip("1234") in source, name

@@ -41,17 +41,21 @@ def maps(store: Store, head_dim: int, heads: int, params: Params | None = None, 
     """(E, u, W, v), float64 holding float32: (H or 1, M, D), (H or 1, M), (H or 1, D, M), (H or 1, D); None if the side
     is coded as it is.
 
-    `params` holds `<side>.transform[<i>]` of calibrated transforms, or `<side>.encode` and `<side>.decode`, which stand
-    for the whole chain.  Raises ShapeError for those that are missing or of another shape.
+    `params` holds `<side>.transform[<i>]` of calibrated transforms, or `<side>.encode` E and `<side>.decode` W, which
+    stand for the whole chain, with `<side>.encode_shift` -u and `<side>.decode_shift` v where they are not 0.  Raises
+    ShapeError for those that are missing or of another shape.
     """
     if not store.transform and not isinstance(store.code, Sketch):
         return None
     width = channels_of(store, head_dim)
     if params is not None and f"{side}.encode" in params:
-        encode = _param(params, f"{side}.encode", heads, (width, head_dim), "a map")
-        decode = _param(params, f"{side}.decode", heads, (head_dim, width), "a map")
-        zero = torch.zeros(1, 1, dtype=torch.float64)
-        return f32(encode), zero.expand(1, width), f32(decode), zero.expand(1, head_dim)
+        encode = _param(params, f"{side}.encode", heads, (width, head_dim), "a map", common=True)
+        decode = _param(params, f"{side}.decode", heads, (head_dim, width), "a map", common=True)
+        shifts = [torch.zeros(1, size, dtype=torch.float64) for size in (width, head_dim)]
+        for position, (name, size) in enumerate((("encode_shift", width), ("decode_shift", head_dim))):
+            if f"{side}.{name}" in params:
+                shifts[position] = _param(params, f"{side}.{name}", heads, (size,), "a map", common=True)
+        return encode, -shifts[0], decode, shifts[1]
     if isinstance(store.code, Sketch):
         rows = sketch(width, head_dim, store.code.basis, store.code.seed)
         e, w, u = rows[None], rows.T[None], torch.zeros(1, width, dtype=torch.float64)
@@ -100,12 +104,13 @@ def restored(y: Tensor, mapped: Maps | None) -> Tensor:
     return f32(y @ w.transpose(1, 2) + v[:, None, :])
 
 
-def _param(params: Params | None, name: str, heads: int, shape: tuple[int, ...], what: str) -> Tensor:
-    """A parameter as float64 holding float32, one for each kv head or (of whole maps) one for all."""
+def _param(
+    params: Params | None, name: str, heads: int, shape: tuple[int, ...], what: str, *, common: bool = False
+) -> Tensor:
+    """A parameter as float64 holding float32, one for each kv head or, where `common` allows it, one for all."""
     if params is None or name not in params:
         raise ShapeError(f"params[{name!r}]: missing; {what} of the side needs it, give its numbers")
     given = params[name]
-    rows = (1, heads) if len(shape) > 1 else (heads,)
-    if tuple(given.shape) not in [(count, *shape) for count in rows]:
+    if tuple(given.shape) not in [(count, *shape) for count in ((1, heads) if common else (heads,))]:
         raise ShapeError(f"params[{name!r}]: shape {tuple(given.shape)}; the right one is {(heads, *shape)}")
     return f32(given.detach().cpu())

@@ -1,0 +1,58 @@
+"""Every shipped scheme by the definitions alone: the bits its pages take, and its distance from a normal vector."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvdsl import reference
+from kvdsl.schemes import ALL
+from kvdsl.shape import Shape
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+BITS = {
+    name: float(mean)
+    for name, mean in re.findall(r"^\| `(\w+)` \|.*\| (\d+\.\d{3}) \| [^|]+\|$", README.read_text(), re.MULTILINE)
+}
+
+# mean squared errors of keys and values of N(0, 1) at 128 channels; a sketch errs by (pi/2 d - 1)/rows or 0.571 d/rows
+ERRORS: dict[str, tuple[float, float]] = {
+    "qjl_gauss": (0.7815, 0),
+    "qjl_kv": (0.1423, 0.1423),
+    "kvtq_2bit": (0.187, 0.187),
+    "turboquant4": (0.00933, 0.00933),
+    "turboquant3": (0.03396, 0.03396),
+    "turboquant2": (0.1160, 0.1160),
+    "turboquant1": (0.3610, 0.3610),
+    "vllm_k8v4": (7.05e-4, 0.00994),
+    "vllm_4bit_nc": (0.00918, 0.00994),
+    "vllm_k3v4_nc": (0.03380, 0.00994),
+    "vllm_3bit_nc": (0.03380, 0.04565),
+    "quarot4": (0.00994, 0.00994),
+    "quarot2": (0.25032, 0.25032),
+    "fp8_token_head": (6.61e-4, 6.61e-4),
+    "mxfp4": (0.01321, 0.01321),
+    "q8_0": (2.86e-5, 2.86e-5),
+    "q4_0": (0.00739, 0.00739),
+    "q4_1": (0.00612, 0.00612),
+    "iq4_nl": (0.00607, 0.00607),
+    "int8_token_head": (4.18e-5, 4.18e-5),
+    "kivi2": (0.15456, 0.15456),
+}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_pages_take_the_bits_that_the_table_says(name: str) -> None:
+    tokens = reference.page_tokens(ALL[name])
+    bits = 8 * reference.page_bytes(ALL[name], Shape(128, 8)) / (2 * tokens * 8 * 128)
+    assert bits == pytest.approx(BITS[name], abs=5.1e-4)
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_on_normal_vectors(name: str) -> None:
+    x = torch.randn(1, 1, 1024, 128, generator=torch.Generator().manual_seed(31))
+    for got, right in zip(reference.roundtrip(ALL[name], x, x, window=False), ERRORS[name], strict=True):
+        assert (got - x).square().mean().item() == pytest.approx(right, rel=0.03, abs=1e-7)

@@ -1,0 +1,152 @@
+"""The reference against published implementations that map, sketch or look up: QJL, TurboQuant, RotateKV, KVQuant."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from published import SIDES, K, V, agree, fp32, published, same_codes
+from torch import Tensor
+
+from kvdsl import reference
+from kvdsl.levels import optimal
+from kvdsl.matrices import excess, rotation
+from kvdsl.scheme import (
+    ALL,
+    ChannelScale,
+    Codebook,
+    Permute,
+    Rotate,
+    Sketch,
+    Store,
+    Uniform,
+    per_channel,
+    per_token,
+)
+
+
+def whole(matrix: Tensor, side: str = "keys") -> dict[str, Tensor]:
+    """A paper's own matrix, and its transpose to come back by."""
+    return {f"{side}.encode": matrix[None].contiguous(), f"{side}.decode": matrix.T[None].contiguous()}
+
+
+def signs(packed: Tensor) -> Tensor:
+    return torch.from_numpy(np.unpackbits(packed.numpy(), axis=-1, bitorder="little")).reshape(1, 2, 256, -1)
+
+
+@pytest.mark.parametrize(("name", "basis"), [("qjl/gauss", "gaussian"), ("qjl/rht", "orthogonal")])
+def test_qjl(name: str, basis: Any) -> None:
+    """All signs equal; norms are fp16 here.  Each group's largest channels are sketched apart, as masked vectors.
+
+    Their estimate of orthogonal rows takes the constant of independent ones and is c_d too large: not followed, here
+    multiplied for the comparison.  Their sketch has the seed of a generator that nobody seeds: their matrix is used.
+    """
+    arrays = published(name)
+    mask = torch.zeros(1, 2, 8, 64, dtype=torch.bool).scatter(3, arrays["outlier_idx"].long(), True)
+    mask = mask.repeat_interleave(32, 2)
+    matrix = arrays["S_score"].T
+    store = Store(Sketch(len(matrix), basis=basis))
+    parts = {"in": ~mask, "out": mask}
+    got = {part: reference.quantize(store, K * which, whole(matrix)) for part, which in parts.items()}
+    for part, coded in got.items():
+        same_codes(name, coded.codes, signs(arrays[f"signs_{part}"]))
+    norms = {part: coded.scale[..., 0] * 8 for part, coded in got.items() if coded.scale is not None}
+    assert torch.allclose(norms["out"], arrays["norm_out"].reshape(1, 2, 256).double(), rtol=2**-11)
+    both = (norms["in"] ** 2 + norms["out"] ** 2).sqrt()
+    assert torch.allclose(both, arrays["norm"].reshape(1, 2, 256).double(), rtol=2**-11)
+    k_hat = torch.where(mask, got["out"].decoded, got["in"].decoded).repeat_interleave(4, 1)
+    scores = published("qjl/gauss")["q"].double() @ k_hat.transpose(2, 3)
+    agree(name, scores * excess(basis, 64), arrays["scores"])
+
+
+@pytest.mark.parametrize("bits", [1, 3, 4])
+def test_turboquant(bits: int) -> None:
+    """Their rotation and their table.  At 4 bits their table is not converged: ours is up to 0.0006 away from it."""
+    name, matrix = f"turboquant/mse{bits}", published("turboquant/mse1")["Pi"]
+    arrays = published(name)
+    table = (arrays["centroids"].double().sort().values * 8).tolist()
+    assert table == pytest.approx(optimal("normal", 1 << bits)[0], abs=6e-4 if bits == 4 else 1e-6)
+    theirs, ours = (
+        Store(code, scale=per_token(dtype="fp32"), transform=Rotate("orthogonal", seed=0))
+        for code in (Codebook(levels=tuple(table)), Codebook(bits))
+    )
+    for side, _, x in SIDES:
+        got = reference.quantize(theirs, x, whole(matrix))
+        same_codes(name, got.codes, arrays[f"{side}_idx"])
+        if side == "K":
+            agree(name, got.decoded, arrays["K_hat"])
+        error = (reference.quantize(ours, x, whole(matrix)).decoded - x).norm()
+        assert error == pytest.approx((got.decoded - x).norm().item(), rel=2e-3)
+
+
+def test_turboquant_prod() -> None:
+    """turboquant/prod3: two bits, then the signs of a sketch of what is left, composed here."""
+    name = "turboquant/prod3"
+    arrays, rotate = published(name), Rotate("orthogonal", seed=0)
+    store = Store(Codebook(2), scale=per_token(dtype="fp32"), transform=rotate)
+    first = reference.quantize(store, K, whole(published("turboquant/mse1")["Pi"]))
+    same_codes(name, first.codes, arrays["idx"])
+    rest = reference.quantize(Store(Sketch(64, basis="gaussian")), K - first.decoded, whole(arrays["S"]))
+    same_codes(name, rest.codes, signs(arrays["signs"]))
+    k_hat = (first.decoded + rest.decoded).repeat_interleave(4, 1)
+    agree(name, arrays["q"].double() @ k_hat.transpose(2, 3), arrays["scores"])
+
+
+def test_smoothquant() -> None:
+    name, int8 = "smoothquant/alpha50", fp32(8, per_token(range="absmax"))
+    arrays = published(name)
+    for side, _, x in SIDES:
+        agree(name, reference.quantize(int8, x).decoded, arrays[f"{side}_hat"])
+    balance = (K.abs().amax((0, 2)) / arrays["q_absmax"].float()).sqrt()
+    assert torch.allclose(balance, arrays["smooth_scale"], rtol=1e-6)
+    smooth = int8.with_(transform=ChannelScale("balance"))
+    got = reference.quantize(smooth, K, {"keys.transform[0]": arrays["smooth_scale"]})
+    agree(name, got.decoded, arrays["K_smoothed_hat"])
+
+
+def test_rotatekv() -> None:
+    """Keys: one rotation over both heads, then their order of channels, a group for each head's worth.  2 bits.
+
+    At 3 bits the official step divides by 8 and stops at code 7: not followed, and no vector of it is here.
+    """
+    name, arrays = "rotatekv/rotatekv2", published("rotatekv/rotatekv2")
+    point: dict[str, Any] = {"clip": 0.8, "zero": "point"}
+    exact = [0, 1, 17]  # of the first 128 tokens
+    joined = K.transpose(1, 2).reshape(1, 1, 256, 128)
+    keys = fp32(2, per_token(64, **point)).with_(transform=(Rotate("hadamard"), Permute("sum")))
+    order = arrays["K_perm"].float()
+    k_hat = reference.quantize(keys, joined, {"keys.transform[1]": order[None]}).decoded
+    assert torch.equal(k_hat, reference.quantize(keys, joined, whole(rotation("hadamard", 128)[order.long()])).decoded)
+    k_hat = k_hat.reshape(1, 256, 2, 64).transpose(1, 2).clone()
+    v_hat = reference.quantize(fp32(2, per_token(**point)).with_(transform=Rotate("hadamard")), V).decoded
+    k_hat[:, :, exact], v_hat[:, :, exact] = K[:, :, exact].double(), V[:, :, exact].double()
+    agree(name, k_hat, arrays["K_hat"])
+    agree(name, v_hat, arrays["V_hat"])
+
+
+@pytest.mark.parametrize("name", ["kvquant/nuq4", "kvquant/nf4", "kvquant/int4"])
+def test_kvquant(name: str) -> None:
+    """Keys: thresholds from a file, for every channel.  Values: a token of all heads.  The result is rounded to fp16.
+
+    The released code computes a threshold's middle, half width and step in fp16; so do the parameters here.
+    """
+    arrays = published(name)
+    high, low = arrays["K_upper"], arrays["K_lower"]
+    keys: dict[str, Tensor] = {}
+    if name == "kvquant/int4":
+        code: Any = Uniform(4)
+        steps = 15 / (high - low)
+        keys["keys.scale"] = torch.stack([1 / steps.float(), (low * steps).float() / steps.float()])
+    else:
+        code = Codebook(4, "calibrated")
+        keys["keys.scale"] = torch.stack([(high - low) / 2, (high + low) / 2]).float()
+        for side, words, _ in SIDES:
+            table = arrays.get(f"{side}_lut", arrays.get("nf_signposts"))
+            assert table is not None
+            keys[f"{words}.code"] = table.sort().values
+    k_hat = reference.quantize(Store(code, scale=per_channel(when="calibrated")), K, keys).decoded
+    v_hat = reference.quantize(Store(code, scale=per_token(heads=ALL, dtype="fp32")), V, keys, "values").decoded
+    agree(name, k_hat, arrays["K_hat"])
+    agree(name, v_hat, arrays["V_hat"])
