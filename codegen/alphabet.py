@@ -16,7 +16,7 @@ import sympy as sp
 
 from kvdsl.codes import width
 from kvdsl.errors import ProofError
-from kvdsl.scheme import Codebook, Float, Scale, Store
+from kvdsl.scheme import Codebook, Float, Scale, Sketch, Store
 
 EXTREMES = ("absmax", "signed_absmax")  # ranges whose scale is the largest number over the top level
 
@@ -132,6 +132,11 @@ def alphabet_of(store: Store, channels: int) -> Alphabet:
     if isinstance(code, Float) and not code.plain:
         small = SMALL[code.format]
         return Alphabet("pattern", small.bits, 2**small.bits, small=small, unit=small.unit, lift=_lift(small.top, scale))
+    if isinstance(code, Sketch):
+        from kvdsl.matrices import estimator
+
+        level = single(estimator(code, channels))
+        return Alphabet("affine", 1, 2, (-level, level), sp.Rational(-level), sp.Rational(2 * level))
     if not isinstance(code, Codebook):
         bits = 0 if isinstance(code, Float) or bits is None else bits
         return Alphabet("affine", bits, 2**bits)

@@ -73,8 +73,8 @@ def stored_numbers(side: SidePlan) -> list[str]:
 
 
 def coding(side: SidePlan) -> list[str]:
-    """The numbers that codes are taken with at last."""
-    return ["fitted"] if side.scale.refit == "weighted_least_squares" else numbers(side)
+    """The numbers that codes are taken with."""
+    return [] if side.sketched else numbers(side)
 
 
 def tried(side: SidePlan) -> list[str]:
@@ -105,7 +105,8 @@ def given(side: SidePlan) -> list[str]:
 
 def functions(side: SidePlan, ns: Namespace) -> list[str]:
     """The texts of a side's functions, those that something calls."""
-    made = [_Function("encode", ["x", *(numbers(side) if side.store.measure else [])], "The codes of x, int32.", encode)]
+    under = numbers(side) if side.store.measure and not side.sketched else []
+    made = [_Function("encode", ["x", *under], "The codes of x, int32.", encode)]
     if _names_levels(side):
         made.append(_Function("levels", ["c"], "What codes stand for, float32.", levels_of))
     if not side.static and side.store.measure is not None:
@@ -218,6 +219,8 @@ def _count(side: SidePlan) -> int:
     """Numbers of a block."""
     meta = side.layout.meta
     assert meta is not None
+    if side.sketched:
+        return side.channels
     return meta.tokens * meta.channels * meta.heads
 
 
@@ -324,6 +327,8 @@ def word_lines(side: SidePlan, ns: Namespace) -> list[str]:
 def encode(side: SidePlan, ns: Namespace) -> list[str]:
     """Codes of x under stored numbers that broadcast to it."""
     out = Lines()
+    if side.sketched:
+        return ["return to_int(x > 0.0)"]
     if side.store.measure is None:  # the number itself: NaN has a code
         _patterned(out, side, "finite(x)", ns)
         return out.lines

@@ -284,6 +284,11 @@ def summed(x: Tensor, block: Block) -> Tensor:
     return blocks(x, block).sum(OVER_BLOCK)
 
 
+def nan(x: Tensor) -> Tensor:
+    """1 where x is not a number."""
+    return torch.isnan(x).to(torch.int32)
+
+
 def square(x: Tensor) -> Tensor:
     """Squares of numbers made finite, float64."""
     return finite(x).to(torch.float64) ** 2

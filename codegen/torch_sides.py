@@ -77,7 +77,8 @@ class TorchSide:
     def pack(self) -> str:
         """Whole pages of numbers to the bytes of every section."""
         side, meta, out = self.side, self.side.layout.meta, Lines()
-        with out.deeper(f"def pack_{side.name}({', '.join(['x', *self.given()])}):"):
+        taken = ["x", *(["squares"] if side.sketched else []), *self.given()]
+        with out.deeper(f"def pack_{side.name}({', '.join(taken)}):"):
             out.add(f'"""Bytes of every section that float32 x (pages, H, {self.plan.layout.page_tokens}, D) fills."""')
             if side.floats:
                 if side.floats == "fp16":
@@ -116,7 +117,11 @@ class TorchSide:
         side, block = self.side, self._block
         taken = {"low": "lowest_of(x, {})", "high": "highest_of(x, {})", "squares": "summed(square(x), {})"}
         taken["sizes"] = "summed(magnitude(x), {})"
-        out.add(*(f"{name} = {taken[name].format(block)}" for name in statistics(side)), f"spoilt = nan_in(x, {block})")
+        if side.sketched:
+            out.add("spoilt = nan(squares)")
+        else:
+            out.add(*(f"{name} = {taken[name].format(block)}" for name in statistics(side)))
+            out.add(f"spoilt = nan_in(x, {block})")
         for i, clip in enumerate(clips(side)):
             measure = call(side, "measure", [*statistics(side), *([repr(float(clip))] if searched(side) else [])])
             out.add(f"{', '.join(numbers(side))} = {measure}")

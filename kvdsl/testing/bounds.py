@@ -43,9 +43,9 @@ from torch import Tensor
 
 from kvdsl.kernels import Params
 from kvdsl.reference.alphabets import Alphabet, alphabet, given_table
-from kvdsl.reference.quantize import encoded_rows, level_count, maps
+from kvdsl.reference.quantize import encoded_rows, level_count, maps, quantize
 from kvdsl.reference.rounding import MINIFLOATS
-from kvdsl.scheme import Float, Scale, Store, Uniform
+from kvdsl.scheme import Float, Scale, Sketch, Store, Uniform
 
 FORMATS = {
     "fp16": (2.0**-11, 2.0**-25, 65504.0),
@@ -121,6 +121,9 @@ def _mapped_bound(store: Store, x: Tensor, params: Params | None, side: str) -> 
     found = maps(store, x.shape[3], x.shape[1], params, side)
     assert found is not None
     encode, _, decode, shift = (part.abs() for part in found)
+    if isinstance(store.code, Sketch):  # signs say nothing of one channel: no farther than all of them add up to
+        signs = quantize(store, x, params, side).coded.abs()
+        return (signs @ decode.mT + x.double().abs()) * (1 + 2.0**-20)
     coded = encoded_rows(store, x, params, side)
     within = bound(store.with_(transform=()), coded, params, side) @ decode.mT
     size = x.double().abs().clamp(max=LARGEST) @ encode.mT @ decode.mT + shift[:, None]

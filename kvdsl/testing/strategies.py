@@ -22,6 +22,7 @@ from kvdsl.scheme import (
     Scale,
     Scheme,
     Sinks,
+    Sketch,
     Store,
     Transform,
     Uniform,
@@ -67,6 +68,9 @@ def stores(draw: Draw, longest: int) -> Store:
     """A legal store: one float in eight, else levels under a scale."""
     if draw(st.integers(0, 7)) == 7:
         return Store(Float(draw(st.sampled_from(["fp16", "fp32"]))))
+    if draw(st.integers(0, 11)) == 11:
+        basis = draw(st.sampled_from(["orthogonal", "gaussian"]))
+        return Store(Sketch(draw(st.sampled_from([8, 24, 64, 136, ALL])), basis, draw(st.integers(0, 3))))
     range_ = draw(st.sampled_from(["minmax", "minmax", "minmax_zero", "absmax", "signed_absmax"]))
     grid = "ends" if range_ == "signed_absmax" else draw(st.sampled_from(["ends", "ends", "cells"]))
     centred = range_ == "absmax" and grid == "ends"
