@@ -41,9 +41,9 @@ if INTERPRETED:
     @triton.jit
     def table4(codes, A: tl.constexpr, B: tl.constexpr):
         """16-bit entries of a table of four: A the low bytes, B the high ones."""
-        found = codes * 0
+        found = codes.to(tl.int32) * 0
         for i in tl.static_range(4):
-            found = tl.where(codes == i, ((A >> (8 * i)) & 255) | (((B >> (8 * i)) & 255) << 8), found)
+            found = tl.where(codes.to(tl.int32) == i, ((A >> (8 * i)) & 255) | (((B >> (8 * i)) & 255) << 8), found)
         return found.to(tl.int16)
 
     @triton.jit

@@ -373,6 +373,8 @@ class TorchSide:
                 out.add(f"return used(unpack_values({', '.join(self.inputs())}), weights, 1).mT @ weights")
                 return str(out)
             out.extend([*self._read(), *self._levels()])
+            if side.alphabet.small is not None:  # a code that was never written may be a NaN
+                out.add(*(f"l{j} = used(l{j}, weights, 1)" for j in self.planes))
             out.extend(self._numbers())
             meta = side.layout.meta
             if meta is not None:
