@@ -13,10 +13,10 @@ from torch import Tensor
 from kvdsl import reference
 from kvdsl.inputs import DTYPES
 from kvdsl.kernels import AttentionState, Params, Side
+from kvdsl.levels import table
 from kvdsl.reference.attention import softmax_rows
 from kvdsl.reference.quantize import quantize
 from kvdsl.reference.timeline import contents, packed_tokens
-from kvdsl.levels import table
 from kvdsl.scheme import SIDES, Codebook, Float, Scheme, Store, Uniform
 
 from .bounds import blocks_of, second, spread

@@ -121,8 +121,8 @@ def _scales(draw: Draw, code: Any, range_: str, longest: int) -> Scale:
         heads = draw(st.sampled_from([1, ALL])) if block.heads == 1 else ALL
         second = Scale(Block(ALL, ALL, heads), dtype="fp32", when="calibrated")
     return Scale(
-        block, range=range_, clip=draw(st.sampled_from(clips)), zero=zero, refit=refit,  # type: ignore[arg-type]
-        dtype=dtype, scale=second, when=when,  # type: ignore[arg-type]
+        block, range=range_, clip=draw(st.sampled_from(clips)), zero=zero, refit=refit, dtype=dtype,  # type: ignore[arg-type]
+        scale=second, when=when,
     )  # fmt: skip
 
 
