@@ -366,9 +366,11 @@ def powers_of_two_go_through(case: Case) -> None:
             # a scale that was chosen, or fitted to another one, may be that much larger than one that was not kept
             room = 1.0 if scale.refit is None and not isinstance(scale.clip, tuple) else 16.0
             least, most = 2.0 ** LEAST[scale.dtype] * room, min(LARGEST, FORMATS[scale.dtype][2]) / factor / room
-            for number in (found.scale, found.offset if scale.zero == "min" else None):
-                if number is not None and scale.scale is None:  # a second level grows with what it divides
-                    # the least normal number may have been rounded up from among the others
-                    normal = ((number.abs() > least) | (number == 0)) & (number.abs() < most)
+            larger = quantize(store, x * factor, bigger, side)
+            pairs = [(found.scale, larger.scale), *([(found.offset, larger.offset)] if scale.zero == "min" else [])]
+            for number, more in pairs:
+                if number is not None and more is not None and scale.scale is None:  # a second level grows with them
+                    # the least normal number may have been rounded up from among the others, and a zero down
+                    normal = ((number.abs() > least) | (number == 0) & (more == 0)) & (number.abs() < most)
                     usual &= spread(store, normal, x)
         require_equal(f"decoded {side}", second[usual], (first * factor)[usual])
