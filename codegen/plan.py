@@ -99,7 +99,7 @@ class SidePlan:
 
     @cached_property
     def operands(self) -> tuple[Stream, ...]:
-        """What a product reads: the streams of an affine alphabet one by one, else the codes joined, a plane at a time."""
+        """What a product reads: the streams of an affine alphabet one by one, else whole codes, plane by plane."""
         if not self.alphabet.looked_up:
             return self.layout.streams
         places = tuple(Place(plane, plane, 0, 0) for plane in range(self.layout.planes))
@@ -219,7 +219,8 @@ def plan_for(scheme: Scheme, shape: Shape) -> Plan:
     sides = []
     for name in SIDES:
         store, part = scheme.side(name), layout.side(name)
-        sides.append(SidePlan(name, store, part, place(store, part), alphabet_of(store, _channels(store, shape)), shape.head_dim))
+        alphabet = alphabet_of(store, _channels(store, shape))
+        sides.append(SidePlan(name, store, part, place(store, part), alphabet, shape.head_dim))
     paired = any(side.layout.paired for side in sides)
     narrow = any(side.when is When.ONCE_PER_TILE and token_block(side.store) % (2 * PAIR) for side in sides)
     tile, halves = 2 * PAIR, 2 if paired or narrow else 1
