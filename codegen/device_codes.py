@@ -131,6 +131,12 @@ else:
 
 
 @triton.jit
+def joined(high, low):
+    """float32 numbers from the two halves of their bits."""
+    return ((high.to(tl.int32) << 16) | (low.to(tl.int32) & 0xFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def small_float(x, MANTISSA: tl.constexpr, LEAST: tl.constexpr, TOP: tl.constexpr, SIGN: tl.constexpr):
     """The bits of the nearest small float (ties to even), saturating at TOP; a zero has no sign.
 

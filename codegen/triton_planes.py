@@ -8,6 +8,7 @@ from .alphabet import packed_table
 from .codec import call, given
 from .layout import PAIR, Stream
 from .plan import Plan, SidePlan
+from .printer import number
 from .steps import Steps
 from .text import padded, plus
 from .triton_meta import entry, pointer, read
@@ -108,7 +109,7 @@ class Planes:
 
     def _looked_up(self, parts: list[tuple[str, int]]) -> str:
         """The levels of one plane's codes as float16, over 2**unit."""
-        alphabet, streams = self.side.alphabet, self.side.layout.streams
+        alphabet = self.side.alphabet
         if alphabet.given:
             return f"{self._level(self._joined(parts))}.to(tl.float16)"
         if alphabet.small is not None:
@@ -122,13 +123,17 @@ class Planes:
             if self.side.store.measure is None and alphabet.small.name == "e4m3":
                 text = f"with_nan({text})"
             return f"{text}.to(tl.float16, bitcast=True)"
+        return f"{self._table(parts, alphabet.words)}.to(tl.float16, bitcast=True)"
+
+    def _table(self, parts: list[tuple[str, int]], entries: tuple[int, ...]) -> str:
+        """The 16-bit entry of each code of one plane."""
         text = ""
-        for stream, (name, bit) in zip(streams, parts, strict=True):
+        for stream, (name, bit) in zip(self.side.layout.streams, parts, strict=True):
             right, left = max(0, bit - stream.shift), max(0, stream.shift - bit)
             moved = f"field({name}, {right}, {left}, {(2**stream.width - 1) << stream.shift})"
             text = f"both({text}, {moved})" if text else moved
-        registers = ", ".join(map(str, packed_table(alphabet.words)))
-        return f"table{max(4, 2**alphabet.bits)}({text}, {registers}).to(tl.float16, bitcast=True)"
+        registers = ", ".join(map(str, packed_table(entries)))
+        return f"table{max(4, len(entries))}({text}, {registers})"
 
     def _parts(self, plane: int, half: int) -> list[tuple[str, int]]:
         """(bytes in the low halves of words, first bit) of a plane in each stream."""
@@ -151,9 +156,17 @@ class Planes:
         return call(self.side, "levels", [codes])
 
     def _numbered(self, parts: list[tuple[str, int]]) -> str:
-        """The codes of one plane, or their levels where they are looked up, as float32."""
-        codes = self._joined(parts)
-        return self._level(codes) if self.side.alphabet.looked_up else f"{codes}.to(tl.float32)"
+        """The codes of one plane, or their levels to the last bit where they are looked up, as float32."""
+        alphabet = self.side.alphabet
+        if alphabet.given:
+            return self._level(self._joined(parts))
+        if alphabet.small is not None or alphabet.looked_up and alphabet.halves:
+            unit = f" * {number(sp.Integer(2) ** alphabet.unit)}" if alphabet.unit else ""
+            return f"{self._looked_up(parts)}.to(tl.float32){unit}"
+        if alphabet.looked_up:
+            high, low = alphabet.singles
+            return f"joined({self._table(parts, high)}, {self._table(parts, low)})"
+        return f"{self._joined(parts)}.to(tl.float32)"
 
     def block(self, half: int) -> str:
         """The token block, within its page, of sub-tile `half` (one block spans the sub-tile)."""
