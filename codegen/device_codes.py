@@ -6,7 +6,7 @@ As in device.py, what is inline assembly for the compiler exists a second time f
 import triton
 import triton.language as tl
 
-from kvdsl.codegen.device import INTERPRETED, half, nearest
+from .device import INTERPRETED, half, nearest
 
 if INTERPRETED:
 
@@ -96,14 +96,15 @@ else:
     def table8(codes, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
         """16-bit entries of a table of eight: A, B the low bytes, C, D the high ones.
 
-        The codes of a register, side by side, select two low bytes and two high ones, which are interleaved.
+        Four codes, side by side, select four low bytes and four high ones, which are interleaved.
         """
         a, b = tl.full(codes.shape, A, tl.int32), tl.full(codes.shape, B, tl.int32)
         c, d = tl.full(codes.shape, C, tl.int32), tl.full(codes.shape, D, tl.int32)
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 t, low, high; shr.u32 t, $1, 12; or.b32 t, t, $1; prmt.b32 low, $2, $4, t; "
-            "prmt.b32 high, $6, $8, t; prmt.b32 $0, low, high, 0x5140; }",
-            "=r,r,r,r,r,r,r,r,r,r", [codes, a, b, c, d], dtype=tl.int16, is_pure=True, pack=2,
+            "{ .reg .b32 s, t, low, high; mad.lo.u32 t, $3, 256, $2; shr.u32 s, t, 12; or.b32 s, s, t; "
+            "prmt.b32 low, $4, $8, s; prmt.b32 high, $12, $16, s; "
+            "prmt.b32 $0, low, high, 0x5140; prmt.b32 $1, low, high, 0x7362; }",
+            "=r,=r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r", [codes, a, b, c, d], dtype=tl.int16, is_pure=True, pack=4,
         )  # fmt: skip
 
     @triton.jit
@@ -120,13 +121,13 @@ else:
         e, f = tl.full(codes.shape, E, tl.int32), tl.full(codes.shape, F, tl.int32)
         g, h = tl.full(codes.shape, G, tl.int32), tl.full(codes.shape, H, tl.int32)
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 t, s, x, y, low, high; shr.u32 t, $1, 12; or.b32 t, t, $1; shr.u32 s, t, 1; "
-            "and.b32 s, s, 0x44; or.b32 s, s, 0x10; and.b32 t, t, 0x77; "
-            "prmt.b32 x, $2, $4, t; prmt.b32 y, $6, $8, t; prmt.b32 low, x, y, s; "
-            "prmt.b32 x, $10, $12, t; prmt.b32 y, $14, $16, t; prmt.b32 high, x, y, s; "
-            "prmt.b32 $0, low, high, 0x5140; }",
-            "=r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r", [codes, a, b, c, d, e, f, g, h],
-            dtype=tl.int16, is_pure=True, pack=2,
+            "{ .reg .b32 t, s, x, y, low, high; mad.lo.u32 t, $3, 256, $2; shr.u32 s, t, 12; or.b32 t, t, s; "
+            "shr.u32 s, t, 1; and.b32 s, s, 0x4444; or.b32 s, s, 0x3210; and.b32 t, t, 0x7777; "
+            "prmt.b32 x, $4, $8, t; prmt.b32 y, $12, $16, t; prmt.b32 low, x, y, s; "
+            "prmt.b32 x, $20, $24, t; prmt.b32 y, $28, $32, t; prmt.b32 high, x, y, s; "
+            "prmt.b32 $0, low, high, 0x5140; prmt.b32 $1, low, high, 0x7362; }",
+            "=r,=r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
+            [codes, a, b, c, d, e, f, g, h], dtype=tl.int16, is_pure=True, pack=4,
         )  # fmt: skip
 
 

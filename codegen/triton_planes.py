@@ -216,7 +216,9 @@ class Planes:
                 address = f"{token} * {stream.row_words} + {lane}{plus(stream.offset // 2 + tile * self.width)}"
                 lines.append(f"{name} = tl.load(words + {address}{other})")
                 if stream.paired:
-                    lines.append(f"{name} = ({name} >> {shift}) & 255")
+                    narrow = ".to(tl.int16)" if side.alphabet.looked_up else ""  # the shift has made them 32 bits wide
+                    kept = f"({name} >> {shift}) & 255"
+                    lines.append(f"{name} = ({kept}){narrow}" if narrow else f"{name} = {kept}")
                 else:
                     lines.append(f"{name}_high = upper({name})")
         return lines
