@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from kvdsl.scheme import Codebook, Float, Scale, Store, Uniform, per_tensor, per
 FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
-def of(code: object, **scale: object) -> alphabets.Alphabet:
+def of(code: object, **scale: Any) -> alphabets.Alphabet:
     measure: Scale = per_token(**scale)
     return alphabet_of(Store(code, scale=measure), 128)  # type: ignore[arg-type]
 

@@ -49,8 +49,7 @@ def test_a_second_level_puts_the_largest_scale_on_the_largest_number() -> None:
 def test_calibrated_levels_serve_better_than_those_of_another_law() -> None:
     k = data() ** 3
     given, fixed = (
-        Scheme(both=Store(Codebook(4, levels), scale=per_token(range="absmax")))  # type: ignore[arg-type]
-        for levels in ("calibrated", "normal")
+        Scheme(both=Store(Codebook(4, levels), scale=per_token(range="absmax"))) for levels in ("calibrated", "normal")
     )
     params = api.calibrate(given, k, k)
     assert params["keys.code"].shape == (16,) and float(params["keys.code"].abs().max()) == 1.0
