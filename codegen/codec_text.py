@@ -35,7 +35,7 @@ def functions(side: SidePlan, ns: Namespace) -> list[str]:
 
 def _names_levels(side: SidePlan, ns: Namespace) -> bool:
     """Triton's kernels look known levels up in registers, and need the function for what packing fits or weighs."""
-    if side.alphabet.given or (ns == "torch." and side.alphabet.looked_up):
+    if ns == "torch." and side.alphabet.looked_up:
         return True
     if side.store.measure is None or side.scale.when != "online":
         return False

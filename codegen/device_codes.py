@@ -26,7 +26,7 @@ if INTERPRETED:
         return halves | (((halves & 0x3F80) + 128) & 0x4000)
 
     @triton.jit
-    def table4(codes, A: tl.constexpr, B: tl.constexpr):
+    def table4(codes, A, B):
         """16-bit entries of a table of four: A the low bytes, B the high ones."""
         found = codes.to(tl.int32) * 0
         for i in tl.static_range(4):
@@ -34,15 +34,12 @@ if INTERPRETED:
         return found.to(tl.int16)
 
     @triton.jit
-    def table8(codes, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
+    def table8(codes, A, B, C, D):
         """16-bit entries of a table of eight: A, B the low bytes, C, D the high ones."""
         return tl.where(codes < 4, table4(codes, A, C), table4(codes - 4, B, D))
 
     @triton.jit
-    def table16(
-        codes, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
-        E: tl.constexpr, F: tl.constexpr, G: tl.constexpr, H: tl.constexpr,
-    ):  # fmt: skip
+    def table16(codes, A, B, C, D, E, F, G, H):
         """16-bit entries of a table of sixteen: A to D the low bytes, E to H the high ones."""
         return tl.where(codes < 8, table8(codes, A, B, E, F), table8(codes - 8, C, D, G, H))
 
@@ -81,7 +78,7 @@ else:
         )  # fmt: skip
 
     @triton.jit
-    def table4(codes, A: tl.constexpr, B: tl.constexpr):
+    def table4(codes, A, B):
         """16-bit entries of a table of four: A the low bytes, B the high ones.
 
         Two codes of a register become four selectors of a byte each: c, c + 4 of either.
@@ -93,7 +90,7 @@ else:
         )  # fmt: skip
 
     @triton.jit
-    def table8(codes, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
+    def table8(codes, A, B, C, D):
         """16-bit entries of a table of eight: A, B the low bytes, C, D the high ones.
 
         Four codes, side by side, select four low bytes and four high ones, which are interleaved.
@@ -108,10 +105,7 @@ else:
         )  # fmt: skip
 
     @triton.jit
-    def table16(
-        codes, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
-        E: tl.constexpr, F: tl.constexpr, G: tl.constexpr, H: tl.constexpr,
-    ):  # fmt: skip
+    def table16(codes, A, B, C, D, E, F, G, H):
         """16-bit entries of a table of sixteen: A to D the low bytes, E to H the high ones.
 
         Either half of the table is looked up by the code's low three bits; its top bit selects among what was found.
@@ -129,6 +123,19 @@ else:
             "=r,=r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
             [codes, a, b, c, d, e, f, g, h], dtype=tl.int16, is_pure=True, pack=4,
         )  # fmt: skip
+
+
+@triton.jit
+def half_bits(level):
+    """The bits of a float16 as near as can be, int32."""
+    return level.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
+
+
+@triton.jit
+def four_bytes(a, b, c, d, SHIFT: tl.constexpr):
+    """One byte of each of four words, those from bit SHIFT on, as a register of a table."""
+    low = ((a >> SHIFT) & 255) | (((b >> SHIFT) & 255) << 8)
+    return low | (((c >> SHIFT) & 255) << 16) | (((d >> SHIFT) & 255) << 24)
 
 
 @triton.jit
