@@ -25,7 +25,7 @@ ATTEND = ("decode", "extend")
 
 # Settings of NVIDIA's assembler, tried in this order until a kernel keeps its numbers in registers: just above a count
 # that allows one program more it would rather move a few to memory.
-ASSEMBLER = (None, "--register-usage-level=10", "--register-usage-level=0")
+ASSEMBLER = (None, "--register-usage-level=10", "--register-usage-level=0", "maxnreg=255")
 
 
 def warps(kernel: str, plan: Plan) -> int:
