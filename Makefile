@@ -1,5 +1,6 @@
 # make demo   a scheme, its kernels, and a real model generating through its packed cache
 # make test   the whole test suite
+# make gpu-test   the laws with kernels compiled for the GPU of this machine
 # make lint   ruff and mypy
 # Each makes .venv first, with the versions of constraints.txt.
 
@@ -9,7 +10,7 @@ RUN := $(VENV)/bin/python
 # The checkout's own path is part of the name: a copied or moved .venv is made anew.
 STAMP := $(VENV)/installed.$(shell pwd | cksum | cut -d ' ' -f 1)
 
-.PHONY: demo test lint
+.PHONY: demo test gpu-test lint
 .NOTPARALLEL:
 
 demo: $(STAMP)
@@ -19,6 +20,9 @@ demo: $(STAMP)
 test: $(STAMP)
 	TRITON_INTERPRET=1 $(RUN) -m pytest tests/interpreted
 	env -u TRITON_INTERPRET $(RUN) -m pytest tests --ignore tests/interpreted
+
+gpu-test: $(STAMP)
+	env -u TRITON_INTERPRET $(RUN) -m pytest tests -m gpu
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

@@ -48,7 +48,7 @@ def nearest_away(x: Tensor) -> Tensor:
 
 def root(x: Tensor) -> Tensor:
     """The square root, rounded to nearest."""
-    return torch.sqrt(x)
+    return torch.sqrt(x.to(torch.float64)).to(torch.float32)  # of float32 numbers torch does not round it to nearest
 
 
 def wide(x: Tensor) -> Tensor:
@@ -282,6 +282,11 @@ def nan_in(x: Tensor, block: Block) -> Tensor:
 def summed(x: Tensor, block: Block) -> Tensor:
     """The sum of every block."""
     return blocks(x, block).sum(OVER_BLOCK)
+
+
+def nan(x: Tensor) -> Tensor:
+    """1 where x is not a number."""
+    return torch.isnan(x).to(torch.int32)
 
 
 def square(x: Tensor) -> Tensor:

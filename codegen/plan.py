@@ -7,7 +7,7 @@ from functools import cache, cached_property
 from typing import TYPE_CHECKING, Literal
 
 from kvdsl.rules import refuse_for
-from kvdsl.scheme import SIDES, Float, Scale, Scheme, Store, Uniform
+from kvdsl.scheme import SIDES, Float, Scale, Scheme, Sketch, Store, Uniform
 from kvdsl.shape import Shape
 
 from .alphabet import Alphabet, alphabet_of
@@ -44,6 +44,8 @@ class SidePlan:
     layout: SideLayout
     when: When
     alphabet: Alphabet
+    channels: int
+    """Of the head's vector."""
 
     @cached_property
     def form(self) -> NormalForm:
@@ -75,6 +77,11 @@ class SidePlan:
         return self.layout.width
 
     @property
+    def sketched(self) -> bool:
+        """Codes are signs: a scale is measured on the vector itself, before it is mapped."""
+        return isinstance(self.store.code, Sketch)
+
+    @property
     def turned(self) -> bool:
         """What is coded is a map of the vector, undone on the query or on the output."""
         return self.store.turned
@@ -92,7 +99,7 @@ class SidePlan:
 
     @cached_property
     def operands(self) -> tuple[Stream, ...]:
-        """What a product reads: the streams of an affine alphabet one by one, else the codes joined, a plane at a time."""
+        """What a product reads: the streams of an affine alphabet one by one, else whole codes, plane by plane."""
         if not self.alphabet.looked_up:
             return self.layout.streams
         places = tuple(Place(plane, plane, 0, 0) for plane in range(self.layout.planes))
@@ -212,7 +219,8 @@ def plan_for(scheme: Scheme, shape: Shape) -> Plan:
     sides = []
     for name in SIDES:
         store, part = scheme.side(name), layout.side(name)
-        sides.append(SidePlan(name, store, part, place(store, part), alphabet_of(store, _channels(store, shape))))
+        alphabet = alphabet_of(store, _channels(store, shape))
+        sides.append(SidePlan(name, store, part, place(store, part), alphabet, shape.head_dim))
     paired = any(side.layout.paired for side in sides)
     narrow = any(side.when is When.ONCE_PER_TILE and token_block(side.store) % (2 * PAIR) for side in sides)
     tile, halves = 2 * PAIR, 2 if paired or narrow else 1

@@ -19,6 +19,11 @@ LOG2E = 1.4426950408889634
 PACK_AT_ONCE = 64  # pages quantized at a time: bounds the working memory of a long prompt
 
 
+def _clean(x: Tensor) -> Tensor:
+    """Numbers made finite, NaN kept."""
+    return torch.where(x == x, finite(x), x)
+
+
 class TorchModule:
     """The functions of one generated module, bound to pools and tables."""
 
@@ -53,8 +58,7 @@ class TorchModule:
         """The numbers to be coded of rows (n, H, T, D), float32."""
         if not self.plan.side(side).turned:
             return rows
-        clean = torch.where(rows == rows, finite(rows), rows)
-        return mapped(clean, params[f"{side}.encode"], params.get(f"{side}.encode_shift"))
+        return mapped(_clean(rows), params[f"{side}.encode"], params.get(f"{side}.encode_shift"))
 
     def _restored(self, side: Side, coded: Tensor, params: Params) -> Tensor:
         """Decoded numbers (B, H, T, M) as the head's vectors (B, H, T, D)."""
@@ -81,8 +85,11 @@ class TorchModule:
         ring = rows.shape[2] - offset
         row = torch.where(inside, offset + torch.remainder(u - first[b, None], ring), 0)
         x = rows[b[:, None], :, row].movedim(2, 1).to(torch.float32)
-        x = self._turned(side, torch.where(inside[:, None, :, None], x, 0.0), params)
-        sections = list(getattr(self.module, f"pack_{side}")(x, *self._given(side, params)))
+        x = torch.where(inside[:, None, :, None], x, 0.0)
+        given = [self._turned(side, x, params)]
+        if part.sketched:  # one sum a token, before the vector is mapped: (pages, H, T, 1)
+            given.append(_clean(x).to(torch.float64).square().sum(-1, keepdim=True))
+        sections = list(getattr(self.module, f"pack_{side}")(*given, *self._given(side, params)))
         ids = table[b, page].long()
         old = pool[ids]
         blobs, shared = self._blobs(old)

@@ -73,9 +73,12 @@ class TritonModule:
                 "rows_ptr": rows, "first_ptr": first, "begin_ptr": begin, "end_ptr": end, "out_ptr": coded,
                 "total_rows": total, "offset": offset, "ring": total - offset, "low": low, "count": high - low,
             }  # fmt: skip
-            self._run(f"turn_{side}", self._turn_grid(high - low, batch, part.dim), given, None, params)
+            beside = {}
+            if part.sketched:
+                beside["squares_ptr"] = torch.empty(coded.shape[:3], dtype=torch.float64, device=rows.device)
+            self._run(f"turn_{side}", self._turn_grid(high - low, batch, part.dim), given | beside, None, params)
             at = torch.full_like(first, low)
-            self._pack(side, coded, at, 0, begin, end, (low, high), pool, table, params)
+            self._pack(side, coded, at, 0, begin, end, (low, high), pool, table, params, beside)
 
     def _chunks(self, side: Side, low: int, high: int, batch: int) -> list[tuple[int, int]]:
         """Spans of tokens whose mapped rows fit SCRATCH, cut at whole programs of `pack`."""
@@ -90,14 +93,15 @@ class TritonModule:
         return -(-count // TURN_ROWS), batch * self.plan.shape.kv_heads, -(-numbers // lanes)
 
     def _pack(self, side: Side, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor,
-              reach: tuple[int, int], pool: Tensor, table: Tensor, params: Params) -> None:  # fmt: skip
+              reach: tuple[int, int], pool: Tensor, table: Tensor, params: Params,
+              beside: Mapping[str, Tensor] | None = None) -> None:  # fmt: skip
         span = self.plan.span(side)
         batch, heads = rows.shape[:2]
         low, high = reach[0] // span, -(-reach[1] // span)
         given = {
             "rows_ptr": rows, "coded_ptr": rows, "first_ptr": first, "begin_ptr": begin, "end_ptr": end,
             "table_ptr": table, "total_rows": rows.shape[2], "offset": offset, "ring": rows.shape[2] - offset,
-            "table_width": table.shape[1], "first_step": low,
+            "table_width": table.shape[1], "first_step": low, **(beside or {}),
         }  # fmt: skip
         self._run(f"pack_{side}", (max(0, high - low), batch * heads), given, pool, params)
 

@@ -125,6 +125,18 @@ class InPlanes(Block):
         return out.lines
 
 
+class Given(Block):
+    """One number a token that came with the row, summed before the vector was mapped."""
+
+    def __init__(self, pack: Pack) -> None:
+        super().__init__(pack)
+        self.column = "[:, None]"
+
+    def fold(self, fold: Fold) -> list[str]:
+        squares = "squares = tl.load(squares_ptr + bh.to(tl.int64) * total_rows + row, mask=inside, other=0.0)"
+        return [squares, "spoilt = nan(squares)"]
+
+
 class OverHeads(Block):
     """A block spans all channels of several heads, which are read once more for every fold."""
 
@@ -137,7 +149,7 @@ class OverHeads(Block):
         pack, meta = self.pack, self.pack.side.layout.meta
         assert meta is not None
         head = f"for head in range(h // {meta.heads} * {meta.heads}, (h // {meta.heads} + 1) * {meta.heads}):"
-        other = f"other = source + (head - h) * total_rows * {pack.plan.shape.head_dim}"
+        other = f"other = source + (head - h) * total_rows * {pack.side.dim}"
 
         def tiles() -> Iterator[str]:
             for j in range(pack.side.layout.planes):
@@ -167,7 +179,7 @@ class Walked(Block):
 
 
 def measured(side: SidePlan, block: Block) -> list[str]:
-    """Lines from the numbers of blocks to what is stored of them: scale, start, fitted, and whether a NaN spoilt them."""
+    """Lines from the numbers of blocks to what is stored of them, and whether a NaN spoilt them."""
     inside = block.inside
     names = [*statistics(side), "spoilt"]
     out = Lines()

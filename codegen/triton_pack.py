@@ -5,12 +5,13 @@ One pack program owns one token block (or 32 single tokens) of one kv head: stat
 
 from __future__ import annotations
 
-from .codec import call, coding, functions, stored_numbers, words
+from .codec import call, coding, stored_numbers, words
+from .codec_text import functions
 from .layout import PAIR, Stream, token_block
 from .plan import Plan, SidePlan
 from .text import Lines, bare, fill, padded, plus
 from .triton_attend import parameters, pools
-from .triton_blocks import Block, InPlanes, OverHeads, Walked, measured
+from .triton_blocks import Block, Given, InPlanes, OverHeads, Walked, measured
 from .triton_meta import entry, section
 from .triton_planes import Planes, static_read
 
@@ -81,7 +82,7 @@ class Pack(Planes):
         params = [p for p in parameters(plan) if p.startswith(side.name)]
         text = str(body)
         rows = "coded_ptr" if side.turned else "rows_ptr"  # mapped by `turn_<side>`
-        args = [rows, "first_ptr", "begin_ptr", "end_ptr"]
+        args = [rows, *(["squares_ptr"] if side.sketched else []), "first_ptr", "begin_ptr", "end_ptr"]
         args += [p for p in pool_args if p in text] + ["table_ptr", *params]
         args += ["total_rows", "offset", "ring", "table_width", "first_step"]
         kernel = fill(
@@ -118,7 +119,9 @@ class Pack(Planes):
         assert meta is not None
         size, base = section(side, self.plan.layout.page_bytes, self.plan.layout.head_bytes)
         body.add(f"meta = pool{8 * size}_ptr + {base}")
-        if meta.heads > 1:
+        if side.sketched:
+            self._block(body, "0", Given(self), planes)
+        elif meta.heads > 1:
             body.add("# blocks span heads: each program reads them all")
             vector = "t" if self.single else "tl.arange(0, 1)"
             self._block(body, "0", OverHeads(self), planes, f"({vector} * 0 + h) % {meta.heads} == 0")
@@ -128,9 +131,9 @@ class Pack(Planes):
                 self._block(body, group, InPlanes(self, [j]), [j])
         elif meta.channels % self.width == 0:
             per_group = len(planes) // meta.groups
-            for group in range(meta.groups):
-                members = planes[group * per_group : (group + 1) * per_group]
-                self._block(body, str(group), InPlanes(self, members), members)
+            for index in range(meta.groups):
+                members = planes[index * per_group : (index + 1) * per_group]
+                self._block(body, str(index), InPlanes(self, members), members)
         else:
             body.add("# groups are narrower than a plane, or cross planes: each lane walks its own group")
             for j in planes:

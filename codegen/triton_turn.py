@@ -28,14 +28,17 @@ def $name($args):
     source = $source + row * $taken
     matrix = $matrix_ptr + h.to(tl.int64) * $stride + i.to(tl.int64) * $taken
     y = tl.zeros([$rows, $lanes], tl.float64)
+    $squares
     for d in range(0, $taken):
         x = tl.load(source + d, mask=inside, other=0.0).to(tl.float32)
         $clean
         e = tl.load(matrix + d, mask=i < $given, other=0.0)
         y += x.to(tl.float64)[:, None] * e.to(tl.float64)[None, :]
+        $squared
     $shift
     out = out_ptr + (bh.to(tl.int64) * count + n)[:, None] * $given + i[None, :]
     tl.store(out, y.to(tl.float32), mask=inside[:, None] & (i < $given)[None, :])
+    $stored
 """
 
 QUERY = """
@@ -92,6 +95,7 @@ def turn(plan: Plan, side: SidePlan) -> str:
     """The text of `turn_<side>`: tokens u in [low, low + count) of the rows as float32 numbers to be coded."""
     args = ["rows_ptr", "first_ptr", "begin_ptr", "end_ptr", *map_arguments(side, "encode"), "out_ptr"]
     args += ["total_rows", "offset", "ring", "low", "count"]
+    args += ["squares_ptr"] if side.sketched else []
     where = [
         "u = low + n",
         "inside = (n < count) & (u >= tl.load(begin_ptr + b)) & (u < tl.load(end_ptr + b))",
@@ -100,8 +104,20 @@ def turn(plan: Plan, side: SidePlan) -> str:
     ]
     return _turn(
         plan, side, f"turn_{side.name}", args=", ".join(args), loose='"offset", "ring", "low", "count"', where=where,
-        source="rows_ptr", clean=["x = tl.where(x == x, finite(x), x)"],
+        source="rows_ptr", clean=["x = tl.where(x == x, finite(x), x)"], **_squares(side),
     )  # fmt: skip
+
+
+def _squares(side: SidePlan) -> dict[str, list[str]]:
+    """Lines that sum the squares of a vector, where they are what a scale is made of."""
+    if not side.sketched:
+        return {"squares": [], "squared": [], "stored": []}
+    stored = "tl.store(squares_ptr + bh.to(tl.int64) * count + n, squares, mask=inside & (tl.program_id(2) == 0))"
+    return {
+        "squares": [f"squares = tl.zeros([{TURN_ROWS}], tl.float64)"],
+        "squared": ["squares += x.to(tl.float64) * x.to(tl.float64)"],
+        "stored": [stored],
+    }
 
 
 def restore(plan: Plan, side: SidePlan) -> str:
@@ -110,7 +126,7 @@ def restore(plan: Plan, side: SidePlan) -> str:
     where = ["inside = n < count", "row = bh.to(tl.int64) * count + n"]
     return _turn(
         plan, side, f"restore_{side.name}", args=", ".join(args), loose='"count"', where=where, source="coded_ptr",
-        clean=[],
+        clean=[], squares=[], squared=[], stored=[],
     )  # fmt: skip
 
 

@@ -87,9 +87,9 @@ Code = Uniform | Float | Codebook | Sketch
 
 
 def width(code: Code) -> int | None:
-    """Bits of one code; None where the code says neither bits nor numbers (or is a sketch, a bit a row)."""
+    """Bits of one code; None where the code says neither bits nor numbers."""
     if isinstance(code, Float):
         return FLOAT_BITS[code.format]
     if isinstance(code, Codebook) and code.bits is None and isinstance(code.levels, tuple):
         return max(1, (len(code.levels) - 1).bit_length())
-    return None if isinstance(code, Sketch) else code.bits
+    return 1 if isinstance(code, Sketch) else code.bits

@@ -198,8 +198,8 @@ def _heads(scale: Scale, shape: Shape) -> int:
 def _formula(store: Store, shape: Shape, tokens: int) -> str:
     code, metadata, padding = _stored(store, shape, tokens)
     if (scale := _online(store)) is None:
-        return f"{_code(store)} bits"
+        return f"{float(code):g} bits"
     widths = _widths(scale)
     share = f"({' + '.join(map(str, widths))})" if len(widths) > 1 else str(widths[0])
     padded = f" + {float(padding):g} of padding" if padding else ""
-    return f"{_code(store)} + {share}/{_block(scale, shape)}{padded} = {float(code + metadata + padding):g} bits"
+    return f"{float(code):g} + {share}/{_block(scale, shape)}{padded} = {float(code + metadata + padding):g} bits"

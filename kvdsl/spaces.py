@@ -64,9 +64,8 @@ def _composed(store: Store, head_dim: int, numbers: tuple[Tensor | None, ...]) -
         back = _after(back, here)
     if isinstance(store.code, Sketch):
         rows = sketch(store.coded(head_dim), head_dim, store.code.basis, store.code.seed)[None]
-        zero = torch.zeros(1, 1, dtype=torch.float64)
-        forth = _after((rows, zero), forth)
-        back = _after(back, (rows.mT, zero))
+        forth = _after((rows, rows.new_zeros(1, rows.shape[1])), forth)
+        back = _after(back, (rows.mT, rows.new_zeros(1, head_dim)))
     return tuple(x.to(torch.float32).contiguous() for x in (forth[0], back[0], forth[1], back[1]))
 
 

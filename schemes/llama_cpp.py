@@ -3,7 +3,7 @@
 q8_0: s = max|x|/127, c = round(x/s), ties away from 0.  q4_0, q5_0: s = m/-(L/2) with m the number of largest size,
 c = floor(x/s + L/2 + 1/2) within 0..L-1, x^ = s*(c - L/2).  q4_1, q5_1: s = (max - min)/(L - 1),
 c = floor((x - min)/s + 1/2), x^ = s*c + min.  iq4_nl: s = m/-127, c = the nearest of 16 uneven levels l to x/s; then
-s = sum x^3 l/sum x^2 l^2, the least squares that weigh x by its own square, and c once more.
+s = sum x^3 l/sum x^2 l^2, the least squares that weigh x by its own square; c stays.
 Codes are taken under the scale as stored, where llama.cpp takes them before it rounds the scale.
 """
 

@@ -13,7 +13,7 @@ from kvdsl.quantized_cache import QuantizedCache
 from kvdsl.reserve import Reservation
 from kvdsl.scheme import SIDES
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 MIB = 1 << 20
 
 

@@ -229,16 +229,15 @@ def test_refit_of_a_uniform_code() -> None:
     assert listed(got.codes) == [2, 0, 1] and listed(got.scale) == [3.5] and listed(got.decoded) == [3.5, -3.5, 0]
 
 
-def test_weighted_refit_codes_twice() -> None:
-    # s = 4: y = 1, 0.25, -0.375 -> 1, 0, 0.  Weighted: 4**3 / 4**2 = 4 once more.
-    # with 2.5 in place of 1: y = 1, 0.625 -> 1, 1: (64 + 15.625) / (16 + 6.25) = 3.5787, and -1.8 (-0.45 -> 0) is then
-    # -0.503, which is -1
+def test_weighted_refit_keeps_its_codes() -> None:
+    # s = 4: y = 1, 0.625, -0.45 -> 1, 1, 0.  Weighted: (64 + 15.625) / (16 + 6.25) = 3.5787, under which -1.8 would be
+    # nearer to -1: the codes stay those that the scale was fitted to
     first = one_block(TERNARY, [4, 2.5, -1.8], range="absmax")
     assert listed(first.codes) == [2, 2, 1]
     got = one_block(TERNARY, [4, 2.5, -1.8], range="absmax", refit="weighted_least_squares")
     scale = float(torch.tensor((64 + 15.625) / (16 + 6.25)))
-    assert listed(got.codes) == [2, 2, 0] and listed(got.scale) == [scale]
-    assert listed(got.decoded) == [scale, scale, -scale]
+    assert listed(got.codes) == [2, 2, 1] and listed(got.scale) == [scale]
+    assert listed(got.decoded) == [scale, scale, 0]
     plain = one_block(TERNARY, [4, 2.5, -1.8], range="absmax", refit="least_squares")
     assert listed(plain.codes) == [2, 2, 1] and listed(plain.scale) == [3.25]
 

@@ -68,7 +68,7 @@ FAULTY: list[tuple[Callable[[], Scheme], str]] = [
     ),
     (
         lambda: Scheme(both=Store(Float("e8m0"))),  # type: ignore[arg-type]
-        "keys.code.format: 'e8m0' is none of fp16, fp32; use 'fp16' or 'fp32'",
+        "keys.code.format: 'e8m0' is none of fp16, fp32, e4m3, e5m2, e2m1; use 'e5m2'",
     ),
     (lambda: uniform(Uniform()), "keys.code.bits: no bits; write Uniform(bits=4)"),
     (lambda: uniform(Uniform(levels=3)), "keys.code.bits: no bits; write Uniform(bits=2, levels=3)"),
@@ -102,15 +102,16 @@ FAULTY: list[tuple[Callable[[], Scheme], str]] = [
     ),
     (
         lambda: uniform(Uniform(2), range="min_max"),
-        "keys.scale.range: 'min_max' is none of minmax, minmax_zero, absmax, signed_absmax; use 'minmax'",
+        "keys.scale.range: 'min_max' is none of minmax, minmax_zero, absmax, signed_absmax, norm, absmean; "
+        "use 'minmax'",
     ),
     (
         lambda: uniform(Uniform(2), clip=float("nan")),
-        "keys.scale.clip: nan is not in (0, 1]; use 1.0 for the whole range, or less, as 0.9",
+        "keys.scale.clip: nan is not in (0, 4]; use 1.0 for the whole range, or less, as 0.9",
     ),
     (
         lambda: uniform(Uniform(2), clip=1.5),
-        "keys.scale.clip: 1.5 is not in (0, 1]; use 1.0 for the whole range, or less, as 0.9",
+        "keys.scale.clip: 1.5 times the range puts its ends where no number is; use 1.0 or less, or range='absmax'",
     ),
     (
         lambda: uniform(Uniform(2), clip=np.float64(0.5)),

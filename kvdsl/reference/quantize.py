@@ -108,8 +108,6 @@ def _best(
         if scale.refit is not None:
             none = torch.zeros((), dtype=torch.float64)
             found = refitted(x, letters.level(c, none), found, scale, second)
-            again, _ = _letters(x, found, scale, letters)
-            c = again if scale.refit == "weighted_least_squares" else c
             decoded = f32(found.s[..., None] * letters.level(c, none))
         error = sum64((x - decoded) ** 2)
         if best is None:

@@ -43,9 +43,9 @@ from torch import Tensor
 
 from kvdsl.kernels import Params
 from kvdsl.reference.alphabets import Alphabet, alphabet, given_table
-from kvdsl.reference.quantize import encoded_rows, level_count, maps
+from kvdsl.reference.quantize import encoded_rows, level_count, maps, quantize
 from kvdsl.reference.rounding import MINIFLOATS
-from kvdsl.scheme import Float, Scale, Store, Uniform
+from kvdsl.scheme import Float, Scale, Sketch, Store, Uniform
 
 FORMATS = {
     "fp16": (2.0**-11, 2.0**-25, 65504.0),
@@ -100,9 +100,7 @@ def bound(store: Store, x: Tensor, params: Params | None = None, side: str = "ke
     if scale.when == "calibrated":
         assert params is not None
         if isinstance(store.code, Uniform):
-            limit = _calibrated(
-                store.code, scale, numbers, params[f"{side}.scale"].double().cpu(), level_count(store)
-            )
+            limit = _calibrated(store.code, scale, numbers, params[f"{side}.scale"].double().cpu(), level_count(store))
         else:
             limit = _given(store, numbers, params, side)
         return limit.reshape(x.shape) + (given - inside).abs()
@@ -121,6 +119,9 @@ def _mapped_bound(store: Store, x: Tensor, params: Params | None, side: str) -> 
     found = maps(store, x.shape[3], x.shape[1], params, side)
     assert found is not None
     encode, _, decode, shift = (part.abs() for part in found)
+    if isinstance(store.code, Sketch):  # signs say nothing of one channel: no farther than all of them add up to
+        signs = quantize(store, x, params, side).coded.abs()
+        return (signs @ decode.mT + x.double().abs()) * (1 + 2.0**-20)
     coded = encoded_rows(store, x, params, side)
     within = bound(store.with_(transform=()), coded, params, side) @ decode.mT
     size = x.double().abs().clamp(max=LARGEST) @ encode.mT @ decode.mT + shift[:, None]
@@ -177,9 +178,11 @@ def _stored_step(scale: Scale, step: Tensor, outer: Tensor | float, spare: int =
 
 def _uneven(store: Store, scale: Scale, numbers: Tensor, params: Params | None, side: str) -> Tensor:
     """Of a table's or a small float's levels under a scale measured online."""
+    assert not isinstance(scale.clip, tuple)
     letters, outer = _letters(store, numbers.shape[-1], params, side), _outer(store, params, side)
     low, high = numbers.amin(OVER_BLOCK, keepdim=True), numbers.amax(OVER_BLOCK, keepdim=True)
-    largest, offset, moved_offset = numbers.abs().amax(OVER_BLOCK, keepdim=True), None, 0.0
+    largest = numbers.abs().amax(OVER_BLOCK, keepdim=True)
+    offset, moved_offset = torch.zeros_like(largest), torch.zeros_like(largest)
     if scale.dtype == "e8m0":
         power = torch.frexp((scale.clip * largest).float()).exponent - torch.frexp(torch.tensor(letters.top)).exponent
         step = torch.exp2(torch.where(largest == 0, -126, power.clamp(-126, 127)).double())
@@ -198,8 +201,7 @@ def _uneven(store: Store, scale: Scale, numbers: Tensor, params: Params | None, 
         step, offset = (high - low) / 2, (high + low) / 2
         moved_offset = _stored_step(scale, offset, outer) + SLACK * largest
     moved = _stored_step(scale, step, outer)
-    centred = numbers if offset is None else numbers - offset
-    return _levelled(store, letters, centred, step, moved) + moved_offset + SLACK * (largest + numbers.abs())
+    return _levelled(store, letters, numbers - offset, step, moved) + moved_offset + SLACK * (largest + numbers.abs())
 
 
 def _given(store: Store, numbers: Tensor, params: Params, side: str) -> Tensor:
@@ -218,7 +220,8 @@ def _levelled(store: Store, letters: Alphabet, numbers: Tensor, step: Tensor, mo
     """|x - s'*level| for the nearest level, s' within `moved` of `step`, of the same sign."""
     if isinstance(store.code, Float):
         kind = MINIFLOATS[store.code.format]
-        half = numbers.abs() * 2.0 ** -(kind.mantissa + 1) + (step.abs() + moved) * 2.0 ** (kind.lowest - kind.mantissa - 1)
+        least = 2.0 ** (kind.lowest - kind.mantissa)
+        half = numbers.abs() * 2.0 ** -(kind.mantissa + 1) + (step.abs() + moved) * least / 2
         every = torch.tensor([-kind.top, kind.top], dtype=torch.float64)
     else:
         codes = torch.arange(letters.count, dtype=torch.float64)

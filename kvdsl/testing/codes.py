@@ -174,7 +174,7 @@ def _levels(case: Case, side: Side) -> tuple[Tensor, Tensor]:
 
 
 def _listed_levels(store: Store, size: tuple[int, ...], generator: Generator, dtype: torch.dtype) -> Levels:
-    """The same of a table or a small float: levels that the dtype holds, the level that makes the scale 1 among them."""
+    """The same of a table or a small float: levels that the dtype holds, and that which makes the scale 1."""
     scale = store.measure
     channels = scale.block.channels if scale is not None and isinstance(scale.block.channels, int) else size[3]
     letters = alphabet(store, channels, None)
@@ -390,8 +390,11 @@ def powers_of_two_go_through(case: Case) -> None:
             # a scale that was chosen, or fitted to another one, may be that much larger than one that was not kept
             room = 1.0 if scale.refit is None and not isinstance(scale.clip, tuple) else 16.0
             least, most = 2.0 ** LEAST[scale.dtype] * room, min(LARGEST, FORMATS[scale.dtype][2]) / factor / room
-            for number in (found.scale, found.offset if scale.zero == "min" else None):
-                if number is not None and scale.scale is None:  # a second level grows with what it divides
-                    normal = ((number.abs() >= least) | (number == 0)) & (number.abs() < most)
+            larger = quantize(store, x * factor, bigger, side)
+            pairs = [(found.scale, larger.scale), *([(found.offset, larger.offset)] if scale.zero == "min" else [])]
+            for number, more in pairs:
+                if number is not None and more is not None and scale.scale is None:  # a second level grows with them
+                    # the least normal number may have been rounded up from among the others, and a zero down
+                    normal = ((number.abs() > least) | (number == 0) & (more == 0)) & (number.abs() < most)
                     usual &= _everywhere(store, normal, x)
         require_equal(f"decoded {side}", second[usual], (first * factor)[usual])
