@@ -296,7 +296,8 @@ def calibrate(
     tokens: Annotated[int, typer.Option(help="tokens of the text to read at most", min=1)] = 512,
     json: AsJson = False,
 ) -> None:
-    """Measure the scales that a scheme takes as given, layer by layer, and save them with the scheme's hash."""
+    """Measure what a scheme takes from data, layer by layer, and save it with the scheme's hash: scales and second
+    levels, tables of levels, scales, shifts and orders of channels."""
     from .running import calibrated
 
     scheme, words = loaded(name), _text(text)

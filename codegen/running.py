@@ -8,8 +8,7 @@ from typing import Any
 
 from kvdsl.errors import SchemeError, ShapeError
 from kvdsl.kernels import Backend
-from kvdsl.rules import layer_faults
-from kvdsl.scheme import Codebook, Scheme, Store
+from kvdsl.scheme import Scheme
 
 
 def generated(
@@ -21,7 +20,8 @@ def generated(
 
     if params is None and _wants(scheme):
         raise ShapeError(
-            "params: numbers of this scheme are calibrated; give --params F, which `kvdsl calibrate` writes"
+            "params: numbers of this scheme are calibrated; give --params F, a file that "
+            f"`kvdsl calibrate {name} --model {model} --text FILE --out F` writes"
         )
     numbers = None if params is None else load(params, scheme)
     _quiet()
@@ -48,38 +48,38 @@ def told(found: dict[str, Any]) -> list[str]:
 
 
 def calibrated(scheme: Scheme, model: str, text: str, out: Path, tokens: int) -> dict[str, Any]:
-    """Run the text through the model, measure each layer's keys and values, write the file.
+    """Run the text through the model, measure what each layer wants of its keys, values and queries, write the file.
 
-    Raises SchemeError for a scheme without calibrated scales or one that does not fit the model's layers.
+    Raises SchemeError for a scheme that takes nothing from data or does not fit the model's layers.
     """
     import torch
 
     from kvdsl.api import calibrate
     from kvdsl.errors import Fault
-    from kvdsl.extras import need
     from kvdsl.generation import opened
+    from kvdsl.hf import observed
     from kvdsl.params import save
+    from kvdsl.rules import layer_faults, refuse_for
+    from kvdsl.shape import Shape
 
     if not _wants(scheme):
-        fault = Fault(
-            "scale", "every scale is measured online", "there is nothing to calibrate; use the scheme as it is"
-        )
+        fault = Fault("scheme", "it takes no number from data", "there is nothing to calibrate; use it as it is")
         raise SchemeError((fault,))
     _quiet()
     network, tokenizer = opened(model)
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][:, :tokens].to(network.device)
-    cache = need("transformers", "hf").DynamicCache()
-    with torch.no_grad():
-        network(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    count = len(cache.layers)
-    if found := layer_faults(scheme, count):
+    layers = observed(network, ids)
+    if found := layer_faults(scheme, len(layers)):
         raise SchemeError(found)
     numbers: dict[str, torch.Tensor] = {}
-    for index, layer in enumerate(cache.layers):
-        own = calibrate(scheme.for_layer(index, count), layer.keys, layer.values)
-        numbers |= {f"layers.{index}.{name}": tensor for name, tensor in own.items()}
+    for index, (keys, values, queries) in enumerate(layers):
+        own = scheme.for_layer(index, len(layers))
+        refuse_for(own, Shape(keys.shape[3], keys.shape[1]))
+        measured = calibrate(own, keys, values, queries)
+        numbers |= {f"layers.{index}.{name}": tensor for name, tensor in measured.items()}
     save(out, scheme, numbers)
-    return {"path": str(out), "hash": scheme.hash, "layers": count, "tokens": ids.shape[1], "tensors": len(numbers)}
+    counts = {"layers": len(layers), "tokens": ids.shape[1], "tensors": len(numbers)}
+    return {"path": str(out), "hash": scheme.hash, **counts}
 
 
 def _quiet() -> None:
@@ -91,11 +91,8 @@ def _quiet() -> None:
 
 
 def _wants(scheme: Scheme) -> bool:
-    own = _calibrated(scheme.keys) or _calibrated(scheme.values)
-    return own or any(_wants(inner) for _, inner in scheme.layers)
+    """Whether a layer takes anything from data."""
+    from kvdsl.params import wanted
+    from kvdsl.shape import Shape
 
-
-def _calibrated(store: Store) -> bool:
-    scale = store.measure
-    table = isinstance(store.code, Codebook) and store.code.levels == "calibrated"
-    return table or (scale is not None and (scale.when == "calibrated" or scale.scale is not None))
+    return any(wanted(own, Shape(128)) for own in (scheme, *(inner for _, inner in scheme.layers)))

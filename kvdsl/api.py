@@ -132,8 +132,8 @@ def calibrate(scheme: Scheme, k: Tensor, v: Tensor, q: Tensor | None = None) -> 
     if not k.numel():
         raise ShapeError(f"k: shape {tuple(k.shape)} holds no token; give typical keys and values")
     for side, x in zip(SIDES, (k, v), strict=True):
-        store = scheme.side(side)
-        found |= fitted(store, side, x.detach().cpu(), None if q is None else q.detach().cpu())
+        store, x = scheme.side(side), x.detach().cpu()
+        found |= fitted(store, side, x, None if q is None else q.detach().cpu())
         coded = encoded_rows(store, x, found, side) if store.turned else x
         found |= measured(store.with_(transform=()), coded, side)
     ready = checked(scheme, shape, found)

@@ -39,10 +39,10 @@ def generate(
     inputs = tokenizer(prompt, return_tensors="pt").to(network.device)
     options = dict(max_new_tokens=tokens, do_sample=False, num_beams=1, pad_token_id=tokenizer.pad_token_id)
     start = inputs["input_ids"].shape[1]
-    plain = full_cache(network)
-    expected = network.generate(**inputs, past_key_values=plain, **options)[0, start:].tolist()
     with use(network, scheme, params=params, backend=backend) as used:
         found = network.generate(**inputs, **options)[0, start:].tolist()
+    plain = full_cache(network)
+    expected = network.generate(**inputs, past_key_values=plain, **options)[0, start:].tolist()
     assert used.cache is not None
     longest = max(len(found), len(expected))
     equal = [a == b for a, b in zip(found, expected, strict=False)]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .errors import ShapeError
 from .kernels import Params
-from .scheme import SIDES, Codebook, Count, Scheme, Side
+from .scheme import SIDES, ChannelScale, Codebook, Count, Scheme, Side
 from .shape import Shape
 from .spaces import calibrated, maps
 
@@ -64,10 +64,7 @@ def checked(
         if name not in params and name.partition(".transform")[0] in mapped:
             continue
         if name not in params:
-            raise ShapeError(
-                f"params[{name!r}]: missing; it is calibrated, give params=kvdsl.calibrate(scheme, k, v) of "
-                f"typical k and v"
-            )
+            raise ShapeError(missing(scheme, name))
         given = params[name]
         if not isinstance(given, Tensor):
             raise ShapeError(f"params[{name!r}]: {type(given).__name__} is no tensor; give float32 of shape {right}")
@@ -87,6 +84,13 @@ def checked(
         _fit(made, side, scheme.side(side).coded(shape.head_dim), shape)
         taken |= made
     return taken
+
+
+def missing(scheme: Scheme, name: str) -> str:
+    """What is said of a number that was not given."""
+    balanced = any(isinstance(part, ChannelScale) and part.by == "balance" for _, part in scheme.walk())
+    call, data = ("(scheme, k, v, q)", "k, v and q") if balanced else ("(scheme, k, v)", "k and v")
+    return f"params[{name!r}]: missing; it is calibrated, give params=kvdsl.calibrate{call} of typical {data}"
 
 
 def _fit(made: Params, side: Side, numbers: int, shape: Shape) -> None:

@@ -146,6 +146,20 @@ def test_an_offset_stands_behind_its_scale() -> None:
     assert found["keys.scale"][1, 0, 0] == k.min()
 
 
+@pytest.mark.parametrize(
+    "name, place, call",
+    [
+        ("smoothquant8", r"keys.transform\[0\]", r"\(scheme, k, v, q\) of typical k, v and q"),
+        ("omniquant4", r"keys.transform\[0\]", r"\(scheme, k, v\) of typical k and v"),
+        ("nvfp4", "keys.scale.scale", r"\(scheme, k, v\) of typical k and v"),
+    ],
+)
+def test_a_scheme_without_its_numbers_says_how_to_make_them(name: str, place: str, call: str) -> None:
+    told = rf"^params\['{place}'\]: missing; it is calibrated, give params=kvdsl.calibrate{call}$"
+    with pytest.raises(ShapeError, match=told):
+        kvdsl.roundtrip(kvdsl.load(name), K, K)
+
+
 def test_missing_numbers_and_wrong_ones_are_refused_in_words() -> None:
     scheme = SCHEMES["static"]
     with pytest.raises(ShapeError, match=r"params\['keys.scale'\]: missing; .*kvdsl.calibrate"):

@@ -532,7 +532,7 @@ def test_copies_are_their_own(name: str) -> None:
 @pytest.mark.parametrize(
     "params, told",
     [
-        (None, r"params\['keys.scale'\]: missing; this scale is calibrated, give params="),
+        (None, r"params\['keys.scale'\]: missing; it is calibrated, give params="),
         ({}, r"params\['keys.scale'\]: missing"),
         ({"keys.scale": torch.ones(1, 1)}, r"params\['values.scale'\]: missing"),
         ({"keys.scale": torch.ones(3), "values.scale": torch.ones(1, 1)}, r"shape \(3,\); the right one is \(1, 1\)"),

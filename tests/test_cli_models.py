@@ -13,7 +13,10 @@ from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from kvdsl import Shape, calibrate, load
 from kvdsl.codegen.cli import run
+from kvdsl.hf import observed
+from kvdsl.params import wanted
 
 Captured = pytest.CaptureFixture[str]
 TEXT = "The cache of a model holds keys and values; " * 4
@@ -67,4 +70,58 @@ def test_a_calibrated_scheme_without_its_numbers_is_refused(folder: str, capsys:
     capsys.readouterr()
     assert run(["generate", "int8_tensor", "--model", folder, "--prompt", TEXT]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("kvdsl: params: numbers of this scheme are calibrated") and said.count("\n") == 1
+    assert said.startswith("kvdsl: params: numbers of this scheme are calibrated; give --params F")
+    assert said.count("\n") == 1
+    assert f"`kvdsl calibrate int8_tensor --model {folder} --text FILE --out F`" in said
+
+
+@pytest.mark.parametrize("name", ["smoothquant8", "omniquant4", "nvfp4", "fp8_tensor"])
+def test_what_a_scheme_takes_from_data_is_measured(name: str, folder: str, tmp_path: Path, capsys: Captured) -> None:
+    capsys.readouterr()
+    text, out = tmp_path / "text.txt", tmp_path / "numbers.safetensors"
+    text.write_text(TEXT)
+    document(capsys, "calibrate", name, "--model", folder, "--text", str(text), "--out", str(out))
+    right = {f"layers.{i}.{key}": size for i in range(2) for key, size in wanted(load(name), Shape(32, 2)).items()}
+    assert {key: tuple(x.shape) for key, x in load_file(out).items()} == right
+    asked = ["--model", folder, "--prompt", TEXT, "--tokens", "3", "--params", str(out)]
+    assert document(capsys, "generate", name, *asked)["stats"]["fallbacks"] == 0
+
+
+def test_keys_are_balanced_against_the_queries_that_read_them() -> None:
+    """The queries observed are those of the attention: with the keys they give the model's own weights."""
+    network, ids = tiny.plain(tiny.model("llama")), tiny.prompt(1, 13)
+    layers = observed(network, ids)
+    assert network.config._attn_implementation == "eager" and len(layers) == 2
+    weights = network(input_ids=ids, output_attentions=True).attentions
+    for (keys, _, queries), right in zip(layers, weights, strict=True):
+        assert queries is not None and queries.shape == (1, 4, 13, 32) and keys.shape == (1, 2, 13, 32)
+        scores = queries @ keys.repeat_interleave(2, 1).mT * 32**-0.5
+        hidden = torch.ones(13, 13, dtype=torch.bool).triu(1)
+        assert torch.allclose(scores.masked_fill(hidden, -torch.inf).softmax(-1), right, atol=1e-5)
+    scheme = load("smoothquant8")
+    keys, values, queries = layers[0]
+    assert queries is not None
+    size = keys.abs().amax((0, 2)) / queries.unflatten(1, (2, 2)).abs().amax((0, 2, 3))
+    assert torch.allclose(calibrate(scheme, keys, values, queries)["keys.transform[0]"], size.sqrt())
+
+
+def test_a_scheme_that_takes_nothing_from_data_says_so(folder: str, tmp_path: Path, capsys: Captured) -> None:
+    capsys.readouterr()
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    out = str(tmp_path / "none.safetensors")
+    assert run(["calibrate", "quarot4", "--model", folder, "--text", str(text), "--out", out]) == 2
+    assert "it takes no number from data; there is nothing to calibrate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name, told",
+    [
+        ("bitdecoding4", "groups of 128 channels do not divide head_dim 32; use 32 or ALL"),
+        ("vllm_3bit_nc", "of 2 layers this is layer 0, which is listed as -2, too"),
+    ],
+)
+def test_a_scheme_that_does_not_fit_the_model_is_refused(name: str, told: str, folder: str, capsys: Captured) -> None:
+    capsys.readouterr()
+    assert run(["generate", name, "--model", folder, "--prompt", TEXT]) == 2
+    assert told in capsys.readouterr().err

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from tiny import FP32, one_thread
 
-from kvdsl import generation
+from kvdsl import calibrate, generation
+from kvdsl.hf import observed
 from kvdsl.models import load, text
 from kvdsl.registry import load as scheme_of
 
@@ -56,6 +57,30 @@ def test_a_named_scheme_in_two_bits(smol: tuple[Any, Any]) -> None:
     assert said["baseline_bytes"] == said["baseline_tokens"] * 2 * 23_040
     assert said["cache_bytes"] == said["stats"]["bytes"] < said["baseline_bytes"] / 2
     assert said["stats"]["fallbacks"] == 0
+
+
+@pytest.mark.parametrize("name", ["quarot4", "turboquant3", "vllm_3bit_nc", "kvtq_2bit", "mxfp4", "iq4_nl"])
+def test_every_kind_of_scheme_is_read_from_its_pages(name: str, smol: tuple[Any, Any]) -> None:
+    said = generation.generate(name, smol, text.botchan()[:300], tokens=4)
+    stats = said["stats"]
+    assert (stats["fallbacks"], stats["fresh_calls"] + stats["packed_calls"], stats["dense_calls"]) == (0, 30 * 4, 0)
+    assert said["tokens"] > 60 and said["text"]
+
+
+def test_keys_are_balanced_on_the_real_model(smol: tuple[Any, Any]) -> None:
+    """Keys after their rotation, with the queries that meet them: int8 then loses next to nothing."""
+    network, tokenizer = smol
+    ids = tokenizer(text.botchan()[5000:5800], add_special_tokens=False, return_tensors="pt")["input_ids"]
+    scheme = scheme_of("smoothquant8")
+    params = {
+        f"layers.{index}.{name}": numbers
+        for index, layer in enumerate(observed(network, ids))
+        for name, numbers in calibrate(scheme, *layer).items()
+    }
+    assert len(params) == 30
+    assert all((numbers > 0).all() for numbers in params.values())
+    found = generation.perplexity(*smol, text.botchan(), scheme, context=128, score=16, params=params)
+    assert found["kl"] < 0.005 and found["stats"]["fallbacks"] == 0
 
 
 def test_full_precision_is_the_model_s_own(measured: dict[str, dict[str, Any]]) -> None:

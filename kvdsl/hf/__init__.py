@@ -5,6 +5,7 @@
     handle     what a layer hands to the attention: a tensor by name, a reference in fact
     attention  the registered attention function
     masks      the registered mask function
+    observe    what the layers of a model are given, to calibrate on
 
 transformers is imported when `cache` or `use` is first called.
 """
@@ -17,10 +18,11 @@ from kvdsl.extras import need
 
 if TYPE_CHECKING:
     from .layer import PackedCache
+    from .observe import observed
     from .plug import cache, use
 
-__all__ = ["PackedCache", "cache", "use"]
-_HOME = {"cache": "plug", "use": "plug", "PackedCache": "layer"}
+__all__ = ["PackedCache", "cache", "observed", "use"]
+_HOME = {"cache": "plug", "use": "plug", "observed": "observe", "PackedCache": "layer"}
 OLDEST = "5.17"
 
 

@@ -16,10 +16,11 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from kvdsl.errors import ShapeError
+from kvdsl.errors import SchemeError, ShapeError
 from kvdsl.kernels import Backend, Params
-from kvdsl.params import checked, wanted
+from kvdsl.params import checked, missing, wanted
 from kvdsl.registry import load
+from kvdsl.rules import layer_faults, refuse_for
 from kvdsl.scheme import Scheme
 from kvdsl.shape import Shape
 
@@ -49,8 +50,9 @@ def cache(
     backend   "triton" or "torch"; default by the device of the model
     capacity  tokens a sequence for which address space is reserved
 
-    Raises ValueError for a model with layers whose state is no pair of keys and values of one head size, ShapeError for
-    calibrated parameters that are missing or do not fit.
+    Raises ValueError for a model with layers whose state is no pair of keys and values of one head size, SchemeError
+    for a scheme that does not fit its heads or layers, ShapeError for calibrated parameters that are missing or do not
+    fit.
     """
     scheme = load(scheme)
     layers, calls = _layers(scheme, model, params, backend, capacity)
@@ -67,6 +69,8 @@ def _layers(
     if config.model_type in OWN_MASKS:
         raise ValueError(f"model: {config.model_type} makes attention masks of its own; a packed cache cannot serve it")
     theirs = DynamicCache(config=config).layers or [DynamicLayer()] * config.num_hidden_layers  # type: ignore[no-untyped-call]
+    if found := layer_faults(scheme, len(theirs)):
+        raise SchemeError(found)
     calls: Counter[str] = Counter()
     layers: list[Any] = []
     for index, layer in enumerate(theirs):
@@ -78,7 +82,7 @@ def _layers(
                 f"model: layer {index} keeps a {type(layer).__name__}, which is no plain pair of keys and values"
             )
         own, numbers = scheme.for_layer(index, len(theirs)), _of_layer(params, index)
-        _refuse_numbers(own, numbers, config, index)
+        _refuse_unfit(own, numbers, config, index)
         layers.append(
             PackedLayer(
                 own,
@@ -103,12 +107,11 @@ def _of_layer(params: Params | None, index: int) -> Params | None:
     return common | {name.removeprefix(prefix): value for name, value in params.items() if name.startswith(prefix)}
 
 
-def _refuse_numbers(scheme: Scheme, params: Params | None, config: Any, index: int) -> None:
-    """ShapeError where a layer lacks calibrated numbers or has others than fit the model.
+def _refuse_unfit(scheme: Scheme, params: Params | None, config: Any, index: int) -> None:
+    """SchemeError where a layer's scheme does not fit the model's heads, ShapeError where it lacks calibrated numbers
+    or has others than fit.
 
     Of a model whose layers differ in their heads only what is missing is seen here; the rest when tokens come."""
-    if not wanted(scheme, Shape(64)):
-        return
     heads = getattr(config, "num_attention_heads", None)
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     width = getattr(config, "head_dim", None)
@@ -116,9 +119,11 @@ def _refuse_numbers(scheme: Scheme, params: Params | None, config: Any, index: i
         width = getattr(config, "hidden_size", 0) // heads
     try:
         if isinstance(kv_heads, int) and isinstance(width, int) and not hasattr(config, "global_head_dim"):
-            checked(scheme, Shape(width, kv_heads), params)
+            shape = Shape(width, kv_heads)
+            refuse_for(scheme, shape)
+            checked(scheme, shape, params)
         elif lacking := [name for name in wanted(scheme, Shape(64)) if name not in (params or {})]:
-            raise ShapeError(f"params[{lacking[0]!r}]: missing; this scale is calibrated")
+            raise ShapeError(missing(scheme, lacking[0]))
     except ShapeError as error:
         measured = "; `kvdsl calibrate` measures those of a model" if "missing" in str(error) else ""
         raise ShapeError(f"layer {index}: {error}{measured}") from None
@@ -145,7 +150,7 @@ def use(
     Arguments as for `cache`.
     """
     loaded = load(scheme)
-    before = _implementations(model)
+    before = implementations(model)
     had, own = "generate" in vars(model), vars(model).get("generate")
     plain = model.generate
     used = Use()
@@ -166,11 +171,10 @@ def use(
             object.__setattr__(model, "generate", own)
         else:
             vars(model).pop("generate", None)
-        for config, name in before:
-            config._attn_implementation_internal = name
+        restore(before)
 
 
-def _implementations(model: Any) -> list[tuple[Any, str]]:
+def implementations(model: Any) -> list[tuple[Any, str]]:
     """Every config in the model with its attention implementation."""
     found: dict[int, Any] = {}
     waiting = [model.config, *(m.config for m in model.modules() if hasattr(m, "config"))]
@@ -180,3 +184,9 @@ def _implementations(model: Any) -> list[tuple[Any, str]]:
             found[id(config)] = config
             waiting += [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
     return [(config, config._attn_implementation_internal) for config in found.values()]
+
+
+def restore(before: list[tuple[Any, str]]) -> None:
+    """What `implementations` found, as it was."""
+    for config, name in before:
+        config._attn_implementation_internal = name
