@@ -1,0 +1,140 @@
+"""Inline assembly of the device functions, executed here instruction by instruction: it must give the bits that the
+interpreter's form of the same function gives, for all codes and tables."""
+
+from __future__ import annotations
+
+import ast
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import kvdsl.codegen
+from kvdsl.codegen.alphabet import SMALL, half_number, packed_table
+
+FOLDER = Path(kvdsl.codegen.__file__).parent
+WORD = 2**32
+
+
+def assembly(module: str, function: str) -> list[tuple[str, str, int]]:
+    """(text, constraints, elements a time) of the inline assembly of a function's compiled form."""
+    tree = ast.parse((FOLDER / f"{module}.py").read_text(encoding="utf-8"))
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and node.name == function:
+            for call in ast.walk(node):
+                if isinstance(call, ast.Call) and ast.unparse(call.func) == "tl.inline_asm_elementwise":
+                    pack = next(word.value for word in call.keywords if word.arg == "pack")
+                    text, constraints = (ast.literal_eval(argument) for argument in call.args[:2])
+                    found.append((text, constraints, ast.literal_eval(pack)))
+    return found
+
+
+def prmt(a: int, b: int, selectors: int, _: int = 0) -> int:
+    """Byte selection of PTX: nibble i of the selectors names byte i of the result among the eight of a and b."""
+    both = [(a >> 8 * i) & 255 for i in range(4)] + [(b >> 8 * i) & 255 for i in range(4)]
+    out = 0
+    for i in range(4):
+        nibble = (selectors >> 4 * i) & 15
+        byte = both[nibble & 7]
+        out |= (byte if nibble < 8 else 255 * (byte >> 7)) << 8 * i
+    return out
+
+
+STEPS: dict[str, Callable[..., int]] = {
+    "shr.u32": lambda a, b: a >> b,
+    "shl.b32": lambda a, b: a << b,
+    "and.b32": lambda a, b: a & b,
+    "or.b32": lambda a, b: a | b,
+    "add.u32": lambda a, b: a + b,
+    "mad.lo.u32": lambda a, b, c: a * b + c,
+    "prmt.b32": prmt,
+}
+
+
+def execute(text: str, constraints: str, inputs: list[int]) -> list[int]:
+    """The output registers of a piece of assembly."""
+    outputs = constraints.count("=")
+    assert constraints.count("r") == outputs + len(inputs), constraints
+    registers = {f"${outputs + i}": value % WORD for i, value in enumerate(inputs)}
+    for statement in text.strip("{} ").split(";"):
+        words = re.split(r"[ ,]+", statement.strip())
+        if words[0] in ("", ".reg"):
+            continue
+        values = [registers[word] if word in registers else int(word, 0) for word in words[2:]]
+        registers[words[1]] = STEPS[words[0]](*values) % WORD
+    return [registers[f"${i}"] for i in range(outputs)]
+
+
+def elementwise(module: str, function: str, elements: list[int], *constants: int, wide: int = 0) -> list[int]:
+    """The function's assembly over 16-bit elements; constants are 16 bits wide, the first `wide` of them 32."""
+    choices = assembly(module, function)
+    if len(choices) > 1:  # a field is shifted to the right where it is shifted that way at all
+        choices = [choice for choice in choices if ("shr" in choice[0]) == bool(constants[0])]
+        constants = (constants[0] or constants[1], *constants[2:])
+    ((text, constraints, pack),) = choices
+    out: list[int] = []
+    for start in range(0, len(elements), pack):
+        group = elements[start : start + pack]
+        inputs = [(group[i] & 0xFFFF) | (group[i + 1] & 0xFFFF) << 16 for i in range(0, pack, 2)]
+        for i, constant in enumerate(constants):
+            narrow = (constant & 0xFFFF) * 0x10001
+            inputs += [constant] * pack if i < wide else [narrow] * (pack // 2)
+        for register in execute(text, constraints, inputs):
+            out += [register & 0xFFFF, register >> 16]
+    return out
+
+
+@pytest.mark.parametrize("size", [4, 8, 16])
+def test_tables_are_looked_up(size: int) -> None:
+    chance = random.Random(size)
+    for _ in range(50):
+        entries = tuple(chance.randrange(2**16) for _ in range(size))
+        codes = [*range(size), *(chance.randrange(size) for _ in range(48))]
+        registers = packed_table(entries)
+        got = elementwise("device_codes", f"table{size}", codes, *registers, wide=len(registers))
+        assert got == [entries[code] for code in codes]
+
+
+@pytest.mark.parametrize("stream", [1, 2, 4])
+def test_fields_are_taken_out_of_bytes(stream: int) -> None:
+    words = [random.Random(stream).randrange(2**16) for _ in range(64)]
+    for bit in range(0, 8, stream):
+        for shift in (0, 1, 2):
+            right, left = max(0, bit - shift), max(0, shift - bit)
+            mask = (2**stream - 1) << shift
+            got = elementwise("device_codes", "field", words, right, left, mask, wide=1)
+            assert got == [((word & 255) >> bit & 2**stream - 1) << shift for word in words]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_small_floats_become_float16(name: str) -> None:
+    small = SMALL[name]
+    for bit in range(0, 8, small.bits):
+        codes = list(range(2**small.bits))
+        words = [random.Random(code).randrange(2**8) << 8 | code << bit for code in codes]
+        size, sign = 10 - small.mantissa - bit, 16 - small.bits - bit
+        low = elementwise("device_codes", "field", words, 0, size, (2 ** (small.bits - 1) - 1) << (size + bit), wide=1)
+        high = elementwise("device_codes", "field", words, 0, sign, 2**15, wide=1)
+        pairs = [both for pair in zip(low, high, strict=True) for both in pair]
+        halves = [pairs[i] | pairs[i + 1] for i in range(0, len(pairs), 2)]
+        assert halves == [small.half(code) for code in codes]
+        for code, half in zip(codes, halves, strict=True):
+            want = small.value(code)
+            assert half_number(half) * 2.0**small.unit == want or want != want or small.name == "e5m2"
+
+
+def test_the_nan_of_e4m3_is_one_in_float16() -> None:
+    halves = [SMALL["e4m3"].half(code) for code in range(256)]
+    for code, half in enumerate(elementwise("device_codes", "with_nan", halves)):
+        number = half_number(half)
+        assert (number != number) == (code & 127 == 127)
+        assert number != number or half == halves[code]
+
+
+def test_planes_and_upper_bytes() -> None:
+    words = [random.Random(1).randrange(2**16) for _ in range(64)]
+    assert elementwise("device", "upper", words) == [word >> 8 for word in words]
+    assert elementwise("device", "plane", words, 0x3C) == [word & 0x3C for word in words]
