@@ -9,6 +9,7 @@ is proven: the terms, multiplied out, are the definition.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 import sympy as sp
@@ -23,6 +24,9 @@ from .placement import When, centre
 token, block, group, channel = (sp.Symbol(name, integer=True, nonnegative=True) for name in ("t", "b", "g", "d"))
 query, weight = sp.IndexedBase("q")[channel], sp.IndexedBase("p")[token]
 code, level = (sp.IndexedBase(name)[token, channel] for name in "cl")
+
+
+Letter = Literal["c", "l"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class NormalForm:
     definition: sp.Expr
     terms: tuple[Term, ...]
     proof: tuple[ProofStep, ...]
-    letter: Literal["c", "l"] = "c"
+    letter: Letter = "c"
 
 
 def decoded(store: Store, alphabet: Alphabet, c: sp.Expr, s: sp.Expr, z: sp.Expr) -> sp.Expr:
@@ -64,7 +68,7 @@ def decoded(store: Store, alphabet: Alphabet, c: sp.Expr, s: sp.Expr, z: sp.Expr
     if scale is None:
         return c
     if not isinstance(code_, Uniform):
-        line = c if alphabet.looked_up else alphabet.first + alphabet.step * c
+        line = c if alphabet.looked_up else _exact(alphabet.first) + _exact(alphabet.step) * c
         return s * line + (z if scale.range in ("minmax", "minmax_zero") else 0)
     half = sp.Rational(1, 2) if code_.grid == "cells" else sp.Integer(0)
     if scale.range not in ("minmax", "minmax_zero"):
@@ -72,6 +76,10 @@ def decoded(store: Store, alphabet: Alphabet, c: sp.Expr, s: sp.Expr, z: sp.Expr
     if scale.zero == "min":
         return s * (c + half) + z
     return s * (c - z)
+
+
+def _exact(number: Fraction) -> sp.Rational:
+    return sp.Rational(number.numerator, number.denominator)
 
 
 _INDICES = {
@@ -83,8 +91,9 @@ _INDICES = {
 }
 
 
-def _split(factor: sp.Expr, coded: bool) -> Term:
-    """Sort the factors of one product by the index they depend on."""
+def _split(factor: sp.Expr, coded: bool, when: When) -> Term:
+    """Sort the factors of one product by the index they depend on; a step of levels goes with the scale."""
+    with_channels = coded and when in (When.ONCE_PER_TILE, When.ONCE_PER_QUERY)
     of_token, of_channel = sp.Integer(1), sp.Integer(1)
     for part in sp.Mul.make_args(factor):
         if part in (code, level):
@@ -92,16 +101,14 @@ def _split(factor: sp.Expr, coded: bool) -> Term:
         depends = part.free_symbols & {token, channel}
         if depends == {token, channel}:
             raise ProofError(f"{part} depends on the token and the channel: it cannot leave the loop")
-        if channel in depends:
+        if channel in depends or (with_channels and part.is_number):
             of_channel *= part
         else:
             of_token *= part
     return Term(of_token, of_channel, coded)
 
 
-def derive(
-    side: Literal["keys", "values"], store: Store, when: When, alphabet: Alphabet | None = None
-) -> NormalForm:
+def derive(side: Literal["keys", "values"], store: Store, when: When, alphabet: Alphabet | None = None) -> NormalForm:
     """The normal form of one side whose scale is applied at `when`, with its proof.
 
     alphabet   how codes become numbers; None: as in blocks of 128 channels
@@ -110,7 +117,8 @@ def derive(
     indices = _INDICES[when]
     stored = [sp.IndexedBase(name)[indices] if indices else sp.Integer(0) for name in ("s", "z")]
     alphabet = alphabet or alphabet_of(store, 128)
-    number, letter = (level, "l") if alphabet.looked_up else (code, "c")
+    number = level if alphabet.looked_up else code
+    letter: Letter = "l" if alphabet.looked_up else "c"
     definition = decoded(store, alphabet, number, *stored)
     outside = query if side == "keys" else weight
     if when is When.IN_LOOP:
@@ -122,7 +130,7 @@ def derive(
         )
         return NormalForm(side, when, definition, (term,), (step, *alphabet_proof(alphabet)), letter)
     summand = sp.expand(outside * definition)
-    terms = tuple(_split(product, product.has(number)) for product in sp.Add.make_args(summand))
+    terms = tuple(_split(product, product.has(number), when) for product in sp.Add.make_args(summand))
     back = sum(term.token_factor * term.channel_factor * (number if term.coded else 1) for term in terms)
     if sp.simplify(back - outside * definition) != 0:
         raise ProofError(f"{side}: the terms {terms} do not add up to {definition}")

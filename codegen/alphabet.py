@@ -10,9 +10,8 @@ from __future__ import annotations
 import math
 import struct
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
-
-import sympy as sp
 
 from kvdsl.codes import width
 from kvdsl.errors import ProofError
@@ -77,8 +76,8 @@ class Alphabet:
     bits: int
     count: int
     levels: tuple[float, ...] = ()
-    first: sp.Rational = sp.Integer(0)
-    step: sp.Rational = sp.Integer(1)
+    first: Fraction = Fraction(0)
+    step: Fraction = Fraction(1)
     small: Small | None = None
     unit: int = 0
     lift: int = 0
@@ -131,7 +130,8 @@ def alphabet_of(store: Store, channels: int) -> Alphabet:
     code, scale, bits = store.code, store.measure, width(store.code)
     if isinstance(code, Float) and not code.plain:
         small = SMALL[code.format]
-        return Alphabet("pattern", small.bits, 2**small.bits, small=small, unit=small.unit, lift=_lift(small.top, scale))
+        lift = _lift(small.top, scale)
+        return Alphabet("pattern", small.bits, 2**small.bits, small=small, unit=small.unit, lift=lift)
     if not isinstance(code, Codebook):
         bits = 0 if isinstance(code, Float) or bits is None else bits
         return Alphabet("affine", bits, 2**bits)
@@ -158,12 +158,12 @@ def _lift(top: float, scale: Scale | None) -> int:
     return math.frexp(top / max(1.0, widest))[1] - 1
 
 
-def _line(levels: tuple[float, ...]) -> tuple[sp.Rational, sp.Rational] | None:
+def _line(levels: tuple[float, ...]) -> tuple[Fraction, Fraction] | None:
     """(first level, step) where float32 arithmetic finds every level as first + step*code."""
     step = single(levels[1] - levels[0])
     if any(single(levels[0] + single(step * code)) != level for code, level in enumerate(levels)):
         return None
-    return sp.Rational(levels[0]), sp.Rational(step)
+    return Fraction(levels[0]), Fraction(step)
 
 
 def prove(alphabet: Alphabet) -> list[tuple[str, str]]:
@@ -192,8 +192,7 @@ def prove(alphabet: Alphabet) -> list[tuple[str, str]]:
 
 
 def packed_table(words: tuple[int, ...]) -> tuple[int, ...]:
-    """16-bit entries as 32-bit registers for byte selection, signed: low bytes of entries 0-3, 4-7, ..., then high ones;
-    of four entries both in one pair of registers."""
+    """16-bit entries as 32-bit registers for byte selection, signed: the low bytes, four a register, then the high."""
     words += (words[-1],) * (4 - len(words))
     rows = [bytes(word >> shift & 255 for word in words) for shift in (0, 8)]
     return tuple(int.from_bytes(row[i : i + 4], "little", signed=True) for row in rows for i in range(0, len(row), 4))
@@ -203,5 +202,8 @@ def _looked_up(words: tuple[int, ...]) -> tuple[int, ...]:
     """The entries as a byte selection finds them again in the registers of `packed_table`."""
     registers = packed_table(words)
     count = len(registers) // 2
-    rows = [b"".join((r % 2**32).to_bytes(4, "little") for r in half) for half in (registers[:count], registers[count:])]
-    return tuple(rows[0][code] | rows[1][code] << 8 for code in range(len(words)))
+    low, high = (
+        b"".join((register % 2**32).to_bytes(4, "little") for register in half)
+        for half in (registers[:count], registers[count:])
+    )
+    return tuple(low[code] | high[code] << 8 for code in range(len(words)))

@@ -24,42 +24,6 @@ if INTERPRETED:
         return (words & MASK).to(tl.float16, bitcast=True)
 
     @triton.jit
-    def field(words, RIGHT: tl.constexpr, LEFT: tl.constexpr, MASK: tl.constexpr):
-        """The bits under MASK of each 16-bit word, shifted first; MASK must leave out what a shift brings in."""
-        return ((words >> RIGHT) << LEFT) & MASK
-
-    @triton.jit
-    def both(words, others):
-        """The bits of two fields together."""
-        return words | others
-
-    @triton.jit
-    def with_nan(halves):
-        """e4m3 numbers moved into float16 bits, the one that stands for NaN made one."""
-        return halves | (((halves & 0x3F80) + 128) & 0x4000)
-
-    @triton.jit
-    def table4(codes, A: tl.constexpr, B: tl.constexpr):
-        """16-bit entries of a table of four: A the low bytes, B the high ones."""
-        found = codes * 0
-        for i in tl.static_range(4):
-            found = tl.where(codes == i, ((A >> (8 * i)) & 255) | (((B >> (8 * i)) & 255) << 8), found)
-        return found.to(tl.int16)
-
-    @triton.jit
-    def table8(codes, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
-        """16-bit entries of a table of eight: A, B the low bytes, C, D the high ones."""
-        return tl.where(codes < 4, table4(codes, A, C), table4(codes - 4, B, D))
-
-    @triton.jit
-    def table16(
-        codes, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
-        E: tl.constexpr, F: tl.constexpr, G: tl.constexpr, H: tl.constexpr,
-    ):  # fmt: skip
-        """16-bit entries of a table of sixteen: A to D the low bytes, E to H the high ones."""
-        return tl.where(codes < 8, table8(codes, A, B, E, F), table8(codes - 8, C, D, G, H))
-
-    @triton.jit
     def quotient(dividend, divisor):
         """dividend / divisor, rounded to nearest; the divisor a positive or negative float16 widened to float32."""
         return tl.div_rn(dividend, tl.broadcast_to(divisor, dividend.shape))
@@ -81,87 +45,6 @@ else:
             "and.b32 $0, $1, $2;", "=r,r,r", [words, mask], dtype=tl.int16, is_pure=True, pack=2
         )
         return kept.to(tl.float16, bitcast=True)
-
-    @triton.jit
-    def field(words, RIGHT: tl.constexpr, LEFT: tl.constexpr, MASK: tl.constexpr):
-        """The bits under MASK of each 16-bit word, shifted first; MASK must leave out what a shift brings in."""
-        mask = tl.full(words.shape, MASK, tl.int16)
-        if RIGHT:
-            shift = tl.full(words.shape, RIGHT, tl.int32)
-            return tl.inline_asm_elementwise(
-                "{ .reg .b32 t; shr.u32 t, $1, $2; and.b32 $0, t, $4; }",
-                "=r,r,r,r,r", [words, shift, mask], dtype=tl.int16, is_pure=True, pack=2,
-            )  # fmt: skip
-        shift = tl.full(words.shape, LEFT, tl.int32)
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 t; shl.b32 t, $1, $2; and.b32 $0, t, $4; }",
-            "=r,r,r,r,r", [words, shift, mask], dtype=tl.int16, is_pure=True, pack=2,
-        )  # fmt: skip
-
-    @triton.jit
-    def both(words, others):
-        """The bits of two fields together."""
-        return tl.inline_asm_elementwise(
-            "or.b32 $0, $1, $2;", "=r,r,r", [words, others], dtype=tl.int16, is_pure=True, pack=2
-        )
-
-    @triton.jit
-    def with_nan(halves):
-        """e4m3 numbers moved into float16 bits, the one that stands for NaN made one."""
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 t; and.b32 t, $1, 0x3F803F80; add.u32 t, t, 0x00800080; and.b32 t, t, 0x40004000; "
-            "or.b32 $0, $1, t; }",
-            "=r,r", [halves], dtype=tl.int16, is_pure=True, pack=2,
-        )  # fmt: skip
-
-    @triton.jit
-    def table4(codes, A: tl.constexpr, B: tl.constexpr):
-        """16-bit entries of a table of four: A the low bytes, B the high ones.
-
-        Two codes of a register become four selectors of a byte each: c, c + 4 of either.
-        """
-        low, high = tl.full(codes.shape, A, tl.int32), tl.full(codes.shape, B, tl.int32)
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 t; shr.u32 t, $1, 8; or.b32 t, t, $1; mad.lo.u32 t, t, 17, 0x4040; prmt.b32 $0, $2, $4, t; }",
-            "=r,r,r,r,r,r", [codes, low, high], dtype=tl.int16, is_pure=True, pack=2,
-        )  # fmt: skip
-
-    @triton.jit
-    def table8(codes, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
-        """16-bit entries of a table of eight: A, B the low bytes, C, D the high ones.
-
-        The codes of a register, side by side, select two low bytes and two high ones, which are interleaved.
-        """
-        a, b = tl.full(codes.shape, A, tl.int32), tl.full(codes.shape, B, tl.int32)
-        c, d = tl.full(codes.shape, C, tl.int32), tl.full(codes.shape, D, tl.int32)
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 t, low, high; shr.u32 t, $1, 12; or.b32 t, t, $1; prmt.b32 low, $2, $4, t; "
-            "prmt.b32 high, $6, $8, t; prmt.b32 $0, low, high, 0x5140; }",
-            "=r,r,r,r,r,r,r,r,r,r", [codes, a, b, c, d], dtype=tl.int16, is_pure=True, pack=2,
-        )  # fmt: skip
-
-    @triton.jit
-    def table16(
-        codes, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
-        E: tl.constexpr, F: tl.constexpr, G: tl.constexpr, H: tl.constexpr,
-    ):  # fmt: skip
-        """16-bit entries of a table of sixteen: A to D the low bytes, E to H the high ones.
-
-        Either half of the table is looked up by the code's low three bits; its top bit selects among what was found.
-        """
-        a, b = tl.full(codes.shape, A, tl.int32), tl.full(codes.shape, B, tl.int32)
-        c, d = tl.full(codes.shape, C, tl.int32), tl.full(codes.shape, D, tl.int32)
-        e, f = tl.full(codes.shape, E, tl.int32), tl.full(codes.shape, F, tl.int32)
-        g, h = tl.full(codes.shape, G, tl.int32), tl.full(codes.shape, H, tl.int32)
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 t, s, x, y, low, high; shr.u32 t, $1, 12; or.b32 t, t, $1; shr.u32 s, t, 1; "
-            "and.b32 s, s, 0x44; or.b32 s, s, 0x10; and.b32 t, t, 0x77; "
-            "prmt.b32 x, $2, $4, t; prmt.b32 y, $6, $8, t; prmt.b32 low, x, y, s; "
-            "prmt.b32 x, $10, $12, t; prmt.b32 y, $14, $16, t; prmt.b32 high, x, y, s; "
-            "prmt.b32 $0, low, high, 0x5140; }",
-            "=r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r", [codes, a, b, c, d, e, f, g, h],
-            dtype=tl.int16, is_pure=True, pack=2,
-        )  # fmt: skip
 
     @triton.jit
     def quotient(dividend, divisor):
@@ -219,40 +102,6 @@ def to_int16(words):
 def to_byte(words):
     """The low byte of 32-bit words."""
     return words.to(tl.uint8)
-
-
-@triton.jit
-def e4m3(words):
-    """Bytes read as e4m3, as float32."""
-    words = words.to(tl.int32) & 255
-    number = half((((words & 127) << 7) | ((words & 128) << 8)).to(tl.int16)) * 256.0
-    return tl.where((words & 127) == 127, float("nan"), number)
-
-
-@triton.jit
-def high_e4m3(words):
-    """The high bytes of 16-bit words read as e4m3, as float32."""
-    return e4m3(words >> 8)
-
-
-@triton.jit
-def e5m2(words):
-    """Bytes read as e5m2, as float32."""
-    return half((words.to(tl.int32) << 8).to(tl.int16))
-
-
-@triton.jit
-def e2m1(words):
-    """Nibbles read as e2m1, as float32."""
-    words = words.to(tl.int32)
-    return half((((words & 7) << 9) | ((words & 8) << 12)).to(tl.int16)) * 16384.0
-
-
-@triton.jit
-def e8m0(words):
-    """Bytes read as the power of two whose exponent they are, as float32; 255 is NaN."""
-    words = words.to(tl.int32) & 255
-    return ((words << 23) | tl.where(words == 255, 0x400000, 0)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -362,39 +211,6 @@ def narrow(x):
 def to_float(x):
     """Whole numbers as float32."""
     return x.to(tl.float32)
-
-
-@triton.jit
-def small_float(x, MANTISSA: tl.constexpr, LEAST: tl.constexpr, TOP: tl.constexpr, SIGN: tl.constexpr):
-    """The bits of the nearest small float (ties to even), saturating at TOP; a zero has no sign.
-
-    Numbers from 2**LEAST on have MANTISSA bits behind the first; smaller ones are spaced as those just above.
-    """
-    size = tl.minimum(tl.abs(x), TOP)
-    exponent = tl.maximum(((size.to(tl.int32, bitcast=True) >> 23) & 255) - 127, LEAST)
-    steps = nearest(size * ((127 + MANTISSA - exponent) << 23).to(tl.float32, bitcast=True))
-    code = ((exponent - LEAST) << MANTISSA) + steps.to(tl.int32)
-    return tl.where((x < 0.0) & (code > 0), code + SIGN, code)
-
-
-@triton.jit
-def bits_e4m3(x):
-    """The nearest e4m3's bits, saturating.  A zero has no sign."""
-    return small_float(x, 3, -6, 448.0, 128)
-
-
-@triton.jit
-def power_of_two(size, LESS: tl.constexpr):
-    """2**(floor(log2(size)) - LESS) within what 8 bits of exponent hold."""
-    exponent = ((size.to(tl.int32, bitcast=True) >> 23) & 255) - 127
-    exponent = tl.where(exponent < -126, -126, exponent - LESS)
-    return ((tl.minimum(tl.maximum(exponent, -126), 127) + 127) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def power_bits(scale):
-    """The exponent's bits of a power of two."""
-    return (scale.to(tl.int32, bitcast=True) >> 23) & 255
 
 
 @triton.jit

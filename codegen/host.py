@@ -48,7 +48,7 @@ def nearest_away(x: Tensor) -> Tensor:
 
 def root(x: Tensor) -> Tensor:
     """The square root, rounded to nearest."""
-    return torch.sqrt(x)
+    return torch.sqrt(x.to(torch.float64)).to(torch.float32)  # of float32 numbers torch does not round it to nearest
 
 
 def wide(x: Tensor) -> Tensor:

@@ -77,8 +77,8 @@ class Meta:
     """Stored scales (and offsets) of a side.  `offset` in bytes from the blob's start, or from the page's if shared.
 
     kind: byte, half, word = a scale of 8, 16, 32 bits; bytes, halves = scale and offset as low and high half of a word
-    of 16 or 32 bits; words = all 32-bit scales, then all 32-bit offsets.  Entry (block, group) is `block * block_stride + group *
-    group_stride`.
+    of 16 or 32 bits; words = all 32-bit scales, then all 32-bit offsets.  Entry (block, group) is `block *
+    block_stride + group * group_stride`.
     """
 
     kind: MetaKind

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from .lint_text import Fault, Rule, Text, is_constexpr, line, names
 
-DEVICE = "kvdsl.codegen.device"
+DEVICE = ("kvdsl.codegen.device", "kvdsl.codegen.device_codes")
 
 _IDENTIFIER = re.compile(r"_?[A-Za-z][A-Za-z0-9]*(_[A-Za-z0-9]+)*")
 _NODES = (
@@ -68,7 +68,7 @@ def only_known_nodes(text: Text) -> Iterator[Fault]:
 
 
 def only_known_imports(text: Text) -> Iterator[Fault]:
-    """`import triton`, `import triton.language as tl`, names from kvdsl.codegen.device, and nothing else."""
+    """`import triton`, `import triton.language as tl`, names from the modules of DEVICE, and nothing else."""
     for node in ast.walk(text.tree):
         if isinstance(node, ast.Import):
             for name in node.names:
@@ -76,8 +76,8 @@ def only_known_imports(text: Text) -> Iterator[Fault]:
                     yield node.lineno, f"import of {name.name}"
         if isinstance(node, ast.ImportFrom):
             renamed = any(name.name == "*" or name.name.startswith("_") or name.asname for name in node.names)
-            if node.module != DEVICE or node.level or renamed:
-                yield node.lineno, f"import from {'.' * node.level}{node.module or ''} other than names of {DEVICE}"
+            if node.module not in DEVICE or node.level or renamed:
+                yield node.lineno, f"import from {'.' * node.level}{node.module or ''} other than names of {DEVICE[0]}"
         if isinstance(node, (ast.Import, ast.ImportFrom)) and text.parents[node] is not text.tree:
             yield node.lineno, "import inside a function"
 

@@ -92,7 +92,7 @@ class SidePlan:
 
     @cached_property
     def operands(self) -> tuple[Stream, ...]:
-        """What a product reads: the streams of an affine alphabet one by one, else the codes joined, a plane at a time."""
+        """What a product reads: the streams of an affine alphabet one by one, else whole codes, plane by plane."""
         if not self.alphabet.looked_up:
             return self.layout.streams
         places = tuple(Place(plane, plane, 0, 0) for plane in range(self.layout.planes))

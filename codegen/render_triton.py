@@ -16,11 +16,13 @@ from .triton_pack import Pack
 from .triton_turn import restore, turn, turn_query
 from .triton_unpack import Unpack
 
+DEVICE = ("device", "device_codes")
+
 
 @cache
-def helpers() -> tuple[str, ...]:
-    """The names that device.py defines, read from its text: it must not be imported to print."""
-    tree = ast.parse((Path(__file__).parent / "device.py").read_text(encoding="utf-8"))
+def helpers(module: str) -> tuple[str, ...]:
+    """The names that a module of DEVICE defines, read from its text: it must not be imported to print."""
+    tree = ast.parse((Path(__file__).parent / f"{module}.py").read_text(encoding="utf-8"))
     return tuple(sorted({node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}))
 
 
@@ -37,6 +39,8 @@ def render(plan: Plan, name: str) -> str:
     kernels.append(attend.attention("extend", plan.rows(many=True)))
     kernels.append(merge(plan))
     body = "\n\n".join(without_unused(kernel) for kernel in kernels)
-    used = sorted(name for name in helpers() if re.search(rf"\b{name}\(", body))
-    imports = "import triton\nimport triton.language as tl\n" + imported("kvdsl.codegen.device", used)
+    imports = "import triton\nimport triton.language as tl\n"
+    for module in DEVICE:
+        used = [name for name in helpers(module) if re.search(rf"\b{name}\(", body)]
+        imports += imported(f"kvdsl.codegen.{module}", used) if used else ""
     return f"{heading(plan, name)}\n{imports}\n\n{body}"

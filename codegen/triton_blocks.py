@@ -167,7 +167,7 @@ class Walked(Block):
 
 
 def measured(side: SidePlan, block: Block) -> list[str]:
-    """Lines from the numbers of blocks to what is stored of them: scale, start, fitted, and whether a NaN spoilt them."""
+    """Lines from the numbers of blocks to what is stored of them, and whether a NaN spoilt them."""
     inside = block.inside
     names = [*statistics(side), "spoilt"]
     out = Lines()

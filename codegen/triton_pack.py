@@ -5,7 +5,8 @@ One pack program owns one token block (or 32 single tokens) of one kv head: stat
 
 from __future__ import annotations
 
-from .codec import call, coding, functions, stored_numbers, words
+from .codec import call, coding, stored_numbers, words
+from .codec_text import functions
 from .layout import PAIR, Stream, token_block
 from .plan import Plan, SidePlan
 from .text import Lines, bare, fill, padded, plus
@@ -128,9 +129,9 @@ class Pack(Planes):
                 self._block(body, group, InPlanes(self, [j]), [j])
         elif meta.channels % self.width == 0:
             per_group = len(planes) // meta.groups
-            for group in range(meta.groups):
-                members = planes[group * per_group : (group + 1) * per_group]
-                self._block(body, str(group), InPlanes(self, members), members)
+            for index in range(meta.groups):
+                members = planes[index * per_group : (index + 1) * per_group]
+                self._block(body, str(index), InPlanes(self, members), members)
         else:
             body.add("# groups are narrower than a plane, or cross planes: each lane walks its own group")
             for j in planes:

@@ -47,10 +47,10 @@ class Planes:
             if name == "outer":
                 assert side.second is not None
                 head = " + h" if side.second.block.heads == 1 else ""
-                lines.append(f"{self.prefix}_outer = tl.load({side.name}_second_ptr{head})")
+                lines.append(f"{self.prefix}_outer = tl.load({side.name}_second_ptr{head}).to(tl.float32)")
             else:
                 index = plus(int(name.removeprefix("level")))
-                lines.append(f"{self.prefix}_{name} = tl.load({side.name}_table_ptr{index})")
+                lines.append(f"{self.prefix}_{name} = tl.load({side.name}_table_ptr{index}).to(tl.float32)")
         return lines
 
     def grid(self, tokens: str, lanes: str) -> tuple[str, str]:

@@ -138,7 +138,8 @@ def _factor(place: str, value: Any) -> Iterator[Fault]:
         mend = f"use {float(value)!r}" if isinstance(value, float) and 0 < value <= 4 else "use a float, as 0.9"
         yield Fault(place, f"{said(value)} is {_type(value)}, not a float", mend)
     elif not (math.isfinite(value) and 0 < value <= MOST_CLIP):
-        yield Fault(place, f"{said(value)} is not in (0, {MOST_CLIP:g}]", "use 1.0 for the whole range, or less, as 0.9")
+        fact = f"{said(value)} is not in (0, {MOST_CLIP:g}]"
+        yield Fault(place, fact, "use 1.0 for the whole range, or less, as 0.9")
 
 
 def levels(place: str, value: Any) -> Iterator[Fault]:

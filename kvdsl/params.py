@@ -27,9 +27,9 @@ LONGEST_HEADER = 1 << 20  # bytes of a file's description that are read
 
 
 def wanted(scheme: Scheme, shape: Shape) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of the numbers a scheme needs from data: of a scale (kv heads or 1, groups of channels or 1),
-    and (2, ...) = scale, offset where the range has an offset; of a second level (kv heads or 1, 1); of a table
-    (levels,); of a transform (kv heads, head_dim).  Empty where nothing is calibrated."""
+    """The names and shapes of the numbers a scheme needs beside its pages: of a scale (kv heads or 1, groups of
+    channels or 1), and (2, ...) = scale, offset where the range has an offset; of a second level (kv heads or 1, 1); of
+    a table (levels,); of a transform (kv heads, head_dim).  Empty where nothing is calibrated."""
     found: dict[str, tuple[int, ...]] = {}
     for side in SIDES:
         store = scheme.side(side)

@@ -6,45 +6,16 @@ A rule says which fields it reads and is skipped where one of them does not even
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
+from . import measure_rules  # noqa: F401  (it enters its rules)
 from .errors import Fault, SchemeError
 from .kinds import misfits
 from .scheme import ALL, ChannelScale, Codebook, Float, Rotate, Scale, Scheme, Sketch, Store, Uniform
 from .shape import Shape
+from .sites import RULES, Site, rule
 
 LONGEST_PAGE = 4096  # tokens: a page holds whole blocks of both sides and whole words
-
-
-@dataclass(frozen=True)
-class Site:
-    """One store of a scheme and where it stands: `keys` or `values` (`keys` for both where `both=` gave them)."""
-
-    place: str
-    store: Store
-    scheme: Scheme
-
-    @property
-    def scale(self) -> Scale | None:
-        return self.store.measure
-
-    def fault(self, inner: str, fact: str, mend: str) -> Fault:
-        return Fault(f"{self.place}.{inner}", fact, mend)
-
-
-Rule = Callable[[Site], Iterator[Fault]]
-RULES: list[tuple[tuple[str, ...], Rule]] = []
-
-
-def rule(*reads: str) -> Callable[[Rule], Rule]:
-    """Enter a rule into the table with the fields it reads; `~` stands for the side."""
-
-    def enter(function: Rule) -> Rule:
-        RULES.append((reads, function))
-        return function
-
-    return enter
 
 
 def faults(scheme: Scheme) -> tuple[Fault, ...]:
@@ -215,111 +186,6 @@ def _a_zero_point_in_the_scale_needs_spare_bits(site: Site) -> Iterator[Fault]:
     if scale is not None and scale.zero == "point" and scale.dtype == "e4m3":
         fact = "an integer zero point beyond 16 is not one of e4m3"
         yield site.fault("scale.zero", fact, "use zero='min' or dtype='fp16'")
-
-
-@rule("~.code", "~.scale.range", "~.scale.when")
-def _a_range_suits_its_levels(site: Site) -> Iterator[Fault]:
-    code, scale = site.store.code, site.scale
-    if scale is None:
-        return
-    ranged, known = scale.range in ("minmax", "minmax_zero"), isinstance(code, Codebook) and code.levels
-    if isinstance(code, Uniform) and scale.range in ("norm", "absmean"):
-        fact = f"evenly spaced levels end where the range ends, and {scale.range} has no ends"
-        yield site.fault("scale.range", fact, "use range='absmax', or Codebook(levels=(-1, 0, 1))")
-    elif isinstance(code, Float) and (ranged or scale.range == "signed_absmax"):
-        fact = f"the numbers of {code.format} lie about 0 alike on both sides, {scale.range} about another middle"
-        yield site.fault("scale.range", fact, "leave range out")
-    elif ranged and isinstance(known, str) and known != "calibrated":
-        fact = f"{scale.range} puts -1 and 1 on the ends of the range, and levels for {known!r} lie otherwise"
-        yield site.fault("scale.range", fact, "leave range out, or give levels from -1 to 1")
-    elif ranged and isinstance(known, tuple) and max(abs(known[0]), abs(known[-1])) > 2:
-        fact = f"{scale.range} puts -1 and 1 on the ends of the range, and these levels go from {known[0]} to {known[-1]}"
-        yield site.fault("scale.range", fact, "divide the levels, or use range='absmax'")
-    elif scale.range == "signed_absmax" and isinstance(known, tuple) and known[0] == 0:
-        fact = "signed_absmax puts its extreme on the lowest level, and that is 0"
-        yield site.fault("scale.range", fact, "use range='absmax'")
-    elif scale.range == "signed_absmax" and known == "calibrated":
-        fact = "signed_absmax puts its extreme on the lowest level, which calibration may put anywhere"
-        yield site.fault("scale.range", fact, "use range='absmax', or leave range out")
-
-
-@rule("~.code.levels", "~.scale.block.channels")
-def _a_law_of_coordinates_needs_several(site: Site) -> Iterator[Fault]:
-    code, scale = site.store.code, site.scale
-    if isinstance(code, Codebook) and code.levels == "beta" and scale is not None:
-        if isinstance(scale.block.channels, int) and scale.block.channels < 4:
-            fact = f"a unit vector of {scale.block.channels} channels has no such coordinates"
-            yield site.fault("code.levels", fact, "use levels='normal', or blocks of more channels")
-
-
-@rule("~.scale.clip", "~.scale.range", "~.scale.when")
-def _a_clip_suits_its_range(site: Site) -> Iterator[Fault]:
-    scale = site.scale
-    if scale is None:
-        return
-    clips = scale.clip if isinstance(scale.clip, tuple) else (scale.clip,)
-    if scale.range in ("minmax", "minmax_zero") and max(clips) > 1:
-        fact = f"{max(clips)} times the range puts its ends where no number is"
-        yield site.fault("scale.clip", fact, "use 1.0 or less, or range='absmax'")
-    if len(clips) > 1 and scale.when == "calibrated":
-        fact = "a calibrated scale is given, so there is nothing to choose"
-        yield site.fault("scale.clip", fact, "give one number, or when='online'")
-
-
-@rule("~.scale.refit", "~.scale.range", "~.scale.when")
-def _a_refit_is_of_one_number(site: Site) -> Iterator[Fault]:
-    scale = site.scale
-    if scale is None or scale.refit is None:
-        return
-    if scale.range in ("minmax", "minmax_zero"):
-        fact = f"{scale.range} stores an offset beside the scale, and {scale.refit} fits a scale alone"
-        yield site.fault("scale.refit", fact, "leave refit out, or use range='absmax'")
-    if scale.when == "calibrated":
-        yield site.fault("scale.refit", "a calibrated scale is given, not fitted", "leave refit out")
-
-
-@rule("~.scale.dtype", "~.scale.range", "~.scale.refit", "~.scale.scale", "~.code.levels")
-def _e8m0_is_a_power_of_two(site: Site) -> Iterator[Fault]:
-    scale, code = site.scale, site.store.code
-    if scale is None or scale.dtype != "e8m0":
-        return
-    if scale.range != "absmax":
-        fact = f"e8m0 is the power of two of the largest size, and cannot hold what {scale.range} finds"
-        yield site.fault("scale.dtype", fact, "use range='absmax' or dtype='e4m3'")
-    if scale.refit is not None:
-        fact = "e8m0 is a power of two, which a fitted scale is not"
-        yield site.fault("scale.refit", fact, "leave refit out, or use dtype='e4m3'")
-    if scale.scale is not None:
-        fact = "e8m0 reaches every size, and a second level gains nothing"
-        yield site.fault("scale.scale", fact, "leave it out, or use dtype='e4m3'")
-    if isinstance(code, Codebook) and code.levels == "calibrated":
-        fact = "e8m0 is counted from the top level, which is not known before calibration"
-        yield site.fault("scale.dtype", fact, "use dtype='e4m3'")
-
-
-@rule("~.scale.scale", "~.scale.block", "~.scale.when", "~.scale.zero")
-def _a_second_level_is_one_number(site: Site) -> Iterator[Fault]:
-    first = site.scale
-    if first is None or (second := first.scale) is None:
-        return
-    block, place = second.block, "scale.scale"
-    whole = "use per_tensor(dtype='fp32', when='calibrated')"
-    if first.when == "calibrated":
-        fact = "a calibrated scale takes no bytes a token, a second level saves nothing"
-        yield site.fault(place, fact, "leave it out, or use when='online' for the first")
-    if second.when != "calibrated":
-        fact = "a second level is known before the first token, not measured online"
-        yield site.fault(f"{place}.when", fact, "use when='calibrated'")
-    if block.tokens is not ALL or block.channels is not ALL or block.heads not in (1, ALL):
-        yield site.fault(f"{place}.block", f"a second level is one for all tokens and channels, not {block!r}", whole)
-    elif block.heads == 1 and first.block.heads != 1:
-        yield site.fault(f"{place}.block", "blocks over several heads need one second level for all of them", whole)
-    for field, usual in (("range", None), ("clip", 1.0), ("zero", "min"), ("refit", None), ("scale", None)):
-        if getattr(second, field) != usual:
-            yield site.fault(f"{place}.{field}", f"a second level is given, {field} says nothing of it", "leave it out")
-    if first.zero != "min":
-        fact = f"{first.zero!r} stores an integer, which a second level would divide"
-        yield site.fault("scale.zero", fact, "use zero='min'")
 
 
 @rule("~.scale.block", "~.scale.when")

@@ -9,6 +9,7 @@ import torch
 from kvdsl import Block, Scale, Store, Uniform, per_channel, per_tensor, per_token, reference
 from kvdsl.codegen import algebra
 from kvdsl.codegen.algebra import clean_from_dirty, decoded, derive, planes_proof, query_of_dirty
+from kvdsl.codegen.alphabet import alphabet_of
 from kvdsl.codegen.layout import SideLayout, lay_out
 from kvdsl.codegen.placement import When, place
 from kvdsl.codegen.plan import SidePlan
@@ -73,7 +74,7 @@ def test_a_scale_of_token_and_channel_cannot_leave_the_loop() -> None:
     """Claiming a place that is too far out is refused, not emitted."""
     mixed = sp.IndexedBase("s")[algebra.token, algebra.channel] * algebra.code * algebra.query
     with pytest.raises(ProofError, match="cannot leave the loop"):
-        algebra._split(mixed, True)
+        algebra._split(mixed, True, When.AFTER_DOT)
 
 
 def test_a_wrong_change_of_basis_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +105,7 @@ def test_the_definition_is_the_references(name: str) -> None:
     coded = reference.quantize(store, x)
     assert coded.scale is not None and coded.codes is not None
     c, s, z = sp.symbols("c s z")
-    decode = sp.lambdify((c, s, z), decoded(store, c, s, z), "math")
+    decode = sp.lambdify((c, s, z), decoded(store, alphabet_of(store, 128), c, s, z), "math")
     blocks = coded.scale.shape[2:]
     for t, d in ((0, 0), (5, 17), (100, 127), (191, 64)):
         at = (0, 0, t * blocks[0] // 192, d * blocks[1] // 128)
@@ -117,7 +118,7 @@ def test_the_definition_is_the_references(name: str) -> None:
 def test_all_that_is_added_to_a_blocks_score_is_added_once() -> None:
     """Cells under a minimum have two addends (half a step, and the minimum): neither may replace the other."""
     store = Store(Uniform(4, grid="cells"), scale=per_channel(tokens=32))
-    side = SidePlan("keys", store, layout_of(store), When.ONCE_PER_TILE)
-    lines = Steps(side, 1, "", "").scaled(0, "x0", "k_scale", "k_offset")
+    side = SidePlan("keys", store, layout_of(store), When.ONCE_PER_TILE, alphabet_of(store, 1))
+    lines = Steps(side, sp.Integer(1), "", "").scaled(0, "x0", "k_scale", "k_offset")
     assert [line.split(" = ")[0] for line in lines] == ["y0", "b0"]
     assert "k_offset" in lines[1] and "k_scale" in lines[1] and "0.5" in lines[1]

@@ -100,9 +100,7 @@ def bound(store: Store, x: Tensor, params: Params | None = None, side: str = "ke
     if scale.when == "calibrated":
         assert params is not None
         if isinstance(store.code, Uniform):
-            limit = _calibrated(
-                store.code, scale, numbers, params[f"{side}.scale"].double().cpu(), level_count(store)
-            )
+            limit = _calibrated(store.code, scale, numbers, params[f"{side}.scale"].double().cpu(), level_count(store))
         else:
             limit = _given(store, numbers, params, side)
         return limit.reshape(x.shape) + (given - inside).abs()
@@ -177,9 +175,11 @@ def _stored_step(scale: Scale, step: Tensor, outer: Tensor | float, spare: int =
 
 def _uneven(store: Store, scale: Scale, numbers: Tensor, params: Params | None, side: str) -> Tensor:
     """Of a table's or a small float's levels under a scale measured online."""
+    assert not isinstance(scale.clip, tuple)
     letters, outer = _letters(store, numbers.shape[-1], params, side), _outer(store, params, side)
     low, high = numbers.amin(OVER_BLOCK, keepdim=True), numbers.amax(OVER_BLOCK, keepdim=True)
-    largest, offset, moved_offset = numbers.abs().amax(OVER_BLOCK, keepdim=True), None, 0.0
+    largest = numbers.abs().amax(OVER_BLOCK, keepdim=True)
+    offset, moved_offset = torch.zeros_like(largest), torch.zeros_like(largest)
     if scale.dtype == "e8m0":
         power = torch.frexp((scale.clip * largest).float()).exponent - torch.frexp(torch.tensor(letters.top)).exponent
         step = torch.exp2(torch.where(largest == 0, -126, power.clamp(-126, 127)).double())
@@ -198,8 +198,7 @@ def _uneven(store: Store, scale: Scale, numbers: Tensor, params: Params | None, 
         step, offset = (high - low) / 2, (high + low) / 2
         moved_offset = _stored_step(scale, offset, outer) + SLACK * largest
     moved = _stored_step(scale, step, outer)
-    centred = numbers if offset is None else numbers - offset
-    return _levelled(store, letters, centred, step, moved) + moved_offset + SLACK * (largest + numbers.abs())
+    return _levelled(store, letters, numbers - offset, step, moved) + moved_offset + SLACK * (largest + numbers.abs())
 
 
 def _given(store: Store, numbers: Tensor, params: Params, side: str) -> Tensor:
@@ -218,7 +217,8 @@ def _levelled(store: Store, letters: Alphabet, numbers: Tensor, step: Tensor, mo
     """|x - s'*level| for the nearest level, s' within `moved` of `step`, of the same sign."""
     if isinstance(store.code, Float):
         kind = MINIFLOATS[store.code.format]
-        half = numbers.abs() * 2.0 ** -(kind.mantissa + 1) + (step.abs() + moved) * 2.0 ** (kind.lowest - kind.mantissa - 1)
+        least = 2.0 ** (kind.lowest - kind.mantissa)
+        half = numbers.abs() * 2.0 ** -(kind.mantissa + 1) + (step.abs() + moved) * least / 2
         every = torch.tensor([-kind.top, kind.top], dtype=torch.float64)
     else:
         codes = torch.arange(letters.count, dtype=torch.float64)

@@ -23,10 +23,6 @@ LEAST = {"fp16": -14, "bf16": -126, "fp32": -126, "e4m3": -6, "e5m2": -14, "e8m0
 TOPS = {"fp16": LARGEST, "e4m3": 448.0, "e5m2": 57344.0}  # where a format of numbers saturates
 
 
-def _ends(case: Case, tokens: int) -> Ends:
-    return {side: [tokens] * case.batch for side in SIDES}
-
-
 def _with_sinks(case: Case, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Poisoned sinks before the tokens that are packed: they may not count."""
     lead = torch.full((*k.shape[:2], case.sinks, k.shape[3]), torch.nan, dtype=k.dtype)
@@ -34,7 +30,8 @@ def _with_sinks(case: Case, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pages(case: Case, k: Tensor, v: Tensor, params: Params, poison: Poison = USUAL) -> Pages:
-    return packed(case.kernels, *_with_sinks(case, k, v), _ends(case, k.shape[2]), params, poison)
+    ends: Ends = {side: [k.shape[2]] * case.batch for side in SIDES}
+    return packed(case.kernels, *_with_sinks(case, k, v), ends, params, poison)
 
 
 def _decoded(case: Case, pages: Pages, begin: int, end: int, params: Params) -> tuple[Tensor, Tensor]:
@@ -174,7 +171,7 @@ def _levels(case: Case, side: Side) -> tuple[Tensor, Tensor]:
 
 
 def _listed_levels(store: Store, size: tuple[int, ...], generator: Generator, dtype: torch.dtype) -> Levels:
-    """The same of a table or a small float: levels that the dtype holds, the level that makes the scale 1 among them."""
+    """The same of a table or a small float: levels that the dtype holds, and that which makes the scale 1."""
     scale = store.measure
     channels = scale.block.channels if scale is not None and isinstance(scale.block.channels, int) else size[3]
     letters = alphabet(store, channels, None)
@@ -390,8 +387,9 @@ def powers_of_two_go_through(case: Case) -> None:
             # a scale that was chosen, or fitted to another one, may be that much larger than one that was not kept
             room = 1.0 if scale.refit is None and not isinstance(scale.clip, tuple) else 16.0
             least, most = 2.0 ** LEAST[scale.dtype] * room, min(LARGEST, FORMATS[scale.dtype][2]) / factor / room
-            for number in (found.scale, found.offset if scale.zero == "min" else None):
-                if number is not None and scale.scale is None:  # a second level grows with what it divides
-                    normal = ((number.abs() >= least) | (number == 0)) & (number.abs() < most)
+            numbers = (found.scale, found.offset if scale.zero == "min" else None)
+            for number in numbers if scale.scale is None else ():  # a second level grows with what it divides
+                if number is not None:  # the least normal number may have been rounded up from among the others
+                    normal = ((number.abs() > least) | (number == 0)) & (number.abs() < most)
                     usual &= _everywhere(store, normal, x)
         require_equal(f"decoded {side}", second[usual], (first * factor)[usual])

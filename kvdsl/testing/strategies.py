@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses as dc
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from kvdsl.scheme import (
     Block,
     ChannelScale,
     ChannelShift,
+    Codebook,
     Count,
     Float,
     Permute,
@@ -64,9 +66,23 @@ def _tokens(store: Store) -> int:
 
 @st.composite
 def stores(draw: Draw, longest: int) -> Store:
-    """A legal store: one float in eight, else levels under a scale."""
-    if draw(st.integers(0, 7)) == 7:
-        return Store(Float(draw(st.sampled_from(["fp16", "fp32"]))))
+    """A legal store: one float in eight, else levels, evenly spaced, of a table, or of a small float, under a scale."""
+    kind = draw(st.sampled_from(["float", "table", "small", "small", *["uniform"] * 4]))
+    if kind == "float":
+        return Store(Float(draw(st.sampled_from(["fp16", "fp32", "e4m3", "e5m2"]))))
+    code: Uniform | Float | Codebook
+    if kind == "table":
+        code, ranges = draw(_tables())
+    elif kind == "small":
+        code, ranges = Float(draw(st.sampled_from(["e4m3", "e5m2", "e2m1", "e2m1"]))), ["absmax", "absmax", "norm"]
+    else:
+        code, ranges = draw(_uniforms())
+    scale = draw(_scales(code, draw(st.sampled_from(ranges)), longest))
+    return Store(code, scale=scale, transform=draw(transforms()))
+
+
+@st.composite
+def _uniforms(draw: Draw) -> tuple[Uniform, list[str]]:
     range_ = draw(st.sampled_from(["minmax", "minmax", "minmax_zero", "absmax", "signed_absmax"]))
     grid = "ends" if range_ == "signed_absmax" else draw(st.sampled_from(["ends", "ends", "cells"]))
     centred = range_ == "absmax" and grid == "ends"
@@ -76,18 +92,57 @@ def stores(draw: Draw, longest: int) -> Store:
     if draw(st.integers(0, 3)) == 3:
         levels = draw(st.integers(3 if centred else 2, 2**bits))
         levels -= levels % 2 if even else 0
-    rounding = "even" if grid == "cells" else draw(st.sampled_from(["even", "half_up", "floor"]))
-    code = Uniform(bits, levels=levels, grid=grid, rounding=rounding)  # type: ignore[arg-type]
+    rounding = "even" if grid == "cells" else draw(st.sampled_from(["even", "half_up", "away", "floor"]))
+    return Uniform(bits, levels=levels, grid=grid, rounding=rounding), [range_]  # type: ignore[arg-type]
 
+
+IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+TABLES: tuple[tuple[float, ...], ...] = (
+    (-1, 0, 1), (-1, 1), (-1.0, -0.3, 0.25, 1.0), (-0.9, 0.4), (-2, -1, -0.5, 0.25, 1), IQ4, (0.125, 0.5, 1),
+)  # fmt: skip
+
+
+@st.composite
+def _tables(draw: Draw) -> tuple[Codebook, list[str]]:
+    levels = draw(st.sampled_from(["normal", "normal", "beta", "beta", "calibrated", *TABLES]))
+    if isinstance(levels, tuple):
+        least = max(1, (len(levels) - 1).bit_length())
+        bits = draw(st.sampled_from([None, least, min(4, least + 1)]))
+        ranges = ["absmax", "signed_absmax", "norm", "absmean", *(["minmax", "minmax_zero"] if levels[0] >= -2 else [])]
+        return Codebook(bits, levels), ranges
+    ranges = ["norm", "norm", "absmean", "absmax"] + (["minmax"] * 2 if levels == "calibrated" else [])
+    return Codebook(draw(st.integers(1, 4)), levels), ranges
+
+
+@st.composite
+def _scales(draw: Draw, code: Any, range_: str, longest: int) -> Scale:
+    """A scale that suits a code under a range."""
+    uniform, given = isinstance(code, Uniform), isinstance(code, Codebook) and code.levels == "calibrated"
+    offset = range_ in ("minmax", "minmax_zero")
     when = draw(st.sampled_from(["online"] * 5 + ["calibrated"]))
-    dtype, zero = draw(st.sampled_from(["fp16", "bf16", "fp32"])), "min"
-    if when == "online" and grid == "ends" and range_ in ("minmax", "minmax_zero"):
-        zeros = ["min", "min"] + ["point"] * (rounding != "floor") + ["in_scale"] * (dtype == "fp32")
+    online = when == "online"
+    formats = ["fp16", "fp16", "bf16", "fp32", "e4m3", *(["e8m0"] if range_ == "absmax" and not given else [])]
+    dtype, zero = draw(st.sampled_from(formats)), "min"
+    if online and uniform and code.grid == "ends" and offset:
+        zeros = ["min", "min", *(["point"] if dtype != "e4m3" else []), *(["in_scale"] if dtype == "fp32" else [])]
         zero = draw(st.sampled_from(zeros))
-    clip = draw(st.sampled_from([1.0, 1.0, 1.0, 0.9, 0.5]))
-    block = draw(_blocks(longest, when == "calibrated"))
-    scale = Scale(block, range=range_, clip=clip, zero=zero, dtype=dtype, when=when)  # type: ignore[arg-type]
-    return Store(code, scale=scale, transform=draw(transforms()))
+    block = draw(_blocks(longest, not online))
+    if isinstance(code, Codebook) and code.levels == "beta" and block.channels == 1:
+        block = dc.replace(block, channels=8)
+    wide = [] if offset else [1.4, 2.0]
+    clips: list[Any] = [1.0, 1.0, 1.0, 0.9, 0.5, *wide]
+    if online:
+        clips.append((1.0, 0.8) if offset else (1.0, 1.5))
+    refit, second = None, None
+    if online and not offset and dtype != "e8m0":
+        refit = draw(st.sampled_from([None, None, None, "least_squares", "weighted_least_squares", "norm"]))
+    if online and zero == "min" and dtype != "e8m0" and draw(st.integers(0, 3)) == 3:
+        heads = draw(st.sampled_from([1, ALL])) if block.heads == 1 else ALL
+        second = Scale(Block(ALL, ALL, heads), dtype="fp32", when="calibrated")
+    return Scale(
+        block, range=range_, clip=draw(st.sampled_from(clips)), zero=zero, refit=refit, dtype=dtype,  # type: ignore[arg-type]
+        scale=second, when=when,
+    )  # fmt: skip
 
 
 @st.composite
@@ -164,7 +219,7 @@ def cases(
 
 WRONG: dict[str, tuple[Any, ...]] = {
     "code.bits": (0, 9, -1, True, 4.0, "4", 10**9, math.nan),
-    "code.levels": (1, 0, 257, 2.5, "16", True),
+    "code.levels": (0, 257, 2.5, "16", True),
     "code.grid": ("end", "", None, 3),
     "code.rounding": ("up", "EVEN", None),
     "code.format": ("fp8", "float16", None),
@@ -172,7 +227,9 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "scale.block.channels": (0, -8, 257, 8.5, None),
     "scale.block.heads": (0, -1, 1025, "all", None),
     "scale.range": ("max", "minmax ", 1),
-    "scale.clip": (0.0, 1.01, -1.0, math.nan, math.inf, "1", True),
+    "scale.clip": (0.0, 4.01, -1.0, math.nan, math.inf, "1", True, (1.0,), (1.0, 5.0)),
+    "scale.refit": ("least", "", 1),
+    "scale.scale": (1.0, "fp32"),
     "scale.zero": ("max", None, 0),
     "scale.dtype": ("fp8", "float16", None),
     "scale.when": ("later", None),

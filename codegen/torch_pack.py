@@ -1,0 +1,166 @@
+"""The torch functions that pack: whole pages of numbers to the bytes of every section."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import sympy as sp
+
+from .codec import (
+    call,
+    clips,
+    coding,
+    given,
+    given_name,
+    numbers,
+    searched,
+    statistics,
+    stored_numbers,
+    sums,
+    tried,
+    words,
+)
+from .layout import Stream
+from .plan import Plan, SidePlan
+from .steps import Steps
+from .text import Lines, bare, listed
+
+
+class TorchPack:
+    """Prints `pack_<side>`, and what reading takes, too."""
+
+    def __init__(self, plan: Plan, side: SidePlan) -> None:
+        self.plan, self.side = plan, side
+        self.width, self.planes = side.layout.plane_width, range(side.layout.planes)
+        self.prefix = side.name[0]
+        self.steps = Steps(side, sp.Integer(1), "..., ", "")
+
+    # ---- what a function takes ------------------------------------------------------------------------------------
+
+    def inputs(self) -> list[str]:
+        """The arguments that say where codes and scales are."""
+        meta = self.side.layout.meta
+        extra = ["shared"] if meta is not None and meta.shared else []
+        return ["pages", *extra, *self.given()]
+
+    def given(self) -> list[str]:
+        """The arguments that come with the parameters."""
+        side = self.side
+        found = ["calibrated"] if side.static else []
+        found += ["second"] if side.second is not None else []
+        return found + (["table"] if side.alphabet.given else [])
+
+    def _given(self) -> list[str]:
+        """Lines that name the numbers of the parameters as the side's functions take them."""
+        side = self.side
+        named = [given_name(side, name) for name in given(side)]
+        levels = [name for name in named if "level" in name]
+        lines = [f"{unpacked(levels)} = table.unbind()"] if levels else []
+        return lines + ([f"{named[-1]} = second[:, None]"] if side.second is not None else [])
+
+    # ---- packing --------------------------------------------------------------------------------------------------
+
+    def pack(self) -> str:
+        """Whole pages of numbers to the bytes of every section."""
+        side, meta, out = self.side, self.side.layout.meta, Lines()
+        with out.deeper(f"def pack_{side.name}({', '.join(['x', *self.given()])}):"):
+            out.add(f'"""Bytes of every section that float32 x (pages, H, {self.plan.layout.page_tokens}, D) fills."""')
+            if side.floats:
+                if side.floats == "fp16":
+                    out.add("x = torch.where(x == x, finite(x), x).to(torch.float16)")
+                out.add("return (bytes_of(x.flatten(-2)),)")
+                return str(out)
+            out.extend(self._given())
+            under: list[str] = []
+            if side.static:
+                out.add(*self._calibrated("scale", "start"))
+                under = numbers(side)
+            elif meta is not None:
+                self._measured(out)
+                under = [self._spread(name) for name in coding(side)]
+            out.add(f"code = {call(side, 'encode', ['x', *under])}.to(torch.uint8)")
+            out.add(f"{unpacked(f'c{j}' for j in self.planes)} = code.split({self.width}, -1)")
+            sections = [self._stream(out, stream) for stream in side.layout.streams]
+            if meta is not None:
+                sections.append(self._metadata())
+            for i, text in enumerate(sections):
+                out.add(f"section{i} = {text}")
+            out.add(f"return {unpacked(f'section{i}' for i in range(len(sections)))}")
+        return str(out)
+
+    @property
+    def _block(self) -> str:
+        meta = self.side.layout.meta
+        assert meta is not None
+        return f"({meta.tokens}, {meta.channels}, {meta.heads})"
+
+    def _spread(self, name: str) -> str:
+        return f"spread({name}, {self._block[1:-1]})"
+
+    def _measured(self, out: Lines) -> None:
+        """Statistics of every block, what is stored of it, its words."""
+        side, block = self.side, self._block
+        taken = {"low": "lowest_of(x, {})", "high": "highest_of(x, {})", "squares": "summed(square(x), {})"}
+        taken["sizes"] = "summed(magnitude(x), {})"
+        out.add(*(f"{name} = {taken[name].format(block)}" for name in statistics(side)), f"spoilt = nan_in(x, {block})")
+        for i, clip in enumerate(clips(side)):
+            measure = call(side, "measure", [*statistics(side), *([repr(float(clip))] if searched(side) else [])])
+            out.add(f"{', '.join(numbers(side))} = {measure}")
+            if side.scale.refit:
+                under = ["x", *(self._spread(name) for name in numbers(side))]
+                out.add(f"{', '.join(sums(side))} = {call(side, 'products', under)}")
+                out.add(*(f"{name} = summed({name}, {block})" for name in sums(side)))
+                out.add(f"fitted = {call(side, 'refit', ['scale', *sums(side)])}")
+            if not searched(side):
+                continue
+            under = ["x", *(self._spread(name) for name in tried(side))]
+            out.add(f"error = narrow(summed({call(side, 'loss', under)}, {block}))")
+            if i == 0:
+                out.add("least = error", *(f"best_{name} = {name}" for name in tried(side)))
+            else:
+                out.add("closer = error < least", "least = torch.where(closer, error, least)")
+                out.add(*(f"best_{name} = torch.where(closer, {name}, best_{name})" for name in tried(side)))
+        if searched(side):
+            out.add(*(f"{name} = best_{name}" for name in tried(side)))
+        out.add(f"{', '.join(words(side))} = {call(side, 'words', [*stored_numbers(side), 'spoilt'])}")
+
+    def _calibrated(self, scale: str, offset: str) -> list[str]:
+        """Lines that spread calibrated numbers (heads, groups) over (H, tokens, channels)."""
+        block = self.side.scale.block
+        channels = block.channels if isinstance(block.channels, int) else 1
+        index = "[0]" if self.side.has_offset else ""
+        lines = [f"{scale} = calibrated{index}[:, None].repeat_interleave({channels}, -1)"]
+        if self.side.has_offset:
+            lines.append(f"{offset} = calibrated[1][:, None].repeat_interleave({channels}, -1)")
+        return lines
+
+    def _stream(self, out: Lines, stream: Stream) -> str:
+        """Add the lines that put one stream's bits into bytes; the section as an expression."""
+        names = []
+        for byte in (0,) if stream.paired else (0, 1):
+            tiles = []
+            for tile in range(stream.tiles):
+                name = f"bits{stream.width}" + ("" if stream.paired else ("_low", "_high")[byte])
+                name += f"_{tile}" if stream.tiles > 1 else ""
+                for i, place in enumerate(p for p in stream.places if (p.tile, p.byte) == (tile, byte)):
+                    bits = f"(c{place.plane} >> {stream.shift})" if stream.shift else f"c{place.plane}"
+                    if len(self.side.layout.streams) > 1:
+                        bits = f"({bits} & {2**stream.width - 1})"
+                    out.add(f"{name} = {name} | ({bits} << {place.bit})" if i else f"{name} = {bare(bits)}")
+                tiles.append(name)
+            names.append(tiles[0] if len(tiles) == 1 else f"torch.cat(({listed(tiles)}), -1)")
+        return f"rows_of_bytes(({listed(names)}), paired={stream.paired})"
+
+    def _metadata(self) -> str:
+        meta = self.side.layout.meta
+        assert meta is not None
+        order = ".mT" if meta.tokens == 1 else ""
+        flat = ".flatten(1)" if meta.shared else ".flatten(-2)"
+        words = [f"word{order}{flat}"] + ([f"second{order}{flat}"] if meta.kind == "words" else [])
+        return f"bytes_of({words[0]})" if len(words) == 1 else f"bytes_of(torch.cat(({', '.join(words)}), -1))"
+
+
+def unpacked(names: Iterable[str]) -> str:
+    """Names on the left of an assignment, or returned."""
+    names = list(names)
+    return f"({names[0]},)" if len(names) == 1 else ", ".join(names)
