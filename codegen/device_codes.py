@@ -16,6 +16,16 @@ if INTERPRETED:
         return ((words >> RIGHT) << LEFT) & MASK
 
     @triton.jit
+    def lower(words):
+        """The lower byte of each 16-bit word, zero-extended."""
+        return words & 255
+
+    @triton.jit
+    def thrice(words):
+        """Three times a byte in each 16-bit word: the next ternary digit above what is left."""
+        return words * 3
+
+    @triton.jit
     def both(words, others):
         """The bits of two fields together."""
         return words | others
@@ -60,6 +70,18 @@ else:
             "{ .reg .b32 t; shl.b32 t, $1, $2; and.b32 $0, t, $4; }",
             "=r,r,r,r,r", [words, shift, mask], dtype=tl.int16, is_pure=True, pack=2,
         )  # fmt: skip
+
+    @triton.jit
+    def lower(words):
+        """The lower byte of each 16-bit word, zero-extended."""
+        return tl.inline_asm_elementwise(
+            "and.b32 $0, $1, 0x00FF00FF;", "=r,r", [words], dtype=tl.int16, is_pure=True, pack=2
+        )
+
+    @triton.jit
+    def thrice(words):
+        """Three times a byte in each 16-bit word: the next ternary digit above what is left."""
+        return tl.inline_asm_elementwise("mul.lo.u32 $0, $1, 3;", "=r,r", [words], dtype=tl.int16, is_pure=True, pack=2)
 
     @triton.jit
     def both(words, others):
@@ -142,6 +164,12 @@ def four_bytes(a, b, c, d, SHIFT: tl.constexpr):
 def joined(high, low):
     """float32 numbers from the two halves of their bits."""
     return ((high.to(tl.int32) << 16) | (low.to(tl.int32) & 0xFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def digits_byte(number):
+    """The byte of five ternary digits, given as a whole number: 256 times as a number behind the point, rounded up."""
+    return (number * 256 + 242) // 243
 
 
 @triton.jit

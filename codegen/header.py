@@ -73,9 +73,9 @@ def page_lines(plan: Plan) -> list[str]:
             lines.append(f"  {part.float_offset:6d}  {side.name}: {side.floats} rows of {layout.head_dim}")
         for stream in part.streams:
             rows = "tokens t and t + 32 share a word" if stream.paired else "one token a row"
-            lines.append(
-                f"  {stream.offset:6d}  {side.name}: {stream.width}-bit planes of {part.plane_width} channels, {rows}"
-            )
+            planes = f"{part.plane_width} bytes of 5 ternary digits" if stream.digits else ""
+            planes = planes or f"{stream.width}-bit planes of {part.plane_width} channels"
+            lines.append(f"  {stream.offset:6d}  {side.name}: {planes}, {rows}")
     for side in (plan.keys, plan.values):
         meta = side.layout.meta
         if meta is not None:

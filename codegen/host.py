@@ -248,6 +248,21 @@ def rows_of_bytes(parts: tuple[Tensor, ...], *, paired: bool) -> Tensor:
     return blocks.movedim(-3, -1).flatten(-4)
 
 
+def digits_bytes(codes: Tensor, row: int) -> Tensor:
+    """Ternary digits as bytes: uint8 (..., channels) -> (..., row), those of channels x, x + row, ... in byte x."""
+    padded = torch.nn.functional.pad(codes.to(torch.int32), (0, 5 * row - codes.shape[-1])).unflatten(-1, (5, row))
+    number = padded[..., 0, :]
+    for place in range(1, 5):
+        number = 3 * number + padded[..., place, :]
+    return ((256 * number + 242) // 243).to(torch.uint8)
+
+
+def digit(bytes_: Tensor, place: int) -> Tensor:
+    """The ternary digits at a place of bytes: what stands behind the point before it, times 3."""
+    rest = (bytes_.to(torch.int32) * 3**place) & 255
+    return ((3 * rest) >> 8).to(torch.uint8)
+
+
 def bytes_of(words: Tensor) -> Tensor:
     """Words as bytes: (..., n) -> uint8 (..., n * size)."""
     return words.contiguous().view(torch.uint8)

@@ -3,7 +3,7 @@
 A page holds `page_tokens` tokens.  It is one blob a kv head, then the metadata that several heads share.  Codes are cut
 into streams of 8, 4, 2 and 1 bits, the widest holding the top bits, so that no width is padded to a power of two.  A
 stream is made of planes: plane j holds channels [j*width, (j+1)*width) at one bit offset of its words, so that one AND
-takes a whole plane out of a tile of words.
+takes a whole plane out of a tile of words.  Codes of three levels are digits instead of bits, five in a byte.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
+from kvdsl.codes import in_trits, trit_bytes
 from kvdsl.codes import width as code_bits
 from kvdsl.scheme import ALL, SIDES, Float, MetaFormat, Scheme, Store
 from kvdsl.shape import Shape
@@ -24,7 +25,8 @@ NARROWEST = 16  # words a tensor-core operand wants along its inner side
 
 @dataclass(frozen=True)
 class Place:
-    """One plane of one stream: word tile `tile` of a row, byte `byte` of each word, bits from `bit` of that byte."""
+    """One plane of one stream: word tile `tile` of a row, byte `byte` of each word, bits from `bit` of that byte (of a
+    stream of digits: digit `bit`, the highest being digit 0)."""
 
     plane: int
     tile: int
@@ -37,6 +39,7 @@ class Stream:
     """The codes' bits [shift, shift + width), packed.  `offset` is in bytes from the head blob's start.
 
     single: a row of words is one token.  paired: a row is tokens t and t + 32 of a block of 64, low and high bytes.
+    digits: five ternary digits a byte, those of channels x, x + row_words, x + 2*row_words, ... in byte x of a row.
     """
 
     width: int
@@ -46,6 +49,7 @@ class Stream:
     row_words: int
     rows: int
     places: tuple[Place, ...]
+    digits: bool = False
 
     @property
     def size(self) -> int:
@@ -61,11 +65,12 @@ class Stream:
         return token // (2 * PAIR) * PAIR + token % PAIR if self.paired else token
 
     def address(self, token: int, channel: int, plane_width: int) -> tuple[int, int]:
-        """(byte from the section's start, bit in that byte) of one code's bits."""
+        """(byte from the section's start, bit or digit in that byte) of one code."""
+        half, word = token % (2 * PAIR) // PAIR, self.row(token) * self.row_words + channel % plane_width
+        if self.digits:
+            return 2 * word + half, channel // plane_width
         place = self.places[channel // plane_width]
-        byte = token % (2 * PAIR) // PAIR if self.paired else place.byte
-        word = self.row(token) * self.row_words + place.tile * plane_width + channel % plane_width
-        return 2 * word + byte, place.bit
+        return 2 * (word + place.tile * plane_width) + (half if self.paired else place.byte), place.bit
 
 
 MetaKind = Literal["byte", "bytes", "half", "halves", "word", "words"]
@@ -114,16 +119,38 @@ class Meta:
 
 
 @dataclass(frozen=True)
+class Span:
+    """The channels of a plane: lanes [low, high) of a tile of words, lane x being channel start + x."""
+
+    start: int
+    low: int
+    high: int
+
+    @property
+    def channels(self) -> range:
+        return range(self.start + self.low, self.start + self.high)
+
+
+@dataclass(frozen=True)
 class SideLayout:
     """One side of a page, `width` numbers a token.  `streams` is empty where the numbers themselves are stored
-    (`float_offset`)."""
+    (`float_offset`).  Planes have `plane_width` lanes; of digits the last may have fewer, and one that crosses groups
+    of channels counts as several."""
 
     width: int
     streams: tuple[Stream, ...]
     plane_width: int
-    planes: int
+    spans: tuple[Span, ...]
     meta: Meta | None
     float_offset: int = 0
+
+    @property
+    def planes(self) -> int:
+        return len(self.spans)
+
+    @property
+    def digits(self) -> bool:
+        return any(stream.digits for stream in self.streams)
 
     @property
     def paired(self) -> bool:
@@ -171,18 +198,40 @@ def _natural(width: int, head_dim: int) -> tuple[bool, int]:
     return True, head_dim * width // 8
 
 
+def _groups(store: Store) -> int | None:
+    """Channels that share an online scale of single tokens; None where there is no such thing, or all share it."""
+    scale = store.measure
+    if scale is None or scale.when == "calibrated" or scale.block.tokens != 1:
+        return None
+    return scale.block.channels if isinstance(scale.block.channels, int) else None
+
+
+def _spans(store: Store, head_dim: int, width: int) -> tuple[Span, ...]:
+    """The planes, in order."""
+    spans = []
+    for start in range(0, head_dim, width):
+        end = min(start + width, head_dim)
+        group = _groups(store) if in_trits(store.code) else None
+        cuts = [start, end]
+        if group is not None and group >= NARROWEST:  # smaller groups are decoded one by one
+            cuts[1:1] = range(start // group * group + group, end, group)
+        spans += [Span(start, low - start, high - start) for low, high in zip(cuts, cuts[1:], strict=False)]
+    return tuple(spans)
+
+
 def plane_width(store: Store, head_dim: int) -> int:
     """Channels a plane, common to all streams of a side; it divides a per-token group of channels where that can be."""
     if isinstance(store.code, Float) and store.code.plain:
         return min(64, head_dim & -head_dim)
+    if in_trits(store.code):
+        return trit_bytes(head_dim)
     width = min(_natural(w, head_dim)[1] for w in widths(code_bits(store.code) or 0))
-    scale = store.measure
-    if scale is None or scale.when == "calibrated" or scale.block.tokens != 1 or scale.block.channels is ALL:
+    group, narrow = _groups(store), width
+    if group is None:
         return width
-    narrow = width
-    while scale.block.channels % narrow and narrow % 2 == 0 and narrow // 2 >= NARROWEST:  # type: ignore[operator]
+    while group % narrow and narrow % 2 == 0 and narrow // 2 >= NARROWEST:
         narrow //= 2
-    return width if scale.block.channels % narrow else narrow  # type: ignore[operator]
+    return width if group % narrow else narrow
 
 
 def _streams(bits: int, head_dim: int, width: int, tokens: int, offset: int) -> tuple[tuple[Stream, ...], int]:
@@ -221,6 +270,12 @@ def _meta(store: Store, head_dim: int, kv_heads: int, tokens: int) -> Meta | Non
     return Meta(kind, 0, heads > 1, heads, kv_heads // heads, span, channels, blocks, groups, *strides)
 
 
+def _digit_stream(spans: tuple[Span, ...], row: int, tokens: int, offset: int) -> tuple[tuple[Stream, ...], int]:
+    places = tuple(Place(j, 0, 0, span.start // row) for j, span in enumerate(spans))
+    stream = Stream(2, 0, True, offset, row, tokens // 2, places, digits=True)
+    return (stream,), aligned(offset + stream.size)
+
+
 @cache
 def lay_out(scheme: Scheme, shape: Shape) -> Layout:
     """The page of a scheme at a shape: sections in the order key codes, value codes, key metadata, value metadata."""
@@ -232,14 +287,18 @@ def lay_out(scheme: Scheme, shape: Shape) -> Layout:
     offset, codes = 0, {}
     for side, store in stores.items():
         dim, width = dims[side], plane_width(store, dims[side])
+        spans = _spans(store, dim, width)
         if isinstance(store.code, Float) and store.code.plain:
-            codes[side] = SideLayout(dim, (), width, dim // width, None, offset)
+            codes[side] = SideLayout(dim, (), width, spans, None, offset)
             offset = aligned(offset + tokens * dim * (4 if store.code.format == "fp32" else 2))
         else:
             bits = code_bits(store.code)
             assert bits is not None
-            streams, offset = _streams(bits, dim, width, tokens, offset)
-            codes[side] = SideLayout(dim, streams, width, dim // width, None)
+            if in_trits(store.code):
+                streams, offset = _digit_stream(spans, width, tokens, offset)
+            else:
+                streams, offset = _streams(bits, dim, width, tokens, offset)
+            codes[side] = SideLayout(dim, streams, width, spans, None)
     metas = {side: _meta(store, dims[side], shape.kv_heads, tokens) for side, store in stores.items()}
     for side, meta in metas.items():
         if meta is not None and not meta.shared:
@@ -253,38 +312,3 @@ def lay_out(scheme: Scheme, shape: Shape) -> Layout:
             offset = aligned(offset + meta.size)
     keys, values = (replace(codes[side], meta=metas[side]) for side in SIDES)
     return Layout(shape.head_dim, shape.kv_heads, tokens, head_bytes, offset, keys, values)
-
-
-@dataclass(frozen=True)
-class BijectionProof:
-    """Every bit of a stream's section belongs to exactly one (token, channel, bit) of the code."""
-
-    stream: str
-    method: str
-    cases: int
-
-
-def prove_bijection(layout: Layout) -> tuple[BijectionProof, ...]:
-    """Check each stream's map over one period of tokens, all channels and bits; the map is affine in the period.
-
-    Raises ProofError where two codes meet or a bit is left over.
-    """
-    from kvdsl.errors import ProofError
-
-    proofs = []
-    for side in SIDES:
-        part = layout.side(side)
-        for stream in part.streams:
-            period = 2 * PAIR if stream.paired else 1
-            seen = set()
-            for token in range(period):
-                for channel in range(part.width):
-                    byte, bit = stream.address(token, channel, part.plane_width)
-                    seen |= {8 * byte + bit + k for k in range(stream.width)}
-            wanted = period * part.width * stream.width
-            stride = stream.row(period) * stream.row_words * 16
-            if seen != set(range(wanted)) or stride != wanted:
-                raise ProofError(f"{side}: the {stream.width}-bit stream does not fill its section exactly once")
-            method = f"exhaustive over {period} tokens, affine beyond"
-            proofs.append(BijectionProof(f"{side}, {stream.width} bits", method, wanted))
-    return tuple(proofs)

@@ -21,9 +21,9 @@ class When(Enum):
 
 def levels(code_: Uniform, scale: Scale) -> int:
     """Number of levels of a uniform code under a scale."""
-    assert code_.bits is not None
     if code_.levels is not None:
         return code_.levels
+    assert code_.bits is not None
     return 2**code_.bits - (scale.range == "absmax" and code_.grid == "ends")
 
 
@@ -31,6 +31,11 @@ def centre(code_: Uniform, scale: Scale) -> int:
     """The code that stands for zero (or lies next above it on grid `cells`) of a symmetric range."""
     count = levels(code_, scale)
     return count // 2 if scale.range == "signed_absmax" or code_.grid == "cells" else (count - 1) // 2
+
+
+def within_groups(part: SideLayout, channels: int) -> bool:
+    """Whether no plane crosses groups of so many channels."""
+    return all(span.channels[0] // channels == span.channels[-1] // channels for span in part.spans)
 
 
 def place(store: Store, part: SideLayout) -> When:
@@ -46,6 +51,6 @@ def place(store: Store, part: SideLayout) -> When:
         return When.ONCE_PER_QUERY
     tokens, channels = token_block(store), scale.block.channels
     if tokens == 1:
-        aligned = channels is ALL or channels % part.plane_width == 0  # type: ignore[operator]
+        aligned = channels is ALL or within_groups(part, channels)  # type: ignore[arg-type]
         return When.AFTER_DOT if aligned else When.IN_LOOP
     return When.ONCE_PER_TILE if tokens % 32 == 0 else When.IN_LOOP

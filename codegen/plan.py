@@ -11,16 +11,15 @@ from kvdsl.scheme import SIDES, Float, Scale, Scheme, Sketch, Store, Uniform
 from kvdsl.shape import Shape
 
 from .alphabet import Alphabet, alphabet_of
+from .bijection import BijectionProof, prove_bijection
 from .layout import (
     NARROWEST,
     PAIR,
-    BijectionProof,
     Layout,
     Place,
     SideLayout,
     Stream,
     lay_out,
-    prove_bijection,
     token_block,
 )
 from .placement import When, place
@@ -100,7 +99,7 @@ class SidePlan:
     @cached_property
     def operands(self) -> tuple[Stream, ...]:
         """What a product reads: the streams of an affine alphabet one by one, else whole codes, plane by plane."""
-        if not self.alphabet.looked_up:
+        if not (self.alphabet.looked_up or self.layout.digits):
             return self.layout.streams
         places = tuple(Place(plane, plane, 0, 0) for plane in range(self.layout.planes))
         return (Stream(self.alphabet.bits, 0, False, 0, 0, 0, places),)
@@ -157,7 +156,7 @@ class SidePlan:
 
     def group(self, plane: int) -> int:
         """The channel group that plane belongs to, of those counted by `groups`."""
-        return plane * self.groups // self.layout.planes
+        return self.layout.spans[plane].channels[0] * self.groups // self.dim
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,12 @@ class TorchPack:
         self.prefix = side.name[0]
         self.steps = Steps(side, sp.Integer(1), "..., ", "")
 
+    @property
+    def sizes(self) -> str:
+        """What splits channels into planes."""
+        sizes = [span.high - span.low for span in self.side.layout.spans]
+        return f"({listed(map(str, sizes))})" if len(set(sizes)) > 1 else str(sizes[0])
+
     # ---- what a function takes ------------------------------------------------------------------------------------
 
     def inputs(self) -> list[str]:
@@ -80,7 +86,8 @@ class TorchPack:
                 self._measured(out)
                 under = [self._spread(name) for name in coding(side)]
             out.add(f"code = {call(side, 'encode', ['x', *under])}.to(torch.uint8)")
-            out.add(f"{unpacked(f'c{j}' for j in self.planes)} = code.split({self.width}, -1)")
+            if not side.layout.digits:
+                out.add(f"{unpacked(f'c{j}' for j in self.planes)} = code.split({self.sizes}, -1)")
             sections = [self._stream(out, stream) for stream in side.layout.streams]
             if meta is not None:
                 sections.append(self._metadata())
@@ -141,6 +148,8 @@ class TorchPack:
 
     def _stream(self, out: Lines, stream: Stream) -> str:
         """Add the lines that put one stream's bits into bytes; the section as an expression."""
+        if stream.digits:
+            return f"rows_of_bytes((digits_bytes(code, {stream.row_words}),), paired=True)"
         names = []
         for byte in (0,) if stream.paired else (0, 1):
             tiles = []

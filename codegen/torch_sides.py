@@ -5,6 +5,8 @@ Arrays lead with (B, H); tokens and query rows are the last two axes of scores, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .codec import READ, call
 from .codec_text import functions
 from .layout import Stream
@@ -69,7 +71,9 @@ class TorchSide(TorchPack):
         return lines
 
     def _byte(self, stream: Stream, plane: int) -> str:
-        place = stream.places[plane]
+        place, span = stream.places[plane], self.side.layout.spans[plane]
+        if stream.digits:
+            return f"{self.prefix}{stream.width}[..., {span.low}:{span.high}]"
         name = f"{self.prefix}{stream.width}" + ("" if stream.paired else ("_low", "_high")[place.byte])
         if stream.tiles == 1:
             return name
@@ -115,6 +119,8 @@ class TorchSide(TorchPack):
         """Lines that join the codes c<plane> of a plane over the streams."""
         lines = []
         for i, stream in enumerate(self.side.layout.streams):
+            if stream.digits:
+                return [f"c{plane} = digit({self._byte(stream, plane)}, {stream.places[plane].bit})"]
             bit = stream.places[plane].bit
             shifted = f"({self._byte(stream, plane)} >> {bit})" if bit else self._byte(stream, plane)
             kept = f"({shifted} & {2**stream.width - 1})" if stream.width < 8 else shifted
@@ -135,6 +141,8 @@ class TorchSide(TorchPack):
         """What a product reads of a plane, float32 (..., tokens, lanes): dirty codes, or levels."""
         if self.side.alphabet.looked_up:
             return f"l{plane}"
+        if self.side.layout.digits:
+            return f"{self._code(plane)[0].split(' = ')[1]}.to(torch.float32)"
         place = stream.places[plane]
         low = self.side.run(stream, plane).start * stream.width
         mask = 2 ** (place.bit + stream.width) - 2**low
@@ -150,7 +158,8 @@ class TorchSide(TorchPack):
         if self.side.static and not isinstance(block.channels, int) or groups == 1:
             return name
         spread = name if channels == 1 or self.side.static else f"{name}.repeat_interleave({channels}, -1)"
-        return f"{spread}[..., {plane * self.width}:{(plane + 1) * self.width}]"
+        channels_of = self.side.layout.spans[plane].channels
+        return f"{spread}[..., {channels_of[0]}:{channels_of[-1] + 1}]"
 
     # ---- products -------------------------------------------------------------------------------------------------
 
@@ -162,7 +171,7 @@ class TorchSide(TorchPack):
             if side.when in (When.NEVER, When.IN_LOOP):
                 out.add(f"return unpack_keys({', '.join(self.inputs())}) @ query")
                 return str(out)
-            out.add(f"{unpacked(f'x{j}' for j in self.planes)} = query.split({self.width}, -2)")
+            out.add(f"{unpacked(f'x{j}' for j in self.planes)} = query.split({self.sizes}, -2)")
             out.extend([*self._read(), *self._levels()])
             out.extend(self._numbers())
             if side.when is When.AFTER_DOT:
@@ -178,8 +187,7 @@ class TorchSide(TorchPack):
             members = [j for j in self.planes if side.group(j) == group]
             products = [f"{self._plane(s, j)} @ q{s.width}_{j}" for s in side.operands for j in members]
             out.add(f"s = {products[0]}", *(f"s = s + {product}" for product in products[1:]))
-            together = " + ".join(f"x{j}" for j in members)
-            out.add(f"total = ({together}).sum(-2)" if len(members) > 1 else f"total = {together}.sum(-2)")
+            out.add(f"total = {self._over_lanes('x', members)}")
             out.add(f"scale_g = scale[..., {group}]")
             if side.has_offset:
                 out.add(f"offset_g = offset[..., {group}]")
@@ -207,10 +215,17 @@ class TorchSide(TorchPack):
                 plane = f"{plane}.unflatten(-2, (-1, {meta.tokens}))"
             out.add(f"s = {'s + ' if i else ''}{plane} @ q{stream.width}_{j}")
         if self.steps.offset_in_score:
-            total = " + ".join(f"b{j}" for j in self.planes)
-            out.add(f"total = ({total}).sum(-2)" if len(self.planes) > 1 else f"total = {total}.sum(-2)")
+            out.add(f"total = {self._over_lanes('b', self.planes)}")
             out.add("s = s + total[..., None, :]")
         out.add("return s.flatten(2, 3)" if blocked else "return s")
+
+    def _over_lanes(self, name: str, planes: Sequence[int]) -> str:
+        """The sum of <name>0, <name>1, ... over all lanes of these planes."""
+        names = [f"{name}{j}" for j in planes]
+        if not self.sizes.isdigit():
+            return " + ".join(f"{name}.sum(-2)" for name in names)
+        together = " + ".join(names)
+        return f"({together}).sum(-2)" if len(names) > 1 else f"{together}.sum(-2)"
 
     def _static_row(self, name: str) -> str:
         """Calibrated numbers stand as (H, 1, channels): the middle axis is not there for a query."""

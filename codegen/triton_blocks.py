@@ -35,10 +35,11 @@ OF = {
 
 @dataclass(frozen=True)
 class Fold:
-    """Accumulators by name; `taken` gives lines, and the value of each accumulator, of a tile of numbers x."""
+    """Accumulators by name; `taken` gives lines, and the value of each accumulator, of a tile of numbers and the mask
+    of those that count."""
 
     names: Sequence[str]
-    taken: Callable[[str], tuple[list[str], list[str]]]
+    taken: Callable[[str, str], tuple[list[str], list[str]]]
 
     def kind(self, name: str) -> tuple[str, str, str, str]:
         return KINDS.get(name, KINDS["sum"])
@@ -58,7 +59,7 @@ class Block:
     in_registers = False
 
     def __init__(self, pack: Pack) -> None:
-        self.pack, self.inside = pack, pack.inside
+        self.pack = pack
 
     def fold(self, fold: Fold) -> list[str]:
         """Lines that fold all numbers of each block."""
@@ -67,16 +68,16 @@ class Block:
             start, kind, _, _ = fold.kind(name)
             out.add(f"{name} = tl.full({self.shape}, {start}, {kind})")
         with self.visited(out) as tiles:
-            for x in tiles:
-                self._join(out, fold, x)
+            for x, inside in tiles:
+                self._join(out, fold, x, inside)
         return out.lines
 
     def visited(self, out: Lines) -> Visit:
-        """The names of tiles of numbers, within the loop that brings them."""
+        """Tiles of numbers and their masks, within the loop that brings them."""
         raise NotImplementedError
 
-    def _join(self, out: Lines, fold: Fold, x: str, *, first: bool = False) -> None:
-        lines, values = fold.taken(x)
+    def _join(self, out: Lines, fold: Fold, x: str, inside: str, *, first: bool = False) -> None:
+        lines, values = fold.taken(x, inside)
         out.extend(lines)
         for name, value in zip(fold.names, values, strict=True):
             _, kind, reduce, joined = fold.kind(name)
@@ -90,10 +91,12 @@ class Block:
 class Visit:
     """A loop around lines, or none."""
 
-    def __init__(self, out: Lines, heads: Sequence[str], lines: Sequence[str], tiles: Iterator[str]) -> None:
+    def __init__(
+        self, out: Lines, heads: Sequence[str], lines: Sequence[str], tiles: Iterator[tuple[str, str]]
+    ) -> None:
         self.out, self.heads, self.lines, self.tiles = out, heads, lines, tiles
 
-    def __enter__(self) -> Iterator[str]:
+    def __enter__(self) -> Iterator[tuple[str, str]]:
         self.out.add(*self.heads)
         self.out.depth += len(self.heads)
         self.out.add(*self.lines)
@@ -121,7 +124,7 @@ class InPlanes(Block):
     def fold(self, fold: Fold) -> list[str]:
         out = Lines()
         for i, j in enumerate(self.members):
-            self._join(out, fold, f"x{j}", first=i == 0)
+            self._join(out, fold, f"x{j}", self.pack.mask("inside", j), first=i == 0)
         return out.lines
 
 
@@ -151,10 +154,11 @@ class OverHeads(Block):
         head = f"for head in range(h // {meta.heads} * {meta.heads}, (h // {meta.heads} + 1) * {meta.heads}):"
         other = f"other = source + (head - h) * total_rows * {pack.side.dim}"
 
-        def tiles() -> Iterator[str]:
+        def tiles() -> Iterator[tuple[str, str]]:
             for j in range(pack.side.layout.planes):
-                out.add(f"x = tl.load({pack.at('other', j)}, mask={self.inside}, other=0.0).to(tl.float32)")
-                yield "x"
+                inside = pack.mask("inside", j)
+                out.add(f"x = tl.load({pack.at('other', j)}, mask={inside}, other=0.0).to(tl.float32)")
+                yield "x", inside
 
         return Visit(out, [head], [other], tiles())
 
@@ -172,18 +176,18 @@ class Walked(Block):
     def visited(self, out: Lines) -> Visit:
         pack, meta = self.pack, self.pack.side.layout.meta
         assert meta is not None
-        lane = f"({pack.lane} + {self.plane * pack.width})"
+        lane, inside = f"({pack.lane} + {pack.start(self.plane)})", pack.mask("inside", self.plane)
         near = f"({lane} // {meta.channels} * {meta.channels} + near - {pack.lane})[None, :]"
-        load = f"x = tl.load(source + {near}, mask={self.inside}, other=0.0).to(tl.float32)"
-        return Visit(out, [f"for near in range(0, {meta.channels}):"], [load], iter(["x"]))
+        load = f"x = tl.load(source + {near}, mask={inside}, other=0.0).to(tl.float32)"
+        return Visit(out, [f"for near in range(0, {meta.channels}):"], [load], iter([("x", inside)]))
 
 
 def measured(side: SidePlan, block: Block) -> list[str]:
     """Lines from the numbers of blocks to what is stored of them, and whether a NaN spoilt them."""
-    inside = block.inside
     names = [*statistics(side), "spoilt"]
     out = Lines()
-    out.extend(block.fold(Fold(names, lambda x: ([], [OF[name].format(x=x, inside=inside) for name in names]))))
+    told = Fold(names, lambda x, inside: ([], [OF[name].format(x=x, inside=inside) for name in names]))
+    out.extend(block.fold(told))
     if not searched(side):
         out.extend(_candidate(side, block, ""))
         return out.lines
@@ -213,9 +217,9 @@ def _candidate(side: SidePlan, block: Block, clip: str) -> list[str]:
 def _masked(side: SidePlan, block: Block, function: str, under: Sequence[str], names: Sequence[str]) -> Fold:
     """Sums of what a function of the side gives for each number under the block's stored numbers."""
 
-    def taken(x: str) -> tuple[list[str], list[str]]:
+    def taken(x: str, inside: str) -> tuple[list[str], list[str]]:
         made = [f"each{i}" for i in range(len(names))]
         text = call(side, function, [x, *(f"{name}{block.column}" for name in under)])
-        return [f"{', '.join(made)} = {text}"], [f"tl.where({block.inside}, {one}, 0.0)" for one in made]
+        return [f"{', '.join(made)} = {text}"], [f"tl.where({inside}, {one}, 0.0)" for one in made]
 
     return Fold(names, taken)

@@ -41,14 +41,12 @@ class Keys(Planes):
     def _operands_of_rows(self, others: list[str] | None = None) -> list[str]:
         """Load the query rows, plane by plane, as operands; `others` share their size."""
         layout = self.side.layout
-        mask = "live[None, :]" + (f" & {self.lane}_in[:, None]" if self.ragged else "")
-        lines = [f"known = {mask}"] if self.ragged else []
-        mask = "known" if self.ragged else mask
-        lines += [
-            f"x{j} = tl.load({self.query} + {self.plane_lane(j)}[:, None], mask={mask}, other=0.0)"
-            f".to(tl.float32) * scaling"
-            for j in range(layout.planes)
-        ]
+        lines = [f"known = live[None, :] & {self.lane}_in[:, None]"] if self.ragged else []
+        whole = "known" if self.ragged else "live[None, :]"
+        for j in range(layout.planes):
+            mask = f"live[None, :] & {self.inside(j)}[:, None]" if self.partial(j) else whole
+            load = f"tl.load({self.query} + {self.plane_lane(j)}[:, None], mask={mask}, other=0.0)"
+            lines.append(f"x{j} = {load}.to(tl.float32) * scaling")
         lines += ["top = tl.max(tl.abs(x0), 0)"]
         names = [*(f"x{j}" for j in range(1, layout.planes)), *(others or [])]
         lines += [f"top = tl.maximum(top, tl.max(tl.abs({name}), 0))" for name in names]
@@ -157,9 +155,8 @@ class Keys(Planes):
 
     def _block_numbers(self, base: str, half: int, plane: int) -> list[str]:
         """Lines that read a plane's scales and offsets of the token block of sub-tile `half`."""
-        mask = f"{self.lane}_in" if self.ragged else ""
         index = entry(self.side, self.block(half), self.channel_group(plane))
-        return read(self.side, base, index, "k_scale", "k_offset", mask=mask)
+        return read(self.side, base, index, "k_scale", "k_offset", mask=self.inside(plane))
 
     def _operands(self, half: int, planes: range | list[int]) -> list[tuple[str, str]]:
         return [
@@ -203,10 +200,10 @@ class Keys(Planes):
             lines += ["s = s + bias[None, :]"] * self.side.shifted
             return [*lines, *self.exact_rows.scores(), "s = tl.where(coded[:, None], s, r)"]
         token, lane = self.grid("row", self.lane)
-        mask = self.mask("exact")
         lines.append(f"source = key_rows + {token} * {self.plan.shape.head_dim} + {lane}")
         for j in range(self.side.layout.planes):
             lines += self.decode_token(j, "t")
+            mask = self.mask("exact", j)
             lines.append(f"k = tl.load({self.at('source', j)}, mask={mask}, other=0.0).to(tl.float32)")
             lines.append(f"k = tl.where(coded[:, None], n{j}, k).to({self.exact})")
             lines.append(f"s = tl.dot(k, e{j}{', s' if j else ''}{self.precise})")

@@ -5,9 +5,12 @@ One pack program owns one token block (or 32 single tokens) of one kv head: stat
 
 from __future__ import annotations
 
+from kvdsl.codes import TRITS
+
 from .codec import call, coding, stored_numbers, words
 from .codec_text import functions
 from .layout import PAIR, Stream, token_block
+from .placement import within_groups
 from .plan import Plan, SidePlan
 from .text import Lines, bare, fill, padded, plus
 from .triton_attend import parameters, pools
@@ -50,7 +53,6 @@ class Pack(Planes):
         self.tokens = padded(self.span)
         meta = side.layout.meta
         self.apart = meta is not None and meta.tokens > 1 and meta.channels == 1  # each channel has its own scale
-        self.inside = "inside[:, None]" + (f" & {self.lane}_in[None, :]" if self.ragged else "")
 
     def lane_lines(self) -> list[str]:
         """Two channels a thread where each is measured: with wide loads many threads would measure the same eight."""
@@ -102,14 +104,16 @@ class Pack(Planes):
         body.add(f"out = pool_{side.floats}_ptr + {start}")
         body.add(f"out = out + t[:, None] * {self.side.dim} + {self.lane}[None, :]")
         for j in range(side.layout.planes):
-            body.add(f"x = tl.load({self.at('source', j)}, mask={self.inside}, other=0.0).to(tl.float32)")
+            mask = self.mask("inside", j)
+            body.add(f"x = tl.load({self.at('source', j)}, mask={mask}, other=0.0).to(tl.float32)")
             if side.floats == "fp16":
                 body.add("x = tl.where(x == x, finite(x), x).to(tl.float16)")
-            body.add(f"tl.store({self.at('out', j)}, x, mask={self.inside})")
+            body.add(f"tl.store({self.at('out', j)}, x, mask={mask})")
 
     def _load(self, body: Lines, plane: int) -> None:
         """x<plane>: loaded just before it is needed, as a token block of all channels would fill the registers."""
-        body.add(f"x{plane} = tl.load({self.at('source', plane)}, mask={self.inside}, other=0.0).to(tl.float32)")
+        mask = self.mask("inside", plane)
+        body.add(f"x{plane} = tl.load({self.at('source', plane)}, mask={mask}, other=0.0).to(tl.float32)")
 
     # ---- blocks ---------------------------------------------------------------------------------------------------
 
@@ -127,17 +131,15 @@ class Pack(Planes):
             self._block(body, "0", OverHeads(self), planes, f"({vector} * 0 + h) % {meta.heads} == 0")
         elif meta.channels == 1:
             for j in planes:
-                group = f"({self.lane} + {j * self.width})" if j else self.lane
-                self._block(body, group, InPlanes(self, [j]), [j])
-        elif meta.channels % self.width == 0:
-            per_group = len(planes) // meta.groups
+                self._block(body, self.plane_lane(j), InPlanes(self, [j]), [j])
+        elif within_groups(side.layout, meta.channels):
             for index in range(meta.groups):
-                members = planes[index * per_group : (index + 1) * per_group]
+                members = [j for j in planes if side.layout.spans[j].channels[0] // meta.channels == index]
                 self._block(body, str(index), InPlanes(self, members), members)
         else:
             body.add("# groups are narrower than a plane, or cross planes: each lane walks its own group")
             for j in planes:
-                lane = f"({self.lane} + {j * self.width})"
+                lane = f"({self.lane} + {self.start(j)})"
                 self._block(body, lane, Walked(self, j), [j], f"{lane} % {meta.channels} == 0")
 
     def _block(self, body: Lines, group: str, block: Block, members: range | list[int], only: str = "") -> None:
@@ -148,12 +150,12 @@ class Pack(Planes):
         for j in members if not block.in_registers else []:
             self._load(body, j)
         body.add(f"{', '.join(words(self.side))} = {call(self.side, 'words', [*stored_numbers(self.side), 'spoilt'])}")
-        self._store(body, group, only)
+        self._store(body, group, only, members[0])
         for j in members:
             self._encode(body, j, [f"{name}{block.column}" for name in coding(self.side)])
 
-    def _store(self, body: Lines, group: str, only: str) -> None:
-        """Store the words of channel group `group` where `only` holds."""
+    def _store(self, body: Lines, group: str, only: str, plane: int) -> None:
+        """Store the words of channel group `group`, or of those of a plane's lanes, where `only` holds."""
         side, meta = self.side, self.side.layout.meta
         assert meta is not None
         block = f"step * {self.span} % {self.plan.layout.page_tokens} // {meta.tokens}" if meta.blocks > 1 else "0"
@@ -164,9 +166,10 @@ class Pack(Planes):
                 index, mask = f"{index} + tl.arange(0, 1)", "tl.arange(0, 1) == 0"
         elif self.single:  # a number for each token and lane
             index = entry(side, "t[:, None]", f"({wide})[None, :]")
-            mask, only = self.inside, f"({only})[None, :]" if only else ""
+            mask, only = self.mask("inside", plane), f"({only})[None, :]" if only else ""
         else:
-            index, mask = entry(side, block, wide), f"{self.lane} < {self.width}"
+            mask = self.inside(plane) if self.partial(plane) else f"{self.lane} < {self.width}"
+            index = entry(side, block, wide)
         mask = f"({mask}) & ({only})" if only else mask
         body.add(f"tl.store(meta + {index}, word, mask={mask})")
         if meta.kind == "words":
@@ -177,6 +180,9 @@ class Pack(Planes):
         body.add(f"c = {call(self.side, 'encode', [f'x{plane}', *under])}")
         for stream in self.side.layout.streams:
             place = stream.places[plane]
+            if stream.digits:
+                self._add_digit(body, stream, plane)
+                continue
             bits = f"(c >> {stream.shift})" if stream.shift else "c"
             if self.side.alphabet.bits != stream.width + stream.shift or len(self.side.layout.streams) > 1:
                 bits = f"({bits} & {2**stream.width - 1})"
@@ -185,6 +191,13 @@ class Pack(Planes):
             begun = any(other.tile == place.tile for other in stream.places[:plane])
             moved = f"({bits} << {shift})" if shift else bits
             body.add(f"{word} = {word} | {moved}" if begun else f"{word} = {bare(moved)}")
+
+    def _add_digit(self, body: Lines, stream: Stream, plane: int) -> None:
+        """Sum the digits of a byte, each times its power of 3; lanes without a channel have none."""
+        word, power = self._word(stream, 0), 3 ** (TRITS - 1 - stream.places[plane].bit)
+        if self.partial(plane):
+            body.add(f"c = tl.where({self.inside(plane)}[None, :], c, 0)")
+        body.add(f"{word} = {f'{word} + ' if plane else ''}{f'c * {power}' if power > 1 else 'c'}")
 
     def _word(self, stream: Stream, tile: int) -> str:
         return f"word{stream.width}_{tile}"
@@ -204,4 +217,6 @@ class Pack(Planes):
                 step = tile * self.width * (2 if stream.paired else 1)
                 kind = "tl.uint8" if stream.paired else "tl.int16"
                 at = f"out + {step}" if step else "out"
-                body.add(f"tl.store({at}, {self._word(stream, tile)}.to({kind}), mask={self.inside})")
+                word = self._word(stream, tile)
+                word = f"digits_byte({word})" if stream.digits else word
+                body.add(f"tl.store({at}, {word}.to({kind}), mask={self.mask('inside')})")

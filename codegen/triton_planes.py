@@ -39,7 +39,27 @@ class Planes:
         lines = [f"{self.lane} = tl.arange(0, {self.lanes})"]
         if self.ragged:
             lines.append(f"{self.lane}_in = {self.lane} < {self.width}")
+        for j, span in enumerate(self.side.layout.spans):
+            if self.partial(j):
+                low = f"({self.lane} >= {span.low}) & " if span.low else ""
+                high = f"{self.lane} < {span.high}"
+                lines.append(f"{self.lane}_in{j} = {low}{f'({high})' if low else high}")
         return lines + self.given_lines()
+
+    def partial(self, plane: int) -> bool:
+        """A plane's channels are not all lanes of its words."""
+        span = self.side.layout.spans[plane]
+        return span.high - span.low < self.width
+
+    def inside(self, plane: int) -> str:
+        """The name of the mask of a plane's lanes; nothing where all lanes are channels."""
+        if self.partial(plane):
+            return f"{self.lane}_in{plane}"
+        return f"{self.lane}_in" if self.ragged else ""
+
+    def start(self, plane: int) -> int:
+        """The channel of a plane's lane 0."""
+        return self.side.layout.spans[plane].start
 
     def given_lines(self) -> list[str]:
         """Lines that load what comes with the parameters for all tokens: a table's levels, the second level."""
@@ -87,10 +107,12 @@ class Planes:
             else (f"{tokens}[:, None]", f"{lanes}[None, :]")
         )
 
-    def mask(self, tokens: str) -> str:
-        """The mask of a tile load: lanes in range and, if `tokens` names a token mask, tokens too."""
-        token, lane = self.grid(tokens, f"{self.lane}_in")
-        return " & ".join(([token] if tokens else []) + ([lane] if self.ragged else []))
+    def mask(self, tokens: str, plane: int | None = None) -> str:
+        """The mask of a tile load, of words or of a plane's channels: lanes in range and, if `tokens` names a token
+        mask, tokens too."""
+        inside = f"{self.lane}_in" * self.ragged if plane is None else self.inside(plane)
+        token, lane = self.grid(tokens, inside)
+        return " & ".join(([token] if tokens else []) + ([lane] if inside else []))
 
     def words(self, stream: Stream, tile: int, half: int) -> str:
         which = "" if stream.paired or self.plan.halves == 1 else f"_{half}"
@@ -117,13 +139,30 @@ class Planes:
                 if high:
                     name = self.words(stream, tile, half)
                     lines.append(f"{name}_high = upper({name})")
+            if stream.digits:
+                name = self.words(stream, 0, half)
+                lines += self._digits(f"{name}_high" if half else f"lower({name})")
         return lines
+
+    def _digits(self, bytes_: str) -> list[str]:
+        """Take the digits out of bytes that stand in the low halves of words."""
+        lines = []
+        for place in range(1 + max(place.bit for stream in self.side.layout.streams for place in stream.places)):
+            lines += [f"{self.prefix}_three = thrice({bytes_})", f"{self._digit(place)} = upper({self.prefix}_three)"]
+            bytes_ = f"lower({self.prefix}_three)"
+        return lines
+
+    def _digit(self, place: int) -> str:
+        return f"{self.prefix}_digit{place}"
 
     def operand(self, stream: Stream, plane: int, half: int) -> str:
         """What a product reads of a plane, float16: of an affine alphabet the dirty plane, the place's bits of the byte
         and those below that share its scale; else the level of each code."""
         if self.side.alphabet.looked_up:
             return self._looked_up(self._parts(plane, half))
+        if self.side.layout.digits:
+            ((name, _),) = self._parts(plane, half)
+            return f"{name}.to(tl.float16, bitcast=True)"
         place = stream.places[plane]
         high = bool(half) if stream.paired else bool(place.byte)
         name = self.words(stream, place.tile, half) + ("_high" if high else "")
@@ -150,18 +189,22 @@ class Planes:
 
     def _table(self, parts: list[tuple[str, int]], registers: list[str]) -> str:
         """The 16-bit entry of each code of one plane."""
-        text = ""
-        for stream, (name, bit) in zip(self.side.layout.streams, parts, strict=True):
+        streams = self.side.layout.streams
+        text = parts[0][0] if self.side.layout.digits else ""
+        for stream, (name, bit) in zip(streams, parts, strict=True) if not text else ():
             right, left = max(0, bit - stream.shift), max(0, stream.shift - bit)
             moved = f"field({name}, {right}, {left}, {(2**stream.width - 1) << stream.shift})"
             text = f"both({text}, {moved})" if text else moved
         return f"table{max(4, 2**self.side.alphabet.bits)}({text}, {', '.join(registers)})"
 
     def _parts(self, plane: int, half: int) -> list[tuple[str, int]]:
-        """(bytes in the low halves of words, first bit) of a plane in each stream."""
+        """(bytes in the low halves of words, first bit) of a plane in each stream; of digits (the digits, 0)."""
         found = []
         for stream in self.side.layout.streams:
             place = stream.places[plane]
+            if stream.digits:
+                found.append((self._digit(place.bit), 0))
+                continue
             high = bool(half) if stream.paired else bool(place.byte)
             found.append((self.words(stream, place.tile, half) + "_high" * high, place.bit))
         return found
@@ -197,11 +240,11 @@ class Planes:
 
     def at(self, source: str, plane: int) -> str:
         """The address of a plane's first lanes, from that of plane 0."""
-        return f"{source} + {plane * self.width}" if plane else source
+        return f"{source}{plus(self.start(plane))}"
 
     def plane_lane(self, plane: int) -> str:
         """The channels of a plane."""
-        return f"({self.lane} + {plane * self.width})" if plane else self.lane
+        return f"({self.lane} + {self.start(plane)})" if self.start(plane) else self.lane
 
     def channel_group(self, plane: int) -> str:
         """The channel group of each lane of a plane."""
@@ -234,7 +277,9 @@ class Planes:
                 name = f"{self.prefix}{stream.width}_{tile}"
                 address = f"{token} * {stream.row_words} + {lane}{plus(stream.offset // 2 + tile * self.width)}"
                 lines.append(f"{name} = tl.load(words + {address}{other})")
-                if stream.paired:
+                if stream.digits:
+                    lines += self._digits(f"(({name} >> {shift}) & 255).to(tl.int16)")
+                elif stream.paired:
                     narrow = ".to(tl.int16)" if side.alphabet.looked_up else ""  # the shift has made them 32 bits wide
                     kept = f"({name} >> {shift}) & 255"
                     lines.append(f"{name} = ({kept}){narrow}" if narrow else f"{name} = {kept}")
@@ -250,7 +295,7 @@ class Planes:
         side = self.side
         if side.floats:
             token, lane = self.grid(tokens, self.lane)
-            mask = self.mask(guard)
+            mask = self.mask(guard, plane)
             other = f", mask={mask}, other=0.0" if mask else ""
             address = f"{side.name[:-1]}_floats + {token} * {side.dim} + {lane}"
             return [
@@ -262,6 +307,8 @@ class Planes:
             for stream in side.layout.streams
             for place in (stream.places[plane],)
         ]
+        if side.layout.digits:
+            parts = self._parts(plane, 0)
         return [f"c = {self._numbered(parts)}", *self._number(plane, tokens, guard)]
 
     def _number(self, plane: int, tokens: str, guard: str) -> list[str]:
@@ -274,7 +321,7 @@ class Planes:
             token = f"{token} // {meta.tokens}" if meta.tokens > 1 else token
             lane = f"{lane} // {meta.channels}" if meta.channels > 1 else lane
             base = f"{pointer(side)} + {self.prefix}_meta"
-            lines += read(side, base, entry(side, token, lane), *names, mask=self.mask(guard))
+            lines += read(side, base, entry(side, token, lane), *names, mask=self.mask(guard, plane))
         elif side.static:
             lines += static_read(self, plane, self.grid(tokens, self.lane)[1])
         return [*lines, f"n{plane} = {self.steps.number('c', *names)}"]
@@ -283,13 +330,13 @@ class Planes:
 def static_read(planes: Planes, plane: int, lane: str) -> list[str]:
     """Lines that load calibrated scales of one plane's channels into `x_scale` (and `x_offset`)."""
     side = planes.side
-    mask = planes.mask("") if "[" in lane else f"{planes.lane}_in" * planes.ragged
+    mask = planes.mask("", plane) if "[" in lane else planes.inside(plane)
     other = f", mask={mask}, other=0.0" if mask else ""
     block = side.scale.block
     channels = block.channels if isinstance(block.channels, int) else side.dim
     groups = side.dim // channels
     head = "h" if block.heads == 1 else "0"
-    channel = f"({lane} + {plane * planes.width})" if plane else lane
+    channel = f"({lane} + {planes.start(plane)})" if planes.start(plane) else lane
     index = f"{head} * {groups} + {channel} // {channels}" if groups > 1 else f"{head} + {lane} * 0"
     heads = planes.plan.shape.kv_heads if block.heads == 1 else 1
     lines = [f"{planes.prefix}_scale = tl.load({side.name}_scale_ptr + {index}{other})"]

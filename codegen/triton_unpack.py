@@ -32,7 +32,6 @@ class Unpack(Planes):
 
     def text(self, addresses: list[str]) -> str:
         plan, side, halves = self.plan, self.side, Lines()
-        mask = "inside[:, None]" + (f" & {self.lane}_in[None, :]" if self.ragged else "")
         for half in range(plan.halves):
             t = tokens_name(plan, half)
             shift = f" + {half * plan.half}" if half else ""
@@ -41,12 +40,13 @@ class Unpack(Planes):
             if side.floats:
                 at = f"{side.name[:-1]}_floats + {t}[:, None] * {side.dim} + {self.lane}[None, :]"
                 for j in range(side.layout.planes):
-                    halves.add(f"n{j} = tl.load({at} + {j * self.width}, mask={mask}, other=0.0).to(tl.float32)")
+                    mask = self.mask("inside", j)
+                    halves.add(f"n{j} = tl.load({at} + {self.start(j)}, mask={mask}, other=0.0).to(tl.float32)")
             else:
                 halves.extend([*self.load(half, t), *self.decode(half, t)])
             halves.add(f"place = out + (u - begin)[:, None] * {side.dim} + {self.lane}[None, :]")
             for j in range(side.layout.planes):
-                halves.add(f"tl.store({self.at('place', j)}, n{j}, mask={mask})")
+                halves.add(f"tl.store({self.at('place', j)}, n{j}, mask={self.mask('inside', j)})")
         other = "k" if side.name == "values" else "v"
         keep = [a for a in addresses if not a.startswith((f"{other}_meta", "page_token"))]
         text = "\n".join([*keep, *halves.lines])

@@ -33,10 +33,10 @@ class Values(Planes):
 
     def stores(self, out: str, names: list[str]) -> list[str]:
         """Lines that store a tile a plane [lanes, rows], divided by the mass of weights."""
-        inside = f"{self.lane}_in[:, None]" if self.ragged else f"({self.lane} >= 0)[:, None]"
         lines = []
         for j, name in enumerate(names):
-            lane = f"({self.lane} + {j * self.width})[:, None]" if j else f"{self.lane}[:, None]"
+            inside = f"{self.inside(j) or f'({self.lane} >= 0)'}[:, None]"
+            lane = f"{self.plane_lane(j)}[:, None]"
             lines.append(f"tl.store({out} + {lane}, {name} * inverse[None, :], mask=live[None, :] & {inside})")
         return lines
 
@@ -107,9 +107,8 @@ class Values(Planes):
             lines += [
                 f"a{stream.width}_{j} = tl.dot({self.operand(stream, j, half)}, weight)" for j in range(layout.planes)
             ]
-        mask = f"{self.lane}_in" if self.ragged else ""
         for j in range(layout.planes):
-            index = entry(self.side, self.block(half), self.channel_group(j))
+            index, mask = entry(self.side, self.block(half), self.channel_group(j)), self.inside(j)
             lines += read(self.side, f"{pointer(self.side)} + v_meta", index, "v_scale", "v_offset", mask=mask)
             lines.append(f"total = {self.steps.clean(j)}")
             lines.append(f"o{j} = o{j}{decay} + {self.steps.output('total', 'weighed', 'v_scale', 'v_offset')}")
@@ -151,10 +150,10 @@ class Values(Planes):
                 lines.append("coded_mass = coded_mass * decay + tl.sum(tl.where(coded[:, None], p, 0.0), 0)")
             return lines + self.exact_rows.accumulate()
         token, lane = self.grid("row", self.lane)
-        mask = self.mask("exact")
         lines.append(f"source = value_rows + {token} * {self.plan.shape.head_dim} + {lane}")
         for j in range(self.side.layout.planes):
             lines += self.decode_token(j, "t", "coded")
+            mask = self.mask("exact", j)
             lines.append(f"v = tl.load({self.at('source', j)}, mask={mask}, other=0.0).to(tl.float32)")
             lines.append(f"v = tl.where(coded[None, :], n{j}, v).to({self.exact})")
             lines.append(f"o{j} = tl.dot(v, weight, o{j} * decay[None, :]{self.precise})")

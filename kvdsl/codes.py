@@ -24,6 +24,7 @@ class Uniform(Part):
     grid `ends`: the range's ends are levels, step (hi-lo)/(L-1), decoded at lo + s*c.
     grid `cells`: the range is cut into L cells, step (hi-lo)/L, decoded at lo + s*(c + 1/2).
     `levels` None: 2**bits, but 2**bits - 1 under `absmax` with grid `ends`, so that 0 is a level and the grid is even.
+    `bits` None: of three levels, which are stored five in a byte.
     """
 
     bits: int | None = None
@@ -56,7 +57,7 @@ class Codebook(Part):
     levels   the numbers, rising; or the law that the best ones (Lloyd-Max) are computed for: `normal` of variance 1,
              `beta` (a coordinate of a random unit vector of the block's channels, times the root of their number);
              `calibrated`: a table of each layer from a file
-    bits     of a code; None: as few as the levels need, and 8/5 for three levels (five of them in a byte)
+    bits     of a code; None: as few as the levels need, but three levels are stored five in a byte
     """
 
     bits: int | None = None
@@ -87,9 +88,23 @@ Code = Uniform | Float | Codebook | Sketch
 
 
 def width(code: Code) -> int | None:
-    """Bits of one code; None where the code says neither bits nor numbers."""
+    """Bits of one code on its own; None where the code says neither bits nor numbers."""
     if isinstance(code, Float):
         return FLOAT_BITS[code.format]
     if isinstance(code, Codebook) and code.bits is None and isinstance(code.levels, tuple):
         return max(1, (len(code.levels) - 1).bit_length())
+    if in_trits(code):
+        return 2
     return 1 if isinstance(code, Sketch) else code.bits
+
+
+def in_trits(code: Code) -> bool:
+    """Whether codes are ternary digits, five in a byte: three levels, and no bits asked for."""
+    if isinstance(code, Codebook):
+        return code.bits is None and isinstance(code.levels, tuple) and len(code.levels) == 3
+    return isinstance(code, Uniform) and code.bits is None and code.levels == 3
+
+
+def trit_bytes(numbers: int) -> int:
+    """Bytes that the digits of `numbers` numbers take: an even count, so that a row of 16-bit words is whole words."""
+    return 2 * -(-numbers // (2 * TRITS))

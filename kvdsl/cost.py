@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from fractions import Fraction
 
-from .codes import width
+from .codes import in_trits, trit_bytes, width
 from .errors import SchemeError, ShapeError
 from .rules import layer_faults, refuse_for
 from .scheme import ALL, SIDES, Codebook, Scale, Scheme, Side, Store
@@ -146,13 +146,16 @@ def _stored(store: Store, shape: Shape, tokens: int) -> tuple[Fraction, Fraction
             section, copies = section * copies, 1
     padded = -(-section // ALIGN) * ALIGN
     metadata, padding = (Fraction(8 * size * copies, elements) for size in (section, padded - section))
-    return Fraction(_code(store) * store.coded(shape.head_dim), shape.head_dim), metadata, padding
+    return _code(store, store.coded(shape.head_dim)) / shape.head_dim, metadata, padding
 
 
-def _code(store: Store) -> int:
+def _code(store: Store, numbers: int) -> Fraction:
+    """Bits of the codes of `numbers` numbers, a row of a page."""
+    if in_trits(store.code):
+        return Fraction(8 * trit_bytes(numbers))
     bits = width(store.code)
     assert bits is not None
-    return bits
+    return Fraction(bits * numbers)
 
 
 def _online(store: Store) -> Scale | None:
@@ -181,7 +184,7 @@ def _constants(store: Store, shape: Shape) -> int:
     level, (kv heads or 1); the levels of a table."""
     scale, count = store.measure, 0
     if isinstance(store.code, Codebook) and store.code.levels == "calibrated":
-        count += 2 ** _code(store)
+        count += 2 ** (width(store.code) or 0)
     if scale is not None and scale.when == "calibrated":
         groups = shape.head_dim // _size(scale.block.channels, shape.head_dim)
         count += _heads(scale, shape) * groups * len(_widths(scale))

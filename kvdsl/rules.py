@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 
 from . import measure_rules  # noqa: F401  (it enters its rules)
+from .codes import in_trits, width
 from .errors import Fault, SchemeError
 from .kinds import misfits
 from .scheme import ALL, ChannelScale, Codebook, Float, Rotate, Scale, Scheme, Sketch, Store, Uniform
@@ -69,8 +70,10 @@ def _waiting(store: Store) -> int:
 
 def _levels(code: Uniform, scale: Scale) -> int:
     """The number of levels that the code has under this scale."""
+    if code.levels is not None:
+        return code.levels
     assert code.bits is not None
-    return code.levels or 2**code.bits - (scale.range == "absmax" and code.grid == "ends")
+    return 2**code.bits - (scale.range == "absmax" and code.grid == "ends")
 
 
 @rule("~.code", "~.scale")
@@ -97,7 +100,7 @@ def _levels_fit_their_bits(site: Site) -> Iterator[Fault]:
     if isinstance(code, Codebook):
         yield from _table_fits_its_bits(site, code)
         return
-    if not isinstance(code, Uniform):
+    if not isinstance(code, Uniform) or in_trits(code):
         return
     if code.bits is None:
         levels = f", levels={code.levels}" if code.levels else ""
@@ -126,7 +129,7 @@ def _symmetric_levels_have_a_middle(site: Site) -> Iterator[Fault]:
     if (
         not isinstance(code, Uniform)
         or scale is None
-        or code.bits is None
+        or width(code) is None
         or scale.range not in ("absmax", "signed_absmax")
     ):
         return
@@ -142,7 +145,8 @@ def _symmetric_levels_have_a_middle(site: Site) -> Iterator[Fault]:
             )
     elif levels % 2:
         fact = f"{levels} levels have one in the middle, and {scale.range} on grid {code.grid!r} needs an even number"
-        yield site.fault(at, fact, f"use levels={levels - 1}" + (f" or {levels + 1}" if levels < 2**code.bits else ""))
+        other = f" or {levels + 1}" if code.bits is None or levels < 2**code.bits else ""
+        yield site.fault(at, fact, f"use {'bits=2 and ' * (code.bits is None)}levels={levels - 1}{other}")
 
 
 @rule("~.code.grid", "~.code.rounding")

@@ -8,7 +8,7 @@ from .fp4 import mxfp4, nvfp4, nvfp4_4over6
 from .fp8 import fp8_tensor, fp8_token_head
 from .int8 import int8_tensor
 from .kivi import kivi2, kivi4
-from .kvtq import kvtq_2bit
+from .kvtq import kvtq, kvtq_2bit
 from .llama_cpp import iq4_nl, q4_0, q4_1, q5_0, q5_1, q8_0
 from .omniquant import omniquant4
 from .plain import fp16, fp32
@@ -31,6 +31,7 @@ ALL: dict[str, Scheme] = {
     "bitdecoding2": bitdecoding2,
     "qjl_gauss": qjl_gauss,
     "qjl_kv": qjl_kv,
+    "kvtq": kvtq,
     "kvtq_2bit": kvtq_2bit,
     "turboquant4": turboquant4,
     "turboquant3": turboquant3,
@@ -80,6 +81,7 @@ __all__ = [
     "iq4_nl",
     "kivi2",
     "kivi4",
+    "kvtq",
     "kvtq_2bit",
     "mxfp4",
     "nvfp4",

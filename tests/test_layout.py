@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from kvdsl import ALL, Block, Float, Recent, Scale, Scheme, Store, Uniform, bits, per_channel, per_token, reference
-from kvdsl.codegen.layout import lay_out, prove_bijection, widths
+from kvdsl.codegen.bijection import prove_bijection
+from kvdsl.codegen.layout import lay_out, widths
 from kvdsl.errors import ProofError
 from kvdsl.rules import shape_faults
 from kvdsl.schemes import ALL as SHIPPED

@@ -71,7 +71,12 @@ FAULTY: list[tuple[Callable[[], Scheme], str]] = [
         "keys.code.format: 'e8m0' is none of fp16, fp32, e4m3, e5m2, e2m1; use 'e5m2'",
     ),
     (lambda: uniform(Uniform()), "keys.code.bits: no bits; write Uniform(bits=4)"),
-    (lambda: uniform(Uniform(levels=3)), "keys.code.bits: no bits; write Uniform(bits=2, levels=3)"),
+    (lambda: uniform(Uniform(levels=5)), "keys.code.bits: no bits; write Uniform(bits=3, levels=5)"),
+    (
+        lambda: uniform(Uniform(levels=3), range="signed_absmax"),
+        "keys.code.levels: 3 levels have one in the middle, and signed_absmax on grid 'ends' needs an even number; "
+        "use bits=2 and levels=2 or 4",
+    ),
     (lambda: uniform(Uniform(True)), "keys.code.bits: True is no number of bits; use an int from 1 to 8"),
     (lambda: uniform(Uniform(4.0)), "keys.code.bits: 4.0 is a float, not an int; use 4"),  # type: ignore[arg-type]
     (lambda: uniform(Uniform("4")), "keys.code.bits: '4' is no number of bits; use an int from 1 to 8"),  # type: ignore[arg-type]

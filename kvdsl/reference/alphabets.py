@@ -67,12 +67,15 @@ def level_count(store: Store) -> int:
 
 
 def code_bits(store: Store) -> int:
-    """Bits of one code; of an fp16 or fp32 number those of the number."""
+    """Bits of one code on its own; of an fp16 or fp32 number those of the number."""
     code = store.code
     if isinstance(code, Float):
         return MINIFLOATS[code.format].bits if code.format in MINIFLOATS else int(code.format[2:])
     if isinstance(code, Sketch):
         return 1
+    if isinstance(code, Uniform) and code.bits is None:
+        assert code.levels is not None
+        return math.ceil(math.log2(code.levels))
     if code.bits is None:
         assert isinstance(code, Codebook) and isinstance(code.levels, tuple)
         return max(1, math.ceil(math.log2(len(code.levels))))

@@ -4,6 +4,11 @@ A page holds `page_tokens` tokens of all kv heads of one layer: one blob a head,
 rounded up to 16 bytes.  A blob holds key codes, value codes, key metadata, value metadata; every section starts at a
 multiple of 16 bytes.
 
+Three levels for which no bits are asked are ternary digits, five in a byte.  A row is again tokens t and t + 32, one in
+the low bytes and one in the high bytes of W words; W is a fifth of the channels rounded up to an even number.  Byte w
+holds channels w, w + W, ..., w + 4W as the digits d of a number 0.ddddd of base 3, the first channel's digit first,
+those beyond the last channel 0: the byte is the number of 256ths of it, rounded up.
+
 A side's codes are those of the space that is coded: M channels, head_dim but for a sketch.  A minifloat's code is its
 bits, a sketch's one bit; numbers in fp16 and fp32 stand as they are, row after row.
 
@@ -29,7 +34,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kvdsl.codes import Float
+from kvdsl.codes import Codebook, Float, Uniform
 from kvdsl.errors import ShapeError
 from kvdsl.scheme import SIDES, Scale, Scheme, Store
 
@@ -109,7 +114,8 @@ def _places(scheme: Scheme, shape: Shape) -> tuple[int, dict[str, _Places], int]
         starts = []
         for bits in _widths(store):
             starts.append(end)
-            end = _aligned(end + size * width[side] * bits // 8)
+            row_bits = 8 * _digit_bytes(width[side]) if _ternary(store) else width[side] * bits
+            end = _aligned(end + size * row_bits // 8)
         codes[side] = tuple(starts)
     metadata: dict[str, int | None] = {}
     for side in SIDES:
@@ -133,6 +139,20 @@ def _places(scheme: Scheme, shape: Shape) -> tuple[int, dict[str, _Places], int]
 
 def _aligned(offset: int) -> int:
     return -(-offset // 16) * 16
+
+
+def _ternary(store: Store) -> bool:
+    """Whether codes are digits of base 3, five in a byte."""
+    code = store.code
+    if isinstance(code, Codebook):
+        return code.bits is None and isinstance(code.levels, tuple) and len(code.levels) == 3
+    return isinstance(code, Uniform) and code.bits is None and code.levels == 3
+
+
+def _digit_bytes(d: int) -> int:
+    """Bytes of the ternary digits of a token."""
+    fifth = math.ceil(d / 5)
+    return fifth + fifth % 2
 
 
 def _widths(store: Store) -> tuple[int, ...]:
@@ -197,6 +217,9 @@ def _plane(store: Store, d: int) -> int:
 
 def _put_codes(blob: Bytes, starts: tuple[int, ...], codes: Any, t: int, store: Store, size: int) -> None:
     """Codes (B, D) of token t of the page into blobs (B, bytes)."""
+    if _ternary(store):
+        _put_digits(blob, starts[0], codes, t)
+        return
     d = codes.shape[1]
     plane = _plane(store, d)
     below = code_bits(store)
@@ -215,6 +238,17 @@ def _put_codes(blob: Bytes, starts: tuple[int, ...], codes: Any, t: int, store: 
             first = start + row * row_bytes + 2 * tile * plane + byte
             placed = part[:, j * plane : (j + 1) * plane] << (slot * width)
             blob[:, first : first + 2 * plane : 2] |= placed.astype(np.uint8)
+
+
+def _put_digits(blob: Bytes, start: int, digits: Any, t: int) -> None:
+    """Ternary digits (B, D) of token t of the page into blobs (B, bytes)."""
+    count, d = digits.shape
+    row = _digit_bytes(d)
+    padded = np.zeros((count, 5 * row), np.int64)
+    padded[:, :d] = digits
+    of_243 = padded.reshape(count, 5, row).transpose(0, 2, 1) @ np.array([81, 27, 9, 3, 1])
+    first = start + (t // 64 * 32 + t % 32) * 2 * row + t % 64 // 32
+    blob[:, first : first + 2 * row : 2] = np.ceil(of_243 * 256 / 243)
 
 
 def _put_floats(blob: Bytes, start: int, numbers: Tensor, t: int, code: Float) -> None:

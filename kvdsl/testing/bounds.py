@@ -41,6 +41,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from kvdsl.codes import width
 from kvdsl.kernels import Params
 from kvdsl.reference.alphabets import Alphabet, alphabet, given_table
 from kvdsl.reference.quantize import encoded_rows, level_count, maps, quantize
@@ -257,7 +258,7 @@ def _online(code: Uniform, scale: Scale, numbers: Tensor, levels: int, outer: Te
     else:
         step = (high - low) / (levels if code.grid == "cells" else levels - 1)
 
-    spare = (code.bits or 0) if scale.zero == "in_scale" else 0
+    spare = (width(code) or 0) if scale.zero == "in_scale" else 0
     if scale.dtype == "e8m0":
         top = levels / 2 if code.grid == "cells" else (levels - 1) // 2
         power = torch.frexp((scale.clip * largest).float()).exponent - torch.frexp(torch.tensor(top * 1.0)).exponent

@@ -8,6 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from kvdsl import reference
+from kvdsl.codes import width
 from kvdsl.inputs import DTYPES
 from kvdsl.kernels import Params, Side
 from kvdsl.reference.alphabets import alphabet
@@ -23,10 +24,6 @@ LEAST = {"fp16": -14, "bf16": -126, "fp32": -126, "e4m3": -6, "e5m2": -14, "e8m0
 TOPS = {"fp16": LARGEST, "e4m3": 448.0, "e5m2": 57344.0}  # where a format of numbers saturates
 
 
-def _ends(case: Case, tokens: int) -> Ends:
-    return {side: [tokens] * case.batch for side in SIDES}
-
-
 def _with_sinks(case: Case, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Poisoned sinks before the tokens that are packed: they may not count."""
     lead = torch.full((*k.shape[:2], case.sinks, k.shape[3]), torch.nan, dtype=k.dtype)
@@ -34,7 +31,8 @@ def _with_sinks(case: Case, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pages(case: Case, k: Tensor, v: Tensor, params: Params, poison: Poison = USUAL) -> Pages:
-    return packed(case.kernels, *_with_sinks(case, k, v), _ends(case, k.shape[2]), params, poison)
+    ends: Ends = {side: [k.shape[2]] * case.batch for side in SIDES}
+    return packed(case.kernels, *_with_sinks(case, k, v), ends, params, poison)
 
 
 def _decoded(case: Case, pages: Pages, begin: int, end: int, params: Params) -> tuple[Tensor, Tensor]:
@@ -243,7 +241,7 @@ def _keeps_its_ends(store: Store) -> bool:
         kept = scale.clip == 1 and scale.refit is None and scale.dtype != "e4m3" and _far_ends(store)
         return fixed or kept
     nearest = code.rounding != "floor" and code.grid == "ends" and scale.zero == "min"
-    fits = {"fp16": 8, "bf16": 6, "fp32": 8, "e4m3": 3, "e8m0": 0}[scale.dtype] >= (code.bits or 0)
+    fits = {"fp16": 8, "bf16": 6, "fp32": 8, "e4m3": 3, "e8m0": 0}[scale.dtype] >= (width(code) or 0)
     return nearest and (fixed or (scale.clip == 1 and fits and scale.refit is None))
 
 

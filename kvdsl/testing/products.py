@@ -64,9 +64,7 @@ def _step(store: Store) -> float | None:
     return steps.pop() if len(steps) == 1 else None
 
 
-def sizes_of(
-    store: Store, x: Tensor, span: tuple[int, int], params: Params, side: Side, largest: Largest
-) -> Tensor:
+def sizes_of(store: Store, x: Tensor, span: tuple[int, int], params: Params, side: Side, largest: Largest) -> Tensor:
     """The largest size in the block of each factor of `sides_of`."""
     first, end = span
     x = x.double()
