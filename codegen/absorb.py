@@ -2,6 +2,9 @@
 
 What is coded of a vector x is y = E x - u; what is read is x = W y + v.  Scores and outputs are linear in x, so W and v
 leave the sum over tokens: they are applied once to a query, or once to an output.
+
+Rotary positions differ from token to token and stay in the loop.  Of R_t with t = t0 + i, t0 the first token of a tile,
+R_t0 goes onto the query, once a tile, and R_i, the same in every tile, onto decoded numbers.
 """
 
 from __future__ import annotations
@@ -11,16 +14,17 @@ from dataclasses import dataclass
 import sympy as sp
 
 from kvdsl.errors import ProofError
-from kvdsl.scheme import ALL, ChannelScale, ChannelShift, Permute, Rotate, Sketch, Store
+from kvdsl.scheme import ALL, ChannelScale, ChannelShift, Permute, PreRope, Rotate, Sketch, Store
 
 CHANNELS, NUMBERS, TOKENS = 3, 2, 2  # of the proof: the statement is linear in every factor
 
 
 @dataclass(frozen=True)
 class Absorbed:
-    """One side's map: each step in words, what the side's sums become, and where the map is applied."""
+    """One side's map: each step in words, what is read, what the side's sums become, and where the map is applied."""
 
     steps: tuple[str, ...]
+    read: str
     statement: str
     method: str
     where: str
@@ -37,6 +41,9 @@ def steps(store: Store) -> tuple[str, ...]:
 
 
 def _said(part: object) -> str:
+    if isinstance(part, PreRope):
+        which = "2i and 2i + 1" if part.interleaved else "i and i + R/2"
+        return f"y = R_t^-1 x, R_t turns channels {which} by t*f[i], f the model's R/2 frequencies"
     if isinstance(part, Rotate):
         size = "the head" if part.size is ALL else f"blocks of {part.size} channels"
         drawn = "" if part.seed is None else f", from seed {part.seed}"
@@ -51,8 +58,12 @@ def _said(part: object) -> str:
 
 def absorb(side: str, store: Store) -> Absorbed | None:
     """What becomes of one side's sums; None where the vector itself is coded.  Raises ProofError if it is not so."""
-    if not store.turned:
+    if store.rope is not None:
+        return _rope(store)
+    if not store.mapped:
         return None
+    letter = side[0]
+    read = f"{letter}[t, d] = sum_i W[d, i]*y[t, i]" + (f" + {letter}0[d]" if store.shifted else "")
     w = sp.Matrix(CHANNELS, NUMBERS, lambda d, i: sp.Symbol(f"W{d}{i}"))
     v = sp.Matrix(CHANNELS, 1, lambda d, _: sp.Symbol(f"v{d}") if store.shifted else 0)
     y = sp.Matrix(NUMBERS, TOKENS, lambda i, t: sp.Symbol(f"y{i}{t}"))
@@ -72,4 +83,29 @@ def absorb(side: str, store: Store) -> Absorbed | None:
     if any(sp.expand(entry) != 0 for entry in difference):
         raise ProofError(f"{side}: the map does not leave the sum over tokens")
     method = f"symbolic, with {CHANNELS} channels of {NUMBERS} numbers and {TOKENS} tokens: it is linear in each"
-    return Absorbed(steps(store), statement, method, where)
+    return Absorbed(steps(store), read, statement, method, where)
+
+
+def _rope(store: Store) -> Absorbed:
+    """A score's two terms for one rotary pair: y cos meets the query, y sin the query turned by 90 degrees."""
+    t0, i, f = sp.symbols("t0 i f", real=True)
+    q, y = sp.Matrix(sp.symbols("qa qb")), sp.Matrix(sp.symbols("ya yb"))
+
+    def turned(angle: sp.Expr) -> sp.Matrix:
+        return sp.Matrix([[sp.cos(angle), -sp.sin(angle)], [sp.sin(angle), sp.cos(angle)]])
+
+    right_angle = sp.Matrix([[0, 1], [-1, 0]])
+    once = turned(t0 * f).T * q
+    terms = sp.cos(i * f) * y.dot(once) + sp.sin(i * f) * y.dot(right_angle * once)
+    tile = sp.cos(t0 * f) * q + sp.sin(t0 * f) * right_angle * q - once
+    score = q.dot(turned((t0 + i) * f) * y) - terms
+    if any(sp.expand(sp.expand_trig(sp.expand(one))) != 0 for one in (score, *tile)):
+        raise ProofError("keys: rotary positions are not the sum of two terms")
+    return Absorbed(
+        steps(store),
+        "k[t] = R_t y[t]",
+        "q . R_(t0 + i) y = sum_d cos(i*f[d])*y[t, d]*q'[d] + sin(i*f[d])*y[t, d]*q''[d] with q' = R_t0^-1 q, "
+        "q'' = (q'[b], -q'[a]) for every pair (a, b)",
+        "symbolic, for one pair: a score is a sum over pairs",
+        "R_t0 is applied to the query, once per tile; R_i to decoded numbers, in the loop",
+    )

@@ -238,6 +238,12 @@ def nan(x):
 
 
 @triton.jit
+def spoil(x, spoilt):
+    """x, or NaN where spoilt is not 0."""
+    return tl.where(spoilt != 0, float("nan"), x)
+
+
+@triton.jit
 def square(x):
     """Squares of numbers made finite, float64."""
     number = finite(x).to(tl.float64)

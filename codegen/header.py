@@ -18,9 +18,8 @@ def formula_lines(side: SidePlan) -> list[str]:
     """The definition of one side as declared, and as lowered."""
     letter = side.name[0]
     if side.absorbed is not None:
-        shift = f" + {letter}0[d]" if side.shifted else ""
         coded = _coded_lines(side, "y")
-        read = f"{letter}[t, d] = sum_i W[d, i]*y[t, i]{shift}; {side.absorbed.where}"
+        read = f"{side.absorbed.read}; {side.absorbed.where}"
         return [f"{side.name}: {step}" for step in side.absorbed.steps] + [read, *coded]
     return _coded_lines(side, letter)
 
@@ -30,7 +29,7 @@ def _coded_lines(side: SidePlan, letter: str) -> list[str]:
         return [f"{letter}[t, d] = the number itself, as {side.floats}"]
     lines = [f"{letter}[t, d] = {sp.sstr(side.form.definition)}"]
     lines += [f"           {told}" for told in alphabet_lines(side)]
-    names = ("q . k[t]  = ", "out[d]    = ") if letter != "y" else ("q' . y[t] = ", "out'[d]   = ")
+    names = ("q . k[t]  = ", "out[d]    = ") if not side.mapped else ("q' . y[t] = ", "out'[d]   = ")
     outer = names[side.name == "values"]
     over = "d" if side.name == "keys" else "t"
     if side.when is When.IN_LOOP:

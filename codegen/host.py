@@ -215,6 +215,19 @@ def mapped(x: Tensor, matrix: Tensor, shift: Tensor | None) -> Tensor:
     return (y if shift is None else y + shift[:, None].to(torch.float64)).to(torch.float32)
 
 
+def rotated(x: Tensor, waves: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
+    """Rotary positions put on x (n, H, T, D) by cosines and sines, each (n or 1, 1, T, R/2), in their dtype; minus the
+    sines takes them off.  Of the D channels the first R are rotated."""
+    cos, sin = waves
+    count = 2 * cos.shape[-1]
+    one, two = (0, 1) if interleaved else (0, cos.shape[-1])
+    step, stop = (2, count) if interleaved else (1, count // 2)
+    a, b = (x[..., first : first + stop : step].to(cos.dtype) for first in (one, two))
+    turned = a * cos - b * sin, b * cos + a * sin
+    both = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
+    return torch.cat((both.to(x.dtype), x[..., count:]), -1)
+
+
 # ---- pages -----------------------------------------------------------------------------------------------------------
 
 

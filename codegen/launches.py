@@ -11,7 +11,7 @@ from .launch import CONSTEXPR, Launch
 from .plan import DECODE_ROWS, Plan
 
 POINTERS = {
-    "query_ptr": "input", "rows_ptr": "input", "key_rows_ptr": "input", "value_rows_ptr": "input",
+    "query_ptr": "input", "rows_ptr": "input", "source_ptr": "input", "key_rows_ptr": "input", "value_rows_ptr": "input",
     "pool8_ptr": "*u8", "pool16_ptr": "*i16", "pool32_ptr": "*i32", "pool_fp16_ptr": "*fp16", "pool_fp32_ptr": "*fp32",
     "squares_ptr": "*fp64",
     "first_ptr": "*i32", "begin_ptr": "*i32", "end_ptr": "*i32", "table_ptr": "*i32", "packed_keys_ptr": "*i32",
@@ -37,6 +37,8 @@ def warps(kernel: str, plan: Plan) -> int:
         return max(4, min(8, plan.held(kernel.removeprefix("pack_")) // 1024))
     if kernel.startswith(("turn_k", "turn_v", "restore")):
         return 8
+    if kernel in ("unrope_keys", "rope_keys"):
+        return 4
     if kernel not in (*ATTEND, "scores") or exact:
         return 4
     return 1 if plan.rows(many=kernel != "decode") == DECODE_ROWS else 2
@@ -44,7 +46,7 @@ def warps(kernel: str, plan: Plan) -> int:
 
 def fused(kernel: str) -> bool:
     """Whether the compiler may fuse a product and a sum: not where a number is stored or given back."""
-    return not kernel.startswith(("pack", "unpack", "turn", "restore"))
+    return not kernel.startswith(("pack", "unpack", "turn", "restore", "unrope", "rope"))
 
 
 def stages(kernel: str) -> int:

@@ -42,11 +42,14 @@ def place(store: Store, part: SideLayout) -> When:
     """The outermost legal place of a store's scale, given how its planes lie.
 
     Behind the dot product a scale must be constant over the channels of whole planes; once per tile it must be constant
-    over a tile's tokens, which takes blocks of 32 tokens or a multiple.
+    over a tile's tokens, which takes blocks of 32 tokens or a multiple.  Rotary positions are put back on decoded
+    numbers.
     """
     scale = store.measure
     if scale is None:
         return When.NEVER
+    if store.rope is not None:
+        return When.IN_LOOP
     if scale.when == "calibrated":
         return When.ONCE_PER_QUERY
     tokens, channels = token_block(store), scale.block.channels

@@ -7,7 +7,7 @@ from functools import cache, cached_property
 from typing import TYPE_CHECKING, Literal
 
 from kvdsl.rules import refuse_for
-from kvdsl.scheme import SIDES, Float, Scale, Scheme, Sketch, Store, Uniform
+from kvdsl.scheme import SIDES, Float, PreRope, Scale, Scheme, Sketch, Store, Uniform
 from kvdsl.shape import Shape
 
 from .alphabet import Alphabet, alphabet_of
@@ -82,8 +82,18 @@ class SidePlan:
 
     @property
     def turned(self) -> bool:
-        """What is coded is a map of the vector, undone on the query or on the output."""
+        """What is coded is not the vector itself."""
         return self.store.turned
+
+    @property
+    def mapped(self) -> bool:
+        """What is coded is a map of the vector, undone on the query or on the output."""
+        return self.store.mapped
+
+    @property
+    def rope(self) -> PreRope | None:
+        """Rotary positions were taken off, and are put back on decoded numbers in the loop."""
+        return self.store.rope
 
     @property
     def shifted(self) -> bool:

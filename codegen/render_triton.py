@@ -13,6 +13,7 @@ from .text import imported, without_unused
 from .triton_attend import Attend
 from .triton_merge import merge
 from .triton_pack import Pack
+from .triton_rope import rope, unrope
 from .triton_turn import restore, turn, turn_query
 from .triton_unpack import Unpack
 
@@ -30,8 +31,9 @@ def render(plan: Plan, name: str) -> str:
     """The whole text, formatted and deterministic."""
     attend = Attend(plan)
     sides = (plan.keys, plan.values)
-    kernels = [write(plan, side) for side in sides if side.turned for write in (turn, restore)]
-    kernels += [turn_query(plan)] if plan.keys.turned else []
+    kernels = [write(plan, side) for side in sides if side.mapped for write in (turn, restore)]
+    kernels += [turn_query(plan)] if plan.keys.mapped else []
+    kernels += [unrope(plan), rope(plan)] if plan.keys.rope is not None else []
     kernels += [Pack(plan, side).text() for side in sides]
     kernels += [Unpack(plan, side).text(attend.addresses()) for side in sides]
     kernels.append(attend.scores(plan.rows(many=True)))

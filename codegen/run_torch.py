@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from kvdsl.kernels import AttentionState, Params, Side
+from kvdsl.params import ROPE
+from kvdsl.rope import table
 
-from .host import finite, mapped, rows_of_bytes
+from .host import finite, mapped, rotated, rows_of_bytes
 from .plan import Plan
 
 LOG2E = 1.4426950408889634
@@ -54,17 +56,38 @@ class TorchModule:
         wanted = (part.static, "scale"), (part.second is not None, "scale.scale"), (part.alphabet.given, "code")
         return [params[f"{side}.{name}"] for takes, name in wanted if takes]
 
-    def _turned(self, side: Side, rows: Tensor, params: Params) -> Tensor:
-        """The numbers to be coded of rows (n, H, T, D), float32."""
-        if not self.plan.side(side).turned:
+    def _turned(self, side: Side, rows: Tensor, u: Tensor, params: Params) -> Tensor:
+        """The numbers to be coded of rows (n, H, T, D) of the tokens at u (n, T), float32."""
+        part = self.plan.side(side)
+        if not part.turned:
             return rows
-        return mapped(_clean(rows), params[f"{side}.encode"], params.get(f"{side}.encode_shift"))
+        clean = _clean(rows)
+        if part.rope is not None:
+            return self._rotated(clean, u, params, torch.float64, -1)
+        return mapped(clean, params[f"{side}.encode"], params.get(f"{side}.encode_shift"))
 
-    def _restored(self, side: Side, coded: Tensor, params: Params) -> Tensor:
-        """Decoded numbers (B, H, T, M) as the head's vectors (B, H, T, D)."""
-        if not self.plan.side(side).turned:
-            return coded
-        return mapped(coded, params[f"{side}.decode"], params.get(f"{side}.decode_shift"))
+    def _restored(self, side: Side, coded: Tensor, begin: int, params: Params) -> Tensor:
+        """Decoded numbers (B, H, T, M) of the tokens from u = begin on as the head's vectors (B, H, T, D)."""
+        part = self.plan.side(side)
+        if part.rope is not None:
+            u = torch.arange(begin, begin + coded.shape[2], device=coded.device)[None]
+            return self._rotated(coded, u, params, torch.float64, 1)
+        if part.mapped:
+            return mapped(coded, params[f"{side}.decode"], params.get(f"{side}.decode_shift"))
+        return coded
+
+    def _rotated(self, x: Tensor, u: Tensor, params: Params, dtype: torch.dtype, sign: int) -> Tensor:
+        """Rotary positions put on x (n, H, T, D) of the tokens at u (n or 1, T), or with sign -1 taken off.
+
+        A NaN spoils its vector."""
+        position = (u + self.plan.sinks).clamp(min=0)
+        channels, frequencies = x.shape[3], params[ROPE]
+        rows = table(frequencies, channels, int(position.max()) + 1, x.device)[position][:, None].to(dtype)
+        cos, sin = (half[..., : len(frequencies)] for half in rows.chunk(2, -1))
+        rope = self.plan.keys.rope
+        assert rope is not None
+        spoilt = torch.isnan(x).any(-1, keepdim=True)
+        return torch.where(spoilt, torch.nan, rotated(x, (cos, sign * sin), rope.interleaved))
 
     def pack(self, side: Side, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor,
              reach: tuple[int, int], pool: Tensor, table: Tensor, params: Params) -> None:  # fmt: skip
@@ -86,7 +109,7 @@ class TorchModule:
         row = torch.where(inside, offset + torch.remainder(u - first[b, None], ring), 0)
         x = rows[b[:, None], :, row].movedim(2, 1).to(torch.float32)
         x = torch.where(inside[:, None, :, None], x, 0.0)
-        given = [self._turned(side, x, params)]
+        given = [self._turned(side, x, u, params)]
         if part.sketched:  # one sum a token, before the vector is mapped: (pages, H, T, 1)
             given.append(_clean(x).to(torch.float64).square().sum(-1, keepdim=True))
         sections = list(getattr(self.module, f"pack_{side}")(*given, *self._given(side, params)))
@@ -129,7 +152,7 @@ class TorchModule:
             return torch.empty(table.shape[0], shape.kv_heads, 0, shape.head_dim, device=pool.device)
         low, high = begin // tokens, -(-end // tokens)
         whole: Tensor = getattr(self.module, f"unpack_{side}")(*self._gather(side, pool, table, low, high, params))
-        return self._restored(side, whole[:, :, begin - low * tokens : end - low * tokens], params)
+        return self._restored(side, whole[:, :, begin - low * tokens : end - low * tokens], begin, params)
 
     # ---- attention ------------------------------------------------------------------------------------------------
 
@@ -149,12 +172,17 @@ class TorchModule:
             return torch.empty(batch, heads, queries, 0, device=query.device)
         pages = -(-tokens // self.plan.layout.page_tokens)
         keys = self._gather("keys", pool, table, 0, pages, params)
-        score = self._scores_of_codes(self._rows(query, 1.0), keys, params)
+        score = self._scores_of_codes(self._rows(query, 1.0), keys, 0, params)
         return self._heads(score.mT[..., :tokens], queries)
 
-    def _scores_of_codes(self, columns: Tensor, keys: list[Tensor], params: Params) -> Tensor:
-        """q.k of packed tokens for queries (B, H, D, rows): the query is mapped, not the keys."""
-        if not self.plan.keys.turned:
+    def _scores_of_codes(self, columns: Tensor, keys: list[Tensor], first: int, params: Params) -> Tensor:
+        """q.k of the tokens packed from u = first on, for queries (B, H, D, rows): the query is mapped, not the keys,
+        but for rotary positions."""
+        if self.plan.keys.rope is not None:
+            decoded = self.module.unpack_keys(*keys)
+            u = torch.arange(first, first + decoded.shape[2], device=decoded.device)[None]
+            return self._rotated(decoded, u, params, torch.float32, 1) @ columns
+        if not self.plan.keys.mapped:
             score: Tensor = self.module.score(columns, *keys)
             return score
         score = self.module.score(params["keys.decode"].mT @ columns, *keys)
@@ -165,7 +193,7 @@ class TorchModule:
     def _sums_of_codes(self, weights: Tensor, values: list[Tensor], params: Params) -> Tensor:
         """Sums of packed values under weights (B, H, tokens, rows), as vectors of the head: (B, H, D, rows)."""
         total: Tensor = self.module.weigh(weights, *values)
-        if self.plan.values.turned:
+        if self.plan.values.mapped:
             total = params["values.decode"] @ total
         if self.plan.values.shifted:
             total = total + params["values.decode_shift"][..., None] * weights.sum(-2, keepdim=True)
@@ -189,7 +217,7 @@ class TorchModule:
         score = columns.new_full((*columns.shape[:2], len(u), columns.shape[-1]), -torch.inf)
         if coded:
             keys = self._gather("keys", state.pool, state.table, low, pages, params)
-            score[:, :, :coded] = self._scores_of_codes(columns, keys, params)[:, :, :coded]
+            score[:, :, :coded] = self._scores_of_codes(columns, keys, low * tokens, params)[:, :, :coded]
         tail = slice(exact_from - low * tokens, len(u))
         alive = self._alive(state, u[tail], state.packed_keys)
         exact = self._exact_rows(state, state.key_rows, u[tail], alive) @ columns

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from kvdsl.kernels import AttentionState, Params, Side
+from kvdsl.params import ROPE
+from kvdsl.rope import NEAR, near, table
 
 from .launch import assembled
 from .launches import ASSEMBLER, GIVEN_POINTERS, arguments, fused, stages, warps
 from .plan import Plan
 from .text import padded
+from .triton_rope import ROTATE_ROWS
 from .triton_turn import QUERY_LANES, QUERY_ROWS, TURN_LANES, TURN_ROWS
 
 VIEWS = {
@@ -71,13 +74,17 @@ class TritonModule:
         for low, high in self._chunks(side, *reach, batch):
             coded = torch.empty(batch, heads, high - low, part.dim, dtype=torch.float32, device=rows.device)
             given = {
-                "rows_ptr": rows, "first_ptr": first, "begin_ptr": begin, "end_ptr": end, "out_ptr": coded,
-                "total_rows": total, "offset": offset, "ring": total - offset, "low": low, "count": high - low,
+                "rows_ptr": rows, "source_ptr": rows, "first_ptr": first, "begin_ptr": begin, "end_ptr": end,
+                "out_ptr": coded, "total_rows": total, "offset": offset, "ring": total - offset, "low": low, "count": high - low,
             }  # fmt: skip
             beside = {}
             if part.sketched:
                 beside["squares_ptr"] = torch.empty(coded.shape[:3], dtype=torch.float64, device=rows.device)
-            self._run(f"turn_{side}", self._turn_grid(high - low, batch, part.dim), given | beside, None, params)
+            if part.rope is not None:
+                given |= self._positions(high, rows.device, params)
+                self._run("unrope_keys", (-(-(high - low) // ROTATE_ROWS), batch * heads), given, None, params)
+            else:
+                self._run(f"turn_{side}", self._turn_grid(high - low, batch, part.dim), given | beside, None, params)
             at = torch.full_like(first, low)
             self._pack(side, coded, at, 0, begin, end, (low, high), pool, table, params, beside)
 
@@ -114,8 +121,13 @@ class TritonModule:
         for low, high in self._chunks(side, begin, end, batch):
             coded = self._unpack(side, pool, table, low, high, part.dim, params)
             out = torch.empty(*coded.shape[:3], dim, dtype=torch.float32, device=pool.device)
-            given = {"coded_ptr": coded, "out_ptr": out, "count": high - low}
-            self._run(f"restore_{side}", self._turn_grid(high - low, batch, dim), given, None, params)
+            given = {"coded_ptr": coded, "out_ptr": out, "low": low, "count": high - low}
+            if part.rope is not None:
+                given |= self._positions(high, pool.device, params)
+                grid = (-(-(high - low) // ROTATE_ROWS), batch * self.plan.shape.kv_heads)
+                self._run("rope_keys", grid, given, None, params)
+            else:
+                self._run(f"restore_{side}", self._turn_grid(high - low, batch, dim), given, None, params)
             found.append(out)
         return found[0] if len(found) == 1 else torch.cat(found, 2)
 
@@ -129,11 +141,21 @@ class TritonModule:
         self._run(f"unpack_{side}", (steps, batch * heads), given, pool, params)
         return out
 
-    def _query(self, query: Tensor, params: Params) -> dict[str, Tensor]:
-        """The query, and where keys are turned what it becomes for packed tokens."""
+    def _positions(self, end: int, device: torch.device, params: Params) -> dict[str, Any]:
+        """Cosines and sines of all positions of tokens u below `end`, and of the first ones by channel."""
+        rope, dim, frequencies = self.plan.keys.rope, self.plan.shape.head_dim, params[ROPE]
+        assert rope is not None
+        rows = table(frequencies, dim, self.plan.sinks + end + NEAR, device)
+        first = near(frequencies, dim, rope.interleaved, device)
+        return {"rope_ptr": rows, "near_ptr": first, "half": len(frequencies)}
+
+    def _query(self, query: Tensor, end: int, params: Params) -> dict[str, Any]:
+        """The query, and where keys are mapped what it becomes for packed tokens, u below `end`."""
         keys, shape = self.plan.keys, self.plan.shape
         query = query.contiguous()
-        if not keys.turned:
+        if keys.rope is not None:
+            return {"query_ptr": query, **self._positions(end, query.device, params)}
+        if not keys.mapped:
             return {"query_ptr": query}
         batch, heads, queries, _ = query.shape
         given = {"query_ptr": query, "turned_ptr": query.new_empty(*query.shape[:3], keys.dim, dtype=torch.float32)}
@@ -150,7 +172,7 @@ class TritonModule:
         out = torch.empty(batch, heads, queries, tokens, dtype=torch.float32, device=query.device)
         blocks = -(-queries * shape.group // self.plan.rows(many=True))
         given = {
-            **self._query(query, params), "table_ptr": table, "out_ptr": out, "queries": queries,
+            **self._query(query, tokens, params), "table_ptr": table, "out_ptr": out, "queries": queries,
             "table_width": table.shape[1], "tokens": tokens, "scaling": 1.0,
         }  # fmt: skip
         self._run("scores", (batch * shape.kv_heads, -(-tokens // self.plan.tile), blocks), given, pool, params)
@@ -197,7 +219,7 @@ class TritonModule:
             results["share_ptr"] = floats(programs * blocks * edges * rows)
         capped = state.softcap is not None
         given = {
-            **self._query(query, params), "table_ptr": state.table, "packed_keys_ptr": state.packed_keys,
+            **self._query(query, state.longest, params), "table_ptr": state.table, "packed_keys_ptr": state.packed_keys,
             "packed_values_ptr": state.packed_values, "length_ptr": state.length, "start_ptr": state.start,
             "first_ptr": state.first, "key_rows_ptr": state.key_rows, "value_rows_ptr": state.value_rows,
             **results, "queries": queries, "table_width": state.table.shape[1],

@@ -34,7 +34,7 @@ def _side(side: SidePlan) -> dict[str, Any]:
     if absorbed is not None:
         steps.append(ProofStep(absorbed.statement, absorbed.method))
     return {
-        "space": [] if absorbed is None else [*absorbed.steps, _read(side), absorbed.where],
+        "space": [] if absorbed is None else [*absorbed.steps, absorbed.read, absorbed.where],
         "definition": f"{_name(side)} = {_definition(side)}",
         "lowered": f"{_outcome(side)} = {_joined([_sum(form, term) for term in form.terms])}",
         "numbers": alphabet_lines(side),
@@ -48,18 +48,12 @@ def _name(side: SidePlan) -> str:
     return "y[t, d]" if side.turned else f"{side.name[0]}[t, d]"
 
 
-def _read(side: SidePlan) -> str:
-    """What a coded vector is read as."""
-    letter = side.name[0]
-    return f"{letter}[t, d] = sum_i W[d, i]*y[t, i]" + (f" + {letter}0[d]" if side.shifted else "")
-
-
 def _definition(side: SidePlan) -> str:
     return f"the number itself, as {side.floats}" if side.floats else sp.sstr(side.form.definition)
 
 
 def _outcome(side: SidePlan) -> str:
-    if side.turned:
+    if side.mapped:
         return "q' . y[t]" if side.name == "keys" else "out'[d]"
     return "q . k[t]" if side.name == "keys" else "out[d]"
 
@@ -101,7 +95,8 @@ def _where(side: SidePlan, term: Term) -> str:
     if side.floats:
         return "nothing is scaled"
     if form.when is When.IN_LOOP:
-        return "the number is decoded in the loop, before the dot product"
+        again = ", and turned back to its position" if side.rope is not None else ""
+        return f"the number is decoded in the loop{again}, before the dot product"
     said = []
     carrier, target = ("the query", "the dot product") if side.name == "keys" else ("the weights", "the output")
     own = sp.IndexedBase("q") if side.name == "keys" else sp.IndexedBase("p")

@@ -11,6 +11,7 @@ from .printer import number
 from .text import plus
 from .triton_meta import entry, pointer, read
 from .triton_planes import Planes, static_read
+from .triton_rope import INPUTS, Positions
 from .triton_rows import ExactRows
 
 
@@ -22,11 +23,14 @@ class Keys(Planes):
         self.exact = "tl.float32" if plan.shape.dtype == "fp32" else "tl.float16"
         self.precise = ', input_precision="ieee"' if plan.shape.dtype == "fp32" else ""
         self.exact_rows = ExactRows(plan, self.side, self.exact, self.precise) if self.side.turned else None
-        self.query = "turned" if self.side.turned else "query"
+        self.positions = Positions(plan, self, self.side.rope) if self.side.rope is not None else None
+        self.query = "turned" if self.side.mapped else "query"
 
     def inputs(self) -> list[str]:
-        """The arguments that stand beside the query: the turned query, and what it adds to a score."""
-        return ["turned_ptr", *(["bias_ptr"] if self.side.shifted else [])] if self.side.turned else []
+        """The arguments that stand beside the query: the turned query, what it adds to a score, rotary positions."""
+        if self.positions is not None:
+            return [*INPUTS]
+        return ["turned_ptr", *(["bias_ptr"] if self.side.shifted else [])] if self.side.mapped else []
 
     # ---- once per query -------------------------------------------------------------------------------------------
 
@@ -36,6 +40,9 @@ class Keys(Planes):
             return self._operands_of_rows()
         rows = self.exact_rows
         lines = [*rows.lanes(), *rows.queries(), *self._operands_of_rows([f"r{j}" for j in rows.planes])]
+        if self.positions is not None:
+            lines = [line for line in lines if not line.startswith("e")]
+            lines += [*self.positions.queries(), *self.positions.fixed()]
         return lines + [f"f{j} = (r{j} * inverse[None, :]).to({self.exact})" for j in rows.planes]
 
     def _operands_of_rows(self, others: list[str] | None = None) -> list[str]:
@@ -61,6 +68,8 @@ class Keys(Planes):
         side, layout = self.side, self.side.layout
         when = side.when
         lines = self._operands_of_rows()
+        if self.positions is not None:
+            return [line for line in lines if not line.startswith("e")] + self.positions.queries()
         if when is not When.IN_LOOP and not side.floats:
             lines = [line for line in lines if not line.startswith("e")]
         if when is When.AFTER_DOT or when is When.NEVER and not side.floats:
@@ -93,6 +102,8 @@ class Keys(Planes):
         Tokens that were never packed give any number, in their own row only."""
         side, layout = self.side, self.side.layout
         when = side.when
+        if self.positions is not None:
+            return self._turned_back(self.positions, half, tokens)
         if side.floats:
             return self._float_scores(tokens)
         lines = self.load(half, tokens)
@@ -118,6 +129,17 @@ class Keys(Planes):
             lines += [f"{name} = {score}"] if score != name else []
         if side.groups > 1:
             lines.append("s = " + " + ".join(f"s{group}" for group in range(side.groups)))
+        return lines
+
+    def _turned_back(self, positions: Positions, half: int, tokens: str) -> list[str]:
+        """Scores of decoded numbers, each at its token's position."""
+        planes = range(self.side.layout.planes)
+        lines = [] if half else positions.turned()
+        lines += [] if self.side.floats else [*self.load(half, tokens), *self.decode(half, tokens)]
+        lines += positions.near(half)
+        for j in planes:
+            lines += self.decode_token(j, tokens) if self.side.floats else []
+            lines += [*positions.near_waves(j), *positions.dots(j)]
         return lines
 
     def _tile_queries(self, base: str, half: int) -> list[str]:
@@ -194,8 +216,12 @@ class Keys(Planes):
         """s = scores of edge tokens: decoded where `coded`, from exact rows where `exact`."""
         lines = self.load_tokens("t")
         if self.exact_rows is not None:
+            lines += self.positions.own() if self.positions is not None else []
             for j in range(self.side.layout.planes):
                 lines += self.decode_token(j, "t")
+                if self.positions is not None:
+                    lines += [*self.positions.own_waves(j), *self.positions.dots(j)]
+                    continue
                 lines.append(f"s = tl.dot(n{j}.to({self.exact}), e{j}{', s' if j else ''}{self.precise})")
             lines += ["s = s + bias[None, :]"] * self.side.shifted
             return [*lines, *self.exact_rows.scores(), "s = tl.where(coded[:, None], s, r)"]

@@ -26,7 +26,7 @@ from .scheme import (
     When,
     Zero,
 )
-from .transforms import ChannelScale, ChannelShift, Order, Permute, Rotate, RotateKind, ScaleRule, ShiftRule
+from .transforms import ChannelScale, ChannelShift, Order, Permute, PreRope, Rotate, RotateKind, ScaleRule, ShiftRule
 
 LONGEST_BLOCK = 512  # tokens that may share a scale: a page holds whole blocks
 LONGEST_WINDOW = 1 << 20
@@ -160,9 +160,16 @@ def levels(place: str, value: Any) -> Iterator[Fault]:
 
 def transforms(place: str, value: Any) -> Iterator[Fault]:
     """Transforms, in the order in which they are applied."""
+    check = one_of('transform=Rotate("hadamard")', PreRope, Rotate, ChannelScale, ChannelShift, Permute)
     for position, item in enumerate(value if isinstance(value, tuple) else (value,)):
         here = f"{place}[{position}]" if isinstance(value, tuple) else place
-        yield from one_of('transform=Rotate("hadamard")', Rotate, ChannelScale, ChannelShift, Permute)(here, item)
+        yield from check(here, item)
+
+
+def flag(place: str, value: Any) -> Iterator[Fault]:
+    """True or False."""
+    if not isinstance(value, bool):
+        yield Fault(place, f"{said(value)} is {_type(value)}, not a bool", "use True or False")
 
 
 def text(place: str, value: Any) -> Iterator[Fault]:
@@ -244,6 +251,7 @@ KINDS: dict[type[Part], dict[str, Check]] = {
         "basis": word(SketchBasis),
         "seed": count(0, LARGEST_SEED, "seed"),
     },
+    PreRope: {"interleaved": flag},
     Rotate: {
         "kind": word(RotateKind),
         "size": count(2, 256, "channels", whole_axis=True),

@@ -23,13 +23,16 @@ from .shape import Shape
 from .spaces import calibrated, maps
 
 HASH = "kvdsl.scheme"
+ROPE = "keys.transform[0]"
+"""Where PreRope stands, and the name of its frequencies."""
 LONGEST_HEADER = 1 << 20  # bytes of a file's description that are read
 
 
 def wanted(scheme: Scheme, shape: Shape) -> dict[str, tuple[int, ...]]:
     """The names and shapes of the numbers a scheme needs beside its pages: of a scale (kv heads or 1, groups of
     channels or 1), and (2, ...) = scale, offset where the range has an offset; of a second level (kv heads or 1, 1); of
-    a table (levels,); of a transform (kv heads, head_dim).  Empty where nothing is calibrated."""
+    a table (levels,); of a transform (kv heads, head_dim); of PreRope (head_dim / 2) frequencies, or fewer where not
+    all channels are rotated.  Empty where nothing is calibrated."""
     found: dict[str, tuple[int, ...]] = {}
     for side in SIDES:
         store = scheme.side(side)
@@ -54,8 +57,8 @@ def checked(
 ) -> dict[str, Tensor]:
     """The wanted numbers as float32 on a device, and the maps made of them.
 
-    A map given under its own name (`keys.encode` with `keys.decode`) stands for what it is made of.  ShapeError names
-    what is missing, of another shape or not finite.
+    A map given under its own name (`keys.encode` with `keys.decode`) stands for what it is made of; frequencies stay on
+    the CPU, where cosines are made of them.  ShapeError names what is missing, of another shape or not finite.
     """
     params = {} if params is None else params
     taken = dict[str, Tensor]()
@@ -63,12 +66,20 @@ def checked(
     for name, right in wanted(scheme, shape).items():
         if name not in params and name.partition(".transform")[0] in mapped:
             continue
+        rope = name == ROPE and scheme.keys.rope is not None
         if name not in params:
+            if rope:
+                raise ShapeError(f"params[{name!r}]: missing; PreRope needs the model's frequencies, give its inv_freq")
             raise ShapeError(missing(scheme, name))
         given = params[name]
         if not isinstance(given, Tensor):
             raise ShapeError(f"params[{name!r}]: {type(given).__name__} is no tensor; give float32 of shape {right}")
-        if tuple(given.shape) != right:
+        if rope and (given.dim() != 1 or not 1 <= len(given) <= right[0]):
+            raise ShapeError(
+                f"params[{name!r}]: shape {tuple(given.shape)}; give one frequency for each pair of channels, at most "
+                f"{right[0]} for head_dim {shape.head_dim}"
+            )
+        if tuple(given.shape) != right and not rope:
             raise ShapeError(f"params[{name!r}]: shape {tuple(given.shape)}; the right one is {right}")
         if not given.is_floating_point() or not bool(torch.isfinite(given).all()):
             raise ShapeError(
@@ -78,7 +89,7 @@ def checked(
             raise ShapeError(f"params[{name!r}]: {float(given.min())!r} is no scale to divide by; give numbers above 0")
         if name.endswith(".code") and not bool((given[1:] > given[:-1]).all()):
             raise ShapeError(f"params[{name!r}]: the levels do not rise; sort them, each one different")
-        taken[name] = given.detach().to(device, torch.float32).contiguous()
+        taken[name] = given.detach().to("cpu" if rope else device, torch.float32).contiguous()
     for side in SIDES:
         made = maps(scheme.side(side), side, shape.head_dim, params, device)
         _fit(made, side, scheme.side(side).coded(shape.head_dim), shape)

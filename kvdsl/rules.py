@@ -12,7 +12,7 @@ from . import measure_rules  # noqa: F401  (it enters its rules)
 from .codes import in_trits, width
 from .errors import Fault, SchemeError
 from .kinds import misfits
-from .scheme import ALL, ChannelScale, Codebook, Float, Rotate, Scale, Scheme, Sketch, Store, Uniform
+from .scheme import ALL, ChannelScale, Codebook, Float, PreRope, Rotate, Scale, Scheme, Sketch, Store, Uniform
 from .shape import Shape
 from .sites import RULES, Site, rule
 
@@ -301,6 +301,22 @@ def _queries_balance_keys(site: Site) -> Iterator[Fault]:
         if site.place == "values" and isinstance(part, ChannelScale) and part.by == "balance":
             fact = "'balance' weighs keys against queries"
             yield site.fault(f"transform[{position}].by", fact, "on values use 'sqrt_absmax'")
+
+
+@rule("~.transform")
+def _rope_comes_off_keys_first(site: Site) -> Iterator[Fault]:
+    parts = site.store.transform
+    for position, part in enumerate(parts):  # type: ignore[arg-type]
+        if not isinstance(part, PreRope):
+            continue
+        if site.place == "values" or site.scheme.keys is site.scheme.values:
+            yield Fault(f"values.transform[{position}]", "values carry no RoPE", "remove PreRope()")
+        elif position:
+            fact = "RoPE comes off before anything else"
+            yield site.fault(f"transform[{position}]", fact, "put PreRope() first, once")
+        elif len(parts) > 1:  # type: ignore[arg-type]
+            fact = "a map behind PreRope would have to be undone token by token, before RoPE is put back"
+            yield site.fault("transform[1]", fact, "leave it out, or leave out PreRope()")
 
 
 def _layers(scheme: Scheme) -> Iterator[Fault]:

@@ -14,12 +14,12 @@ from typing import Any, Literal, get_args
 
 from .codes import Code, Codebook, Float, FloatFormat, Rounding, Sketch, Uniform
 from .part import ALL, Count, Part
-from .transforms import ChannelScale, ChannelShift, Permute, Rotate, Transform
+from .transforms import ChannelScale, ChannelShift, Permute, PreRope, Rotate, Transform
 
 __all__ = [
     "ALL", "Block", "ChannelScale", "ChannelShift", "Code", "Codebook", "Count", "Float", "FloatFormat", "Flush",
-    "Layers", "MetaFormat", "PARTS", "Part", "Permute", "Prefill", "Range", "Recent", "Refit", "Rotate", "Rounding",
-    "SIDES", "Scale", "Scheme", "Side", "Sinks", "Sketch", "Store", "Transform", "Uniform", "When", "Zero",
+    "Layers", "MetaFormat", "PARTS", "Part", "Permute", "PreRope", "Prefill", "Range", "Recent", "Refit", "Rotate",
+    "Rounding", "SIDES", "Scale", "Scheme", "Side", "Sinks", "Sketch", "Store", "Transform", "Uniform", "When", "Zero",
     "per_channel", "per_tensor", "per_token",
 ]  # fmt: skip
 
@@ -110,8 +110,19 @@ class Store(Part):
 
     @property
     def turned(self) -> bool:
-        """Whether anything but the vector as it is, is coded: what comes back is mapped on the query or the output."""
+        """Whether anything but the vector as it is, is coded."""
         return bool(self.transform) or isinstance(self.code, Sketch)
+
+    @property
+    def rope(self) -> PreRope | None:
+        """How rotary positions are taken off before anything else, where they are."""
+        first = self.transform[:1]  # type: ignore[index]
+        return first[0] if first and isinstance(first[0], PreRope) else None
+
+    @property
+    def mapped(self) -> bool:
+        """Whether what comes back is mapped by one matrix for all tokens, on the query or the output."""
+        return self.turned and self.rope is None
 
     @property
     def shifted(self) -> bool:

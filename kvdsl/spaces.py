@@ -14,16 +14,20 @@ import torch
 from torch import Tensor
 
 from .matrices import rotation, sketch
-from .scheme import ALL, ChannelScale, ChannelShift, Permute, Rotate, Side, Sketch, Store
+from .scheme import ALL, ChannelScale, ChannelShift, Permute, PreRope, Rotate, Side, Sketch, Store
 
 Params = Mapping[str, Tensor]
 Map = tuple[Tensor, Tensor]  # matrix (heads or 1, out, in) and shift (heads or 1, out), float64
 
 
 def calibrated(store: Store, side: Side, heads: int, head_dim: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the transforms' numbers that come from data: (kv heads, head_dim) each."""
-    parts = enumerate(store.transform)  # type: ignore[arg-type]
-    return {f"{side}.transform[{i}]": (heads, head_dim) for i, part in parts if not isinstance(part, Rotate)}
+    """Names and shapes of the transforms' numbers that come with the parameters: (kv heads, head_dim) each, of PreRope
+    the model's (head_dim / 2) frequencies, or fewer."""
+    found: dict[str, tuple[int, ...]] = {}
+    for i, part in enumerate(store.transform):  # type: ignore[arg-type]
+        if not isinstance(part, Rotate):
+            found[f"{side}.transform[{i}]"] = (head_dim // 2,) if isinstance(part, PreRope) else (heads, head_dim)
+    return found
 
 
 def maps(store: Store, side: Side, head_dim: int, params: Params, device: torch.device | str) -> dict[str, Tensor]:
@@ -31,9 +35,9 @@ def maps(store: Store, side: Side, head_dim: int, params: Params, device: torch.
     `<side>.encode_shift` -u (heads or 1, M) and `<side>.decode_shift` v (heads or 1, D), which are added.  Given ones
     are taken as they are.
 
-    Empty for a store that codes the vector itself.
+    Empty for a store that codes the vector itself, or takes off rotary positions, which no one matrix does.
     """
-    if not store.turned:
+    if not store.mapped:
         return {}
     names = [f"{side}.{name}" for name in ("encode", "decode", "encode_shift", "decode_shift")]
     if names[0] in params and names[1] in params:

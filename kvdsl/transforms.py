@@ -1,7 +1,7 @@
 """The transforms of the language: maps of a head's vector before it is coded, undone where it is read.
 
-Every one of them is linear (but for a shift), so none costs anything in the loop over tokens: a key's map goes onto the
-query once, a value's onto the output once.
+Every one of them is linear (but for a shift).  One that is the same for all tokens costs nothing in the loop over them:
+a key's map goes onto the query once, a value's onto the output once.  Only rotary positions differ by token.
 """
 
 from __future__ import annotations
@@ -60,4 +60,16 @@ class Permute(Part):
     when: Literal["calibrated"] = "calibrated"
 
 
-Transform = Rotate | ChannelScale | ChannelShift | Permute
+@dataclass(frozen=True, repr=False)
+class PreRope(Part):
+    """y = R_t^-1 x, x^ = R_t y^: keys as they were before rotary positions, t the token's position in its sequence.
+
+    The frequencies are the model's and come with the parameters; channels beyond them are not rotated.
+
+    interleaved   a pair is two neighbouring channels; else channels i and i + R/2 of the R that are rotated
+    """
+
+    interleaved: bool = False
+
+
+Transform = PreRope | Rotate | ChannelScale | ChannelShift | Permute

@@ -41,7 +41,7 @@ def test_one_mistake_is_refused_by_the_name_of_its_place(faulty: Any) -> None:
 def test_a_broken_law_is_told_with_its_case(monkeypatch: pytest.MonkeyPatch) -> None:
     from kvdsl.testing import codes
 
-    monkeypatch.setattr(codes, "bound", lambda store, x, params, side: x.double().abs() * 0)
+    monkeypatch.setattr(codes, "bound", lambda store, x, params, side, at: x.double().abs() * 0)
     with pytest.raises(LawBroken, match=r"errors_stay_within_the_bound: decoded .* wanted .* within 0\nin Case\("):
         check(ALL["kivi2"], backend="torch", examples=3, laws=["errors_stay_within_the_bound"])
 

@@ -74,8 +74,8 @@ def page_bytes(scheme: Scheme, shape: Shape) -> int:
 def pages(scheme: Scheme, shape: Shape, k: Tensor, v: Tensor, params: Params | None = None) -> Bytes:
     """The bytes of k and v (B, H, T, D), all T tokens packed: uint8 (B, ceil(T / page_tokens), page_bytes).
 
-    Give the tokens that follow the sinks.  Bytes of tokens beyond T are 0.  Raises ShapeError if the tensors do not fit
-    `shape` or T is not whole blocks.
+    Give the tokens that follow the sinks: their positions begin there.  Bytes of tokens beyond T are 0.  Raises
+    ShapeError if the tensors do not fit `shape` or T is not whole blocks.
     """
     for name, x in (("k", k), ("v", v)):
         right = (k.shape[0], shape.kv_heads, k.shape[2], shape.head_dim)
@@ -87,7 +87,7 @@ def pages(scheme: Scheme, shape: Shape, k: Tensor, v: Tensor, params: Params | N
     out: Bytes = np.zeros((batch, -(-tokens // size), total), np.uint8)
     for side, x in zip(SIDES, (k, v), strict=True):
         store, place = scheme.side(side), places[side]
-        coded = quantize(store, x, params, side)
+        coded = quantize(store, x, params, side, scheme.sinks.tokens if scheme.sinks else 0)
         for t in range(tokens):
             page = out[:, t // size]
             for h in range(heads):

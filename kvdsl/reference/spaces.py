@@ -2,6 +2,8 @@
 
 The chain is multiplied out in float64 and rounded once to float32; a number of either space is one float64 sum, rounded
 once.  A sketch is such a map too, E = S and W = S^T; what it stores of y is the signs.
+
+Rotary positions come off before that, R_t^-1 x, and are put back behind it: the one map that differs by token.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from torch import Tensor
 from kvdsl.codes import Sketch
 from kvdsl.errors import ShapeError
 from kvdsl.matrices import rotation, sketch
+from kvdsl.rope import waves
 from kvdsl.scheme import Store
 from kvdsl.transforms import ChannelScale, ChannelShift, Rotate
 
@@ -45,7 +48,7 @@ def maps(store: Store, head_dim: int, heads: int, params: Params | None = None, 
     stand for the whole chain, with `<side>.encode_shift` -u and `<side>.decode_shift` v where they are not 0.  Raises
     ShapeError for those that are missing or of another shape.
     """
-    if not store.transform and not isinstance(store.code, Sketch):
+    if not store.mapped:
         return None
     width = channels_of(store, head_dim)
     if params is not None and f"{side}.encode" in params:
@@ -102,6 +105,49 @@ def restored(y: Tensor, mapped: Maps | None) -> Tensor:
         return y
     _, _, w, v = mapped
     return f32(y @ w.transpose(1, 2) + v[:, None, :])
+
+
+def without_rope(store: Store, x: Tensor, params: Params | None, side: str, at: int) -> Tensor:
+    """R_t^-1 x of x (B, H, T, D), whose first token stands at position t = `at`; x itself without PreRope.
+
+    Every number of a vector with a NaN is NaN; numbers beyond +-65504 saturate before they are rotated.
+    """
+    if store.rope is None:
+        return x
+    spoiled = x.isnan().any(-1, keepdim=True)
+    clean = torch.where(x.isnan(), torch.zeros_like(x), x).clamp(-LARGEST_INPUT, LARGEST_INPUT)
+    return torch.where(spoiled, torch.full_like(x, float("nan")), _rotated(store, clean, params, side, at, -1))
+
+
+def with_rope(store: Store, x: Tensor, params: Params | None, side: str, at: int) -> Tensor:
+    """R_t x; a NaN spoils its vector."""
+    if store.rope is None:
+        return x
+    spoiled = x.isnan().any(-1, keepdim=True)
+    return torch.where(spoiled, torch.full_like(x, float("nan")), _rotated(store, x, params, side, at, 1))
+
+
+def _rotated(store: Store, x: Tensor, params: Params | None, side: str, at: int, sign: int) -> Tensor:
+    """(a, b) -> (a cos - b sin, b cos + a sin) for every pair, one float64 sum each, rounded once; sign -1: back."""
+    name, channels = f"{side}.transform[0]", x.shape[3]
+    if params is None or name not in params:
+        raise ShapeError(f"params[{name!r}]: missing; PreRope needs the model's frequencies, give its inv_freq")
+    frequencies = params[name]
+    count = len(frequencies) if frequencies.dim() == 1 else 0
+    if not 1 <= count <= channels // 2:
+        raise ShapeError(
+            f"params[{name!r}]: shape {tuple(frequencies.shape)}; give one frequency a pair, at most {channels // 2}"
+        )
+    cos, sin = (wave.to(torch.float64) for wave in waves(frequencies, at, at + x.shape[2]))
+    assert store.rope is not None
+    if store.rope.interleaved:
+        first, second = slice(0, 2 * count, 2), slice(1, 2 * count, 2)
+    else:
+        first, second = slice(0, count), slice(count, 2 * count)
+    a, b, out = x[..., first], x[..., second], x.clone()
+    out[..., first] = f32(a * cos - sign * (b * sin))
+    out[..., second] = f32(b * cos + sign * (a * sin))
+    return out
 
 
 def _param(

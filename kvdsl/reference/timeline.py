@@ -43,7 +43,7 @@ def contents(store: Store, x: Tensor, packed: tuple[int, int], params: Params | 
     first, end = packed
     held = widened(x, side).clone()
     if end > first:
-        held[:, :, first:end] = quantize(store, x[:, :, first:end], params, side).decoded
+        held[:, :, first:end] = quantize(store, x[:, :, first:end], params, side, first).decoded
     return held
 
 

@@ -22,7 +22,7 @@ from .bounds import blocks_of, spread
 from .cases import Case, law, require, require_equal, require_within, static
 from .data import MODEST
 from .driving import USUAL, Ends, Poison, attention_state, device_of, packed, ready
-from .products import mapped_back, mapped_query, sides_of, sizes_of
+from .products import mapped_back, mapped_query, query_sizes, sides_of, sizes_of
 
 HALF = 2.0**-10  # twice the rounding unit of float16
 
@@ -155,8 +155,8 @@ def score_errors(case: Case, step: Step, unit: float = HALF) -> Tensor:
         options = _options(step, b)
         span = packed_tokens(case.scheme, "keys", step.seen[b])
         size = sizes_of(case.scheme.keys, step.k[b : b + 1, :, :length], span, step.params, "keys", _largest)
-        mapped = mapped_query(case.scheme.keys, step.q[b : b + 1], case.shape.kv_heads, step.params)
-        error = mapped.abs() @ size.repeat_interleave(group, 1).transpose(2, 3)
+        sizes = query_sizes(case.scheme.keys, step.q[b : b + 1], case.shape.kv_heads, step.params)
+        error = sizes @ size.repeat_interleave(group, 1).transpose(2, 3)
         seen = _seen(step.q.shape[2], length, options["sliding"], options["start"])
         found.append(error.masked_fill(~seen, 0.0).amax(-1) * scaling * unit)
     return torch.cat(found)
@@ -334,10 +334,11 @@ def scores_are_products(case: Case) -> None:
     pages = packed(case.kernels, torch.cat([lead, k], 2), torch.cat([lead, v], 2), ends, params)
     q, device = case.query(2), device_of(case.kernels)
     got = case.kernels.scores(q.to(device), pages.pool, pages.table, tokens, ready(case.kernels, params)).cpu()
-    want = reference.scores(case.bare, q, k, window=False, params=params)
     store = case.scheme.keys
-    size = sizes_of(store, k, (0, tokens), params, "keys", _largest).repeat_interleave(case.shape.group, 1)
-    limit = mapped_query(store, q, case.shape.kv_heads, params).abs() @ size.transpose(2, 3) * 2.0**-10
+    held = reference.quantize(store, k, params, "keys", case.sinks).decoded
+    want = q.double() @ held.repeat_interleave(case.shape.group, 1).transpose(2, 3)
+    size = sizes_of(store, k, (0, tokens), params, "keys", _largest, case.sinks).repeat_interleave(case.shape.group, 1)
+    limit = query_sizes(store, q, case.shape.kv_heads, params) @ size.transpose(2, 3) * 2.0**-10
     require_within("scores", got, want, limit + 1e-6)
 
 

@@ -46,6 +46,7 @@ from kvdsl.kernels import Params
 from kvdsl.reference.alphabets import Alphabet, alphabet, given_table
 from kvdsl.reference.quantize import encoded_rows, level_count, maps, quantize
 from kvdsl.reference.rounding import MINIFLOATS
+from kvdsl.rope import pairs, waves
 from kvdsl.scheme import Float, Scale, Sketch, Store, Uniform
 
 FORMATS = {
@@ -86,8 +87,11 @@ def spread(store: Store, number: Tensor, x: Tensor) -> Tensor:
     return number[:, :, None, :, None, :, None].expand(blocks.shape).reshape(x.shape)
 
 
-def bound(store: Store, x: Tensor, params: Params | None = None, side: str = "keys") -> Tensor:
-    """The largest legal |x - x^|, float64 (B, H, T, D), for finite x (B, H, T, D) of whole blocks."""
+def bound(store: Store, x: Tensor, params: Params | None = None, side: str = "keys", at: int = 0) -> Tensor:
+    """The largest legal |x - x^|, float64 (B, H, T, D), for finite x (B, H, T, D) of whole blocks; `at` is the position
+    of the first token."""
+    if store.rope is not None:
+        return _roped_bound(store, x, params, side, at)
     if store.turned:
         return _mapped_bound(store, x, params, side)
     given = x.double()
@@ -127,6 +131,41 @@ def _mapped_bound(store: Store, x: Tensor, params: Params | None, side: str) -> 
     within = bound(store.with_(transform=()), coded, params, side) @ decode.mT
     size = x.double().abs().clamp(max=LARGEST) @ encode.mT @ decode.mT + shift[:, None]
     return within + 2.0**-22 * size + (x.double().abs() - LARGEST).clamp(min=0)
+
+
+def _roped_bound(store: Store, x: Tensor, params: Params | None, side: str, at: int) -> Tensor:
+    """The bound of y = R_t^-1 x carried back by |R_t|, and what rounding adds: R_t R_t^-1 is the identity but for 2^-23
+    of its factors, and either rotation rounds once.
+
+    |R_t| takes a bound e of (a, b) to (e_a |cos| + e_b |sin|, e_b |cos| + e_a |sin|).
+    """
+    assert params is not None
+    inside = x.double().abs().clamp(max=LARGEST)
+    coded = encoded_rows(store, x, params, side, at)
+    within = bound(store.with_(transform=()), coded, params, side)
+    size = inside + partners(store, inside, params)
+    cos, sin = (wave.double().abs() for wave in spread_waves(store, params, at, x.shape[2], x.shape[3]))
+    carried = within * cos + partners(store, within, params) * sin
+    return carried + 2.0**-21 * (size + within) + (x.double().abs() - LARGEST).clamp(min=0)
+
+
+def partners(store: Store, x: Tensor, params: Params) -> Tensor:
+    """Of each channel of x (..., D) the other of its rotary pair; 0 where it is not rotated."""
+    assert store.rope is not None
+    rotated = 2 * len(params["keys.transform[0]"])
+    _, partner, _ = pairs(x.shape[-1], rotated, store.rope.interleaved)
+    return torch.where(torch.arange(x.shape[-1]) < rotated, x[..., partner], 0.0)
+
+
+def spread_waves(store: Store, params: Params, at: int, tokens: int, channels: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of each channel at positions from `at` on, (tokens, D); 1 and 0 where it is not rotated."""
+    assert store.rope is not None
+    frequencies = params["keys.transform[0]"].cpu()
+    pair, _, _ = pairs(channels, 2 * len(frequencies), store.rope.interleaved)
+    rest = channels // 2 - len(frequencies)
+    cos, sin = waves(frequencies, at, at + tokens)
+    pad = torch.nn.functional.pad
+    return pad(cos, (0, rest), value=1.0)[:, pair], pad(sin, (0, rest))[:, pair]
 
 
 def second(store: Store, params: Params | None, side: str) -> Tensor | float:

@@ -11,12 +11,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kvdsl import reference
 from kvdsl.calibration import second_level
 from kvdsl.codegen import build
 from kvdsl.kernels import Backend, KernelSet
 from kvdsl.reference.quantize import encoded_rows, quantize
-from kvdsl.scheme import SIDES, ChannelScale, ChannelShift, Codebook, Permute, Scheme, Store
+from kvdsl.scheme import SIDES, ChannelScale, ChannelShift, Codebook, Permute, PreRope, Scheme, Store
 from kvdsl.shape import Shape
 from kvdsl.window import windows
 
@@ -100,8 +99,12 @@ class Case:
         return found
 
     def decoded(self, k: Tensor, v: Tensor, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """What the reference decodes where every token is packed."""
-        return reference.roundtrip(self.bare, k, v, window=False, params=params)
+        """What the reference decodes where every token is packed, the first one behind the sinks."""
+        keys, values = (
+            quantize(self.scheme.side(side), x, params, side, self.sinks).decoded
+            for side, x in zip(SIDES, (k, v), strict=True)
+        )
+        return keys, values
 
 
 def _transforms(store: Store, side: str, x: Tensor, seed: int) -> dict[str, Tensor]:
@@ -110,7 +113,9 @@ def _transforms(store: Store, side: str, x: Tensor, seed: int) -> dict[str, Tens
     generator = torch.Generator().manual_seed(seed)
     clean = x.float().nan_to_num(0.0).clamp(-65504, 65504)
     for position, part in enumerate(store.transform):  # type: ignore[arg-type]
-        if isinstance(part, ChannelScale):
+        if isinstance(part, PreRope):
+            numbers = frequencies(x.shape[3], seed)
+        elif isinstance(part, ChannelScale):
             numbers = clean.abs().amax((0, 2)).clamp(min=2.0**-7).sqrt()
         elif isinstance(part, ChannelShift):
             numbers = clean.mean((0, 2))
@@ -120,6 +125,15 @@ def _transforms(store: Store, side: str, x: Tensor, seed: int) -> dict[str, Tens
             continue
         found[f"{side}.transform[{position}]"] = numbers
     return found
+
+
+def frequencies(channels: int, seed: int) -> Tensor:
+    """Rotary frequencies base^(-2i/R), float32: of all channels or a part, of some base, sometimes with zeros."""
+    some = random.Random(seed)
+    rotated = some.choice((channels, channels, channels // 2, channels // 4, channels - 2))
+    base = some.choice((1e4, 1e4, 5e5, 1e6, 100.0))
+    found = 1.0 / base ** (torch.arange(0, rotated, 2, dtype=torch.float32) / rotated)
+    return torch.where(torch.arange(len(found)) < len(found) * some.choice((1.0, 1.0, 0.25)), found, 0.0)
 
 
 def static(store: Store) -> bool:

@@ -80,7 +80,7 @@ def words_equal_the_reference(case: Case) -> None:
     tokens = case.whole
     k, v = case.pair(tokens)
     params = case.params(k, v)
-    want = torch.from_numpy(reference.pages(case.bare, case.shape, k, v, params))
+    want = torch.from_numpy(reference.pages(case.scheme, case.shape, k, v, params))
     one, other = (
         _pages(case, k, v, params, Poison(word, seed=case.seed)).content() for word in (POISON, 0xFF ^ POISON)
     )
@@ -228,7 +228,7 @@ def errors_stay_within_the_bound(case: Case) -> None:
     k, v = case.pair(case.whole)
     params = case.params(k, v)
     for side, x, got in zip(SIDES, (k, v), _roundtrip(case, k, v, params), strict=True):
-        require_within(f"decoded {side}", got, x, bound(case.scheme.side(side), x, params, side))
+        require_within(f"decoded {side}", got, x, bound(case.scheme.side(side), x, params, side, case.sinks))
 
 
 def _keeps_its_ends(store: Store) -> bool:
@@ -320,7 +320,7 @@ def a_nan_spoils_its_block_only(case: Case) -> None:
         x[at] = torch.nan
     for side, x, before, got in zip(SIDES, (k, v), clean, _roundtrip(case, k, v, params), strict=True):
         store = case.scheme.side(side)
-        coded = encoded_rows(store, x, params, side)
+        coded = encoded_rows(store, x, params, side, case.sinks)
         bad = coded.isnan()
         if store.measure is not None and not static(store):
             hit = blocks_of(store, bad.double()).amax((2, 4, 6)) > 0
@@ -329,7 +329,7 @@ def a_nan_spoils_its_block_only(case: Case) -> None:
             bad = bad.any(-1, keepdim=True).expand(x.shape)
         require_equal(f"decoded {side}", got[~bad], before[~bad])
         if static(store):
-            require_equal(f"decoded {side}", got[bad], quantize(store, x, params, side).decoded[bad])
+            require_equal(f"decoded {side}", got[bad], quantize(store, x, params, side, case.sinks).decoded[bad])
         else:
             require(bool(got[bad].isnan().all()), f"decoded {side}: a number beside the NaN at {at} is {got[bad]}")
 
@@ -381,12 +381,12 @@ def powers_of_two_go_through(case: Case) -> None:
         usual = torch.ones_like(first, dtype=torch.bool)
         if isinstance(store.code, Float) and store.measure is None:
             least, most = 2.0 ** LEAST[store.code.format], TOPS.get(store.code.format, float("inf"))
-            y = encoded_rows(store, x, params, side)
+            y = encoded_rows(store, x, params, side, case.sinks)
             usual = ((y.abs() >= least) | (y == 0)) & (y.abs() * factor < most)
             usual = usual.all(-1, keepdim=True).expand(x.shape) if store.turned else usual
         else:
             assert store.measure is not None
-            found, scale = quantize(store, x, params, side), store.measure
+            found, scale = quantize(store, x, params, side, case.sinks), store.measure
             # a scale that was chosen, or fitted to another one, may be that much larger than one that was not kept
             room = 1.0 if scale.refit is None and not isinstance(scale.clip, tuple) else 16.0
             least, most = 2.0 ** LEAST[scale.dtype] * room, min(LARGEST, FORMATS[scale.dtype][2]) / factor / room

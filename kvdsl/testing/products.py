@@ -1,7 +1,8 @@
 """What the kernels' products are of: codes times scales in the space that is coded, exact numbers as they are.
 
-A mapped side is two vectors side by side, (M numbers of the code, D exact channels), one of them zero; a query is
-mapped to match: (W^T q, q).  So a score is the product of both, whatever a side's space is.
+A turned side is two vectors side by side, (M numbers of the code, D exact channels), one of them zero; a query is
+mapped to match: (W^T q, q).  So a score is the product of both, whatever a side's space is.  Rotary positions are put
+back on decoded numbers, so that there the product is of the number itself.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from kvdsl.reference.quantize import Quantized, encoded_rows, maps, quantize
 from kvdsl.reference.timeline import contents
 from kvdsl.scheme import Codebook, Side, Store, Uniform
 
-from .bounds import second, spread
+from .bounds import partners, second, spread
 
 Largest = Callable[[Store, Tensor, Params], Tensor]
 
@@ -30,8 +31,8 @@ def sides_of(store: Store, x: Tensor, span: tuple[int, int], params: Params, sid
     exact = whole.clone()
     part = x.new_zeros(*x.shape[:3], store.coded(x.shape[3]), dtype=torch.float64)
     if end > first:
-        numbers = quantize(store, x[:, :, first:end], params, side)
-        factors = _factors(store, numbers, params, side)
+        numbers = quantize(store, x[:, :, first:end], params, side, first)
+        factors = numbers.decoded if store.rope is not None else _factors(store, numbers, params, side)
         part[:, :, first:end] = factors
         exact[:, :, first:end] = 0 if store.turned else factors
     return whole, torch.cat((part, exact), -1) if store.turned else exact
@@ -64,28 +65,47 @@ def _step(store: Store) -> float | None:
     return steps.pop() if len(steps) == 1 else None
 
 
-def sizes_of(store: Store, x: Tensor, span: tuple[int, int], params: Params, side: Side, largest: Largest) -> Tensor:
-    """The largest size in the block of each factor of `sides_of`."""
+def sizes_of(
+    store: Store, x: Tensor, span: tuple[int, int], params: Params, side: Side, largest: Largest, at: int = 0
+) -> Tensor:
+    """The largest size in the block of each factor of `sides_of`; of keys whose positions were taken off, in the space
+    that is coded.  `at` is the position of the first token of x."""
     first, end = span
     x = x.double()
-    exact = torch.maximum(x.abs(), contents(store, x, span, params, side).abs())
+    exact = x.abs()
     part = x.new_zeros(*x.shape[:3], store.coded(x.shape[3]))
     if end > first:
         rows = x[:, :, first:end]
-        coded = encoded_rows(store, rows, params, side).double()
-        size = torch.maximum(largest(store, coded, params), quantize(store, rows, params, side).coded.abs())
+        coded = encoded_rows(store, rows, params, side, at + first).double()
+        found = quantize(store, rows, params, side, at + first)
+        size = torch.maximum(largest(store, coded, params), found.coded.abs())
         part[:, :, first:end] = size
         exact[:, :, first:end] = 0 if store.turned else size
     return torch.cat((part, exact), -1) if store.turned else exact
 
 
 def mapped_query(store: Store, q: Tensor, heads: int, params: Params) -> Tensor:
-    """What multiplies the factors of keys: q (B, Hq, Q, D), or with W^T q before it."""
+    """What multiplies the factors of keys: q (B, Hq, Q, D), or with W^T q before it (q again where positions are put
+    back on decoded keys)."""
+    if store.rope is not None:
+        return torch.cat((q.double(), q.double()), -1)
     found = maps(store, q.shape[3], heads, params, "keys")
     if found is None:
         return q.double()
     decode = found[2].expand(heads, -1, -1).repeat_interleave(q.shape[1] // heads, 0)
     return torch.cat((q.double() @ decode, q.double()), -1)
+
+
+def query_sizes(store: Store, q: Tensor, heads: int, params: Params) -> Tensor:
+    """What multiplies `sizes_of` in a bound on scores: sizes of `mapped_query`.
+
+    Of keys whose positions were taken off, the length of the query's rotary pair, since a product is with R_t^T q or
+    with the same split into cosines and sines: |q_a cos| + |q_b sin| is at most |(q_a, q_b)|."""
+    mapped = mapped_query(store, q, heads, params).abs()
+    if store.rope is None:
+        return mapped
+    coded, exact = mapped.chunk(2, -1)
+    return torch.cat(((coded.square() + partners(store, coded, params).square()).sqrt(), exact), -1)
 
 
 def mapped_back(store: Store, part: Tensor, head_dim: int, params: Params) -> Tensor:

@@ -1,0 +1,177 @@
+"""Rotary positions in Triton: taken off before packing, put back on decoded keys in a score, and where keys are unpacked.
+
+A score of position t0 + i is sum_d cos(i f_d) y_d q'_d + sin(i f_d) y_d q''_d with the query turned once a tile,
+q' = R_t0^-1 q, and q'' the same turned by 90 degrees: whatever the pairs, each number meets its own lane of two queries.
+"""
+
+from __future__ import annotations
+
+from kvdsl.scheme import PreRope
+
+from .plan import Plan
+from .text import fill, padded, plus
+from .triton_planes import Planes
+
+ROTATE_ROWS = 16  # tokens of a program that rotates rows
+INPUTS = ("rope_ptr", "near_ptr", "half")
+
+# A row of rope_ptr holds the cosines of all pairs, then the sines; pairs beyond `half` have 1 and 0.
+ROTATE = """
+@triton.jit(do_not_specialize=[$loose])
+def $name($args):
+    n = tl.program_id(0) * $rows + tl.arange(0, $rows)
+    bh = tl.program_id(1)
+    b = bh // $heads
+    d = tl.arange(0, $padded)
+    $where
+    other = $other
+    pair = $pair
+    turn = $sign
+    known = inside[:, None] & (d < $dim)[None, :]
+    x = tl.load(source_ptr + row[:, None] * $dim + d[None, :], mask=known, other=0.0).to(tl.float32)
+    partner = tl.load(source_ptr + row[:, None] * $dim + other[None, :], mask=known, other=0.0).to(tl.float32)
+    spoilt = tl.max(nan(x), 1)
+    $clean
+    wave = rope_ptr + tl.where(inside, u + $sinks, 0).to(tl.int64)[:, None] * $dim + pair[None, :]
+    cosine = tl.load(wave, mask=known, other=1.0).to(tl.float64)
+    sine = tl.load(wave + $sines, mask=known, other=0.0).to(tl.float64)
+    sine = sine * turn[None, :].to(tl.float64)
+    y = (x.to(tl.float64) * cosine + partner.to(tl.float64) * sine).to(tl.float32)
+    y = tl.where((d < 2 * half)[None, :], y, x)
+    y = spoil(y, spoilt[:, None])
+    tl.store(out_ptr + (bh.to(tl.int64) * count + n)[:, None] * $dim + d[None, :], y, mask=known)
+"""
+
+
+def pair(rope: PreRope, d: str) -> str:
+    """The pair of each channel: its place in a row of cosines."""
+    return f"{d} // 2" if rope.interleaved else _split(d, d, f"{d} - half", f"{d} // 2")
+
+
+def other(rope: PreRope, d: str) -> str:
+    """The other channel of each channel's pair."""
+    return f"{d} ^ 1" if rope.interleaved else _split(d, f"{d} + half", f"{d} - half", d)
+
+
+def sign(rope: PreRope, d: str) -> str:
+    """-1 for the first channel of a pair, 1 for the second, 0 for channels that are not rotated."""
+    if rope.interleaved:
+        return f"tl.where({d} < 2 * half, ({d} % 2 * 2 - 1).to(tl.float32), 0.0)"
+    return _split(d, "-1.0", "1.0", "0.0")
+
+
+def _split(d: str, first: str, second: str, rest: str) -> str:
+    return f"tl.where({d} < half, {first}, tl.where({d} < 2 * half, {second}, {rest}))"
+
+
+def _rotate(plan: Plan, name: str, back: bool, **holes: list[str] | str | int) -> str:
+    """`back`: positions are put back, else taken off."""
+    rope, dim = plan.keys.rope, plan.shape.head_dim
+    assert rope is not None
+    turned = sign(rope, "d")
+    return fill(
+        ROTATE, name=name, rows=ROTATE_ROWS, heads=plan.shape.kv_heads, dim=dim, padded=padded(dim), sinks=plan.sinks,
+        other=other(rope, "d"), pair=pair(rope, "d"), sines=dim // 2, sign=turned if back else f"-{turned}", **holes,
+    )  # fmt: skip
+
+
+def unrope(plan: Plan) -> str:
+    """The text of `unrope_keys`: tokens u in [low, low + count) of the rows without their positions, to be coded."""
+    args = ["source_ptr", "first_ptr", "begin_ptr", "end_ptr", "rope_ptr", "out_ptr", "half"]
+    args += ["total_rows", "offset", "ring", "low", "count"]
+    where = [
+        "u = low + n",
+        "inside = (n < count) & (u >= tl.load(begin_ptr + b)) & (u < tl.load(end_ptr + b))",
+        "row = (offset + tl.where(inside, u - tl.load(first_ptr + b), 0) % ring).to(tl.int64)",
+        "row = bh.to(tl.int64) * total_rows + row",
+    ]
+    clean = ["x = finite(x)", "partner = finite(partner)"]
+    loose = '"offset", "ring", "low", "count"'
+    return _rotate(plan, "unrope_keys", False, args=", ".join(args), loose=loose, where=where, clean=clean)
+
+
+def rope(plan: Plan) -> str:
+    """The text of `rope_keys`: decoded numbers (programs, count, D) of the tokens from u = low on, at their positions."""
+    args = ["coded_ptr", "rope_ptr", "out_ptr", "half", "low", "count"]
+    where = ["u = low + n", "inside = n < count", "row = bh.to(tl.int64) * count + n"]
+    text = _rotate(plan, "rope_keys", True, args=", ".join(args), loose='"low", "count"', where=where, clean=[])
+    return text.replace("source_ptr", "coded_ptr").replace("b = bh // " + str(plan.shape.kv_heads) + "\n    ", "")
+
+
+class Positions:
+    """Keys' scores where positions are put back: x<plane> are the query's lanes, w<plane> those turned by 90 degrees."""
+
+    def __init__(self, plan: Plan, planes: Planes, rope: PreRope) -> None:
+        self.plan, self.planes, self.rope = plan, planes, rope
+        self.dim = plan.shape.head_dim
+        exact = plan.shape.dtype == "fp32" or planes.side.floats == "fp32"
+        self.operand = "tl.float32" if exact else "tl.float16"
+        self.precise = ', input_precision="ieee"' if exact else ""
+        self.count = range(planes.side.layout.planes)
+
+    def _lanes(self, first: str) -> str:
+        """The mask of a load of lanes; `first` names a mask of tokens."""
+        mask = self.planes.mask(first)
+        return f", mask={mask}, other=0.0" if mask else ""
+
+    def queries(self) -> list[str]:
+        """Lines that load w<plane>, in the units of x<plane>."""
+        mask = "known" if self.planes.ragged else "live[None, :]"
+        lines = []
+        for j in self.count:
+            d = self.planes.plane_lane(j)
+            lines += [f"lane = {d}"] if j else []
+            d = "lane" if j else d
+            lines += [f"pair{j} = {pair(self.rope, d)}", f"other = {other(self.rope, d)}"]
+            lines.append(f"turn = -scaling * {sign(self.rope, d)}")
+            lines.append(f"w{j} = tl.load(query + other[:, None], mask={mask}, other=0.0).to(tl.float32)")
+            lines.append(f"w{j} = w{j} * inverse[None, :] * turn[:, None]")
+        return lines
+
+    def fixed(self) -> list[str]:
+        """The operands where positions are those of the tokens themselves."""
+        return [f"{name}{j} = {of}{j}.to({self.operand})" for j in self.count for name, of in (("e", "x"), ("h", "w"))]
+
+    def turned(self) -> list[str]:
+        """The operands of a tile, from the position of its first token."""
+        mask = f", mask={self.planes.lane}_in, other=0.0" if self.planes.ragged else ""
+        # Loads that are the same in every tile would be kept in registers through the loop.
+        lines = ["nothing = page >> 63  # 0, which the compiler does not see"]
+        lines.append(f"wave = rope_ptr + (nothing + tile) * {self.plan.tile * self.dim}{plus(self.plan.sinks * self.dim)}")
+        for j in self.count:
+            lines.append(f"cosine = tl.load(wave + pair{j}{mask})")
+            lines.append(f"sine = tl.load(wave{plus(self.dim // 2)} + pair{j}{mask})")
+            for name, first, sign_, second in (("e", "x", "+", "w"), ("h", "w", "-", "x")):
+                text = f"{first}{j} * cosine[:, None] {sign_} {second}{j} * sine[:, None]"
+                lines.append(f"{name}{j} = ({text}).to({self.operand})")
+        return lines
+
+    def near(self, half: int) -> list[str]:
+        """The address of the waves of sub-tile `half`: those of the first tokens of all, the same in every tile."""
+        token, lane = self.planes.grid(f"({half * self.plan.half} + tl.arange(0, {self.plan.half}))", self.planes.lane)
+        return [f"wave = near_ptr + nothing + {token} * {2 * self.dim} + {lane}"]
+
+    def near_waves(self, j: int) -> list[str]:
+        """Cosine and sine of a plane's lanes [tokens, lanes]."""
+        mask = self._lanes("")
+        return [
+            f"cosine = tl.load(wave{plus(j * self.planes.width)}{mask})",
+            f"sine = tl.load(wave{plus(self.dim + j * self.planes.width)}{mask})",
+        ]
+
+    def own(self) -> list[str]:
+        """The address of the waves of the edge tokens u, a row each."""
+        return [f"wave = rope_ptr + tl.where(coded, u{plus(self.plan.sinks)}, 0).to(tl.int64)[:, None] * {self.dim}"]
+
+    def own_waves(self, j: int) -> list[str]:
+        mask = self._lanes("")
+        at = f"wave + pair{j}[None, :]"
+        return [f"cosine = tl.load({at}{mask})", f"sine = tl.load({at}{plus(self.dim // 2)}{mask})"]
+
+    def dots(self, j: int) -> list[str]:
+        """Add plane j's share of the score s, of n<plane>."""
+        so_far = ", s" if j else ""
+        return [
+            f"s = tl.dot((n{j} * cosine).to({self.operand}), e{j}{so_far}{self.precise})",
+            f"s = tl.dot((n{j} * sine).to({self.operand}), h{j}, s{self.precise})",
+        ]
