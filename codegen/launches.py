@@ -11,7 +11,8 @@ from .launch import CONSTEXPR, Launch
 from .plan import DECODE_ROWS, Plan
 
 POINTERS = {
-    "query_ptr": "input", "rows_ptr": "input", "source_ptr": "input", "key_rows_ptr": "input", "value_rows_ptr": "input",
+    "query_ptr": "input", "rows_ptr": "input", "source_ptr": "input", "key_rows_ptr": "input",
+    "value_rows_ptr": "input",
     "pool8_ptr": "*u8", "pool16_ptr": "*i16", "pool32_ptr": "*i32", "pool_fp16_ptr": "*fp16", "pool_fp32_ptr": "*fp32",
     "squares_ptr": "*fp64",
     "first_ptr": "*i32", "begin_ptr": "*i32", "end_ptr": "*i32", "table_ptr": "*i32", "packed_keys_ptr": "*i32",

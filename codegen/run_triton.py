@@ -75,7 +75,8 @@ class TritonModule:
             coded = torch.empty(batch, heads, high - low, part.dim, dtype=torch.float32, device=rows.device)
             given = {
                 "rows_ptr": rows, "source_ptr": rows, "first_ptr": first, "begin_ptr": begin, "end_ptr": end,
-                "out_ptr": coded, "total_rows": total, "offset": offset, "ring": total - offset, "low": low, "count": high - low,
+                "out_ptr": coded, "total_rows": total, "offset": offset, "ring": total - offset, "low": low,
+                "count": high - low,
             }  # fmt: skip
             beside = {}
             if part.sketched:

@@ -296,7 +296,8 @@ class Attend:
             halves.add(f"u = tile * {plan.tile}{shift} + tl.arange(0, {plan.half})")
             halves.add("tl.store(out + u[:, None], s * size[None, :], mask=live[None, :] & (u < tokens)[:, None])")
         text = "\n".join([*addresses, *halves.lines])
-        args = [*([] if plan.keys.mapped else ["query_ptr"]), *self.keys.inputs(), *(p for p in self.pools if p in text), "table_ptr"]
+        args = [*([] if plan.keys.mapped else ["query_ptr"]), *self.keys.inputs()]
+        args += [*(p for p in self.pools if p in text), "table_ptr"]
         args += [p for p in parameters(plan) if p.startswith("keys")]
         args += ["out_ptr", "queries", "table_width", "tokens", "scaling"]
         return fill(

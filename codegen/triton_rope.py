@@ -1,7 +1,8 @@
-"""Rotary positions in Triton: taken off before packing, put back on decoded keys in a score, and where keys are unpacked.
+"""Rotary positions in Triton: taken off before packing, put back on decoded keys in a score, and in unpacking.
 
 A score of position t0 + i is sum_d cos(i f_d) y_d q'_d + sin(i f_d) y_d q''_d with the query turned once a tile,
-q' = R_t0^-1 q, and q'' the same turned by 90 degrees: whatever the pairs, each number meets its own lane of two queries.
+q' = R_t0^-1 q, and q'' the same turned by 90 degrees: whatever the pairs, each number meets its own lane of two
+queries.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def unrope(plan: Plan) -> str:
 
 
 def rope(plan: Plan) -> str:
-    """The text of `rope_keys`: decoded numbers (programs, count, D) of the tokens from u = low on, at their positions."""
+    """The text of `rope_keys`: decoded numbers (programs, count, D) of tokens from u = low on, at their positions."""
     args = ["coded_ptr", "rope_ptr", "out_ptr", "half", "low", "count"]
     where = ["u = low + n", "inside = n < count", "row = bh.to(tl.int64) * count + n"]
     text = _rotate(plan, "rope_keys", True, args=", ".join(args), loose='"low", "count"', where=where, clean=[])
@@ -99,7 +100,7 @@ def rope(plan: Plan) -> str:
 
 
 class Positions:
-    """Keys' scores where positions are put back: x<plane> are the query's lanes, w<plane> those turned by 90 degrees."""
+    """Keys' scores where positions are put back: x<plane> are the query's lanes, w<plane> those a quarter turn on."""
 
     def __init__(self, plan: Plan, planes: Planes, rope: PreRope) -> None:
         self.plan, self.planes, self.rope = plan, planes, rope
@@ -137,7 +138,8 @@ class Positions:
         mask = f", mask={self.planes.lane}_in, other=0.0" if self.planes.ragged else ""
         # Loads that are the same in every tile would be kept in registers through the loop.
         lines = ["nothing = page >> 63  # 0, which the compiler does not see"]
-        lines.append(f"wave = rope_ptr + (nothing + tile) * {self.plan.tile * self.dim}{plus(self.plan.sinks * self.dim)}")
+        start = f"(nothing + tile) * {self.plan.tile * self.dim}{plus(self.plan.sinks * self.dim)}"
+        lines.append(f"wave = rope_ptr + {start}")
         for j in self.count:
             lines.append(f"cosine = tl.load(wave + pair{j}{mask})")
             lines.append(f"sine = tl.load(wave{plus(self.dim // 2)} + pair{j}{mask})")
