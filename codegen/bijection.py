@@ -63,7 +63,7 @@ def _prove_digits(side: str, part: SideLayout, stream: Stream) -> BijectionProof
         raise ProofError(f"{side}: two codes of the stream of digits meet")
     bytes_ = prove_digits()
     method = f"exhaustive over {period} tokens, affine beyond, and over {bytes_} bytes"
-    return BijectionProof(f"{side}, {TRITS} ternary digits a byte", method, len(seen), "digit")
+    return BijectionProof(f"ternary digits of the {side}", method, len(seen), "digit")
 
 
 def digits_byte(digits: tuple[int, ...]) -> int:

@@ -15,6 +15,7 @@ from kvdsl.window import Window, windows
 
 from . import render
 from .launches import launches
+from .multiplications import multiplications
 from .plan import Plan, plan_for
 from .show_algebra import normal_form
 from .show_layout import page
@@ -120,10 +121,10 @@ def source_stage(view: View) -> Stage:
 
 
 def cost_stage(view: View) -> Stage:
-    """Bits an element with their formula, bytes a token and layer."""
+    """Bits an element with their formula, bytes a token and layer, multiplications that remain."""
     shape, layout = view.shape, view.plan.layout
     found = cost.bits(view.scheme, shape.head_dim, shape.kv_heads, view.tokens)
-    sides: dict[str, Any] = {side: _side_cost(found, side) for side in SIDES}
+    sides: dict[str, Any] = {side: _side_cost(view.plan, found, side) for side in SIDES}
     exact = 2 * 2 * shape.kv_heads * shape.head_dim
     per_token = found.mean / 8 * 2 * shape.kv_heads * shape.head_dim
     data: dict[str, Any] = {
@@ -147,14 +148,21 @@ def cost_stage(view: View) -> Stage:
         f"bytes a token and layer   {per_token:g} ({exact} in fp16, {exact / per_token:.2f} times as many)",
         f"bytes a page              {layout.page_bytes} for {layout.page_tokens} tokens",
         f"calibrated numbers        {found.constants:g} bytes a layer, for any length",
+        "",
+        "multiplications a stored number, main loop, outside the tensor cores and the softmax:",
     ]
+    for side in SIDES:
+        part = sides[side]["multiplications"]
+        unpacking = f", {part['unpacking']:g} of integers to unpack it" if part["unpacking"] else ""
+        scaling = f"{part['scaling']:.4g} a query row for scales"
+        lines.append(f"{side:15s} {part['decoding']:g} to decode it, {scaling}{unpacking}")
     if view.tokens is None:
         lines.append("the window's exact tokens are not counted; --tokens N counts those of a sequence of N tokens")
     return data, lines
 
 
-def _side_cost(found: cost.Bits, side: Side) -> dict[str, Any]:
-    part = found.side(side)
+def _side_cost(plan: Plan, found: cost.Bits, side: Side) -> dict[str, Any]:
+    part, products = found.side(side), multiplications(plan, plan.side(side))
     return {
         "code": part.code,
         "metadata": part.metadata,
@@ -162,6 +170,11 @@ def _side_cost(found: cost.Bits, side: Side) -> dict[str, Any]:
         "window": part.window,
         "total": part.total,
         "formula": found.formula(side),
+        "multiplications": {
+            "decoding": float(products.decoding),
+            "scaling": float(products.scaling),
+            "unpacking": float(products.unpacking),
+        },
     }
 
 

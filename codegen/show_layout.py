@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from kvdsl.codes import TRITS
+
 from .layout import PAIR, Meta, SideLayout, Stream, aligned
 from .plan import Plan, SidePlan
 
@@ -31,7 +33,7 @@ def page(plan: Plan) -> Stage:
         "kv_heads": layout.kv_heads,
         "sections": sections,
         "streams": streams,
-        "proof": [{"stream": p.stream, "method": p.method, "bits": p.cases} for p in plan.bijection],
+        "proof": [{"stream": p.stream, "method": p.method, f"{p.unit}s": p.cases} for p in plan.bijection],
     }
     lines = [
         f"a page holds {layout.page_tokens} tokens of {layout.kv_heads} kv heads in {layout.page_bytes} bytes:",
@@ -47,7 +49,9 @@ def page(plan: Plan) -> Stage:
         for stream in side.layout.streams:
             lines += ["", *_drawn(side, stream)]
     lines += [""] if plan.bijection else []
-    lines += [f"every bit of {p.stream} is one bit of one code: {p.method}, {p.cases} bits" for p in plan.bijection]
+    for p in plan.bijection:
+        told = "every bit of {} is one bit of one code" if p.unit == "bit" else "each of the {} is one code"
+        lines.append(f"{told.format(p.stream)}: {p.method}, {p.cases} {p.unit}s")
     return data, lines
 
 
@@ -62,6 +66,7 @@ def _sections(plan: Plan, side: SidePlan) -> list[dict[str, Any]]:
     for stream in part.streams:
         last = stream.shift + stream.width - 1
         bits = f"bits {stream.shift} to {last}" if last > stream.shift else f"bit {last}"
+        bits = f"{TRITS} ternary digits a byte" if stream.digits else bits
         what = f"codes, {bits}: {stream.rows} rows of {stream.row_words} words"
         rows.append(_row(side, stream.offset, stream.size, what))
     if part.meta is not None:
@@ -85,7 +90,8 @@ def _meta(meta: Meta) -> str:
 
 
 def _stream(part: SideLayout, stream: Stream) -> dict[str, Any]:
-    places = [{"plane": p.plane, "tile": p.tile, "byte": p.byte, "bit": p.bit} for p in stream.places]
+    bit = "digit" if stream.digits else "bit"
+    places = [{"plane": p.plane, "tile": p.tile, "byte": p.byte, bit: p.bit} for p in stream.places]
     return {
         "width": stream.width,
         "shift": stream.shift,
@@ -100,6 +106,8 @@ def _stream(part: SideLayout, stream: Stream) -> dict[str, Any]:
 def _drawn(side: SidePlan, stream: Stream) -> list[str]:
     """One word of each word tile, highest bit first, with the channel that each run of bits belongs to."""
     wide = side.layout.plane_width
+    if stream.digits:
+        return _drawn_digits(side, wide)
     lines = [
         f"{side.name}, {stream.width}-bit stream: planes of {wide} channels; 16-bit words of a tile, x = 0..{wide - 1}",
         f"  row t // 64 * 32 + t % 32: token t in the low byte, token t + {PAIR} in the high byte"
@@ -119,4 +127,21 @@ def _drawn(side: SidePlan, stream: Stream) -> list[str]:
         size = max(size, *(len(b) + 1 for b in bits))
         lines.append(f"  word {tile * wide}+x".ljust(14) + "bit     " + "|".join(b.center(size) for b in bits))
         lines.append(" " * 14 + "channel " + "|".join(cells[low].center(size) for low in starts))
+    return lines
+
+
+def _drawn_digits(side: SidePlan, row: int) -> list[str]:
+    """One byte, highest digit first, with the channel of each digit."""
+    starts = range(0, side.dim, row)
+    cells = [f"{start}+x" for start in starts]
+    size = max(map(len, cells)) + 2
+    lines = [
+        f"{side.name}, ternary digits: rows of {row} bytes a token, x = 0..{row - 1}; a byte is 256*0.ddddd of base 3, "
+        "rounded up",
+        f"  row t // 64 * 32 + t % 32: token t in the low bytes of words, token t + {PAIR} in the high bytes",
+        "  byte x      digit   " + "|".join(str(i).center(size) for i in range(len(starts))),
+        "              channel " + "|".join(cell.center(size) for cell in cells),
+    ]
+    if (whole := len(starts) * row) > side.dim:
+        lines[-1] += f"   (below {side.dim}; {whole - side.dim} of {whole} places hold no channel, digit 0)"
     return lines

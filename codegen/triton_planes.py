@@ -145,7 +145,12 @@ class Planes:
         return lines
 
     def _digits(self, bytes_: str) -> list[str]:
-        """Take the digits out of bytes that stand in the low halves of words."""
+        """Take the digits out of bytes that stand in the low halves of words.
+
+        Of a byte as a number behind the point of base 3: times 3, the digit is the upper byte, the rest the lower one.
+        Three instructions a pair of digits; prefixes b*3^j >> 8 and their differences take as many and more registers,
+        digits taken one by one from the byte a tenth more in the whole loop (`kvdsl compile kvtq`).
+        """
         lines = []
         for place in range(1 + max(place.bit for stream in self.side.layout.streams for place in stream.places)):
             lines += [f"{self.prefix}_three = thrice({bytes_})", f"{self._digit(place)} = upper({self.prefix}_three)"]

@@ -49,6 +49,15 @@ def test_bits_are_the_bytes_of_a_page(scheme: Scheme, shape: Shape) -> None:
     assert counted.mean == pytest.approx(8 * page.page_bytes / elements, abs=1e-12)
 
 
+def test_digits_take_the_bytes_of_their_rows() -> None:
+    """Five in a byte, an even number of bytes a row: 1.6 bits where that is exact."""
+    store = Store(Uniform(levels=3), scale=per_token())
+    counted = {d: bits(Scheme(both=store), head_dim=d).side("keys").code for d in (32, 64, 80, 96, 128, 256)}
+    assert counted == {32: 2, 64: 1.75, 80: 1.6, 96: 5 / 3, 128: 1.625, 256: 1.625}
+    assert bits(Scheme(both=store)).formula("keys") == "1.625 + (16 + 16)/128 = 1.875 bits"
+    assert bits(Scheme(both=store.with_(bits=2))).side("keys").code == 2
+
+
 def test_padding_is_counted_apart() -> None:
     side = bits(WIDE).side("keys")  # one fp16 scale in a section of 16 bytes
     assert (side.code, side.metadata, side.padding) == (2, 16 / 8192, 112 / 8192)

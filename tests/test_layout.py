@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from kvdsl import ALL, Block, Float, Recent, Scale, Scheme, Store, Uniform, bits, per_channel, per_token, reference
-from kvdsl.codegen.bijection import prove_bijection
+from kvdsl.codegen.bijection import digits_byte, prove_bijection, prove_digits
+from kvdsl.codegen.host import digit, digits_bytes
 from kvdsl.codegen.layout import lay_out, widths
 from kvdsl.errors import ProofError
 from kvdsl.rules import shape_faults
@@ -32,6 +34,50 @@ def test_packing_is_a_bijection_without_padding(code_bits: int, head_dim: int) -
     for side in (layout.keys, layout.values):
         assert sum(s.size for s in side.streams) * 8 == layout.page_tokens * head_dim * code_bits
         assert sum(widths(code_bits)) == code_bits
+
+
+@pytest.mark.parametrize("head_dim", DIMS)
+def test_digits_are_a_bijection_that_the_accounting_knows(head_dim: int) -> None:
+    """P27: each digit of each byte is of one code at most; rows are whole words; bits stated are bytes stored."""
+    scheme, shape = Scheme(both=Store(Uniform(levels=3), scale=per_token(heads=ALL))), Shape(head_dim, 2)
+    layout = lay_out(scheme, shape)
+    proofs = prove_bijection(layout)
+    assert [proof.unit for proof in proofs] == ["digit"] * 2 and proofs[0].cases == 64 * head_dim
+    (stream,) = layout.keys.streams
+    assert stream.row_words % 2 == 0 and 0 <= 5 * stream.row_words - head_dim < 10
+    assert bits(scheme, head_dim, 2).side("keys").code == 8 * stream.row_words / head_dim
+    assert layout.page_bytes == reference.page_bytes(scheme, shape)
+    spans = layout.keys.spans
+    assert [channel for span in spans for channel in span.channels] == list(range(head_dim))
+
+
+def test_planes_of_digits_are_cut_where_groups_end() -> None:
+    layout = lay_out(Scheme(both=Store(Uniform(levels=3), scale=per_token(64))), Shape(128, 1))
+    assert [(span.channels[0], len(span.channels)) for span in layout.keys.spans] == [
+        (0, 26), (26, 26), (52, 12), (64, 14), (78, 26), (104, 24)
+    ]  # fmt: skip
+
+
+def test_every_byte_gives_its_digits_back() -> None:
+    """P27: all tuples of digits, through the torch backend's arithmetic and the proof's."""
+    assert prove_digits() == 243
+    codes = torch.cartesian_prod(*[torch.arange(3)] * 5).to(torch.uint8)
+    found = digits_bytes(codes.repeat_interleave(2, 1), 2)
+    assert (found[:, :1] == found).all() and len(set(found[:, 0].tolist())) == 243
+    assert found[:, 0].tolist() == [digits_byte(tuple(row)) for row in codes.tolist()]
+    assert all((digit(found[:, 0], j) == codes[:, j]).all() for j in range(5))
+    assert int(digit(torch.arange(256), 4).max()) == 2  # bytes that are never written have digits, too
+
+
+def test_digits_that_meet_are_refused() -> None:
+    layout = lay_out(Scheme(both=Store(Uniform(levels=3), scale=per_token())), Shape(64, 1))
+    stream = layout.keys.streams[0]
+    object.__setattr__(stream, "row_words", 12)
+    try:
+        with pytest.raises(ProofError, match="digits meet"):
+            prove_bijection(layout)
+    finally:
+        lay_out.cache_clear()
 
 
 def test_a_broken_map_is_refused() -> None:

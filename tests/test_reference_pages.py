@@ -193,14 +193,45 @@ def test_a_scale_and_an_offset_of_one_byte_by_hand() -> None:
     assert words[1] == 0x4A44 and np.count_nonzero(words) == 1
 
 
-def test_a_table_of_three_levels_has_two_bits() -> None:
+def test_three_levels_of_two_bits_by_hand() -> None:
     # 32 codes of 2 bits are 4 words a token; two tokens share a row.  planes of 8 channels, code 2 in channel 9 = 8 + 1
     x = torch.zeros(1, 1, 64, 32)
     x[0, 0, :, :8], x[0, 0, 33, 9] = -1, 1
-    store = Store(Codebook(levels=(-1, 0, 1)), scale=per_token(range="absmax"))
+    store = Store(Codebook(2, levels=(-1, 0, 1)), scale=per_token(range="absmax"))
     page = reference.pages(Scheme(keys=store, values=ABSENT), Shape(32, 1), x, torch.zeros_like(x))[0, 0]
     # row 1 (tokens 1 and 33) is 16 bytes, 8 words; zeros are code 1 in the bits of planes 1 to 3: 0b01010100
     assert page[16:32].tolist() == [0b01010100, 0b01010100, 0b01010100, 0b01011000, *[0b01010100] * 12]
+
+
+def test_three_levels_in_digits_by_hand() -> None:
+    # 64 channels: 13 bytes would do, 14 are whole words; byte w has channels w, 14 + w, 28 + w, 42 + w, 56 + w < 64
+    x = torch.zeros(1, 1, 64, 64)
+    x[0, 0, :, 0], x[0, 0, 33, 56], x[0, 0, 1, 63] = 1, -1, 1
+    for code in (Codebook(levels=(-1, 0, 1)), Uniform(levels=3)):
+        scheme = Scheme(keys=Store(code, scale=per_token(range="absmax")), values=ABSENT)
+        page = reference.pages(scheme, Shape(64, 1), x, torch.zeros_like(x))[0, 0]
+        # 0.11111 in base 3 is 121/243, of 256ths 127.5 rounded up; 0.21111 is 202/243, 212.8; 0.21110 201/243, 211.8;
+        # 0.11112 122/243, 128.5; without a fifth channel 0.11110 is 120/243, 126.4
+        assert page[28:56:2].tolist() == [213, *[128] * 6, 129, *[127] * 6]  # token 1: channel 63 is byte 7, digit 4
+        assert page[29:56:2].tolist() == [212, *[128] * 7, *[127] * 6]  # token 33: channel 56 is byte 0, digit 4
+        assert page[:28].tolist() == [213, 213, *[128] * 14, *[127] * 12]
+        # rows of 28 bytes for 2 tokens, values of 2 bytes, one scale of 2 bytes a token
+        assert len(page) == 32 * 28 + 64 * 64 * 2 + 64 * 2
+
+
+def test_p27_digits_are_a_bijection() -> None:
+    """P27: 243 tuples of digits have 243 bytes, which grow with them."""
+    codes = torch.tensor([[v // 3**i % 3 for i in (4, 3, 2, 1, 0)] for v in range(243)])
+    x = (codes - 1.0).repeat_interleave(8, 1)[:, :40].reshape(1, 1, 243, 5, 8)  # 40 channels are 8 bytes
+    x = torch.nn.functional.pad(x.reshape(1, 1, 243, 40), (0, 0, 0, 13))
+    scheme = Scheme(keys=Store(Uniform(levels=3), scale=Scale(Block(ALL, ALL, ALL), when="calibrated")), values=ABSENT)
+    given = {"keys.scale": torch.tensor([1.0, -1]).reshape(2, 1, 1)}
+    found = reference.pages(scheme, Shape(40, 1), x, torch.zeros_like(x), given)[0]
+    rows = np.concatenate([page[: 32 * 16].reshape(32, 8, 2).transpose(2, 0, 1).reshape(64, 8) for page in found])
+    assert (rows[:243] == rows[:243, :1]).all()
+    assert len(set(rows[:243, 0].tolist())) == 243 and (np.diff(rows[:243, 0].astype(int)) > 0).all()
+    never = set(range(256)) - set(rows[:243, 0].tolist())
+    assert len(never) == 13
 
 
 def test_a_sketch_by_hand() -> None:

@@ -22,6 +22,7 @@ BITS = {
 ERRORS: dict[str, tuple[float, float]] = {
     "qjl_gauss": (0.7815, 0),
     "qjl_kv": (0.1423, 0.1423),
+    "kvtq": (0.187, 0.187),
     "kvtq_2bit": (0.187, 0.187),
     "turboquant4": (0.00933, 0.00933),
     "turboquant3": (0.03396, 0.03396),
