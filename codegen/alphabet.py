@@ -105,6 +105,12 @@ class Alphabet:
         return tuple(half_bits(level * 2.0**-self.unit) for level in self.levels)
 
     @property
+    def singles(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The high and the low halves of the levels' float32 bits."""
+        bits = [int(struct.unpack("<I", struct.pack("<f", level))[0]) for level in self.levels]
+        return tuple(word >> 16 for word in bits), tuple(word & 0xFFFF for word in bits)
+
+    @property
     def halves(self) -> bool:
         """Every level is a float16, so that the number that a product reads is the level itself, scaled."""
         return all(half_number(half_bits(x * 2.0**-self.unit)) == x * 2.0**-self.unit for x in self.levels)

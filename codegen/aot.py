@@ -27,7 +27,7 @@ from kvdsl import errors
 from kvdsl.errors import BackendError
 
 from . import sass
-from .launch import Launch
+from .launch import Launch, assembled
 from .roofline import GPUS, LINE, predicted_share
 
 ARCHES = tuple(GPUS)
@@ -239,7 +239,7 @@ def _binary(module: ModuleType, launch: Launch, arch: str, assembler: str | None
         )
         target = triton.backends.compiler.GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
         options: dict[str, object] = {"num_warps": launch.warps, "num_stages": launch.stages}
-        options |= {"enable_fp_fusion": launch.fp_fusion, "ptx_options": assembler}
+        options |= {"enable_fp_fusion": launch.fp_fusion, **assembled(assembler)}
         return triton.compile(source, target=target, options=options)
     except OSError as error:
         folder = os.environ.get("TRITON_CACHE_DIR", "~/.triton/cache")

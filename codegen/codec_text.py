@@ -15,7 +15,7 @@ def functions(side: SidePlan, ns: Namespace) -> list[str]:
     """The texts of a side's functions, those that something calls."""
     under = numbers(side) if side.store.measure is not None and not side.sketched else []
     made = [_Function("encode", ["x", *under], "The codes of x, int32.", encode)]
-    if _names_levels(side):
+    if _names_levels(side, ns):
         made.append(_Function("levels", ["c"], "What codes stand for, float32.", levels_of))
     if not side.static and side.store.measure is not None:
         stored = " and ".join(numbers(side))
@@ -33,9 +33,13 @@ def functions(side: SidePlan, ns: Namespace) -> list[str]:
     return [function.text(side, ns) for function in made]
 
 
-def _names_levels(side: SidePlan) -> bool:
-    fitted = side.store.measure is not None and side.scale.when == "online"
-    return side.alphabet.looked_up or (fitted and side.scale.refit is not None)
+def _names_levels(side: SidePlan, ns: Namespace) -> bool:
+    """Triton's kernels look known levels up in registers, and need the function for what packing fits or weighs."""
+    if ns == "torch." and side.alphabet.looked_up:
+        return True
+    if side.store.measure is None or side.scale.when != "online":
+        return False
+    return side.scale.refit is not None or (searched(side) and side.alphabet.looked_up)
 
 
 class _Function:

@@ -6,7 +6,7 @@ As in device.py, what is inline assembly for the compiler exists a second time f
 import triton
 import triton.language as tl
 
-from kvdsl.codegen.device import INTERPRETED, half, nearest
+from .device import INTERPRETED, half, nearest
 
 if INTERPRETED:
 
@@ -26,7 +26,7 @@ if INTERPRETED:
         return halves | (((halves & 0x3F80) + 128) & 0x4000)
 
     @triton.jit
-    def table4(codes, A: tl.constexpr, B: tl.constexpr):
+    def table4(codes, A, B):
         """16-bit entries of a table of four: A the low bytes, B the high ones."""
         found = codes.to(tl.int32) * 0
         for i in tl.static_range(4):
@@ -34,15 +34,12 @@ if INTERPRETED:
         return found.to(tl.int16)
 
     @triton.jit
-    def table8(codes, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
+    def table8(codes, A, B, C, D):
         """16-bit entries of a table of eight: A, B the low bytes, C, D the high ones."""
         return tl.where(codes < 4, table4(codes, A, C), table4(codes - 4, B, D))
 
     @triton.jit
-    def table16(
-        codes, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
-        E: tl.constexpr, F: tl.constexpr, G: tl.constexpr, H: tl.constexpr,
-    ):  # fmt: skip
+    def table16(codes, A, B, C, D, E, F, G, H):
         """16-bit entries of a table of sixteen: A to D the low bytes, E to H the high ones."""
         return tl.where(codes < 8, table8(codes, A, B, E, F), table8(codes - 8, C, D, G, H))
 
@@ -81,7 +78,7 @@ else:
         )  # fmt: skip
 
     @triton.jit
-    def table4(codes, A: tl.constexpr, B: tl.constexpr):
+    def table4(codes, A, B):
         """16-bit entries of a table of four: A the low bytes, B the high ones.
 
         Two codes of a register become four selectors of a byte each: c, c + 4 of either.
@@ -93,24 +90,22 @@ else:
         )  # fmt: skip
 
     @triton.jit
-    def table8(codes, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
+    def table8(codes, A, B, C, D):
         """16-bit entries of a table of eight: A, B the low bytes, C, D the high ones.
 
-        The codes of a register, side by side, select two low bytes and two high ones, which are interleaved.
+        Four codes, side by side, select four low bytes and four high ones, which are interleaved.
         """
         a, b = tl.full(codes.shape, A, tl.int32), tl.full(codes.shape, B, tl.int32)
         c, d = tl.full(codes.shape, C, tl.int32), tl.full(codes.shape, D, tl.int32)
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 t, low, high; shr.u32 t, $1, 12; or.b32 t, t, $1; prmt.b32 low, $2, $4, t; "
-            "prmt.b32 high, $6, $8, t; prmt.b32 $0, low, high, 0x5140; }",
-            "=r,r,r,r,r,r,r,r,r,r", [codes, a, b, c, d], dtype=tl.int16, is_pure=True, pack=2,
+            "{ .reg .b32 s, t, low, high; mad.lo.u32 t, $3, 256, $2; shr.u32 s, t, 12; or.b32 s, s, t; "
+            "prmt.b32 low, $4, $8, s; prmt.b32 high, $12, $16, s; "
+            "prmt.b32 $0, low, high, 0x5140; prmt.b32 $1, low, high, 0x7362; }",
+            "=r,=r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r", [codes, a, b, c, d], dtype=tl.int16, is_pure=True, pack=4,
         )  # fmt: skip
 
     @triton.jit
-    def table16(
-        codes, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
-        E: tl.constexpr, F: tl.constexpr, G: tl.constexpr, H: tl.constexpr,
-    ):  # fmt: skip
+    def table16(codes, A, B, C, D, E, F, G, H):
         """16-bit entries of a table of sixteen: A to D the low bytes, E to H the high ones.
 
         Either half of the table is looked up by the code's low three bits; its top bit selects among what was found.
@@ -120,14 +115,33 @@ else:
         e, f = tl.full(codes.shape, E, tl.int32), tl.full(codes.shape, F, tl.int32)
         g, h = tl.full(codes.shape, G, tl.int32), tl.full(codes.shape, H, tl.int32)
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 t, s, x, y, low, high; shr.u32 t, $1, 12; or.b32 t, t, $1; shr.u32 s, t, 1; "
-            "and.b32 s, s, 0x44; or.b32 s, s, 0x10; and.b32 t, t, 0x77; "
-            "prmt.b32 x, $2, $4, t; prmt.b32 y, $6, $8, t; prmt.b32 low, x, y, s; "
-            "prmt.b32 x, $10, $12, t; prmt.b32 y, $14, $16, t; prmt.b32 high, x, y, s; "
-            "prmt.b32 $0, low, high, 0x5140; }",
-            "=r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r", [codes, a, b, c, d, e, f, g, h],
-            dtype=tl.int16, is_pure=True, pack=2,
+            "{ .reg .b32 t, s, x, y, low, high; mad.lo.u32 t, $3, 256, $2; shr.u32 s, t, 12; or.b32 t, t, s; "
+            "shr.u32 s, t, 1; and.b32 s, s, 0x4444; or.b32 s, s, 0x3210; and.b32 t, t, 0x7777; "
+            "prmt.b32 x, $4, $8, t; prmt.b32 y, $12, $16, t; prmt.b32 low, x, y, s; "
+            "prmt.b32 x, $20, $24, t; prmt.b32 y, $28, $32, t; prmt.b32 high, x, y, s; "
+            "prmt.b32 $0, low, high, 0x5140; prmt.b32 $1, low, high, 0x7362; }",
+            "=r,=r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
+            [codes, a, b, c, d, e, f, g, h], dtype=tl.int16, is_pure=True, pack=4,
         )  # fmt: skip
+
+
+@triton.jit
+def half_bits(level):
+    """The bits of a float16 as near as can be, int32."""
+    return level.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
+
+
+@triton.jit
+def four_bytes(a, b, c, d, SHIFT: tl.constexpr):
+    """One byte of each of four words, those from bit SHIFT on, as a register of a table."""
+    low = ((a >> SHIFT) & 255) | (((b >> SHIFT) & 255) << 8)
+    return low | (((c >> SHIFT) & 255) << 16) | (((d >> SHIFT) & 255) << 24)
+
+
+@triton.jit
+def joined(high, low):
+    """float32 numbers from the two halves of their bits."""
+    return ((high.to(tl.int32) << 16) | (low.to(tl.int32) & 0xFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit

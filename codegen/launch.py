@@ -17,7 +17,7 @@ class Launch:
     signature          argument name -> "*fp16", "*u8", "i32", "fp32", ... or "constexpr", in the order of the arguments
     constants          values of the constexpr arguments
     warps, stages      `num_warps`, `num_stages`
-    assembler          values of `ptx_options` to try, for NVIDIA's assembler, until no number is moved to memory
+    assembler          settings of NVIDIA's assembler to try until no number is moved to memory, see `assembled`
     fp_fusion          False where results must be rounded after every operation (packing)
     loop_packed_bytes  bytes of codes and metadata that one iteration of the main loop reads; 0 without such a loop
     aligned            pointers, strides and lengths that are multiples of 16 at every call; without it no wide loads
@@ -55,3 +55,9 @@ class Launch:
         """The launch that `to_json` wrote."""
         pairs = {name: tuple((key, value) for key, value in data[name]) for name in ("signature", "constants")}
         return cls(**{**data, **pairs, "aligned": tuple(data["aligned"]), "assembler": tuple(data["assembler"])})
+
+
+def assembled(setting: str | None) -> dict[str, object]:
+    """A setting of the assembler as options of Triton: one of its own options, or how many registers it may take."""
+    name, _, value = (setting or "").partition("=")
+    return {"maxnreg": int(value)} if name == "maxnreg" else {"ptx_options": setting}

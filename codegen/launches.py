@@ -24,8 +24,9 @@ FLOATS = ("scaling", "softcap")
 ATTEND = ("decode", "extend")
 
 # Settings of NVIDIA's assembler, tried in this order until a kernel keeps its numbers in registers: just above a count
-# that allows one program more it would rather move a few to memory.
-ASSEMBLER = (None, "--register-usage-level=10", "--register-usage-level=0")
+# that allows one program more it would rather move a few to memory, and where all are in use its schedule is what
+# takes too many: without it the loop of such a kernel has as many instructions.
+ASSEMBLER = (None, "--register-usage-level=10", "--register-usage-level=0", "maxnreg=255", "--opt-level=1")
 
 
 def warps(kernel: str, plan: Plan) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvdsl.kernels import AttentionState, Params, Side
 
+from .launch import assembled
 from .launches import ASSEMBLER, GIVEN_POINTERS, arguments, fused, stages, warps
 from .plan import Plan
 from .text import padded
@@ -54,7 +55,7 @@ class TritonModule:
         options["enable_fp_fusion"] = fused(kernel)
         spills: dict[str | None, int] = {}
         for setting in self.settings.get(kernel, ASSEMBLER):
-            compiled = function[grid](**ordered, **options, ptx_options=setting)
+            compiled = function[grid](**ordered, **options, **assembled(setting))
             spills[setting] = getattr(compiled, "n_spills", 0) or 0
             if not spills[setting]:
                 break

@@ -125,9 +125,15 @@ def find(name: str, plan: Plan, backend: str) -> Path | None:
 
 
 def keep(name: str, plan: Plan, backend: str, text: str) -> Path:
-    """Store a text under the digest of what it depends on and its own."""
+    """Store a text under the digest of what it depends on and its own; where the disk is full, for this process."""
     path = _home(name) / f"{name}_{backend}_{key(plan, backend)}_{digest(text)}.py"
-    write(path, text)
+    try:
+        write(path, text)
+    except OSError as error:
+        _say(f"generated code is kept for this process only: {path.parent} cannot be written ({error})")
+        path = _private() / name / path.name
+        path.parent.mkdir(exist_ok=True)
+        write(path, text)
     return path
 
 

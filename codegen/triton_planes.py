@@ -5,9 +5,10 @@ from __future__ import annotations
 import sympy as sp
 
 from .alphabet import packed_table
-from .codec import call, given
+from .codec import given
 from .layout import PAIR, Stream
 from .plan import Plan, SidePlan
+from .printer import number
 from .steps import Steps
 from .text import padded, plus
 from .triton_meta import entry, pointer, read
@@ -51,7 +52,32 @@ class Planes:
             else:
                 index = plus(int(name.removeprefix("level")))
                 lines.append(f"{self.prefix}_{name} = tl.load({side.name}_table_ptr{index}).to(tl.float32)")
+        return lines + (self._registers() if side.alphabet.given else [])
+
+    def _registers(self) -> list[str]:
+        """Lines that put a table of the parameters into registers, as `packed_table` does one that is known: what a
+        product reads, and the halves of the levels themselves."""
+        lines = []
+        count = 2**self.side.alphabet.bits
+        levels = [f"{self.prefix}_level{min(i, count - 1)}" for i in range(max(4, count))]
+        for name, bits, shifts in (
+            ("half", "half_bits", (0, 8)),
+            ("high", "as_int", (16, 24)),
+            ("low", "as_int", (0, 8)),
+        ):
+            words = [f"{self.prefix}_{name}_bits{i}" for i in range(len(levels))]
+            lines += [f"{word} = {bits}({level})" for word, level in zip(words, levels, strict=True)]
+            for row, shift in enumerate(shifts):
+                for i in range(0, len(words), 4):
+                    register = f"{self.prefix}_{name}{row * len(words) // 4 + i // 4}"
+                    lines.append(f"{register} = four_bytes({', '.join(words[i : i + 4])}, {shift})")
         return lines
+
+    def _known(self, name: str, entries: tuple[int, ...]) -> list[str]:
+        """The registers of a table: numbers, or those that the parameters' levels were put into."""
+        if not self.side.alphabet.given:
+            return list(map(str, packed_table(entries)))
+        return [f"{self.prefix}_{name}{i}" for i in range(max(4, 2**self.side.alphabet.bits) // 2)]
 
     def grid(self, tokens: str, lanes: str) -> tuple[str, str]:
         """Index expressions of tokens and lanes for a tile of this side."""
@@ -108,9 +134,7 @@ class Planes:
 
     def _looked_up(self, parts: list[tuple[str, int]]) -> str:
         """The levels of one plane's codes as float16, over 2**unit."""
-        alphabet, streams = self.side.alphabet, self.side.layout.streams
-        if alphabet.given:
-            return f"{self._level(self._joined(parts))}.to(tl.float16)"
+        alphabet = self.side.alphabet
         if alphabet.small is not None:
             ((name, bit),) = parts
             sizes, sign = 10 - alphabet.small.mantissa - bit, 16 - alphabet.bits - bit
@@ -122,13 +146,16 @@ class Planes:
             if self.side.store.measure is None and alphabet.small.name == "e4m3":
                 text = f"with_nan({text})"
             return f"{text}.to(tl.float16, bitcast=True)"
+        return f"{self._table(parts, self._known('half', alphabet.words))}.to(tl.float16, bitcast=True)"
+
+    def _table(self, parts: list[tuple[str, int]], registers: list[str]) -> str:
+        """The 16-bit entry of each code of one plane."""
         text = ""
-        for stream, (name, bit) in zip(streams, parts, strict=True):
+        for stream, (name, bit) in zip(self.side.layout.streams, parts, strict=True):
             right, left = max(0, bit - stream.shift), max(0, stream.shift - bit)
             moved = f"field({name}, {right}, {left}, {(2**stream.width - 1) << stream.shift})"
             text = f"both({text}, {moved})" if text else moved
-        registers = ", ".join(map(str, packed_table(alphabet.words)))
-        return f"table{max(4, 2**alphabet.bits)}({text}, {registers}).to(tl.float16, bitcast=True)"
+        return f"table{max(4, 2**self.side.alphabet.bits)}({text}, {', '.join(registers)})"
 
     def _parts(self, plane: int, half: int) -> list[tuple[str, int]]:
         """(bytes in the low halves of words, first bit) of a plane in each stream."""
@@ -147,13 +174,18 @@ class Planes:
             pieces.append(f"({kept} << {stream.shift})" if stream.shift else kept)
         return f"({' | '.join(pieces)})" if len(pieces) > 1 else pieces[0]
 
-    def _level(self, codes: str) -> str:
-        return call(self.side, "levels", [codes])
-
     def _numbered(self, parts: list[tuple[str, int]]) -> str:
-        """The codes of one plane, or their levels where they are looked up, as float32."""
-        codes = self._joined(parts)
-        return self._level(codes) if self.side.alphabet.looked_up else f"{codes}.to(tl.float32)"
+        """The codes of one plane, or their levels to the last bit where they are looked up, as float32."""
+        alphabet = self.side.alphabet
+        if alphabet.small is not None or alphabet.levels and alphabet.looked_up and alphabet.halves:
+            unit = f" * {number(sp.Integer(2) ** alphabet.unit)}" if alphabet.unit else ""
+            return f"{self._looked_up(parts)}.to(tl.float32){unit}"
+        if alphabet.looked_up:
+            high, low = (
+                self._known(name, entries) for name, entries in zip(("high", "low"), alphabet.singles, strict=True)
+            )
+            return f"joined({self._table(parts, high)}, {self._table(parts, low)})"
+        return f"{self._joined(parts)}.to(tl.float32)"
 
     def block(self, half: int) -> str:
         """The token block, within its page, of sub-tile `half` (one block spans the sub-tile)."""
@@ -203,7 +235,9 @@ class Planes:
                 address = f"{token} * {stream.row_words} + {lane}{plus(stream.offset // 2 + tile * self.width)}"
                 lines.append(f"{name} = tl.load(words + {address}{other})")
                 if stream.paired:
-                    lines.append(f"{name} = ({name} >> {shift}) & 255")
+                    narrow = ".to(tl.int16)" if side.alphabet.looked_up else ""  # the shift has made them 32 bits wide
+                    kept = f"({name} >> {shift}) & 255"
+                    lines.append(f"{name} = ({kept}){narrow}" if narrow else f"{name} = {kept}")
                 else:
                     lines.append(f"{name}_high = upper({name})")
         return lines

@@ -136,8 +136,7 @@ FAULTY: list[tuple[Callable[[], Scheme], str]] = [
     ),
     (
         lambda: keys(Float("e2m1"), per_token(dtype="e8m0", refit="least_squares")),
-        "keys.scale.refit: e8m0 is a power of two, which a fitted scale is not; "
-        "leave refit out, or use dtype='e4m3'",
+        "keys.scale.refit: e8m0 is a power of two, which a fitted scale is not; leave refit out, or use dtype='e4m3'",
     ),
     (
         lambda: keys(Float("e2m1"), per_token(dtype="e8m0", scale=SECOND)),
@@ -146,8 +145,7 @@ FAULTY: list[tuple[Callable[[], Scheme], str]] = [
     ),
     (
         lambda: keys(Codebook(4, "calibrated"), per_token(range="absmax", dtype="e8m0")),
-        "keys.scale.dtype: e8m0 is counted from the top level, which is not known before calibration; "
-        "use dtype='e4m3'",
+        "keys.scale.dtype: e8m0 is counted from the top level, which is not known before calibration; use dtype='e4m3'",
     ),
     (
         lambda: keys(Float("e2m1"), per_token(dtype="e4m3", scale=per_tensor())),

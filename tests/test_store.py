@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -35,23 +36,50 @@ def test_a_stored_text_is_found_again(home: Path) -> None:
     assert len(list(first.path.parent.glob("*.py"))) == 1
 
 
-def test_a_damaged_file_is_noticed_and_made_anew(home: Path) -> None:
-    """Fault 29: a cut file is not loaded."""
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda raw: raw[: len(raw) // 2],
+        lambda raw: raw[:-1],
+        lambda raw: b"",
+        lambda raw: bytes(len(raw)),
+        lambda raw: b"\xff" * 100,
+        lambda raw: raw.replace(b"32256", b"32257", 1),
+    ],
+    ids=["half", "shorter", "empty", "zeros", "garbage", "one number"],
+)
+def test_a_damaged_file_is_noticed_and_made_anew(home: Path, damage: Callable[[bytes], bytes]) -> None:
+    """Fault 29: a file that was cut or changed is not loaded; one warning, and the text is made again."""
     path = codegen.build(ALL["kivi2"], SHAPE, backend="torch").path
-    whole = path.read_text()
-    path.write_text(whole[: len(whole) // 2])
+    whole = path.read_bytes()
+    assert damage(whole) != whole
+    path.write_bytes(damage(whole))
     codegen._build.cache_clear()
-    with pytest.warns(RuntimeWarning, match="damaged"):
+    with pytest.warns(RuntimeWarning, match="damaged") as said:
         again = codegen.build(ALL["kivi2"], SHAPE, backend="torch")
-    assert again.source == whole
+    assert again.source.encode() == whole == again.path.read_bytes() and len(said) == 1
 
 
 def test_text_of_another_compiler_is_not_used(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fault 27: the key holds the compiler's own source."""
     plan = plan_for(ALL["kivi2"], SHAPE)
-    store.keep("kivi2", plan, "torch", "old = 1\n")
+    path = store.keep("kivi2", plan, "torch", "old = 1\n")
+    assert store.find("kivi2", plan, "torch") == path
     monkeypatch.setattr(store, "compiler_digest", lambda: "another")
     assert store.find("kivi2", plan, "torch") is None
+
+
+def test_text_of_another_plan_is_not_used(home: Path) -> None:
+    """Fault 27: each part of the key counts: scheme, shape, backend."""
+    store.keep("own", plan_for(ALL["kivi2"], SHAPE), "torch", "old = 1\n")
+    for scheme, shape, backend in (
+        ("kivi4", SHAPE, "torch"),
+        ("kivi2", Shape(64, 4), "torch"),
+        ("kivi2", Shape(64, 2, dtype="bf16"), "torch"),
+        ("kivi2", Shape(64, 2, softcap=True), "torch"),
+        ("kivi2", SHAPE, "triton"),
+    ):
+        assert store.find("own", plan_for(ALL[scheme], shape), backend) is None
 
 
 def test_a_folder_that_others_may_write_is_not_trusted(home: Path) -> None:
@@ -76,9 +104,41 @@ def test_a_failed_write_leaves_nothing(home: Path, monkeypatch: pytest.MonkeyPat
         raise OSError("full")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="full"):
+    with pytest.warns(RuntimeWarning, match="cannot be written"), pytest.raises(OSError, match="full"):
         store.keep("kivi2", plan, "torch", "x = 1\n")
     assert not [path for path in home.rglob("*") if path.is_file()]
+
+
+def test_a_full_disk_is_no_reason_to_stop(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault 30: what cannot be written is kept for this process, and that is said once."""
+    replace = os.replace
+
+    def full(source: str, target: Path) -> None:
+        if Path(target).is_relative_to(home):
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.warns(RuntimeWarning, match="for this process only: .*No space left") as said:
+        kernels = codegen.build(ALL["kivi2"], SHAPE, backend="torch")
+    assert len(said) == 1 and not kernels.path.is_relative_to(home)
+    assert not [path for path in home.rglob("*") if path.is_file()]
+
+
+def test_a_home_that_is_none_is_no_reason_to_stop(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault 30: a folder that cannot be made, that cannot be written, that belongs to someone else."""
+    (home / "file").write_text("")
+    monkeypatch.setenv("KVDSL_CACHE_DIR", str(home / "file"))
+    with pytest.warns(RuntimeWarning, match="cannot be made"):
+        codegen.build(ALL["kivi2"], SHAPE, backend="torch")
+    (home / "code").mkdir(mode=0o700)
+    with monkeypatch.context() as other:
+        other.setattr(os, "access", lambda *_: False)
+        assert "read-only" in str(store.usable(home / "code"))
+    with monkeypatch.context() as other:
+        other.setattr(os, "getuid", lambda: (home / "code").stat().st_uid + 1)
+        assert "belongs to another user" in str(store.usable(home / "code"))
+    assert store.usable(home / "code") is None
 
 
 def test_processes_that_build_at_once_agree(home: Path) -> None:

@@ -63,6 +63,8 @@ def _has_ends(store: Store) -> bool:
     if scale is None:
         return True
     known = not isinstance(store.code, Codebook) or isinstance(store.code.levels, tuple)
+    if isinstance(store.code, Uniform) and store.code.grid == "cells" and scale.refit is not None:
+        return False  # the numbers given are the cells' borders, not their levels
     return scale.clip == 1 and known and scale.range not in ("norm", "absmean")
 
 

@@ -1,0 +1,79 @@
+"""What is taken from data: tables of levels, second levels, calibrated scales of every code."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvdsl import api
+from kvdsl.calibration import table
+from kvdsl.errors import ShapeError
+from kvdsl.levels import optimal
+from kvdsl.params import checked, wanted
+from kvdsl.scheme import Block, Codebook, Float, Scale, Scheme, Store, per_tensor, per_token
+from kvdsl.shape import Shape
+
+SECOND = per_tensor(dtype="fp32", when="calibrated")
+ALL_HEADS = Scheme(both=Store(Float("e2m1"), scale=per_token(channels=16, dtype="e4m3", scale=SECOND)))
+
+
+def data(heads: int = 2, tokens: int = 96) -> torch.Tensor:
+    return torch.randn(2, heads, tokens, 64, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("count", [2, 4, 8, 16])
+def test_a_table_of_normal_numbers_is_nearly_the_best_one(count: int) -> None:
+    numbers = torch.randn(400_000, generator=torch.Generator().manual_seed(0)).double()
+    found = table(numbers, count, centred=False)
+    error = (numbers[:, None] - found.double()).square().amin(1).mean()
+    assert float(error) < 1.05 * optimal("normal", count)[1]
+    assert torch.equal(found, table(numbers, count, centred=False))
+
+
+def test_a_table_of_few_different_numbers_still_rises() -> None:
+    found = table(torch.zeros(100, dtype=torch.float64), 16, centred=False)
+    assert bool((found[1:] > found[:-1]).all())
+
+
+def test_a_second_level_puts_the_largest_scale_on_the_largest_number() -> None:
+    k, v = data(), 3 * data()
+    found = api.calibrate(ALL_HEADS, k, v)
+    assert set(found) == {"keys.scale.scale", "values.scale.scale"}
+    assert float(found["keys.scale.scale"]) == pytest.approx(float(k.abs().max()) / (6 * 448), rel=1e-6)
+    each = ALL_HEADS.with_(
+        both=ALL_HEADS.keys.with_(**{"scale.scale": Scale(Block(*[SECOND.block.tokens] * 2), when="calibrated")})
+    )
+    assert api.calibrate(each, k, v)["values.scale.scale"].shape == (2, 1)
+
+
+def test_calibrated_levels_serve_better_than_those_of_another_law() -> None:
+    k = data() ** 3
+    given, fixed = (
+        Scheme(both=Store(Codebook(4, levels), scale=per_token(range="absmax"))) for levels in ("calibrated", "normal")
+    )
+    params = api.calibrate(given, k, k)
+    assert params["keys.code"].shape == (16,) and float(params["keys.code"].abs().max()) == 1.0
+    errors = [
+        float((api.roundtrip(scheme, k, k, backend="torch", params=numbers)[0] - k).square().mean())
+        for scheme, numbers in ((given, params), (fixed, None))
+    ]
+    assert errors[0] < 0.7 * errors[1]
+
+
+def test_wrong_numbers_are_named() -> None:
+    scheme, shape = Scheme(both=Store(Codebook(2, "calibrated"), scale=per_token())), Shape(64, 2)
+    assert wanted(scheme, shape) == {"keys.code": (4,), "values.code": (4,)}
+    falling = torch.tensor([1.0, 0.5, 0.0, -1.0])
+    with pytest.raises(ShapeError, match=r"params\['keys.code'\]: the levels do not rise"):
+        checked(scheme, shape, {"keys.code": falling, "values.code": falling})
+    with pytest.raises(ShapeError, match=r"params\['keys.scale.scale'\]: 0.0 is no scale to divide by"):
+        checked(ALL_HEADS, shape, dict.fromkeys(("keys.scale.scale", "values.scale.scale"), torch.zeros(1, 1)))
+
+
+@pytest.mark.parametrize("code", [Codebook(3), Float("e4m3"), Float("e2m1"), Codebook(levels=(-1, 0, 1))], ids=str)
+def test_every_code_takes_a_calibrated_scale(code: Codebook | Float) -> None:
+    scheme = Scheme(both=Store(code, scale=per_tensor(when="calibrated")))
+    k = data()
+    params = api.calibrate(scheme, k, k)
+    found, _ = api.roundtrip(scheme, k, k, backend="torch", params=params)
+    assert float((found - k).square().mean()) < 0.4
