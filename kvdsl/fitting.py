@@ -31,7 +31,7 @@ def fitted(store: Store, side: Side, x: Tensor, q: Tensor | None) -> dict[str, T
             found[name] = y.mean((0, 2)) if part.by == "mean" else (low + high) / 2
         elif isinstance(part, Permute):
             size = y.amax((0, 2)) - y.amin((0, 2)) if part.by == "range" else y.sum((0, 2))
-            found[name] = size.argsort(-1, stable=True).to(torch.float32)
+            found[name] = size.argsort(dim=-1, stable=True).to(torch.float32)
         seen = (*seen, part)
     return {name: numbers.to(torch.float32) for name, numbers in found.items()}
 

@@ -54,8 +54,8 @@ def normal_numbers() -> Data:
 
 @cache
 def outlier_keys() -> Data:
-    """The same, but keys are f (o + n) with normal n and, fixed for a channel, an offset o of variance 1/3 and f = 1; in
-    an outlier channel o = +-1, n a fifth as large and f from 8 to 20."""
+    """The same, but keys are f (o + n) with normal n and, fixed for a channel, an offset o of variance 1/3 and f = 1;
+    in an outlier channel o = +-1, n a fifth as large and f from 8 to 20."""
     data, generator = normal_numbers(), Generator().manual_seed(1)
     offset = torch.randn(HEADS, 1, CHANNELS, generator=generator) / math.sqrt(3)
     spread, factor = torch.ones(HEADS, 1, CHANNELS), torch.ones(HEADS, 1, CHANNELS)
