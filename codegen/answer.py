@@ -9,7 +9,10 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def document(data: Any) -> None:
@@ -48,6 +51,13 @@ def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[st
         ]
         aligned.append("  ".join(cells).rstrip())
     return aligned
+
+
+def table(rows: Table) -> None:
+    """A table on stdout, as wide as it is where no terminal bounds it."""
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 200).print(rows)
 
 
 def complain(message: str) -> None:

@@ -116,6 +116,15 @@ def loaded(name: str) -> Scheme:
         raise Refused(f"{name}: {type(error).__name__}: {error}") from None
 
 
+def _several(command: str, names: Sequence[str] | None, all_: bool) -> dict[str, Scheme]:
+    """The schemes that a command was given by name, or all."""
+    from kvdsl.registry import names as known
+
+    if all_ == bool(names):
+        _refuse(f"{command}: name one or more schemes, or give --all")
+    return {name: loaded(name) for name in (known() if all_ else names or ())}
+
+
 def label(name: str, scheme: Scheme) -> str:
     """What generated text is called: the name itself, or the inner name or stem of a path."""
     from kvdsl.registry import name_of, names
@@ -245,13 +254,9 @@ def check(
     json: AsJson = False,
 ) -> None:
     """Property tests: every law that applies to a scheme.  Exit status 1 with the smallest counterexample."""
-    from kvdsl.registry import names as known
-
     from .checking import results, told
 
-    if all_ == bool(names):
-        _refuse("check: name one or more schemes, or give --all")
-    schemes = {name: loaded(name) for name in (known() if all_ else names or ())}
+    schemes = _several("check", names, all_)
     found = results(schemes, examples=examples, seed=seed, backend=backend.value if backend else None)
     if json:
         answer.document({"results": found})
@@ -259,6 +264,28 @@ def check(
         answer.lines(told(found))
     if not all(result["passed"] for result in found):
         raise typer.Exit(FAILED)
+
+
+@app.command()
+def study(
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME...", help="schemes to study")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="every shipped and registered scheme")] = False,
+    seeds: Annotated[int, typer.Option(help="seeds to draw with, where a scheme draws something", min=1)] = 20,
+    backend: Annotated[BackendName | None, typer.Option(help="triton or torch; default the live one")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="the page docs/schemes.md")] = False,
+    json: AsJson = False,
+) -> None:
+    """What is lost on fixed tensors: squared error of normal numbers, error of scores and outputs on keys with outlier
+    channels; mean and standard deviation over the seeds of rotations and sketches."""
+    from .studying import page, results, told
+
+    found = results(_several("study", names, all_), seeds=seeds, backend=backend.value if backend else None)
+    if json:
+        answer.document({"results": found})
+    elif markdown:
+        print(page(found))
+    else:
+        answer.table(told(found))
 
 
 @app.command()

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-NEEDS = {"plug_into_a_model": "transformers", "check_a_scheme": "hypothesis"}
+NEEDS = {"plug_into_a_model": "transformers", "check_a_scheme": "hypothesis", "compose_a_scheme": "hypothesis"}
 
 
 def output(path: Path) -> str:
@@ -24,8 +24,8 @@ def output(path: Path) -> str:
     return done.stdout
 
 
-def test_there_are_four_examples_and_the_demo() -> None:
-    names = ["check_a_scheme", "demo", "plug_into_a_model", "read_the_kernel", "write_a_scheme"]
+def test_there_are_five_examples_and_the_demo() -> None:
+    names = ["check_a_scheme", "compose_a_scheme", "demo", "plug_into_a_model", "read_the_kernel", "write_a_scheme"]
     assert [path.stem for path in EXAMPLES] == names
 
 

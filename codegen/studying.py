@@ -1,0 +1,148 @@
+"""What schemes lose, in figures: `kvdsl study`, and the page of all schemes that it writes."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from kvdsl import cost
+from kvdsl.kernels import Backend
+from kvdsl.scheme import Scheme
+from kvdsl.shape import Shape
+
+from .answer import progress
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+COMMAND = "kvdsl study --all --markdown"
+HEAD_DIM = 128
+HEADS = {
+    "keys_mse": "mse keys",
+    "values_mse": "mse values",
+    "score_error": "score error",
+    "output_error": "output error",
+}
+PAGE = f"""# Schemes
+
+Made by `{COMMAND}`; not written by hand.
+
+* bits: of a packed number at head_dim {HEAD_DIM}, metadata and padding included, without the exact window.
+* mse: mean squared error of standard normal numbers through packed bytes.
+* score error, output error: size of the error of q.k and of the output of causal attention, over the size of the exact
+  ones. Keys have an offset in every channel and four outlier channels a head, 8 to 20 times larger; values are standard
+  normal, so that the exact output is a small mean and its relative error large.
+* All tokens are packed: nothing is kept exact by a window, sinks or other layers.
+* calibrated: what is taken from data. It was measured on other tokens of the same kind.
+* lines: of the file in `schemes/`, without its docstring and blank lines.
+* Schemes that draw something at random stand here with the mean over their seeds, below with the deviation.
+"""
+
+
+def results(schemes: Mapping[str, Scheme], *, seeds: int, backend: Backend | None) -> list[dict[str, Any]]:
+    """One result a scheme: what is known of it, the number of runs, and mean and deviation of every measure."""
+    from kvdsl.study import seeded, studied
+
+    found = []
+    for name, scheme in schemes.items():
+        with progress(f"studying {name}"):
+            spreads = studied(scheme, seeds, backend)
+        found.append({**known(name, scheme), "runs": seeds if seeded(scheme) else 1, **spreads})
+    return found
+
+
+def known(name: str, scheme: Scheme) -> dict[str, Any]:
+    """scheme, bits, calibrated, file and lines (None for a scheme that is not shipped), source."""
+    from kvdsl.params import wanted
+
+    bits, home = cost.bits(scheme, HEAD_DIM), _home(scheme)
+    return {
+        "scheme": name,
+        "bits": {"keys": bits.keys, "values": bits.values, "mean": bits.mean},
+        "calibrated": list(wanted(scheme, Shape(HEAD_DIM))),
+        "file": None if home is None else f"{home.__name__.rpartition('.')[2]}.py",
+        "lines": None if home is None else _lines(home),
+        "source": scheme.source,
+    }
+
+
+def _home(scheme: Scheme) -> ModuleType | None:
+    """The module in schemes/ that declares a scheme."""
+    import kvdsl.schemes  # noqa: F401
+
+    for module in list(sys.modules.values()):
+        own = getattr(module, "__name__", "").startswith("kvdsl.schemes.")
+        if own and any(value is scheme for value in vars(module).values()):
+            return module
+    return None
+
+
+def _lines(module: ModuleType) -> int:
+    text = inspect.getsource(module)
+    start = ast.parse(text).body[0].end_lineno or 0
+    return sum(1 for line in text.splitlines()[start:] if line.strip())
+
+
+def told(found: Sequence[Mapping[str, Any]]) -> Table:
+    """A table for the terminal: a row a scheme."""
+    from rich.table import Table
+
+    table = Table("scheme", "bits", "runs", *HEADS.values())
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for result in found:
+        spreads = [_both(result, name) for name in HEADS]
+        table.add_row(result["scheme"], f"{result['bits']['mean']:.3f}", str(result["runs"]), *spreads)
+    return table
+
+
+def page(found: Sequence[Mapping[str, Any]]) -> str:
+    """The page docs/schemes.md: a row a scheme, then the deviations of those that draw something."""
+    rows = [_row(("name", "bits keys", "bits values", *HEADS.values(), "calibrated", "file", "lines", "source"))]
+    rows += ["| --- |" + " ---: |" * (2 + len(HEADS)) + " --- | --- | ---: | --- |"]
+    for result in found:
+        first, rest = cells(result)
+        rows.append(_row((*first, *(_short(result[name]["mean"]) for name in HEADS), *rest)))
+    drawn = [result for result in found if result["runs"] > 1]
+    lines = [PAGE, *rows]
+    if drawn:
+        lines += [
+            "",
+            "## Over seeds",
+            "",
+            f"Mean and standard deviation over {drawn[0]['runs']} seeds, the data fixed.",
+            "",
+        ]
+        lines += [_row(("name", *HEADS.values())), "| --- |" + " ---: |" * len(HEADS)]
+        lines += [_row((f"`{result['scheme']}`", *(_both(result, name) for name in HEADS))) for result in drawn]
+    return "\n".join(lines)
+
+
+def cells(result: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What is known of a scheme: the cells of its row before its figures, and those behind."""
+    bits = result["bits"]
+    before = (f"`{result['scheme']}`", f"{bits['keys']:.3f}", f"{bits['values']:.3f}")
+    taken = ", ".join(f"`{name}`" for name in result["calibrated"])
+    return before, (
+        taken,
+        *("" if result[key] is None else str(result[key]) for key in ("file", "lines")),
+        result["source"],
+    )
+
+
+def _row(texts: Sequence[str]) -> str:
+    return "| " + " | ".join(texts) + " |"
+
+
+def _both(result: Mapping[str, Any], name: str) -> str:
+    """Mean, and deviation where there is one."""
+    mean, deviation = result[name]["mean"], result[name]["std"]
+    return _short(mean) if result["runs"] == 1 else f"{_short(mean)} ± {deviation:.1g}"
+
+
+def _short(number: float) -> str:
+    return "0" if number < 1e-7 else f"{number:.4g}"

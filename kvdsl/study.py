@@ -1,0 +1,146 @@
+"""How far a scheme is off: round trips through packed bytes, scores and attention, over the seeds of what it draws.
+
+The tensors are fixed, 1024 tokens of 2 kv heads with 128 channels: standard normal numbers; and keys as real models
+have them, with an offset in every channel and four outlier channels a head.  Numbers that a scheme takes from data are
+measured on as many other tokens of the same kind.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TypedDict
+
+import torch
+from torch import Generator, Tensor
+
+from .api import attend, calibrate, roundtrip, scores
+from .kernels import Backend
+from .scheme import Rotate, Scheme, Sketch, Store
+
+HEADS, Q_HEADS, TOKENS, QUERIES, CHANNELS = 2, 8, 1024, 32, 128
+OUTLIERS = 4  # channels of a head
+SIZES = (8.0, 20.0)  # of an outlier channel over the others
+MEASURES = ("keys_mse", "values_mse", "score_error", "output_error")
+
+
+class Spread(TypedDict):
+    """Of one number over the seeds; `std` is the sample's, 0 over one."""
+
+    mean: float
+    std: float
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a scheme is tried on: q (1, Hq, Q, D), k and v (1, H, T, D), and other tokens of the kind to measure on."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    others: tuple[Tensor, Tensor, Tensor]
+
+
+@cache
+def normal_numbers() -> Data:
+    """Queries, keys and values of independent standard normal numbers."""
+    generator = Generator().manual_seed(0)
+    sizes = ((Q_HEADS, QUERIES), (HEADS, TOKENS), (HEADS, TOKENS))
+    return _halved(*(torch.randn(1, heads, 2 * rows, CHANNELS, generator=generator) for heads, rows in sizes))
+
+
+@cache
+def outlier_keys() -> Data:
+    """The same, but keys are f (o + n) with normal n and, fixed for a channel, an offset o of variance 1/3 and f = 1;
+    in an outlier channel o = +-1, n a fifth as large and f from 8 to 20."""
+    data, generator = normal_numbers(), Generator().manual_seed(1)
+    offset = torch.randn(HEADS, 1, CHANNELS, generator=generator) / math.sqrt(3)
+    spread, factor = torch.ones(HEADS, 1, CHANNELS), torch.ones(HEADS, 1, CHANNELS)
+    for head in range(HEADS):
+        channels = torch.randperm(CHANNELS, generator=generator)[:OUTLIERS]
+        offset[head, 0, channels] = torch.sign(torch.randn(OUTLIERS, generator=generator))
+        spread[head, 0, channels] = 0.2
+        low, high = SIZES
+        factor[head, 0, channels] = low + (high - low) * torch.rand(OUTLIERS, generator=generator)
+    q, k, v = data.others
+    return replace(data, k=factor * (offset + spread * data.k), others=(q, factor * (offset + spread * k), v))
+
+
+def _halved(q: Tensor, k: Tensor, v: Tensor) -> Data:
+    """The first half of the tokens to measure on, the second to try."""
+    (q0, q1), (k0, k1), (v0, v1) = (x.chunk(2, dim=2) for x in (q, k, v))
+    return Data(q1.contiguous(), k1.contiguous(), v1.contiguous(), (q0.contiguous(), k0.contiguous(), v0.contiguous()))
+
+
+def seeded(scheme: Scheme) -> bool:
+    """Whether a side draws something at random."""
+    return reseeded(scheme, 0) != reseeded(scheme, 1)
+
+
+def reseeded(scheme: Scheme, seed: int) -> Scheme:
+    """The scheme with this seed wherever it has one."""
+    return scheme.with_(keys=_reseeded(scheme.keys, seed), values=_reseeded(scheme.values, seed))
+
+
+def _reseeded(store: Store, seed: int) -> Store:
+    parts = tuple(
+        part.with_(seed=seed) if isinstance(part, Rotate) and part.seed is not None else part
+        for part in store.transform  # type: ignore[union-attr]
+    )
+    code = store.code.with_(seed=seed) if isinstance(store.code, Sketch) else store.code
+    return store.with_(code=code, transform=parts)
+
+
+def studied(scheme: Scheme, seeds: int = 20, backend: Backend | None = None) -> dict[str, Spread]:
+    """Mean and standard deviation over the seeds 0, 1, ... (one run where nothing is drawn) of
+
+    keys_mse, values_mse   mean squared error of the packed round trip of standard normal numbers
+    score_error            |q.k^ - q.k| / |q.k| over all queries and tokens, on keys with outlier channels
+    output_error           |out^ - out| / |out| of causal attention to them, where values are standard normal
+
+    Every token is packed, none is kept exact in a window.  Of a scheme with layers, its own stores are studied.
+    """
+    runs = [_errors(reseeded(scheme, seed), backend) for seed in range(seeds)] if seeded(scheme) else []
+    return _spread(runs or [_errors(scheme, backend)])
+
+
+def _spread(runs: Sequence[tuple[float, ...]]) -> dict[str, Spread]:
+    columns = zip(MEASURES, zip(*runs, strict=True), strict=True)
+    return {
+        name: {"mean": statistics.fmean(column), "std": statistics.stdev(column) if len(column) > 1 else 0.0}
+        for name, column in columns
+    }
+
+
+def _errors(scheme: Scheme, backend: Backend | None) -> tuple[float, ...]:
+    """One run, in the order of MEASURES."""
+    data = normal_numbers()
+    q, k, v = data.others
+    params = calibrate(scheme, k, v, q)
+    found = roundtrip(scheme, data.k, data.v, backend=backend, window=False, params=params)
+    squared = [
+        (got.double() - x.double()).square().mean().item() for got, x in zip(found, (data.k, data.v), strict=True)
+    ]
+
+    data = outlier_keys()
+    q, k, v = data.others
+    params = calibrate(scheme, k, v, q)
+    estimated = scores(scheme, data.q, data.k, backend=backend, window=False, params=params)
+    out, _ = attend(scheme, data.q, data.k, data.v, backend=backend, window=False, params=params)
+    right_scores, right_out = _exact(data)
+    return (*squared, _relative(estimated, right_scores), _relative(out, right_out))
+
+
+def _exact(data: Data) -> tuple[Tensor, Tensor]:
+    """Scores before scaling (1, Hq, Q, T) and causal attention (1, Hq, Q, D) in float64."""
+    k, v = (x.double().repeat_interleave(Q_HEADS // HEADS, 1) for x in (data.k, data.v))
+    found = data.q.double() @ k.mT
+    hidden = torch.ones(QUERIES, TOKENS, dtype=torch.bool).triu(TOKENS - QUERIES + 1)
+    return found, (found * CHANNELS**-0.5).masked_fill(hidden, -torch.inf).softmax(-1) @ v
+
+
+def _relative(got: Tensor, right: Tensor) -> float:
+    return ((got.double() - right).norm() / right.norm()).item()
