@@ -118,7 +118,7 @@ def test_the_definition_is_the_references(name: str) -> None:
 def test_all_that_is_added_to_a_blocks_score_is_added_once() -> None:
     """Cells under a minimum have two addends (half a step, and the minimum): neither may replace the other."""
     store = Store(Uniform(4, grid="cells"), scale=per_channel(tokens=32))
-    side = SidePlan("keys", store, layout_of(store), When.ONCE_PER_TILE, alphabet_of(store, 1))
+    side = SidePlan("keys", store, layout_of(store), When.ONCE_PER_TILE, alphabet_of(store, 1), 128)
     lines = Steps(side, sp.Integer(1), "", "").scaled(0, "x0", "k_scale", "k_offset")
     assert [line.split(" = ")[0] for line in lines] == ["y0", "b0"]
     assert "k_offset" in lines[1] and "k_scale" in lines[1] and "0.5" in lines[1]
