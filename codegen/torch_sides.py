@@ -187,7 +187,8 @@ class TorchSide(TorchPack):
             members = [j for j in self.planes if side.group(j) == group]
             products = [f"{self._plane(s, j)} @ q{s.width}_{j}" for s in side.operands for j in members]
             out.add(f"s = {products[0]}", *(f"s = s + {product}" for product in products[1:]))
-            out.add(f"total = {self._over_lanes('x', members)}")
+            if self.steps.offset_in_score:
+                out.add(f"total = {self._over_lanes('x', members)}")
             out.add(f"scale_g = scale[..., {group}]")
             if side.has_offset:
                 out.add(f"offset_g = offset[..., {group}]")

@@ -233,7 +233,8 @@ class Planes:
                 self._known(name, entries) for name, entries in zip(("high", "low"), alphabet.singles, strict=True)
             )
             return f"joined({self._table(parts, high)}, {self._table(parts, low)})"
-        return f"{self._joined(parts)}.to(tl.float32)"
+        # widened first: from 16 bits the compiler was seen to lose what follows the conversion, for some lanes
+        return f"{self._joined(parts)}.to(tl.int32).to(tl.float32)"
 
     def block(self, half: int) -> str:
         """The token block, within its page, of sub-tile `half` (one block spans the sub-tile)."""

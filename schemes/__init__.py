@@ -8,7 +8,6 @@ from .fp4 import mxfp4, nvfp4, nvfp4_4over6
 from .fp8 import fp8_tensor, fp8_token_head
 from .int8 import int8_tensor
 from .kivi import kivi2, kivi4
-from .kvquant import nuq2, nuq3, nuq4
 from .kvtq import kvtq, kvtq_2bit
 from .llama_cpp import iq4_nl, q4_0, q4_1, q5_0, q5_1, q8_0
 from .omniquant import omniquant4
@@ -42,9 +41,6 @@ ALL: dict[str, Scheme] = {
     "vllm_4bit_nc": vllm_4bit_nc,
     "vllm_k3v4_nc": vllm_k3v4_nc,
     "vllm_3bit_nc": vllm_3bit_nc,
-    "nuq4": nuq4,
-    "nuq3": nuq3,
-    "nuq2": nuq2,
     "quarot4": quarot4,
     "quarot2": quarot2,
     "smoothquant8": smoothquant8,
@@ -88,9 +84,6 @@ __all__ = [
     "kvtq",
     "kvtq_2bit",
     "mxfp4",
-    "nuq2",
-    "nuq3",
-    "nuq4",
     "nvfp4",
     "nvfp4_4over6",
     "omniquant4",

@@ -329,7 +329,7 @@ def test_batch_rows_do_not_meet() -> None:
 
 def test_the_reference_knows_nothing_of_the_compiler() -> None:
     """Who checks generated code must not share its algebra, its layout or its window."""
-    language = {f"kvdsl.{name}" for name in ("scheme", "codes", "transforms", "errors", "shape", "levels", "matrices")}
+    language = {f"kvdsl.{name}" for name in ("scheme", "codes", "transforms", "errors", "shape", "levels", "matrices", "rope")}
     allowed = language | {"torch", "numpy", "numpy.typing"}
     standard = {"__future__", "collections.abc", "dataclasses", "math", "typing"}
     folder = Path(kvdsl.reference.__file__).parent
