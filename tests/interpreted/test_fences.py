@@ -18,7 +18,7 @@ from kvdsl.scheme import Scheme, Sinks
 from kvdsl.schemes import fp16, int4_token_head, kivi2, token3, token4
 from kvdsl.shape import Shape
 from kvdsl.testing import Case
-from kvdsl.testing.driving import attention_state, integers, packed
+from kvdsl.testing.driving import attention_state, integers, packed, ready
 
 SCHEMES = {
     "kivi2": kivi2.with_(**{"recent.tokens": 32}), "token3": token3.with_(sinks=Sinks(5)),
@@ -34,6 +34,7 @@ def _calls(scheme: Scheme, kernels: KernelSet, kernel: str, tokens: int) -> list
     case = Case(scheme, kernels.shape, "triton", batch=2, tokens=64 + tokens, kind="normal", seed=3)
     block = case.block
     name, _, side = kernel.partition("_")
+    params = ready(kernels, None)
     if name in ("decode", "extend"):
         queries = 1 if name == "decode" else 3
         k, v = case.pair(case.tokens)
@@ -42,17 +43,17 @@ def _calls(scheme: Scheme, kernels: KernelSet, kernel: str, tokens: int) -> list
         spare = 3  # rows that `attention_state` leaves over: here the ring ends with the last exact row
         rows = {f: getattr(state, f)[:, :, :-spare].contiguous() for f in ("key_rows", "value_rows")}
         state = replace(state, **rows, first=state.first)
-        return [("attend", case.query(queries), state, {}, splits) for splits in (1, 2)]
+        return [("attend", case.query(queries), state, params, splits) for splits in (1, 2)]
     count = case.tokens // block * block
     k, v = case.pair(count + case.sinks)
     pages = packed(kernels, k, v, {"keys": [count, block], "values": [count, block]})
     if name == "scores":
-        return [("scores", case.query(queries), pages.pool, pages.table, count, {}) for queries in (1, 2)]
+        return [("scores", case.query(queries), pages.pool, pages.table, count, params) for queries in (1, 2)]
     if name == "unpack":
-        return [("unpack", side, pages.pool, pages.table, begin, count, {}) for begin in (0, 33)]
+        return [("unpack", side, pages.pool, pages.table, begin, count, params) for begin in (0, 33)]
     zero, ends, device = [0, 0], [count, block], torch.device("cpu")
     given = (integers(zero, device), case.sinks, integers(zero, device), integers(ends, device), (0, count))
-    return [("pack", side, k if side == "keys" else v, *given, pages.pool, pages.table, {})]
+    return [("pack", side, k if side == "keys" else v, *given, pages.pool, pages.table, params)]
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
