@@ -104,6 +104,15 @@ def offsets_are_wide(text: Text) -> Iterator[Fault]:
                 yield node.lineno, f"{ast.unparse(node)} may pass 2**31: widen by .to(tl.int64) first"
 
 
+def functions_keep_their_names(text: Text) -> Iterator[Fault]:
+    """A number named as a function hides it: what calls the function would call the number."""
+    for function in text.functions:
+        hidden = {argument.arg for argument in function.args.args} | set(text.assignments(function))
+        for node in ast.walk(function):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in hidden:
+                yield node.lineno, f"{node.func.id} is called and also the name of a number"
+
+
 def _is_bounded(node: ast.AST) -> bool:
     """The value is small or unrelated to what it is computed from: a remainder, a comparison, a load."""
     return (
@@ -118,4 +127,5 @@ RULES: tuple[Rule, ...] = (
     no_rounding_casts,
     atomics_count,
     offsets_are_wide,
+    functions_keep_their_names,
 )

@@ -14,9 +14,9 @@ from .text import fill, padded, plus
 from .triton_planes import Planes
 
 ROTATE_ROWS = 16  # tokens of a program that rotates rows
-INPUTS = ("rope_ptr", "near_ptr", "half")
+INPUTS = ("rope_ptr", "near_ptr", "pairs")
 
-# A row of rope_ptr holds the cosines of all pairs, then the sines; pairs beyond `half` have 1 and 0.
+# A row of rope_ptr holds the cosines of all pairs, then the sines; those beyond the rotated `pairs` have 1 and 0.
 ROTATE = """
 @triton.jit(do_not_specialize=[$loose])
 def $name($args):
@@ -38,7 +38,7 @@ def $name($args):
     sine = tl.load(wave + $sines, mask=known, other=0.0).to(tl.float64)
     sine = sine * turn[None, :].to(tl.float64)
     y = (x.to(tl.float64) * cosine + partner.to(tl.float64) * sine).to(tl.float32)
-    y = tl.where((d < 2 * half)[None, :], y, x)
+    y = tl.where((d < 2 * pairs)[None, :], y, x)
     y = spoil(y, spoilt[:, None])
     tl.store(out_ptr + (bh.to(tl.int64) * count + n)[:, None] * $dim + d[None, :], y, mask=known)
 """
@@ -46,23 +46,23 @@ def $name($args):
 
 def pair(rope: PreRope, d: str) -> str:
     """The pair of each channel: its place in a row of cosines."""
-    return f"{d} // 2" if rope.interleaved else _split(d, d, f"{d} - half", f"{d} // 2")
+    return f"{d} // 2" if rope.interleaved else _split(d, d, f"{d} - pairs", f"{d} // 2")
 
 
 def other(rope: PreRope, d: str) -> str:
     """The other channel of each channel's pair."""
-    return f"{d} ^ 1" if rope.interleaved else _split(d, f"{d} + half", f"{d} - half", d)
+    return f"{d} ^ 1" if rope.interleaved else _split(d, f"{d} + pairs", f"{d} - pairs", d)
 
 
 def sign(rope: PreRope, d: str) -> str:
     """-1 for the first channel of a pair, 1 for the second, 0 for channels that are not rotated."""
     if rope.interleaved:
-        return f"tl.where({d} < 2 * half, ({d} % 2 * 2 - 1).to(tl.float32), 0.0)"
+        return f"tl.where({d} < 2 * pairs, ({d} % 2 * 2 - 1).to(tl.float32), 0.0)"
     return _split(d, "-1.0", "1.0", "0.0")
 
 
 def _split(d: str, first: str, second: str, rest: str) -> str:
-    return f"tl.where({d} < half, {first}, tl.where({d} < 2 * half, {second}, {rest}))"
+    return f"tl.where({d} < pairs, {first}, tl.where({d} < 2 * pairs, {second}, {rest}))"
 
 
 def _rotate(plan: Plan, name: str, back: bool, **holes: list[str] | str | int) -> str:
@@ -78,7 +78,7 @@ def _rotate(plan: Plan, name: str, back: bool, **holes: list[str] | str | int) -
 
 def unrope(plan: Plan) -> str:
     """The text of `unrope_keys`: tokens u in [low, low + count) of the rows without their positions, to be coded."""
-    args = ["source_ptr", "first_ptr", "begin_ptr", "end_ptr", "rope_ptr", "out_ptr", "half"]
+    args = ["source_ptr", "first_ptr", "begin_ptr", "end_ptr", "rope_ptr", "out_ptr", "pairs"]
     args += ["total_rows", "offset", "ring", "low", "count"]
     where = [
         "u = low + n",
@@ -93,7 +93,7 @@ def unrope(plan: Plan) -> str:
 
 def rope(plan: Plan) -> str:
     """The text of `rope_keys`: decoded numbers (programs, count, D) of tokens from u = low on, at their positions."""
-    args = ["coded_ptr", "rope_ptr", "out_ptr", "half", "low", "count"]
+    args = ["coded_ptr", "rope_ptr", "out_ptr", "pairs", "low", "count"]
     where = ["u = low + n", "inside = n < count", "row = bh.to(tl.int64) * count + n"]
     text = _rotate(plan, "rope_keys", True, args=", ".join(args), loose='"low", "count"', where=where, clean=[])
     return text.replace("source_ptr", "coded_ptr").replace("b = bh // " + str(plan.shape.kv_heads) + "\n    ", "")

@@ -117,6 +117,7 @@ def test_every_rule_says_what_it_forbids() -> None:
         ("n = tl.program_id(1)\n    m = n // 8\n    x = in_ptr + m * 4096", "may pass 2**31"),
         ("n = tl.program_id(1)\n    x = n * stride", "may pass 2**31"),
         ("n = tl.load(table_ptr)\n    x = in_ptr + n * 4096", "may pass 2**31"),
+        ("plane = tl.arange(0, 16)", "is called and also the name"),
     ],
 )
 def test_lines_that_are_refused(line: str, part: str) -> None:
