@@ -12,12 +12,13 @@ from .kvtq import kvtq, kvtq_2bit
 from .llama_cpp import iq4_nl, q4_0, q4_1, q5_0, q5_1, q8_0
 from .omniquant import omniquant4
 from .plain import fp16, fp32
-from .qjl import qjl_gauss, qjl_kv
+from .qjl import qjl, qjl_gauss, qjl_kv
 from .quarot import quarot2, quarot4
 from .smoothquant import smoothquant8
 from .token_head import int4_token_head, int8_token_head
 from .turboquant import turboquant1, turboquant2, turboquant3, turboquant4
 from .vllm_turboquant import vllm_3bit_nc, vllm_4bit_nc, vllm_k3v4_nc, vllm_k8v4
+from .wkvquant import wkvquant4
 
 ALL: dict[str, Scheme] = {
     "fp16": fp16,
@@ -29,6 +30,7 @@ ALL: dict[str, Scheme] = {
     "int8_tensor": int8_tensor,
     "bitdecoding4": bitdecoding4,
     "bitdecoding2": bitdecoding2,
+    "qjl": qjl,
     "qjl_gauss": qjl_gauss,
     "qjl_kv": qjl_kv,
     "kvtq": kvtq,
@@ -45,6 +47,7 @@ ALL: dict[str, Scheme] = {
     "quarot2": quarot2,
     "smoothquant8": smoothquant8,
     "omniquant4": omniquant4,
+    "wkvquant4": wkvquant4,
     "fp8_tensor": fp8_tensor,
     "fp8_token_head": fp8_token_head,
     "mxfp4": mxfp4,
@@ -92,6 +95,7 @@ __all__ = [
     "q5_0",
     "q5_1",
     "q8_0",
+    "qjl",
     "qjl_gauss",
     "qjl_kv",
     "quarot2",
@@ -108,4 +112,5 @@ __all__ = [
     "vllm_4bit_nc",
     "vllm_k3v4_nc",
     "vllm_k8v4",
+    "wkvquant4",
 ]

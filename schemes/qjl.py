@@ -3,10 +3,23 @@
 c = sign(S x) with S of `dim` rows, nu = |x| in fp16.  <q, x> is estimated as a*nu*<S q, c> and x itself as a*nu*S^T c,
 a = sqrt(pi/2)/(dim*c_d) with c_d = 1 for independent rows and a little more for orthogonal ones, so that both are right
 in the mean.  A value needs as many rows as its error allows: it is 0.571*d/dim of |x|^2.
-The released code also sketches each block's largest channels apart; these two do not.
+
+`qjl` has the released settings: 256 orthogonal rows for a key, 512 in the first 15 layers; values per token, s =
+(max - min)/3 and c = round((x - min)/s) of 32 channels, s and min in fp16; the newest 128 tokens exact.  The released
+code also sketches the largest channels of every 32 keys apart, so that keys leave its window 128 at a time: here no
+channel is apart, and they leave one by one.
 """
 
-from kvdsl.scheme import Float, Recent, Scheme, Sketch, Store
+from kvdsl.scheme import Float, Recent, Scheme, Sketch, Store, Uniform, per_token
+
+VALUES = Store(Uniform(2), scale=per_token(channels=32))
+
+initial = Scheme(keys=Store(Sketch(512)), values=VALUES, recent=Recent(128))
+qjl = initial.with_(
+    keys=Store(Sketch(256)),
+    layers={range(15): initial},
+    source="arXiv 2406.03482, the released settings without outlier channels",
+)
 
 qjl_gauss = Scheme(
     keys=Store(Sketch(256, basis="gaussian")),

@@ -10,7 +10,7 @@ from kvdsl.errors import SchemeError, ShapeError
 from kvdsl.rules import shape_faults
 from kvdsl.scheme import Block, Recent, Scale, Scheme, Sinks, Store, Uniform, per_channel, per_token
 from kvdsl.schemes import ALL as SHIPPED
-from kvdsl.schemes import fp16, int8_tensor, int8_token_head, kivi2
+from kvdsl.schemes import fp16, int8_tensor, int8_token_head, kivi2, qjl
 from kvdsl.shape import Shape
 
 PUBLISHED = {"fp16": 16, "fp32": 32, "kivi2": 3, "kivi4": 5, "int8_token_head": 8.25, "int4_token_head": 4.25}
@@ -88,6 +88,7 @@ def test_calibrated_numbers_are_constants() -> None:
 def test_layers_are_averaged() -> None:
     assert bits(kivi2.with_(layers={0: fp16, -1: fp16}), layers=32).mean == (2 * 16 + 30 * 3) / 32
     assert bits(kivi2.with_(layers={0: fp16})).mean == 3
+    assert bits(qjl, layers=32).keys == (15 * (512 + 16) / 128 + 17 * (256 + 16) / 128) / 32
 
 
 def test_formulas_say_what_is_divided_by_what() -> None:
