@@ -67,6 +67,9 @@ def _a_refit_is_of_one_number(site: Site) -> Iterator[Fault]:
     if scale.range in ("minmax", "minmax_zero"):
         fact = f"{scale.range} stores an offset beside the scale, and {scale.refit} fits a scale alone"
         yield site.fault("scale.refit", fact, "leave refit out, or use range='absmax'")
+    elif scale.range == "signed_absmax" and scale.refit == "norm":
+        fact = "signed_absmax gives the scale a sign, which a ratio of norms does not have"
+        yield site.fault("scale.refit", fact, "use refit='least_squares' or range='absmax'")
     if scale.when == "calibrated":
         yield site.fault("scale.refit", "a calibrated scale is given, not fitted", "leave refit out")
 

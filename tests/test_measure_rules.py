@@ -126,6 +126,11 @@ FAULTY: list[tuple[Callable[[], Scheme], str]] = [
         "leave refit out, or use range='absmax'",
     ),
     (
+        lambda: keys(Uniform(4), per_token(range="signed_absmax", refit="norm")),
+        "keys.scale.refit: signed_absmax gives the scale a sign, which a ratio of norms does not have; "
+        "use refit='least_squares' or range='absmax'",
+    ),
+    (
         lambda: keys(Uniform(4), per_tensor(range="absmax", refit="norm", when="calibrated")),
         "keys.scale.refit: a calibrated scale is given, not fitted; leave refit out",
     ),
