@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .matrices import rotation, sketch
+from .matrices import product, rotation, sketch
 from .scheme import ALL, ChannelScale, ChannelShift, Permute, PreRope, Rotate, Side, Sketch, Store
 
 Params = Mapping[str, Tensor]
@@ -75,7 +75,7 @@ def _composed(store: Store, head_dim: int, numbers: tuple[Tensor | None, ...]) -
 
 def _after(outer: Map, inner: Map) -> Map:
     """The map that applies `inner`, then `outer`."""
-    return outer[0] @ inner[0], (outer[0] @ inner[1][..., None])[..., 0] + outer[1]
+    return product(outer[0], inner[0]), product(outer[0], inner[1][..., None])[..., 0] + outer[1]
 
 
 def _step(part: object, head_dim: int, given: Tensor | None) -> tuple[Map, Map]:

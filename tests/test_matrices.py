@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from kvdsl.matrices import estimator, excess, rotation, sketch
+from kvdsl.matrices import estimator, excess, product, rotation, sketch
 from kvdsl.scheme import Sketch
 
 
@@ -23,6 +23,16 @@ def test_p17_p18_a_rotation_is_orthonormal(kind: str, size: int) -> None:
     assert far_from_one(matrix) < 1e-13
     assert torch.equal(matrix, rotation(kind, size, 5))
     assert (kind == "hadamard") == torch.equal(matrix, rotation(kind, size, 6))
+
+
+def test_cancelled_terms_of_a_product_are_zero() -> None:
+    """1/sqrt(32) is no float64 and what its rounding leaves is taken away; small numbers that are meant are not."""
+    a, b = (rotation("random_hadamard", 32, seed) for seed in (3, 1))
+    exact = ((a * 32**0.5).round() @ (b * 32**0.5).round()) / 32
+    assert (exact == 0).any() and ((a @ b)[exact == 0] != 0).any()
+    assert torch.equal(product(a, b) == 0, exact == 0) and (product(a, b) - exact).abs().max() < 1e-15
+    small = torch.diag(torch.tensor([1.0, 1e-300], dtype=torch.float64))
+    assert torch.equal(product(small, torch.ones(2, 2, dtype=torch.float64)), small.sum(1, keepdim=True).expand(2, 2))
 
 
 def test_p17_hadamard() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvdsl.codes import Sketch
 from kvdsl.errors import ShapeError
-from kvdsl.matrices import rotation, sketch
+from kvdsl.matrices import product, rotation, sketch
 from kvdsl.rope import waves
 from kvdsl.scheme import Store
 from kvdsl.transforms import ChannelScale, ChannelShift, Rotate
@@ -71,7 +71,7 @@ def maps(store: Store, head_dim: int, heads: int, params: Params | None = None, 
         if isinstance(part, Rotate):
             size = part.size if isinstance(part.size, int) else head_dim
             r = rotation(part.kind, size, part.seed, head_dim)
-            e, u, w = r @ e, u @ r.T, w @ r.T
+            e, u, w = product(r, e), product(u[:, None], r.T)[:, 0], product(w, r.T)
             continue
         given = _param(params, name, heads, (head_dim,), "a calibrated transform")
         if isinstance(part, ChannelScale):
@@ -80,8 +80,8 @@ def maps(store: Store, head_dim: int, heads: int, params: Params | None = None, 
             u = u + given
         else:
             p = torch.nn.functional.one_hot(given.to(torch.int64), head_dim).to(torch.float64)
-            e, u, w = p @ e, (p @ u[..., None])[..., 0], w @ p.transpose(1, 2)
-    v = (w @ u[..., None])[..., 0]
+            e, u, w = p @ e, (p @ u[..., None])[..., 0], w @ p.transpose(1, 2)  # one term a sum
+    v = product(w, u[..., None])[..., 0]
     return f32(e), f32(u), f32(w), f32(v)
 
 
