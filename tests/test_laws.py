@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from law_cases import LAW_NAMES, fixed, holds
 
 from kvdsl.errors import SchemeError
-from kvdsl.scheme import PreRope, Scheme, Store, Uniform, per_token
+from kvdsl.scheme import Block, Codebook, PreRope, Recent, Rotate, Scale, Scheme, Store, Uniform, per_token
 from kvdsl.schemes import ALL
-from kvdsl.testing import LAWS, LawBroken, applicable, cases, check, faulty_schemes, schemes, shapes
+from kvdsl.shape import Shape
+from kvdsl.testing import LAWS, Case, LawBroken, applicable, cases, check, faulty_schemes, schemes, shapes
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -27,6 +28,37 @@ def test_any_legal_scheme_obeys_the_law(law: str, data: Any) -> None:
     scheme: Scheme = data.draw(schemes().filter(LAWS[law].applies))
     shape = data.draw(shapes(scheme, widest=96))
     LAWS[law](data.draw(cases(scheme, shape, "torch", kinds=LAWS[law].kinds, batch=2)))
+
+
+TWICE = (Rotate("random_hadamard", size=8, seed=1), Rotate("random_hadamard", size=8, seed=3))
+SIGNED = Scale(Block(4), range="signed_absmax", refit="least_squares", dtype="fp32")
+FOUND: dict[str, tuple[str, Scheme, Shape, dict[str, Any]]] = {
+    "cancelled terms of a product of rotations": (
+        "decoding_equals_the_reference",
+        Scheme(
+            both=Store(
+                Uniform(4, rounding="half_up"),
+                scale=per_token(channels=32, range="signed_absmax", clip=2.0, refit="least_squares"),
+                transform=TWICE,
+            )
+        ),
+        Shape(64, 2, 2, "bf16"),
+        {"tokens": 11, "kind": "ties", "seed": 36407},
+    ),
+    "levels that float16 does not hold": (
+        "every_code_comes_back",
+        Scheme(both=Store(Codebook(2, levels=(-0.9, 0.4)), scale=SIGNED), recent=Recent(64)),
+        Shape(88, 2, 4),
+        {"tokens": 168, "seed": 8001},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_a_case_that_once_broke_a_law(name: str) -> None:
+    law, scheme, shape, numbers = FOUND[name]
+    assert LAWS[law].applies(scheme)
+    LAWS[law](Case(scheme, shape, "torch", **numbers))
 
 
 @fixed(examples=300)

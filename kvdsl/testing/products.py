@@ -48,7 +48,7 @@ def _factors(store: Store, numbers: Quantized, params: Params, side: Side) -> Te
     scale = spread(store, numbers.scale * outer, numbers.coded)
     if isinstance(store.code, Uniform):
         return numbers.codes * scale
-    even = _step(store)
+    even = _step(store, numbers.coded.shape[-1])
     if even is not None:
         return numbers.codes * scale * even
     if numbers.offset is None:
@@ -56,11 +56,14 @@ def _factors(store: Store, numbers: Quantized, params: Params, side: Side) -> Te
     return numbers.coded - spread(store, numbers.offset * outer, numbers.coded)
 
 
-def _step(store: Store) -> float | None:
-    """The step of evenly spaced levels of a table."""
-    levels = store.code.levels if isinstance(store.code, Codebook) else ()
-    if isinstance(levels, str):
-        return 2 * table(store.code, 128)[1] if levels != "calibrated" and store.code.bits == 1 else None  # type: ignore
+def _step(store: Store, channels: int) -> float | None:
+    """The step of evenly spaced levels of a table, in vectors of `channels` numbers."""
+    code = store.code
+    if not isinstance(code, Codebook) or code.levels == "calibrated":
+        return None
+    assert store.measure is not None
+    block = store.measure.block.channels
+    levels = table(code, block if isinstance(block, int) else channels)
     steps = {high - low for low, high in zip(levels, levels[1:], strict=False)}
     return steps.pop() if len(steps) == 1 else None
 
@@ -68,8 +71,18 @@ def _step(store: Store) -> float | None:
 def sizes_of(
     store: Store, x: Tensor, span: tuple[int, int], params: Params, side: Side, largest: Largest, at: int = 0
 ) -> Tensor:
-    """The largest size in the block of each factor of `sides_of`; of keys whose positions were taken off, in the space
-    that is coded.  `at` is the position of the first token of x."""
+    """What each factor of `sides_of` counts in a bound on products, float64 of the same shape; of keys whose positions
+    were taken off, in the space that is coded.  `at` is the position of the first token of x.
+
+    With these sizes n, products of operands rounded to float16 are off by at most 2^-10 |q| n each:
+
+    - Codes s*c, counted from the lowest level, are exact, and of q 2^-11 is rounded off: n = s*c/2.  In unclipped
+      ranges that is at most A, the largest size in the block.  (Codes of lower planes in the same word are taken off
+      again by the next plane's query.  Of w bits they add up to 2/(2^w - 1) of it, were all roundings of one sign;
+      they are of either sign, and n is A for all codes, half of which lie in the lower half.)
+    - Levels of tables, s*level, are rounded to float16 as q is, 2 * 2^-11: n = s*|level|, without an offset.
+    - Decoded numbers are rounded as q is: n = |x^|.  So are exact ones.
+    """
     first, end = span
     x = x.double()
     exact = x.abs()
@@ -78,7 +91,9 @@ def sizes_of(
         rows = x[:, :, first:end]
         coded = encoded_rows(store, rows, params, side, at + first).double()
         found = quantize(store, rows, params, side, at + first)
-        size = torch.maximum(largest(store, coded, params), found.coded.abs())
+        counted = isinstance(store.code, Uniform) or _step(store, coded.shape[-1]) is not None
+        factors = _factors(store, found, params, side).abs() / (2 if counted else 1)
+        size = torch.stack((largest(store, coded, params), found.coded.abs(), factors)).amax(0)
         part[:, :, first:end] = size
         exact[:, :, first:end] = 0 if store.turned else size
     return torch.cat((part, exact), -1) if store.turned else exact

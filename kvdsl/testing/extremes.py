@@ -1,0 +1,145 @@
+"""Laws of numbers that are special: constants, NaN, infinities, and all numbers times a power of two."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvdsl.reference.quantize import encoded_rows, quantize
+from kvdsl.scheme import SIDES, ChannelShift, Codebook, Float, Scale, Scheme, Store
+
+from .bounds import FORMATS, LARGEST, blocks_of, spread
+from .cases import METADATA, Case, law, require, require_equal, static
+from .trips import bare, roundtrip
+
+LEAST = {"fp16": -14, "bf16": -126, "fp32": -126, "e4m3": -6, "e5m2": -14, "e8m0": -126}  # exponents of normal numbers
+TOPS = {"fp16": LARGEST, "e4m3": 448.0, "e5m2": 57344.0}  # where a format of numbers saturates
+
+
+def _keeps_constants(store: Store) -> bool:
+    """Whether a block of one number has a code for it."""
+    scale = store.measure
+    if scale is None:
+        return True
+    if scale.scale is not None or isinstance(store.code, Codebook) and store.code.levels == "calibrated":
+        return False  # other numbers are read beside the block
+    return scale.when == "online" and scale.clip == 1 and scale.range == "minmax" and scale.zero in ("min", "point")
+
+
+@law("P4", lambda s: bare(s) and _keeps_constants(s.keys) and _keeps_constants(s.values), ("constant",))
+def a_constant_block_is_itself(case: Case) -> None:
+    """P4: a block of one number decodes to that number, rounded as its metadata (or float code) is."""
+    for value in (0.0, 1.0, -2.5, 65504.0, -65504.0, float(case.pair(1)[0].view(-1)[0])):
+        k, v = (torch.full_like(x, value) for x in case.pair(case.whole))
+        for side, x, got in zip(SIDES, (k, v), roundtrip(case, k, v, {}), strict=True):
+            store = case.scheme.side(side)
+            if store.measure is None:
+                assert isinstance(store.code, Float)
+                dtype, limit = METADATA[store.code.format], TOPS.get(store.code.format, float("inf"))
+            else:
+                dtype, limit = METADATA[store.measure.dtype], min(LARGEST, TOPS.get(store.measure.dtype, LARGEST))
+            held = x.double().clamp(-limit, limit).float().to(dtype).double()
+            require_equal(f"decoded {side}", got, held)
+
+
+@law("P4", kinds=("normal", "outlier_channel"))
+def a_nan_spoils_its_block_only(case: Case) -> None:
+    """A NaN makes its own block NaN (a calibrated scale codes it as 0) and leaves every other number as it was; where
+    vectors are mapped it stands in every number of its vector."""
+    k, v = case.pair(case.whole)
+    params = case.params(k, v)
+    at = tuple(case.random.randrange(n) for n in k.shape)
+    clean = roundtrip(case, k, v, params)
+    for x in (k, v):
+        x[at] = torch.nan
+    for side, x, before, got in zip(SIDES, (k, v), clean, roundtrip(case, k, v, params), strict=True):
+        store = case.scheme.side(side)
+        coded = encoded_rows(store, x, params, side, case.sinks)
+        bad = coded.isnan()
+        if store.measure is not None and not static(store):
+            hit = blocks_of(store, bad.double()).amax((2, 4, 6)) > 0
+            bad = spread(store, hit.double(), coded) > 0
+        if store.turned:
+            bad = bad.any(-1, keepdim=True).expand(x.shape)
+        require_equal(f"decoded {side}", got[~bad], before[~bad])
+        if static(store):
+            require_equal(f"decoded {side}", got[bad], quantize(store, x, params, side, case.sinks).decoded[bad])
+        else:
+            require(bool(got[bad].isnan().all()), f"decoded {side}: a number beside the NaN at {at} is {got[bad]}")
+
+
+@law("P2", kinds=("normal", "huge"))
+def infinity_saturates(case: Case) -> None:
+    """Infinities are taken as +-65504 (as they are by Float("fp32")): it saturates and nothing becomes NaN."""
+    k, v = case.pair(case.whole)
+    params = case.params(k, v)
+    at = tuple(case.random.randrange(n) for n in k.shape)
+    for x in (k, v):
+        x[at] = torch.inf if case.seed % 2 else -torch.inf
+    wanted = case.decoded(k, v, params)
+    for side, got, want in zip(SIDES, roundtrip(case, k, v, params), wanted, strict=True):
+        require_equal(f"decoded {side}", got, want)
+        store = case.scheme.side(side)
+        if not (isinstance(store.code, Float) and store.code.format == "fp32"):
+            require(bool(got.isfinite().all()), f"decoded {side}: not finite")
+
+
+def _has_units(scheme: Scheme, name: str) -> bool:
+    """Whether a calibrated number is of the size of the keys or values themselves."""
+    side, _, inner = name.partition(".")
+    store = scheme.side("keys" if side == "keys" else "values")
+    place = dict(store.walk()).get(inner)
+    return isinstance(place, (Scale, ChannelShift))
+
+
+def _everywhere(store: Store, holds: Tensor, x: Tensor) -> Tensor:
+    """Whether something holds of the block of each number of x, or of every block of its vector where it is mapped."""
+    if not store.turned:
+        return spread(store, holds, x)
+    coded = x.new_empty(*x.shape[:3], store.coded(x.shape[3]))
+    return spread(store, holds, coded).all(-1, keepdim=True).expand(x.shape)
+
+
+def _tried(store: Store) -> list[Store]:
+    """The store with each of its clips alone, with and without its second fit: their scales are all that decides its
+    codes, which clip is chosen, and what is stored."""
+    if store.scale is None:
+        return [store]
+    clips = store.scale.clip if isinstance(store.scale.clip, tuple) else (store.scale.clip,)
+    alone = [store.with_(**{"scale.clip": clip}) for clip in clips]
+    return alone if store.scale.refit is None else [*alone, *(one.with_(**{"scale.refit": None}) for one in alone)]
+
+
+@law("P1", kinds=("normal", "positive", "outlier_channel"))
+def powers_of_two_go_through(case: Case) -> None:
+    """Numbers times a power of two decode to the same times it, so the codes are the same, wherever the metadata is
+    neither subnormal nor saturated: every operation rounds to as many bits before and after."""
+    k, v = case.pair(case.whole)
+    params = case.params(k, v)
+    factor = 2.0 ** case.random.choice((1, 2, 3))
+    bigger = {name: tensor * factor if _has_units(case.scheme, name) else tensor for name, tensor in params.items()}
+    once = roundtrip(case, k, v, params)
+    twice = roundtrip(case, k * factor, v * factor, bigger)
+    for side, x, first, second in zip(SIDES, (k, v), once, twice, strict=True):
+        store = case.scheme.side(side)
+        usual = torch.ones_like(first, dtype=torch.bool)
+        if store.measure is None:
+            assert isinstance(store.code, Float)
+            least, most = 2.0 ** LEAST[store.code.format], TOPS.get(store.code.format, float("inf"))
+            y = encoded_rows(store, x, params, side, case.sinks)
+            usual = ((y.abs() >= least) | (y == 0)) & (y.abs() * factor < most)
+            usual = usual.all(-1, keepdim=True).expand(x.shape) if store.turned else usual
+        elif store.measure.scale is None:  # a second level grows with the scale, and what is stored stays the same
+            dtype = "fp32" if static(store) else store.measure.dtype
+            least, most = 2.0 ** LEAST[dtype], min(LARGEST, FORMATS[dtype][2]) / factor
+            for one in _tried(store):
+                before = quantize(one, x, params, side, case.sinks)
+                after = quantize(one, x * factor, bigger, side, case.sinks)
+                pairs = [(before.scale, after.scale)]
+                pairs += [(before.offset, after.offset)] if store.measure.zero == "min" else []
+                for number, more in pairs:
+                    if number is not None and more is not None:
+                        # the least normal number may have been rounded up from among the others, and a zero down
+                        normal = ((number.abs() > least) | (number == 0) & (more == 0)) & (number.abs() < most)
+                        usual &= _everywhere(store, normal, x)
+        require_equal(f"decoded {side}", second[usual], (first * factor)[usual])
