@@ -13,20 +13,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvdsl import reference
+from kvdsl import reference, roundtrip
 from kvdsl.codes import SketchBasis
 from kvdsl.levels import optimal
 from kvdsl.matrices import excess, rotation, sketch
+from kvdsl.params import wanted
 from kvdsl.scheme import (
     Codebook,
     Float,
     Rotate,
+    Scheme,
     Sketch,
     Store,
     Uniform,
     per_tensor,
     per_token,
 )
+from kvdsl.shape import Shape
 
 SIGMAS = 4
 IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -218,7 +221,29 @@ def test_p26_eight_bit_floats() -> None:
 # ---- mean squared errors on numbers of N(0, 1)
 
 NVFP4 = per_token(16, dtype="e4m3", scale=per_tensor(dtype="fp32", when="calibrated"))
+EVEN = {
+    2: {16: 0.10695, 32: 0.15456, 64: 0.20268, 128: 0.25032},
+    3: {16: 0.01946, 32: 0.02815, 64: 0.03694, 128: 0.04565},
+    4: {16: 0.00423, 32: 0.00612, 64: 0.00804, 128: 0.00994},
+    8: {32: 10**-4.674},
+}
+CENTRED = {2: {32: 0.43291}, 3: {32: 0.05134}, 4: {32: 0.00941, 128: 0.01374}, 8: {32: 10**-4.544, 128: 10**-4.379}}
+CLIPPED = {(128, 0.8): 0.16195, (128, 0.9): 0.20191, (128, 0.92): 0.21096, (64, 0.92): 0.17080, (32, 0.92): 0.13044}
 TABLE: dict[str, tuple[Store, float]] = {
+    **{
+        f"{bits} bits of {size}, {range_}": (Store(Uniform(bits), scale=per_token(size, range=range_)), error)
+        for range_, rows in (("minmax", EVEN), ("absmax", CENTRED))
+        for bits, errors in rows.items()
+        for size, error in errors.items()
+    },
+    **{
+        f"2 bits of {size}, clipped at {clip}": (Store(Uniform(2), scale=per_token(size, clip=clip)), error)
+        for (size, clip), error in CLIPPED.items()
+    },
+    **{
+        f"three levels of {size}": (Store(Uniform(levels=3), scale=per_token(size)), error)
+        for size, error in ((32, 0.345), (64, 0.442), (128, 0.529))
+    },
     "q4_0": (Store(Uniform(4, rounding="half_up"), scale=per_token(32, range="signed_absmax")), 0.00739),
     "q4_1": (Store(Uniform(4, rounding="half_up"), scale=per_token(32)), 0.00612),
     "q8_0": (Store(Uniform(8, rounding="away"), scale=per_token(32, range="absmax")), 10**-4.544),
@@ -263,8 +288,12 @@ TABLE: dict[str, tuple[Store, float]] = {
 
 @pytest.mark.parametrize("name", TABLE)
 def test_mean_squared_error(name: str) -> None:
+    """Of numbers that were packed and decoded."""
     store, right = TABLE[name]
-    x = normal(1, 1, 768, 128, seed=23)
-    params = {"keys.scale": torch.ones(1, 1), "keys.scale.scale": (x.abs().max() / (448 * 6)).reshape(1, 1)}
-    error = (reference.quantize(store, x, params).decoded - x).square().mean().item()
-    assert error == pytest.approx(right, rel=0.02)
+    k, v = normal(2, 1, 1, 512, 128, seed=23)
+    second = torch.maximum(k.abs(), v.abs()).max() / (448 * 6)
+    scheme, given = Scheme(both=store), {"scale": torch.ones(1, 1), "scale.scale": second.reshape(1, 1)}
+    params = {name: given[name.partition(".")[2]] for name in wanted(scheme, Shape(128, 1))}
+    found = roundtrip(scheme, k, v, backend="torch", window=False, params=params)
+    errors = [(got - x).square().mean().item() for got, x in zip(found, (k, v), strict=True)]
+    assert sum(errors) / 2 == pytest.approx(right, rel=0.02)
