@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import operator
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
@@ -156,6 +157,22 @@ def levels(place: str, value: Any) -> Iterator[Fault]:
         yield Fault(place, f"{said(wrong)} is no number within float16", "give finite numbers up to 65504")
     elif any(low >= high for low, high in zip(numbers, numbers[1:], strict=False)):
         yield Fault(place, "the levels do not rise", f"write {tuple(sorted(set(numbers)))!r}")
+    else:
+        yield from _told_apart(place, numbers)
+
+
+def _told_apart(place: str, levels: list[float]) -> Iterator[Fault]:
+    """Levels are float32 numbers; products read them in float16, over the power of two of the largest."""
+    singles = [struct.unpack("<f", struct.pack("<f", level))[0] for level in levels]
+    for low, high, one, other in zip(levels, levels[1:], singles, singles[1:], strict=False):
+        if one == other:
+            yield Fault(place, f"{said(low)} and {said(high)} are one float32 number", "leave one of them out")
+    unit = 2.0 ** (math.frexp(max(map(abs, singles)))[1] - 1)
+    for level, single in zip(levels, singles, strict=True):
+        half = struct.unpack("<e", struct.pack("<e", single / unit))[0]
+        if abs(half * unit - single) > abs(single) * 2.0**-11:
+            fact = f"{said(level)} is too small for float16 beside {said(max(levels, key=abs))}"
+            yield Fault(place, fact, "use 0 in its place, or levels of like sizes")
 
 
 def transforms(place: str, value: Any) -> Iterator[Fault]:

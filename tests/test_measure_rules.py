@@ -55,6 +55,15 @@ FAULTY: list[tuple[Callable[[], Scheme], str]] = [
         "keys.code.levels: the levels do not rise; write (0, 1)",
     ),
     (
+        lambda: keys(Codebook(levels=(1.0, 1.000000001)), per_token(range="absmax")),
+        "keys.code.levels: 1.0 and 1.000000001 are one float32 number; leave one of them out",
+    ),
+    (
+        lambda: keys(Codebook(levels=(-65504, 0, 2.0**-12, 1)), per_token(range="absmax")),
+        "keys.code.levels: 0.000244140625 is too small for float16 beside -65504; "
+        "use 0 in its place, or levels of like sizes",
+    ),
+    (
         lambda: keys(Codebook(4), per_token(range="minmax")),
         "keys.scale.range: minmax puts -1 and 1 on the ends of the range, and levels for 'normal' lie otherwise; "
         "leave range out, or give levels from -1 to 1",
@@ -198,6 +207,7 @@ def test_a_faulty_measure_is_refused_in_these_words(build: Callable[[], Scheme],
         Store(Float("e5m2"), scale=per_token(range="norm", dtype="bf16")),
         Store(Float("e2m1"), scale=per_token(channels=16, clip=(1.0, 1.5), dtype="e4m3", scale=SECOND)),
         Store(Codebook(3, "beta"), scale=per_token(refit="norm")),
+        Store(Codebook(levels=(-1e-30, 0, 2e-30)), scale=per_token(range="absmax")),
         Store(Codebook(4, "calibrated"), scale=per_tensor(when="calibrated")),
         Store(Uniform(4, rounding="away"), scale=per_token(range="absmax", clip=1.2, dtype="e8m0")),
     ],
