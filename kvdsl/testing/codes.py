@@ -13,9 +13,9 @@ from kvdsl.inputs import DTYPES
 from kvdsl.kernels import Params, Side
 from kvdsl.reference.alphabets import alphabet
 from kvdsl.reference.quantize import encoded_rows, level_count, quantize
-from kvdsl.scheme import SIDES, ChannelShift, Codebook, Float, Scale, Scheme, Store, Uniform
+from kvdsl.scheme import SIDES, Codebook, Float, Scheme, Store, Uniform
 
-from .bounds import FORMATS, LARGEST, blocks_of, bound, spread
+from .bounds import LARGEST, blocks_of, bound, spread
 from .cases import METADATA, Case, law, require, require_equal, require_within, static
 from .driving import POISON, USUAL, Ends, Pages, Poison, new_pages, pack, packed, ready
 
@@ -41,7 +41,8 @@ def _decoded(case: Case, pages: Pages, begin: int, end: int, params: Params) -> 
     return keys, values
 
 
-def _roundtrip(case: Case, k: Tensor, v: Tensor, params: Params) -> tuple[Tensor, Tensor]:
+def roundtrip(case: Case, k: Tensor, v: Tensor, params: Params) -> tuple[Tensor, Tensor]:
+    """k and v through packed bytes: every token packed, and decoded."""
     return _decoded(case, _pages(case, k, v, params), 0, k.shape[2], params)
 
 
@@ -146,7 +147,7 @@ def every_code_comes_back(case: Case) -> None:
     given = {side: _levels(case, side) for side in SIDES}
     params = _units(case)
     (k, keys), (v, values) = given["keys"], given["values"]
-    for side, got, want in zip(SIDES, _roundtrip(case, k, v, params), (keys, values), strict=True):
+    for side, got, want in zip(SIDES, roundtrip(case, k, v, params), (keys, values), strict=True):
         require_equal(f"decoded {side}", got, want)
 
 
@@ -227,7 +228,7 @@ def errors_stay_within_the_bound(case: Case) -> None:
     """P1, P2: no decoded number is farther from its original than the bound derived in `bounds`."""
     k, v = case.pair(case.whole)
     params = case.params(k, v)
-    for side, x, got in zip(SIDES, (k, v), _roundtrip(case, k, v, params), strict=True):
+    for side, x, got in zip(SIDES, (k, v), roundtrip(case, k, v, params), strict=True):
         require_within(f"decoded {side}", got, x, bound(case.scheme.side(side), x, params, side, case.sinks))
 
 
@@ -268,8 +269,8 @@ def a_second_time_changes_no_code(case: Case) -> None:
     case = replace(case, shape=replace(case.shape, dtype="fp32"))
     k, v = case.pair(case.whole)
     params = case.params(k, v)
-    once = _roundtrip(case, k, v, params)
-    for side, first, second in zip(SIDES, once, _roundtrip(case, *once, params), strict=True):
+    once = roundtrip(case, k, v, params)
+    for side, first, second in zip(SIDES, once, roundtrip(case, *once, params), strict=True):
         store = case.scheme.side(side)
         if store.measure is None:
             require_equal(f"decoded {side}", second, first)
@@ -297,7 +298,7 @@ def a_constant_block_is_itself(case: Case) -> None:
     """P4: a block of one number decodes to that number, rounded as its metadata (or float code) is."""
     for value in (0.0, 1.0, -2.5, 65504.0, -65504.0, float(case.pair(1)[0].view(-1)[0])):
         k, v = (torch.full_like(x, value) for x in case.pair(case.whole))
-        for side, x, got in zip(SIDES, (k, v), _roundtrip(case, k, v, {}), strict=True):
+        for side, x, got in zip(SIDES, (k, v), roundtrip(case, k, v, {}), strict=True):
             store = case.scheme.side(side)
             if store.measure is None:
                 assert isinstance(store.code, Float)
@@ -315,10 +316,10 @@ def a_nan_spoils_its_block_only(case: Case) -> None:
     k, v = case.pair(case.whole)
     params = case.params(k, v)
     at = tuple(case.random.randrange(n) for n in k.shape)
-    clean = _roundtrip(case, k, v, params)
+    clean = roundtrip(case, k, v, params)
     for x in (k, v):
         x[at] = torch.nan
-    for side, x, before, got in zip(SIDES, (k, v), clean, _roundtrip(case, k, v, params), strict=True):
+    for side, x, before, got in zip(SIDES, (k, v), clean, roundtrip(case, k, v, params), strict=True):
         store = case.scheme.side(side)
         coded = encoded_rows(store, x, params, side, case.sinks)
         bad = coded.isnan()
@@ -343,58 +344,8 @@ def infinity_saturates(case: Case) -> None:
     for x in (k, v):
         x[at] = torch.inf if case.seed % 2 else -torch.inf
     wanted = case.decoded(k, v, params)
-    for side, got, want in zip(SIDES, _roundtrip(case, k, v, params), wanted, strict=True):
+    for side, got, want in zip(SIDES, roundtrip(case, k, v, params), wanted, strict=True):
         require_equal(f"decoded {side}", got, want)
         store = case.scheme.side(side)
         if not (isinstance(store.code, Float) and store.code.format == "fp32"):
             require(bool(got.isfinite().all()), f"decoded {side}: not finite")
-
-
-def _has_units(scheme: Scheme, name: str) -> bool:
-    """Whether a calibrated number is of the size of the keys or values themselves."""
-    side, _, inner = name.partition(".")
-    store = scheme.side("keys" if side == "keys" else "values")
-    place = dict(store.walk()).get(inner)
-    return isinstance(place, (Scale, ChannelShift))
-
-
-def _everywhere(store: Store, holds: Tensor, x: Tensor) -> Tensor:
-    """Whether something holds of the block of each number of x, or of every block of its vector where it is mapped."""
-    if not store.turned:
-        return spread(store, holds, x)
-    coded = x.new_empty(*x.shape[:3], store.coded(x.shape[3]))
-    return spread(store, holds, coded).all(-1, keepdim=True).expand(x.shape)
-
-
-@law("P1", kinds=("normal", "positive", "outlier_channel"))
-def powers_of_two_go_through(case: Case) -> None:
-    """Numbers times a power of two decode to the same times it, so the codes are the same, wherever the metadata is
-    neither subnormal nor saturated."""
-    k, v = case.pair(case.whole)
-    params = case.params(k, v)
-    factor = 2.0 ** case.random.choice((1, 2, 3))
-    bigger = {name: tensor * factor if _has_units(case.scheme, name) else tensor for name, tensor in params.items()}
-    once = _roundtrip(case, k, v, params)
-    twice = _roundtrip(case, k * factor, v * factor, bigger)
-    for side, x, first, second in zip(SIDES, (k, v), once, twice, strict=True):
-        store = case.scheme.side(side)
-        usual = torch.ones_like(first, dtype=torch.bool)
-        if isinstance(store.code, Float) and store.measure is None:
-            least, most = 2.0 ** LEAST[store.code.format], TOPS.get(store.code.format, float("inf"))
-            y = encoded_rows(store, x, params, side, case.sinks)
-            usual = ((y.abs() >= least) | (y == 0)) & (y.abs() * factor < most)
-            usual = usual.all(-1, keepdim=True).expand(x.shape) if store.turned else usual
-        else:
-            assert store.measure is not None
-            found, scale = quantize(store, x, params, side, case.sinks), store.measure
-            # a scale that was chosen, or fitted to another one, may be that much larger than one that was not kept
-            room = 1.0 if scale.refit is None and not isinstance(scale.clip, tuple) else 16.0
-            least, most = 2.0 ** LEAST[scale.dtype] * room, min(LARGEST, FORMATS[scale.dtype][2]) / factor / room
-            larger = quantize(store, x * factor, bigger, side)
-            pairs = [(found.scale, larger.scale), *([(found.offset, larger.offset)] if scale.zero == "min" else [])]
-            for number, more in pairs:
-                if number is not None and more is not None and scale.scale is None:  # a second level grows with them
-                    # the least normal number may have been rounded up from among the others, and a zero down
-                    normal = ((number.abs() > least) | (number == 0) & (more == 0)) & (number.abs() < most)
-                    usual &= _everywhere(store, normal, x)
-        require_equal(f"decoded {side}", second[usual], (first * factor)[usual])
