@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hypothesis
-import torch
 from hypothesis import HealthCheck, settings
 
 from kvdsl.kernels import Backend
@@ -11,8 +10,6 @@ from kvdsl.scheme import Scheme
 from kvdsl.testing import LAWS, applicable, report
 
 LAW_NAMES = sorted(LAWS)
-
-torch.set_num_threads(1)  # small tensors: more threads wait for each other longer than they compute
 
 
 def holds(scheme: Scheme, backend: Backend, examples: int, leave_out: tuple[str, ...] = ()) -> int:
