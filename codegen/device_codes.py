@@ -115,12 +115,14 @@ else:
     def table8(codes, A, B, C, D):
         """16-bit entries of a table of eight: A, B the low bytes, C, D the high ones.
 
-        Four codes, side by side, select four low bytes and four high ones, which are interleaved.
+        Four codes, side by side, select four low bytes and four high ones, which are interleaved.  Where a thread has
+        fewer codes, those that are missing are undefined and may not touch the others' selectors.
         """
         a, b = tl.full(codes.shape, A, tl.int32), tl.full(codes.shape, B, tl.int32)
         c, d = tl.full(codes.shape, C, tl.int32), tl.full(codes.shape, D, tl.int32)
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 s, t, low, high; mad.lo.u32 t, $3, 256, $2; shr.u32 s, t, 12; or.b32 s, s, t; "
+            "{ .reg .b32 s, t, low, high; prmt.b32 t, $2, $3, 0x6240; shr.u32 s, t, 12; and.b32 s, s, 0xF0F0; "
+            "or.b32 s, s, t; "
             "prmt.b32 low, $4, $8, s; prmt.b32 high, $12, $16, s; "
             "prmt.b32 $0, low, high, 0x5140; prmt.b32 $1, low, high, 0x7362; }",
             "=r,=r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r", [codes, a, b, c, d], dtype=tl.int16, is_pure=True, pack=4,
@@ -137,8 +139,8 @@ else:
         e, f = tl.full(codes.shape, E, tl.int32), tl.full(codes.shape, F, tl.int32)
         g, h = tl.full(codes.shape, G, tl.int32), tl.full(codes.shape, H, tl.int32)
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 t, s, x, y, low, high; mad.lo.u32 t, $3, 256, $2; shr.u32 s, t, 12; or.b32 t, t, s; "
-            "shr.u32 s, t, 1; and.b32 s, s, 0x4444; or.b32 s, s, 0x3210; and.b32 t, t, 0x7777; "
+            "{ .reg .b32 t, s, x, y, low, high; prmt.b32 t, $2, $3, 0x6240; shr.u32 s, t, 12; and.b32 s, s, 0xF0F0; "
+            "or.b32 t, t, s; shr.u32 s, t, 1; and.b32 s, s, 0x4444; or.b32 s, s, 0x3210; and.b32 t, t, 0x7777; "
             "prmt.b32 x, $4, $8, t; prmt.b32 y, $12, $16, t; prmt.b32 low, x, y, s; "
             "prmt.b32 x, $20, $24, t; prmt.b32 y, $28, $32, t; prmt.b32 high, x, y, s; "
             "prmt.b32 $0, low, high, 0x5140; prmt.b32 $1, low, high, 0x7362; }",

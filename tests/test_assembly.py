@@ -98,6 +98,20 @@ def test_tables_are_looked_up(size: int) -> None:
         assert got == [entries[code] for code in codes]
 
 
+@pytest.mark.parametrize("size", [4, 8, 16])
+def test_a_look_up_needs_no_neighbours(size: int) -> None:
+    """A thread that holds fewer numbers than a register group has undefined bits in the rest of it."""
+    chance = random.Random(size)
+    entries = tuple(chance.randrange(2**16) for _ in range(size))
+    registers = packed_table(entries)
+    for held in (1, 2, 3):
+        for code in range(size):
+            codes = [code, *(chance.randrange(size) for _ in range(held - 1))]
+            rest = [chance.randrange(2**16) for _ in range(4 - held)]
+            got = elementwise("device_codes", f"table{size}", codes + rest, *registers, wide=len(registers))
+            assert got[:held] == [entries[code] for code in codes]
+
+
 @pytest.mark.parametrize("stream", [1, 2, 4])
 def test_fields_are_taken_out_of_bytes(stream: int) -> None:
     words = [random.Random(stream).randrange(2**16) for _ in range(64)]
