@@ -92,12 +92,8 @@ def _quiet() -> None:
 
 
 def _wants(scheme: Scheme) -> bool:
-    """Whether a layer takes anything from data: frequencies of PreRope are the model's."""
-    from kvdsl.params import ROPE, wanted
+    """Whether a layer takes anything from data."""
+    from kvdsl.params import from_data
     from kvdsl.shape import Shape
 
-    return any(
-        name != ROPE or own.keys.rope is None
-        for own in (scheme, *(inner for _, inner in scheme.layers))
-        for name in wanted(own, Shape(128))
-    )
+    return any(from_data(own, Shape(128)) for own in (scheme, *(inner for _, inner in scheme.layers)))
