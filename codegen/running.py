@@ -57,8 +57,8 @@ def calibrated(scheme: Scheme, model: str, text: str, out: Path, tokens: int) ->
     from kvdsl.api import calibrate
     from kvdsl.errors import Fault
     from kvdsl.generation import opened
-    from kvdsl.hf import observed
-    from kvdsl.params import save
+    from kvdsl.hf import completed, observed
+    from kvdsl.params import ROPE, save
     from kvdsl.rules import layer_faults, refuse_for
     from kvdsl.shape import Shape
 
@@ -68,14 +68,15 @@ def calibrated(scheme: Scheme, model: str, text: str, out: Path, tokens: int) ->
     _quiet()
     network, tokenizer = opened(model)
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][:, :tokens].to(network.device)
-    layers = observed(network, ids)
+    layers, known = observed(network, ids), completed(scheme, network, None)
     if found := layer_faults(scheme, len(layers)):
         raise SchemeError(found)
     numbers: dict[str, torch.Tensor] = {}
     for index, (keys, values, queries) in enumerate(layers):
         own = scheme.for_layer(index, len(layers))
         refuse_for(own, Shape(keys.shape[3], keys.shape[1]))
-        measured = calibrate(own, keys, values, queries)
+        rope = {ROPE: known[f"layers.{index}.{ROPE}"]} if own.keys.rope is not None else None
+        measured = calibrate(own, keys, values, queries, params=rope)
         numbers |= {f"layers.{index}.{name}": tensor for name, tensor in measured.items()}
     save(out, scheme, numbers)
     counts = {"layers": len(layers), "tokens": ids.shape[1], "tensors": len(numbers)}
@@ -92,7 +93,7 @@ def _quiet() -> None:
 
 def _wants(scheme: Scheme) -> bool:
     """Whether a layer takes anything from data."""
-    from kvdsl.params import wanted
+    from kvdsl.params import from_data
     from kvdsl.shape import Shape
 
-    return any(wanted(own, Shape(128)) for own in (scheme, *(inner for _, inner in scheme.layers)))
+    return any(from_data(own, Shape(128)) for own in (scheme, *(inner for _, inner in scheme.layers)))

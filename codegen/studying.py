@@ -36,6 +36,7 @@ Made by `{COMMAND}`; not written by hand.
 * score error, output error: size of the error of q.k and of the output of causal attention, over the size of the exact
   ones. Keys have an offset in every channel and four outlier channels a head, 8 to 20 times larger; values are standard
   normal, so that the exact output is a small mean and its relative error large.
+* Keys of schemes that store them before RoPE get rotary positions first, so that what is coded are the same numbers.
 * All tokens are packed: nothing is kept exact by a window, sinks or other layers.
 * calibrated: what is taken from data. It was measured on other tokens of the same kind.
 * lines: of the file in `schemes/`, without its docstring and blank lines.
@@ -57,13 +58,13 @@ def results(schemes: Mapping[str, Scheme], *, seeds: int, backend: Backend | Non
 
 def known(name: str, scheme: Scheme) -> dict[str, Any]:
     """scheme, bits, calibrated, file and lines (None for a scheme that is not shipped), source."""
-    from kvdsl.params import wanted
+    from kvdsl.params import from_data
 
     bits, home = cost.bits(scheme, HEAD_DIM), _home(scheme)
     return {
         "scheme": name,
         "bits": {"keys": bits.keys, "values": bits.values, "mean": bits.mean},
-        "calibrated": list(wanted(scheme, Shape(HEAD_DIM))),
+        "calibrated": from_data(scheme, Shape(HEAD_DIM)),
         "file": None if home is None else f"{home.__name__.rpartition('.')[2]}.py",
         "lines": None if home is None else _lines(home),
         "source": scheme.source,

@@ -14,7 +14,7 @@ from .errors import ShapeError
 from .fitting import fitted
 from .inputs import DTYPES, refuse_tensor
 from .kernels import AttentionState, Backend, KernelSet, Params, Side
-from .params import checked, wanted
+from .params import ROPE, checked, wanted
 from .quantized_cache import QuantizedCache
 from .scheme import SIDES, Scheme
 from .shape import InputFormat, Shape
@@ -117,24 +117,33 @@ def attend(
         return out.to(k.device), lse.to(k.device)
 
 
-def calibrate(scheme: Scheme, k: Tensor, v: Tensor, q: Tensor | None = None) -> dict[str, Tensor]:
-    """What the scheme takes from data, measured over all tokens of k and v (B, H, T, D), and of queries q (B, Hq, Q, D)
-    where keys are balanced against them: transforms, calibrated scales, rounded as the scheme stores them, second
-    levels, tables of levels; float32 on the CPU.  Empty where nothing is calibrated.
+def calibrate(
+    scheme: Scheme, k: Tensor, v: Tensor, q: Tensor | None = None, *, params: Params | None = None
+) -> dict[str, Tensor]:
+    """What the scheme takes from data, measured over k and v (B, H, T, D), and over queries q (B, Hq, Q, D) where keys
+    are balanced against them: transforms, calibrated scales, rounded as the scheme stores them, second levels, tables
+    of levels; float32 on the CPU.  Empty where nothing is calibrated.
 
-    Raises ShapeError for tensors that are no such pair, hold no token, or hold a NaN.
+    The first token stands at position 0: those that the scheme keeps as sinks are not measured.  `params` holds what no
+    data tells, the frequencies `keys.transform[0]` of PreRope, which are returned too.
+
+    Raises ShapeError for tensors that are no such pair, hold no token to measure, or hold a NaN.
     """
     from .calibration import measured
     from .reference.quantize import encoded_rows
 
     shape, found = _shape(k, None), dict[str, Tensor]()
     refuse_tensor("v", v, tuple(k.shape), shape, k.device)
-    if not k.numel():
-        raise ShapeError(f"k: shape {tuple(k.shape)} holds no token; give typical keys and values")
+    sinks = scheme.sinks.tokens if scheme.sinks else 0
+    if not k[:, :, sinks:].numel():
+        beside = f" beside {sinks} sinks" if sinks else ""
+        raise ShapeError(f"k: shape {tuple(k.shape)} holds no token{beside}; give typical keys and values")
+    if scheme.keys.rope is not None and ROPE in (params or {}):
+        found[ROPE] = (params or {})[ROPE]
     for side, x in zip(SIDES, (k, v), strict=True):
-        store, x = scheme.side(side), x.detach().cpu()
+        store, x = scheme.side(side), x[:, :, sinks:].detach().cpu()
         found |= fitted(store, side, x, None if q is None else q.detach().cpu())
-        coded = encoded_rows(store, x, found, side) if store.turned else x
+        coded = encoded_rows(store, x, found, side, sinks) if store.turned else x
         found |= measured(store.with_(transform=()), coded, side)
     ready = checked(scheme, shape, found)
     return {name: ready[name] for name in wanted(scheme, shape)}

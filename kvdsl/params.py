@@ -48,6 +48,11 @@ def wanted(scheme: Scheme, shape: Shape) -> dict[str, tuple[int, ...]]:
     return found
 
 
+def from_data(scheme: Scheme, shape: Shape) -> list[str]:
+    """The names among `wanted` of what is measured: all but the frequencies of PreRope, which are the model's."""
+    return [name for name in wanted(scheme, shape) if name != ROPE or scheme.keys.rope is None]
+
+
 def _blocks(size: Count, whole: int) -> int:
     return whole // size if isinstance(size, int) else 1
 
@@ -122,7 +127,8 @@ def save(path: str | Path, scheme: Scheme, params: Params) -> None:
     from safetensors.torch import save as to_bytes
 
     path = Path(path)
-    tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in params.items()}
+    # Layers may share a tensor, which the format refuses.
+    tensors = {name: x.detach().to("cpu", torch.float32, copy=True).contiguous() for name, x in params.items()}
     handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

@@ -53,6 +53,19 @@ def pairs(channels: int, rotated: int, interleaved: bool) -> tuple[Tensor, Tenso
     return pair, partner, channel < half
 
 
+def turned(x: Tensor, frequencies: Tensor, at: Tensor, interleaved: bool, *, back: bool = False) -> Tensor:
+    """x (B, H, T, D) with rotary positions put on, token i at position at_i, int (T,); `back`: taken off.  float64."""
+    import torch
+
+    angles = waves(frequencies, 0, int(at.max()) + 1 if len(at) else 0)
+    cos, sin = (torch.nn.functional.pad(wave[at.cpu()], (0, x.shape[3] // 2 - len(frequencies))) for wave in angles)
+    cos[:, len(frequencies) :] = 1
+    pair, partner, first = pairs(x.shape[3], 2 * len(frequencies), interleaved)
+    sign = torch.where(first == back, 1.0, -1.0)
+    cos, sin = cos[:, pair].to(x.device, torch.float64), (sign * sin[:, pair]).to(x.device, torch.float64)
+    return x.double() * cos + x.double()[..., partner] * sin
+
+
 _TABLES: dict[tuple[bytes, int, str], Tensor] = {}
 
 

@@ -2,7 +2,8 @@
 
 The tensors are fixed, 1024 tokens of 2 kv heads with 128 channels: standard normal numbers; and keys as real models
 have them, with an offset in every channel and four outlier channels a head.  Numbers that a scheme takes from data are
-measured on as many other tokens of the same kind.
+measured on as many other tokens of the same kind.  Where keys are stored before RoPE, they get rotary positions first,
+counted from the first of the tokens, so that every scheme codes the same numbers.
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ from torch import Generator, Tensor
 
 from .api import attend, calibrate, roundtrip, scores
 from .kernels import Backend
+from .params import ROPE
+from .rope import turned
 from .scheme import Rotate, Scheme, Sketch, Store
 
 HEADS, Q_HEADS, TOKENS, QUERIES, CHANNELS = 2, 8, 1024, 32, 128
 OUTLIERS = 4  # channels of a head
 SIZES = (8.0, 20.0)  # of an outlier channel over the others
+FREQUENCIES = 1e4 ** -(torch.arange(0, CHANNELS, 2) / CHANNELS)
 MEASURES = ("keys_mse", "values_mse", "score_error", "output_error")
 
 
@@ -117,21 +121,33 @@ def _spread(runs: Sequence[tuple[float, ...]]) -> dict[str, Spread]:
 
 def _errors(scheme: Scheme, backend: Backend | None) -> tuple[float, ...]:
     """One run, in the order of MEASURES."""
-    data = normal_numbers()
+    rope = {} if scheme.keys.rope is None else {ROPE: FREQUENCIES}
+    data = _placed(scheme, normal_numbers())
     q, k, v = data.others
-    params = calibrate(scheme, k, v, q)
+    params = calibrate(scheme, k, v, q, params=rope)
     found = roundtrip(scheme, data.k, data.v, backend=backend, window=False, params=params)
     squared = [
         (got.double() - x.double()).square().mean().item() for got, x in zip(found, (data.k, data.v), strict=True)
     ]
 
-    data = outlier_keys()
+    data = _placed(scheme, outlier_keys())
     q, k, v = data.others
-    params = calibrate(scheme, k, v, q)
+    params = calibrate(scheme, k, v, q, params=rope)
     estimated = scores(scheme, data.q, data.k, backend=backend, window=False, params=params)
     out, _ = attend(scheme, data.q, data.k, data.v, backend=backend, window=False, params=params)
     right_scores, right_out = _exact(data)
     return (*squared, _relative(estimated, right_scores), _relative(out, right_out))
+
+
+def _placed(scheme: Scheme, data: Data) -> Data:
+    """The data as a model would give it: keys with rotary positions, where the scheme takes them off."""
+    rope = scheme.keys.rope
+    if rope is None:
+        return data
+    q, k, v = data.others
+    at = torch.arange(TOKENS)
+    first, second = (turned(x, FREQUENCIES, at, rope.interleaved).to(x.dtype) for x in (k, data.k))
+    return replace(data, k=second, others=(q, first, v))
 
 
 def _exact(data: Data) -> tuple[Tensor, Tensor]:

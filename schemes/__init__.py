@@ -8,6 +8,7 @@ from .fp4 import mxfp4, nvfp4, nvfp4_4over6
 from .fp8 import fp8_tensor, fp8_token_head
 from .int8 import int8_tensor
 from .kivi import kivi2, kivi4
+from .kvquant import nuq2, nuq3, nuq4
 from .kvtq import kvtq, kvtq_2bit
 from .llama_cpp import iq4_nl, q4_0, q4_1, q5_0, q5_1, q8_0
 from .omniquant import omniquant4
@@ -15,6 +16,7 @@ from .plain import fp16, fp32
 from .polar import polar_pairs
 from .qjl import qjl, qjl_gauss, qjl_kv
 from .quarot import quarot2, quarot4
+from .rotatekv import rotatekv2, rotatekv3, rotatekv4
 from .smoothquant import smoothquant8
 from .token_head import int4_token_head, int8_token_head
 from .turboquant import turboquant1, turboquant2, turboquant3, turboquant4
@@ -36,6 +38,9 @@ ALL: dict[str, Scheme] = {
     "qjl_kv": qjl_kv,
     "kvtq": kvtq,
     "kvtq_2bit": kvtq_2bit,
+    "nuq4": nuq4,
+    "nuq3": nuq3,
+    "nuq2": nuq2,
     "turboquant4": turboquant4,
     "turboquant3": turboquant3,
     "turboquant2": turboquant2,
@@ -47,6 +52,9 @@ ALL: dict[str, Scheme] = {
     "polar_pairs": polar_pairs,
     "quarot4": quarot4,
     "quarot2": quarot2,
+    "rotatekv4": rotatekv4,
+    "rotatekv3": rotatekv3,
+    "rotatekv2": rotatekv2,
     "smoothquant8": smoothquant8,
     "omniquant4": omniquant4,
     "wkvquant4": wkvquant4,
@@ -89,6 +97,9 @@ __all__ = [
     "kvtq",
     "kvtq_2bit",
     "mxfp4",
+    "nuq2",
+    "nuq3",
+    "nuq4",
     "nvfp4",
     "nvfp4_4over6",
     "omniquant4",
@@ -103,6 +114,9 @@ __all__ = [
     "qjl_kv",
     "quarot2",
     "quarot4",
+    "rotatekv2",
+    "rotatekv3",
+    "rotatekv4",
     "smoothquant8",
     "token2",
     "token3",

@@ -9,8 +9,22 @@ from kvdsl import api
 from kvdsl.calibration import table
 from kvdsl.errors import ShapeError
 from kvdsl.levels import optimal
-from kvdsl.params import checked, wanted
-from kvdsl.scheme import Block, Codebook, Float, Scale, Scheme, Store, per_tensor, per_token
+from kvdsl.params import ROPE, checked, wanted
+from kvdsl.rope import turned
+from kvdsl.scheme import (
+    Block,
+    Codebook,
+    Float,
+    PreRope,
+    Scale,
+    Scheme,
+    Sinks,
+    Store,
+    Uniform,
+    per_channel,
+    per_tensor,
+    per_token,
+)
 from kvdsl.shape import Shape
 
 SECOND = per_tensor(dtype="fp32", when="calibrated")
@@ -58,6 +72,26 @@ def test_calibrated_levels_serve_better_than_those_of_another_law() -> None:
         for scheme, numbers in ((given, params), (fixed, None))
     ]
     assert errors[0] < 0.7 * errors[1]
+
+
+def test_sinks_are_not_measured_and_positions_count_from_the_first_token() -> None:
+    """A first token a thousand times larger leaves no trace; keys before RoPE are those of their own positions."""
+    frequencies, k = 1e2 ** -(torch.arange(0, 64, 2) / 64), data()
+    before, after = (
+        Scheme(keys=Store(Uniform(4), scale=per_channel(when="calibrated"), transform=part), values=Store())
+        for part in ((), PreRope())
+    )
+    large = torch.cat([1000 * k[:, :, :1], k], 2)
+    right = api.calibrate(before, k, k)
+    assert torch.equal(api.calibrate(before.with_(sinks=Sinks(1)), large, large)["keys.scale"], right["keys.scale"])
+    placed = turned(large, frequencies, torch.arange(97), False).float()
+    found = api.calibrate(after.with_(sinks=Sinks(1)), placed, large, params={ROPE: frequencies})
+    assert torch.equal(found[ROPE], frequencies) and set(found) == {ROPE, "keys.scale"}
+    torch.testing.assert_close(found["keys.scale"], right["keys.scale"], rtol=2e-3, atol=2e-3)
+    with pytest.raises(ShapeError, match="missing; PreRope needs the model's frequencies"):
+        api.calibrate(after, k, k)
+    with pytest.raises(ShapeError, match="holds no token beside 96 sinks"):
+        api.calibrate(before.with_(sinks=Sinks(96)), k, k)
 
 
 def test_wrong_numbers_are_named() -> None:

@@ -75,7 +75,7 @@ def test_a_calibrated_scheme_without_its_numbers_is_refused(folder: str, capsys:
     assert f"`kvdsl calibrate int8_tensor --model {folder} --text FILE --out F`" in said
 
 
-@pytest.mark.parametrize("name", ["smoothquant8", "omniquant4", "nvfp4", "fp8_tensor"])
+@pytest.mark.parametrize("name", ["smoothquant8", "omniquant4", "nvfp4", "fp8_tensor", "nuq3"])
 def test_what_a_scheme_takes_from_data_is_measured(name: str, folder: str, tmp_path: Path, capsys: Captured) -> None:
     capsys.readouterr()
     text, out = tmp_path / "text.txt", tmp_path / "numbers.safetensors"

@@ -37,6 +37,8 @@ ERRORS: dict[str, tuple[float, float]] = {
     "polar_pairs": (0.0143, 0.00994),
     "quarot4": (0.00994, 0.00994),
     "quarot2": (0.25032, 0.25032),
+    "rotatekv4": (0.01008, 0.01008),
+    "rotatekv2": (0.1715, 0.1715),
     "fp8_token_head": (6.61e-4, 6.61e-4),
     "mxfp4": (0.01321, 0.01321),
     "q8_0": (2.86e-5, 2.86e-5),

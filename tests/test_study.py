@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import kvdsl
-from kvdsl import Rotate, Scheme, Store, Uniform, per_token, study
+from kvdsl import PreRope, Recent, Rotate, Scheme, Store, Uniform, per_channel, per_token, study
 from kvdsl.codegen import studying
 from kvdsl.codegen.cli import run
 from kvdsl.schemes import ALL
@@ -59,6 +59,15 @@ def test_what_protects_outlier_channels_shows_in_the_scores() -> None:
     assert mean(turned, "keys_mse") == pytest.approx(mean(plain, "keys_mse"), rel=0.02)
 
 
+def test_keys_stored_before_rotation_are_studied_on_the_same_numbers() -> None:
+    """Turned there and back, the errors are those of the store without PreRope."""
+    stores = [Store(Uniform(4), scale=per_channel(tokens=64), transform=part) for part in (PreRope(), ())]
+    schemes = [Scheme(keys=store, values=Store(), recent=Recent(64)) for store in stores]
+    turned, plain = (study.studied(scheme, 1, "torch") for scheme in schemes)
+    for name in ("keys_mse", "score_error"):
+        assert mean(turned, name) == pytest.approx(mean(plain, name), rel=0.03)
+
+
 def asked(captured: Captured, *arguments: str) -> str:
     assert run(["study", "--backend", "torch", *arguments]) == 0
     return captured.readouterr().out
@@ -88,7 +97,7 @@ def test_the_page_holds_every_scheme_as_it_is() -> None:
         assert (f"`{name}`", *cells[:2]) == before and tuple(cells[-4:]) == after
 
 
-@pytest.mark.parametrize("name", ["kivi2", "nvfp4", "kvtq_2bit"])
+@pytest.mark.parametrize("name", ["kivi2", "nvfp4", "kvtq_2bit", "nuq3"])
 def test_the_page_holds_the_figures_that_the_study_gives(name: str) -> None:
     found = study.studied(kvdsl.load(name), 1, "torch")
     figures = [float(cell) for cell in rows(TABLE)[name][2:6]]

@@ -11,7 +11,7 @@ import torch
 from published import SIDES, K, V, agree, fp32, published, same_codes
 from torch import Tensor
 
-from kvdsl import reference
+from kvdsl import reference, schemes
 from kvdsl.levels import optimal
 from kvdsl.matrices import excess, rotation
 from kvdsl.scheme import (
@@ -122,7 +122,8 @@ def test_rotatekv() -> None:
     k_hat = reference.quantize(keys, joined, {"keys.transform[1]": order[None]}).decoded
     assert torch.equal(k_hat, reference.quantize(keys, joined, whole(rotation("hadamard", 128)[order.long()])).decoded)
     k_hat = k_hat.reshape(1, 256, 2, 64).transpose(1, 2).clone()
-    v_hat = reference.quantize(fp32(2, per_token(**point)).with_(transform=Rotate("hadamard")), V).decoded
+    values = schemes.ALL["rotatekv2"].values.with_(**{"scale.dtype": "fp32"})
+    v_hat = reference.quantize(values, V, side="values").decoded
     k_hat[:, :, exact], v_hat[:, :, exact] = K[:, :, exact].double(), V[:, :, exact].double()
     agree(name, k_hat, arrays["K_hat"])
     agree(name, v_hat, arrays["V_hat"])

@@ -5,6 +5,7 @@
     handle     what a layer hands to the attention: a tensor by name, a reference in fact
     attention  the registered attention function
     masks      the registered mask function
+    rotary     the frequencies of a model's rotary positions, for keys that are stored without them
     observe    what the layers of a model are given, to calibrate on
 
 transformers is imported when `cache` or `use` is first called.
@@ -20,9 +21,10 @@ if TYPE_CHECKING:
     from .layer import PackedCache
     from .observe import observed
     from .plug import cache, use
+    from .rotary import completed
 
-__all__ = ["PackedCache", "cache", "observed", "use"]
-_HOME = {"cache": "plug", "use": "plug", "observed": "observe", "PackedCache": "layer"}
+__all__ = ["PackedCache", "cache", "completed", "observed", "use"]
+_HOME = {"cache": "plug", "use": "plug", "observed": "observe", "PackedCache": "layer", "completed": "rotary"}
 OLDEST = "5.17"
 
 

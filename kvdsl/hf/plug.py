@@ -27,6 +27,7 @@ from kvdsl.shape import Shape
 from .attention import attention
 from .layer import PackedCache, PackedLayer
 from .masks import mask
+from .rotary import completed
 
 NAME = "kvdsl"
 OWN_MASKS = frozenset({"doge"})
@@ -46,15 +47,21 @@ def cache(
     """A cache for `model`, to be passed as `past_key_values`; the model's attention is set to the one that reads it.
 
     scheme    a Scheme, or whatever kvdsl.load takes; a layer uses `scheme.for_layer`
-    params    calibrated parameters: names of one layer's kernels, or the same behind "layers.<i>."
+    params    calibrated parameters: names of one layer's kernels, or the same behind "layers.<i>."; rotary frequencies
+              of a scheme with PreRope are the model's, and given ones are held against them
     backend   "triton" or "torch"; default by the device of the model
     capacity  tokens a sequence for which address space is reserved
 
-    Raises ValueError for a model with layers whose state is no pair of keys and values of one head size, SchemeError
-    for a scheme that does not fit its heads or layers, ShapeError for calibrated parameters that are missing or do not
-    fit.
+    Raises ValueError for a model with layers whose state is no pair of keys and values of one head size, or whose RoPE
+    PreRope cannot take off, SchemeError for a scheme that does not fit its heads or layers, ShapeError for calibrated
+    parameters that are missing or do not fit.
     """
     scheme = load(scheme)
+    return _cache(scheme, model, completed(scheme, model, params), backend, capacity)
+
+
+def _cache(scheme: Scheme, model: Any, params: Params, backend: Backend | None, capacity: int | None) -> PackedCache:
+    """`cache`, given all parameters."""
     layers, calls = _layers(scheme, model, params, backend, capacity)
     if model.config._attn_implementation != NAME:
         model.set_attn_implementation(NAME)
@@ -62,7 +69,7 @@ def cache(
 
 
 def _layers(
-    scheme: Scheme, model: Any, params: Params | None, backend: Backend | None, capacity: int | None
+    scheme: Scheme, model: Any, params: Params, backend: Backend | None, capacity: int | None
 ) -> tuple[list[Any], Counter[str]]:
     """A packed layer where the library would have a dynamic one; layers without keys and values stay the library's."""
     config = model.config.get_text_config(decoder=True)
@@ -98,16 +105,14 @@ def _layers(
     return layers, calls
 
 
-def _of_layer(params: Params | None, index: int) -> Params | None:
+def _of_layer(params: Params, index: int) -> Params:
     """The parameters of one layer: those behind its prefix, and those without any."""
-    if params is None:
-        return None
     prefix = f"layers.{index}."
     common = {name: value for name, value in params.items() if not name.startswith("layers.")}
     return common | {name.removeprefix(prefix): value for name, value in params.items() if name.startswith(prefix)}
 
 
-def _refuse_unfit(scheme: Scheme, params: Params | None, config: Any, index: int) -> None:
+def _refuse_unfit(scheme: Scheme, params: Params, config: Any, index: int) -> None:
     """SchemeError where a layer's scheme does not fit the model's heads, ShapeError where it lacks calibrated numbers
     or has others than fit.
 
@@ -122,7 +127,7 @@ def _refuse_unfit(scheme: Scheme, params: Params | None, config: Any, index: int
             shape = Shape(width, kv_heads)
             refuse_for(scheme, shape)
             checked(scheme, shape, params)
-        elif lacking := [name for name in wanted(scheme, Shape(64)) if name not in (params or {})]:
+        elif lacking := [name for name in wanted(scheme, Shape(64)) if name not in params]:
             raise ShapeError(missing(scheme, lacking[0]))
     except ShapeError as error:
         measured = "; `kvdsl calibrate` measures those of a model" if "missing" in str(error) else ""
@@ -153,16 +158,16 @@ def use(
     before = implementations(model)
     had, own = "generate" in vars(model), vars(model).get("generate")
     plain = model.generate
-    used = Use()
+    used, ready = Use(), completed(loaded, model, params)
 
     def generate(*args: Any, **kwargs: Any) -> Any:
         if kwargs.get("past_key_values") is None and kwargs.get("use_cache", True):
-            used.cache = cache(loaded, model, params=params, backend=backend, capacity=capacity)
+            used.cache = _cache(loaded, model, ready, backend, capacity)
             kwargs["past_key_values"] = used.cache
         return plain(*args, **kwargs)
 
     try:
-        _layers(loaded, model, params, backend, capacity)
+        _layers(loaded, model, ready, backend, capacity)
         model.set_attn_implementation(NAME)
         object.__setattr__(model, "generate", generate)
         yield used

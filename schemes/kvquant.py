@@ -1,0 +1,19 @@
+"""KVQuant: keys per channel before RoPE, values per token, on calibrated levels (arXiv 2401.18079, without outliers).
+
+s = (max - min)/2, o = (max + min)/2: of keys over calibration data, one channel; of values of one token, all heads.
+c = the nearest of 2^b levels l in -1..1 to (x - o)/s, one table for a layer's keys and one for its values, the least
+squares of calibration data; x^ = s*l + o, s and o in fp16.  Keys are coded as R_t^-1 k, before RoPE.  The first token
+is exact.
+Left out: the sparse outliers, the Fisher weights of the tables, and for 2 bits the second normalization (Q-Norm).
+"""
+
+from kvdsl.scheme import ALL, Codebook, PreRope, Scheme, Sinks, Store, per_channel, per_token
+
+nuq4 = Scheme(
+    keys=Store(Codebook(4, "calibrated"), scale=per_channel(when="calibrated"), transform=PreRope()),
+    values=Store(Codebook(4, "calibrated"), scale=per_token(heads=ALL)),
+    sinks=Sinks(1),
+    source="arXiv 2401.18079, nuq without outliers",
+)
+nuq3 = nuq4.with_(bits=3)
+nuq2 = nuq4.with_(bits=2)
