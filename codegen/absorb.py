@@ -5,6 +5,8 @@ leave the sum over tokens: they are applied once to a query, or once to an outpu
 
 Rotary positions differ from token to token and stay in the loop.  Of R_t with t = t0 + i, t0 the first token of a tile,
 R_t0 goes onto the query, once a tile, and R_i, the same in every tile, onto decoded numbers.
+
+Polar coordinates stay in the loop, too: a score is linear in r cos a and r sin a, which decoded r and a are made into.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 import sympy as sp
 
 from kvdsl.errors import ProofError
-from kvdsl.scheme import ALL, ChannelScale, ChannelShift, Permute, PreRope, Rotate, Sketch, Store
+from kvdsl.scheme import ALL, ChannelScale, ChannelShift, Permute, Polar, PreRope, Rotate, Sketch, Store
 
 CHANNELS, NUMBERS, TOKENS = 3, 2, 2  # of the proof: the statement is linear in every factor
 
@@ -48,6 +50,8 @@ def _said(part: object) -> str:
         size = "the head" if part.size is ALL else f"blocks of {part.size} channels"
         drawn = "" if part.seed is None else f", from seed {part.seed}"
         return f"y = R x, R {part.kind} over {size}{drawn}"
+    if isinstance(part, Polar):
+        return "y = (r, a), radius and angle of every pair (x[i], x[i + D/2]), 0 <= a < 2 pi"
     if isinstance(part, ChannelScale):
         return f"y = x / n, n a channel's {part.by}, calibrated"
     if isinstance(part, ChannelShift):
@@ -61,7 +65,7 @@ def absorb(side: str, store: Store) -> Absorbed | None:
     if store.rope is not None:
         return _rope(store)
     if not store.mapped:
-        return None
+        return _polar(side, store) if store.polar else None
     letter = side[0]
     read = f"{letter}[t, d] = sum_i W[d, i]*y[t, i]" + (f" + {letter}0[d]" if store.shifted else "")
     w = sp.Matrix(CHANNELS, NUMBERS, lambda d, i: sp.Symbol(f"W{d}{i}"))
@@ -83,6 +87,39 @@ def absorb(side: str, store: Store) -> Absorbed | None:
     if any(sp.expand(entry) != 0 for entry in difference):
         raise ProofError(f"{side}: the map does not leave the sum over tokens")
     method = f"symbolic, with {CHANNELS} channels of {NUMBERS} numbers and {TOKENS} tokens: it is linear in each"
+    mapped = Absorbed(steps(store), read, statement, method, where)
+    return _behind(mapped, _polar(side, store)) if store.polar else mapped
+
+
+def _behind(outer: Absorbed, inner: Absorbed) -> Absorbed:
+    """A map of numbers that are themselves made of what is coded."""
+    told = [f"{one}; {other}" for one, other in zip(_told(outer), _told(inner), strict=True)]
+    return Absorbed(outer.steps, *told)
+
+
+def _told(one: Absorbed) -> tuple[str, ...]:
+    return one.read, one.statement, one.method, one.where
+
+
+def _polar(side: str, store: Store) -> Absorbed:
+    """What a pair of numbers adds to a score or an output, in its radius and its angle."""
+    x, z = sp.symbols("x z", real=True, nonzero=True)
+    q, p, r, a = sp.symbols("qx qz r a", real=True)
+    of_pair = r * (q * sp.cos(a) + p * sp.sin(a))  # a score; of an output, with q or p 0, a channel under weight 1
+    given = of_pair.subs({r: sp.sqrt(x**2 + z**2), a: sp.atan2(z, x)})
+    turned = of_pair.subs(a, a + 2 * sp.pi)  # the angle that atan2 gives below 0 is stored a whole turn on
+    if sp.simplify(given - (q * x + p * z)) != 0 or sp.expand(turned - of_pair) != 0:
+        raise ProofError(f"{side}: radius and angle of a pair do not give the pair back")
+    letter = "y" if store.mapped else side[0]
+    read = f"{letter}[t, i] = r[t, i]*cos a[t, i], {letter}[t, i + D/2] = r[t, i]*sin a[t, i]"
+    if side == "keys":
+        outer = "q'" if store.mapped else "q"
+        statement = f"sum_d {outer}[d]*{letter}[t, d] = "
+        statement += f"sum_i r[t, i]*({outer}[i]*cos a[t, i] + {outer}[i + D/2]*sin a[t, i])"
+    else:
+        statement = f"sum_t p[t]*{letter}[t, i] = sum_t p[t]*r[t, i]*cos a[t, i], with i + D/2 the same of sin"
+    method = "symbolic, for one pair, and for its angle a turn further"
+    where = "r cos a and r sin a are made in the loop, of decoded r and a"
     return Absorbed(steps(store), read, statement, method, where)
 
 

@@ -127,9 +127,10 @@ def derive(side: Literal["keys", "values"], store: Store, when: When, alphabet: 
         # the decoded number itself is what the dot product reads
         whole = sp.IndexedBase("x")[token, channel]
         term = Term(sp.Integer(1), query, True) if side == "keys" else Term(weight, sp.Integer(1), True)
-        step = ProofStep(
-            f"{outside}*{whole} with {whole} = {definition}, decoded before the dot product", "by definition"
-        )
+        number = "y[t, i] and y[t, i + D/2], with y[t, d]" if store.polar else str(whole)
+        made = f"{whole} made of {number}" if store.polar else number
+        statement = f"{outside}*{whole} with {made} = {definition}, decoded before the dot product"
+        step = ProofStep(statement, "by definition")
         return NormalForm(side, when, definition, (term,), (step, *alphabet_proof(alphabet)), letter)
     summand = sp.expand(outside * definition)
     terms = tuple(_split(product, product.has(number), when) for product in sp.Add.make_args(summand))

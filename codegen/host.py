@@ -5,6 +5,8 @@ Also how pages are taken apart: sections of bytes, the rows of words in them, th
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -226,6 +228,24 @@ def rotated(x: Tensor, waves: tuple[Tensor, Tensor], interleaved: bool) -> Tenso
     turned = a * cos - b * sin, b * cos + a * sin
     both = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
     return torch.cat((both.to(x.dtype), x[..., count:]), -1)
+
+
+def polar(x: Tensor) -> Tensor:
+    """float32 (..., D) as the D/2 radii, then the angles in [0, 2 pi], of channels i and i + D/2.
+
+    Each is taken in float64 and rounded once.  A NaN spoils its vector."""
+    spoilt = torch.isnan(x).any(-1, keepdim=True)
+    a, b = (finite(x) + 0.0).to(torch.float64).chunk(2, -1)  # a zero without sign
+    angle = torch.atan2(b, a)
+    angle = torch.where(angle < 0, angle + 2 * math.pi, angle)
+    y = torch.cat((torch.sqrt(a * a + b * b), angle), -1).to(torch.float32)
+    return torch.where(spoilt, torch.nan, y)
+
+
+def cartesian(y: Tensor) -> Tensor:
+    """The inverse of `polar`: r cos a, then r sin a."""
+    r, a = y.to(torch.float64).chunk(2, -1)
+    return torch.cat((r * torch.cos(a), r * torch.sin(a)), -1).to(torch.float32)
 
 
 # ---- pages -----------------------------------------------------------------------------------------------------------

@@ -220,7 +220,15 @@ def _spans(store: Store, head_dim: int, width: int) -> tuple[Span, ...]:
 
 
 def plane_width(store: Store, head_dim: int) -> int:
-    """Channels a plane, common to all streams of a side; it divides a per-token group of channels where that can be."""
+    """Channels a plane, common to all streams of a side; it divides a per-token group of channels where that can be,
+    and half of a vector in polar coordinates: radius and angle of a pair stand in the same lane of two planes."""
+    width = _common_width(store, head_dim)
+    while store.polar and head_dim // 2 % width:
+        width //= 2
+    return width
+
+
+def _common_width(store: Store, head_dim: int) -> int:
     if isinstance(store.code, Float) and store.code.plain:
         return min(64, head_dim & -head_dim)
     if in_trits(store.code):

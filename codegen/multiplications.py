@@ -11,6 +11,8 @@ import ast
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
+from pathlib import Path
 
 from .placement import When
 from .plan import Plan, SidePlan
@@ -36,7 +38,8 @@ def multiplications(plan: Plan, side: SidePlan) -> Multiplications:
     steps, zero = Planes(plan, side).steps, Fraction(0)
     unpacking = Fraction(1, 2) if side.layout.digits else zero  # a register holds two numbers
     if side.when is When.IN_LOOP:
-        return Multiplications(Fraction(_count([steps.number("c", "s", "z")])), zero, unpacking)
+        turned = Fraction(_inside("cartesian"), 2) if side.polar else zero  # a radius and an angle are two numbers
+        return Multiplications(_count([steps.number("c", "s", "z")]) + turned, zero, unpacking)
     if side.floats:
         return Multiplications(zero, zero, zero)
     scaled = _of_keys(plan, side) if side.name == "keys" else _of_values(plan, side)
@@ -81,3 +84,11 @@ def _count(expressions: Iterable[str]) -> int:
     """Products in expressions."""
     nodes = (node for text in expressions for node in ast.walk(ast.parse(text, mode="eval")))
     return sum(isinstance(node, ast.Mult) for node in nodes)
+
+
+@cache
+def _inside(function: str) -> int:
+    """Products in a function that kernels share."""
+    tree = ast.parse((Path(__file__).parent / "device.py").read_text(encoding="utf-8"))
+    found = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function)
+    return sum(isinstance(node, ast.Mult) for node in ast.walk(found))

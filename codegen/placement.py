@@ -43,9 +43,11 @@ def place(store: Store, part: SideLayout) -> When:
 
     Behind the dot product a scale must be constant over the channels of whole planes; once per tile it must be constant
     over a tile's tokens, which takes blocks of 32 tokens or a multiple.  Rotary positions are put back on decoded
-    numbers.
+    numbers, and radii and angles become channels when both are decoded.
     """
     scale = store.measure
+    if store.polar:
+        return When.IN_LOOP
     if scale is None:
         return When.NEVER
     if store.rope is not None:

@@ -91,6 +91,16 @@ class SidePlan:
         return self.store.mapped
 
     @property
+    def apart(self) -> bool:
+        """Packed tokens meet another query, or add to another output, than exact ones."""
+        return self.store.apart
+
+    @property
+    def polar(self) -> bool:
+        """Radii and angles are decoded, and become channels in the loop."""
+        return self.store.polar
+
+    @property
     def rope(self) -> PreRope | None:
         """Rotary positions were taken off, and are put back on decoded numbers in the loop."""
         return self.store.rope
@@ -232,6 +242,7 @@ def plan_for(scheme: Scheme, shape: Shape) -> Plan:
         sides.append(SidePlan(name, store, part, place(store, part), alphabet, shape.head_dim))
     paired = any(side.layout.paired for side in sides)
     narrow = any(side.when is When.ONCE_PER_TILE and token_block(side.store) % (2 * PAIR) for side in sides)
+    narrow = narrow or any(side.polar for side in sides)  # two planes at once are decoded, with what they become
     tile, halves = 2 * PAIR, 2 if paired or narrow else 1
     if not paired and any(side.floats == "fp32" for side in sides):
         tile, halves = EXACT_TILE, 1

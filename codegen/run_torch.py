@@ -14,7 +14,7 @@ from kvdsl.kernels import AttentionState, Params, Side
 from kvdsl.params import ROPE
 from kvdsl.rope import table
 
-from .host import finite, mapped, rotated, rows_of_bytes
+from .host import cartesian, finite, mapped, polar, rotated, rows_of_bytes
 from .plan import Plan
 
 LOG2E = 1.4426950408889634
@@ -64,7 +64,9 @@ class TorchModule:
         clean = _clean(rows)
         if part.rope is not None:
             return self._rotated(clean, u, params, torch.float64, -1)
-        return mapped(clean, params[f"{side}.encode"], params.get(f"{side}.encode_shift"))
+        if part.mapped:
+            clean = mapped(clean, params[f"{side}.encode"], params.get(f"{side}.encode_shift"))
+        return polar(clean) if part.polar else clean
 
     def _restored(self, side: Side, coded: Tensor, begin: int, params: Params) -> Tensor:
         """Decoded numbers (B, H, T, M) of the tokens from u = begin on as the head's vectors (B, H, T, D)."""
@@ -72,6 +74,7 @@ class TorchModule:
         if part.rope is not None:
             u = torch.arange(begin, begin + coded.shape[2], device=coded.device)[None]
             return self._rotated(coded, u, params, torch.float64, 1)
+        coded = cartesian(coded) if part.polar else coded
         if part.mapped:
             return mapped(coded, params[f"{side}.decode"], params.get(f"{side}.decode_shift"))
         return coded

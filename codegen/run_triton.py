@@ -14,6 +14,7 @@ from kvdsl.kernels import AttentionState, Params, Side
 from kvdsl.params import ROPE
 from kvdsl.rope import NEAR, near, table
 
+from .host import cartesian, polar
 from .launch import assembled
 from .launches import ASSEMBLER, GIVEN_POINTERS, arguments, fused, stages, warps
 from .plan import Plan
@@ -84,8 +85,11 @@ class TritonModule:
             if part.rope is not None:
                 given |= self._positions(high, rows.device, params)
                 self._run("unrope_keys", (-(-(high - low) // ROTATE_ROWS), batch * heads), given, None, params)
-            else:
+            elif part.mapped:
                 self._run(f"turn_{side}", self._turn_grid(high - low, batch, part.dim), given | beside, None, params)
+            else:
+                coded = _taken(rows, first, offset, low, high)
+            coded = polar(coded) if part.polar else coded
             at = torch.full_like(first, low)
             self._pack(side, coded, at, 0, begin, end, (low, high), pool, table, params, beside)
 
@@ -121,6 +125,10 @@ class TritonModule:
         found = []
         for low, high in self._chunks(side, begin, end, batch):
             coded = self._unpack(side, pool, table, low, high, part.dim, params)
+            coded = cartesian(coded) if part.polar else coded
+            if not part.apart:
+                found.append(coded)
+                continue
             out = torch.empty(*coded.shape[:3], dim, dtype=torch.float32, device=pool.device)
             given = {"coded_ptr": coded, "out_ptr": out, "low": low, "count": high - low}
             if part.rope is not None:
@@ -215,7 +223,7 @@ class TritonModule:
         floats = partial(torch.empty, dtype=torch.float32, device=query.device)
         results = {"partial_ptr": floats(programs * blocks * count * rows * plan.values.dim)}
         results["lse_ptr"] = floats(programs * blocks * count * rows)
-        if plan.values.turned:  # sums over exact rows, which the map of the values does not touch
+        if plan.values.apart:  # sums over exact rows, which the map of the values does not touch
             results["exact_ptr"] = floats(programs * blocks * edges * rows * dim)
             results["share_ptr"] = floats(programs * blocks * edges * rows)
         capped = state.softcap is not None
@@ -239,6 +247,15 @@ class TritonModule:
         }  # fmt: skip
         self._run("merge", (batch * heads, queries), given, None, params)
         return out, out_lse
+
+
+def _taken(rows: Tensor, first: Tensor, offset: int, low: int, high: int) -> Tensor:
+    """Tokens u in [low, high) of every sequence of rows (B, H, total, D), float32 (B, H, high - low, D); those that are
+    not there are any."""
+    u = torch.arange(low, high, device=rows.device)
+    place = offset + torch.remainder(u - first[:, None], rows.shape[2] - offset)
+    index = place[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3])
+    return rows.gather(2, index).to(torch.float32)
 
 
 def _parameter(name: str, params: Params) -> Tensor | int:

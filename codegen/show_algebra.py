@@ -96,6 +96,7 @@ def _where(side: SidePlan, term: Term) -> str:
         return "nothing is scaled"
     if form.when is When.IN_LOOP:
         again = ", and turned back to its position" if side.rope is not None else ""
+        again = ", radius and angle become two channels" if side.polar else again
         return f"the number is decoded in the loop{again}, before the dot product"
     said = []
     carrier, target = ("the query", "the dot product") if side.name == "keys" else ("the weights", "the output")

@@ -169,7 +169,7 @@ class TorchSide(TorchPack):
         with out.deeper(f"def score({', '.join(['query', *self.inputs()])}):"):
             out.add('"""q.k of every packed token: query float32 (B, H, D, rows) -> (B, H, tokens, rows)."""')
             if side.when in (When.NEVER, When.IN_LOOP):
-                out.add(f"return unpack_keys({', '.join(self.inputs())}) @ query")
+                out.add(f"return {self._channels_of('unpack_keys')} @ query")
                 return str(out)
             out.add(f"{unpacked(f'x{j}' for j in self.planes)} = query.split({self.sizes}, -2)")
             out.extend([*self._read(), *self._levels()])
@@ -179,6 +179,11 @@ class TorchSide(TorchPack):
             else:
                 self._score_scaled(out)
         return str(out)
+
+    def _channels_of(self, function: str) -> str:
+        """What a product reads of decoded numbers: themselves, or the channels that radii and angles are of."""
+        decoded = f"{function}({', '.join(self.inputs())})"
+        return f"cartesian({decoded})" if self.side.polar else decoded
 
     def _score_after_dot(self, out: Lines) -> None:
         side = self.side
@@ -238,7 +243,7 @@ class TorchSide(TorchPack):
         with out.deeper(f"def weigh({', '.join(['weights', *self.inputs()])}):"):
             out.add('"""Sums of packed values: weights float32 (B, H, tokens, rows) -> (B, H, D, rows)."""')
             if side.when in (When.NEVER, When.IN_LOOP):
-                out.add(f"return used(unpack_values({', '.join(self.inputs())}), weights, 1).mT @ weights")
+                out.add(f"return used({self._channels_of('unpack_values')}, weights, 1).mT @ weights")
                 return str(out)
             out.extend([*self._read(), *self._levels()])
             if side.alphabet.small is not None:  # a code that was never written may be a NaN

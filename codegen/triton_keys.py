@@ -22,7 +22,7 @@ class Keys(Planes):
         super().__init__(plan, plan.keys)
         self.exact = "tl.float32" if plan.shape.dtype == "fp32" else "tl.float16"
         self.precise = ', input_precision="ieee"' if plan.shape.dtype == "fp32" else ""
-        self.exact_rows = ExactRows(plan, self.side, self.exact, self.precise) if self.side.turned else None
+        self.exact_rows = ExactRows(plan, self.side, self.exact, self.precise) if self.side.apart else None
         self.positions = Positions(plan, self, self.side.rope) if self.side.rope is not None else None
         self.query = "turned" if self.side.mapped else "query"
 
@@ -104,9 +104,13 @@ class Keys(Planes):
         when = side.when
         if self.positions is not None:
             return self._turned_back(self.positions, half, tokens)
-        if side.floats:
+        if side.floats and not side.polar:
             return self._float_scores(tokens)
         lines = self.load(half, tokens)
+        if side.polar:
+            for i, (j, made) in enumerate(self.packed_channels(half, tokens)):
+                lines += [*made, self._dot(j, first=not i)]
+            return lines
         if when is When.IN_LOOP:
             lines += self.decode(half, tokens)
             dots = [(f"n{j}.to({self.exact})", f"e{j}") for j in range(layout.planes)]
@@ -130,6 +134,11 @@ class Keys(Planes):
         if side.groups > 1:
             lines.append("s = " + " + ".join(f"s{group}" for group in range(side.groups)))
         return lines
+
+    def _dot(self, plane: int, *, first: bool) -> str:
+        """Add a plane's share of the score s, of decoded channels."""
+        so_far = "" if first else ", s"
+        return f"s = tl.dot(n{plane}.to({self.exact}), e{plane}{so_far}{self.precise})"
 
     def _turned_back(self, positions: Positions, half: int, tokens: str) -> list[str]:
         """Scores of decoded numbers, each at its token's position."""
@@ -217,20 +226,20 @@ class Keys(Planes):
         lines = self.load_tokens("t")
         if self.exact_rows is not None:
             lines += self.positions.own() if self.positions is not None else []
-            for j in range(self.side.layout.planes):
-                lines += self.decode_token(j, "t")
+            for i, (j, made) in enumerate(self.edge_channels()):
+                lines += made
                 if self.positions is not None:
                     lines += [*self.positions.own_waves(j), *self.positions.dots(j)]
                     continue
-                lines.append(f"s = tl.dot(n{j}.to({self.exact}), e{j}{', s' if j else ''}{self.precise})")
+                lines.append(self._dot(j, first=not i))
             lines += ["s = s + bias[None, :]"] * self.side.shifted
             return [*lines, *self.exact_rows.scores(), "s = tl.where(coded[:, None], s, r)"]
         token, lane = self.grid("row", self.lane)
         lines.append(f"source = key_rows + {token} * {self.plan.shape.head_dim} + {lane}")
-        for j in range(self.side.layout.planes):
-            lines += self.decode_token(j, "t")
+        for i, (j, made) in enumerate(self.edge_channels()):
+            lines += made
             mask = self.mask("exact", j)
             lines.append(f"k = tl.load({self.at('source', j)}, mask={mask}, other=0.0).to(tl.float32)")
             lines.append(f"k = tl.where(coded[:, None], n{j}, k).to({self.exact})")
-            lines.append(f"s = tl.dot(k, e{j}{', s' if j else ''}{self.precise})")
+            lines.append(f"s = tl.dot(k, e{j}{', s' if i else ''}{self.precise})")
         return lines

@@ -89,7 +89,7 @@ def merge(plan: Plan) -> str:
     shape, values = plan.shape, plan.values
     holes: dict[str, str | int] = {"heads": shape.kv_heads, "head_dim": shape.head_dim}
     result = {"fp16": "total.to(tl.float16)", "fp32": "total", "bf16": "bits_bf16(total).to(tl.int16)"}[shape.dtype]
-    if values.turned:
+    if values.apart:
         turned = {**holes, "dim": values.dim, "step": min(MERGE_LANES, padded(values.dim))}
         shift = fill(SHIFT, head_dim=shape.head_dim).splitlines() if values.shifted else []
         place, total = fill(TURNED_PLACE, **holes), fill(TURNED_SUM, **turned, shift=shift)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import sympy as sp
 
 from .alphabet import packed_table
@@ -261,11 +263,34 @@ class Planes:
 
     def decode(self, half: int, tokens: str) -> list[str]:
         """Decode every plane of loaded words into float32 tiles n0, n1, ...: what cannot leave the loop, and unpack."""
-        lines = []
-        for plane in range(self.side.layout.planes):
-            lines.append(f"c = {self._numbered(self._parts(plane, half))}")
-            lines += self._number(plane, tokens, "")
-        return lines
+        return [line for j in range(self.side.layout.planes) for line in self.decode_plane(j, half, tokens)]
+
+    def decode_plane(self, plane: int, half: int, tokens: str) -> list[str]:
+        """n<plane>: one plane of loaded words, decoded, float32."""
+        meta = self.side.layout.meta
+        block = self.block(half) if meta is not None and meta.tokens % self.plan.half == 0 else ""
+        return [f"c = {self._numbered(self._parts(plane, half))}", *self._number(plane, tokens, "", block)]
+
+    def channels(self, decode: Callable[[int], list[str]]) -> Iterator[tuple[int, list[str]]]:
+        """Every plane, and lines behind which n<plane> are its channels: radii and angles, that are decoded by planes,
+        become two planes of channels at once."""
+        planes = self.side.layout.planes
+        if not self.side.polar:
+            yield from ((j, decode(j)) for j in range(planes))
+            return
+        for j in range(planes // 2):
+            other = j + planes // 2
+            yield j, [*decode(j), *decode(other), f"n{j}, n{other} = cartesian(n{j}, n{other})"]
+            yield other, []
+
+    def packed_channels(self, half: int, tokens: str) -> Iterator[tuple[int, list[str]]]:
+        """`channels` of the loaded words of sub-tile `half`."""
+        floats = self.side.floats
+        return self.channels(lambda j: self.decode_token(j, tokens) if floats else self.decode_plane(j, half, tokens))
+
+    def edge_channels(self, guard: str = "") -> Iterator[tuple[int, list[str]]]:
+        """`channels` of the tokens t of `load_tokens`; `guard` as in `decode_token`."""
+        return self.channels(lambda j: self.decode_token(j, "t", guard))
 
     def load_tokens(self, tokens: str) -> list[str]:
         """Load the words of any tokens of the page; where two tokens share words, each takes its own byte."""
@@ -317,14 +342,14 @@ class Planes:
             parts = self._parts(plane, 0)
         return [f"c = {self._numbered(parts)}", *self._number(plane, tokens, guard)]
 
-    def _number(self, plane: int, tokens: str, guard: str) -> list[str]:
-        """n<plane> from the codes c of one plane."""
+    def _number(self, plane: int, tokens: str, guard: str, block: str = "") -> list[str]:
+        """n<plane> from the codes c of one plane; `block`: the token block that all tokens are of, read once."""
         side, lines = self.side, []
         meta = side.layout.meta
         names = (f"{self.prefix}_scale", f"{self.prefix}_offset")
         if meta is not None:
             token, lane = self.grid(tokens, self.plane_lane(plane))
-            token = f"{token} // {meta.tokens}" if meta.tokens > 1 else token
+            token = block or (f"{token} // {meta.tokens}" if meta.tokens > 1 else token)
             lane = f"{lane} // {meta.channels}" if meta.channels > 1 else lane
             base = f"{pointer(side)} + {self.prefix}_meta"
             lines += read(side, base, entry(side, token, lane), *names, mask=self.mask(guard, plane))

@@ -25,11 +25,11 @@ class Values(Planes):
         self.exact = "tl.float32" if plan.shape.dtype == "fp32" else "tl.float16"
         self.precise = ', input_precision="ieee"' if plan.shape.dtype == "fp32" else ""
         self.rows = "ROWS"
-        self.exact_rows = ExactRows(plan, self.side, self.exact, self.precise) if self.side.turned else None
+        self.exact_rows = ExactRows(plan, self.side, self.exact, self.precise) if self.side.apart else None
 
     def outputs(self) -> list[str]:
         """The arguments where sums over exact rows go, and the packed tokens' share of the weights."""
-        return ["exact_ptr", *(["share_ptr"] if self.side.shifted else [])] if self.side.turned else []
+        return ["exact_ptr", *(["share_ptr"] if self.side.shifted else [])] if self.side.apart else []
 
     def stores(self, out: str, names: list[str]) -> list[str]:
         """Lines that store a tile a plane [lanes, rows], divided by the mass of weights."""
@@ -67,9 +67,14 @@ class Values(Planes):
         """Add a sub-tile's packed values under weights p."""
         side, layout = self.side, self.side.layout
         decay = " * decay[None, :]" if half == 0 else ""
-        if side.floats:
+        if side.floats and not side.polar:
             return self._float_values(tokens, decay)
         lines = self.load(half, tokens)
+        if side.polar:
+            lines.append(f"weight = {self._cast('p')}")
+            for j, made in self.packed_channels(half, tokens):
+                lines += [*made, f"o{j} = tl.dot(n{j}.to({self.exact}), weight, o{j}{decay}{self.precise})"]
+            return lines
         if self.when is When.IN_LOOP:
             lines += self.decode(half, tokens)
             lines.append(f"weight = {self._cast('p')}")
@@ -142,8 +147,8 @@ class Values(Planes):
         """Add edge tokens under weights p: decoded where `coded`, from exact rows where `exact`."""
         lines = [*self.load_tokens("t"), f"weight = {self._cast('p')}"]
         if self.exact_rows is not None:
-            for j in range(self.side.layout.planes):
-                lines += self.decode_token(j, "t", "coded")
+            for j, made in self.edge_channels("coded"):
+                lines += made
                 lines.append(f"v = tl.where(coded[None, :], n{j}, 0.0).to({self.exact})")
                 lines.append(f"o{j} = tl.dot(v, weight, o{j} * decay[None, :]{self.precise})")
             if self.side.shifted:
@@ -151,8 +156,8 @@ class Values(Planes):
             return lines + self.exact_rows.accumulate()
         token, lane = self.grid("row", self.lane)
         lines.append(f"source = value_rows + {token} * {self.plan.shape.head_dim} + {lane}")
-        for j in range(self.side.layout.planes):
-            lines += self.decode_token(j, "t", "coded")
+        for j, made in self.edge_channels("coded"):
+            lines += made
             mask = self.mask("exact", j)
             lines.append(f"v = tl.load({self.at('source', j)}, mask={mask}, other=0.0).to(tl.float32)")
             lines.append(f"v = tl.where(coded[None, :], n{j}, v).to({self.exact})")

@@ -9,8 +9,8 @@ from importlib import import_module
 from typing import Any
 
 _PLACES = {
-    "scheme": ("ALL", "Block", "ChannelScale", "ChannelShift", "Codebook", "Float", "Part", "Permute", "PreRope",
-               "Recent", "Rotate", "Scale", "Scheme", "Sinks", "Sketch", "Store", "Uniform", "per_channel",
+    "scheme": ("ALL", "Block", "ChannelScale", "ChannelShift", "Codebook", "Float", "Part", "Permute", "Polar",
+               "PreRope", "Recent", "Rotate", "Scale", "Scheme", "Sinks", "Sketch", "Store", "Uniform", "per_channel",
                "per_tensor", "per_token"),
     "shape": ("Shape",),
     "errors": ("BackendError", "CacheError", "Fault", "ProofError", "SchemeError", "ShapeError"),

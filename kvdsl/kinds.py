@@ -27,7 +27,18 @@ from .scheme import (
     When,
     Zero,
 )
-from .transforms import ChannelScale, ChannelShift, Order, Permute, PreRope, Rotate, RotateKind, ScaleRule, ShiftRule
+from .transforms import (
+    ChannelScale,
+    ChannelShift,
+    Order,
+    Permute,
+    Polar,
+    PreRope,
+    Rotate,
+    RotateKind,
+    ScaleRule,
+    ShiftRule,
+)
 
 LONGEST_BLOCK = 512  # tokens that may share a scale: a page holds whole blocks
 LONGEST_WINDOW = 1 << 20
@@ -177,7 +188,7 @@ def _told_apart(place: str, levels: list[float]) -> Iterator[Fault]:
 
 def transforms(place: str, value: Any) -> Iterator[Fault]:
     """Transforms, in the order in which they are applied."""
-    check = one_of('transform=Rotate("hadamard")', PreRope, Rotate, ChannelScale, ChannelShift, Permute)
+    check = one_of('transform=Rotate("hadamard")', PreRope, Rotate, ChannelScale, ChannelShift, Permute, Polar)
     for position, item in enumerate(value if isinstance(value, tuple) else (value,)):
         here = f"{place}[{position}]" if isinstance(value, tuple) else place
         yield from check(here, item)
@@ -277,6 +288,7 @@ KINDS: dict[type[Part], dict[str, Check]] = {
     ChannelScale: {"by": word(ScaleRule), "when": word(Literal["calibrated"])},
     ChannelShift: {"by": word(ShiftRule), "when": word(Literal["calibrated"])},
     Permute: {"by": word(Order), "when": word(Literal["calibrated"])},
+    Polar: {},
     Store: {
         "code": one_of("Uniform(bits=4) or Float('fp16')", Uniform, Float, Codebook, Sketch),
         "scale": one_of("scale=per_token(channels=32)", Scale, optional=True),

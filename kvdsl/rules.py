@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from . import measure_rules  # noqa: F401  (it enters its rules)
+from . import measure_rules, polar_rules  # noqa: F401  (they enter their rules)
 from .codes import in_trits, width
 from .errors import Fault, SchemeError
 from .kinds import misfits
@@ -354,6 +354,7 @@ def _shape(site: Site, shape: Shape) -> Iterator[Fault]:
     if isinstance(code, Sketch) and code.basis == "hadamard" and not _is_power(shape.head_dim):
         fact = f"a Hadamard basis needs a power of two, and head_dim is {shape.head_dim}"
         yield site.fault("code.basis", fact, "use basis='orthogonal'")
+    yield from polar_rules.shape_faults(site, shape)
     if site.scale is None:
         return
     block, size, heads = site.scale.block, site.store.coded(shape.head_dim), shape.kv_heads

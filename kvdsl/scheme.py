@@ -14,13 +14,13 @@ from typing import Any, Literal, get_args
 
 from .codes import Code, Codebook, Float, FloatFormat, Rounding, Sketch, Uniform
 from .part import ALL, Count, Part
-from .transforms import ChannelScale, ChannelShift, Permute, PreRope, Rotate, Transform
+from .transforms import ChannelScale, ChannelShift, Permute, Polar, PreRope, Rotate, Transform
 
 __all__ = [
     "ALL", "Block", "ChannelScale", "ChannelShift", "Code", "Codebook", "Count", "Float", "FloatFormat", "Flush",
-    "Layers", "MetaFormat", "PARTS", "Part", "Permute", "PreRope", "Prefill", "Range", "Recent", "Refit", "Rotate",
-    "Rounding", "SIDES", "Scale", "Scheme", "Side", "Sinks", "Sketch", "Store", "Transform", "Uniform", "When", "Zero",
-    "per_channel", "per_tensor", "per_token",
+    "Layers", "MetaFormat", "PARTS", "Part", "Permute", "Polar", "PreRope", "Prefill", "Range", "Recent", "Refit",
+    "Rotate", "Rounding", "SIDES", "Scale", "Scheme", "Side", "Sinks", "Sketch", "Store", "Transform", "Uniform",
+    "When", "Zero", "per_channel", "per_tensor", "per_token",
 ]  # fmt: skip
 
 Range = Literal["minmax", "minmax_zero", "absmax", "signed_absmax", "norm", "absmean"]
@@ -120,9 +120,24 @@ class Store(Part):
         return first[0] if first and isinstance(first[0], PreRope) else None
 
     @property
+    def polar(self) -> bool:
+        """Whether what is coded is the radii and the angles of pairs of numbers."""
+        return any(isinstance(part, Polar) for part in self.transform)  # type: ignore[union-attr]
+
+    @property
+    def linear(self) -> tuple[Transform, ...]:
+        """The transforms that are maps of a vector, in their order: polar coordinates come behind all of them."""
+        return tuple(part for part in self.transform if not isinstance(part, Polar))  # type: ignore[union-attr]
+
+    @property
     def mapped(self) -> bool:
         """Whether what comes back is mapped by one matrix for all tokens, on the query or the output."""
-        return self.turned and self.rope is None
+        return (bool(self.linear) or isinstance(self.code, Sketch)) and self.rope is None
+
+    @property
+    def apart(self) -> bool:
+        """Whether packed tokens meet another query, or add to another output, than exact ones."""
+        return self.mapped or self.rope is not None
 
     @property
     def shifted(self) -> bool:

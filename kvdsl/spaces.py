@@ -1,5 +1,7 @@
 """The space that a store codes in: what transforms and a sketch make of a head's vector, as one affine map each way.
 
+Polar coordinates come behind the map, and are undone on decoded numbers before it.
+
 A chain of transforms, or a sketch, takes a vector x of D channels to y = E x - u of M numbers, which is coded; a coded
 y is read as x = W y + v.  Scores and outputs never need x: q.x = (W^T q).y + q.v, and sum_t p_t x_t = W sum_t p_t y_t
 + v sum_t p_t, so that W is applied once to a query, or once to an output.
@@ -24,7 +26,7 @@ def calibrated(store: Store, side: Side, heads: int, head_dim: int) -> dict[str,
     """Names and shapes of the transforms' numbers that come with the parameters: (kv heads, head_dim) each, of PreRope
     the model's (head_dim / 2) frequencies, or fewer."""
     found: dict[str, tuple[int, ...]] = {}
-    for i, part in enumerate(store.transform):  # type: ignore[arg-type]
+    for i, part in enumerate(store.linear):
         if not isinstance(part, Rotate):
             found[f"{side}.transform[{i}]"] = (head_dim // 2,) if isinstance(part, PreRope) else (heads, head_dim)
     return found
@@ -42,7 +44,7 @@ def maps(store: Store, side: Side, head_dim: int, params: Params, device: torch.
     names = [f"{side}.{name}" for name in ("encode", "decode", "encode_shift", "decode_shift")]
     if names[0] in params and names[1] in params:
         return {name: params[name].to(device, torch.float32).contiguous() for name in names if name in params}
-    numbers = tuple(params.get(f"{side}.transform[{i}]") for i in range(len(store.transform)))  # type: ignore[arg-type]
+    numbers = tuple(params.get(f"{side}.transform[{i}]") for i in range(len(store.linear)))
     if any(given is not None for given in numbers):
         found = _composed(store, head_dim, numbers)
     else:
@@ -54,7 +56,7 @@ def maps(store: Store, side: Side, head_dim: int, params: Params, device: torch.
 @cache
 def _fixed(store: Store, head_dim: int, device: str) -> tuple[Tensor, ...]:
     """Maps that a seed alone gives: the layers of a model share them."""
-    empty = (None,) * len(store.transform)  # type: ignore[arg-type]
+    empty = (None,) * len(store.linear)
     return tuple(tensor.to(device) for tensor in _composed(store, head_dim, empty))
 
 
@@ -62,7 +64,7 @@ def _composed(store: Store, head_dim: int, numbers: tuple[Tensor | None, ...]) -
     """(E, W, -u, v) in float32: products formed in float64 and rounded once."""
     forth: Map = (torch.eye(head_dim, dtype=torch.float64)[None], torch.zeros(1, head_dim, dtype=torch.float64))
     back: Map = forth
-    for part, given in zip(store.transform, numbers, strict=True):  # type: ignore[arg-type]
+    for part, given in zip(store.linear, numbers, strict=True):
         there, here = _step(part, head_dim, given)
         forth = _after(there, forth)
         back = _after(back, here)

@@ -23,7 +23,8 @@ LONGEST_TEXT = 1 << 20  # characters
 DEEPEST = 12
 
 _WHERE = {"keys": "Store", "values": "Store", "both": "Store", "scale": "Scale"}
-_WHERE |= {"code": "Uniform Float Codebook Sketch", "transform": "PreRope Rotate ChannelScale ChannelShift Permute"}
+_WHERE |= {"code": "Uniform Float Codebook Sketch"}
+_WHERE |= {"transform": "PreRope Rotate ChannelScale ChannelShift Permute Polar"}
 _WHERE |= {"block": "Block", "sinks": "Sinks", "recent": "Recent", "scheme": "Scheme"}
 _TYPES = {field: tuple(names.split()) for field, names in _WHERE.items()}
 _COUNTS = ("tokens", "channels", "heads", "size", "dim")

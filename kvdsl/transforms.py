@@ -1,7 +1,8 @@
 """The transforms of the language: maps of a head's vector before it is coded, undone where it is read.
 
-Every one of them is linear (but for a shift).  One that is the same for all tokens costs nothing in the loop over them:
-a key's map goes onto the query once, a value's onto the output once.  Only rotary positions differ by token.
+All but the last are linear (but for a shift).  One that is the same for all tokens costs nothing in the loop over them:
+a key's map goes onto the query once, a value's onto the output once.  Rotary positions differ by token, and polar
+coordinates are no linear map: both are undone on decoded numbers.
 """
 
 from __future__ import annotations
@@ -72,4 +73,14 @@ class PreRope(Part):
     interleaved: bool = False
 
 
-Transform = PreRope | Rotate | ChannelScale | ChannelShift | Permute
+@dataclass(frozen=True, repr=False)
+class Polar(Part):
+    """y = (r, a): of every pair of channels i and i + D/2 the radius r = sqrt(x_i^2 + x_(i + D/2)^2) and the angle a in
+    [0, 2 pi); x^ = (r cos a, r sin a).
+
+    The D/2 radii are the first numbers of y, the angles the others.  These are the pairs that rotary positions turn, so
+    that of a key over time the radius stays where it is and the angle alone moves (PolarQuant, arXiv 2502.00527).
+    """
+
+
+Transform = PreRope | Rotate | ChannelScale | ChannelShift | Permute | Polar

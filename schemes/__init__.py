@@ -12,6 +12,7 @@ from .kvtq import kvtq, kvtq_2bit
 from .llama_cpp import iq4_nl, q4_0, q4_1, q5_0, q5_1, q8_0
 from .omniquant import omniquant4
 from .plain import fp16, fp32
+from .polar import polar_pairs
 from .qjl import qjl, qjl_gauss, qjl_kv
 from .quarot import quarot2, quarot4
 from .smoothquant import smoothquant8
@@ -43,6 +44,7 @@ ALL: dict[str, Scheme] = {
     "vllm_4bit_nc": vllm_4bit_nc,
     "vllm_k3v4_nc": vllm_k3v4_nc,
     "vllm_3bit_nc": vllm_3bit_nc,
+    "polar_pairs": polar_pairs,
     "quarot4": quarot4,
     "quarot2": quarot2,
     "smoothquant8": smoothquant8,
@@ -90,6 +92,7 @@ __all__ = [
     "nvfp4",
     "nvfp4_4over6",
     "omniquant4",
+    "polar_pairs",
     "q4_0",
     "q4_1",
     "q5_0",

@@ -6,7 +6,7 @@ from fractions import Fraction as F
 
 import pytest
 
-from kvdsl import Block, Codebook, Recent, Scale, Scheme, Store, Uniform, per_token
+from kvdsl import Block, Codebook, Float, Polar, Recent, Scale, Scheme, Store, Uniform, per_token
 from kvdsl.codegen.multiplications import multiplications
 from kvdsl.codegen.placement import When
 from kvdsl.codegen.plan import plan_for
@@ -17,6 +17,7 @@ from kvdsl.shape import Shape
 
 WIDE = Shape(128, 8, 32)
 DECODED = Scheme(both=Store(Uniform(4), scale=per_token(8)))
+POLAR = Scheme(both=Store(Float("fp16"), transform=Polar()))
 DECODED_TWICE = Scheme(both=Store(Codebook(2, levels=(-0.5, 0, 0.5)), scale=Scale(Block(8, 32))), recent=Recent(8))
 
 
@@ -35,6 +36,9 @@ DECODED_TWICE = Scheme(both=Store(Codebook(2, levels=(-0.5, 0, 0.5)), scale=Scal
         (kvtq_2bit, (0, F(2 * 2, 128), 0), (0, F(2, 128), 0)),
         (kvtq, (0, F(2 * 2, 128), F(1, 2)), (0, F(2, 128), F(1, 2))),
         (DECODED, (1, 0, 0), (1, 0, 0)),
+        # a pair: an angle to quarter turns, two products of them off it, the square of the rest, 4 and 4 in the series
+        # of sine and cosine, and the radius twice
+        (POLAR, (7, 0, 0), (7, 0, 0)),
         (DECODED_TWICE, (2, 0, 0), (2, 0, 0)),
     ],
 )

@@ -33,6 +33,8 @@ ERRORS: dict[str, tuple[float, float]] = {
     "vllm_4bit_nc": (0.00918, 0.00994),
     "vllm_k3v4_nc": (0.03380, 0.00994),
     "vllm_3bit_nc": (0.03380, 0.04565),
+    # a pair: (2 pi/16)^2/12 of the mean squared radius 2, and (3.15/16)^2/12 for the range of 128 radii
+    "polar_pairs": (0.0143, 0.00994),
     "quarot4": (0.00994, 0.00994),
     "quarot2": (0.25032, 0.25032),
     "fp8_token_head": (6.61e-4, 6.61e-4),

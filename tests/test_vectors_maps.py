@@ -1,4 +1,5 @@
-"""The reference against published implementations that map, sketch or look up: QJL, TurboQuant, RotateKV, KVQuant."""
+"""The reference against published implementations that map, sketch or look up: QJL, TurboQuant, RotateKV, KVQuant,
+PolarQuant."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ from kvdsl.scheme import (
     ChannelScale,
     Codebook,
     Permute,
+    Polar,
     Rotate,
     Sketch,
     Store,
@@ -124,6 +126,22 @@ def test_rotatekv() -> None:
     k_hat[:, :, exact], v_hat[:, :, exact] = K[:, :, exact].double(), V[:, :, exact].double()
     agree(name, k_hat, arrays["K_hat"])
     agree(name, v_hat, arrays["V_hat"])
+
+
+def test_polarquant_pairs() -> None:
+    """Every code is equal: an angle below 0 is stored a whole turn on, so that a group across 0 has the whole range."""
+    name, arrays = "polarquant_pairs/r4t4", published("polarquant_pairs/r4t4")
+    store = fp32(4, per_channel(128), grid="cells").with_(transform=Polar())
+    got = reference.quantize(store, K)
+    words = arrays["indices"].long()
+    same_codes(name, got.codes, torch.cat((words >> 4, words & 15), -1))
+    for ours, their in ((got.scale, "scale"), (got.offset, "min")):
+        assert ours is not None
+        right = torch.cat((arrays[f"r_{their}"], arrays[f"t_{their}"]), -1)[..., 0, :].double()
+        assert torch.allclose(ours, right, rtol=2**-16, atol=2**-22)
+    agree(name, got.decoded, arrays["K_hat"])
+    k_hat = got.decoded.repeat_interleave(4, 1)
+    agree(name, arrays["q"].double() @ k_hat.transpose(2, 3), arrays["scores"])
 
 
 @pytest.mark.parametrize("name", ["kvquant/nuq4", "kvquant/nf4", "kvquant/int4"])

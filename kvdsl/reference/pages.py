@@ -203,7 +203,14 @@ def _paired(d: int, width: int) -> bool:
 
 
 def _plane(store: Store, d: int) -> int:
-    """Channels of a plane, the same for all streams of a store."""
+    """Channels of a plane, the same for all streams of a store; of polar coordinates it is of radii or of angles."""
+    plane = _common_plane(store, d)
+    while store.polar and d // 2 % plane:
+        plane //= 2
+    return plane
+
+
+def _common_plane(store: Store, d: int) -> int:
     natural = min(d * width // (8 if _paired(d, width) else 16) for width in _widths(store))
     if not _has_metadata(store) or _block_tokens(store) > 1 or _groups(store, d) == 1:
         return natural

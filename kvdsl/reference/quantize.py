@@ -19,7 +19,7 @@ from kvdsl.scheme import Count, Scale, Store
 from .alphabets import Alphabet, alphabet, given_table, has_offset, holds_numbers, level_count
 from .measure import Measured, measure, refitted, shifted
 from .rounding import LARGEST_INPUT, MINIFLOATS, f32, ratio, sum64
-from .spaces import Params, encoded, maps, restored, widened, with_rope, without_rope
+from .spaces import Params, cartesian, encoded, maps, polar, restored, widened, with_rope, without_rope
 
 __all__ = ["Params", "Quantized", "block_size", "encoded_rows", "level_count", "maps", "quantize", "widened"]
 
@@ -53,16 +53,16 @@ def quantize(store: Store, x: Tensor, params: Params | None = None, side: str = 
     """
     x = widened(x, side)
     mapped = maps(store, x.shape[3], x.shape[1], params, side)
-    y = encoded(without_rope(store, x, params, side, at), mapped)
+    y = polar(store, encoded(without_rope(store, x, params, side, at), mapped))
     codes, scale, offset, coded = _coded(store, x, y, params, side)
-    decoded = with_rope(store, restored(coded, mapped), params, side, at)
+    decoded = with_rope(store, restored(cartesian(store, coded), mapped), params, side, at)
     return Quantized(codes, scale, offset, decoded, coded)
 
 
 def encoded_rows(store: Store, x: Tensor, params: Params | None = None, side: str = "keys", at: int = 0) -> Tensor:
     """x (B, H, T, D) in the space that is coded, float32 (B, H, T, M); every number of a vector with a NaN is NaN."""
     x = without_rope(store, widened(x, side), params, side, at)
-    return encoded(x, maps(store, x.shape[3], x.shape[1], params, side)).to(torch.float32)
+    return polar(store, encoded(x, maps(store, x.shape[3], x.shape[1], params, side))).to(torch.float32)
 
 
 Coded = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]

@@ -4,10 +4,12 @@ The chain is multiplied out in float64 and rounded once to float32; a number of 
 once.  A sketch is such a map too, E = S and W = S^T; what it stores of y is the signs.
 
 Rotary positions come off before that, R_t^-1 x, and are put back behind it: the one map that differs by token.
+Polar coordinates come behind everything else: each pair of numbers as its radius and its angle.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -65,8 +67,7 @@ def maps(store: Store, head_dim: int, heads: int, params: Params | None = None, 
     else:
         e = torch.eye(head_dim, dtype=torch.float64)[None]
         w, u = e, torch.zeros(1, head_dim, dtype=torch.float64)
-    assert isinstance(store.transform, tuple)
-    for position, part in enumerate(store.transform):
+    for position, part in enumerate(store.linear):
         name = f"{side}.transform[{position}]"
         if isinstance(part, Rotate):
             size = part.size if isinstance(part.size, int) else head_dim
@@ -125,6 +126,31 @@ def with_rope(store: Store, x: Tensor, params: Params | None, side: str, at: int
         return x
     spoiled = x.isnan().any(-1, keepdim=True)
     return torch.where(spoiled, torch.full_like(x, float("nan")), _rotated(store, x, params, side, at, 1))
+
+
+def polar(store: Store, x: Tensor) -> Tensor:
+    """Radius (first half) and angle in [0, 2 pi] (second half) of every pair of x (B, H, T, M), channels i and i + M/2,
+    each taken in float64 and rounded once; x itself without Polar.
+
+    Every number of a vector with a NaN is NaN; numbers beyond +-65504 saturate, and a zero has no sign.
+    """
+    if not store.polar:
+        return x
+    spoiled = x.isnan().any(-1, keepdim=True)
+    clean = torch.where(x.isnan(), torch.zeros_like(x), x).clamp(-LARGEST_INPUT, LARGEST_INPUT) + 0.0
+    a, b = clean.chunk(2, -1)
+    angle = torch.atan2(b, a)
+    angle = torch.where(angle < 0, angle + 2 * math.pi, angle)
+    y = f32(torch.cat(((a * a + b * b).sqrt(), angle), -1))
+    return torch.where(spoiled, torch.full_like(y, float("nan")), y)
+
+
+def cartesian(store: Store, y: Tensor) -> Tensor:
+    """(r cos a, r sin a) of every pair of y (B, H, T, M), radii before angles; y itself without Polar."""
+    if not store.polar:
+        return y
+    r, a = y.chunk(2, -1)
+    return f32(torch.cat((r * a.cos(), r * a.sin()), -1))
 
 
 def _rotated(store: Store, x: Tensor, params: Params | None, side: str, at: int, sign: int) -> Tensor:

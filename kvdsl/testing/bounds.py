@@ -47,7 +47,7 @@ from kvdsl.reference.alphabets import Alphabet, alphabet, given_table
 from kvdsl.reference.quantize import encoded_rows, level_count, maps, quantize
 from kvdsl.reference.rounding import MINIFLOATS
 from kvdsl.rope import pairs, waves
-from kvdsl.scheme import Float, Scale, Sketch, Store, Uniform
+from kvdsl.scheme import Float, Polar, Scale, Sketch, Store, Uniform
 
 FORMATS = {
     "fp16": (2.0**-11, 2.0**-25, 65504.0),
@@ -92,8 +92,10 @@ def bound(store: Store, x: Tensor, params: Params | None = None, side: str = "ke
     of the first token."""
     if store.rope is not None:
         return _roped_bound(store, x, params, side, at)
-    if store.turned:
+    if store.mapped:
         return _mapped_bound(store, x, params, side)
+    if store.polar:
+        return _polar_bound(store, x, params, side)
     given = x.double()
     inside = given.clamp(-LARGEST, LARGEST)
     if isinstance(store.code, Float) and store.code.format == "fp32":
@@ -127,10 +129,21 @@ def _mapped_bound(store: Store, x: Tensor, params: Params | None, side: str) -> 
     if isinstance(store.code, Sketch):  # signs say nothing of one channel: no farther than all of them add up to
         signs = quantize(store, x, params, side).coded.abs()
         return (signs @ decode.mT + x.double().abs()) * (1 + 2.0**-20)
-    coded = encoded_rows(store, x, params, side)
-    within = bound(store.with_(transform=()), coded, params, side) @ decode.mT
+    coded = encoded_rows(store.with_(transform=store.linear), x, params, side)
+    behind = store.with_(transform=(Polar(),) if store.polar else ())
+    within = bound(behind, coded, params, side) @ decode.mT
     size = x.double().abs().clamp(max=LARGEST) @ encode.mT @ decode.mT + shift[:, None]
     return within + 2.0**-22 * size + (x.double().abs() - LARGEST).clamp(min=0)
+
+
+def _polar_bound(store: Store, x: Tensor, params: Params | None, side: str) -> Tensor:
+    """Of a pair whose radius is off by e and whose angle by f: |r cos a - r^ cos a^| <= e |cos a^| + r |cos a - cos a^|
+    <= e + r min(f, 2), and what rounding of an angle up to 2 pi adds, 2^-22 of the radius, and of the others."""
+    coded = encoded_rows(store, x, params, side)
+    radius, _ = coded.double().chunk(2, -1)
+    off, turned = bound(store.with_(transform=()), coded, params, side).chunk(2, -1)
+    carried = off + radius * turned.clamp(max=2) + 2.0**-20 * (radius + off)
+    return carried.repeat(1, 1, 1, 2) + (x.double().abs() - LARGEST).clamp(min=0)
 
 
 def _roped_bound(store: Store, x: Tensor, params: Params | None, side: str, at: int) -> Tensor:

@@ -84,12 +84,18 @@ def infinity_saturates(case: Case) -> None:
             require(bool(got.isfinite().all()), f"decoded {side}: not finite")
 
 
-def _has_units(scheme: Scheme, name: str) -> bool:
-    """Whether a calibrated number is of the size of the keys or values themselves."""
+def _grown(scheme: Scheme, name: str, numbers: Tensor, factor: float) -> Tensor | float:
+    """What multiplies calibrated numbers where keys and values are multiplied by `factor`: those of their own size are,
+    scales of angles are not."""
     side, _, inner = name.partition(".")
     store = scheme.side("keys" if side == "keys" else "values")
     place = dict(store.walk()).get(inner)
-    return isinstance(place, (Scale, ChannelShift))
+    if not isinstance(place, (Scale, ChannelShift)):
+        return 1.0
+    if isinstance(place, ChannelShift) or not store.polar:
+        return factor
+    radii = torch.arange(numbers.shape[-1]) < numbers.shape[-1] // 2
+    return torch.where(radii, factor, 1.0)
 
 
 def _everywhere(store: Store, holds: Tensor, x: Tensor) -> Tensor:
@@ -117,7 +123,7 @@ def powers_of_two_go_through(case: Case) -> None:
     k, v = case.pair(case.whole)
     params = case.params(k, v)
     factor = 2.0 ** case.random.choice((1, 2, 3))
-    bigger = {name: tensor * factor if _has_units(case.scheme, name) else tensor for name, tensor in params.items()}
+    bigger = {name: tensor * _grown(case.scheme, name, tensor, factor) for name, tensor in params.items()}
     once = roundtrip(case, k, v, params)
     twice = roundtrip(case, k * factor, v * factor, bigger)
     for side, x, first, second in zip(SIDES, (k, v), once, twice, strict=True):

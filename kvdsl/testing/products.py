@@ -2,7 +2,8 @@
 
 A turned side is two vectors side by side, (M numbers of the code, D exact channels), one of them zero; a query is
 mapped to match: (W^T q, q).  So a score is the product of both, whatever a side's space is.  Rotary positions are put
-back on decoded numbers, so that there the product is of the number itself.
+back on decoded numbers, so that there the product is of the number itself; so it is of pairs in polar coordinates,
+before W if there is one.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from kvdsl.kernels import Params
 from kvdsl.levels import table
 from kvdsl.reference.quantize import Quantized, encoded_rows, maps, quantize
+from kvdsl.reference.spaces import cartesian
 from kvdsl.reference.timeline import contents
 from kvdsl.scheme import Codebook, Side, Store, Uniform
 
@@ -34,15 +36,15 @@ def sides_of(store: Store, x: Tensor, span: tuple[int, int], params: Params, sid
         numbers = quantize(store, x[:, :, first:end], params, side, first)
         factors = numbers.decoded if store.rope is not None else _factors(store, numbers, params, side)
         part[:, :, first:end] = factors
-        exact[:, :, first:end] = 0 if store.turned else factors
-    return whole, torch.cat((part, exact), -1) if store.turned else exact
+        exact[:, :, first:end] = 0 if store.apart else factors
+    return whole, torch.cat((part, exact), -1) if store.apart else exact
 
 
 def _factors(store: Store, numbers: Quantized, params: Params, side: Side) -> Tensor:
     """Code (or level) times scale: what remains of coded numbers without their offset.  Evenly spaced levels are codes,
     counted from the lowest."""
-    if store.measure is None:
-        return numbers.coded
+    if store.measure is None or store.polar:
+        return cartesian(store, numbers.coded)
     assert numbers.codes is not None and numbers.scale is not None
     outer = second(store, params, side)
     scale = spread(store, numbers.scale * outer, numbers.coded)
@@ -81,7 +83,8 @@ def sizes_of(
       again by the next plane's query.  Of w bits they add up to 2/(2^w - 1) of it, were all roundings of one sign;
       they are of either sign, and n is A for all codes, half of which lie in the lower half.)
     - Levels of tables, s*level, are rounded to float16 as q is, 2 * 2^-11: n = s*|level|, without an offset.
-    - Decoded numbers are rounded as q is: n = |x^|.  So are exact ones.
+    - Decoded numbers are rounded as q is: n = |x^|.  So are exact ones.  A pair in polar coordinates
+      counts as its radius.
     """
     first, end = span
     x = x.double()
@@ -94,9 +97,10 @@ def sizes_of(
         counted = isinstance(store.code, Uniform) or _step(store, coded.shape[-1]) is not None
         factors = _factors(store, found, params, side).abs() / (2 if counted else 1)
         size = torch.stack((largest(store, coded, params), found.coded.abs(), factors)).amax(0)
+        size = size.chunk(2, -1)[0].repeat(1, 1, 1, 2) if store.polar else size
         part[:, :, first:end] = size
-        exact[:, :, first:end] = 0 if store.turned else size
-    return torch.cat((part, exact), -1) if store.turned else exact
+        exact[:, :, first:end] = 0 if store.apart else size
+    return torch.cat((part, exact), -1) if store.apart else exact
 
 
 def mapped_query(store: Store, q: Tensor, heads: int, params: Params) -> Tensor:

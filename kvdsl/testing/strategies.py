@@ -9,6 +9,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from kvdsl.codes import in_trits
 from kvdsl.scheme import (
     ALL,
     SIDES,
@@ -19,6 +20,7 @@ from kvdsl.scheme import (
     Count,
     Float,
     Permute,
+    Polar,
     PreRope,
     Recent,
     Rotate,
@@ -74,7 +76,8 @@ def stores(draw: Draw, longest: int) -> Store:
     a sketch."""
     kind = draw(st.sampled_from(["float", "sketch", "table", "small", "small", *["uniform"] * 4]))
     if kind == "float":
-        return Store(Float(draw(st.sampled_from(["fp16", "fp32", "e4m3", "e5m2"]))), transform=draw(transforms()))
+        number = Float(draw(st.sampled_from(["fp16", "fp32", "e4m3", "e5m2"])))
+        return draw(_in_polar(Store(number, transform=draw(transforms()))))
     if kind == "sketch":
         basis = draw(st.sampled_from(["orthogonal", "gaussian"]))
         return Store(Sketch(draw(st.sampled_from([8, 24, 64, 136, ALL])), basis, draw(st.integers(0, 3))))
@@ -86,7 +89,17 @@ def stores(draw: Draw, longest: int) -> Store:
     else:
         code, ranges = draw(_uniforms())
     scale = draw(_scales(code, draw(st.sampled_from(ranges)), longest))
-    return Store(code, scale=scale, transform=draw(transforms()))
+    return draw(_in_polar(Store(code, scale=scale, transform=draw(transforms()))))
+
+
+@st.composite
+def _in_polar(draw: Draw, store: Store) -> Store:
+    """The store, in polar coordinates now and then where they suit its code and its scale."""
+    scale = store.scale
+    single = scale is None or scale.scale is None and isinstance(scale.block.channels, int)
+    if not single or in_trits(store.code) or draw(st.integers(0, 2)) < 2:
+        return store
+    return store.with_(transform=(*store.transform, Polar()))  # type: ignore[misc]
 
 
 @st.composite
@@ -191,6 +204,7 @@ def shapes(scheme: Scheme, *, widest: int = 128) -> st.SearchStrategy[Shape]:
     blocks = [store.measure.block for store in stores if store.measure is not None]
     sizes = [part.size for store in stores for _, part in store.walk() if isinstance(part, Rotate)]
     sizes += [block.channels for block in blocks]
+    sizes += [2 * b.channels for b in blocks if isinstance(b.channels, int) and any(s.polar for s in stores)]
     channels = math.lcm(8, *(size for size in sizes if isinstance(size, int)))
     heads = math.lcm(1, *(block.heads for block in blocks if isinstance(block.heads, int)))
     widths = [d for d in range(channels, widest + 1, channels) if d >= 32] or [channels]
