@@ -180,7 +180,7 @@ WRONG = {
         __file__,
         "--out",
         "x",
-    ): "scale: every scale is measured online",
+    ): "scheme: it takes no number from data",
 }
 
 
@@ -224,7 +224,7 @@ def test_a_reader_may_stop_reading() -> None:
 
 def test_every_command_has_a_help_text(capsys: Captured) -> None:
     commands = [command.name or command.callback.__name__ for command in app.registered_commands]  # type: ignore[union-attr]
-    assert commands == ["list", "show", "emit", "compile", "check", "generate", "calibrate", "study", "doctor"]
+    assert commands == ["list", "show", "emit", "compile", "check", "study", "generate", "calibrate", "doctor"]
     for command in commands:
         assert "Usage: kvdsl" in asked(capsys, command, "--help")
 

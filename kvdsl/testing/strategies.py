@@ -129,8 +129,10 @@ def _uniforms(draw: Draw) -> tuple[Uniform, list[str]]:
     if draw(st.integers(0, 3)) == 3:
         levels = draw(st.integers(3 if centred else 2, 2**bits))
         levels -= levels % 2 if even else 0
+    digits = levels == 3 and draw(st.booleans())  # stored five in a byte
     rounding = "even" if grid == "cells" else draw(st.sampled_from(["even", "half_up", "away", "floor"]))
-    return Uniform(bits, levels=levels, grid=grid, rounding=rounding), [range_]  # type: ignore[arg-type]
+    code = Uniform(None if digits else bits, levels=levels, grid=grid, rounding=rounding)  # type: ignore[arg-type]
+    return code, [range_]
 
 
 IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
