@@ -35,7 +35,9 @@ def warps(kernel: str, plan: Plan) -> int:
     registers, four or more where a page is rewritten or products are of float32 numbers."""
     exact = plan.shape.dtype == "fp32" or any(side.floats == "fp32" for side in (plan.keys, plan.values))
     if kernel.startswith("pack"):
-        return max(4, min(8, plan.held(kernel.removeprefix("pack_")) // 1024))
+        name = kernel.removeprefix("pack_")
+        # A table of the parameters is in registers, and so are the middles between its levels.
+        return 8 if plan.side(name).alphabet.given else max(4, min(8, plan.held(name) // 1024))
     if kernel.startswith(("turn_k", "turn_v", "restore")):
         return 8
     if kernel in ("unrope_keys", "rope_keys"):

@@ -56,8 +56,10 @@ def without_unused(function: str) -> str:
     """A function's text without assignments to names that nothing reads: loads and arithmetic have no other effect."""
     lines = function.split("\n")
     while True:
-        words = Counter(re.findall(r"\w+", function))
-        kept = [line for line in lines if not (m := re.match(r"\s+(\w+) = ", line)) or words[m[1]] > 1]
+        targets = [m[1] if (m := re.match(r"\s+(\w+) = ", line)) else "" for line in lines]
+        # Branches may assign the same name, so what counts is how often it stands elsewhere.
+        read = Counter(re.findall(r"\w+", function)) - Counter(targets)
+        kept = [line for line, target in zip(lines, targets, strict=True) if not target or read[target]]
         if len(kept) == len(lines):
             return function
         lines, function = kept, "\n".join(kept)
