@@ -1,8 +1,8 @@
 """Every kernel of every shipped scheme: clean text that compiles for a GPU and keeps all of its numbers in registers.
 
-The fast profile takes one shape and the schemes whose vectors are coded as they are, by evenly spaced levels or floats;
-KVDSL_PROFILE=thorough every scheme and three shapes.  Both take three architectures and, beside the shipped schemes,
-one that is not.
+The fast profile takes one shape and the schemes of plain even levels, of which all others are made in part;
+KVDSL_PROFILE=thorough every scheme and three shapes, which takes an hour.  Both take three architectures and, beside
+the shipped schemes, one that is not.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kvdsl.codegen.launches import launches
 from kvdsl.codegen.lint import faults_in
 from kvdsl.codegen.plan import Plan, plan_for
 from kvdsl.rules import shape_faults
-from kvdsl.scheme import Float, Recent, Scheme, Store, Uniform, per_channel, per_token
+from kvdsl.scheme import Recent, Scheme, Store, Uniform, per_channel, per_token
 from kvdsl.schemes import ALL
 from kvdsl.shape import Shape
 
@@ -31,18 +31,16 @@ CACHE = Path(__file__).resolve().parent.parent / "build" / "aot"
 THOROUGH = os.environ.get("KVDSL_PROFILE") == "thorough"
 SHAPES = [Shape(128, 8, 32), Shape(64, 8, 8), Shape(128, 4, 64, dtype="bf16")] if THOROUGH else [Shape(128, 8, 32)]
 CALLS = r"\b(measure|encode|levels|words|products|refit|loss)_(keys|values)\("  # these differ from text to text
+PLAIN = (
+    "fp16", "fp32", "kivi2", "kivi4", "int8_token_head", "int8_tensor", "bitdecoding4", "bitdecoding2",
+    "token2", "token3", "token4", "channel2", "channel3", "channel4", "mine",
+)  # fmt: skip
 MINE = Scheme(
     keys=Store(Uniform(3), scale=per_channel(tokens=64)),
     values=Store(Uniform(5), scale=per_token(channels=16)),
     recent=Recent(64),
 )
 """As a user would write it: widths of two streams, many scales a token."""
-
-
-def _plain(scheme: Scheme) -> bool:
-    """Whether both sides are evenly spaced levels, or floats, of the vectors themselves."""
-    stores = (scheme.keys, scheme.values)
-    return all(isinstance(store.code, (Uniform, Float)) and not store.turned for store in stores)
 
 
 def new(plan: Plan, text: str, seen: set[object]) -> tuple[Launch, ...]:
@@ -64,7 +62,7 @@ def new(plan: Plan, text: str, seen: set[object]) -> tuple[Launch, ...]:
 def test_every_kernel_of_every_shipped_scheme_compiles_without_spills(shape: Shape, tmp_path: Path) -> None:
     sources, names, seen = [], [], set[object]()
     for name, scheme in {**ALL, "mine": MINE}.items():
-        if shape_faults(scheme, shape) or not (THOROUGH or _plain(scheme)):
+        if shape_faults(scheme, shape) or not (THOROUGH or name in PLAIN):
             continue
         plan = plan_for(scheme, shape)
         text = render(plan, "triton", name)
