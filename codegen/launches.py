@@ -32,7 +32,8 @@ ASSEMBLER = (None, "--register-usage-level=10", "--register-usage-level=0", "max
 
 def warps(kernel: str, plan: Plan) -> int:
     """Warps of a program: one where tiles stay in one warp's tensor cores, two where 16 rows would not fit its
-    registers, four or more where a page is rewritten or products are of float32 numbers."""
+    registers, four or more where a page is rewritten, products are of float32 numbers, or keys of a table of the
+    parameters are rotated."""
     exact = plan.shape.dtype == "fp32" or any(side.floats == "fp32" for side in (plan.keys, plan.values))
     if kernel.startswith("pack"):
         name = kernel.removeprefix("pack_")
@@ -44,6 +45,8 @@ def warps(kernel: str, plan: Plan) -> int:
         return 4
     if kernel not in (*ATTEND, "scores") or exact:
         return 4
+    if plan.keys.rope is not None and plan.keys.alphabet.given:
+        return 4  # levels of the parameters, waves and two queries a plane: one warp moves hundreds of them to memory
     return 1 if plan.rows(many=kernel != "decode") == DECODE_ROWS else 2
 
 
