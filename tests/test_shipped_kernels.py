@@ -31,7 +31,7 @@ CACHE = Path(__file__).resolve().parent.parent / "build" / "aot"
 THOROUGH = os.environ.get("KVDSL_PROFILE") == "thorough"
 SHAPES = [Shape(128, 8, 32), Shape(64, 8, 8), Shape(128, 4, 64, dtype="bf16")] if THOROUGH else [Shape(128, 8, 32)]
 CALLS = r"\b(measure|encode|levels|words|products|refit|loss)_(keys|values)\("  # these differ from text to text
-FEW = ("fp16", "kivi2", "int8_token_head", "int8_tensor", "token3", "channel4", "mine")
+FEW = ("fp16", "kivi2", "int8_token_head", "token3", "mine")
 MINE = Scheme(
     keys=Store(Uniform(3), scale=per_channel(tokens=64)),
     values=Store(Uniform(5), scale=per_token(channels=16)),
