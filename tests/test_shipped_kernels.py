@@ -1,7 +1,7 @@
 """Every kernel of every shipped scheme: clean text that compiles for a GPU and keeps all of its numbers in registers.
 
 The fast profile takes one shape and a scheme of each width and grouping that kernels of even levels differ by;
-KVDSL_PROFILE=thorough every scheme and three shapes, which takes hours.  Both take three architectures and, beside
+KVDSL_PROFILE=thorough every scheme and three shapes.  Both take three architectures and, beside
 the shipped schemes, one that is not.
 """
 
