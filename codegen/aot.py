@@ -47,6 +47,7 @@ class CompileError(BackendError):
 class CompiledKernel:
     """What one kernel is on one architecture.
 
+    stages               depth of the pipeline, the deepest of the launch whose buffers fit
     registers            per thread
     spills, stack        instructions on local memory; bytes of stack per thread: both 0 in a good kernel
     shared_bytes         shared memory of a program
@@ -66,6 +67,7 @@ class CompiledKernel:
     gpu: str
     triton: str
     warps: int
+    stages: int
     registers: int
     spills: int
     stack: int
@@ -160,12 +162,21 @@ def _ask_child(request: Mapping[str, Any], cache_folder: Path | None) -> list[di
 
 
 def _best(module: ModuleType, launch: Launch, arch: str) -> CompiledKernel:
-    """Under the first setting of the assembler without spills, else under that with the fewest."""
-    tried = []
-    for assembler in launch.assembler:
-        tried.append(_measured(launch, arch, _binary(module, launch, arch, assembler)))
+    """At the first depth whose buffers fit, under the first setting of the assembler without spills, else under that
+    with the fewest.  Raises CompileError where none fits."""
+    limit = GPUS[arch].shared
+    for stages in launch.stages:
+        binary = _binary(module, launch, arch, stages, launch.assembler[0])
+        if binary.metadata.shared <= limit:
+            break
+    else:
+        needed = f"needs {binary.metadata.shared} bytes of shared memory, {GPUS[arch].name} has {limit}"
+        raise CompileError([f"{launch.kernel} for {arch}: {needed}"])
+    tried = [_measured(launch, arch, stages, binary)]
+    for assembler in launch.assembler[1:]:
         if not tried[-1].spilled:
             return tried[-1]
+        tried.append(_measured(launch, arch, stages, _binary(module, launch, arch, stages, assembler)))
     return min(tried, key=lambda kernel: kernel.spills)
 
 
@@ -220,7 +231,7 @@ def _loaded(path: Path, name: str) -> ModuleType:
     return module
 
 
-def _binary(module: ModuleType, launch: Launch, arch: str, assembler: str | None = None) -> Any:
+def _binary(module: ModuleType, launch: Launch, arch: str, stages: int, assembler: str | None = None) -> Any:
     """Triton's compiled kernel (`.asm`, `.metadata`)."""
     triton = _triton()
     kernel = getattr(module, launch.kernel, None)
@@ -234,11 +245,11 @@ def _binary(module: ModuleType, launch: Launch, arch: str, assembler: str | None
         source = triton.compiler.ASTSource(
             fn=kernel,
             signature=dict(launch.signature),
-            constexprs={(place[name],): value for name, value in launch.constants},
+            constexprs={(place[name],): value for name, value in launch.values(stages).items()},
             attrs={(place[name],): [["tt.divisibility", 16]] for name in launch.aligned},
         )
         target = triton.backends.compiler.GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-        options: dict[str, object] = {"num_warps": launch.warps, "num_stages": launch.stages}
+        options: dict[str, object] = {"num_warps": launch.warps, "num_stages": stages}
         options |= {"enable_fp_fusion": launch.fp_fusion, **assembled(assembler)}
         return triton.compile(source, target=target, options=options)
     except OSError as error:
@@ -249,7 +260,7 @@ def _binary(module: ModuleType, launch: Launch, arch: str, assembler: str | None
         raise CompileError([f"{launch.kernel} for {arch}: {type(error).__name__}: {message[-600:]}"]) from error
 
 
-def _measured(launch: Launch, arch: str, binary: Any) -> CompiledKernel:
+def _measured(launch: Launch, arch: str, stages: int, binary: Any) -> CompiledKernel:
     cubin = binary.asm["cubin"]
     with tempfile.TemporaryDirectory(prefix="kvdsl-") as folder:
         file = Path(folder) / "kernel.cubin"
@@ -269,6 +280,7 @@ def _measured(launch: Launch, arch: str, binary: Any) -> CompiledKernel:
         gpu=GPUS[arch].name,
         triton=str(_triton().__version__),
         warps=launch.warps,
+        stages=stages,
         registers=resources["REG"],
         spills=code.spills,
         stack=resources["STACK"] + resources.get("LOCAL", 0),
@@ -340,7 +352,7 @@ def line(kernel: CompiledKernel) -> str:
     """One line for people."""
     text = (
         f"{kernel.kernel:14s} {kernel.arch:6s} registers {kernel.registers:3d}  spills {kernel.spills:3d}  "
-        f"shared {kernel.shared_bytes:6d}  instructions {kernel.instructions:5d}"
+        f"shared {kernel.shared_bytes:6d}  stages {kernel.stages}  instructions {kernel.instructions:5d}"
     )
     if kernel.predicted_share is None:
         return text

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 CONSTEXPR = "constexpr"
+DEPTH = "STAGES"  # the constexpr argument that takes the depth of the pipeline
 
 
 @dataclass(frozen=True)
@@ -15,8 +16,9 @@ class Launch:
 
     kernel             name of the `@triton.jit` function in the generated text
     signature          argument name -> "*fp16", "*u8", "i32", "fp32", ... or "constexpr", in the order of the arguments
-    constants          values of the constexpr arguments
-    warps, stages      `num_warps`, `num_stages`
+    constants          values of the constexpr arguments, DEPTH apart
+    warps              `num_warps`
+    stages             depths of the asynchronous pipeline, the deepest first: the first whose buffers fit is taken
     assembler          settings of NVIDIA's assembler to try until no number is moved to memory, see `assembled`
     fp_fusion          False where results must be rounded after every operation (packing)
     loop_packed_bytes  bytes of codes and metadata that one iteration of the main loop reads; 0 without such a loop
@@ -27,7 +29,7 @@ class Launch:
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, object], ...] = ()
     warps: int = 1
-    stages: int = 1
+    stages: tuple[int, ...] = (1,)
     assembler: tuple[str | None, ...] = (None,)
     fp_fusion: bool = True
     loop_packed_bytes: int = 0
@@ -35,7 +37,7 @@ class Launch:
 
     def __post_init__(self) -> None:
         names = [name for name, _ in self.signature]
-        constexprs = {name for name, kind in self.signature if kind == CONSTEXPR}
+        constexprs = {name for name, kind in self.signature if kind == CONSTEXPR and name != DEPTH}
         given = [name for name, _ in self.constants]
         if len(set(names)) != len(names):
             raise ValueError(f"launch of {self.kernel}: an argument stands twice in the signature {names}")
@@ -46,6 +48,11 @@ class Launch:
         if unknown := set(self.aligned) - (set(names) - constexprs):
             raise ValueError(f"launch of {self.kernel}: aligned names {sorted(unknown)} that are no run-time arguments")
 
+    def values(self, stages: int) -> dict[str, object]:
+        """The constexpr arguments at this depth."""
+        depth = {DEPTH: stages} if (DEPTH, CONSTEXPR) in self.signature else {}
+        return {**dict(self.constants), **depth}
+
     def to_json(self) -> dict[str, Any]:
         """A mapping of plain values; constants must be numbers, strings, booleans or None."""
         return asdict(self)
@@ -54,7 +61,8 @@ class Launch:
     def from_json(cls, data: Mapping[str, Any]) -> Launch:
         """The launch that `to_json` wrote."""
         pairs = {name: tuple((key, value) for key, value in data[name]) for name in ("signature", "constants")}
-        return cls(**{**data, **pairs, "aligned": tuple(data["aligned"]), "assembler": tuple(data["assembler"])})
+        flat = {name: tuple(data[name]) for name in ("stages", "aligned", "assembler")}
+        return cls(**{**data, **pairs, **flat})
 
 
 def assembled(setting: str | None) -> dict[str, object]:

@@ -55,9 +55,9 @@ def fused(kernel: str) -> bool:
     return not kernel.startswith(("pack", "unpack", "turn", "restore", "unrope", "rope"))
 
 
-def stages(kernel: str) -> int:
-    """Depth of the asynchronous pipeline."""
-    return 3 if kernel in ATTEND else 1
+def stages(kernel: str) -> tuple[int, ...]:
+    """Depths of the asynchronous pipeline: every loaded tile waits in shared memory, which is small on some GPUs."""
+    return (3, 2, 1) if kernel in ATTEND else (1,)
 
 
 def loop_bytes(plan: Plan) -> int:
@@ -101,12 +101,12 @@ def launches(plan: Plan, source: str) -> tuple[Launch, ...]:
     """One launch record a kernel, as it runs on a GPU."""
     records = []
     for kernel, names in arguments(source).items():
-        constants = {"STAGES": stages(kernel), "ROWS": plan.rows(many=False), "SPLITS": 16}
+        constants = {"ROWS": plan.rows(many=False), "SPLITS": 16}
         records.append(
             Launch(
                 kernel,
                 tuple((name, _type(name, kernel, plan)) for name in names),
-                tuple((name, constants[name]) for name in names if name.isupper()),
+                tuple((name, constants[name]) for name in names if name in constants),
                 warps=warps(kernel, plan),
                 stages=stages(kernel),
                 assembler=ASSEMBLER,

@@ -22,12 +22,14 @@ _WEIGHTS = {"alu": 2.0, "fp": 1.0, "mma": 4.0, "xu": 2.0, "mem": 5.0}
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU: `clock` in GHz under load, `bandwidth` in TB/s as a reading kernel reaches it."""
+    """A GPU: `clock` in GHz under load, `bandwidth` in TB/s as a reading kernel reaches it, `shared` memory that one
+    program may have in bytes."""
 
     name: str
     processors: int
     clock: float
     bandwidth: float
+    shared: int
     measured: bool
 
     @property
@@ -38,9 +40,9 @@ class Gpu:
 
 # Architecture -> the GPU its shares are stated for.  Only the H200's bandwidth was measured; the rest are data sheets.
 GPUS = {
-    "sm_80": Gpu("A100 80 GB", 108, 1.41, 1.75, measured=False),
-    "sm_90": Gpu("H200", 132, 1.98, 4.40, measured=True),
-    "sm_100": Gpu("B200", 148, 1.85, 8.0, measured=False),
+    "sm_80": Gpu("A100 80 GB", 108, 1.41, 1.75, 163 << 10, measured=False),
+    "sm_90": Gpu("H200", 132, 1.98, 4.40, 227 << 10, measured=True),
+    "sm_100": Gpu("B200", 148, 1.85, 8.0, 227 << 10, measured=False),
 }
 
 

@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
+from kvdsl.errors import BackendError
 from kvdsl.kernels import AttentionState, Params, Side
 from kvdsl.params import ROPE
 from kvdsl.rope import NEAR, near, table
 
 from .host import cartesian, polar
-from .launch import assembled
+from .launch import DEPTH, assembled
 from .launches import ASSEMBLER, GIVEN_POINTERS, arguments, fused, stages, warps
 from .plan import Plan
 from .text import padded
@@ -29,6 +31,8 @@ VIEWS = {
 NO_WINDOW = 1 << 30
 SCRATCH = 1 << 26  # bytes of mapped rows that wait to be packed or mapped back at a time
 LOG2E = 1.4426950408889634
+Setting = tuple[int, str | None]
+"""Depth of the pipeline, setting of the assembler."""
 
 
 class TritonModule:
@@ -37,7 +41,7 @@ class TritonModule:
     def __init__(self, plan: Plan, module: ModuleType, source: str) -> None:
         self.plan, self.module = plan, module
         self.arguments = arguments(source)
-        self.settings: dict[str, tuple[str | None, ...]] = {}  # kernel -> the assembler's setting found best
+        self.settings: dict[str, Setting] = {}  # kernel -> those found best
 
     def _run(
         self, kernel: str, grid: tuple[int, ...], given: Mapping[str, Any], pool: Tensor | None, params: Params
@@ -53,17 +57,31 @@ class TritonModule:
                 values[name] = params[GIVEN_POINTERS[name]]
             elif name not in values and name.startswith(("keys_", "values_")):
                 values[name] = _parameter(name, params)
-        function = getattr(self.module, kernel)
-        ordered = {name: values[name] for name in self.arguments[kernel]}
-        options = {"num_warps": warps(kernel, self.plan), "num_stages": stages(kernel)}
-        options["enable_fp_fusion"] = fused(kernel)
-        spills: dict[str | None, int] = {}
-        for setting in self.settings.get(kernel, ASSEMBLER):
-            compiled = function[grid](**ordered, **options, **assembled(setting))
-            spills[setting] = getattr(compiled, "n_spills", 0) or 0
-            if not spills[setting]:
-                break
-        self.settings[kernel] = (min(spills, key=lambda one: spills[one]),)
+        function = getattr(self.module, kernel)[grid]
+        options = {"num_warps": warps(kernel, self.plan), "enable_fp_fusion": fused(kernel)}
+
+        def launch(depth: int, setting: str | None) -> int:
+            """Run the kernel and count the numbers that it keeps in memory for want of registers."""
+            given = {name: depth if name == DEPTH else values[name] for name in self.arguments[kernel]}
+            compiled = function(**given, **options, num_stages=depth, **assembled(setting))
+            return getattr(compiled, "n_spills", 0) or 0
+
+        if kernel in self.settings:
+            launch(*self.settings[kernel])
+            return
+        for depth in stages(kernel):
+            spills = {}
+            try:
+                for setting in ASSEMBLER:
+                    spills[setting] = launch(depth, setting)
+                    if not spills[setting]:
+                        break
+            except OutOfResources as error:
+                refused = error
+                continue
+            self.settings[kernel] = depth, min(spills, key=lambda one: spills[one])
+            return
+        raise BackendError(f"{kernel} does not fit this GPU: {refused}")
 
     def pack(self, side: Side, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor,
              reach: tuple[int, int], pool: Tensor, table: Tensor, params: Params) -> None:  # fmt: skip
@@ -235,7 +253,6 @@ class TritonModule:
             "ring": state.key_rows.shape[2] - plan.sinks,
             "window": NO_WINDOW if state.window is None else state.window, "splits": clean, "edge_splits": edges,
             "scaling": state.scaling * (1.0 if capped else LOG2E), "softcap": state.softcap if capped else 1.0,
-            "STAGES": stages(kernel),
         }  # fmt: skip
         self._run(kernel, (programs, count, blocks), given, state.pool, params)
         out = torch.empty_like(query, memory_format=torch.contiguous_format)

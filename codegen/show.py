@@ -105,8 +105,9 @@ def plan_stage(view: View) -> Stage:
     ]
     for record in records:
         loop = f", {record['loop_packed_bytes']} packed bytes an iteration" if record["loop_packed_bytes"] else ""
+        depths = " or ".join(map(str, record["stages"]))
         rounded = "" if record["fp_fusion"] else ", rounded after every operation"
-        lines.append(f"{record['kernel']:14s} {record['warps']} warps, {record['stages']} stages{loop}{rounded}")
+        lines.append(f"{record['kernel']:14s} {record['warps']} warps, {depths} stages{loop}{rounded}")
         arguments = ", ".join(f"{name} {kind}" for name, kind in record["signature"] if kind != "constexpr")
         lines += textwrap.wrap(arguments, 104, initial_indent=" " * 15, subsequent_indent=" " * 15)
         if record["constants"]:

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,8 +76,7 @@ DECODE = Launch(
         ("tokens", "i32"),
         ("STAGES", "constexpr"),
     ),
-    (("STAGES", 3),),
-    stages=3,
+    stages=(3, 2, 1),
     loop_packed_bytes=TOKENS * WIDTH * 2,
     aligned=("query_ptr", "words_ptr", "out_ptr", "tokens"),
 )
@@ -133,6 +133,14 @@ def test_what_triton_refuses_is_named_for_every_kernel(small: Path) -> None:
 def test_spills_are_seen(small: Path) -> None:
     (kernel,) = compile_in_child(small, [Launch("spilling", PLAIN, warps=1)], cache_folder=CACHE)
     assert kernel.spilled and kernel.spills > 0 and kernel.predicted_share is None
+
+
+def test_the_pipeline_is_as_deep_as_shared_memory_lets_it(small: Path) -> None:
+    """Its buffers are 4 KiB a stage here: 45 of them fit an H200 and no A100, 60 fit neither."""
+    kernels = compile_in_child(small, [replace(DECODE, stages=(60, 45, 3))], ("sm_80", "sm_90"), cache_folder=CACHE)
+    assert [kernel.stages for kernel in kernels] == [3, 45]
+    with pytest.raises(CompileError, match="decode for sm_80: needs .* bytes of shared memory, A100"):
+        compile_in_child(small, [replace(DECODE, stages=(60, 45))], ("sm_80",), cache_folder=CACHE)
 
 
 def test_unknown_architectures_and_files_are_refused(small: Path, tmp_path: Path) -> None:

@@ -45,7 +45,6 @@ LAUNCH = Launch(
         ("stride", "i32"),
         ("STAGES", "constexpr"),
     ),
-    (("STAGES", 3),),
 )
 
 
