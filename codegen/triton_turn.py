@@ -112,11 +112,14 @@ def _squares(side: SidePlan) -> dict[str, list[str]]:
     """Lines that sum the squares of a vector, where they are what a scale is made of."""
     if not side.sketched:
         return {"squares": [], "squared": [], "stored": []}
-    stored = "tl.store(squares_ptr + bh.to(tl.int64) * count + n, squares, mask=inside & (tl.program_id(2) == 0))"
+    stored = [
+        "if tl.program_id(2) == 0:",
+        "    tl.store(squares_ptr + bh.to(tl.int64) * count + n, squares, mask=inside)",
+    ]
     return {
         "squares": [f"squares = tl.zeros([{TURN_ROWS}], tl.float64)"],
         "squared": ["squares += x.to(tl.float64) * x.to(tl.float64)"],
-        "stored": [stored],
+        "stored": stored,
     }
 
 
