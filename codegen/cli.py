@@ -289,6 +289,28 @@ def study(
 
 
 @app.command()
+def bench(
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME...", help="schemes to time")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="every shipped and registered scheme")] = False,
+    shape: Annotated[
+        list[str] | None, typer.Option(metavar="BxHxT", help="batch, kv heads, tokens; repeatable")
+    ] = None,
+    group: Annotated[int, typer.Option(help="query heads of a kv head", min=1)] = 4,
+    head_dim: HeadDim = 128,
+    json: AsJson = False,
+) -> None:
+    """Decode attention over a filled cache: time, share of the read limit of this GPU, times over float16 attention and
+    over unpacking first. Without a GPU the ratios of the torch kernels."""
+    from .benching import results, told
+
+    found = results(_several("bench", names, all_), shape or (), group, head_dim)
+    if json:
+        answer.document(found)
+    else:
+        answer.table(told(found))
+
+
+@app.command()
 def generate(
     name: Name,
     model: Model,

@@ -32,7 +32,7 @@ def report() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": versions(),
         "gpu": _gpu(),
         "folders": _folders(),
         "paths": [
@@ -60,6 +60,11 @@ def told(found: dict[str, Any]) -> list[str]:
         lines.append(f"{path['path']:22s}{'live' if path['live'] else 'not live'}: {path['why']}")
     lines += ["", f"what runs by default: {found['default']}"]
     return lines
+
+
+def versions() -> dict[str, str | None]:
+    """Package -> version, None where it is not installed."""
+    return {name: _version(name) for name in PACKAGES}
 
 
 def _version(name: str) -> str | None:

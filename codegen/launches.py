@@ -39,6 +39,8 @@ def warps(kernel: str, plan: Plan) -> int:
         name = kernel.removeprefix("pack_")
         # A table of the parameters is in registers, and so are the middles between its levels.
         return 8 if plan.side(name).alphabet.given else max(4, min(8, plan.held(name) // 1024))
+    if kernel.startswith("unpack"):
+        return max(4, min(16, plan.tile * plan.side(kernel.removeprefix("unpack_")).dim // 2048))
     if kernel.startswith(("turn_k", "turn_v", "restore")):
         return 8
     if kernel in ("unrope_keys", "rope_keys"):

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 DECODE_ROWS = 8
 EXTEND_ROWS = 16
+WIDEST = 256  # numbers of a value that 16 rows of sums are kept of
 EDGE_TILE = 16
 EXACT_TILE = 16  # tokens a tile where products are of float32 numbers, outside the tensor cores
 
@@ -209,9 +210,13 @@ class Plan:
         """Query rows of a program: 8, or 16 where there are more of them and two warps can share the planes.
 
         Planes of 16 channels are one tensor-core operand, and a second warp would only repeat the work of the first.
+        Sums over wide vectors, or keys rotated in the loop with levels of the parameters beside them, fill the
+        registers at 8 rows.
         """
         shared = all(side.layout.plane_width >= 2 * NARROWEST for side in (self.keys, self.values))
-        return EXTEND_ROWS if shared and (many or self.shape.group > DECODE_ROWS) else DECODE_ROWS
+        full = self.values.dim > WIDEST or self.keys.rope is not None and self.keys.alphabet.given
+        more = many or self.shape.group > DECODE_ROWS
+        return EXTEND_ROWS if shared and more and not full else DECODE_ROWS
 
     def span(self, side: str) -> int:
         """Tokens that one program of `pack` quantizes: a token block, or 32 single tokens."""
