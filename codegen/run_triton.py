@@ -31,6 +31,9 @@ VIEWS = {
 NO_WINDOW = 1 << 30
 SCRATCH = 1 << 26  # bytes of mapped rows that wait to be packed or mapped back at a time
 LOG2E = 1.4426950408889634
+# Programs that share a sequence, as measured on an H100 from 1x8x1024 to 64x8x2048 and 8x8x131072 (batch x heads x tokens)
+FEW_SPLITS, MOST_SPLITS, MOST_EDGES = 24, 128, 32
+PAGES_A_SPLIT = 8
 Setting = tuple[int, str | None]
 """Depth of the pipeline, setting of the assembler."""
 
@@ -206,17 +209,21 @@ class TritonModule:
         return out
 
     def splits(self, programs: int, longest: int) -> int:
-        """How many programs share one sequence: enough to fill the machine, each with a page at least."""
+        """How many programs share one sequence: enough to fill the machine, but with some pages each, as what they
+        found must be merged."""
         pages = max(1, -(-longest // self.plan.layout.page_tokens))
         if not torch.cuda.is_available():
             return min(2, pages)
-        return max(1, min(pages, 8 * self.processors() // max(1, programs), 128))
+        worthwhile = max(FEW_SPLITS, pages // PAGES_A_SPLIT)
+        return max(1, min(pages, 8 * self.processors() // max(1, programs), worthwhile, MOST_SPLITS))
 
     def edge_splits(self, programs: int, state: AttentionState) -> int:
-        """How many programs share the edges of one sequence: one a tile while the machine has room for them."""
-        exact = min(state.longest, state.key_rows.shape[2] + 2 * self.plan.layout.page_tokens)
-        tiles = -(-exact // self.plan.edge_tile)
-        return max(1, min(tiles, -(-4 * self.processors() // max(1, programs)), 32))
+        """How many programs share the edges of one sequence: one a tile while the machine has room for them, else one
+        for two tiles."""
+        cut = 1 if state.window is None else 2  # pages that are read as edges: the newest, and where a window begins
+        exact = min(state.longest, state.key_rows.shape[2] + cut * self.plan.layout.page_tokens)
+        tiles = min(-(-exact // self.plan.edge_tile), MOST_EDGES)
+        return tiles if programs * tiles <= 2 * self.processors() else max(1, tiles // 2)
 
     def processors(self) -> int:
         """Multiprocessors of the GPU; 1 where kernels are interpreted."""
