@@ -25,8 +25,8 @@ def results(schemes: Mapping[str, Scheme], shapes: Sequence[str], group: int, he
     import torch
 
     from kvdsl.bench import Size, measured, read_limit, result
-    from kvdsl.codegen import build
 
+    from . import build
     from .doctor import versions
 
     gpu = torch.cuda.is_available()

@@ -210,11 +210,12 @@ class Plan:
         """Query rows of a program: 8, or 16 where there are more of them and two warps can share the planes.
 
         Planes of 16 channels are one tensor-core operand, and a second warp would only repeat the work of the first.
-        Sums over wide vectors, or keys rotated in the loop with levels of the parameters beside them, fill the
-        registers at 8 rows.
+        Sums over wide vectors, maps on both sides, which exact rows do not share, and keys rotated in the loop with
+        levels of the parameters beside them fill the registers at 8 rows.
         """
         shared = all(side.layout.plane_width >= 2 * NARROWEST for side in (self.keys, self.values))
-        full = self.values.dim > WIDEST or self.keys.rope is not None and self.keys.alphabet.given
+        apart = self.keys.apart and self.values.apart
+        full = self.values.dim > WIDEST or apart or self.keys.rope is not None and self.keys.alphabet.given
         more = many or self.shape.group > DECODE_ROWS
         return EXTEND_ROWS if shared and more and not full else DECODE_ROWS
 

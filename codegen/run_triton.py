@@ -31,7 +31,7 @@ VIEWS = {
 NO_WINDOW = 1 << 30
 SCRATCH = 1 << 26  # bytes of mapped rows that wait to be packed or mapped back at a time
 LOG2E = 1.4426950408889634
-# Programs that share a sequence, as measured on an H100 from 1x8x1024 to 64x8x2048 and 8x8x131072 (batch x heads x tokens)
+# Programs that share a sequence, as measured on an H100 from 1x8x1024 to 8x8x131072 (batch, kv heads, tokens)
 FEW_SPLITS, MOST_SPLITS, MOST_EDGES = 24, 128, 32
 PAGES_A_SPLIT = 8
 Setting = tuple[int, str | None]

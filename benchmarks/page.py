@@ -1,0 +1,82 @@
+"""`python benchmarks/page.py > docs/speed.md`: the figures of benchmarks/results, as a page.
+
+Each file there is what `kvdsl bench ... --json` printed on a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+HEAD = """# Speed
+
+Made by `python benchmarks/page.py` from `benchmarks/results/`; not written by hand. `kvdsl bench` measures the same on
+your GPU.
+
+Decode attention: one query a sequence, 4 query heads a kv head, head_dim 128, a cache filled with normal numbers.
+All kernels of a step are timed together (a query's map where there is one, pages and exact rows, merging, an output's
+map), in a CUDA graph, the L2 cache emptied by reading before each of 21 samples; medians. Lengths differ by up to a
+page. A shape is batch x kv heads x tokens.
+
+A cell is microseconds (share of the read limit of the same run, times over SDPA on float16 numbers in the same run: the
+median of its times beside all schemes).
+"unpack" is how many times longer it takes to decode the cache and run SDPA on it, at the largest shape.
+"""
+
+
+def documents() -> list[dict[str, Any]]:
+    """The results, file by file."""
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+
+
+def page(found: Iterable[Mapping[str, Any]]) -> str:
+    """A section a device."""
+    devices: dict[str, list[Mapping[str, Any]]] = {}
+    for document in found:
+        devices.setdefault(document["device"], []).append(document)
+    return "\n".join([HEAD, *(line for name, part in devices.items() for line in section(name, part))])
+
+
+def section(device: str, found: list[Mapping[str, Any]]) -> list[str]:
+    """A table: a row a scheme, a column a shape."""
+    rows = [row for document in found for row in document["results"]]
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    versions = {f"torch {document['versions']['torch']}, Triton {document['versions']['triton']}" for document in found}
+    limits = ", ".join(f"{document['read_limit_gbps']:.0f}" for document in found)
+    lines = [f"## {device}", "", f"{'; '.join(sorted(versions))}; {', '.join(sorted({d['date'] for d in found}))}."]
+    lines += [f"Read limit of the runs: {limits} GB/s.", "", _row(("scheme", *shapes, "unpack"))]
+    lines.append("| --- |" + " ---: |" * (len(shapes) + 1))
+    lines.append(_row(("SDPA, float16", *(f"{exact(rows, shape):.1f}" for shape in shapes), "")))
+    for document in found:
+        by_scheme: dict[str, dict[str, Mapping[str, Any]]] = {}
+        for row in document["results"]:
+            by_scheme.setdefault(row["scheme"], {})[row["shape"]] = row
+        over = {row["shape"]: exact(document["results"], row["shape"]) for row in document["results"]}
+        for name, measured in by_scheme.items():
+            cells = [cell(measured[shape], over[shape]) if shape in measured else "" for shape in shapes]
+            slower = next(iter(measured.values()))["speedup_unpack"]
+            lines.append(_row((f"`{name}`", *cells, "" if slower is None else f"{slower:.0f}")))
+    lines += ["", "How they were run:", "", *(f"* `{document['command']}`" for document in found), ""]
+    return lines
+
+
+def exact(rows: Iterable[Mapping[str, Any]], shape: str) -> float:
+    """Microseconds of SDPA at a shape: now and then a sample of it is a tenth slower than the others."""
+    return statistics.median(row["us_fp16"] for row in rows if row["shape"] == shape)
+
+
+def cell(row: Mapping[str, Any], over: float) -> str:
+    """Microseconds (share of the limit, times over float16)."""
+    return f"{row['us']:.1f} ({row['share']:.0%}, {over / row['us']:.2f})"
+
+
+def _row(texts: Iterable[str]) -> str:
+    return "| " + " | ".join(texts) + " |"
+
+
+if __name__ == "__main__":
+    print(page(documents()), end="")
