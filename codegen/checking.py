@@ -14,7 +14,8 @@ from .answer import progress
 def results(
     schemes: Mapping[str, Scheme], *, examples: int | None, seed: int | None, backend: Backend | None
 ) -> list[dict[str, Any]]:
-    """One result a scheme: scheme, passed, laws (law, examples, passed, failure: the smallest counterexample)."""
+    """One result a scheme: scheme, passed, laws (law, place: "" or that of a layer's scheme, examples, passed, failure:
+    the smallest counterexample)."""
     from kvdsl.extras import need
 
     need("hypothesis", "check")
@@ -26,7 +27,7 @@ def results(
     for name, scheme in schemes.items():
         with progress(f"checking {name}"):
             laws = [
-                {"law": r.law, "examples": r.examples, "passed": r.passed, "failure": r.failure}
+                {"law": r.law, "place": r.place, "examples": r.examples, "passed": r.passed, "failure": r.failure}
                 for r in report(scheme, backend=backend, **given)
             ]
         found.append({"scheme": name, "passed": all(law["passed"] for law in laws), "laws": laws})
@@ -43,5 +44,6 @@ def told(found: Sequence[Mapping[str, Any]]) -> list[str]:
         verdict = f"{len(failed)} of {len(laws)} laws broken" if failed else f"{len(laws)} laws hold"
         lines.append(f"{result['scheme']}: {verdict}, {count} examples")
         for law in failed:
-            lines += ["", f"  {law['law']}", *(f"    {line}" for line in str(law["failure"]).splitlines()), ""]
+            where = f"{law['place']}: " if law["place"] else ""
+            lines += ["", f"  {where}{law['law']}", *(f"    {line}" for line in str(law["failure"]).splitlines()), ""]
     return lines

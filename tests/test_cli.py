@@ -134,17 +134,18 @@ def test_doctor_says_what_is_live_and_why(capsys: Captured) -> None:
 def test_check_runs_the_laws(capsys: Captured) -> None:
     found = document(capsys, "check", "token4", "--examples", "1", "--seed", "3", "--backend", "torch")["results"]
     assert [row["scheme"] for row in found] == ["token4"] and found[0]["passed"]
-    assert all(law.keys() == {"law", "examples", "passed", "failure"} for law in found[0]["laws"])
+    assert all(law.keys() == {"law", "place", "examples", "passed", "failure"} for law in found[0]["laws"])
     assert "token4: " in asked(capsys, "check", "token4", "--examples", "1", "--backend", "torch")
 
 
 def test_a_broken_law_is_told_in_full_and_ends_with_status_1(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = {"law": "pages_hold", "examples": 3, "passed": False, "failure": "codes[0]: 3, wanted 2\nin Case(...)"}
+    failure = "codes[0]: 3, wanted 2\nin Case(...)"
+    broken = {"law": "pages_hold", "place": "layers[2]", "examples": 3, "passed": False, "failure": failure}
     result = {"scheme": "kivi2", "passed": False, "laws": [broken]}
     monkeypatch.setattr(checking, "results", lambda *_, **__: [result])
     assert document(capsys, "check", "kivi2", status=1) == {"results": [result]}
     told = asked(capsys, "check", "kivi2", status=1)
-    assert "1 of 1 laws broken" in told and "codes[0]: 3, wanted 2" in told
+    assert "1 of 1 laws broken" in told and "layers[2]: pages_hold" in told and "codes[0]: 3, wanted 2" in told
 
 
 # -- what is wrong ---------------------------------------------------------------------------------------------------
@@ -224,7 +225,7 @@ def test_a_reader_may_stop_reading() -> None:
 
 def test_every_command_has_a_help_text(capsys: Captured) -> None:
     commands = [command.name or command.callback.__name__ for command in app.registered_commands]  # type: ignore[union-attr]
-    assert commands == ["list", "show", "emit", "compile", "check", "study", "generate", "calibrate", "doctor"]
+    assert commands == ["list", "show", "emit", "compile", "check", "study", "bench", "generate", "calibrate", "doctor"]
     for command in commands:
         assert "Usage: kvdsl" in asked(capsys, command, "--help")
 

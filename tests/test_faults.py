@@ -44,7 +44,7 @@ FAULTS: dict[str, tuple[str, ...]] = {
     "a subnormal scale": (SHIPPED, RANDOM, "test_faults.py::test_a_subnormal_scale_needs_the_clamp"),
     "a channel ten thousand times larger": (SHIPPED, RANDOM, "test_faults.py::test_one_huge_channel"),
     "no token, no sequence, one token": (
-        "test_cache.py::test_nothing_at_all", "test_api.py::test_nothing_gives_nothing",
+        "test_cache_use.py::test_nothing_at_all", "test_api.py::test_nothing_gives_nothing",
         "test_reference.py::test_p34_a_block_of_one_number_is_lossless_and_refused", f"{INTERPRETED}_nothing_at_all",
     ),
     "an unusual head_dim": ("test_faults.py::test_every_head_dim_is_taken_or_refused",),
@@ -54,10 +54,11 @@ FAULTS: dict[str, tuple[str, ...]] = {
         f"{INTERPRETED}_any_number_of_query_heads",
     ),
     "strided, expanded, sliced tensors": (
-        "test_cache.py::test_any_strides_are_taken", "test_api.py::test_strided_tensors_are_read_as_they_are",
+        "test_cache_use.py::test_any_strides_are_taken", "test_api.py::test_strided_tensors_are_read_as_they_are",
     ),
     "a wrong dtype or device, a tensor that wants gradients": (
-        "test_cache.py::test_wrong_tensors_are_refused_first", "test_api.py::test_a_wrong_tensor_is_refused_in_words",
+        "test_cache_use.py::test_wrong_tensors_are_refused_first",
+        "test_api.py::test_a_wrong_tensor_is_refused_in_words",
     ),
     "an element offset over 2^31": (
         "test_lint.py::test_lines_that_are_refused", f"{INTERPRETED}_a_page_far_away",
@@ -68,11 +69,12 @@ FAULTS: dict[str, tuple[str, ...]] = {
     ),
     "neighbours in a batch": ("test_cache.py::test_neighbours_do_not_matter", SHIPPED, SLOWER),
     "no memory for a page": (
-        "test_cache.py::test_a_full_cache_says_so", "test_pages.py::test_a_full_pool_keeps_its_pages",
+        "test_cache_use.py::test_a_full_cache_says_so", "test_pages.py::test_a_full_pool_keeps_its_pages",
         "test_cache.py::test_a_failed_change_changes_nothing",
     ),
     "a crop past a packed block": (
-        "test_cache.py::test_cropping_further_back", "test_cache.py::test_cropping_a_draft_loses_nothing",
+        "test_cache_changes.py::test_cropping_further_back",
+        "test_cache_changes.py::test_cropping_a_draft_loses_nothing",
     ),
     "sinks, window and length in every order": (
         "test_cache.py::test_window_and_sinks_stay_exact", "test_reference_attention.py::test_packed_tokens_by_hand",
@@ -80,7 +82,8 @@ FAULTS: dict[str, tuple[str, ...]] = {
         "test_faults.py::test_every_small_window_has_every_token_once",
     ),
     "a shared page that is written": (
-        "test_cache.py::test_reordering_shares_pages", "test_pages.py::test_copy_on_write_keeps_the_other", SHIPPED,
+        "test_cache_changes.py::test_reordering_shares_pages",
+        "test_pages.py::test_copy_on_write_keeps_the_other", SHIPPED,
     ),
     "a table entry that leads nowhere": (
         "test_saving.py::test_tables_lead_somewhere", "test_pages.py::test_random_claims_never_share_a_written_page",

@@ -13,7 +13,7 @@ from kvdsl.errors import SchemeError
 from kvdsl.scheme import Block, Codebook, PreRope, Recent, Rotate, Scale, Scheme, Store, Uniform, per_token
 from kvdsl.schemes import ALL
 from kvdsl.shape import Shape
-from kvdsl.testing import LAWS, Case, LawBroken, applicable, cases, check, faulty_schemes, schemes, shapes
+from kvdsl.testing import LAWS, Case, LawBroken, applicable, cases, check, faulty_schemes, report, schemes, shapes
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -81,6 +81,13 @@ def test_a_broken_law_is_told_with_its_case(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_same_seed_asks_the_same() -> None:
     asked = [check(ALL["token4"], backend="torch", examples=3, seed=4, laws=["decode_is_attention"]) for _ in range(2)]
     assert asked[0] == asked[1]
+
+
+def test_schemes_of_layers_are_asked_too() -> None:
+    """Each once, and told apart by its place."""
+    scheme = ALL["token4"].with_(layers={0: ALL["token2"], (3, 4): ALL["token4"], 5: ALL["token2"]})
+    found = list(report(scheme, examples=1, laws=("words_equal_the_reference",)))
+    assert [(result.place, result.examples) for result in found] == [("", 1), ("layers[0]", 1)]
 
 
 def test_every_law_is_made_of_some_scheme() -> None:

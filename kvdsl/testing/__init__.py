@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 from typing import Any
 
@@ -31,11 +31,15 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Result:
-    """One law asked of a scheme: in how many examples, and the smallest case that broke it, in words (None: none)."""
+    """One law asked of a scheme: in how many examples, and the smallest case that broke it, in words (None: none).
+
+    `place`: where the scheme stands in the one that was given, such as "layers[0]"; "" for that one.
+    """
 
     law: str
     examples: int
     failure: str | None = None
+    place: str = ""
 
     @property
     def passed(self) -> bool:
@@ -50,13 +54,24 @@ def applicable(scheme: Scheme) -> list[Law]:
 def report(
     scheme: Scheme, *, backend: Backend | None = None, examples: int = 25, seed: int = 0, laws: Sequence[str] = ()
 ) -> Iterator[Result]:
-    """Ask every law (or those named) that applies, `examples` times each; the same seed asks the same.
+    """Ask every law (or those named) that applies, `examples` times each; the same seed asks the same.  Schemes of
+    layers are asked after the scheme itself, each once.
 
     backend   as for `kvdsl.build`; None: Triton where there is a GPU or TRITON_INTERPRET=1, else torch
     """
-    for law in applicable(scheme):
-        if not laws or law.name in laws:
-            yield _ask(law, scheme, backend, examples, seed)
+    for place, each in _each(scheme).items():
+        for law in applicable(each):
+            if not laws or law.name in laws:
+                yield replace(_ask(law, each, backend, examples, seed), place=place)
+
+
+def _each(scheme: Scheme) -> dict[str, Scheme]:
+    """Place -> scheme: itself, and the different ones of its layers."""
+    found = {"": scheme.with_(layers=())}
+    for key, inner in scheme.layers:
+        if inner not in found.values():
+            found[f"layers[{key[0]}]"] = inner
+    return found
 
 
 def check(
