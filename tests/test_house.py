@@ -87,8 +87,15 @@ def python(code: str, **environment: str) -> str:
 
 @pytest.mark.parametrize("path", [p for p in SOURCES if "reference" in p.parts], ids=module_of)
 def test_the_reference_knows_the_language_and_nothing_of_the_compiler(path: Path) -> None:
-    language = ("kvdsl.scheme", "kvdsl.codes", "kvdsl.transforms", "kvdsl.errors", "kvdsl.levels", "kvdsl.matrices",
-                "kvdsl.rope")
+    language = (
+        "kvdsl.scheme",
+        "kvdsl.codes",
+        "kvdsl.transforms",
+        "kvdsl.errors",
+        "kvdsl.levels",
+        "kvdsl.matrices",
+        "kvdsl.rope",
+    )
     allowed = ("kvdsl.reference", *language)
     assert {name for name in own(imports(path)) if not inside(name, *allowed)} == set()
     assert not {"sympy", "triton"} & {name.split(".")[0] for name in imports(path)}
