@@ -54,8 +54,8 @@ def place(store: Store, part: SideLayout) -> When:
         return When.IN_LOOP
     if scale.when == "calibrated":
         return When.ONCE_PER_QUERY
-    tokens, channels = token_block(store), scale.block.channels
-    if tokens == 1:
-        aligned = channels is ALL or within_groups(part, channels)  # type: ignore[arg-type]
-        return When.AFTER_DOT if aligned else When.IN_LOOP
-    return When.ONCE_PER_TILE if tokens % 32 == 0 else When.IN_LOOP
+    if token_block(store) % 32 == 0:
+        return When.ONCE_PER_TILE
+    channels = scale.block.channels
+    aligned = channels is ALL or within_groups(part, channels)  # type: ignore[arg-type]
+    return When.AFTER_DOT if aligned else When.IN_LOOP

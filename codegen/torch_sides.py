@@ -185,8 +185,17 @@ class TorchSide(TorchPack):
         decoded = f"{function}({', '.join(self.inputs())})"
         return f"cartesian({decoded})" if self.side.polar else decoded
 
+    def _per_token(self) -> list[str]:
+        """Lines that give every token of a block the block's numbers."""
+        meta = self.side.layout.meta
+        if meta is None or meta.tokens == 1 or self.side.when is not When.AFTER_DOT:
+            return []
+        names = ["scale", *(["offset"] if self.side.has_offset else [])]
+        return [f"{name} = {name}.repeat_interleave({meta.tokens}, -2)" for name in names]
+
     def _score_after_dot(self, out: Lines) -> None:
         side = self.side
+        out.extend(self._per_token())
         out.extend(self.steps.prepared("x"))
         for group in range(side.groups):
             members = [j for j in self.planes if side.group(j) == group]
@@ -253,6 +262,7 @@ class TorchSide(TorchPack):
             if meta is not None:
                 for name in ["scale", *(["offset"] if side.has_offset else [])]:
                     out.add(f"{name} = used({name}, weights, {meta.tokens})")
+            out.extend(self._per_token())
             if side.when is When.ONCE_PER_TILE:
                 self._weigh_blocks(out)
             else:

@@ -9,7 +9,7 @@ from .placement import When
 from .plan import Plan
 from .printer import number
 from .text import plus
-from .triton_meta import entry, pointer, read
+from .triton_meta import entry, pointer, read, token_entry
 from .triton_planes import Planes, static_read
 from .triton_rope import INPUTS, Positions
 from .triton_rows import ExactRows
@@ -128,7 +128,7 @@ class Keys(Planes):
             name = "s" if side.groups == 1 else f"s{group}"
             lines += self._dots(name, self._operands(half, members))
             if layout.meta is not None:
-                lines += read(side, base, entry(side, tokens, str(group)), "k_scale", "k_offset")
+                lines += read(side, base, token_entry(side, tokens, group), "k_scale", "k_offset")
             score = self.steps.assembled(name, f"total{group}", "k_scale", "k_offset")
             lines += [f"{name} = {score}"] if score != name else []
         if side.groups > 1:

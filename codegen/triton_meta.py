@@ -42,6 +42,13 @@ def entry(side: SidePlan, block: str, group: str) -> str:
     return " + ".join(parts) or "0"
 
 
+def token_entry(side: SidePlan, tokens: str, group: int) -> str:
+    """Index of the entry of each of these tokens, for a group of channels."""
+    meta = side.layout.meta
+    assert meta is not None
+    return entry(side, tokens if meta.tokens == 1 else f"{tokens} // {meta.tokens}", str(group))
+
+
 def read(side: SidePlan, base: str, index: str, scale: str, offset: str, mask: str = "") -> list[str]:
     """Lines that load the entry at `base + index` into float32 `scale` and, where there is one, `offset`."""
     meta = side.layout.meta

@@ -11,7 +11,7 @@ from sympy import Expr
 from .placement import When
 from .plan import Plan
 from .text import plus
-from .triton_meta import entry, pointer, read
+from .triton_meta import entry, pointer, read, token_entry
 from .triton_planes import Planes, static_read
 from .triton_rows import ExactRows
 
@@ -87,7 +87,7 @@ class Values(Planes):
         carried = self._carried()
         for group in range(side.groups):
             if self.when is When.AFTER_DOT:
-                lines += read(side, base, entry(side, tokens, str(group)), "v_scale", "v_offset")
+                lines += read(side, base, token_entry(side, tokens, group), "v_scale", "v_offset")
             weight = self.steps.weight("p", "v_scale")
             lines.append(f"weight = {f'({weight})' if ' ' in weight else weight}.to(tl.float16)")
             if carried is not None:

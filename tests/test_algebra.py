@@ -22,6 +22,8 @@ STORES = {
     "token": (Store(Uniform(4), scale=per_token()), When.AFTER_DOT),
     "token, 32 channels": (Store(Uniform(4), scale=per_token(channels=32)), When.AFTER_DOT),
     "token, 8 channels": (Store(Uniform(4), scale=per_token(channels=8)), When.IN_LOOP),
+    "8 tokens, 32 channels": (Store(Uniform(4), scale=Scale(Block(8, 32))), When.AFTER_DOT),
+    "16 tokens, 8 channels": (Store(Uniform(4), scale=Scale(Block(16, 8))), When.IN_LOOP),
     "symmetric": (Store(Uniform(8), scale=per_token(range="absmax")), When.AFTER_DOT),
     "32 tokens a channel": (Store(Uniform(2), scale=per_channel(tokens=32)), When.ONCE_PER_TILE),
     "48 tokens a channel": (Store(Uniform(2), scale=per_channel(tokens=48)), When.IN_LOOP),

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from law_cases import fixed
 
 from kvdsl.rules import shape_faults
+from kvdsl.scheme import Block, Recent, Scale, Scheme, Store, Uniform
 from kvdsl.schemes import ALL
 from kvdsl.shape import Shape
 from kvdsl.testing import LAWS, Case, schemes
@@ -24,6 +25,12 @@ QUICK = (
     "neighbours_do_not_reach_the_words", "scores_are_products",
 )  # fmt: skip
 SLOW = ("windows_and_padding_are_seen", "neighbours_do_not_reach_attention", "splits_do_not_matter")
+SMALL_BLOCKS = Scheme(
+    keys=Store(Uniform(4), scale=Scale(Block(4, 32))),
+    values=Store(Uniform(3), scale=Scale(Block(8, heads=2), range="absmax", dtype="bf16")),
+    recent=Recent(16),
+)
+"""A few tokens share a scale: of groups of channels, and of two heads."""
 SHAPES = (Shape(32, 1, 2), Shape(64, 2, 4), Shape(128, 1, 2))
 
 
@@ -40,6 +47,11 @@ def _case(scheme: Any, seed: int, batch: int = 2) -> Case:
 def test_a_shipped_scheme_obeys_the_law(name: str, law: str) -> None:
     assert LAWS[law].applies(ALL[name])
     LAWS[law](_case(ALL[name], seed=1, batch=2 if law.startswith("neighbours") else 1))
+
+
+@pytest.mark.parametrize("law", QUICK)
+def test_scales_of_a_few_tokens_obey_the_law(law: str) -> None:
+    LAWS[law](_case(SMALL_BLOCKS, seed=1, batch=1))
 
 
 @pytest.mark.parametrize("name", ["kivi2", "token4", "int8_tensor"])
