@@ -18,7 +18,7 @@ from kvdsl.shape import Shape
 WIDE = Shape(128, 8, 32)
 DECODED = Scheme(both=Store(Uniform(4), scale=per_token(8)))
 POLAR = Scheme(both=Store(Float("fp16"), transform=Polar()))
-DECODED_TWICE = Scheme(both=Store(Codebook(2, levels=(-0.5, 0, 0.5)), scale=Scale(Block(8, 32))), recent=Recent(8))
+DECODED_TWICE = Scheme(both=Store(Codebook(2, levels=(-0.5, 0, 0.5)), scale=Scale(Block(8, 8))), recent=Recent(8))
 
 
 @pytest.mark.parametrize(
