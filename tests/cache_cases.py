@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,6 +34,7 @@ SCHEMES = {
         prefill="stored",
     ),
 }
+EACH = pytest.mark.parametrize("name", SCHEMES)
 
 
 def compiled(scheme: str | Scheme) -> KernelSet:

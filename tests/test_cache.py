@@ -10,6 +10,7 @@ import pytest
 import torch
 from cache_cases import (
     DIM,
+    EACH,
     HEADS,
     SCHEMES,
     Failing,
@@ -26,8 +27,6 @@ from cache_cases import (
 
 from kvdsl.quantized_cache import QuantizedCache
 from kvdsl.scheme import SIDES, Recent
-
-EACH = pytest.mark.parametrize("name", SCHEMES)
 
 
 @EACH

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from cache_cases import (
+    EACH,
     HEADS,
     SCHEMES,
     attention,
@@ -22,8 +23,6 @@ from cache_cases import (
 from kvdsl.errors import CacheError
 from kvdsl.quantized_cache import QuantizedCache
 from kvdsl.scheme import SIDES
-
-EACH = pytest.mark.parametrize("name", SCHEMES)
 
 
 @EACH

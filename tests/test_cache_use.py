@@ -13,8 +13,8 @@ import pytest
 import torch
 from cache_cases import (
     DIM,
+    EACH,
     HEADS,
-    SCHEMES,
     Largest,
     compiled,
     content,
@@ -28,8 +28,6 @@ from cache_cases import (
 from kvdsl.errors import CacheError, ShapeError
 from kvdsl.quantized_cache import QuantizedCache
 from kvdsl.schemes import int8_tensor
-
-EACH = pytest.mark.parametrize("name", SCHEMES)
 
 
 @pytest.mark.parametrize("name", ["whole", "bare"])
