@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from kvdsl.codegen.answer import row as markdown_row
+
 RESULTS = Path(__file__).resolve().parent / "results"
 HEAD = """# Speed
 
@@ -48,9 +50,9 @@ def section(device: str, found: list[Mapping[str, Any]]) -> list[str]:
     versions = {f"torch {document['versions']['torch']}, Triton {document['versions']['triton']}" for document in found}
     limits = ", ".join(f"{document['read_limit_gbps']:.0f}" for document in found)
     lines = [f"## {device}", "", f"{'; '.join(sorted(versions))}; {', '.join(sorted({d['date'] for d in found}))}."]
-    lines += [f"Read limit of the runs: {limits} GB/s.", "", _row(("scheme", *shapes, "unpack"))]
+    lines += [f"Read limit of the runs: {limits} GB/s.", "", markdown_row(("scheme", *shapes, "unpack"))]
     lines.append("| --- |" + " ---: |" * (len(shapes) + 1))
-    lines.append(_row(("SDPA, float16", *(f"{exact(rows, shape):.1f}" for shape in shapes), "")))
+    lines.append(markdown_row(("SDPA, float16", *(f"{exact(rows, shape):.1f}" for shape in shapes), "")))
     for document in found:
         by_scheme: dict[str, dict[str, Mapping[str, Any]]] = {}
         for row in document["results"]:
@@ -59,7 +61,7 @@ def section(device: str, found: list[Mapping[str, Any]]) -> list[str]:
         for name, measured in by_scheme.items():
             cells = [cell(measured[shape], over[shape]) if shape in measured else "" for shape in shapes]
             slower = next(iter(measured.values()))["speedup_unpack"]
-            lines.append(_row((f"`{name}`", *cells, "" if slower is None else f"{slower:.0f}")))
+            lines.append(markdown_row((f"`{name}`", *cells, "" if slower is None else f"{slower:.0f}")))
     lines += ["", "How they were run:", "", *(f"* `{document['command']}`" for document in found), ""]
     return lines
 
@@ -72,10 +74,6 @@ def exact(rows: Iterable[Mapping[str, Any]], shape: str) -> float:
 def cell(row: Mapping[str, Any], over: float) -> str:
     """Microseconds (share of the limit, times over float16)."""
     return f"{row['us']:.1f} ({row['share']:.0%}, {over / row['us']:.2f})"
-
-
-def _row(texts: Iterable[str]) -> str:
-    return "| " + " | ".join(texts) + " |"
 
 
 if __name__ == "__main__":

@@ -60,6 +60,11 @@ def table(rows: Table) -> None:
     Console(width=None if sys.stdout.isatty() else 200).print(rows)
 
 
+def row(texts: Iterable[str]) -> str:
+    """A row of a table of Markdown."""
+    return "| " + " | ".join(texts) + " |"
+
+
 def complain(message: str) -> None:
     """One message on stderr."""
     print(f"kvdsl: {message}", file=sys.stderr)

@@ -14,7 +14,7 @@ from kvdsl.kernels import Backend
 from kvdsl.scheme import Scheme
 from kvdsl.shape import Shape
 
-from .answer import progress
+from .answer import progress, row
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -103,11 +103,11 @@ def told(found: Sequence[Mapping[str, Any]]) -> Table:
 
 def page(found: Sequence[Mapping[str, Any]]) -> str:
     """The page docs/schemes.md: a row a scheme, then the deviations of those that draw something."""
-    rows = [_row(("name", "bits keys", "bits values", *HEADS.values(), "calibrated", "file", "lines", "source"))]
+    rows = [row(("name", "bits keys", "bits values", *HEADS.values(), "calibrated", "file", "lines", "source"))]
     rows += ["| --- |" + " ---: |" * (2 + len(HEADS)) + " --- | --- | ---: | --- |"]
     for result in found:
         first, rest = cells(result)
-        rows.append(_row((*first, *(_short(result[name]["mean"]) for name in HEADS), *rest)))
+        rows.append(row((*first, *(_short(result[name]["mean"]) for name in HEADS), *rest)))
     drawn = [result for result in found if result["runs"] > 1]
     lines = [PAGE, *rows]
     if drawn:
@@ -118,8 +118,8 @@ def page(found: Sequence[Mapping[str, Any]]) -> str:
             f"Mean and standard deviation over {drawn[0]['runs']} seeds, the data fixed.",
             "",
         ]
-        lines += [_row(("name", *HEADS.values())), "| --- |" + " ---: |" * len(HEADS)]
-        lines += [_row((f"`{result['scheme']}`", *(_both(result, name) for name in HEADS))) for result in drawn]
+        lines += [row(("name", *HEADS.values())), "| --- |" + " ---: |" * len(HEADS)]
+        lines += [row((f"`{result['scheme']}`", *(_both(result, name) for name in HEADS))) for result in drawn]
     return "\n".join(lines)
 
 
@@ -133,10 +133,6 @@ def cells(result: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         *("" if result[key] is None else str(result[key]) for key in ("file", "lines")),
         result["source"],
     )
-
-
-def _row(texts: Sequence[str]) -> str:
-    return "| " + " | ".join(texts) + " |"
 
 
 def _both(result: Mapping[str, Any], name: str) -> str:

@@ -24,6 +24,7 @@ from .errors import ShapeError
 from .kernels import AttentionState, KernelSet, Params
 from .params import ROPE
 from .quantized_cache import QuantizedCache
+from .rope import usual
 from .scheme import SIDES
 from .shape import Shape
 
@@ -182,9 +183,9 @@ def _filled(kernels: KernelSet, size: Size, device: torch.device, normal: Number
 
 def _params(kernels: KernelSet, normal: Numbers) -> Params:
     """What the scheme takes from data, measured on other numbers of the kind."""
-    heads, dim = kernels.shape.kv_heads, kernels.shape.head_dim
+    heads = kernels.shape.kv_heads
     k, v, q = (normal(n, 1024)[:1].cpu() for n in (heads, heads, heads * kernels.shape.group))
-    rope = {ROPE: 1e4 ** -(torch.arange(0, dim, 2) / dim)} if kernels.scheme.keys.rope is not None else {}
+    rope = {ROPE: usual(kernels.shape.head_dim)} if kernels.scheme.keys.rope is not None else {}
     return calibrate(kernels.scheme, k, v, q, params=rope)
 
 

@@ -17,6 +17,13 @@ BLOCK = 1024  # positions made at a time: a number does not depend on how many t
 NEAR = 64  # positions of `near`: the most tokens of a tile
 
 
+def usual(channels: int) -> Tensor:
+    """Frequencies of a head that is rotated whole, of base 10000: float32 (channels / 2,)."""
+    import torch
+
+    return 1e4 ** -(torch.arange(0, channels, 2) / channels)
+
+
 def waves(frequencies: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
     """(cos, sin) of positions [begin, end): float32 (end - begin, R/2), on the CPU."""
     import torch

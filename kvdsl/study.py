@@ -21,13 +21,13 @@ from torch import Generator, Tensor
 from .api import attend, calibrate, roundtrip, scores
 from .kernels import Backend
 from .params import ROPE
-from .rope import turned
+from .rope import turned, usual
 from .scheme import Rotate, Scheme, Sketch, Store
 
 HEADS, Q_HEADS, TOKENS, QUERIES, CHANNELS = 2, 8, 1024, 32, 128
 OUTLIERS = 4  # channels of a head
 SIZES = (8.0, 20.0)  # of an outlier channel over the others
-FREQUENCIES = 1e4 ** -(torch.arange(0, CHANNELS, 2) / CHANNELS)
+FREQUENCIES = usual(CHANNELS)
 MEASURES = ("keys_mse", "values_mse", "score_error", "output_error")
 
 
