@@ -60,13 +60,13 @@ def _said(part: object) -> str:
     return f"y = channels of x in order of their {part.by}, calibrated"
 
 
-def absorb(side: str, store: Store) -> Absorbed | None:
-    """What becomes of one side's sums; None where the vector itself is coded.  Raises ProofError if it is not so."""
+def absorb(side: str, store: Store, letter: str) -> Absorbed | None:
+    """What becomes of one side's sums, or of those of a term whose numbers are called by a letter; None where the
+    vector itself is coded.  Raises ProofError if it is not so."""
     if store.rope is not None:
         return _rope(store)
     if not store.mapped:
-        return _polar(side, store) if store.polar else None
-    letter = side[0]
+        return _polar(side, store, letter) if store.polar else None
     read = f"{letter}[t, d] = sum_i W[d, i]*y[t, i]" + (f" + {letter}0[d]" if store.shifted else "")
     w = sp.Matrix(CHANNELS, NUMBERS, lambda d, i: sp.Symbol(f"W{d}{i}"))
     v = sp.Matrix(CHANNELS, 1, lambda d, _: sp.Symbol(f"v{d}") if store.shifted else 0)
@@ -75,20 +75,20 @@ def absorb(side: str, store: Store) -> Absorbed | None:
     if side == "keys":
         q = sp.Matrix(1, CHANNELS, lambda _, d: sp.Symbol(f"q{d}"))
         difference = q * x - ((w.T * q.T).T * y + (q * v) * sp.ones(1, TOKENS))
-        statement = "sum_d q[d]*k[t, d] = sum_i (sum_d W[d, i]*q[d])*y[t, i]"
+        statement = f"sum_d q[d]*{letter}[t, d] = sum_i (sum_d W[d, i]*q[d])*y[t, i]"
         statement += " + sum_d q[d]*v[d]" if store.shifted else ""
         where = "W is applied to the query, once per step"
     else:
         p = sp.Matrix(TOKENS, 1, lambda t, _: sp.Symbol(f"p{t}"))
         difference = x * p - (w * (y * p) + v * (sp.ones(1, TOKENS) * p))
-        statement = "sum_t p[t]*v[t, d] = sum_i W[d, i]*(sum_t p[t]*y[t, i])"
+        statement = f"sum_t p[t]*{letter}[t, d] = sum_i W[d, i]*(sum_t p[t]*y[t, i])"
         statement += " + v[d]*sum_t p[t]" if store.shifted else ""
         where = "W is applied to the output, once per step"
     if any(sp.expand(entry) != 0 for entry in difference):
         raise ProofError(f"{side}: the map does not leave the sum over tokens")
     method = f"symbolic, with {CHANNELS} channels of {NUMBERS} numbers and {TOKENS} tokens: it is linear in each"
     mapped = Absorbed(steps(store), read, statement, method, where)
-    return _behind(mapped, _polar(side, store)) if store.polar else mapped
+    return _behind(mapped, _polar(side, store, letter)) if store.polar else mapped
 
 
 def _behind(outer: Absorbed, inner: Absorbed) -> Absorbed:
@@ -101,7 +101,7 @@ def _told(one: Absorbed) -> tuple[str, ...]:
     return one.read, one.statement, one.method, one.where
 
 
-def _polar(side: str, store: Store) -> Absorbed:
+def _polar(side: str, store: Store, letter: str) -> Absorbed:
     """What a pair of numbers adds to a score or an output, in its radius and its angle."""
     x, z = sp.symbols("x z", real=True, nonzero=True)
     q, p, r, a = sp.symbols("qx qz r a", real=True)
@@ -110,7 +110,7 @@ def _polar(side: str, store: Store) -> Absorbed:
     turned = of_pair.subs(a, a + 2 * sp.pi)  # the angle that atan2 gives below 0 is stored a whole turn on
     if sp.simplify(given - (q * x + p * z)) != 0 or sp.expand(turned - of_pair) != 0:
         raise ProofError(f"{side}: radius and angle of a pair do not give the pair back")
-    letter = "y" if store.mapped else side[0]
+    letter = "y" if store.mapped else letter
     read = f"{letter}[t, i] = r[t, i]*cos a[t, i], {letter}[t, i + D/2] = r[t, i]*sin a[t, i]"
     if side == "keys":
         outer = "q'" if store.mapped else "q"

@@ -30,8 +30,8 @@ def prove_bijection(layout: Layout) -> tuple[BijectionProof, ...]:
     Raises ProofError where two codes meet or a bit is left over.
     """
     proofs = []
-    for side in SIDES:
-        part = layout.side(side)
+    parts = [(side + " left" * depth, part) for side in SIDES for depth, part in enumerate(layout.side(side).terms)]
+    for side, part in parts:
         for stream in part.streams:
             if stream.digits:
                 proofs.append(_prove_digits(side, part, stream))

@@ -90,12 +90,12 @@ def given(side: SidePlan) -> list[str]:
 def call(side: SidePlan, name: str, takes: Sequence[str]) -> str:
     """A call of one of the side's functions."""
     extra = [given_name(side, one) for one in given(side)] if name != "words" else []
-    return f"{name}_{side.name}({', '.join([*takes, *extra])})"
+    return f"{name}_{side.label}({', '.join([*takes, *extra])})"
 
 
 def given_name(side: SidePlan, name: str) -> str:
     """What a kernel calls a number of the parameters."""
-    return f"{side.name[0]}_{name}"
+    return f"{side.letter}_{name}"
 
 
 def quotient(side: SidePlan, dividend: str, divisor: str) -> str:

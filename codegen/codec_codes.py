@@ -121,7 +121,7 @@ def products(side: SidePlan, ns: Namespace) -> list[str]:
     """What a second scale is fitted from, number by number: exact in float64, or nearly so."""
     out = Lines()
     rest = ", ".join(["x", *numbers(side), *given(side)])
-    out.add(f"level = wide({_level(side, f'encode_{side.name}({rest})')})", "x = wide(finite(x))")
+    out.add(f"level = wide({_level(side, f'encode_{side.label}({rest})')})", "x = wide(finite(x))")
     out.add({
         "least_squares": "return x * level, level * level",
         "weighted_least_squares": "return x * x * x * level, x * x * level * level",
@@ -131,14 +131,14 @@ def products(side: SidePlan, ns: Namespace) -> list[str]:
 
 
 def _level(side: SidePlan, code: str) -> str:
-    return f"levels_{side.name}({', '.join([code, *given(side)])})"
+    return f"levels_{side.label}({', '.join([code, *given(side)])})"
 
 
 def loss(side: SidePlan, ns: Namespace) -> list[str]:
     """(x - decoded)**2, number by number."""
     out = Lines()
     rest = ", ".join(["x", *coding(side), *given(side)])
-    out.add(f"c = encode_{side.name}({rest})")
+    out.add(f"c = encode_{side.label}({rest})")
     out.add(f"c = {_level(side, 'c')}" if side.alphabet.looked_up else "c = to_float(c)")
     scale = "fitted" if side.scale.refit else "scale"
     if side.second is not None:

@@ -16,12 +16,18 @@ FORMAT = 2  # of the generated text; a change of it makes every stored file stal
 
 def formula_lines(side: SidePlan) -> list[str]:
     """The definition of one side as declared, and as lowered."""
-    letter = side.name[0]
+    return [line for term in side.terms for line in _term_lines(side, term)]
+
+
+def _term_lines(whole: SidePlan, side: SidePlan) -> list[str]:
+    lines = []
+    if side.depth:
+        lines.append(f"{side.title}: r[t, d] = {whole.number}[t, d] - all that is decoded before it; both are added up")
     if side.absorbed is not None:
         coded = _coded_lines(side, "y")
         read = f"{side.absorbed.read}; {side.absorbed.where}"
-        return [f"{side.name}: {step}" for step in side.absorbed.steps] + [read, *coded]
-    return _coded_lines(side, letter)
+        return lines + [f"{side.title}: {step}" for step in side.absorbed.steps] + [read, *coded]
+    return lines + _coded_lines(side, side.number)
 
 
 def _coded_lines(side: SidePlan, letter: str) -> list[str]:
@@ -29,11 +35,14 @@ def _coded_lines(side: SidePlan, letter: str) -> list[str]:
         return [f"{letter}[t, d] = the number itself, as {side.floats}"]
     lines = [f"{letter}[t, d] = {sp.sstr(side.form.definition)}"]
     lines += [f"           {told}" for told in alphabet_lines(side)]
-    names = ("q . k[t]  = ", "out[d]    = ") if not side.mapped else ("q' . y[t] = ", "out'[d]   = ")
+    names = (f"q . {side.number}[t]  = ", "out[d]    = ") if not side.mapped else ("q' . y[t] = ", "out'[d]   = ")
     outer = names[side.name == "values"]
     over = "d" if side.name == "keys" else "t"
     if side.when is When.IN_LOOP:
-        return [*lines, f"{outer}sum_{over} {'q[d]*k[t, d]' if over == 'd' else 'p[t]*v[t, d]'}, decoded in the loop"]
+        return [
+            *lines,
+            f"{outer}sum_{over} {'q[d]' if over == 'd' else 'p[t]'}*{side.number}[t, d], decoded in the loop",
+        ]
     texts = []
     for term in side.form.terms:
         inner, out = (
@@ -66,16 +75,16 @@ def page_lines(plan: Plan) -> list[str]:
     layout = plan.layout
     lines = [f"page: {layout.page_tokens} tokens of {layout.kv_heads} kv heads, {layout.page_bytes} bytes"]
     lines[0] += f" ({layout.head_bytes} a head)"
-    for side in (plan.keys, plan.values):
+    for side in plan.terms:
         part = side.layout
         if side.floats:
-            lines.append(f"  {part.float_offset:6d}  {side.name}: {side.floats} rows of {layout.head_dim}")
+            lines.append(f"  {part.float_offset:6d}  {side.title}: {side.floats} rows of {layout.head_dim}")
         for stream in part.streams:
             rows = "tokens t and t + 32 share a word" if stream.paired else "one token a row"
             planes = f"{part.plane_width} bytes of 5 ternary digits" if stream.digits else ""
             planes = planes or f"{stream.width}-bit planes of {part.plane_width} channels"
-            lines.append(f"  {stream.offset:6d}  {side.name}: {planes}, {rows}")
-    for side in (plan.keys, plan.values):
+            lines.append(f"  {stream.offset:6d}  {side.title}: {planes}, {rows}")
+    for side in plan.terms:
         meta = side.layout.meta
         if meta is not None:
             what = {
@@ -87,7 +96,7 @@ def page_lines(plan: Plan) -> list[str]:
                 "words": "scales, then offsets",
             }
             where = "after the heads" if meta.shared else ""
-            lines.append(f"  {meta.offset:6d}  {side.name}: {meta.entries} {what[meta.kind]} {where}".rstrip())
+            lines.append(f"  {meta.offset:6d}  {side.title}: {meta.entries} {what[meta.kind]} {where}".rstrip())
     return lines
 
 

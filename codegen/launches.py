@@ -34,11 +34,11 @@ def warps(kernel: str, plan: Plan) -> int:
     """Warps of a program: one where tiles stay in one warp's tensor cores, two where 16 rows would not fit its
     registers, four or more where a page is rewritten, products are of float32 numbers, or keys of a table of the
     parameters are rotated."""
-    exact = plan.shape.dtype == "fp32" or any(side.floats == "fp32" for side in (plan.keys, plan.values))
+    exact = plan.shape.dtype == "fp32" or any(term.floats == "fp32" for term in plan.terms)
     if kernel.startswith("pack"):
         name = kernel.removeprefix("pack_")
         # A table of the parameters is in registers, and so are the middles between its levels.
-        return 8 if plan.side(name).alphabet.given else max(4, min(8, plan.held(name) // 1024))
+        return 8 if plan.side(name).alphabet.given else max(4, min(8, plan.side(name).held // 1024))
     if kernel.startswith("unpack"):
         return max(4, min(16, plan.tile * plan.side(kernel.removeprefix("unpack_")).dim // 2048))
     if kernel.startswith(("turn_k", "turn_v", "restore")):
@@ -65,7 +65,7 @@ def stages(kernel: str) -> tuple[int, ...]:
 def loop_bytes(plan: Plan) -> int:
     """Packed bytes, metadata included, that one tile of the main loop reads of one head."""
     layout, total = plan.layout, 0
-    for side in (plan.keys, plan.values):
+    for side in plan.terms:
         total += sum(stream.size for stream in side.layout.streams)
         if side.floats:
             total += layout.page_tokens * side.dim * (4 if side.floats == "fp32" else 2)

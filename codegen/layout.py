@@ -9,7 +9,7 @@ takes a whole plane out of a tile of words.  Codes of three levels are digits in
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
@@ -135,7 +135,7 @@ class Span:
 class SideLayout:
     """One side of a page, `width` numbers a token.  `streams` is empty where the numbers themselves are stored
     (`float_offset`).  Planes have `plane_width` lanes; of digits the last may have fewer, and one that crosses groups
-    of channels counts as several."""
+    of channels counts as several.  `residual`: where the codes of what is left stand."""
 
     width: int
     streams: tuple[Stream, ...]
@@ -143,6 +143,12 @@ class SideLayout:
     spans: tuple[Span, ...]
     meta: Meta | None
     float_offset: int = 0
+    residual: SideLayout | None = None
+
+    @property
+    def terms(self) -> tuple[SideLayout, ...]:
+        """This and what stands of what is left, as `Store.terms`."""
+        return (self, *(self.residual.terms if self.residual else ()))
 
     @property
     def planes(self) -> int:
@@ -286,18 +292,17 @@ def _digit_stream(spans: tuple[Span, ...], row: int, tokens: int, offset: int) -
 
 @cache
 def lay_out(scheme: Scheme, shape: Shape) -> Layout:
-    """The page of a scheme at a shape: sections in the order key codes, value codes, key metadata, value metadata."""
-    from dataclasses import replace
-
-    stores = {side: scheme.side(side) for side in SIDES}
-    dims = {side: store.coded(shape.head_dim) for side, store in stores.items()}
+    """The page of a scheme at a shape: sections in the order key codes, value codes, key metadata, value metadata, what
+    is of what a store left behind its own."""
+    stores = {(side, depth): store for side in SIDES for depth, store in enumerate(scheme.side(side).terms)}
+    dims = {at: store.coded(shape.head_dim) for at, store in stores.items()}
     tokens = math.lcm(2 * PAIR, *(token_block(store) for store in stores.values()))
     offset, codes = 0, {}
-    for side, store in stores.items():
-        dim, width = dims[side], plane_width(store, dims[side])
+    for at, store in stores.items():
+        dim, width = dims[at], plane_width(store, dims[at])
         spans = _spans(store, dim, width)
         if isinstance(store.code, Float) and store.code.plain:
-            codes[side] = SideLayout(dim, (), width, spans, None, offset)
+            codes[at] = SideLayout(dim, (), width, spans, None, offset)
             offset = aligned(offset + tokens * dim * (4 if store.code.format == "fp32" else 2))
         else:
             bits = code_bits(store.code)
@@ -306,17 +311,20 @@ def lay_out(scheme: Scheme, shape: Shape) -> Layout:
                 streams, offset = _digit_stream(spans, width, tokens, offset)
             else:
                 streams, offset = _streams(bits, dim, width, tokens, offset)
-            codes[side] = SideLayout(dim, streams, width, spans, None)
-    metas = {side: _meta(store, dims[side], shape.kv_heads, tokens) for side, store in stores.items()}
-    for side, meta in metas.items():
+            codes[at] = SideLayout(dim, streams, width, spans, None)
+    metas = {at: _meta(store, dims[at], shape.kv_heads, tokens) for at, store in stores.items()}
+    for at, meta in metas.items():
         if meta is not None and not meta.shared:
-            metas[side] = replace(meta, offset=offset)
+            metas[at] = replace(meta, offset=offset)
             offset = aligned(offset + meta.size)
     head_bytes = offset
     offset = head_bytes * shape.kv_heads
-    for side, meta in metas.items():
+    for at, meta in metas.items():
         if meta is not None and meta.shared:
-            metas[side] = replace(meta, offset=offset)
+            metas[at] = replace(meta, offset=offset)
             offset = aligned(offset + meta.size)
-    keys, values = (replace(codes[side], meta=metas[side]) for side in SIDES)
-    return Layout(shape.head_dim, shape.kv_heads, tokens, head_bytes, offset, keys, values)
+    sides: dict[str, SideLayout] = {}
+    for side, depth in reversed(stores):
+        here = side, depth
+        sides[side] = replace(codes[here], meta=metas[here], residual=sides.get(side))
+    return Layout(shape.head_dim, shape.kv_heads, tokens, head_bytes, offset, sides["keys"], sides["values"])

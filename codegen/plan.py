@@ -7,7 +7,7 @@ from functools import cache, cached_property
 from typing import TYPE_CHECKING, Literal
 
 from kvdsl.rules import refuse_for
-from kvdsl.scheme import SIDES, Float, PreRope, Scale, Scheme, Sketch, Store, Uniform
+from kvdsl.scheme import SIDES, Float, PreRope, Scale, Scheme, Side, Sketch, Store, Uniform
 from kvdsl.shape import Shape
 
 from .alphabet import Alphabet, alphabet_of
@@ -37,7 +37,11 @@ EXACT_TILE = 16  # tokens a tile where products are of float32 numbers, outside 
 
 @dataclass(frozen=True)
 class SidePlan:
-    """One side: what is stored, where it stands, and where its scale is applied."""
+    """One side, or what is stored of what another store left: what it is, where it stands, where its scale is applied.
+
+    A vector is the sum of its terms.  The numbers that they code stand one behind the other in one row, so that one map
+    takes a query to what all of them meet, and their sums to an output.
+    """
 
     name: Literal["keys", "values"]
     store: Store
@@ -46,6 +50,58 @@ class SidePlan:
     alphabet: Alphabet
     channels: int
     """Of the head's vector."""
+    residual: SidePlan | None = None
+    depth: int = 0
+    """How many stores left something before this one."""
+    first: int = 0
+    """Where the numbers of this term begin in the side's row."""
+
+    @property
+    def terms(self) -> tuple[SidePlan, ...]:
+        """This and what is stored of what is left, as `Store.terms`."""
+        return (self, *(self.residual.terms if self.residual else ()))
+
+    @property
+    def label(self) -> str:
+        """The end of the names of this term's functions."""
+        return self.name + "_residual" * self.depth
+
+    @property
+    def path(self) -> str:
+        """The beginning of the names of this term's parameters."""
+        return self.name + ".residual" * self.depth
+
+    @property
+    def title(self) -> str:
+        """What a person calls this term."""
+        return self.name + ", what is left" * self.depth
+
+    @property
+    def number(self) -> str:
+        """What a decoded number is called in formulas: k or v, r of what is left."""
+        return "r" if self.depth else self.name[0]
+
+    @property
+    def letter(self) -> str:
+        """The beginning of the names of what is read of this term."""
+        return self.name[0] + "r" * self.depth
+
+    @property
+    def row(self) -> int:
+        """Numbers of a vector that are coded, of all terms."""
+        return sum(term.dim for term in self.terms)
+
+    @property
+    def span(self) -> int:
+        """Tokens that one program of `pack` quantizes: a token block, or 32 single tokens."""
+        block = token_block(self.store)
+        return block if block > 1 else PAIR
+
+    @property
+    def held(self) -> int:
+        """Numbers a program of `pack` keeps at a time: planes whose channels have scales of their own come singly."""
+        alone = self.store.measure is not None and self.store.measure.block.channels == 1
+        return self.span * (self.layout.plane_width if alone else self.dim)
 
     @cached_property
     def form(self) -> NormalForm:
@@ -59,7 +115,12 @@ class SidePlan:
         """What becomes of the map of the space that is coded, with its proof; None where there is no map."""
         from .absorb import absorb
 
-        return absorb(self.name, self.store)
+        return absorb(self.name, self.store, self.number)
+
+    @property
+    def through(self) -> bool:
+        """Packed tokens meet the query, or add to the output, through one map of all terms."""
+        return self.mapped or self.residual is not None
 
     @property
     def scale(self) -> Scale:
@@ -194,7 +255,13 @@ class Plan:
     bijection: tuple[BijectionProof, ...]
 
     def side(self, name: str) -> SidePlan:
-        return self.keys if name == "keys" else self.values
+        """A side, or a term of one, by its label."""
+        return next(term for term in self.terms if term.label == name)
+
+    @property
+    def terms(self) -> tuple[SidePlan, ...]:
+        """All that a page holds: the keys' terms, then the values'."""
+        return self.keys.terms + self.values.terms
 
     @property
     def half(self) -> int:
@@ -213,22 +280,11 @@ class Plan:
         Sums over wide vectors, maps on both sides, which exact rows do not share, and keys rotated in the loop with
         levels of the parameters beside them fill the registers at 8 rows.
         """
-        shared = all(side.layout.plane_width >= 2 * NARROWEST for side in (self.keys, self.values))
+        shared = all(term.layout.plane_width >= 2 * NARROWEST for term in self.terms)
         apart = self.keys.apart and self.values.apart
-        full = self.values.dim > WIDEST or apart or self.keys.rope is not None and self.keys.alphabet.given
+        full = self.values.row > WIDEST or apart or self.keys.rope is not None and self.keys.alphabet.given
         more = many or self.shape.group > DECODE_ROWS
         return EXTEND_ROWS if shared and more and not full else DECODE_ROWS
-
-    def span(self, side: str) -> int:
-        """Tokens that one program of `pack` quantizes: a token block, or 32 single tokens."""
-        block = token_block(self.scheme.side(side))  # type: ignore[arg-type]
-        return block if block > 1 else PAIR
-
-    def held(self, side: str) -> int:
-        """Numbers a program of `pack` keeps at a time: planes whose channels have scales of their own come singly."""
-        part = self.side(side)
-        alone = part.store.measure is not None and part.store.measure.block.channels == 1
-        return self.span(side) * (part.layout.plane_width if alone else part.dim)
 
     @property
     def sinks(self) -> int:
@@ -241,18 +297,24 @@ def plan_for(scheme: Scheme, shape: Shape) -> Plan:
     refuse_for(scheme, shape)
     layout = lay_out(scheme, shape)
     proofs = prove_bijection(layout)
-    sides = []
-    for name in SIDES:
-        store, part = scheme.side(name), layout.side(name)
-        alphabet = alphabet_of(store, _channels(store, shape))
-        sides.append(SidePlan(name, store, part, place(store, part), alphabet, shape.head_dim))
-    paired = any(side.layout.paired for side in sides)
-    narrow = any(side.when is When.ONCE_PER_TILE and token_block(side.store) % (2 * PAIR) for side in sides)
-    narrow = narrow or any(side.polar for side in sides)  # two planes at once are decoded, with what they become
+    keys, values = (_planned(name, scheme.side(name), layout.side(name), shape) for name in SIDES)
+    terms = keys.terms + values.terms
+    paired = any(term.layout.paired for term in terms)
+    narrow = any(term.when is When.ONCE_PER_TILE and token_block(term.store) % (2 * PAIR) for term in terms)
+    narrow = narrow or any(term.polar for term in terms)  # two planes at once are decoded, with what they become
     tile, halves = 2 * PAIR, 2 if paired or narrow else 1
-    if not paired and any(side.floats == "fp32" for side in sides):
+    if not paired and any(term.floats == "fp32" for term in terms):
         tile, halves = EXACT_TILE, 1
-    return Plan(scheme, shape, layout, sides[0], sides[1], tile, halves, proofs)
+    return Plan(scheme, shape, layout, keys, values, tile, halves, proofs)
+
+
+def _planned(name: Side, store: Store, part: SideLayout, shape: Shape, depth: int = 0, first: int = 0) -> SidePlan:
+    """A store and what is stored of what it leaves."""
+    rest = None
+    if isinstance(store.residual, Store) and part.residual is not None:
+        rest = _planned(name, store.residual, part.residual, shape, depth + 1, first + part.width)
+    alphabet = alphabet_of(store, _channels(store, shape))
+    return SidePlan(name, store, part, place(store, part), alphabet, shape.head_dim, rest, depth, first)
 
 
 def _channels(store: Store, shape: Shape) -> int:

@@ -22,7 +22,7 @@ def helpers() -> tuple[str, ...]:
 
 def render(plan: Plan, name: str) -> str:
     """The whole text, deterministic."""
-    body = "\n\n".join(text for side in (plan.keys, plan.values) for text in TorchSide(plan, side).functions())
+    body = "\n\n".join(text for term in plan.terms for text in TorchSide(plan, term).functions())
     used = [helper for helper in helpers() if re.search(rf"(?<![\w.]){helper}\(", body)]
     imports = "import torch\n" + (imported("kvdsl.codegen.host", used) if used else "")
     return f"{heading(plan, name)}\n{imports}\n\n{body}"

@@ -30,12 +30,11 @@ def helpers(module: str) -> tuple[str, ...]:
 def render(plan: Plan, name: str) -> str:
     """The whole text, formatted and deterministic."""
     attend = Attend(plan)
-    sides = (plan.keys, plan.values)
-    kernels = [write(plan, side) for side in sides if side.mapped for write in (turn, restore)]
-    kernels += [turn_query(plan)] if plan.keys.mapped else []
+    kernels = [write(plan, term) for term in plan.terms if term.mapped for write in (turn, restore)]
+    kernels += [turn_query(plan)] if plan.keys.through else []
     kernels += [unrope(plan), rope(plan)] if plan.keys.rope is not None else []
-    kernels += [Pack(plan, side).text() for side in sides]
-    kernels += [Unpack(plan, side).text(attend.addresses()) for side in sides]
+    kernels += [Pack(plan, term).text() for term in plan.terms]
+    kernels += [Unpack(plan, term).text(attend.addresses()) for term in plan.terms]
     kernels.append(attend.scores(plan.rows(many=True)))
     kernels.append(attend.attention("decode", plan.rows(many=False)))
     kernels.append(attend.attention("extend", plan.rows(many=True)))

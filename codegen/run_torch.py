@@ -15,7 +15,7 @@ from kvdsl.params import ROPE
 from kvdsl.rope import table
 
 from .host import cartesian, finite, mapped, polar, rotated, rows_of_bytes
-from .plan import Plan
+from .plan import Plan, SidePlan
 
 LOG2E = 1.4426950408889634
 PACK_AT_ONCE = 64  # pages quantized at a time: bounds the working memory of a long prompt
@@ -40,43 +40,48 @@ class TorchModule:
         split = layout.head_bytes * layout.kv_heads
         return pages[..., :split].unflatten(-1, (layout.kv_heads, layout.head_bytes)), pages[..., split:]
 
-    def _gather(self, side: Side, pool: Tensor, table: Tensor, low: int, high: int, params: Params) -> list[Tensor]:
-        """The arguments of a reading function: pages `low` to `high` of every sequence."""
-        pages = pool[table[:, low:high].long()]
+    def _gather(self, pool: Tensor, table: Tensor, low: int, high: int) -> Tensor:
+        """Pages `low` to `high` of every sequence: uint8 (B, pages, page_bytes)."""
+        return pool[table[:, low:high].long()]
+
+    def _inputs(self, part: SidePlan, pages: Tensor, params: Params) -> list[Tensor]:
+        """The arguments of a function that reads one term of pages (B, pages, page_bytes)."""
         blobs, shared = self._blobs(pages)
         given = [blobs.movedim(2, 1)]
-        meta = self.plan.side(side).layout.meta
+        meta = part.layout.meta
         if meta is not None and meta.shared:
             given.append(shared)
-        return [*given, *self._given(side, params)]
+        return [*given, *self._given(part, params)]
 
-    def _given(self, side: Side, params: Params) -> list[Tensor]:
-        """What comes with the parameters, in the order in which the side's functions take it."""
-        part = self.plan.side(side)
+    def _given(self, part: SidePlan, params: Params) -> list[Tensor]:
+        """What comes with the parameters, in the order in which the term's functions take it."""
         wanted = (part.static, "scale"), (part.second is not None, "scale.scale"), (part.alphabet.given, "code")
-        return [params[f"{side}.{name}"] for takes, name in wanted if takes]
+        return [params[f"{part.path}.{name}"] for takes, name in wanted if takes]
 
-    def _turned(self, side: Side, rows: Tensor, u: Tensor, params: Params) -> Tensor:
+    def _turned(self, part: SidePlan, rows: Tensor, u: Tensor, params: Params) -> Tensor:
         """The numbers to be coded of rows (n, H, T, D) of the tokens at u (n, T), float32."""
-        part = self.plan.side(side)
         if not part.turned:
             return rows
         clean = _clean(rows)
         if part.rope is not None:
             return self._rotated(clean, u, params, torch.float64, -1)
         if part.mapped:
-            clean = mapped(clean, params[f"{side}.encode"], params.get(f"{side}.encode_shift"))
+            clean = mapped(clean, params[f"{part.path}.encode"], params.get(f"{part.path}.encode_shift"))
         return polar(clean) if part.polar else clean
 
-    def _restored(self, side: Side, coded: Tensor, begin: int, params: Params) -> Tensor:
+    def _decoded(self, part: SidePlan, pages: Tensor, params: Params, span: slice, begin: int) -> Tensor:
+        """Tokens `span` of pages (B, pages, page_bytes), the first at u = begin, decoded: one term, (B, H, T, D)."""
+        whole: Tensor = getattr(self.module, f"unpack_{part.label}")(*self._inputs(part, pages, params))
+        return self._restored(part, whole[:, :, span], begin, params)
+
+    def _restored(self, part: SidePlan, coded: Tensor, begin: int, params: Params) -> Tensor:
         """Decoded numbers (B, H, T, M) of the tokens from u = begin on as the head's vectors (B, H, T, D)."""
-        part = self.plan.side(side)
         if part.rope is not None:
             u = torch.arange(begin, begin + coded.shape[2], device=coded.device)[None]
             return self._rotated(coded, u, params, torch.float64, 1)
         coded = cartesian(coded) if part.polar else coded
         if part.mapped:
-            return mapped(coded, params[f"{side}.decode"], params.get(f"{side}.decode_shift"))
+            return mapped(coded, params[f"{part.path}.decode"], params.get(f"{part.path}.decode_shift"))
         return coded
 
     def _rotated(self, x: Tensor, u: Tensor, params: Params, dtype: torch.dtype, sign: int) -> Tensor:
@@ -105,20 +110,29 @@ class TorchModule:
 
     def _pack_pages(self, side: Side, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor,
                     pool: Tensor, table: Tensor, params: Params, b: Tensor, page: Tensor) -> None:  # fmt: skip
-        layout, part = self.plan.layout, self.plan.side(side)
+        layout = self.plan.layout
         u = page[:, None] * layout.page_tokens + torch.arange(layout.page_tokens, device=pool.device)
         inside = (u >= begin[b, None]) & (u < end[b, None])
         ring = rows.shape[2] - offset
         row = torch.where(inside, offset + torch.remainder(u - first[b, None], ring), 0)
         x = rows[b[:, None], :, row].movedim(2, 1).to(torch.float32)
         x = torch.where(inside[:, None, :, None], x, 0.0)
-        given = [self._turned(side, x, u, params)]
+        ids = table[b, page].long()
+        pages = pool[ids]
+        for part in self.plan.side(side).terms:
+            self._write(part, x, u, inside, pages, params)
+            if part.residual is not None:
+                x = _clean(x) - self._decoded(part, pages[:, None], params, slice(None), 0)
+        pool[ids] = pages
+
+    def _write(self, part: SidePlan, x: Tensor, u: Tensor, inside: Tensor, pages: Tensor, params: Params) -> None:
+        """Write one term of x (pages, H, T, D), the tokens at u (pages, T), into pages, where tokens are inside."""
+        layout = self.plan.layout
+        given = [self._turned(part, x, u, params)]
         if part.sketched:  # one sum a token, before the vector is mapped: (pages, H, T, 1)
             given.append(_clean(x).to(torch.float64).square().sum(-1, keepdim=True))
-        sections = list(getattr(self.module, f"pack_{side}")(*given, *self._given(side, params)))
-        ids = table[b, page].long()
-        old = pool[ids]
-        blobs, shared = self._blobs(old)
+        sections = list(getattr(self.module, f"pack_{part.label}")(*given, *self._given(part, params)))
+        blobs, shared = self._blobs(pages)
         if part.floats:
             size = part.layout.float_offset
             width = sections[0].shape[-1] // layout.page_tokens
@@ -141,7 +155,6 @@ class TorchModule:
                 self._merge(shared, meta.offset - layout.head_bytes * layout.kv_heads, sections.pop(0), marks)
             else:
                 self._merge(blobs, meta.offset, sections.pop(0), marks[:, None])
-        pool[ids] = old
 
     @staticmethod
     def _merge(target: Tensor, offset: int, new: Tensor, marks: Tensor) -> None:
@@ -154,8 +167,9 @@ class TorchModule:
         if end <= begin:
             return torch.empty(table.shape[0], shape.kv_heads, 0, shape.head_dim, device=pool.device)
         low, high = begin // tokens, -(-end // tokens)
-        whole: Tensor = getattr(self.module, f"unpack_{side}")(*self._gather(side, pool, table, low, high, params))
-        return self._restored(side, whole[:, :, begin - low * tokens : end - low * tokens], begin, params)
+        pages, span = self._gather(pool, table, low, high), slice(begin - low * tokens, end - low * tokens)
+        *others, last = (self._decoded(part, pages, params, span, begin) for part in self.plan.side(side).terms)
+        return sum(reversed(others), last)  # each store's number plus that of all that it left
 
     # ---- attention ------------------------------------------------------------------------------------------------
 
@@ -174,32 +188,37 @@ class TorchModule:
         if tokens == 0:
             return torch.empty(batch, heads, queries, 0, device=query.device)
         pages = -(-tokens // self.plan.layout.page_tokens)
-        keys = self._gather("keys", pool, table, 0, pages, params)
-        score = self._scores_of_codes(self._rows(query, 1.0), keys, 0, params)
+        score = self._scores_of_codes(self._rows(query, 1.0), self._gather(pool, table, 0, pages), 0, params)
         return self._heads(score.mT[..., :tokens], queries)
 
-    def _scores_of_codes(self, columns: Tensor, keys: list[Tensor], first: int, params: Params) -> Tensor:
-        """q.k of the tokens packed from u = first on, for queries (B, H, D, rows): the query is mapped, not the keys,
-        but for rotary positions."""
+    def _scores_of_codes(self, columns: Tensor, pages: Tensor, first: int, params: Params) -> Tensor:
+        """q.k of the tokens of pages (B, pages, page_bytes), packed from u = first on, for queries (B, H, D, rows): the
+        query is mapped, not the keys, but for rotary positions."""
         if self.plan.keys.rope is not None:
-            decoded = self.module.unpack_keys(*keys)
+            decoded = self.module.unpack_keys(*self._inputs(self.plan.keys, pages, params))
             u = torch.arange(first, first + decoded.shape[2], device=decoded.device)[None]
             return self._rotated(decoded, u, params, torch.float32, 1) @ columns
-        if not self.plan.keys.mapped:
-            score: Tensor = self.module.score(columns, *keys)
-            return score
-        score = self.module.score(params["keys.decode"].mT @ columns, *keys)
-        if self.plan.keys.shifted:
-            score = score + (params["keys.decode_shift"][:, None] @ columns)
-        return score
+        first_score, *others = (self._term_scores(term, columns, pages, params) for term in self.plan.keys.terms)
+        return sum(others, first_score)
 
-    def _sums_of_codes(self, weights: Tensor, values: list[Tensor], params: Params) -> Tensor:
+    def _term_scores(self, term: SidePlan, columns: Tensor, pages: Tensor, params: Params) -> Tensor:
+        met = params[f"{term.path}.decode"].mT @ columns if term.mapped else columns
+        product = "score" + "_residual" * term.depth
+        score: Tensor = getattr(self.module, product)(met, *self._inputs(term, pages, params))
+        return score + (params[f"{term.path}.decode_shift"][:, None] @ columns) if term.shifted else score
+
+    def _sums_of_codes(self, weights: Tensor, pages: Tensor, params: Params) -> Tensor:
         """Sums of packed values under weights (B, H, tokens, rows), as vectors of the head: (B, H, D, rows)."""
-        total: Tensor = self.module.weigh(weights, *values)
-        if self.plan.values.mapped:
-            total = params["values.decode"] @ total
-        if self.plan.values.shifted:
-            total = total + params["values.decode_shift"][..., None] * weights.sum(-2, keepdim=True)
+        total, *others = (self._term_sums(term, weights, pages, params) for term in self.plan.values.terms)
+        return sum(others, total)
+
+    def _term_sums(self, term: SidePlan, weights: Tensor, pages: Tensor, params: Params) -> Tensor:
+        product = "weigh" + "_residual" * term.depth
+        total: Tensor = getattr(self.module, product)(weights, *self._inputs(term, pages, params))
+        if term.mapped:
+            total = params[f"{term.path}.decode"] @ total
+        if term.shifted:
+            total = total + params[f"{term.path}.decode_shift"][..., None] * weights.sum(-2, keepdim=True)
         return total
 
     def attend(
@@ -219,8 +238,8 @@ class TorchModule:
 
         score = columns.new_full((*columns.shape[:2], len(u), columns.shape[-1]), -torch.inf)
         if coded:
-            keys = self._gather("keys", state.pool, state.table, low, pages, params)
-            score[:, :, :coded] = self._scores_of_codes(columns, keys, low * tokens, params)[:, :, :coded]
+            packed = self._gather(state.pool, state.table, low, pages)
+            score[:, :, :coded] = self._scores_of_codes(columns, packed, low * tokens, params)[:, :, :coded]
         tail = slice(exact_from - low * tokens, len(u))
         alive = self._alive(state, u[tail], state.packed_keys)
         exact = self._exact_rows(state, state.key_rows, u[tail], alive) @ columns
@@ -242,10 +261,9 @@ class TorchModule:
         u = u[sinks:]
         on_pages = torch.where((u < state.packed_values[:, None])[:, None, :, None], weights, 0.0)
         if coded:
-            values = self._gather("values", state.pool, state.table, low, pages, params)
             rest = pages * tokens - low * tokens - coded
             on_pages = torch.nn.functional.pad(on_pages[:, :, :coded], (0, 0, 0, rest))
-            out = out + self._sums_of_codes(on_pages, values, params)
+            out = out + self._sums_of_codes(on_pages, packed, params)
         alive = self._alive(state, u[tail], state.packed_values)
         on_rows = torch.where(alive[:, None, :, None], weights[:, :, tail], 0.0)
         out = out + self._exact_rows(state, state.value_rows, u[tail], alive).mT @ on_rows

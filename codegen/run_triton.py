@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from types import ModuleType
@@ -16,10 +17,10 @@ from kvdsl.kernels import AttentionState, Params, Side
 from kvdsl.params import ROPE
 from kvdsl.rope import NEAR, near, table
 
-from .host import cartesian, polar
+from .host import LARGEST, cartesian, polar
 from .launch import DEPTH, assembled
 from .launches import ASSEMBLER, GIVEN_POINTERS, arguments, fused, stages, warps
-from .plan import Plan
+from .plan import Plan, SidePlan
 from .text import padded
 from .triton_rope import ROTATE_ROWS
 from .triton_turn import QUERY_LANES, QUERY_ROWS, TURN_LANES, TURN_ROWS
@@ -89,35 +90,51 @@ class TritonModule:
     def pack(self, side: Side, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor,
              reach: tuple[int, int], pool: Tensor, table: Tensor, params: Params) -> None:  # fmt: skip
         part, rows = self.plan.side(side), rows.contiguous()
-        if not part.turned:
-            self._pack(side, rows, first, offset, begin, end, reach, pool, table, params)
+        if not part.turned and part.residual is None:
+            self._pack(part, rows, first, offset, begin, end, reach, pool, table, params)
             return
-        batch, heads, total, _ = rows.shape
-        for low, high in self._chunks(side, *reach, batch):
-            coded = torch.empty(batch, heads, high - low, part.dim, dtype=torch.float32, device=rows.device)
-            given = {
-                "rows_ptr": rows, "source_ptr": rows, "first_ptr": first, "begin_ptr": begin, "end_ptr": end,
-                "out_ptr": coded, "total_rows": total, "offset": offset, "ring": total - offset, "low": low,
-                "count": high - low,
-            }  # fmt: skip
-            beside = {}
-            if part.sketched:
-                beside["squares_ptr"] = torch.empty(coded.shape[:3], dtype=torch.float64, device=rows.device)
-            if part.rope is not None:
-                given |= self._positions(high, rows.device, params)
-                self._run("unrope_keys", (-(-(high - low) // ROTATE_ROWS), batch * heads), given, None, params)
-            elif part.mapped:
-                self._run(f"turn_{side}", self._turn_grid(high - low, batch, part.dim), given | beside, None, params)
-            else:
-                coded = _taken(rows, first, offset, low, high)
-            coded = polar(coded) if part.polar else coded
-            at = torch.full_like(first, low)
-            self._pack(side, coded, at, 0, begin, end, (low, high), pool, table, params, beside)
+        for low, high in self._chunks(part, *reach, rows.shape[0]):
+            at, source, start = first, rows, offset
+            for term in part.terms:
+                self._pack_term(term, source, at, start, begin, end, (low, high), pool, table, params)
+                if term.residual is not None:
+                    # what is left of the chunk's tokens, in rows of their own
+                    taken = _taken(source, at, start, low, high)
+                    clean = torch.where(torch.isnan(taken), taken, taken.clamp(-LARGEST, LARGEST))
+                    source = clean - self._decoded(term, pool, table, low, high, params)
+                    at, start = torch.full_like(first, low), 0
 
-    def _chunks(self, side: Side, low: int, high: int, batch: int) -> list[tuple[int, int]]:
+    def _pack_term(self, term: SidePlan, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor,
+                   reach: tuple[int, int], pool: Tensor, table: Tensor, params: Params) -> None:  # fmt: skip
+        """Write one term of a chunk's tokens u in `reach`."""
+        if not term.turned:
+            self._pack(term, rows, first, offset, begin, end, reach, pool, table, params)
+            return
+        (low, high), (batch, heads, total, _) = reach, rows.shape
+        coded = torch.empty(batch, heads, high - low, term.dim, dtype=torch.float32, device=rows.device)
+        given = {
+            "rows_ptr": rows, "source_ptr": rows, "first_ptr": first, "begin_ptr": begin, "end_ptr": end,
+            "out_ptr": coded, "total_rows": total, "offset": offset, "ring": total - offset, "low": low,
+            "count": high - low,
+        }  # fmt: skip
+        beside = {}
+        if term.sketched:
+            beside["squares_ptr"] = torch.empty(coded.shape[:3], dtype=torch.float64, device=rows.device)
+        if term.rope is not None:
+            given |= self._positions(high, rows.device, params)
+            self._run("unrope_keys", (-(-(high - low) // ROTATE_ROWS), batch * heads), given, None, params)
+        elif term.mapped:
+            grid = self._turn_grid(high - low, batch, term.dim)
+            self._run(f"turn_{term.label}", grid, given | beside, None, params)
+        else:
+            coded = _taken(rows, first, offset, low, high)
+        coded = polar(coded) if term.polar else coded
+        self._pack(term, coded, torch.full_like(first, low), 0, begin, end, reach, pool, table, params, beside)
+
+    def _chunks(self, part: SidePlan, low: int, high: int, batch: int) -> list[tuple[int, int]]:
         """Spans of tokens whose mapped rows fit SCRATCH, cut at whole programs of `pack`."""
-        span = self.plan.span(side)
-        bytes_a_token = 4 * batch * self.plan.shape.kv_heads * self.plan.side(side).dim
+        span = math.lcm(*(term.span for term in part.terms))
+        bytes_a_token = 4 * batch * self.plan.shape.kv_heads * max(term.dim for term in part.terms)
         size = max(1, SCRATCH // bytes_a_token // span) * span
         cuts = [low, *range(low // size * size + size, high, size), high]
         return list(zip(cuts, cuts[1:], strict=False)) if low < high else []
@@ -126,10 +143,10 @@ class TritonModule:
         lanes = min(TURN_LANES, padded(numbers))
         return -(-count // TURN_ROWS), batch * self.plan.shape.kv_heads, -(-numbers // lanes)
 
-    def _pack(self, side: Side, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor,
+    def _pack(self, term: SidePlan, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor,
               reach: tuple[int, int], pool: Tensor, table: Tensor, params: Params,
               beside: Mapping[str, Tensor] | None = None) -> None:  # fmt: skip
-        span = self.plan.span(side)
+        span = term.span
         batch, heads = rows.shape[:2]
         low, high = reach[0] // span, -(-reach[1] // span)
         given = {
@@ -137,38 +154,43 @@ class TritonModule:
             "table_ptr": table, "total_rows": rows.shape[2], "offset": offset, "ring": rows.shape[2] - offset,
             "table_width": table.shape[1], "first_step": low, **(beside or {}),
         }  # fmt: skip
-        self._run(f"pack_{side}", (max(0, high - low), batch * heads), given, pool, params)
+        self._run(f"pack_{term.label}", (max(0, high - low), batch * heads), given, pool, params)
 
     def unpack(self, side: Side, pool: Tensor, table: Tensor, begin: int, end: int, params: Params) -> Tensor:
-        part, batch, dim = self.plan.side(side), table.shape[0], self.plan.shape.head_dim
-        if not part.turned or begin >= end:
-            return self._unpack(side, pool, table, begin, end, dim, params)
+        part = self.plan.side(side)
+        if not part.turned and part.residual is None or begin >= end:
+            return self._unpack(part, pool, table, begin, end, self.plan.shape.head_dim, params)
         found = []
-        for low, high in self._chunks(side, begin, end, batch):
-            coded = self._unpack(side, pool, table, low, high, part.dim, params)
-            coded = cartesian(coded) if part.polar else coded
-            if not part.apart:
-                found.append(coded)
-                continue
-            out = torch.empty(*coded.shape[:3], dim, dtype=torch.float32, device=pool.device)
-            given = {"coded_ptr": coded, "out_ptr": out, "low": low, "count": high - low}
-            if part.rope is not None:
-                given |= self._positions(high, pool.device, params)
-                grid = (-(-(high - low) // ROTATE_ROWS), batch * self.plan.shape.kv_heads)
-                self._run("rope_keys", grid, given, None, params)
-            else:
-                self._run(f"restore_{side}", self._turn_grid(high - low, batch, dim), given, None, params)
-            found.append(out)
+        for low, high in self._chunks(part, begin, end, table.shape[0]):
+            *others, last = (self._decoded(term, pool, table, low, high, params) for term in part.terms)
+            found.append(sum(reversed(others), last))  # each store's number plus that of all that it left
         return found[0] if len(found) == 1 else torch.cat(found, 2)
 
+    def _decoded(self, term: SidePlan, pool: Tensor, table: Tensor, low: int, high: int, params: Params) -> Tensor:
+        """One term of tokens u in [low, high), float32 (B, H, high - low, D)."""
+        batch, dim = table.shape[0], self.plan.shape.head_dim
+        coded = self._unpack(term, pool, table, low, high, term.dim, params)
+        coded = cartesian(coded) if term.polar else coded
+        if not term.mapped and term.rope is None:
+            return coded
+        out = torch.empty(*coded.shape[:3], dim, dtype=torch.float32, device=pool.device)
+        given = {"coded_ptr": coded, "out_ptr": out, "low": low, "count": high - low}
+        if term.rope is not None:
+            given |= self._positions(high, pool.device, params)
+            grid = (-(-(high - low) // ROTATE_ROWS), batch * self.plan.shape.kv_heads)
+            self._run("rope_keys", grid, given, None, params)
+        else:
+            self._run(f"restore_{term.label}", self._turn_grid(high - low, batch, dim), given, None, params)
+        return out
+
     def _unpack(
-        self, side: Side, pool: Tensor, table: Tensor, begin: int, end: int, dim: int, params: Params
+        self, term: SidePlan, pool: Tensor, table: Tensor, begin: int, end: int, dim: int, params: Params
     ) -> Tensor:
         heads, tile, batch = self.plan.shape.kv_heads, self.plan.tile, table.shape[0]
         out = torch.empty(batch, heads, max(0, end - begin), dim, dtype=torch.float32, device=pool.device)
         given = {"table_ptr": table, "out_ptr": out, "begin": begin, "end": end, "table_width": table.shape[1]}
         steps = -(-end // tile) - begin // tile if end > begin else 0
-        self._run(f"unpack_{side}", (steps, batch * heads), given, pool, params)
+        self._run(f"unpack_{term.label}", (steps, batch * heads), given, pool, params)
         return out
 
     def _positions(self, end: int, device: torch.device, params: Params) -> dict[str, Any]:
@@ -185,14 +207,14 @@ class TritonModule:
         query = query.contiguous()
         if keys.rope is not None:
             return {"query_ptr": query, **self._positions(end, query.device, params)}
-        if not keys.mapped:
+        if not keys.through:
             return {"query_ptr": query}
         batch, heads, queries, _ = query.shape
-        given = {"query_ptr": query, "turned_ptr": query.new_empty(*query.shape[:3], keys.dim, dtype=torch.float32)}
+        given = {"query_ptr": query, "turned_ptr": query.new_empty(*query.shape[:3], keys.row, dtype=torch.float32)}
         if keys.shifted:
             given["bias_ptr"] = query.new_empty(query.shape[:3], dtype=torch.float32)
         blocks = -(-queries * shape.group // QUERY_ROWS)
-        grid = (batch * shape.kv_heads, -(-keys.dim // QUERY_LANES), blocks)
+        grid = (batch * shape.kv_heads, -(-keys.row // QUERY_LANES), blocks)
         self._run("turn_query", grid, {**given, "queries": queries}, None, params)
         return given
 
@@ -246,7 +268,7 @@ class TritonModule:
             clean = edges = splits
         count = clean + edges
         floats = partial(torch.empty, dtype=torch.float32, device=query.device)
-        results = {"partial_ptr": floats(programs * blocks * count * rows * plan.values.dim)}
+        results = {"partial_ptr": floats(programs * blocks * count * rows * plan.values.row)}
         results["lse_ptr"] = floats(programs * blocks * count * rows)
         if plan.values.apart:  # sums over exact rows, which the map of the values does not touch
             results["exact_ptr"] = floats(programs * blocks * edges * rows * dim)
@@ -286,8 +308,10 @@ def _parameter(name: str, params: Params) -> Tensor | int:
     """A kernel's argument that comes from the parameters: `keys_scale_ptr`, `keys_encode_ptr`, or how far apart one
     head's map (`keys_stride`) or shift (`keys_shifts`) is from the next; 0 where heads share it."""
     side, _, what = name.removesuffix("_ptr").partition("_")
-    if what == "stride":
-        matrix = params[f"{side}.encode"]
+    while what.startswith("residual_"):
+        side, what = f"{side}.residual", what.removeprefix("residual_")
+    if what.endswith("stride"):
+        matrix = params[f"{side}.{'read' if what == 'read_stride' else 'encode'}"]
         return matrix.shape[1] * matrix.shape[2] if matrix.shape[0] > 1 else 0
     if what == "shifts":
         return int(params[f"{side}.encode_shift"].shape[0] > 1)

@@ -16,7 +16,7 @@ from kvdsl.window import Window, windows
 from . import render
 from .launches import launches
 from .multiplications import multiplications
-from .plan import Plan, plan_for
+from .plan import Plan, SidePlan, plan_for
 from .show_algebra import normal_form
 from .show_layout import page
 
@@ -93,14 +93,14 @@ def plan_stage(view: View) -> Stage:
         "tile": plan.tile,
         "halves": plan.halves,
         "rows": {"decode": plan.rows(many=False), "extend": plan.rows(many=True)},
-        "span": {side: plan.span(side) for side in SIDES},
+        "span": {term.path: term.span for term in plan.terms},
         "kernels": records,
     }
     halves = f", as two halves of {plan.half} whose tokens share words" if plan.halves > 1 else ""
     lines = [
         f"tile     {plan.tile} tokens are read at a time{halves}",
         f"rows     {plan.rows(many=False)} query rows a program in decode, {plan.rows(many=True)} in extend and scores",
-        *(f"pack     one program quantizes {data['span'][side]} tokens of the {side}" for side in SIDES),
+        *(f"pack     one program quantizes {span} tokens of the {place}" for place, span in data["span"].items()),
         "",
     ]
     for record in records:
@@ -123,9 +123,10 @@ def source_stage(view: View) -> Stage:
 
 def cost_stage(view: View) -> Stage:
     """Bits an element with their formula, bytes a token and layer, multiplications that remain."""
-    shape, layout = view.shape, view.plan.layout
+    shape, plan = view.shape, view.plan
+    layout = plan.layout
     found = cost.bits(view.scheme, shape.head_dim, shape.kv_heads, view.tokens)
-    sides: dict[str, Any] = {side: _side_cost(view.plan, found, side) for side in SIDES}
+    sides: dict[str, Any] = {side: _side_cost(plan, found, side) for side in SIDES}
     exact = 2 * 2 * shape.kv_heads * shape.head_dim
     per_token = found.mean / 8 * 2 * shape.kv_heads * shape.head_dim
     data: dict[str, Any] = {
@@ -152,18 +153,17 @@ def cost_stage(view: View) -> Stage:
         "",
         "multiplications a stored number, main loop, outside the tensor cores and the softmax:",
     ]
-    for side in SIDES:
-        part = sides[side]["multiplications"]
+    for place, part in ((term.path, _products(plan, term)) for term in plan.terms):
         unpacking = f", {part['unpacking']:g} of integers to unpack it" if part["unpacking"] else ""
         scaling = f"{part['scaling']:.4g} a query row for scales"
-        lines.append(f"{side:15s} {part['decoding']:g} to decode it, {scaling}{unpacking}")
+        lines.append(f"{place:15s} {part['decoding']:g} to decode it, {scaling}{unpacking}")
     if view.tokens is None:
         lines.append("the window's exact tokens are not counted; --tokens N counts those of a sequence of N tokens")
     return data, lines
 
 
 def _side_cost(plan: Plan, found: cost.Bits, side: Side) -> dict[str, Any]:
-    part, products = found.side(side), multiplications(plan, plan.side(side))
+    part = found.side(side)
     return {
         "code": part.code,
         "metadata": part.metadata,
@@ -171,12 +171,14 @@ def _side_cost(plan: Plan, found: cost.Bits, side: Side) -> dict[str, Any]:
         "window": part.window,
         "total": part.total,
         "formula": found.formula(side),
-        "multiplications": {
-            "decoding": float(products.decoding),
-            "scaling": float(products.scaling),
-            "unpacking": float(products.unpacking),
-        },
+        "multiplications": _products(plan, plan.side(side)),
+        "residual": [{"multiplications": _products(plan, term)} for term in plan.side(side).terms[1:]],
     }
+
+
+def _products(plan: Plan, term: SidePlan) -> dict[str, float]:
+    found = multiplications(plan, term)
+    return {"decoding": float(found.decoding), "scaling": float(found.scaling), "unpacking": float(found.unpacking)}
 
 
 STAGES: dict[str, Callable[[View], Stage]] = {

@@ -21,9 +21,9 @@ Stage = tuple[dict[str, Any], list[str]]
 def normal_form(plan: Plan) -> Stage:
     """(data, lines) of both sides of a plan."""
     data, lines = dict[str, Any](), [*LEGEND]
-    for side in (plan.keys, plan.values):
+    for side in plan.terms:
         told = _side(side)
-        data[side.name] = told
+        data[side.path] = told
         lines += ["", *_lines(side, told)]
     return data, lines
 
@@ -45,7 +45,7 @@ def _side(side: SidePlan) -> dict[str, Any]:
 
 
 def _name(side: SidePlan) -> str:
-    return "y[t, d]" if side.turned else f"{side.name[0]}[t, d]"
+    return "y[t, d]" if side.turned else f"{side.number}[t, d]"
 
 
 def _definition(side: SidePlan) -> str:
@@ -55,7 +55,7 @@ def _definition(side: SidePlan) -> str:
 def _outcome(side: SidePlan) -> str:
     if side.mapped:
         return "q' . y[t]" if side.name == "keys" else "out'[d]"
-    return "q . k[t]" if side.name == "keys" else "out[d]"
+    return f"q . {side.number}[t]" if side.name == "keys" else "out[d]"
 
 
 def _sum(form: NormalForm, term: Term) -> str:
@@ -129,7 +129,7 @@ def _product(parts: list[sp.Expr]) -> str:
 
 
 def _lines(side: SidePlan, told: dict[str, Any]) -> list[str]:
-    lines = [side.name, *(f"  space        {line}" for line in told["space"])]
+    lines = [side.title, *(f"  space        {line}" for line in told["space"])]
     lines.append(f"  definition   {told['definition']}")
     lines += [f"               {line}" for line in told["numbers"]]
     lines.append(f"  lowered      {told['lowered']}")

@@ -23,9 +23,10 @@ Stage = tuple[dict[str, Any], list[str]]
 def page(plan: Plan) -> Stage:
     """(data, lines) of a plan's page."""
     layout = plan.layout
-    sections = [row for side in (plan.keys, plan.values) for row in _sections(plan, side)]
+    sections = [row for side in plan.terms for row in _sections(plan, side)]
     sections.sort(key=lambda row: (row["shared"], row["offset"]))
-    streams = {side.name: [_stream(side.layout, s) for s in side.layout.streams] for side in (plan.keys, plan.values)}
+    streams = {side.path: [_stream(side.layout, s) for s in side.layout.streams] for side in plan.terms}
+    wide = max(6, *(len(side.path) for side in plan.terms))
     data = {
         "page_tokens": layout.page_tokens,
         "page_bytes": layout.page_bytes,
@@ -40,12 +41,12 @@ def page(plan: Plan) -> Stage:
         f"{layout.kv_heads} heads of {layout.head_bytes} bytes, head h at h*{layout.head_bytes}"
         + (", then what heads share" if layout.page_bytes > layout.kv_heads * layout.head_bytes else ""),
         "",
-        "    byte    bytes  side    holds",
+        f"    byte    bytes  {'side':{wide}s}  holds",
     ]
     for row in sections:
-        at = f"{row['offset']:8d} {row['bytes']:8d}  {row['side']:6s}  {row['holds']}"
+        at = f"{row['offset']:8d} {row['bytes']:8d}  {row['side']:{wide}s}  {row['holds']}"
         lines.append(at + ("  (from the page's start)" if row["shared"] else ""))
-    for side in (plan.keys, plan.values):
+    for side in plan.terms:
         for stream in side.layout.streams:
             lines += ["", *_drawn(side, stream)]
     lines += [""] if plan.bijection else []
@@ -78,7 +79,7 @@ def _sections(plan: Plan, side: SidePlan) -> list[dict[str, Any]]:
 def _row(side: SidePlan, offset: int, size: int, holds: str, *, shared: bool = False) -> dict[str, Any]:
     padded = aligned(size) - size
     text = holds + (f", {padded} bytes of padding" if padded else "")
-    return {"side": side.name, "offset": offset, "bytes": aligned(size), "holds": text, "shared": shared}
+    return {"side": side.path, "offset": offset, "bytes": aligned(size), "holds": text, "shared": shared}
 
 
 def _meta(meta: Meta) -> str:
@@ -109,7 +110,8 @@ def _drawn(side: SidePlan, stream: Stream) -> list[str]:
     if stream.digits:
         return _drawn_digits(side, wide)
     lines = [
-        f"{side.name}, {stream.width}-bit stream: planes of {wide} channels; 16-bit words of a tile, x = 0..{wide - 1}",
+        f"{side.title}, {stream.width}-bit stream: planes of {wide} channels; "
+        f"16-bit words of a tile, x = 0..{wide - 1}",
         f"  row t // 64 * 32 + t % 32: token t in the low byte, token t + {PAIR} in the high byte"
         if stream.paired
         else "  row t: one token",
@@ -136,8 +138,8 @@ def _drawn_digits(side: SidePlan, row: int) -> list[str]:
     cells = [f"{start}+x" for start in starts]
     size = max(map(len, cells)) + 2
     lines = [
-        f"{side.name}, ternary digits: rows of {row} bytes a token, x = 0..{row - 1}; a byte is 256*0.ddddd of base 3, "
-        "rounded up",
+        f"{side.title}, ternary digits: rows of {row} bytes a token, x = 0..{row - 1}; "
+        "a byte is 256*0.ddddd of base 3, rounded up",
         f"  row t // 64 * 32 + t % 32: token t in the low bytes of words, token t + {PAIR} in the high bytes",
         "  byte x      digit   " + "|".join(str(i).center(size) for i in range(len(starts))),
         "              channel " + "|".join(cell.center(size) for cell in cells),

@@ -32,7 +32,7 @@ class TorchPack:
     def __init__(self, plan: Plan, side: SidePlan) -> None:
         self.plan, self.side = plan, side
         self.width, self.planes = side.layout.plane_width, range(side.layout.planes)
-        self.prefix = side.name[0]
+        self.prefix = side.letter
         self.steps = Steps(side, sp.Integer(1), "..., ", "")
 
     @property
@@ -70,7 +70,7 @@ class TorchPack:
         """Whole pages of numbers to the bytes of every section."""
         side, meta, out = self.side, self.side.layout.meta, Lines()
         takes = ["x", *(["squares"] if side.sketched else []), *self.given()]
-        with out.deeper(f"def pack_{side.name}({', '.join(takes)}):"):
+        with out.deeper(f"def pack_{side.label}({', '.join(takes)}):"):
             out.add(f'"""Bytes of every section that float32 x (pages, H, {self.plan.layout.page_tokens}, D) fills."""')
             if side.floats:
                 if side.floats == "fp16":

@@ -18,6 +18,11 @@ from .torch_pack import TorchPack, unpacked
 class TorchSide(TorchPack):
     """Prints `pack_<side>`, `numbers_<side>`, `unpack_<side>`, and `score` or `weigh`."""
 
+    @property
+    def product(self) -> str:
+        """The name of the function that multiplies what is packed: of a query, or of weights."""
+        return ("score" if self.side.name == "keys" else "weigh") + "_residual" * self.side.depth
+
     def functions(self) -> list[str]:
         texts = [] if self.side.floats else functions(self.side, "torch.")
         texts.append(self.pack())
@@ -37,7 +42,7 @@ class TorchSide(TorchPack):
         count = meta.total * (2 if meta.kind == "words" else 1)
         result = "scale, offset" if side.has_offset else "scale"
         source = "shared" if meta.shared else "pages"
-        with out.deeper(f"def numbers_{side.name}({', '.join([source, *(['second'] if side.second else [])])}):"):
+        with out.deeper(f"def numbers_{side.label}({', '.join([source, *(['second'] if side.second else [])])}):"):
             out.add(f'"""Stored {result}: each float32 (B, H, token blocks, {meta.groups} groups of channels)."""')
             start = meta.offset - (self.plan.layout.head_bytes * self.plan.layout.kv_heads if meta.shared else 0)
             out.add(f"word = section({source}, {start}, {count}, torch.{kind})")
@@ -86,13 +91,13 @@ class TorchSide(TorchPack):
         meta = side.layout.meta
         assert meta is not None
         source = "shared" if meta.shared else "pages"
-        call_ = f"numbers_{side.name}({', '.join([source, *(['second'] if side.second is not None else [])])})"
+        call_ = f"numbers_{side.label}({', '.join([source, *(['second'] if side.second is not None else [])])})"
         return [f"{'scale, offset' if side.has_offset else 'scale'} = {call_}"]
 
     def unpack(self) -> str:
         """Decoded numbers, one by one."""
         side, out = self.side, Lines()
-        with out.deeper(f"def unpack_{side.name}({', '.join(self.inputs())}):"):
+        with out.deeper(f"def unpack_{side.label}({', '.join(self.inputs())}):"):
             out.add('"""Every token of the pages decoded: float32 (B, H, tokens, D)."""')
             head_dim, tokens = self.plan.shape.head_dim, self.plan.layout.page_tokens
             if side.floats:
@@ -166,10 +171,10 @@ class TorchSide(TorchPack):
     def score(self) -> str:
         """Scores of packed keys."""
         side, out = self.side, Lines()
-        with out.deeper(f"def score({', '.join(['query', *self.inputs()])}):"):
+        with out.deeper(f"def {self.product}({', '.join(['query', *self.inputs()])}):"):
             out.add('"""q.k of every packed token: query float32 (B, H, D, rows) -> (B, H, tokens, rows)."""')
             if side.when in (When.NEVER, When.IN_LOOP):
-                out.add(f"return {self._channels_of('unpack_keys')} @ query")
+                out.add(f"return {self._channels_of(f'unpack_{side.label}')} @ query")
                 return str(out)
             out.add(f"{unpacked(f'x{j}' for j in self.planes)} = query.split({self.sizes}, -2)")
             out.extend([*self._read(), *self._levels()])
@@ -249,10 +254,10 @@ class TorchSide(TorchPack):
     def weigh(self) -> str:
         """Sums of packed values under weights."""
         side, out = self.side, Lines()
-        with out.deeper(f"def weigh({', '.join(['weights', *self.inputs()])}):"):
+        with out.deeper(f"def {self.product}({', '.join(['weights', *self.inputs()])}):"):
             out.add('"""Sums of packed values: weights float32 (B, H, tokens, rows) -> (B, H, D, rows)."""')
             if side.when in (When.NEVER, When.IN_LOOP):
-                out.add(f"return used({self._channels_of('unpack_values')}, weights, 1).mT @ weights")
+                out.add(f"return used({self._channels_of(f'unpack_{side.label}')}, weights, 1).mT @ weights")
                 return str(out)
             out.extend([*self._read(), *self._levels()])
             if side.alphabet.small is not None:  # a code that was never written may be a NaN

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from .plan import Plan
 from .text import Lines, fill, literal
-from .triton_keys import Keys
+from .triton_keys import KeySide
 from .triton_meta import section
-from .triton_values import Values
+from .triton_values import ValueSide
 
 LOG2E = 1.4426950408889634
 ATTEND = """
@@ -139,7 +139,7 @@ class Attend:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.keys, self.values = Keys(plan), Values(plan)
+        self.keys, self.values = KeySide(plan), ValueSide(plan)
         self.pools = pools(plan)
 
     def _shared(self, rows: int) -> dict[str, int | str]:
@@ -162,23 +162,23 @@ class Attend:
         for half in range(plan.halves):
             shift = f" + {half * plan.half}" if half else ""
             lines.append(f"{tokens_name(plan, half)} = page_token{shift} + tl.arange(0, {plan.half})")
-        if any(side.layout.paired for side in (plan.keys, plan.values)):
+        if any(term.layout.paired for term in plan.terms):
             lines.append("pair = page_token // 2 + tl.arange(0, 32)")
         return lines + self.sections()
 
     def sections(self) -> list[str]:
         """Where the page's words, numbers and metadata of head h begin."""
         plan, lines, layout = self.plan, [], self.plan.layout
-        if any(side.layout.streams for side in (plan.keys, plan.values)):
+        if any(term.layout.streams for term in plan.terms):
             lines.append(f"words = pool16_ptr + page * {layout.page_bytes // 2} + h * {layout.head_bytes // 2}")
-        for side in (plan.keys, plan.values):
+        for side in plan.terms:
             if side.floats:
                 size = 4 if side.floats == "fp32" else 2
                 start = f"page * {layout.page_bytes // size} + h * {layout.head_bytes // size}"
                 start += f" + {side.layout.float_offset // size}" if side.layout.float_offset else ""
                 lines.append(f"{side.name[:-1]}_floats = pool_{side.floats}_ptr + {start}")
             if side.layout.meta is not None:
-                lines.append(f"{side.name[0]}_meta = {section(side, layout.page_bytes, layout.head_bytes)[1]}")
+                lines.append(f"{side.letter}_meta = {section(side, layout.page_bytes, layout.head_bytes)[1]}")
         return lines
 
     def clean(self) -> list[str]:
@@ -232,12 +232,11 @@ class Attend:
             exact += values.exact_rows.stores()
             if values.side.shifted:
                 exact.append("tl.store(share_ptr + slot, coded_mass * inverse, mask=live)")
-        stores = values.stores("partial", [f"o{j}" for j in range(values.side.layout.planes)])
-        return fill(PARTIALS, dim=values.side.dim, stores=stores, exact=exact).splitlines()
+        return fill(PARTIALS, dim=values.side.row, stores=values.stores("partial"), exact=exact).splitlines()
 
     def _query(self, name: str) -> list[str]:
         """Where the rows of the query, or of the turned query, begin."""
-        dim = self.plan.keys.dim if name == "turned" else self.plan.shape.head_dim
+        dim = self.plan.keys.row if name == "turned" else self.plan.shape.head_dim
         return [f"{name} = {name}_ptr + ((head * queries + token) * {dim})[None, :]"]
 
     def attention(self, name: str, rows: int) -> str:
@@ -265,7 +264,7 @@ class Attend:
             args=[f"{arg}," for arg in args],
             lanes=[*self.keys.lane_lines(), *values.lane_lines()],
             query=self._query(self.keys.query),
-            exact_query=self._query("query") if plan.keys.mapped else [],
+            exact_query=self._query("query") if plan.keys.through else [],
             prologue=[*self.keys.prologue(), *size],
             accumulators=values.prologue(),
             addresses=self.addresses(),
@@ -289,14 +288,14 @@ class Attend:
     def scores(self, rows: int) -> str:
         """The text of `scores`."""
         plan, halves = self.plan, Lines()
-        addresses = [line for line in self.addresses() if not line.startswith(("v_meta", "value_floats"))]
+        addresses = [line for line in self.addresses() if not line.startswith(("v_meta", "vr", "value_floats"))]
         for half in range(plan.halves):
             halves.extend(self.keys.scores(half, tokens_name(plan, half)))
             shift = f" + {half * plan.half}" if half else ""
             halves.add(f"u = tile * {plan.tile}{shift} + tl.arange(0, {plan.half})")
             halves.add("tl.store(out + u[:, None], s * size[None, :], mask=live[None, :] & (u < tokens)[:, None])")
         text = "\n".join([*addresses, *halves.lines])
-        args = [*([] if plan.keys.mapped else ["query_ptr"]), *self.keys.inputs()]
+        args = [*([] if plan.keys.through else ["query_ptr"]), *self.keys.inputs()]
         args += [*(p for p in self.pools if p in text), "table_ptr"]
         args += [p for p in parameters(plan) if p.startswith("keys")]
         args += ["out_ptr", "queries", "table_width", "tokens", "scaling"]
@@ -320,7 +319,7 @@ def tokens_name(plan: Plan, half: int) -> str:
 def parameters(plan: Plan) -> list[str]:
     """Pointers to what comes with the parameters: calibrated scales, second levels, tables."""
     found = []
-    for side in (plan.keys, plan.values):
+    for side in (plan.keys, plan.values):  # what is left has none
         found += [f"{side.name}_scale_ptr"] if side.static else []
         found += [f"{side.name}_second_ptr"] if side.second is not None else []
         found += [f"{side.name}_table_ptr"] if side.alphabet.given else []
@@ -330,7 +329,7 @@ def parameters(plan: Plan) -> list[str]:
 def pools(plan: Plan) -> list[str]:
     """The pool, once for every element type that is read from it."""
     names = set()
-    for side in (plan.keys, plan.values):
+    for side in plan.terms:
         names.add(f"pool_{side.floats}_ptr" if side.floats else "pool16_ptr")
         if side.layout.meta is not None:
             names.add(f"pool{8 * side.layout.meta.element}_ptr")

@@ -6,72 +6,54 @@ Operands are swapped: tokens are the rows of every product and the few query row
 from __future__ import annotations
 
 from .placement import When
-from .plan import Plan
+from .plan import Plan, SidePlan
 from .printer import number
 from .text import plus
-from .triton_meta import entry, pointer, read, token_entry
+from .triton_meta import entry, read, token_entry
 from .triton_planes import Planes, static_read
 from .triton_rope import INPUTS, Positions
 from .triton_rows import ExactRows
 
 
 class Keys(Planes):
-    """The keys' part of an attention kernel."""
+    """One term of the keys in an attention kernel."""
 
-    def __init__(self, plan: Plan) -> None:
-        super().__init__(plan, plan.keys)
+    def __init__(self, plan: Plan, side: SidePlan) -> None:
+        super().__init__(plan, side)
         self.exact = "tl.float32" if plan.shape.dtype == "fp32" else "tl.float16"
         self.precise = ', input_precision="ieee"' if plan.shape.dtype == "fp32" else ""
-        self.exact_rows = ExactRows(plan, self.side, self.exact, self.precise) if self.side.apart else None
-        self.positions = Positions(plan, self, self.side.rope) if self.side.rope is not None else None
-        self.query = "turned" if self.side.mapped else "query"
-
-    def inputs(self) -> list[str]:
-        """The arguments that stand beside the query: the turned query, what it adds to a score, rotary positions."""
-        if self.positions is not None:
-            return [*INPUTS]
-        return ["turned_ptr", *(["bias_ptr"] if self.side.shifted else [])] if self.side.mapped else []
+        self.positions = Positions(plan, self, side.rope) if side.rope is not None else None
 
     # ---- once per query -------------------------------------------------------------------------------------------
 
-    def edge_prologue(self) -> list[str]:
-        """The operands for decoded numbers, and for exact ones."""
-        if self.exact_rows is None:
-            return self._operands_of_rows()
-        rows = self.exact_rows
-        lines = [*rows.lanes(), *rows.queries(), *self._operands_of_rows([f"r{j}" for j in rows.planes])]
-        if self.positions is not None:
-            lines = [line for line in lines if not line.startswith("e")]
-            lines += [*self.positions.queries(), *self.positions.fixed()]
-        return lines + [f"f{j} = (r{j} * inverse[None, :]).to({self.exact})" for j in rows.planes]
-
-    def _operands_of_rows(self, others: list[str] | None = None) -> list[str]:
-        """Load the query rows, plane by plane, as operands; `others` share their size."""
-        layout = self.side.layout
+    def loads(self, query: str) -> list[str]:
+        """Load the query rows, plane by plane."""
+        layout, first = self.side.layout, plus(self.side.first)
         lines = [f"known = live[None, :] & {self.lane}_in[:, None]"] if self.ragged else []
         whole = "known" if self.ragged else "live[None, :]"
         for j in range(layout.planes):
             mask = f"live[None, :] & {self.inside(j)}[:, None]" if self.partial(j) else whole
-            load = f"tl.load({self.query} + {self.plane_lane(j)}[:, None], mask={mask}, other=0.0)"
+            load = f"tl.load({query}{first} + {self.plane_lane(j)}[:, None], mask={mask}, other=0.0)"
             lines.append(f"x{j} = {load}.to(tl.float32) * scaling")
-        lines += ["top = tl.max(tl.abs(x0), 0)"]
-        names = [*(f"x{j}" for j in range(1, layout.planes)), *(others or [])]
-        lines += [f"top = tl.maximum(top, tl.max(tl.abs({name}), 0))" for name in names]
-        lines += ["size, inverse = above(top)  # [rows]"]
-        lines += [f"x{j} = x{j} * inverse[None, :]" for j in range(layout.planes)]
-        if self.side.shifted:
-            lines.append("bias = tl.load(bias_ptr + head * queries + token, mask=live, other=0.0) * scaling * inverse")
-        return lines + [f"e{j} = x{j}.to({self.exact})" for j in range(layout.planes)]
+        return self.own(lines)
 
-    def prologue(self) -> list[str]:
-        """Load the query rows, plane by plane, and prepare them for the planes."""
-        side, layout = self.side, self.side.layout
+    def rows(self) -> list[str]:
+        """The names of the loaded planes."""
+        return self.own([f"x{j}" for j in range(self.side.layout.planes)])
+
+    def operands(self) -> list[str]:
+        """What decoded numbers meet."""
+        return self.own([f"e{j} = x{j}.to({self.exact})" for j in range(self.side.layout.planes)])
+
+    @property
+    def decoded(self) -> bool:
+        """The main loop multiplies decoded numbers."""
+        return self.side.when is When.IN_LOOP or self.side.floats is not None
+
+    def prepared(self) -> list[str]:
+        """The query rows made ready for the planes."""
+        side, layout, lines = self.side, self.side.layout, []
         when = side.when
-        lines = self._operands_of_rows()
-        if self.positions is not None:
-            return [line for line in lines if not line.startswith("e")] + self.positions.queries()
-        if when is not When.IN_LOOP and not side.floats:
-            lines = [line for line in lines if not line.startswith("e")]
         if when is When.AFTER_DOT or when is When.NEVER and not side.floats:
             lines.append("# the query of each plane: surplus bits of the planes below are taken off here")
             lines += self.steps.prepared("x")
@@ -83,23 +65,21 @@ class Keys(Planes):
         if when is When.ONCE_PER_QUERY:
             for j in range(layout.planes):
                 lines += static_read(self, j, self.lane)
-                lines += self.steps.scaled(j, f"x{j}", "k_scale", "k_offset")
+                lines += self.steps.scaled(j, f"x{j}", self.scale, self.offset)
             lines += self.steps.prepared("y")
             if self.steps.offset_in_score:
                 lines.append(f"total0 = tl.sum({' + '.join(f'b{j}' for j in range(layout.planes))}, 0)  # [rows]")
-        return lines
+        return self.own(lines)
 
     # ---- once per tile --------------------------------------------------------------------------------------------
 
     def scores(self, half: int, tokens: str) -> list[str]:
-        """`_scores`, and what a shift adds to each."""
-        added = ["s = s + bias[None, :]"] if self.side.shifted else []
-        return self._scores(half, tokens) + added
-
-    def _scores(self, half: int, tokens: str) -> list[str]:
         """s = scores of the sub-tile's packed tokens [tokens, rows], in units of the row's `size`.
 
         Tokens that were never packed give any number, in their own row only."""
+        return self.own(self._scores(half, tokens))
+
+    def _scores(self, half: int, tokens: str) -> list[str]:
         side, layout = self.side, self.side.layout
         when = side.when
         if self.positions is not None:
@@ -115,7 +95,7 @@ class Keys(Planes):
             lines += self.decode(half, tokens)
             dots = [(f"n{j}.to({self.exact})", f"e{j}") for j in range(layout.planes)]
             return lines + self._dots("s", dots, self.precise)
-        base = f"{pointer(side)} + k_meta" if layout.meta is not None else ""
+        base = self.meta if layout.meta is not None else ""
         if when is When.ONCE_PER_TILE:
             lines += self._rescaled_queries(base, half) if side.rescaled else self._tile_queries(base, half)
         if when not in (When.AFTER_DOT, When.NEVER):
@@ -128,8 +108,8 @@ class Keys(Planes):
             name = "s" if side.groups == 1 else f"s{group}"
             lines += self._dots(name, self._operands(half, members))
             if layout.meta is not None:
-                lines += read(side, base, token_entry(side, tokens, group), "k_scale", "k_offset")
-            score = self.steps.assembled(name, f"total{group}", "k_scale", "k_offset")
+                lines += read(side, base, token_entry(side, tokens, group), self.scale, self.offset)
+            score = self.steps.assembled(name, f"total{group}", self.scale, self.offset)
             lines += [f"{name} = {score}"] if score != name else []
         if side.groups > 1:
             lines.append("s = " + " + ".join(f"s{group}" for group in range(side.groups)))
@@ -156,7 +136,7 @@ class Keys(Planes):
         lines = []
         for j in range(self.side.layout.planes):
             lines += self._block_numbers(base, half, j)
-            lines += self.steps.scaled(j, f"x{j}", "k_scale", "k_offset")
+            lines += self.steps.scaled(j, f"x{j}", self.scale, self.offset)
         lines += self.steps.prepared("y")
         if self.steps.offset_in_score:
             lines.append(f"total0 = tl.sum({' + '.join(f'b{j}' for j in range(self.side.layout.planes))}, 0)")
@@ -166,15 +146,16 @@ class Keys(Planes):
         """r<width>_<plane>: the prepared queries times the scale of the sub-tile's token block, in float16 throughout:
         queries in float32 kept beside them would fill the registers."""
         lines, streams = [], self.side.operands
+        factor, start = f"{self.prefix}_factor", f"{self.prefix}_start"
         sums: dict[int, str] = {}
         for j in range(self.side.layout.planes):
-            lines += [*self._block_numbers(base, half, j), "k_factor = k_scale.to(tl.float16)"]
+            lines += [*self._block_numbers(base, half, j), f"{factor} = {self.scale}.to(tl.float16)"]
             for stream in streams:
-                factor = self.steps.times_scale(f"q{stream.width}_{j}", "k_factor", "k_start")
-                lines.append(f"r{stream.width}_{j} = {factor}")
+                scaled = self.steps.times_scale(f"q{stream.width}_{j}", factor, start)
+                lines.append(f"r{stream.width}_{j} = {scaled}")
             if self.side.has_offset:
-                lines.append("k_start = k_offset.to(tl.float16)")
-            added = self.steps.added(j, f"q{streams[0].width}_{j}", "k_factor", "k_start")
+                lines.append(f"{start} = {self.offset}.to(tl.float16)")
+            added = self.steps.added(j, f"q{streams[0].width}_{j}", factor, start)
             if added:
                 power = streams[0].places[j].bit - streams[0].shift
                 name = f"b{power}" if power >= 0 else f"b_{-power}"
@@ -187,7 +168,7 @@ class Keys(Planes):
     def _block_numbers(self, base: str, half: int, plane: int) -> list[str]:
         """Lines that read a plane's scales and offsets of the token block of sub-tile `half`."""
         index = entry(self.side, self.block(half), self.channel_group(plane))
-        return read(self.side, base, index, "k_scale", "k_offset", mask=self.inside(plane))
+        return read(self.side, base, index, self.scale, self.offset, mask=self.inside(plane))
 
     def _operands(self, half: int, planes: range | list[int]) -> list[tuple[str, str]]:
         return [
@@ -221,19 +202,22 @@ class Keys(Planes):
             lines.append(f"s = tl.dot({left}, {right}{', s' if j else ''}{precise})")
         return lines
 
-    def either(self) -> list[str]:
+    # ---- edges ----------------------------------------------------------------------------------------------------
+
+    def tokens(self) -> list[str]:
+        """s = scores of edge tokens, decoded."""
+        lines = [*self.load_tokens("t"), *(self.positions.own() if self.positions is not None else [])]
+        for i, (j, made) in enumerate(self.edge_channels()):
+            lines += made
+            if self.positions is not None:
+                lines += [*self.positions.own_waves(j), *self.positions.dots(j)]
+            else:
+                lines.append(self._dot(j, first=not i))
+        return self.own(lines)
+
+    def tokens_or_rows(self) -> list[str]:
         """s = scores of edge tokens: decoded where `coded`, from exact rows where `exact`."""
         lines = self.load_tokens("t")
-        if self.exact_rows is not None:
-            lines += self.positions.own() if self.positions is not None else []
-            for i, (j, made) in enumerate(self.edge_channels()):
-                lines += made
-                if self.positions is not None:
-                    lines += [*self.positions.own_waves(j), *self.positions.dots(j)]
-                    continue
-                lines.append(self._dot(j, first=not i))
-            lines += ["s = s + bias[None, :]"] * self.side.shifted
-            return [*lines, *self.exact_rows.scores(), "s = tl.where(coded[:, None], s, r)"]
         token, lane = self.grid("row", self.lane)
         lines.append(f"source = key_rows + {token} * {self.plan.shape.head_dim} + {lane}")
         for i, (j, made) in enumerate(self.edge_channels()):
@@ -243,3 +227,80 @@ class Keys(Planes):
             lines.append(f"k = tl.where(coded[:, None], n{j}, k).to({self.exact})")
             lines.append(f"s = tl.dot(k, e{j}{', s' if i else ''}{self.precise})")
         return lines
+
+
+class KeySide:
+    """The keys' part of an attention kernel: the sum of their terms, and exact rows."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.side = plan, plan.keys
+        self.terms = [Keys(plan, term) for term in plan.keys.terms]
+        self.first = self.terms[0]
+        self.positions = self.first.positions
+        self.exact_rows = None
+        if self.side.apart:
+            self.exact_rows = ExactRows(plan, self.side, self.first.exact, self.first.precise)
+        self.query = "turned" if self.side.through else "query"
+
+    def inputs(self) -> list[str]:
+        """The arguments that stand beside the query: the turned query, what it adds to a score, rotary positions."""
+        if self.positions is not None:
+            return [*INPUTS]
+        return ["turned_ptr", *(["bias_ptr"] if self.side.shifted else [])] if self.side.through else []
+
+    def lane_lines(self) -> list[str]:
+        return [line for term in self.terms for line in term.lane_lines()]
+
+    # ---- once per query -------------------------------------------------------------------------------------------
+
+    def _rows(self, others: list[str] | None = None) -> list[str]:
+        """Load the query rows of all terms, divided by one size; `others` share it."""
+        lines = [line for term in self.terms for line in term.loads(self.query)]
+        names = [name for term in self.terms for name in term.rows()]
+        lines.append(f"top = tl.max(tl.abs({names[0]}), 0)")
+        lines += [f"top = tl.maximum(top, tl.max(tl.abs({name}), 0))" for name in [*names[1:], *(others or [])]]
+        lines += ["size, inverse = above(top)  # [rows]", *(f"{name} = {name} * inverse[None, :]" for name in names)]
+        if self.side.shifted:
+            lines.append("bias = tl.load(bias_ptr + head * queries + token, mask=live, other=0.0) * scaling * inverse")
+        return lines
+
+    def prologue(self) -> list[str]:
+        """Load the query rows, plane by plane, and prepare them for the planes."""
+        if self.positions is not None:
+            return self._rows() + self.positions.queries()
+        lines = self._rows()
+        for term in self.terms:
+            lines += [*(term.operands() if term.decoded else []), *term.prepared()]
+        return lines
+
+    def edge_prologue(self) -> list[str]:
+        """The operands for decoded numbers, and for exact ones."""
+        rows = self.exact_rows
+        if rows is None:
+            return [*self._rows(), *self.first.operands()]
+        lines = [*rows.lanes(), *rows.queries(), *self._rows([f"r{j}" for j in rows.planes])]
+        if self.positions is not None:
+            lines += [*self.positions.queries(), *self.positions.fixed()]
+        else:
+            lines += [line for term in self.terms for line in term.operands()]
+        return lines + [f"f{j} = (r{j} * inverse[None, :]).to({self.first.exact})" for j in rows.planes]
+
+    # ---- once per tile --------------------------------------------------------------------------------------------
+
+    def scores(self, half: int, tokens: str) -> list[str]:
+        """s = scores of the sub-tile's packed tokens [tokens, rows], in units of the row's `size`."""
+        return self._summed([term.scores(half, tokens) for term in self.terms])
+
+    def _summed(self, terms: list[list[str]]) -> list[str]:
+        """Lines of all terms, their scores added up, and what a shift adds to each."""
+        lines = [line for term in terms for line in term]
+        names = ["s" + "r" * depth for depth in range(len(terms))]
+        lines += [f"s = {' + '.join(names)}"] * (len(names) > 1)
+        return lines + ["s = s + bias[None, :]"] * self.side.shifted
+
+    def either(self) -> list[str]:
+        """s = scores of edge tokens: decoded where `coded`, from exact rows where `exact`."""
+        if self.exact_rows is None:
+            return self.first.tokens_or_rows()
+        lines = self._summed([term.tokens() for term in self.terms])
+        return [*lines, *self.exact_rows.scores(), "s = tl.where(coded[:, None], s, r)"]

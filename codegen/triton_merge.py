@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .plan import Plan
 from .text import fill, padded
-from .triton_turn import map_arguments
+from .triton_turn import whole_arguments, whole_map
 
 MERGE_LANES = 32  # coded numbers that are mapped back at a time
 
@@ -60,7 +60,7 @@ exact = tl.load(
     other=0.0,
 )
 total = tl.sum(exact * weight[:, None], 0)
-matrix = values_decode_ptr + h.to(tl.int64) * values_stride
+matrix = $matrix_ptr + h.to(tl.int64) * $stride
 for first in range(0, $dim, $step):
     i = first + tl.arange(0, $step)
     part = tl.load(
@@ -90,11 +90,12 @@ def merge(plan: Plan) -> str:
     holes: dict[str, str | int] = {"heads": shape.kv_heads, "head_dim": shape.head_dim}
     result = {"fp16": "total.to(tl.float16)", "fp32": "total", "bf16": "bits_bf16(total).to(tl.int16)"}[shape.dtype]
     if values.apart:
-        turned = {**holes, "dim": values.dim, "step": min(MERGE_LANES, padded(values.dim))}
+        turned = {**holes, "dim": values.row, "step": min(MERGE_LANES, padded(values.row))}
+        turned |= {"matrix_ptr": whole_map(values)[0], "stride": whole_map(values)[1]}
         shift = fill(SHIFT, head_dim=shape.head_dim).splitlines() if values.shifted else []
         place, total = fill(TURNED_PLACE, **holes), fill(TURNED_SUM, **turned, shift=shift)
         args = ["partial_ptr", "exact_ptr", *(["share_ptr"] if values.shifted else []), "lse_ptr"]
-        args += [*map_arguments(values, "decode"), "out_ptr", "out_lse_ptr", "queries", "blocks", "splits", "clean"]
+        args += [*whole_arguments(values), "out_ptr", "out_lse_ptr", "queries", "blocks", "splits", "clean"]
         args = [f"{name}," for name in [*args, "ROWS: tl.constexpr", "SPLITS: tl.constexpr"]]
         loose = '"queries", "splits", "blocks", "clean"'
     else:

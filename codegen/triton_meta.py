@@ -60,7 +60,7 @@ def read(side: SidePlan, base: str, index: str, scale: str, offset: str, mask: s
     if len(where) + len(suffix) > 80:
         lines, where = [f"entry = {where}"], "entry"
     load = f"tl.load({where}{suffix})"
-    outer = f" * {side.name[0]}_outer" if side.second is not None else ""
+    outer = f" * {side.letter}_outer" if side.second is not None else ""
     whole, low, high = READ[side.scale.dtype]
     if side.has_offset and side.scale.zero == "in_scale":
         mask_bits = 2**side.alphabet.bits - 1

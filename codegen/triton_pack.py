@@ -49,7 +49,7 @@ class Pack(Planes):
         super().__init__(plan, side)
         self.transposed = False
         self.single = token_block(side.store) == 1
-        self.span = plan.span(side.name)
+        self.span = side.span
         self.tokens = padded(self.span)
         meta = side.layout.meta
         self.apart = meta is not None and meta.tokens > 1 and meta.channels == 1  # each channel has its own scale
@@ -81,14 +81,14 @@ class Pack(Planes):
                     self._encode(body, j, [f"{self.prefix}_{name}[None, :]" for name in names])
             self._words(body)
         pool_args = sorted(set(pools(plan)) | ({"pool8_ptr"} if side.layout.paired else set()))
-        params = [p for p in parameters(plan) if p.startswith(side.name)]
+        params = [p for p in parameters(plan) if p.startswith(f"{side.label}_")]
         text = str(body)
-        rows = "coded_ptr" if side.turned else "rows_ptr"  # mapped by `turn_<side>`
+        rows = "coded_ptr" if side.turned or side.depth else "rows_ptr"  # mapped by `turn_<side>`, or what is left
         args = [rows, *(["squares_ptr"] if side.sketched else []), "first_ptr", "begin_ptr", "end_ptr"]
         args += [p for p in pool_args if p in text] + ["table_ptr", *params]
         args += ["total_rows", "offset", "ring", "table_width", "first_step"]
         kernel = fill(
-            PACK, side=side.name, rows_ptr=rows, args=[f"{name}," for name in args], heads=plan.shape.kv_heads,
+            PACK, side=side.label, rows_ptr=rows, args=[f"{name}," for name in args], heads=plan.shape.kv_heads,
             span=self.span, lanes_t=self.tokens, page=plan.layout.page_tokens, lanes=self.lane_lines(), lane=self.lane,
             span_mask=f" & (tl.arange(0, {self.tokens}) < {self.span})" if self.tokens != self.span else "",
             head_dim=side.dim, body=body.lines,

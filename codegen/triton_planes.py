@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 
 import sympy as sp
@@ -16,6 +17,8 @@ from .text import padded, plus
 from .triton_meta import entry, pointer, read
 
 UNIT = 2**24  # a masked word read as float16 is the code times 2**-24
+OWN = re.compile(r"\b(?:(s|known)|([abenoqrsxy]|total|carried)(_?\d+(?:_\d+)?))\b")
+"""Names that a term's lines give to what is its own: numbered ones, its scores, its mask of lanes."""
 
 
 class Planes:
@@ -25,12 +28,32 @@ class Planes:
         self.plan, self.side = plan, side
         self.width = side.layout.plane_width
         self.lanes = max(16, padded(self.width))
-        self.prefix = side.name[0]
+        self.prefix = side.letter
         self.lane = f"{self.prefix}_lane"
         self.transposed = side.name == "values"
         looked_up = side.alphabet.looked_up
         unit = sp.Integer(2) ** side.alphabet.unit if looked_up else sp.Integer(UNIT)
         self.steps = Steps(side, unit, "", ".to(tl.float16)", side.alphabet.lift)
+
+    @property
+    def scale(self) -> str:
+        """What a stored scale is called."""
+        return f"{self.prefix}_scale"
+
+    @property
+    def offset(self) -> str:
+        """What a stored offset is called."""
+        return f"{self.prefix}_offset"
+
+    @property
+    def meta(self) -> str:
+        """The address of the page's stored numbers."""
+        return f"{pointer(self.side)} + {self.prefix}_meta"
+
+    def own(self, lines: list[str]) -> list[str]:
+        """Lines of a residual's term with its own names, which stand beside those of the term before it: x0 as xr0."""
+        mark = "r" * self.side.depth
+        return [OWN.sub(rf"\1\2{mark}\3", line) for line in lines] if mark else lines
 
     @property
     def ragged(self) -> bool:
@@ -70,10 +93,10 @@ class Planes:
             if name == "outer":
                 assert side.second is not None
                 head = " + h" if side.second.block.heads == 1 else ""
-                lines.append(f"{self.prefix}_outer = tl.load({side.name}_second_ptr{head}).to(tl.float32)")
+                lines.append(f"{self.prefix}_outer = tl.load({side.label}_second_ptr{head}).to(tl.float32)")
             else:
                 index = plus(int(name.removeprefix("level")))
-                lines.append(f"{self.prefix}_{name} = tl.load({side.name}_table_ptr{index}).to(tl.float32)")
+                lines.append(f"{self.prefix}_{name} = tl.load({side.label}_table_ptr{index}).to(tl.float32)")
         return lines + (self._registers() if side.alphabet.given else [])
 
     def _registers(self) -> list[str]:
@@ -346,13 +369,12 @@ class Planes:
         """n<plane> from the codes c of one plane; `block`: the token block that all tokens are of, read once."""
         side, lines = self.side, []
         meta = side.layout.meta
-        names = (f"{self.prefix}_scale", f"{self.prefix}_offset")
+        names = (self.scale, self.offset)
         if meta is not None:
             token, lane = self.grid(tokens, self.plane_lane(plane))
             token = block or (f"{token} // {meta.tokens}" if meta.tokens > 1 else token)
             lane = f"{lane} // {meta.channels}" if meta.channels > 1 else lane
-            base = f"{pointer(side)} + {self.prefix}_meta"
-            lines += read(side, base, entry(side, token, lane), *names, mask=self.mask(guard, plane))
+            lines += read(side, self.meta, entry(side, token, lane), *names, mask=self.mask(guard, plane))
         elif side.static:
             lines += static_read(self, plane, self.grid(tokens, self.lane)[1])
         return [*lines, f"n{plane} = {self.steps.number('c', *names)}"]
@@ -370,7 +392,7 @@ def static_read(planes: Planes, plane: int, lane: str) -> list[str]:
     channel = f"({lane} + {planes.start(plane)})" if planes.start(plane) else lane
     index = f"{head} * {groups} + {channel} // {channels}" if groups > 1 else f"{head} + {lane} * 0"
     heads = planes.plan.shape.kv_heads if block.heads == 1 else 1
-    lines = [f"{planes.prefix}_scale = tl.load({side.name}_scale_ptr + {index}{other})"]
+    lines = [f"{planes.prefix}_scale = tl.load({side.label}_scale_ptr + {index}{other})"]
     if side.has_offset:
-        lines.append(f"{planes.prefix}_offset = tl.load({side.name}_scale_ptr + {heads * groups} + {index}{other})")
+        lines.append(f"{planes.prefix}_offset = tl.load({side.label}_scale_ptr + {heads * groups} + {index}{other})")
     return lines

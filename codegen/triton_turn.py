@@ -57,7 +57,7 @@ def turn_query($args):
     q = tl.load(
         query_ptr + place[:, None] * $taken + d[None, :], mask=live[:, None] & known[None, :], other=0.0
     ).to(tl.float32)
-    matrix = keys_decode_ptr + h.to(tl.int64) * keys_stride
+    matrix = $matrix_ptr + h.to(tl.int64) * $stride
     w = tl.load(
         matrix + d.to(tl.int64)[:, None] * $given + i[None, :], mask=known[:, None] & (i < $given)[None, :], other=0.0
     )
@@ -70,25 +70,37 @@ def turn_query($args):
 def _turn(plan: Plan, side: SidePlan, name: str, **holes: list[str] | str | int) -> str:
     back = name.startswith("restore")
     taken, given = (side.dim, plan.shape.head_dim) if back else (plan.shape.head_dim, side.dim)
-    which = f"{side.name}_{'decode' if back else 'encode'}"
+    which = f"{side.label}_{'decode' if back else 'encode'}"
     shift = []
     if side.shifted:
         shift = [
-            f"shift = tl.load({which}_shift_ptr + h * {side.name}_shifts * {given} + i, mask=i < {given}, other=0.0)",
+            f"shift = tl.load({which}_shift_ptr + h * {side.label}_shifts * {given} + i, mask=i < {given}, other=0.0)",
             "y = y + shift.to(tl.float64)[None, :]",
         ]
     lanes = min(TURN_LANES, padded(given))
     return fill(
         TURN, name=name, rows=TURN_ROWS, lanes=lanes, heads=plan.shape.kv_heads, taken=taken, given=given,
-        matrix_ptr=f"{which}_ptr", stride=f"{side.name}_stride", shift=shift, **holes,
+        matrix_ptr=f"{which}_ptr", stride=f"{side.label}_stride", shift=shift, **holes,
     )  # fmt: skip
 
 
 def map_arguments(side: SidePlan, what: str) -> list[str]:
     """The arguments of a kernel that applies `encode` or `decode`: matrix, shift, and how far one head's is apart."""
-    name = f"{side.name}_{what}"
-    shift = [f"{name}_shift_ptr", f"{side.name}_shifts"] if side.shifted else []
-    return [f"{name}_ptr", f"{side.name}_stride", *shift]
+    name = f"{side.label}_{what}"
+    shift = [f"{name}_shift_ptr", f"{side.label}_shifts"] if side.shifted else []
+    return [f"{name}_ptr", f"{side.label}_stride", *shift]
+
+
+def whole_map(side: SidePlan) -> tuple[str, str]:
+    """What the map of a side's whole row is called, and how far one head's is apart: of one term its own."""
+    name = side.label if side.residual is None else f"{side.label}_read"
+    return f"{side.label}_{'decode' if side.residual is None else 'read'}_ptr", f"{name}_stride"
+
+
+def whole_arguments(side: SidePlan) -> list[str]:
+    """The arguments of a kernel that applies the map of a side's whole row."""
+    shift = [f"{side.label}_decode_shift_ptr", f"{side.label}_shifts"] if side.shifted else []
+    return [*whole_map(side), *shift]
 
 
 def turn(plan: Plan, side: SidePlan) -> str:
@@ -103,7 +115,7 @@ def turn(plan: Plan, side: SidePlan) -> str:
         "row = bh.to(tl.int64) * total_rows + row",
     ]
     return _turn(
-        plan, side, f"turn_{side.name}", args=", ".join(args), loose='"offset", "ring", "low", "count"', where=where,
+        plan, side, f"turn_{side.label}", args=", ".join(args), loose='"offset", "ring", "low", "count"', where=where,
         source="rows_ptr", clean=["x = tl.where(x == x, finite(x), x)"], **_squares(side),
     )  # fmt: skip
 
@@ -128,7 +140,7 @@ def restore(plan: Plan, side: SidePlan) -> str:
     args = ["coded_ptr", *map_arguments(side, "decode"), "out_ptr", "count"]
     where = ["inside = n < count", "row = bh.to(tl.int64) * count + n"]
     return _turn(
-        plan, side, f"restore_{side.name}", args=", ".join(args), loose='"count"', where=where, source="coded_ptr",
+        plan, side, f"restore_{side.label}", args=", ".join(args), loose='"count"', where=where, source="coded_ptr",
         clean=[], squares=[], squared=[], stored=[],
     )  # fmt: skip
 
@@ -136,7 +148,7 @@ def restore(plan: Plan, side: SidePlan) -> str:
 def turn_query(plan: Plan) -> str:
     """The text of `turn_query`: what multiplies a coded key in a score (B, Hq, Q, M), and what is added to it."""
     side, shape = plan.keys, plan.shape
-    args = ["query_ptr", *map_arguments(side, "decode"), "turned_ptr"]
+    args = ["query_ptr", *whole_arguments(side), "turned_ptr"]
     bias = []
     if side.shifted:
         args.append("bias_ptr")
@@ -147,5 +159,5 @@ def turn_query(plan: Plan) -> str:
     return fill(
         QUERY, args=", ".join([*args, "queries"]), lanes=QUERY_LANES, rows=QUERY_ROWS, heads=shape.kv_heads,
         group=shape.group, q_heads=str(shape.q_heads), padded=padded(shape.head_dim), taken=shape.head_dim,
-        given=side.dim, bias=bias,
+        given=side.row, bias=bias, matrix_ptr=whole_map(side)[0], stride=whole_map(side)[1],
     )  # fmt: skip

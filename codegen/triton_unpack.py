@@ -47,13 +47,18 @@ class Unpack(Planes):
             halves.add(f"place = out + (u - begin)[:, None] * {side.dim} + {self.lane}[None, :]")
             for j in range(side.layout.planes):
                 halves.add(f"tl.store({self.at('place', j)}, n{j}, mask={self.mask('inside', j)})")
-        other = "k" if side.name == "values" else "v"
-        keep = [a for a in addresses if not a.startswith((f"{other}_meta", "page_token"))]
+        others = tuple(f"{term.letter}_meta" for term in plan.terms if term is not side)
+        keep = [a for a in addresses if not a.startswith((*others, "page_token"))]
         text = "\n".join([*keep, *halves.lines])
         args = [p for p in pools(plan) if p in text] + ["table_ptr"]
-        args += [p for p in parameters(plan) if p.startswith(side.name)] + ["out_ptr", "begin", "end", "table_width"]
+        args += [p for p in parameters(plan) if p.startswith(f"{side.label}_")] + [
+            "out_ptr",
+            "begin",
+            "end",
+            "table_width",
+        ]
         return fill(
-            UNPACK, side=side.name, args=", ".join(args), heads=plan.shape.kv_heads, tile=plan.tile,
+            UNPACK, side=side.label, args=", ".join(args), heads=plan.shape.kv_heads, tile=plan.tile,
             page=plan.layout.page_tokens, head_dim=side.dim, lanes=self.lane_lines(), addresses=keep,
             halves=halves.lines,
         )  # fmt: skip

@@ -9,36 +9,31 @@ from __future__ import annotations
 from sympy import Expr
 
 from .placement import When
-from .plan import Plan
+from .plan import Plan, SidePlan
 from .text import plus
-from .triton_meta import entry, pointer, read, token_entry
+from .triton_meta import entry, read, token_entry
 from .triton_planes import Planes, static_read
 from .triton_rows import ExactRows
 
 
 class Values(Planes):
-    """The values' part of an attention kernel; p are the weights [tokens, rows], decay the factor of the past."""
+    """One term of the values in an attention kernel; p are the weights [tokens, rows], decay the factor of the past."""
 
-    def __init__(self, plan: Plan) -> None:
-        super().__init__(plan, plan.values)
+    def __init__(self, plan: Plan, side: SidePlan) -> None:
+        super().__init__(plan, side)
         self.when = self.side.when
         self.exact = "tl.float32" if plan.shape.dtype == "fp32" else "tl.float16"
         self.precise = ', input_precision="ieee"' if plan.shape.dtype == "fp32" else ""
         self.rows = "ROWS"
-        self.exact_rows = ExactRows(plan, self.side, self.exact, self.precise) if self.side.apart else None
 
-    def outputs(self) -> list[str]:
-        """The arguments where sums over exact rows go, and the packed tokens' share of the weights."""
-        return ["exact_ptr", *(["share_ptr"] if self.side.shifted else [])] if self.side.apart else []
-
-    def stores(self, out: str, names: list[str]) -> list[str]:
+    def stores(self, out: str) -> list[str]:
         """Lines that store a tile a plane [lanes, rows], divided by the mass of weights."""
-        lines = []
-        for j, name in enumerate(names):
+        lines, first = [], plus(self.side.first)
+        for j in range(self.side.layout.planes):
             inside = f"{self.inside(j) or f'({self.lane} >= 0)'}[:, None]"
             lane = f"{self.plane_lane(j)}[:, None]"
-            lines.append(f"tl.store({out} + {lane}, {name} * inverse[None, :], mask=live[None, :] & {inside})")
-        return lines
+            lines.append(f"tl.store({out}{first} + {lane}, o{j} * inverse[None, :], mask=live[None, :] & {inside})")
+        return self.own(lines)
 
     @property
     def in_planes(self) -> bool:
@@ -56,15 +51,18 @@ class Values(Planes):
         return [f"carried{g}" for g in range(self.side.groups)] if self._carried() is not None else []
 
     def _carried(self) -> tuple[str, Expr] | None:
-        return self.steps.carried("p", "v_scale", "v_offset")
+        return self.steps.carried("p", self.scale, self.offset)
 
     def prologue(self) -> list[str]:
         zero = f"tl.zeros([{self.lanes}, {self.rows}], tl.float32)"
         lines = [f"{name} = {zero}" for name in self.accumulators()]
-        return lines + [f"{name} = tl.zeros([{self.rows}], tl.float32)" for name in self.offsets()]
+        return self.own(lines + [f"{name} = tl.zeros([{self.rows}], tl.float32)" for name in self.offsets()])
 
     def accumulate(self, half: int, tokens: str) -> list[str]:
         """Add a sub-tile's packed values under weights p."""
+        return self.own(self._accumulate(half, tokens))
+
+    def _accumulate(self, half: int, tokens: str) -> list[str]:
         side, layout = self.side, self.side.layout
         decay = " * decay[None, :]" if half == 0 else ""
         if side.floats and not side.polar:
@@ -83,12 +81,12 @@ class Values(Planes):
             ]
         if self.when is When.ONCE_PER_TILE:
             return lines + self._tile_sums(half, decay)
-        base = f"{pointer(side)} + v_meta" if layout.meta is not None else ""
+        base = self.meta if layout.meta is not None else ""
         carried = self._carried()
         for group in range(side.groups):
             if self.when is When.AFTER_DOT:
-                lines += read(side, base, token_entry(side, tokens, group), "v_scale", "v_offset")
-            weight = self.steps.weight("p", "v_scale")
+                lines += read(side, base, token_entry(side, tokens, group), self.scale, self.offset)
+            weight = self.steps.weight("p", self.scale)
             lines.append(f"weight = {f'({weight})' if ' ' in weight else weight}.to(tl.float16)")
             if carried is not None:
                 past = f"carried{group} * decay" if half == 0 else f"carried{group}"
@@ -114,9 +112,9 @@ class Values(Planes):
             ]
         for j in range(layout.planes):
             index, mask = entry(self.side, self.block(half), self.channel_group(j)), self.inside(j)
-            lines += read(self.side, f"{pointer(self.side)} + v_meta", index, "v_scale", "v_offset", mask=mask)
+            lines += read(self.side, self.meta, index, self.scale, self.offset, mask=mask)
             lines.append(f"total = {self.steps.clean(j)}")
-            lines.append(f"o{j} = o{j}{decay} + {self.steps.output('total', 'weighed', 'v_scale', 'v_offset')}")
+            lines.append(f"o{j} = o{j}{decay} + {self.steps.output('total', 'weighed', self.scale, self.offset)}")
         return lines
 
     def _float_values(self, tokens: str, decay: str) -> list[str]:
@@ -137,23 +135,24 @@ class Values(Planes):
 
     def edge_prologue(self) -> list[str]:
         zero = f"tl.zeros([{self.lanes}, {self.rows}], tl.float32)"
-        lines = [f"o{j} = {zero}" for j in range(self.side.layout.planes)]
-        if self.exact_rows is not None:
-            lines += [*self.exact_rows.lanes(), *self.exact_rows.accumulators()]
-            lines += ["coded_mass = tl.zeros([ROWS], tl.float32)"] * self.side.shifted
-        return lines
+        return self.own([f"o{j} = {zero}" for j in range(self.side.layout.planes)])
 
-    def either(self) -> list[str]:
+    def _edge_words(self) -> list[str]:
+        """Load the words of edge tokens; the first term makes the weights of all ready."""
+        return [*self.load_tokens("t"), *([] if self.side.depth else [f"weight = {self._cast('p')}"])]
+
+    def tokens(self) -> list[str]:
+        """Add decoded edge tokens under weights p."""
+        lines = self._edge_words()
+        for j, made in self.edge_channels("coded"):
+            lines += made
+            lines.append(f"v = tl.where(coded[None, :], n{j}, 0.0).to({self.exact})")
+            lines.append(f"o{j} = tl.dot(v, weight, o{j} * decay[None, :]{self.precise})")
+        return self.own(lines)
+
+    def tokens_or_rows(self) -> list[str]:
         """Add edge tokens under weights p: decoded where `coded`, from exact rows where `exact`."""
-        lines = [*self.load_tokens("t"), f"weight = {self._cast('p')}"]
-        if self.exact_rows is not None:
-            for j, made in self.edge_channels("coded"):
-                lines += made
-                lines.append(f"v = tl.where(coded[None, :], n{j}, 0.0).to({self.exact})")
-                lines.append(f"o{j} = tl.dot(v, weight, o{j} * decay[None, :]{self.precise})")
-            if self.side.shifted:
-                lines.append("coded_mass = coded_mass * decay + tl.sum(tl.where(coded[:, None], p, 0.0), 0)")
-            return lines + self.exact_rows.accumulate()
+        lines = self._edge_words()
         token, lane = self.grid("row", self.lane)
         lines.append(f"source = value_rows + {token} * {self.plan.shape.head_dim} + {lane}")
         for j, made in self.edge_channels("coded"):
@@ -175,8 +174,57 @@ class Values(Planes):
             text = self.steps.clean(j)
             if self.when is When.ONCE_PER_QUERY:
                 lines += [*static_read(self, j, self.lane), f"total = {text}"]
-                text = self.steps.output("total", "carried0", "v_scale", "v_offset")
+                text = self.steps.output("total", "carried0", self.scale, self.offset)
             elif carried is not None:
                 text = self.steps.plus_carried(text, side.group(j), carried[1])
             lines.append(f"o{j} = {text}")
+        return self.own(lines)
+
+
+class ValueSide:
+    """The values' part of an attention kernel: sums of every term, and of exact rows."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.side = plan, plan.values
+        self.terms = [Values(plan, term) for term in plan.values.terms]
+        self.first = self.terms[0]
+        self.exact_rows = None
+        if self.side.apart:
+            self.exact_rows = ExactRows(plan, self.side, self.first.exact, self.first.precise)
+
+    def outputs(self) -> list[str]:
+        """The arguments where sums over exact rows go, and the packed tokens' share of the weights."""
+        return ["exact_ptr", *(["share_ptr"] if self.side.shifted else [])] if self.side.apart else []
+
+    def lane_lines(self) -> list[str]:
+        return [line for term in self.terms for line in term.lane_lines()]
+
+    def prologue(self) -> list[str]:
+        return [line for term in self.terms for line in term.prologue()]
+
+    def accumulate(self, half: int, tokens: str) -> list[str]:
+        """Add a sub-tile's packed values under weights p."""
+        return [line for term in self.terms for line in term.accumulate(half, tokens)]
+
+    def epilogue(self) -> list[str]:
+        return [line for term in self.terms for line in term.epilogue()]
+
+    def stores(self, out: str) -> list[str]:
+        """Lines that store what was summed, one term behind the other."""
+        return [line for term in self.terms for line in term.stores(out)]
+
+    def edge_prologue(self) -> list[str]:
+        lines = [line for term in self.terms for line in term.edge_prologue()]
+        if self.exact_rows is not None:
+            lines += [*self.exact_rows.lanes(), *self.exact_rows.accumulators()]
+            lines += ["coded_mass = tl.zeros([ROWS], tl.float32)"] * self.side.shifted
         return lines
+
+    def either(self) -> list[str]:
+        """Add edge tokens under weights p: decoded where `coded`, from exact rows where `exact`."""
+        if self.exact_rows is None:
+            return self.first.tokens_or_rows()
+        lines = [line for term in self.terms for line in term.tokens()]
+        if self.side.shifted:
+            lines.append("coded_mass = coded_mass * decay + tl.sum(tl.where(coded[:, None], p, 0.0), 0)")
+        return lines + self.exact_rows.accumulate()

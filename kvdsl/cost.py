@@ -128,10 +128,17 @@ def _sides(scheme: Scheme, shape: Shape, tokens: int | None) -> tuple[SideBits, 
 
 
 def _side(scheme: Scheme, side: Side, shape: Shape, tokens: int | None) -> SideBits:
-    code, metadata, padding = _stored(scheme.side(side), shape, page_tokens(scheme))
+    code, metadata, padding = _of_side(scheme.side(side), shape, page_tokens(scheme))
     exact = 0.0 if tokens is None else 1 - windows(scheme)[side].packed(tokens) / tokens
     packed = 1 - exact
     return SideBits(float(code) * packed, float(metadata) * packed, float(padding) * packed, EXACT * exact, exact)
+
+
+def _of_side(side: Store, shape: Shape, tokens: int) -> tuple[Fraction, Fraction, Fraction]:
+    """(code, metadata, padding) bits per element of a store and of what codes what is left, together."""
+    parts = zip(*(_stored(store, shape, tokens) for store in side.terms), strict=True)
+    code, metadata, padding = (sum(part, Fraction(0)) for part in parts)
+    return code, metadata, padding
 
 
 def _stored(store: Store, shape: Shape, tokens: int) -> tuple[Fraction, Fraction, Fraction]:
@@ -198,7 +205,14 @@ def _heads(scale: Scale, shape: Shape) -> int:
     return 1 if scale.block.heads is ALL else shape.kv_heads
 
 
-def _formula(store: Store, shape: Shape, tokens: int) -> str:
+def _formula(side: Store, shape: Shape, tokens: int) -> str:
+    """Bits of a packed number in words; of several stores one behind the other, then their sum."""
+    texts = [_formula_of(store, shape, tokens) for store in side.terms]
+    total = float(sum(_of_side(side, shape, tokens)))
+    return "; of what is left ".join(texts) + (f"; together {total:g} bits" if len(texts) > 1 else "")
+
+
+def _formula_of(store: Store, shape: Shape, tokens: int) -> str:
     code, metadata, padding = _stored(store, shape, tokens)
     if (scale := _online(store)) is None:
         return f"{float(code):g} bits"

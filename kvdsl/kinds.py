@@ -293,6 +293,7 @@ KINDS: dict[type[Part], dict[str, Check]] = {
         "code": one_of("Uniform(bits=4) or Float('fp16')", Uniform, Float, Codebook, Sketch),
         "scale": one_of("scale=per_token(channels=32)", Scale, optional=True),
         "transform": transforms,
+        "residual": one_of("residual=Sketch(basis='gaussian')", Store, optional=True),
     },
     Recent: {"tokens": count(1, LONGEST_WINDOW, "tokens"), "flush": word(Flush)},
     Sinks: {"tokens": count(1, LONGEST_WINDOW, "tokens")},

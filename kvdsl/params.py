@@ -114,7 +114,9 @@ def _fit(made: Params, side: Side, numbers: int, shape: Shape) -> None:
     sizes = {"encode": (numbers, shape.head_dim), "decode": (shape.head_dim, numbers)}
     sizes |= {"encode_shift": (numbers,), "decode_shift": (shape.head_dim,)}  # type: ignore[dict-item]
     for name, tensor in made.items():
-        right = sizes[name.removeprefix(f"{side}.")]
+        right = sizes.get(name.removeprefix(f"{side}."))
+        if right is None:  # made here
+            continue
         if tuple(tensor.shape[1:]) != right or tensor.shape[0] not in (1, shape.kv_heads):
             raise ShapeError(
                 f"params[{name!r}]: shape {tuple(tensor.shape)}; the right one is {(shape.kv_heads, *right)}, or 1 in "

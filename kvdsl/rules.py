@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from . import measure_rules, polar_rules  # noqa: F401  (they enter their rules)
+from . import measure_rules, polar_rules, residual_rules  # noqa: F401  (they enter their rules)
 from .codes import in_trits, width
 from .errors import Fault, SchemeError
 from .kinds import misfits
-from .scheme import ALL, ChannelScale, Codebook, Float, PreRope, Rotate, Scale, Scheme, Sketch, Store, Uniform
+from .scheme import ALL, SIDES, ChannelScale, Codebook, Float, PreRope, Rotate, Scale, Scheme, Sketch, Store, Uniform
 from .shape import Shape
 from .sites import RULES, Site, rule
 
@@ -22,15 +22,13 @@ LONGEST_PAGE = 4096  # tokens: a page holds whole blocks of both sides and whole
 def faults(scheme: Scheme) -> tuple[Fault, ...]:
     """Every mistake of a spec that needs no shape to be seen."""
     found = [*misfits(scheme)]
-    sides = [("keys", scheme.keys), ("values", scheme.values)]
     if scheme.keys is scheme.values:
         found = [fault for fault in found if fault.place.partition(".")[0] != "values"]
-        sides = sides[:1]
     bad = {fault.place for fault in found}
-    for place, store in sides:
+    for site in _sites(scheme):
         for reads, check in RULES:
-            if not any(_touch(read.replace("~", place), wrong) for read in reads for wrong in bad):
-                found += check(Site(place, store, scheme))
+            if not any(_touch(read.replace("~", site.place), wrong) for read in reads for wrong in bad):
+                found += check(site)
     if not any(_touch("layers", wrong) for wrong in bad):
         found += _layers(scheme)
     return tuple(found)
@@ -45,8 +43,7 @@ def refuse(scheme: Scheme, given: tuple[str, ...] = ()) -> None:
 
 def shape_faults(scheme: Scheme, shape: Shape) -> tuple[Fault, ...]:
     """Every mistake of a legal spec that shows only at a shape."""
-    sides = [("keys", scheme.keys), ("values", scheme.values)][: 1 if scheme.keys is scheme.values else 2]
-    return tuple(fault for place, store in sides for fault in _shape(Site(place, store, scheme), shape))
+    return tuple(fault for site in _sites(scheme) for fault in _shape(site, shape))
 
 
 def refuse_for(scheme: Scheme, shape: Shape) -> None:
@@ -55,10 +52,24 @@ def refuse_for(scheme: Scheme, shape: Shape) -> None:
         raise SchemeError(found)
 
 
+def _sites(scheme: Scheme) -> Iterator[Site]:
+    """Every store where it stands, those of residuals behind theirs; one of both sides once."""
+    for side in SIDES[: 1 if scheme.keys is scheme.values else 2]:
+        place, store = str(side), scheme.side(side)
+        for one in store.terms if isinstance(store, Store) else (store,):
+            yield Site(place, one, scheme)
+            place += ".residual"
+
+
 def _touch(read: str, wrong: str) -> bool:
     """One path is the other, or lies inside it (`layers[3]` lies inside `layers`)."""
     read, wrong = read + ".", wrong.replace("[", ".[") + "."
     return read.startswith(wrong) or wrong.startswith(read)
+
+
+def _waiting_in(side: Store) -> int:
+    """Tokens that wait for one another on a side, whatever part of it they wait for."""
+    return math.lcm(*map(_waiting, side.terms if isinstance(side, Store) else ()))
 
 
 def _waiting(store: Store) -> int:
@@ -216,7 +227,7 @@ def _a_block_leaves_the_window_whole(site: Site) -> Iterator[Fault]:
     tokens, recent = _waiting(site.store), site.scheme.recent
     if tokens == 1:
         return
-    group = math.lcm(_waiting(site.scheme.keys), _waiting(site.scheme.values))
+    group = math.lcm(_waiting_in(site.scheme.keys), _waiting_in(site.scheme.values))
     if recent is None:
         fact = f"a group of {tokens} tokens must wait until it is full"
         yield site.fault("scale.block.tokens", fact, f"add recent=Recent({group})")
@@ -230,10 +241,10 @@ def _a_block_leaves_the_window_whole(site: Site) -> Iterator[Fault]:
 
 @rule("~.scale.block.tokens", "~.scale.when")
 def _whole_blocks_fit_a_page(site: Site) -> Iterator[Fault]:
-    keys, values = _waiting(site.scheme.keys), _waiting(site.scheme.values)
+    keys, values = _waiting_in(site.scheme.keys), _waiting_in(site.scheme.values)
     page, tokens = math.lcm(64, keys, values), _waiting(site.store)
-    if page > LONGEST_PAGE and tokens > 1 and (site.place == "keys" or keys == 1):
-        others = f"groups of {values} and " if site.place == "keys" and values > 1 else ""
+    if page > LONGEST_PAGE and tokens > 1 and (site.side == "keys" or keys == 1):
+        others = f"groups of {values} and " if site.side == "keys" and values > 1 else ""
         fact = f"groups of {tokens} tokens, {others}words of 64 meet every {page} tokens, a page holds {LONGEST_PAGE}"
         yield site.fault("scale.block.tokens", fact, f"use {2 ** round(math.log2(tokens))}")
 
@@ -298,7 +309,7 @@ def _no_power(size: int) -> tuple[str, str]:
 @rule("~.transform")
 def _queries_balance_keys(site: Site) -> Iterator[Fault]:
     for position, part in enumerate(site.store.transform):  # type: ignore[arg-type]
-        if site.place == "values" and isinstance(part, ChannelScale) and part.by == "balance":
+        if site.side == "values" and isinstance(part, ChannelScale) and part.by == "balance":
             fact = "'balance' weighs keys against queries"
             yield site.fault(f"transform[{position}].by", fact, "on values use 'sqrt_absmax'")
 
@@ -307,7 +318,7 @@ def _queries_balance_keys(site: Site) -> Iterator[Fault]:
 def _rope_comes_off_keys_first(site: Site) -> Iterator[Fault]:
     parts = site.store.transform
     for position, part in enumerate(parts):  # type: ignore[arg-type]
-        if not isinstance(part, PreRope):
+        if not isinstance(part, PreRope) or site.left:
             continue
         if site.place == "values" or site.scheme.keys is site.scheme.values:
             yield Fault(f"values.transform[{position}]", "values carry no RoPE", "remove PreRope()")

@@ -89,18 +89,30 @@ def per_tensor(**scale: Any) -> Scale:
 
 @dataclass(frozen=True, repr=False)
 class Store(Part):
-    """What is stored of a vector: it is transformed, in the order given, then coded under a scale."""
+    """What is stored of a vector: it is transformed, in the order given, then coded under a scale.
+
+    residual   a store of its own for what is left, x - x^ of what is decoded; a Sketch may stand for the store of it.
+               What is read is the sum of both
+    """
 
     inner = ("code", "scale", "transform")
     code: Code = Float("fp16")
     _: KW_ONLY
     scale: Scale | None = None
     transform: tuple[Transform, ...] | Transform = ()
+    residual: Store | Sketch | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.residual, Sketch):
+            object.__setattr__(self, "residual", Store(self.residual))
         if isinstance(self.transform, (list, *get_args(Transform))):
             one = self.transform if isinstance(self.transform, list) else [self.transform]
             object.__setattr__(self, "transform", tuple(one))
+
+    @property
+    def terms(self) -> tuple[Store, ...]:
+        """This store and the stores of what is left, in order: what is read is the sum of them all."""
+        return (self, *(self.residual.terms if isinstance(self.residual, Store) else ()))
 
     def coded(self, head_dim: int) -> int:
         """How many numbers a head's vector of `head_dim` channels is coded as."""
@@ -137,7 +149,7 @@ class Store(Part):
     @property
     def apart(self) -> bool:
         """Whether packed tokens meet another query, or add to another output, than exact ones."""
-        return self.mapped or self.rope is not None
+        return self.mapped or self.rope is not None or self.residual is not None
 
     @property
     def shifted(self) -> bool:

@@ -11,11 +11,22 @@ from .scheme import Scale, Scheme, Store
 
 @dataclass(frozen=True)
 class Site:
-    """One store of a scheme and where it stands: `keys` or `values` (`keys` for both where `both=` gave them)."""
+    """One store of a scheme and where it stands: `keys` or `values` (`keys` for both where `both=` gave them), or what
+    is left by one of them, as `keys.residual`."""
 
     place: str
     store: Store
     scheme: Scheme
+
+    @property
+    def side(self) -> str:
+        """The side that the store is one of."""
+        return self.place.partition(".")[0]
+
+    @property
+    def left(self) -> bool:
+        """Whether the store is of what another one left."""
+        return self.place != self.side
 
     @property
     def scale(self) -> Scale | None:

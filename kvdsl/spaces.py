@@ -37,14 +37,33 @@ def maps(store: Store, side: Side, head_dim: int, params: Params, device: torch.
     `<side>.encode_shift` -u (heads or 1, M) and `<side>.decode_shift` v (heads or 1, D), which are added.  Given ones
     are taken as they are.
 
-    Empty for a store that codes the vector itself, or takes off rotary positions, which no one matrix does.
+    Empty for a store that codes the vector itself, or takes off rotary positions, which no one matrix does.  Of what is
+    left the same under `<side>.residual.`, and `<side>.read`, (heads or 1, D, M + M' ...): W of all terms side by side.
     """
+    found = dict[str, Tensor]()
+    for depth, term in enumerate(store.terms):
+        found |= _maps(term, side + ".residual" * depth, head_dim, params, device)
+    if store.residual is not None:
+        found[f"{side}.read"] = _side_by_side(store, side, head_dim, found, device)
+    return found
+
+
+def _side_by_side(store: Store, side: Side, head_dim: int, found: Params, device: torch.device | str) -> Tensor:
+    """What takes the coded numbers of all terms, one behind the other, to a vector."""
+    same = torch.eye(head_dim, device=device)[None]
+    parts = [found.get(f"{side}{'.residual' * depth}.decode", same) for depth in range(len(store.terms))]
+    heads = max(len(part) for part in parts)
+    return torch.cat([part.expand(heads, -1, -1) for part in parts], -1).contiguous()
+
+
+def _maps(store: Store, path: str, head_dim: int, params: Params, device: torch.device | str) -> dict[str, Tensor]:
+    """The maps of one term, whose numbers are named by its path."""
     if not store.mapped:
         return {}
-    names = [f"{side}.{name}" for name in ("encode", "decode", "encode_shift", "decode_shift")]
+    names = [f"{path}.{name}" for name in ("encode", "decode", "encode_shift", "decode_shift")]
     if names[0] in params and names[1] in params:
         return {name: params[name].to(device, torch.float32).contiguous() for name in names if name in params}
-    numbers = tuple(params.get(f"{side}.transform[{i}]") for i in range(len(store.linear)))
+    numbers = tuple(params.get(f"{path}.transform[{i}]") for i in range(len(store.linear)))
     if any(given is not None for given in numbers):
         found = _composed(store, head_dim, numbers)
     else:

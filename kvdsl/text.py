@@ -22,7 +22,7 @@ LANGUAGE = 1  # enters every hash: raise it when a default or a meaning changes
 LONGEST_TEXT = 1 << 20  # characters
 DEEPEST = 12
 
-_WHERE = {"keys": "Store", "values": "Store", "both": "Store", "scale": "Scale"}
+_WHERE = {"keys": "Store", "values": "Store", "both": "Store", "residual": "Store", "scale": "Scale"}
 _WHERE |= {"code": "Uniform Float Codebook Sketch"}
 _WHERE |= {"transform": "PreRope Rotate ChannelScale ChannelShift Permute Polar"}
 _WHERE |= {"block": "Block", "sinks": "Sinks", "recent": "Recent", "scheme": "Scheme"}

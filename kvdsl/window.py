@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from .scheme import ALL, SIDES, Scheme
+from .scheme import SIDES, Scheme, Store
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,13 @@ def windows(scheme: Scheme) -> dict[str, Window]:
     flush = scheme.recent.flush if scheme.recent else "rolling"
     policies: dict[str, Window] = {}
     for side in SIDES:
-        scale = scheme.side(side).measure
-        tokens = scale.block.tokens if scale is not None and scale.when == "online" else 1
-        block = 1 if tokens is ALL else tokens
-        assert isinstance(block, int)
+        block = math.lcm(*map(_block, scheme.side(side).terms))
         policies[side] = Window(sinks, recent, flush == "whole" or (flush == "auto" and block > 1), block)
     return policies
+
+
+def _block(store: Store) -> int:
+    """Tokens that share an online scale."""
+    scale = store.measure
+    tokens = scale.block.tokens if scale is not None and scale.when == "online" else 1
+    return tokens if isinstance(tokens, int) else 1

@@ -19,7 +19,15 @@ from .quarot import quarot2, quarot4
 from .rotatekv import rotatekv2, rotatekv3, rotatekv4
 from .smoothquant import smoothquant8
 from .token_head import int4_token_head, int8_token_head
-from .turboquant import turboquant1, turboquant2, turboquant3, turboquant4
+from .turboquant import (
+    turboquant1,
+    turboquant2,
+    turboquant3,
+    turboquant4,
+    turboquant_prod2,
+    turboquant_prod3,
+    turboquant_prod4,
+)
 from .vllm_turboquant import vllm_3bit_nc, vllm_4bit_nc, vllm_k3v4_nc, vllm_k8v4
 from .wkvquant import wkvquant4
 
@@ -45,6 +53,9 @@ ALL: dict[str, Scheme] = {
     "turboquant3": turboquant3,
     "turboquant2": turboquant2,
     "turboquant1": turboquant1,
+    "turboquant_prod4": turboquant_prod4,
+    "turboquant_prod3": turboquant_prod3,
+    "turboquant_prod2": turboquant_prod2,
     "vllm_k8v4": vllm_k8v4,
     "vllm_4bit_nc": vllm_4bit_nc,
     "vllm_k3v4_nc": vllm_k3v4_nc,
@@ -125,6 +136,9 @@ __all__ = [
     "turboquant2",
     "turboquant3",
     "turboquant4",
+    "turboquant_prod2",
+    "turboquant_prod3",
+    "turboquant_prod4",
     "vllm_3bit_nc",
     "vllm_4bit_nc",
     "vllm_k3v4_nc",

@@ -185,11 +185,11 @@ def test_groups_divide_the_radii() -> None:
 
 
 def test_a_sum_over_pairs_is_proven() -> None:
-    told = absorb("keys", polar_pairs.keys)
+    told = absorb("keys", polar_pairs.keys, "k")
     assert told is not None and told.statement == (
         "sum_d q[d]*k[t, d] = sum_i r[t, i]*(q[i]*cos a[t, i] + q[i + D/2]*sin a[t, i])"
     )
-    behind = absorb("values", Store(Float("fp16"), transform=(Rotate(), Polar())))
+    behind = absorb("values", Store(Float("fp16"), transform=(Rotate(), Polar())), "v")
     assert behind is not None and behind.steps[0].startswith("y = R x") and "W is applied to the output" in behind.where
     assert "y[t, i] = r[t, i]*cos a[t, i]" in behind.read
 

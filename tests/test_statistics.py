@@ -164,6 +164,25 @@ def test_p13_the_error_of_a_table(bits: int) -> None:
     assert abs(error.mean().item() - law) <= SIGMAS * error.mean(2).std().item() / math.sqrt(heads)
 
 
+@pytest.mark.parametrize("rho", [0.0, 0.5])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_p16_signs_of_what_is_left(bits: int, rho: float) -> None:
+    """Products of unit vectors are right in the mean.  Their variance is that of a sketch, ((pi/2) |r|^2 - <q, r>^2)/d,
+    where the table with a bit less leaves |r|^2 = D, of it D along k and the rest in every other direction alike."""
+    d, heads = 64, 256
+    q, k = pairs(heads, 64, d, rho, seed=31)
+    rotations = torch.stack([rotation("orthogonal", d, seed) for seed in range(heads)]).float()
+    sketches = torch.stack([sketch(d, d, "gaussian", 1000 + seed) for seed in range(heads)]).float()
+    params = {"keys.encode": rotations, "keys.decode": rotations.transpose(1, 2)}
+    params |= {"keys.residual.encode": sketches, "keys.residual.decode": sketches.transpose(1, 2)}
+    table = Codebook(bits - 1, "beta")
+    store = Store(table, scale=per_token(), transform=Rotate("orthogonal", seed=0), residual=Sketch(basis="gaussian"))
+    got = reference.quantize(store, (k * 8).float(), params).decoded / 8
+    left = optimal("beta", 1 << (bits - 1), d)[1]
+    along = rho**2 * left**2 + (1 - rho**2) * (left - left**2) / (d - 1)
+    close_in_mean((q * got).sum(-1), rho, (math.pi / 2 * left - along) / d)
+
+
 SHRINK = {1: (0.6378, 0.7994), 2: (0.8851, 0.9406), 3: (0.9672, 0.9831), 4: (0.9913, 0.9954)}
 BEFORE_AND_AFTER = {1: (0.3610, 0.4013), 2: (0.1160, 0.1188), 3: (0.03396, 0.03380), 4: (0.00933, 0.00918)}
 

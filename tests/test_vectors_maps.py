@@ -84,15 +84,16 @@ def test_turboquant(bits: int) -> None:
 
 
 def test_turboquant_prod() -> None:
-    """turboquant/prod3: two bits, then the signs of a sketch of what is left, composed here."""
+    """turboquant/prod3: two bits, then the signs of a sketch of what is left."""
     name = "turboquant/prod3"
     arrays, rotate = published(name), Rotate("orthogonal", seed=0)
-    store = Store(Codebook(2), scale=per_token(dtype="fp32"), transform=rotate)
-    first = reference.quantize(store, K, whole(published("turboquant/mse1")["Pi"]))
+    store = Store(Codebook(2), scale=per_token(dtype="fp32"), transform=rotate, residual=Sketch(basis="gaussian"))
+    maps = whole(published("turboquant/mse1")["Pi"]) | whole(arrays["S"], "keys.residual")
+    first = reference.quantize(store, K, maps)
+    assert first.residual is not None
     same_codes(name, first.codes, arrays["idx"])
-    rest = reference.quantize(Store(Sketch(64, basis="gaussian")), K - first.decoded, whole(arrays["S"]))
-    same_codes(name, rest.codes, signs(arrays["signs"]))
-    k_hat = (first.decoded + rest.decoded).repeat_interleave(4, 1)
+    same_codes(name, first.residual.codes, signs(arrays["signs"]))
+    k_hat = first.decoded.repeat_interleave(4, 1)
     agree(name, arrays["q"].double() @ k_hat.transpose(2, 3), arrays["scores"])
 
 

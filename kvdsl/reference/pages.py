@@ -1,8 +1,8 @@
 """The bytes of the packed format, laid down one plane of one token at a time.
 
 A page holds `page_tokens` tokens of all kv heads of one layer: one blob a head, then the metadata that heads share,
-rounded up to 16 bytes.  A blob holds key codes, value codes, key metadata, value metadata; every section starts at a
-multiple of 16 bytes.
+rounded up to 16 bytes.  A blob holds key codes, value codes, key metadata, value metadata, those of what a store left
+behind its own; every section starts at a multiple of 16 bytes.
 
 Three levels for which no bits are asked are ternary digits, five in a byte.  A row is again tokens t and t + 32, one in
 the low bytes and one in the high bytes of W words; W is a fifth of the channels rounded up to an even number.  Byte w
@@ -36,7 +36,7 @@ from torch import Tensor
 
 from kvdsl.codes import Codebook, Float, Uniform
 from kvdsl.errors import ShapeError
-from kvdsl.scheme import SIDES, Scale, Scheme, Store
+from kvdsl.scheme import SIDES, Scale, Scheme, Side, Store
 
 from .alphabets import code_bits, has_offset, holds_numbers
 from .quantize import Params, Quantized, quantize
@@ -63,7 +63,7 @@ class _Places:
 
 def page_tokens(scheme: Scheme) -> int:
     """Tokens a page holds: whole rows of words, and whole blocks of both sides."""
-    return math.lcm(64, *(_block_tokens(scheme.side(side)) for side in SIDES))
+    return math.lcm(64, *map(_block_tokens, _stores(scheme).values()))
 
 
 def page_bytes(scheme: Scheme, shape: Shape) -> int:
@@ -85,9 +85,10 @@ def pages(scheme: Scheme, shape: Shape, k: Tensor, v: Tensor, params: Params | N
     size = page_tokens(scheme)
     blob, places, total = _places(scheme, shape)
     out: Bytes = np.zeros((batch, -(-tokens // size), total), np.uint8)
-    for side, x in zip(SIDES, (k, v), strict=True):
-        store, place = scheme.side(side), places[side]
-        coded = quantize(store, x, params, side, scheme.sinks.tokens if scheme.sinks else 0)
+    kept = {side: quantize(scheme.side(side), x, params, side, scheme.sinks.tokens if scheme.sinks else 0)
+            for side, x in zip(SIDES, (k, v), strict=True)}  # fmt: skip
+    for (side, depth), store in _stores(scheme).items():
+        coded, place = kept[side].terms[depth], places[side, depth]
         for t in range(tokens):
             page = out[:, t // size]
             for h in range(heads):
@@ -103,37 +104,37 @@ def pages(scheme: Scheme, shape: Shape, k: Tensor, v: Tensor, params: Params | N
     return out
 
 
-def _places(scheme: Scheme, shape: Shape) -> tuple[int, dict[str, _Places], int]:
-    """Bytes of a head's blob, the places of both sides, bytes of a page."""
-    size = page_tokens(scheme)
-    width = {side: channels_of(scheme.side(side), shape.head_dim) for side in SIDES}
+def _stores(scheme: Scheme) -> dict[tuple[Side, int], Store]:
+    """The stores of a page in its order: those of the keys, each before that of what it left, then of the values."""
+    return {(side, depth): store for side in SIDES for depth, store in enumerate(scheme.side(side).terms)}
+
+
+def _places(scheme: Scheme, shape: Shape) -> tuple[int, dict[tuple[Side, int], _Places], int]:
+    """Bytes of a head's blob, the places of all stores, bytes of a page."""
+    size, stores = page_tokens(scheme), _stores(scheme)
+    width = {at: channels_of(store, shape.head_dim) for at, store in stores.items()}
     end = 0
-    codes: dict[str, tuple[int, ...]] = {}
-    for side in SIDES:
-        store = scheme.side(side)
+    codes: dict[tuple[Side, int], tuple[int, ...]] = {}
+    for at, store in stores.items():
         starts = []
         for bits in _widths(store):
             starts.append(end)
-            row_bits = 8 * _digit_bytes(width[side]) if _ternary(store) else width[side] * bits
+            row_bits = 8 * _digit_bytes(width[at]) if _ternary(store) else width[at] * bits
             end = _aligned(end + size * row_bits // 8)
-        codes[side] = tuple(starts)
-    metadata: dict[str, int | None] = {}
-    for side in SIDES:
-        store = scheme.side(side)
-        metadata[side] = end if _has_metadata(store) else None
+        codes[at] = tuple(starts)
+    metadata: dict[tuple[Side, int], int | None] = {}
+    for at, store in stores.items():
+        metadata[at] = end if _has_metadata(store) else None
         if _has_metadata(store) and not _shares(store, shape.kv_heads):
-            end = _aligned(end + _metadata_bytes(store, 1, width[side], size))
+            end = _aligned(end + _metadata_bytes(store, 1, width[at], size))
     blob = end
     end = blob * shape.kv_heads
-    for side in SIDES:
-        store = scheme.side(side)
+    for at, store in stores.items():
         if _has_metadata(store) and _shares(store, shape.kv_heads):
-            metadata[side] = end
+            metadata[at] = end
             groups = shape.kv_heads // _heads(store, shape.kv_heads)
-            end = _aligned(end + _metadata_bytes(store, groups, width[side], size))
-    places: dict[str, _Places] = {
-        side: _Places(codes[side], metadata[side], _shares(scheme.side(side), shape.kv_heads)) for side in SIDES
-    }
+            end = _aligned(end + _metadata_bytes(store, groups, width[at], size))
+    places = {at: _Places(codes[at], metadata[at], _shares(store, shape.kv_heads)) for at, store in stores.items()}
     return blob, places, end
 
 

@@ -34,6 +34,7 @@ class Quantized:
     offset   as scale: the minimum (of a codebook the middle), or the integer zero point; None where the range has none
     decoded  float64 (B, H, T, D), every number a float32 number
     coded    float64 (B, H, T, M): the same in the space that is coded
+    residual the same of what is left, x - x^ in float32 of this store's x^; `decoded` is the sum of both, in float32
     """
 
     codes: Tensor | None
@@ -41,6 +42,12 @@ class Quantized:
     offset: Tensor | None
     decoded: Tensor
     coded: Tensor
+    residual: Quantized | None = None
+
+    @property
+    def terms(self) -> tuple[Quantized, ...]:
+        """This and what is kept of what is left, as `Store.terms`."""
+        return (self, *(self.residual.terms if self.residual else ()))
 
 
 def quantize(store: Store, x: Tensor, params: Params | None = None, side: str = "keys", at: int = 0) -> Quantized:
@@ -56,7 +63,15 @@ def quantize(store: Store, x: Tensor, params: Params | None = None, side: str = 
     y = polar(store, encoded(without_rope(store, x, params, side, at), mapped))
     codes, scale, offset, coded = _coded(store, x, y, params, side)
     decoded = with_rope(store, restored(cartesian(store, coded), mapped), params, side, at)
-    return Quantized(codes, scale, offset, decoded, coded)
+    if not isinstance(store.residual, Store):
+        return Quantized(codes, scale, offset, decoded, coded)
+    rest = quantize(store.residual, left(x, decoded), params, f"{side}.residual", at)
+    return Quantized(codes, scale, offset, f32(decoded + rest.decoded), coded, rest)
+
+
+def left(x: Tensor, decoded: Tensor) -> Tensor:
+    """x - x^ in float32, x (B, H, T, D) saturated at +-65504; NaN where either is."""
+    return f32(torch.where(x.isnan(), x, x.clamp(-LARGEST_INPUT, LARGEST_INPUT)) - decoded)
 
 
 def encoded_rows(store: Store, x: Tensor, params: Params | None = None, side: str = "keys", at: int = 0) -> Tensor:

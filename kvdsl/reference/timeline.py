@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kvdsl.scheme import ALL, SIDES, Scheme, Store
+from kvdsl.scheme import SIDES, Scheme, Store
 
 from .quantize import Params, quantize, widened
 
@@ -34,8 +34,8 @@ def packed_tokens(scheme: Scheme, side: str, tokens: int) -> tuple[int, int]:
 def _leave_together(flush: str, store: Store) -> bool:
     if flush != "auto":
         return flush == "whole"
-    scale = store.measure
-    return scale is not None and scale.when == "online" and (scale.block.tokens is ALL or scale.block.tokens != 1)
+    online = (one.measure for one in store.terms if one.measure is not None and one.measure.when == "online")
+    return any(scale.block.tokens != 1 for scale in online)
 
 
 def contents(store: Store, x: Tensor, packed: tuple[int, int], params: Params | None, side: str) -> Tensor:

@@ -44,7 +44,7 @@ from torch import Tensor
 from kvdsl.codes import width
 from kvdsl.kernels import Params
 from kvdsl.reference.alphabets import Alphabet, alphabet, given_table
-from kvdsl.reference.quantize import encoded_rows, level_count, maps, quantize
+from kvdsl.reference.quantize import encoded_rows, left, level_count, maps, quantize
 from kvdsl.reference.rounding import MINIFLOATS
 from kvdsl.rope import pairs, waves
 from kvdsl.scheme import Float, Polar, Scale, Sketch, Store, Uniform
@@ -90,6 +90,8 @@ def spread(store: Store, number: Tensor, x: Tensor) -> Tensor:
 def bound(store: Store, x: Tensor, params: Params | None = None, side: str = "keys", at: int = 0) -> Tensor:
     """The largest legal |x - x^|, float64 (B, H, T, D), for finite x (B, H, T, D) of whole blocks; `at` is the position
     of the first token."""
+    if isinstance(store.residual, Store):
+        return _summed_bound(store, x, params, side, at)
     if store.rope is not None:
         return _roped_bound(store, x, params, side, at)
     if store.mapped:
@@ -118,6 +120,16 @@ def bound(store: Store, x: Tensor, params: Params | None = None, side: str = "ke
         roots = [one.square().sum(OVER_BLOCK, keepdim=True).sqrt() for one in limits]
         limit = torch.stack(roots).amin(0).expand_as(numbers)
     return limit.reshape(x.shape) + (given - inside).abs()
+
+
+def _summed_bound(store: Store, x: Tensor, params: Params | None, side: str, at: int) -> Tensor:
+    """What is left, x - x^, is coded itself, so that only its own error remains; the difference and the sum round once
+    each, numbers of up to |x| + |x^| and their errors."""
+    alone = quantize(store.with_(residual=None), x, params, side, at).decoded
+    rest = left(x.double(), alone)
+    assert isinstance(store.residual, Store)
+    within = bound(store.residual, rest, params, f"{side}.residual", at)
+    return within + 2.0**-22 * (x.double().abs() + alone.abs() + within) + (x.double().abs() - LARGEST).clamp(min=0)
 
 
 def _mapped_bound(store: Store, x: Tensor, params: Params | None, side: str) -> Tensor:

@@ -37,9 +37,14 @@ def _has_ends(store: Store) -> bool:
     return scale.clip == 1 and known and scale.range not in ("norm", "absmean")
 
 
+def _single(scheme: Scheme) -> bool:
+    """Whether nothing that is left of a vector is coded."""
+    return scheme.keys.residual is None and scheme.values.residual is None
+
+
 def _has_codes(scheme: Scheme) -> bool:
     sides = (scheme.keys, scheme.values)
-    return bare(scheme) and all(map(_has_ends, sides)) and not all(map(plain, sides))
+    return bare(scheme) and _single(scheme) and all(map(_has_ends, sides)) and not all(map(plain, sides))
 
 
 # ---- which words
@@ -233,7 +238,11 @@ def _far_ends(store: Store) -> bool:
     return low == -high if range_ == "absmax" else range_ == "signed_absmax" and -low > abs(high)
 
 
-@law("P3", lambda s: bare(s) and all(map(_keeps_its_ends, (s.keys, s.values))), ("normal", "outlier_channel", "ties"))
+@law(
+    "P3",
+    lambda s: bare(s) and _single(s) and all(map(_keeps_its_ends, (s.keys, s.values))),
+    ("normal", "outlier_channel", "ties"),
+)
 def a_second_time_changes_no_code(case: Case) -> None:
     """P3: what was decoded is coded by the same codes again, where the ends of the range are levels.
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvdsl.kernels import Params
 from kvdsl.reference.quantize import encoded_rows, quantize
-from kvdsl.scheme import SIDES, ChannelShift, Codebook, Float, Scale, Scheme, Store
+from kvdsl.scheme import SIDES, ChannelShift, Codebook, Float, Scale, Scheme, Sketch, Store
 
 from .bounds import FORMATS, LARGEST, blocks_of, spread
 from .cases import METADATA, Case, law, require, require_equal, static
+from .terms import TermOf, terms_of
 from .trips import bare, roundtrip
 
 LEAST = {"fp16": -14, "bf16": -126, "fp32": -126, "e4m3": -6, "e5m2": -14, "e8m0": -126}  # exponents of normal numbers
@@ -19,6 +21,8 @@ TOPS = {"fp16": LARGEST, "e4m3": 448.0, "e5m2": 57344.0}  # where a format of nu
 def _keeps_constants(store: Store) -> bool:
     """Whether a block of one number has a code for it."""
     scale = store.measure
+    if store.residual is not None:
+        return False  # a second number for the block
     if scale is None:
         return True
     if scale.scale is not None or isinstance(store.code, Codebook) and store.code.levels == "calibrated":
@@ -53,19 +57,24 @@ def a_nan_spoils_its_block_only(case: Case) -> None:
     for x in (k, v):
         x[at] = torch.nan
     for side, x, before, got in zip(SIDES, (k, v), clean, roundtrip(case, k, v, params), strict=True):
-        store = case.scheme.side(side)
-        coded = encoded_rows(store, x, params, side, case.sinks)
-        bad = coded.isnan()
-        if store.measure is not None and not static(store):
-            hit = blocks_of(store, bad.double()).amax((2, 4, 6)) > 0
-            bad = spread(store, hit.double(), coded) > 0
-        if store.turned:
-            bad = bad.any(-1, keepdim=True).expand(x.shape)
+        store, bad = case.scheme.side(side), torch.zeros(x.shape, dtype=torch.bool)
+        for term in terms_of(store, x, params, side, case.sinks):
+            bad |= _spoilt(term.store, term.x, params, term.place, case.sinks)
         require_equal(f"decoded {side}", got[~bad], before[~bad])
         if static(store):
             require_equal(f"decoded {side}", got[bad], quantize(store, x, params, side, case.sinks).decoded[bad])
         else:
             require(bool(got[bad].isnan().all()), f"decoded {side}: a number beside the NaN at {at} is {got[bad]}")
+
+
+def _spoilt(store: Store, x: Tensor, params: Params, side: str, at: int) -> Tensor:
+    """Which numbers of x (B, H, T, D) share a stored number with a NaN of it."""
+    coded = encoded_rows(store, x, params, side, at)
+    bad = coded.isnan()
+    if store.measure is not None and not static(store):
+        hit = blocks_of(store, bad.double()).amax((2, 4, 6)) > 0
+        bad = spread(store, hit.double(), coded) > 0
+    return bad.any(-1, keepdim=True).expand(x.shape) if store.turned else bad
 
 
 @law("P2", kinds=("normal", "huge"))
@@ -116,6 +125,44 @@ def _tried(store: Store) -> list[Store]:
     return alone if store.scale.refit is None else [*alone, *(one.with_(**{"scale.refit": None}) for one in alone)]
 
 
+def _with_its_block(store: Store, usual: Tensor) -> Tensor:
+    """Where all numbers that share a stored one are usual: what is left of another one moves it, too."""
+    if store.turned:
+        usual = usual.all(-1, keepdim=True).expand(usual.shape)
+    if store.measure is None or static(store) or isinstance(store.code, Sketch):
+        return usual
+    held = blocks_of(store, usual.double()).amin((2, 4, 6))
+    return _everywhere(store, held > 0, usual.double()) > 0
+
+
+def _usual(one: TermOf, more: TermOf, params: tuple[Params, Params], factor: float, at: int) -> Tensor:
+    """Where a term's stored numbers, of x and of x times a factor, are neither subnormal nor saturated."""
+    store, x = one.store, one.x
+    usual = torch.ones(x.shape, dtype=torch.bool)
+    if store.measure is None:
+        assert isinstance(store.code, Float)
+        least, most = 2.0 ** LEAST[store.code.format], TOPS.get(store.code.format, float("inf"))
+        y = encoded_rows(store, x, params[0], one.place, at)
+        usual = ((y.abs() >= least) | (y == 0)) & (y.abs() * factor < most)
+        return usual.all(-1, keepdim=True).expand(x.shape) if store.turned else usual
+    if store.measure.scale is not None:  # a second level grows with the scale, and what is stored stays the same
+        return usual
+    dtype = "fp32" if static(store) else store.measure.dtype
+    least, most = 2.0 ** LEAST[dtype], min(LARGEST, FORMATS[dtype][2]) / factor
+    for tried in _tried(store):
+        before, after = (
+            quantize(tried, term.x, given, one.place, at) for term, given in zip((one, more), params, strict=True)
+        )
+        pairs = [(before.scale, after.scale)]
+        pairs += [(before.offset, after.offset)] if store.measure.zero == "min" else []
+        for number, grown in pairs:
+            if number is not None and grown is not None:
+                # the least normal number may have been rounded up from among the others, and a zero down
+                normal = ((number.abs() > least) | (number == 0) & (grown == 0)) & (number.abs() < most)
+                usual &= _everywhere(store, normal, x)
+    return usual
+
+
 @law("P1", kinds=("normal", "positive", "outlier_channel"))
 def powers_of_two_go_through(case: Case) -> None:
     """Numbers times a power of two decode to the same times it, so the codes are the same, wherever the metadata is
@@ -127,25 +174,10 @@ def powers_of_two_go_through(case: Case) -> None:
     once = roundtrip(case, k, v, params)
     twice = roundtrip(case, k * factor, v * factor, bigger)
     for side, x, first, second in zip(SIDES, (k, v), once, twice, strict=True):
-        store = case.scheme.side(side)
         usual = torch.ones_like(first, dtype=torch.bool)
-        if store.measure is None:
-            assert isinstance(store.code, Float)
-            least, most = 2.0 ** LEAST[store.code.format], TOPS.get(store.code.format, float("inf"))
-            y = encoded_rows(store, x, params, side, case.sinks)
-            usual = ((y.abs() >= least) | (y == 0)) & (y.abs() * factor < most)
-            usual = usual.all(-1, keepdim=True).expand(x.shape) if store.turned else usual
-        elif store.measure.scale is None:  # a second level grows with the scale, and what is stored stays the same
-            dtype = "fp32" if static(store) else store.measure.dtype
-            least, most = 2.0 ** LEAST[dtype], min(LARGEST, FORMATS[dtype][2]) / factor
-            for one in _tried(store):
-                before = quantize(one, x, params, side, case.sinks)
-                after = quantize(one, x * factor, bigger, side, case.sinks)
-                pairs = [(before.scale, after.scale)]
-                pairs += [(before.offset, after.offset)] if store.measure.zero == "min" else []
-                for number, more in pairs:
-                    if number is not None and more is not None:
-                        # the least normal number may have been rounded up from among the others, and a zero down
-                        normal = ((number.abs() > least) | (number == 0) & (more == 0)) & (number.abs() < most)
-                        usual &= _everywhere(store, normal, x)
+        terms = (
+            terms_of(case.scheme.side(side), y, p, side, case.sinks) for y, p in ((x, params), (x * factor, bigger))
+        )
+        for one, more in zip(*terms, strict=True):
+            usual = _with_its_block(one.store, usual) & _usual(one, more, (params, bigger), factor, case.sinks)
         require_equal(f"decoded {side}", second[usual], (first * factor)[usual])

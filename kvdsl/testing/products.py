@@ -1,9 +1,9 @@
 """What the kernels' products are of: codes times scales in the space that is coded, exact numbers as they are.
 
 A turned side is two vectors side by side, (M numbers of the code, D exact channels), one of them zero; a query is
-mapped to match: (W^T q, q).  So a score is the product of both, whatever a side's space is.  Rotary positions are put
-back on decoded numbers, so that there the product is of the number itself; so it is of pairs in polar coordinates,
-before W if there is one.
+mapped to match: (W^T q, q).  Where what is left is coded, too, the numbers of every term stand before the channels.  So
+a score is the product of both, whatever a side's space is.  Rotary positions are put back on decoded numbers, so that
+there the product is of the number itself; so it is of pairs in polar coordinates, before W if there is one.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from torch import Tensor
 
 from kvdsl.kernels import Params
 from kvdsl.levels import table
-from kvdsl.reference.quantize import Quantized, encoded_rows, maps, quantize
+from kvdsl.reference.quantize import Quantized, encoded_rows, maps
 from kvdsl.reference.spaces import cartesian
 from kvdsl.reference.timeline import contents
 from kvdsl.scheme import Codebook, Side, Store, Uniform
 
 from .bounds import partners, second, spread
+from .terms import TermOf, terms_of
 
 Largest = Callable[[Store, Tensor, Params], Tensor]
 
@@ -31,16 +32,24 @@ def sides_of(store: Store, x: Tensor, span: tuple[int, int], params: Params, sid
     first, end = span
     whole = contents(store, x, span, params, side)
     exact = whole.clone()
-    part = x.new_zeros(*x.shape[:3], store.coded(x.shape[3]), dtype=torch.float64)
+    part = x.new_zeros(*x.shape[:3], _row(store, x.shape[3]), dtype=torch.float64)
     if end > first:
-        numbers = quantize(store, x[:, :, first:end], params, side, first)
-        factors = numbers.decoded if store.rope is not None else _factors(store, numbers, params, side)
+        found = []
+        for term in terms_of(store, x[:, :, first:end], params, side, first):
+            of_rope = term.store.rope is not None
+            found.append(term.kept.decoded if of_rope else _factors(term.store, term.kept, params, term.place))
+        factors = torch.cat(found, -1)
         part[:, :, first:end] = factors
         exact[:, :, first:end] = 0 if store.apart else factors
     return whole, torch.cat((part, exact), -1) if store.apart else exact
 
 
-def _factors(store: Store, numbers: Quantized, params: Params, side: Side) -> Tensor:
+def _row(store: Store, channels: int) -> int:
+    """Numbers that a vector of `channels` is coded as, by all terms."""
+    return sum(term.coded(channels) for term in store.terms)
+
+
+def _factors(store: Store, numbers: Quantized, params: Params, side: str) -> Tensor:
     """Code (or level) times scale: what remains of coded numbers without their offset.  Evenly spaced levels are codes,
     counted from the lowest."""
     if store.measure is None or store.polar:
@@ -89,18 +98,24 @@ def sizes_of(
     first, end = span
     x = x.double()
     exact = x.abs()
-    part = x.new_zeros(*x.shape[:3], store.coded(x.shape[3]))
+    part = x.new_zeros(*x.shape[:3], _row(store, x.shape[3]))
     if end > first:
         rows = x[:, :, first:end]
-        coded = encoded_rows(store, rows, params, side, at + first).double()
-        found = quantize(store, rows, params, side, at + first)
-        counted = isinstance(store.code, Uniform) or _step(store, coded.shape[-1]) is not None
-        factors = _factors(store, found, params, side).abs() / (2 if counted else 1)
-        size = torch.stack((largest(store, coded, params), found.coded.abs(), factors)).amax(0)
-        size = size.chunk(2, -1)[0].repeat(1, 1, 1, 2) if store.polar else size
+        parts = [_sizes(term, params, largest, at + first) for term in terms_of(store, rows, params, side, at + first)]
+        size = torch.cat(parts, -1)
         part[:, :, first:end] = size
         exact[:, :, first:end] = 0 if store.apart else size
     return torch.cat((part, exact), -1) if store.apart else exact
+
+
+def _sizes(term: TermOf, params: Params, largest: Largest, at: int) -> Tensor:
+    """`sizes_of` of one term, the first token at position `at`."""
+    store = term.store
+    coded = encoded_rows(store, term.x, params, term.place, at).double()
+    counted = isinstance(store.code, Uniform) or _step(store, coded.shape[-1]) is not None
+    factors = _factors(store, term.kept, params, term.place).abs() / (2 if counted else 1)
+    size = torch.stack((largest(store, coded, params), term.kept.coded.abs(), factors)).amax(0)
+    return size.chunk(2, -1)[0].repeat(1, 1, 1, 2) if store.polar else size
 
 
 def mapped_query(store: Store, q: Tensor, heads: int, params: Params) -> Tensor:
@@ -108,11 +123,14 @@ def mapped_query(store: Store, q: Tensor, heads: int, params: Params) -> Tensor:
     back on decoded keys)."""
     if store.rope is not None:
         return torch.cat((q.double(), q.double()), -1)
-    found = maps(store, q.shape[3], heads, params, "keys")
-    if found is None:
+    if not store.apart:
         return q.double()
-    decode = found[2].expand(heads, -1, -1).repeat_interleave(q.shape[1] // heads, 0)
-    return torch.cat((q.double() @ decode, q.double()), -1)
+    met = []
+    for depth, term in enumerate(store.terms):
+        found = maps(term, q.shape[3], heads, params, "keys" + ".residual" * depth)
+        decode = None if found is None else found[2].expand(heads, -1, -1).repeat_interleave(q.shape[1] // heads, 0)
+        met.append(q.double() if decode is None else q.double() @ decode)
+    return torch.cat((*met, q.double()), -1)
 
 
 def query_sizes(store: Store, q: Tensor, heads: int, params: Params) -> Tensor:
@@ -129,8 +147,10 @@ def query_sizes(store: Store, q: Tensor, heads: int, params: Params) -> Tensor:
 
 def mapped_back(store: Store, part: Tensor, head_dim: int, params: Params) -> Tensor:
     """The factors of values as parts of the output's channels: (1, H, T, D)."""
-    found = maps(store, head_dim, part.shape[1], params, "values")
-    if found is None:
+    if not store.apart:
         return part
-    numbers = part.shape[3] - head_dim
-    return part[..., :numbers] @ found[2].mT + part[..., numbers:]
+    *coded, total = part.split([*(term.coded(head_dim) for term in store.terms), head_dim], -1)
+    for depth, (term, numbers) in enumerate(zip(store.terms, coded, strict=True)):
+        found = maps(term, head_dim, part.shape[1], params, "values" + ".residual" * depth)
+        total = total + (numbers if found is None else numbers @ found[2].mT)
+    return total

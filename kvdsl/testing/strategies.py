@@ -50,7 +50,7 @@ def schemes(*, longest: int = 64) -> st.SearchStrategy[Scheme]:
 def _schemes(draw: Draw, longest: int) -> Scheme:
     keys = draw(stores(longest))
     values = draw(st.one_of(st.just(keys), stores(longest)))
-    if not keys.turned and draw(st.integers(0, 4)) == 4:
+    if not keys.turned and keys.residual is None and draw(st.integers(0, 4)) == 4:
         keys = keys.with_(transform=PreRope(draw(st.booleans())))
     group = math.lcm(_tokens(keys), _tokens(values))
     sinks = draw(st.sampled_from([None, None, Sinks(1), Sinks(4), Sinks(5)]))
@@ -64,14 +64,33 @@ def _schemes(draw: Draw, longest: int) -> Scheme:
     return Scheme(keys=keys, values=values, sinks=sinks, recent=recent, prefill=prefill)
 
 
-def _tokens(store: Store) -> int:
-    tokens = store.measure.block.tokens if store.measure is not None and store.measure.when == "online" else 1
-    assert isinstance(tokens, int)
-    return tokens
+def _tokens(side: Store) -> int:
+    """Tokens that share an online scale of any term."""
+    online = (one.measure for one in side.terms if one.measure is not None and one.measure.when == "online")
+    return math.lcm(*(scale.block.tokens for scale in online if isinstance(scale.block.tokens, int)))
 
 
 @st.composite
 def stores(draw: Draw, longest: int) -> Store:
+    """A legal store; one in six also codes what it leaves."""
+    store: Store = draw(_single(longest))
+    whole = isinstance(store.code, Float) and store.code.plain
+    if whole or draw(st.integers(0, 5)) < 5:
+        return store
+    rest: Store = draw(_single(longest))
+    return store.with_(residual=rest if _measured_online(rest) else Store(Sketch(64, "gaussian")))
+
+
+def _measured_online(store: Store) -> bool:
+    """Whether the store may be of what another one left."""
+    if isinstance(store.code, Float) and store.code.plain:
+        return False
+    given = [part for _, part in store.walk() if getattr(part, "when", None) == "calibrated"]
+    return not given and not (isinstance(store.code, Codebook) and store.code.levels == "calibrated")
+
+
+@st.composite
+def _single(draw: Draw, longest: int) -> Store:
     """A legal store: one float in eight, else levels, evenly spaced, of a table, or of a small float, under a scale, or
     a sketch."""
     kind = draw(st.sampled_from(["float", "sketch", "table", "small", "small", *["uniform"] * 4]))
@@ -200,7 +219,7 @@ def _blocks(draw: Draw, longest: int, calibrated: bool) -> Block:
 
 def shapes(scheme: Scheme, *, widest: int = 128) -> st.SearchStrategy[Shape]:
     """Shapes that the scheme fits: every legal head_dim up to `widest`, up to four kv heads, every dtype."""
-    stores = (scheme.keys, scheme.values)
+    stores = (*scheme.keys.terms, *scheme.values.terms)
     blocks = [store.measure.block for store in stores if store.measure is not None]
     sizes = [part.size for store in stores for _, part in store.walk() if isinstance(part, Rotate)]
     sizes += [block.channels for block in blocks]
