@@ -50,13 +50,13 @@ FAULTY: list[tuple[Callable[[], Scheme], str]] = [
     ),
     (
         lambda: of_keys(Store(Float("fp32"))),
-        "keys.residual.code: what is left takes as many bits in fp32 as the vector itself; leave residual out, and store "
-        "the vector as Float('fp32')",
+        "keys.residual.code: what is left takes as many bits in fp32 as the vector itself; leave residual out, and "
+        "store the vector as Float('fp32')",
     ),
     (
         lambda: of_keys(SIGNS, Store(FOUR, scale=per_token(), transform=PreRope())),
-        "keys.residual: what is left of keys without RoPE would have to be turned back token by token, too; leave it out, "
-        "or leave out PreRope()",
+        "keys.residual: what is left of keys without RoPE would have to be turned back token by token, too; leave it "
+        "out, or leave out PreRope()",
     ),
     (
         lambda: of_keys(Store(FOUR, scale=per_token(), transform=PreRope())),
