@@ -6,10 +6,44 @@ import hypothesis
 from hypothesis import HealthCheck, settings
 
 from kvdsl.kernels import Backend
-from kvdsl.scheme import Scheme
+from kvdsl.scheme import (
+    Block,
+    Float,
+    Recent,
+    Rotate,
+    Scale,
+    Scheme,
+    Sinks,
+    Sketch,
+    Store,
+    Uniform,
+    per_channel,
+    per_token,
+)
 from kvdsl.testing import LAWS, applicable, report
 
 LAW_NAMES = sorted(LAWS)
+SMALL_BLOCKS = Scheme(
+    keys=Store(Uniform(4), scale=Scale(Block(4, 32))),
+    values=Store(Uniform(3), scale=Scale(Block(8, heads=2), range="absmax", dtype="bf16")),
+    recent=Recent(16),
+)
+"""A few tokens share a scale: of groups of channels, and of two heads."""
+SUMS = Scheme(
+    keys=Store(
+        Uniform(2),
+        scale=per_channel(tokens=32),
+        residual=Store(Uniform(2), scale=per_token(channels=32), transform=Rotate()),
+    ),
+    values=Store(
+        Float("e4m3"), scale=per_token(), residual=Store(Uniform(1), scale=per_token(), residual=Sketch(dim=24))
+    ),
+    recent=Recent(32),
+    sinks=Sinks(2),
+)
+"""What is left is coded, too: under another kind of scale, behind a map, and twice."""
+RARE = {"small blocks": SMALL_BLOCKS, "sums": SUMS}
+"""What no shipped scheme has."""
 
 
 def holds(scheme: Scheme, backend: Backend, examples: int, leave_out: tuple[str, ...] = ()) -> int:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from law_cases import LAW_NAMES, fixed, holds
+from law_cases import LAW_NAMES, RARE, fixed, holds
 
 from kvdsl.schemes import ALL
 from kvdsl.testing import LAWS, cases, schemes, shapes
@@ -22,6 +22,11 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 @pytest.mark.parametrize("name", ALL)
 def test_a_shipped_scheme_obeys_every_law(name: str) -> None:
     assert holds(ALL[name], "triton", examples=4) >= 2 * len(LAW_NAMES)
+
+
+@pytest.mark.parametrize("name", RARE)
+def test_a_scheme_of_rarer_parts_obeys_every_law(name: str) -> None:
+    assert holds(RARE[name], "triton", examples=4) > len(LAW_NAMES)
 
 
 @pytest.mark.parametrize("law", LAW_NAMES)
