@@ -32,7 +32,7 @@ def _scale(store: Store, x: Tensor, side: str, params: dict[str, Tensor]) -> Ten
     from .reference.quantize import quantize
 
     tokens = x.transpose(0, 1).reshape(1, x.shape[1], -1, x.shape[3])
-    online = quantize(store.with_(**{"scale.when": "online"}), tokens, params, side)
+    online = quantize(store.with_(residual=None, **{"scale.when": "online"}), tokens, params, side)
     assert online.scale is not None
     parts = [part[0, :, 0].to(torch.float32) for part in (online.scale, online.offset) if part is not None]
     return torch.stack(parts) if len(parts) > 1 else parts[0]

@@ -145,6 +145,16 @@ def test_the_page_holds_what_is_counted() -> None:
     ]  # fmt: skip
 
 
+def test_a_scale_is_calibrated_whatever_waits_behind_it() -> None:
+    """50 tokens are no whole number of the residual's blocks, which are nothing to the outer scale."""
+    rest = Store(Uniform(2), scale=per_channel(tokens=32))
+    scheme = Scheme(both=Store(FOUR, scale=per_tensor(when="calibrated"), residual=rest), recent=Recent(32))
+    x = torch.randn(1, 2, 50, 64, generator=torch.Generator().manual_seed(0))
+    assert kvdsl.calibrate(scheme, x, x)["keys.scale"][0].item() == pytest.approx(
+        (x.max() - x.min()).item() / 15, rel=1e-3
+    )
+
+
 def test_one_map_reads_all_terms() -> None:
     """W of every term, the identity where one codes the vector as it is, side by side."""
     scheme, shape = Scheme(keys=SIGNS.with_(transform=Rotate()), values=SIGNS), Shape(64, 2)

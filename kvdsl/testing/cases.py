@@ -164,7 +164,7 @@ def calibrated(store: Store, x: Tensor, share: float, side: str) -> dict[str, Te
     if scale.when != "calibrated":
         return found
     tokens = x.transpose(0, 1).reshape(1, x.shape[1], -1, x.shape[3])
-    measured = quantize(store.with_(**{"scale.when": "online"}), tokens, found, side)
+    measured = quantize(store.with_(residual=None, **{"scale.when": "online"}), tokens, found, side)
     assert measured.scale is not None
     step = measured.scale[0, :, 0] * share
     step = torch.where(step < 0, step.clamp(max=-(2.0**-14)), step.clamp(min=2.0**-14))
