@@ -29,6 +29,10 @@ ERRORS: dict[str, tuple[float, float]] = {
     "turboquant3": (0.03396, 0.03396),
     "turboquant2": (0.1160, 0.1160),
     "turboquant1": (0.3610, 0.3610),
+    # a table's error times (pi/2 d - 1)/d, the error of a Gaussian sketch of what it left
+    "turboquant_prod4": (0.0531, 0.0531),
+    "turboquant_prod3": (0.1814, 0.1814),
+    "turboquant_prod2": (0.5645, 0.5645),
     "vllm_k8v4": (7.05e-4, 0.00994),
     "vllm_4bit_nc": (0.00918, 0.00994),
     "vllm_k3v4_nc": (0.03380, 0.00994),
