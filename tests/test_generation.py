@@ -59,7 +59,7 @@ def test_a_named_scheme_in_two_bits(smol: tuple[Any, Any]) -> None:
     assert said["stats"]["fallbacks"] == 0
 
 
-@pytest.mark.parametrize("name", ["quarot4", "turboquant3", "vllm_3bit_nc", "kvtq_2bit", "mxfp4", "iq4_nl"])
+@pytest.mark.parametrize("name", ["quarot4", "turboquant_prod3", "vllm_3bit_nc", "kvtq_2bit", "mxfp4", "iq4_nl"])
 def test_every_kind_of_scheme_is_read_from_its_pages(name: str, smol: tuple[Any, Any]) -> None:
     said = generation.generate(name, smol, text.botchan()[:300], tokens=4)
     stats = said["stats"]
