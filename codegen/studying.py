@@ -38,7 +38,8 @@ Made by `{COMMAND}`; not written by hand.
   normal, so that the exact output is a small mean and its relative error large.
 * Keys of schemes that store them before RoPE get rotary positions first, so that what is coded are the same numbers.
 * All tokens are packed: nothing is kept exact by a window, sinks or other layers.
-* calibrated: what is taken from data. It was measured on other tokens of the same kind.
+* calibrated: what is taken from data. It was measured on other tokens of the same kind, which random sums of their
+  attention's outputs weigh where a model's loss would.
 * lines: of the file in `schemes/`, without its docstring and blank lines.
 * Schemes that draw something at random stand here with the mean over their seeds, below with the deviation.
 """
