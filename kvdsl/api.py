@@ -166,7 +166,7 @@ def _gradient(
     if gradients is None:
         raise ShapeError(
             f"gradients: missing; {side}.code has weights='fisher', give gradients=(dk, dv), the derivatives of the "
-            "model's loss by k and v"
+            "model's loss by k and v, as kvdsl.hf.weighed observes them"
         )
     given, right = gradients[SIDES.index(side)], (x.shape[0], x.shape[1], x.shape[2] + sinks, x.shape[3])
     if not isinstance(given, Tensor) or tuple(given.shape) != right:
