@@ -48,7 +48,8 @@ def told(found: dict[str, Any]) -> list[str]:
 
 
 def calibrated(scheme: Scheme, model: str, text: str, out: Path, tokens: int) -> dict[str, Any]:
-    """Run the text through the model, measure what each layer wants of its keys, values and queries, write the file.
+    """Run the text through the model, measure what each layer wants of its keys, values and queries, and of the loss's
+    derivatives by them where a table is weighted; write the file.
 
     Raises SchemeError for a scheme that takes nothing from data or does not fit the model's layers.
     """
@@ -56,8 +57,9 @@ def calibrated(scheme: Scheme, model: str, text: str, out: Path, tokens: int) ->
 
     from kvdsl.api import calibrate
     from kvdsl.errors import Fault
+    from kvdsl.fisher import Gradients, weighted
     from kvdsl.generation import opened
-    from kvdsl.hf import completed, observed
+    from kvdsl.hf import completed, observed, weighed
     from kvdsl.params import ROPE, save
     from kvdsl.rules import layer_faults, refuse_for
     from kvdsl.shape import Shape
@@ -68,18 +70,24 @@ def calibrated(scheme: Scheme, model: str, text: str, out: Path, tokens: int) ->
     _quiet()
     network, tokenizer = opened(model)
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][:, :tokens].to(network.device)
-    layers, known = observed(network, ids), completed(scheme, network, None)
+    layers: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, Gradients | None]]
+    if any(weighted(own) for own in _schemes(scheme)):
+        layers = [*weighed(network, ids)]
+    else:
+        layers = [(*layer, None) for layer in observed(network, ids)]
+    known = completed(scheme, network, None)
     if found := layer_faults(scheme, len(layers)):
         raise SchemeError(found)
     numbers: dict[str, torch.Tensor] = {}
-    for index, (keys, values, queries) in enumerate(layers):
+    for index, (keys, values, queries, gradients) in enumerate(layers):
         own = scheme.for_layer(index, len(layers))
         refuse_for(own, Shape(keys.shape[3], keys.shape[1]))
         rope = {ROPE: known[f"layers.{index}.{ROPE}"]} if own.keys.rope is not None else None
-        measured = calibrate(own, keys, values, queries, params=rope)
+        measured = calibrate(own, keys, values, queries, params=rope, gradients=gradients)
         numbers |= {f"layers.{index}.{name}": tensor for name, tensor in measured.items()}
     save(out, scheme, numbers)
-    counts = {"layers": len(layers), "tokens": ids.shape[1], "tensors": len(numbers)}
+    tokens = layers[0][0].shape[0] * layers[0][0].shape[2] if layers else 0
+    counts = {"layers": len(layers), "tokens": tokens, "tensors": len(numbers)}
     return {"path": str(out), "hash": scheme.hash, **counts}
 
 
@@ -96,4 +104,9 @@ def _wants(scheme: Scheme) -> bool:
     from kvdsl.params import from_data
     from kvdsl.shape import Shape
 
-    return any(from_data(own, Shape(128)) for own in (scheme, *(inner for _, inner in scheme.layers)))
+    return any(from_data(own, Shape(128)) for own in _schemes(scheme))
+
+
+def _schemes(scheme: Scheme) -> tuple[Scheme, ...]:
+    """Of all layers."""
+    return (scheme, *(inner for _, inner in scheme.layers))

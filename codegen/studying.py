@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvdsl import cost
 from kvdsl.kernels import Backend
-from kvdsl.scheme import Scheme
+from kvdsl.scheme import SIDES, Scheme
 from kvdsl.shape import Shape
 
 from .answer import progress, row
@@ -31,15 +31,17 @@ PAGE = f"""# Schemes
 
 Made by `{COMMAND}`; not written by hand.
 
-* bits: of a packed number at head_dim {HEAD_DIM}, metadata and padding included, without the exact window.
+* bits: of a packed number at head_dim {HEAD_DIM}, those of its code + those of metadata and padding, without the exact
+  window.
 * mse: mean squared error of standard normal numbers through packed bytes.
 * score error, output error: size of the error of q.k and of the output of causal attention, over the size of the exact
   ones. Keys have an offset in every channel and four outlier channels a head, 8 to 20 times larger; values are standard
   normal, so that the exact output is a small mean and its relative error large.
 * Keys of schemes that store them before RoPE get rotary positions first, so that what is coded are the same numbers.
 * All tokens are packed: nothing is kept exact by a window, sinks or other layers.
-* calibrated: what is taken from data. It was measured on other tokens of the same kind.
-* lines: of the file in `schemes/`, without its docstring and blank lines.
+* calibrated: what is taken from data. It was measured on other tokens of the same kind, which random sums of their
+  attention's outputs weigh where a model's loss would.
+* lines: of the file in `schemes/`, of the statements that the scheme is made of.
 * Schemes that draw something at random stand here with the mean over their seeds, below with the deviation.
 """
 
@@ -57,16 +59,18 @@ def results(schemes: Mapping[str, Scheme], *, seeds: int, backend: Backend | Non
 
 
 def known(name: str, scheme: Scheme) -> dict[str, Any]:
-    """scheme, bits, calibrated, file and lines (None for a scheme that is not shipped), source."""
+    """scheme, bits (in all, and of the code alone), calibrated, file and lines (None for a scheme that is not shipped),
+    source."""
     from kvdsl.params import from_data
 
     bits, home = cost.bits(scheme, HEAD_DIM), _home(scheme)
     return {
         "scheme": name,
         "bits": {"keys": bits.keys, "values": bits.values, "mean": bits.mean},
+        "code_bits": {side: bits.side(side).code for side in SIDES},
         "calibrated": from_data(scheme, Shape(HEAD_DIM)),
         "file": None if home is None else f"{home.__name__.rpartition('.')[2]}.py",
-        "lines": None if home is None else _lines(home),
+        "lines": None if home is None else _lines(home, scheme),
         "source": scheme.source,
     }
 
@@ -82,10 +86,22 @@ def _home(scheme: Scheme) -> ModuleType | None:
     return None
 
 
-def _lines(module: ModuleType) -> int:
-    text = inspect.getsource(module)
-    start = ast.parse(text).body[0].end_lineno or 0
-    return sum(1 for line in text.splitlines()[start:] if line.strip())
+def _lines(module: ModuleType, scheme: Scheme) -> int:
+    """Of the statement that names the scheme, and of those of the module whose names it uses."""
+    made: dict[str, ast.stmt] = {}
+    for part in ast.parse(inspect.getsource(module)).body:
+        if isinstance(part, ast.FunctionDef):
+            made[part.name] = part
+        elif isinstance(part, (ast.Assign, ast.AnnAssign)):
+            targets = part.targets if isinstance(part, ast.Assign) else [part.target]
+            made |= {node.id: part for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)}
+    found, waiting = set[ast.stmt](), [name for name in made if vars(module).get(name) is scheme]
+    while waiting:
+        part = made[waiting.pop()]
+        if part not in found:
+            found.add(part)
+            waiting += [node.id for node in ast.walk(part) if isinstance(node, ast.Name) and node.id in made]
+    return sum((part.end_lineno or part.lineno) - part.lineno + 1 for part in found)
 
 
 def told(found: Sequence[Mapping[str, Any]]) -> Table:
@@ -125,14 +141,18 @@ def page(found: Sequence[Mapping[str, Any]]) -> str:
 
 def cells(result: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What is known of a scheme: the cells of its row before its figures, and those behind."""
-    bits = result["bits"]
-    before = (f"`{result['scheme']}`", f"{bits['keys']:.3f}", f"{bits['values']:.3f}")
+    before = (f"`{result['scheme']}`", *(_bits(result["bits"][side], result["code_bits"][side]) for side in SIDES))
     taken = ", ".join(f"`{name}`" for name in result["calibrated"])
     return before, (
         taken,
         *("" if result[key] is None else str(result[key]) for key in ("file", "lines")),
         result["source"],
     )
+
+
+def _bits(total: float, code: float) -> str:
+    """Of the code and of all else, which may be nothing."""
+    return f"{total:.3f}" + (f" = {code:g} + {total - code:.4g}" if total > code else "")
 
 
 def _both(result: Mapping[str, Any], name: str) -> str:

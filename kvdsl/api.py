@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from .errors import ShapeError
+from .fisher import Gradients, coded, weighted
 from .fitting import fitted
 from .inputs import DTYPES, refuse_tensor
 from .kernels import AttentionState, Backend, KernelSet, Params, Side
 from .params import ROPE, checked, wanted
 from .quantized_cache import QuantizedCache
-from .scheme import SIDES, Scheme
+from .scheme import SIDES, Scheme, Store
 from .shape import InputFormat, Shape
 from .window import windows
 
@@ -118,16 +119,24 @@ def attend(
 
 
 def calibrate(
-    scheme: Scheme, k: Tensor, v: Tensor, q: Tensor | None = None, *, params: Params | None = None
+    scheme: Scheme,
+    k: Tensor,
+    v: Tensor,
+    q: Tensor | None = None,
+    *,
+    params: Params | None = None,
+    gradients: Gradients | None = None,
 ) -> dict[str, Tensor]:
     """What the scheme takes from data, measured over k and v (B, H, T, D), and over queries q (B, Hq, Q, D) where keys
     are balanced against them: transforms, calibrated scales, rounded as the scheme stores them, second levels, tables
     of levels; float32 on the CPU.  Empty where nothing is calibrated.
 
     The first token stands at position 0: those that the scheme keeps as sinks are not measured.  `params` holds what no
-    data tells, the frequencies `keys.transform[0]` of PreRope, which are returned too.
+    data tells, the frequencies `keys.transform[0]` of PreRope, which are returned too.  `gradients`, for tables with
+    weights="fisher": the derivatives of a loss by k and by v, of their shapes, whatever their common factor.
 
-    Raises ShapeError for tensors that are no such pair, hold no token to measure, or hold a NaN.
+    Raises ShapeError for tensors that are no such pair, hold no token to measure, or hold a NaN, and for gradients that
+    are missing, not finite or all 0.
     """
     from .calibration import measured
     from .reference.quantize import encoded_rows
@@ -143,10 +152,27 @@ def calibrate(
     for side, x in zip(SIDES, (k, v), strict=True):
         store, x = scheme.side(side), x[:, :, sinks:].detach().cpu()
         found |= fitted(store, side, x, None if q is None else q.detach().cpu())
-        coded = encoded_rows(store, x, found, side, sinks) if store.turned else x
-        found |= measured(store.with_(transform=()), coded, side)
+        y = encoded_rows(store, x, found, side, sinks) if store.turned else x
+        dy = _gradient(store, x, gradients, found, side, sinks) if weighted(store) else None
+        found |= measured(store.with_(transform=()), y, side, dy)
     ready = checked(scheme, shape, found)
     return {name: ready[name] for name in wanted(scheme, shape)}
+
+
+def _gradient(
+    store: Store, x: Tensor, gradients: Gradients | None, params: dict[str, Tensor], side: Side, sinks: int
+) -> Tensor:
+    """The loss's derivative by what is coded of x, the tokens behind the sinks."""
+    if gradients is None:
+        raise ShapeError(
+            f"gradients: missing; {side}.code has weights='fisher', give gradients=(dk, dv), the derivatives of the "
+            "model's loss by k and v, as kvdsl.hf.weighed observes them"
+        )
+    given, right = gradients[SIDES.index(side)], (x.shape[0], x.shape[1], x.shape[2] + sinks, x.shape[3])
+    if not isinstance(given, Tensor) or tuple(given.shape) != right:
+        what = f"shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"{type(given).__name__} is no tensor"
+        raise ShapeError(f"gradients[{side!r}]: {what}; the right shape is {right}, that of {side[0]}")
+    return coded(store, x, given[:, :, sinks:].detach().cpu(), params, side, sinks)
 
 
 @dataclass(frozen=True)

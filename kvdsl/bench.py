@@ -21,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from .api import calibrate
 from .cost import bits
 from .errors import ShapeError
+from .fisher import of_outputs, weighted
 from .kernels import AttentionState, KernelSet, Params
 from .params import ROPE
 from .quantized_cache import QuantizedCache
@@ -186,7 +187,8 @@ def _params(kernels: KernelSet, normal: Numbers) -> Params:
     heads = kernels.shape.kv_heads
     k, v, q = (normal(n, 1024)[:1].cpu() for n in (heads, heads, heads * kernels.shape.group))
     rope = {ROPE: usual(kernels.shape.head_dim)} if kernels.scheme.keys.rope is not None else {}
-    return calibrate(kernels.scheme, k, v, q, params=rope)
+    gradients = of_outputs(q, k, v) if weighted(kernels.scheme) else None
+    return calibrate(kernels.scheme, k, v, q, params=rope, gradients=gradients)
 
 
 def read_bytes(full: QuantizedCache) -> int:

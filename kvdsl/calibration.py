@@ -1,4 +1,9 @@
-"""Numbers that a scheme takes from typical keys and values: calibrated scales, second levels, tables of levels."""
+"""Numbers that a scheme takes from typical keys and values: calibrated scales, second levels, tables of levels.
+
+A table has the least weighted squared error over its numbers.  Of up to CELLS different ones it is the best there is;
+of more, the best whose borders lie between CELLS cells of equally many, moved from there to where every level is the
+mean of its numbers (Lloyd's rounds).  More than MOST_SAMPLES count as the means of so many groups of neighbours.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +14,22 @@ from .scheme import Codebook, Count, Float, Scale, Store
 
 FINEST = 448.0  # largest e4m3: a second level puts the largest scale there
 ROUNDS = 50  # of the search for a table
+CELLS = 512
 MOST_SAMPLES = 1 << 20
+LEAST_MASS = 2.0**-900
 SMALL_TOPS = {"e4m3": 448.0, "e5m2": 57344.0, "e2m1": 6.0}
 
 
-def measured(store: Store, x: Tensor, side: str) -> dict[str, Tensor]:
+def measured(store: Store, x: Tensor, side: str, gradient: Tensor | None = None) -> dict[str, Tensor]:
     """What a store wants beside its pages, measured over all tokens of x (B, H, T, D): float32 by the names of
-    `kvdsl.params`."""
+    `kvdsl.params`.  `gradient`: the loss's by x, of the same shape, where the table is weighted."""
     code, scale, found = store.code, store.measure, dict[str, Tensor]()
     if isinstance(code, Codebook) and code.levels == "calibrated":
         assert scale is not None and code.bits is not None
-        found[f"{side}.code"] = table(normalised(scale, x), 2**code.bits, centred=scale.range == "absmax")
+        numbers, units = normalised(scale, x)
+        # An error e of a number over its scale s costs the loss (g s e)^2 / 2.
+        weights = None if gradient is None else (in_blocks(scale, gradient.double()) * units).square().flatten()
+        found[f"{side}.code"] = table(numbers, 2**code.bits, weights, centred=scale.range == "absmax")
     if scale is not None and scale.when == "calibrated":
         found[f"{side}.scale"] = _scale(store, x, side, found)
     if scale is not None and scale.scale is not None:
@@ -66,18 +76,10 @@ def _top(store: Store) -> float:
     return level_count(store) / 2
 
 
-def normalised(scale: Scale, x: Tensor) -> Tensor:
-    """The numbers of x (B, H, T, D) over their blocks' scales, float64, as a table of levels sees them."""
-    batch, heads, tokens, channels = x.shape
-    size = (_size(scale.block.heads, heads), _size(scale.block.tokens, tokens), _size(scale.block.channels, channels))
-    if scale.block.tokens is not None and size[1] > tokens:
-        size = (size[0], tokens, size[2])
-    bh, bt, bc = size
-    whole = x[:, :, : tokens // bt * bt].double().clamp(-65504, 65504)
-    blocks = whole.reshape(batch, heads // bh, bh, -1, bt, channels // bc, bc).permute(1, 5, 0, 3, 2, 4, 6)
-    # one block a token block, or one over all tokens and sequences
-    rows = blocks.reshape(heads // bh * (channels // bc), -1, bh * bt * bc) if scale.when == "online" else None
-    rows = blocks.reshape(heads // bh * (channels // bc), 1, -1) if rows is None else rows
+def normalised(scale: Scale, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The numbers of x (B, H, T, D) over their blocks' scales, flat, as a table of levels sees them, and these scales,
+    of the blocks' own shape (see `in_blocks`); float64."""
+    rows = in_blocks(scale, x.double().clamp(-65504, 65504))
     low, high = rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)
     middle = torch.zeros_like(low)
     if scale.range == "norm":
@@ -90,31 +92,94 @@ def normalised(scale: Scale, x: Tensor) -> Tensor:
         if scale.range == "minmax_zero":
             low, high = low.clamp(max=0), high.clamp(min=0)
         unit, middle = (high - low) / 2, (high + low) / 2
-    inside = rows - middle
-    return (inside / torch.where(unit > 0, unit, 1.0)).flatten()
+    unit = torch.where(unit > 0, unit, 1.0)
+    return ((rows - middle) / unit).flatten(), unit
+
+
+def in_blocks(scale: Scale, x: Tensor) -> Tensor:
+    """x (B, H, T, D) by the blocks that share a scale, (blocks, numbers of each): one a token block, or one over all
+    tokens and sequences.  Tokens that fill no block are left out."""
+    batch, heads, tokens, channels = x.shape
+    size = (_size(scale.block.heads, heads), _size(scale.block.tokens, tokens), _size(scale.block.channels, channels))
+    if scale.block.tokens is not None and size[1] > tokens:
+        size = (size[0], tokens, size[2])
+    bh, bt, bc = size
+    whole = x[:, :, : tokens // bt * bt]
+    blocks = whole.reshape(batch, heads // bh, bh, -1, bt, channels // bc, bc).permute(1, 5, 0, 3, 2, 4, 6)
+    if scale.when == "online":
+        return blocks.reshape(-1, bh * bt * bc)
+    return blocks.reshape(heads // bh * (channels // bc), -1)
 
 
 def _size(count: Count, whole: int) -> int:
     return count if isinstance(count, int) else whole
 
 
-def table(numbers: Tensor, count: int, *, centred: bool) -> Tensor:
-    """`count` levels that lie nearest to the numbers in the mean square (Lloyd's rounds from their quantiles): float32,
-    rising.  `centred`: the largest size becomes 1."""
-    samples = numbers.flatten().sort().values.cpu()
-    samples = samples[:: max(1, len(samples) // MOST_SAMPLES)]
-    places = ((torch.arange(count, dtype=torch.float64) + 0.5) / count * (len(samples) - 1)).round().long()
-    levels = samples[places]
-    sums = torch.cat([torch.zeros(1, dtype=torch.float64), samples.cumsum(0)])
+def table(numbers: Tensor, count: int, weights: Tensor | None = None, *, centred: bool) -> Tensor:
+    """`count` levels with the least sum of weights * squared distances of the numbers to the nearest: float32, rising.
+
+    weights   of the numbers, none of them negative nor all 0; None: all alike
+    centred   whether the largest size is made 1
+    """
+    samples, order = numbers.flatten().double().cpu().sort(stable=True)
+    mass = torch.ones_like(samples) if weights is None else weights.flatten().double().cpu()[order]
+    samples, mass = samples[mass > 0], mass[mass > 0]
+    samples, mass = _merged(samples, mass / mass.sum(), MOST_SAMPLES)
+    levels = _best(*_merged(samples, mass, CELLS), count)
+    masses, moments = _sums(mass), _sums(mass * samples)
     for _ in range(ROUNDS):
-        borders = (levels[1:] + levels[:-1]) / 2
-        ends = torch.cat([torch.tensor([0]), torch.searchsorted(samples, borders), torch.tensor([len(samples)])])
-        sizes = ends[1:] - ends[:-1]
-        means = (sums[ends[1:]] - sums[ends[:-1]]) / sizes.clamp(min=1)
-        levels = torch.where(sizes > 0, means, levels)
+        borders = torch.searchsorted(samples, (levels[1:] + levels[:-1]) / 2)
+        ends = torch.cat([torch.tensor([0]), borders, torch.tensor([len(samples)])])
+        sizes = masses[ends[1:]] - masses[ends[:-1]]
+        means = (moments[ends[1:]] - moments[ends[:-1]]) / sizes
+        # Of masses far apart the sums lose the small ones: a mean lies between the ends of its cell in any case.
+        last = len(samples) - 1
+        means = torch.minimum(
+            torch.maximum(means, samples[ends[:-1].clamp(max=last)]), samples[(ends[1:] - 1).clamp(min=0)]
+        )
+        moved = torch.where(sizes > 0, means, levels)
+        if torch.equal(moved, levels):
+            break
+        levels = moved
     if centred:
         levels = levels / levels.abs().max().clamp(min=2.0**-24)
-    return _rising(levels.to(torch.float32))
+    return _rising(levels.sort().values.to(torch.float32))
+
+
+def _sums(x: Tensor) -> Tensor:
+    """Of the first 0, 1, ... of x."""
+    return torch.cat([torch.zeros(1, dtype=x.dtype), x.cumsum(0)])
+
+
+def _merged(samples: Tensor, mass: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """At most `most` groups of equally many neighbours: their means and masses."""
+    if len(samples) <= most:
+        return samples, mass
+    group = torch.arange(len(samples)) * most // len(samples)
+    masses, moments = (torch.zeros(most, dtype=x.dtype).index_add(0, group, x) for x in (mass, mass * samples))
+    return moments / masses, masses
+
+
+def _best(cells: Tensor, mass: Tensor, count: int) -> Tensor:
+    """The means of `count` runs of the rising cells, one after the other, with the least squared error of all: of j
+    cells in k runs, the least over where the last one begins."""
+    sums = [_sums(mass * cells**power) for power in (0, 1, 2)]
+    masses, moments, squares = (x[None, :] - x[:, None] for x in sums)
+    # of one run, from a cell to before another
+    error = (squares - moments.square() / masses.clamp(min=LEAST_MASS)).clamp(min=0)
+    error = torch.where(torch.ones_like(error, dtype=torch.bool).triu(1), error, torch.inf).fill_diagonal_(0)
+    least, begins = error[0], list[Tensor]()
+    for _ in range(count - 1):
+        least, begin = (least[:, None] + error).min(0)
+        begins.append(begin)
+    end, levels = len(cells), list[Tensor]()
+    for begin in (*reversed(begins), torch.zeros(end + 1, dtype=torch.int64)):
+        start = int(begin[end])
+        # A run without a cell: there are fewer cells than levels.
+        run = slice(start, end) if start < end else slice(start, start + 1) if start < len(cells) else slice(-1, None)
+        levels.append((cells[run] * mass[run]).sum() / mass[run].sum())
+        end = start
+    return torch.stack(levels[::-1])
 
 
 def _rising(levels: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ Rounding = Literal["even", "half_up", "away", "floor"]
 Grid = Literal["ends", "cells"]
 FloatFormat = Literal["fp16", "fp32", "e4m3", "e5m2", "e2m1"]
 Law = Literal["normal", "beta", "calibrated"]
+Weights = Literal["fisher"]
 SketchBasis = Literal["orthogonal", "gaussian", "hadamard"]
 
 FLOAT_BITS: dict[FloatFormat, int] = {"fp16": 16, "fp32": 32, "e4m3": 8, "e5m2": 8, "e2m1": 4}
@@ -58,10 +59,15 @@ class Codebook(Part):
              `beta` (a coordinate of a random unit vector of the block's channels, times the root of their number);
              `calibrated`: a table of each layer from a file
     bits     of a code; None: as few as the levels need, but three levels are stored five in a byte
+    weights  of the squared errors that a calibrated table makes least.  None: all alike, of numbers over their scale.
+             `fisher`: the diagonal of the Fisher information, the squared derivative of the model's loss by each
+             number, so that the table costs the loss least (KVQuant, arXiv 2401.18079, section 3.3)
     """
 
     bits: int | None = None
     levels: Law | tuple[float, ...] = "normal"
+    _: KW_ONLY
+    weights: Weights | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.levels, list):

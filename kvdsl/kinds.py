@@ -9,7 +9,7 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
-from .codes import Codebook, Float, FloatFormat, Grid, Law, Rounding, Sketch, SketchBasis, Uniform
+from .codes import Codebook, Float, FloatFormat, Grid, Law, Rounding, Sketch, SketchBasis, Uniform, Weights
 from .errors import Fault
 from .part import ALL, Part
 from .scheme import (
@@ -273,7 +273,11 @@ KINDS: dict[type[Part], dict[str, Check]] = {
         "rounding": word(Rounding),
     },
     Float: {"format": word(FloatFormat)},
-    Codebook: {"bits": count(1, 4, "bits", optional=True), "levels": levels},
+    Codebook: {
+        "bits": count(1, 4, "bits", optional=True),
+        "levels": levels,
+        "weights": word(Weights, optional=True),
+    },
     Sketch: {
         "dim": count(8, LONGEST_SKETCH, "rows", whole_axis=True),
         "basis": word(SketchBasis),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .errors import ShapeError
+from .fisher import weighted
 from .kernels import Params
 from .scheme import SIDES, ChannelScale, Codebook, Count, Scheme, Side
 from .shape import Shape
@@ -105,8 +106,10 @@ def checked(
 def missing(scheme: Scheme, name: str) -> str:
     """What is said of a number that was not given."""
     balanced = any(isinstance(part, ChannelScale) and part.by == "balance" for _, part in scheme.walk())
-    call, data = ("(scheme, k, v, q)", "k, v and q") if balanced else ("(scheme, k, v)", "k and v")
-    return f"params[{name!r}]: missing; it is calibrated, give params=kvdsl.calibrate{call} of typical {data}"
+    given, data = ("scheme, k, v, q", "k, v and q") if balanced else ("scheme, k, v", "k and v")
+    if weighted(scheme):
+        given, data = f"{given}, gradients=(dk, dv)", f"{data}, and of the loss's derivatives"
+    return f"params[{name!r}]: missing; it is calibrated, give params=kvdsl.calibrate({given}) of typical {data}"
 
 
 def _fit(made: Params, side: Side, numbers: int, shape: Shape) -> None:

@@ -130,6 +130,16 @@ def _table_fits_its_bits(site: Site, code: Codebook) -> Iterator[Fault]:
         yield site.fault("code.levels", fact, f"leave bits out, or use bits={_bits(len(code.levels))}")
 
 
+@rule("~.code.levels", "~.code.weights")
+def _weights_are_of_data(site: Site) -> Iterator[Fault]:
+    code = site.store.code
+    if isinstance(code, Codebook) and code.weights is not None and code.levels != "calibrated":
+        fact = (
+            f"{code.weights!r} weighs the data that a table is fitted to, and levels={code.levels!r} is fitted to none"
+        )
+        yield site.fault("code.weights", fact, "leave weights out, or use levels='calibrated'")
+
+
 def _bits(levels: int) -> int:
     return max(1, (levels - 1).bit_length())
 

@@ -2,7 +2,8 @@
 
 The tensors are fixed, 1024 tokens of 2 kv heads with 128 channels: standard normal numbers; and keys as real models
 have them, with an offset in every channel and four outlier channels a head.  Numbers that a scheme takes from data are
-measured on as many other tokens of the same kind.  Where keys are stored before RoPE, they get rotary positions first,
+measured on as many other tokens of the same kind; tables are weighted by how much random sums of their attention's
+outputs care, where a model's loss would be asked.  Where keys are stored before RoPE, they get rotary positions first,
 counted from the first of the tokens, so that every scheme codes the same numbers.
 """
 
@@ -19,6 +20,7 @@ import torch
 from torch import Generator, Tensor
 
 from .api import attend, calibrate, roundtrip, scores
+from .fisher import of_outputs, weighted
 from .kernels import Backend
 from .params import ROPE
 from .rope import turned, usual
@@ -121,22 +123,26 @@ def _spread(runs: Sequence[tuple[float, ...]]) -> dict[str, Spread]:
 
 def _errors(scheme: Scheme, backend: Backend | None) -> tuple[float, ...]:
     """One run, in the order of MEASURES."""
-    rope = {} if scheme.keys.rope is None else {ROPE: FREQUENCIES}
     data = _placed(scheme, normal_numbers())
-    q, k, v = data.others
-    params = calibrate(scheme, k, v, q, params=rope)
+    params = _measured(scheme, data)
     found = roundtrip(scheme, data.k, data.v, backend=backend, window=False, params=params)
     squared = [
         (got.double() - x.double()).square().mean().item() for got, x in zip(found, (data.k, data.v), strict=True)
     ]
 
     data = _placed(scheme, outlier_keys())
-    q, k, v = data.others
-    params = calibrate(scheme, k, v, q, params=rope)
+    params = _measured(scheme, data)
     estimated = scores(scheme, data.q, data.k, backend=backend, window=False, params=params)
     out, _ = attend(scheme, data.q, data.k, data.v, backend=backend, window=False, params=params)
     right_scores, right_out = _exact(data)
     return (*squared, _relative(estimated, right_scores), _relative(out, right_out))
+
+
+def _measured(scheme: Scheme, data: Data) -> dict[str, Tensor]:
+    """What the scheme takes from the other tokens."""
+    rope = {} if scheme.keys.rope is None else {ROPE: FREQUENCIES}
+    q, k, v = data.others
+    return calibrate(scheme, k, v, q, params=rope, gradients=of_outputs(q, k, v) if weighted(scheme) else None)
 
 
 def _placed(scheme: Scheme, data: Data) -> Data:

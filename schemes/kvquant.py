@@ -1,17 +1,19 @@
 """KVQuant: keys per channel before RoPE, values per token, on calibrated levels (arXiv 2401.18079, without outliers).
 
 s = (max - min)/2, o = (max + min)/2: of keys over calibration data, one channel; of values of one token, all heads.
-c = the nearest of 2^b levels l in -1..1 to (x - o)/s, one table for a layer's keys and one for its values, the least
-squares of calibration data; x^ = s*l + o, s and o in fp16.  Keys are coded as R_t^-1 k, before RoPE.  The first token
-is exact.
-Left out: the sparse outliers, the Fisher weights of the tables, and for 2 bits the second normalization (Q-Norm).
+c = the nearest of 2^b levels l in -1..1 to (x - o)/s, one table for a layer's keys and one for its values; x^ = s*l +
+o, s and o in fp16.  A table makes sum F (x - x^)^2 least over calibration data, F = (dL/dx)^2 of the model's loss L,
+the diagonal of the Fisher information.  Keys are coded as R_t^-1 k, before RoPE, and dL/dx is taken there.  The first
+token is exact.
+Left out: the sparse outliers, and for 2 bits the second normalization (Q-Norm).
+The released code weighs the errors of (x - o)/s by F alone: not followed, a channel's s differs from another's.
 """
 
 from kvdsl.scheme import ALL, Codebook, PreRope, Scheme, Sinks, Store, per_channel, per_token
 
 nuq4 = Scheme(
-    keys=Store(Codebook(4, "calibrated"), scale=per_channel(when="calibrated"), transform=PreRope()),
-    values=Store(Codebook(4, "calibrated"), scale=per_token(heads=ALL)),
+    keys=Store(Codebook(4, "calibrated", weights="fisher"), scale=per_channel(when="calibrated"), transform=PreRope()),
+    values=Store(Codebook(4, "calibrated", weights="fisher"), scale=per_token(heads=ALL)),
     sinks=Sinks(1),
     source="arXiv 2401.18079, nuq without outliers",
 )

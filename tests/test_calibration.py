@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import combinations, pairwise
+
 import pytest
 import torch
 
@@ -42,6 +44,61 @@ def test_a_table_of_normal_numbers_is_nearly_the_best_one(count: int) -> None:
     error = (numbers[:, None] - found.double()).square().amin(1).mean()
     assert float(error) < 1.05 * optimal("normal", count)[1]
     assert torch.equal(found, table(numbers, count, centred=False))
+
+
+def loss(numbers: torch.Tensor, weights: torch.Tensor, levels: torch.Tensor) -> float:
+    """The weighted squared error of the nearest levels."""
+    return float((weights * (numbers[:, None] - levels.double()).square().amin(1)).sum())
+
+
+def least_loss(numbers: torch.Tensor, weights: torch.Tensor, count: int) -> float:
+    """The same of the best levels, found by trying every way to cut the sorted numbers in `count` runs."""
+    order = numbers.argsort()
+    x, w = numbers[order], weights[order]
+    found = []
+    for inner in combinations(range(1, len(x)), count - 1):
+        cuts = [0, *inner, len(x)]
+        runs = [(x[a:b], w[a:b]) for a, b in pairwise(cuts)]
+        found.append(sum(float((m * (y - (m * y).sum() / m.sum()).square()).sum()) for y, m in runs))
+    return min(found)
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+@pytest.mark.parametrize("kind", ["equal", "weighted", "far apart"])
+def test_a_table_of_a_few_numbers_is_the_best_of_all(kind: str, count: int) -> None:
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        x, w = (torch.randn(11, generator=generator, dtype=torch.float64) for _ in range(2))
+        weights = {"equal": torch.ones_like(w), "weighted": w.square(), "far apart": torch.exp(5 * w)}[kind]
+        found = table(x, count, None if kind == "equal" else weights, centred=False)
+        assert loss(x, weights, found) == pytest.approx(
+            least_loss(x, weights, count), rel=1e-4, abs=float(1e-11 * weights.sum())
+        )
+
+
+def test_a_table_of_many_numbers_loses_no_more_than_one_of_cells() -> None:
+    """More numbers than are sorted one by one.  Three levels of the numbers that count are those of half a law."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn((1 << 20) + 12345, generator=generator, dtype=torch.float64)
+    found = table(x, 3, torch.where(x < 0, 1.0, 1e-9), centred=False)
+    assert found.tolist() == pytest.approx(optimal("normal", 6)[0][:3], abs=5e-3)
+
+
+def test_weights_draw_levels_to_where_they_are() -> None:
+    x = torch.linspace(-1, 1, 2001, dtype=torch.float64)
+    plain, right = table(x, 4, centred=False), table(x, 4, torch.where(x > 0.5, 100.0, 1.0), centred=False)
+    assert plain.tolist() == pytest.approx([-0.75, -0.25, 0.25, 0.75], abs=1e-3)
+    assert int((right > 0.5).sum()) >= 2 and bool((right > plain).all())
+    assert torch.equal(right, table(x, 4, 7e-20 * torch.where(x > 0.5, 100.0, 1.0), centred=False))
+    alone = torch.where(x > 0.5, 1.0, 0.0)
+    assert bool((table(x, 4, alone, centred=False) > 0.5).all())
+
+
+def test_weights_of_any_size_leave_levels_among_the_numbers() -> None:
+    generator = torch.Generator().manual_seed(4)
+    x, w = (torch.randn(5000, generator=generator, dtype=torch.float64) for _ in range(2))
+    found = table(x, 16, torch.exp(40 * w), centred=False)
+    assert bool((found[1:] > found[:-1]).all()) and x.min() <= found[0] and found[-1] <= x.max()
 
 
 def test_a_table_of_few_different_numbers_still_rises() -> None:

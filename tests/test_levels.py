@@ -40,6 +40,30 @@ def test_p13_beta(bits: int) -> None:
     assert table(Codebook(bits, "beta"), 1 << 20) == pytest.approx(table(Codebook(bits), 64), abs=1e-5)
 
 
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_p13_between_the_bounds_of_the_paper(bits: int) -> None:
+    """4^-b of any code at all, and sqrt(3) pi/2 times that, which tables come up to: of the normal law and of
+    coordinates, whose errors rise to it."""
+    high = math.sqrt(3) * math.pi / 2
+    widths = (16, 64, 128, 256) if bits <= 5 else ()
+    errors = [optimal("beta", 1 << bits, d)[1] for d in widths] + [optimal("normal", 1 << bits)[1]]
+    times = [error * 4**bits for error in errors]
+    assert all(1 < time < high for time in times) and times == sorted(times)
+    right = (1.4535, 1.8797, 2.2111, 2.4323, 2.5648, 2.6388, 2.6784, 2.6991)[bits - 1]
+    assert times[-1] == pytest.approx(right, abs=2e-4)
+
+
+def test_p13_codes_are_nearly_as_short_as_they_can_be() -> None:
+    """Their entropy under the normal law, in bits."""
+    from statistics import NormalDist
+
+    for bits, right in {1: 1, 2: 1.911, 3: 2.825, 4: 3.765}.items():
+        levels = optimal("normal", 1 << bits)[0]
+        below = [0.0, *(NormalDist().cdf((a + b) / 2) for a, b in zip(levels, levels[1:], strict=False)), 1.0]
+        shares = [b - a for a, b in zip(below, below[1:], strict=False)]
+        assert -sum(p * math.log2(p) for p in shares) == pytest.approx(right, abs=6e-4)
+
+
 def test_three_levels() -> None:
     levels, error = optimal("normal", 3)
     assert error == pytest.approx(0.19017404, abs=6e-9)

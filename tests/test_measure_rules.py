@@ -103,6 +103,15 @@ FAULTY: list[tuple[Callable[[], Scheme], str]] = [
         "use levels='normal', or blocks of more channels",
     ),
     (
+        lambda: keys(Codebook(4, weights="fisher"), per_token()),
+        "keys.code.weights: 'fisher' weighs the data that a table is fitted to, and levels='normal' is fitted to none; "
+        "leave weights out, or use levels='calibrated'",
+    ),
+    (
+        lambda: keys(Codebook(2, "calibrated", weights="hessian"), per_token()),  # type: ignore[arg-type]
+        "keys.code.weights: 'hessian' is none of fisher; use 'fisher'",
+    ),
+    (
         lambda: keys(Codebook(4, "calibrated"), per_token(zero="point")),
         "keys.scale.zero: an integer zero point counts levels that are evenly spaced, those of a table are not: "
         "'point'; leave zero out",
@@ -209,6 +218,7 @@ def test_a_faulty_measure_is_refused_in_these_words(build: Callable[[], Scheme],
         Store(Codebook(3, "beta"), scale=per_token(refit="norm")),
         Store(Codebook(levels=(-1e-30, 0, 2e-30)), scale=per_token(range="absmax")),
         Store(Codebook(4, "calibrated"), scale=per_tensor(when="calibrated")),
+        Store(Codebook(2, "calibrated", weights="fisher"), scale=per_token()),
         Store(Uniform(4, rounding="away"), scale=per_token(range="absmax", clip=1.2, dtype="e8m0")),
     ],
     ids=str,

@@ -28,6 +28,7 @@ from kvdsl.scheme import (
 )
 
 EXACT = Float("fp32")
+ROOT = ChannelScale("sqrt_absmax")
 CHAIN = (ChannelShift(), ChannelScale(), Permute(), Rotate())
 GIVEN = {
     "keys.transform[0]": torch.tensor([[1.0, 2]]),
@@ -130,6 +131,65 @@ def test_a_power_of_two_scales_exactly() -> None:
         {"keys.transform[0]": torch.full((2, 32), 4.0)},
     )
     assert torch.equal(got.decoded, reference.quantize(Store(Uniform(4), scale=per_token()), x).decoded)
+
+
+def test_p19_balanced_keys_meet_the_same_queries() -> None:
+    """(q n) (k / n) = q k: what stands on the query's side is the scale that came off the keys, of its kv head."""
+    from kvdsl.scheme import Scheme
+
+    k, q = normal(1, 2, 9, 32), normal(1, 4, 3, 32, seed=2)
+    n = normal(2, 32, seed=3).exp()
+    scheme = Scheme(keys=Store(EXACT, transform=ChannelScale("balance")), values=Store(EXACT))
+    exact = (q.double() @ k.double().repeat_interleave(2, 1).mT).float()
+    by_hand = (q * n.repeat_interleave(2, 0)[:, None]) @ (k / n[:, None]).repeat_interleave(2, 1).mT
+    torch.testing.assert_close(by_hand, exact, rtol=0, atol=1e-4)
+    found = reference.scores(scheme, q, k, params={"keys.transform[0]": n}).float()
+    torch.testing.assert_close(found, exact, rtol=0, atol=1e-4)
+
+
+def test_p19_channels_that_grow_together_grow_exactly() -> None:
+    """Values times a: sqrt(max |v|) grows by sqrt(a), what is coded too, and what is decoded by a; of one channel alone
+    its neighbours' codes move as well."""
+    import kvdsl
+
+    scheme = kvdsl.Scheme(keys=Store(EXACT), values=Store(Uniform(4), scale=per_token(dtype="fp32"), transform=ROOT))
+    x = normal(1, 2, 16, 32)
+
+    def coded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        params = kvdsl.calibrate(scheme, x, x)
+        got = reference.quantize(scheme.values, x, params, "values")
+        assert got.codes is not None
+        return params["values.transform[0]"], got.codes, got.decoded
+
+    scales, codes, decoded = coded(x)
+    larger_scales, same_codes, larger = coded(16 * x)
+    assert torch.equal(larger_scales, 4 * scales)
+    assert torch.equal(same_codes, codes) and torch.equal(larger, 16 * decoded)
+    one = x.clone()
+    one[..., 5] *= 16
+    one_scales, other_codes, other = coded(one)
+    assert torch.equal(one_scales[:, 5], 4 * scales[:, 5]) and torch.equal(one_scales[:, :5], scales[:, :5])
+    assert not torch.equal(other_codes[..., :5], codes[..., :5]) and not torch.equal(
+        other[..., 5], 16 * decoded[..., 5]
+    )
+
+
+def test_p17_a_rotation_leaves_scores_and_outputs() -> None:
+    """Stored exactly, by the definition and through pages: q R^T R k and (p R v) R, to 1e-5 of their sizes."""
+    import kvdsl
+
+    k, v, q = normal(1, 2, 70, 64), normal(1, 2, 70, 64, seed=1), normal(1, 4, 3, 64, seed=2)
+    plain = kvdsl.Scheme(both=Store(EXACT))
+    for rotate in (Rotate(), Rotate(size=16), Rotate("random_hadamard", seed=1), Rotate("orthogonal", seed=2)):
+        turned = kvdsl.Scheme(both=Store(EXACT, transform=rotate))
+        right, (out, lse) = reference.scores(plain, q, k), reference.attend(plain, q, k, v, window=False)
+        found = [(reference.scores(turned, q, k), *reference.attend(turned, q, k, v, window=False))]
+        scores = kvdsl.scores(turned, q, k, backend="torch", window=False)
+        found.append((scores, *kvdsl.attend(turned, q, k, v, backend="torch", window=False)))
+        for got in found:
+            for x, y in zip(got, (right, out, lse), strict=True):
+                assert (x.double() - y).norm() <= 1e-5 * y.norm()
+        assert (reference.encoded_rows(turned.keys, k) - k).norm() > k.norm() / 2
 
 
 def test_a_nan_spoils_its_vector_and_their_blocks() -> None:

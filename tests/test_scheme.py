@@ -15,7 +15,20 @@ from hypothesis import strategies as st
 
 import kvdsl.scheme as language
 from kvdsl.errors import SchemeError
-from kvdsl.scheme import ALL, Block, Float, Recent, Scale, Scheme, Sinks, Store, Uniform, per_channel, per_token
+from kvdsl.scheme import (
+    ALL,
+    Block,
+    Codebook,
+    Float,
+    Recent,
+    Scale,
+    Scheme,
+    Sinks,
+    Store,
+    Uniform,
+    per_channel,
+    per_token,
+)
 from kvdsl.schemes import ALL as SHIPPED
 from kvdsl.schemes import fp16, fp32, int8_token_head, kivi2, kivi4
 
@@ -30,6 +43,7 @@ ODD = {
         source='quotes " and \\ and \x7f and \n and \U0001f600',
     ),
     "calibrated": Scheme(both=Store(Uniform(8), scale=per_channel(range="absmax", when="calibrated"))),
+    "weighted": Scheme(both=Store(Codebook(3, "calibrated", weights="fisher"), scale=per_token())),
     "point": Scheme(both=Store(Uniform(4), scale=per_token(heads=ALL, zero="point"))),
 }
 SCHEMES = {**SHIPPED, **ODD}
@@ -85,6 +99,8 @@ def test_the_hash_is_of_the_meaning_and_does_not_move() -> None:
     assert kivi2.with_(source="elsewhere").hash == kivi2.hash
     assert fp32.with_(layers={0: fp16}).hash == fp32.with_(layers={0: fp16.with_(source="elsewhere")}).hash
     assert kivi2.with_(clip=1).hash == kivi2.hash
+    fitted = Scheme(both=Store(Codebook(4, "calibrated"), scale=per_token()))
+    assert fitted.hash == "c2d89e1b171c" != fitted.with_(weights="fisher").hash
     assert len({scheme.hash for scheme in SCHEMES.values()}) == len(SCHEMES)
 
 
@@ -168,11 +184,32 @@ def test_any_text_in_any_field_is_taken_or_refused(field: str, text: str) -> Non
 
 JUNK = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just("ALL"),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(
-        ["part", "both", "keys", "code", "scale", "block", "tokens", "bits", "layers", "indices", "scheme", "odd"]
-    ), inner, max_size=4) | st.dictionaries(st.just("part"), st.sampled_from(["Store", "Uniform", "Float", "Block"])),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                [
+                    "part",
+                    "both",
+                    "keys",
+                    "code",
+                    "scale",
+                    "block",
+                    "tokens",
+                    "bits",
+                    "layers",
+                    "indices",
+                    "scheme",
+                    "odd",
+                ]
+            ),
+            inner,
+            max_size=4,
+        )
+        | st.dictionaries(st.just("part"), st.sampled_from(["Store", "Uniform", "Float", "Block"]))
+    ),
     max_leaves=12,
-)  # fmt: skip
+)
 
 
 @given(JUNK)

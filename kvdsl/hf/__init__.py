@@ -19,12 +19,13 @@ from kvdsl.extras import need
 
 if TYPE_CHECKING:
     from .layer import PackedCache
-    from .observe import observed
+    from .observe import observed, weighed
     from .plug import cache, use
     from .rotary import completed
 
-__all__ = ["PackedCache", "cache", "completed", "observed", "use"]
-_HOME = {"cache": "plug", "use": "plug", "observed": "observe", "PackedCache": "layer", "completed": "rotary"}
+__all__ = ["PackedCache", "cache", "completed", "observed", "use", "weighed"]
+_HOME = {"cache": "plug", "use": "plug", "PackedCache": "layer", "completed": "rotary"}
+_HOME |= {"observed": "observe", "weighed": "observe"}
 OLDEST = "5.17"
 
 

@@ -169,7 +169,8 @@ def _tables(draw: Draw) -> tuple[Codebook, list[str]]:
         ranges = ["absmax", "signed_absmax", "norm", "absmean", *(["minmax", "minmax_zero"] if levels[0] >= -2 else [])]
         return Codebook(bits, levels), ranges
     ranges = ["norm", "norm", "absmean", "absmax"] + (["minmax"] * 2 if levels == "calibrated" else [])
-    return Codebook(draw(st.integers(1, 4)), levels), ranges
+    weights = draw(st.sampled_from([None, "fisher"])) if levels == "calibrated" else None
+    return Codebook(draw(st.integers(1, 4)), levels, weights=weights), ranges
 
 
 @st.composite
@@ -267,6 +268,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "code.levels": (0, 257, 2.5, "16", True),
     "code.grid": ("end", "", None, 3),
     "code.rounding": ("up", "EVEN", None),
+    "code.weights": ("hessian", "Fisher", 1),
     "code.format": ("fp8", "float16", None),
     "scale.block.tokens": (0, -1, 513, 1.5, "32", None, False),
     "scale.block.channels": (0, -8, 257, 8.5, None),
