@@ -32,7 +32,7 @@ def render(plan: Plan, name: str) -> str:
     attend = Attend(plan)
     sides = (plan.keys, plan.values)
     kernels = [write(plan, side) for side in sides if side.mapped for write in (turn, restore)]
-    kernels += [turn_query(plan)] if plan.keys.mapped else []
+    kernels += [turn_query(plan)] if plan.keys.hoisted else []
     kernels += [unrope(plan), rope(plan)] if plan.keys.rope is not None else []
     kernels += [Pack(plan, side).text() for side in sides]
     kernels += [Unpack(plan, side).text(attend.addresses()) for side in sides]

@@ -103,15 +103,19 @@ class TritonModule:
             beside = {}
             if part.sketched:
                 beside["squares_ptr"] = torch.empty(coded.shape[:3], dtype=torch.float64, device=rows.device)
+            at = torch.full_like(first, low)
             if part.rope is not None:
                 given |= self._positions(high, rows.device, params)
                 self._run("unrope_keys", (-(-(high - low) // ROTATE_ROWS), batch * heads), given, None, params)
-            elif part.mapped:
+                if part.mapped:
+                    before, coded = coded, torch.empty_like(coded)
+                    given |= {"coded_ptr": before, "out_ptr": coded, "first_ptr": at, "total_rows": high - low}
+                    given |= {"offset": 0, "ring": high - low}
+            if part.mapped:
                 self._run(f"turn_{side}", self._turn_grid(high - low, batch, part.dim), given | beside, None, params)
-            else:
+            if not part.apart:
                 coded = _taken(rows, first, offset, low, high)
             coded = polar(coded) if part.polar else coded
-            at = torch.full_like(first, low)
             self._pack(side, coded, at, 0, begin, end, (low, high), pool, table, params, beside)
 
     def _chunks(self, side: Side, low: int, high: int, batch: int) -> list[tuple[int, int]]:
@@ -147,18 +151,17 @@ class TritonModule:
         for low, high in self._chunks(side, begin, end, batch):
             coded = self._unpack(side, pool, table, low, high, part.dim, params)
             coded = cartesian(coded) if part.polar else coded
-            if not part.apart:
-                found.append(coded)
-                continue
-            out = torch.empty(*coded.shape[:3], dim, dtype=torch.float32, device=pool.device)
-            given = {"coded_ptr": coded, "out_ptr": out, "low": low, "count": high - low}
+            given = {"low": low, "count": high - low}
+            if part.mapped:
+                given["coded_ptr"], coded = coded, coded.new_empty(*coded.shape[:3], dim)
+                grid = self._turn_grid(high - low, batch, dim)
+                self._run(f"restore_{side}", grid, {**given, "out_ptr": coded}, None, params)
             if part.rope is not None:
-                given |= self._positions(high, pool.device, params)
-                grid = (-(-(high - low) // ROTATE_ROWS), batch * self.plan.shape.kv_heads)
-                self._run("rope_keys", grid, given, None, params)
-            else:
-                self._run(f"restore_{side}", self._turn_grid(high - low, batch, dim), given, None, params)
-            found.append(out)
+                given |= {"coded_ptr": coded, **self._positions(high, pool.device, params)}
+                coded = torch.empty_like(coded)
+                at = (-(-(high - low) // ROTATE_ROWS), batch * self.plan.shape.kv_heads)
+                self._run("rope_keys", at, {**given, "out_ptr": coded}, None, params)
+            found.append(coded)
         return found[0] if len(found) == 1 else torch.cat(found, 2)
 
     def _unpack(

@@ -265,7 +265,7 @@ class Attend:
             args=[f"{arg}," for arg in args],
             lanes=[*self.keys.lane_lines(), *values.lane_lines()],
             query=self._query(self.keys.query),
-            exact_query=self._query("query") if plan.keys.mapped else [],
+            exact_query=self._query("query") if plan.keys.hoisted else [],
             prologue=[*self.keys.prologue(), *size],
             accumulators=values.prologue(),
             addresses=self.addresses(),
@@ -296,7 +296,7 @@ class Attend:
             halves.add(f"u = tile * {plan.tile}{shift} + tl.arange(0, {plan.half})")
             halves.add("tl.store(out + u[:, None], s * size[None, :], mask=live[None, :] & (u < tokens)[:, None])")
         text = "\n".join([*addresses, *halves.lines])
-        args = [*([] if plan.keys.mapped else ["query_ptr"]), *self.keys.inputs()]
+        args = [*([] if plan.keys.hoisted else ["query_ptr"]), *self.keys.inputs()]
         args += [*(p for p in self.pools if p in text), "table_ptr"]
         args += [p for p in parameters(plan) if p.startswith("keys")]
         args += ["out_ptr", "queries", "table_width", "tokens", "scaling"]

@@ -11,7 +11,7 @@ from .printer import number
 from .text import plus
 from .triton_meta import entry, pointer, read, token_entry
 from .triton_planes import Planes, static_read
-from .triton_rope import INPUTS, Positions
+from .triton_rope import Positions
 from .triton_rows import ExactRows
 
 
@@ -24,13 +24,13 @@ class Keys(Planes):
         self.precise = ', input_precision="ieee"' if plan.shape.dtype == "fp32" else ""
         self.exact_rows = ExactRows(plan, self.side, self.exact, self.precise) if self.side.apart else None
         self.positions = Positions(plan, self, self.side.rope) if self.side.rope is not None else None
-        self.query = "turned" if self.side.mapped else "query"
+        self.query = "turned" if self.side.hoisted else "query"
 
     def inputs(self) -> list[str]:
         """The arguments that stand beside the query: the turned query, what it adds to a score, rotary positions."""
         if self.positions is not None:
-            return [*INPUTS]
-        return ["turned_ptr", *(["bias_ptr"] if self.side.shifted else [])] if self.side.mapped else []
+            return self.positions.inputs()
+        return ["turned_ptr", *(["bias_ptr"] if self.side.shifted else [])] if self.side.hoisted else []
 
     # ---- once per query -------------------------------------------------------------------------------------------
 
@@ -42,7 +42,7 @@ class Keys(Planes):
         lines = [*rows.lanes(), *rows.queries(), *self._operands_of_rows([f"r{j}" for j in rows.planes])]
         if self.positions is not None:
             lines = [line for line in lines if not line.startswith("e")]
-            lines += [*self.positions.queries(), *self.positions.fixed()]
+            lines += [*self.positions.fixed(), *self.positions.prologue()]
         return lines + [f"f{j} = (r{j} * inverse[None, :]).to({self.exact})" for j in rows.planes]
 
     def _operands_of_rows(self, others: list[str] | None = None) -> list[str]:
@@ -54,12 +54,15 @@ class Keys(Planes):
             mask = f"live[None, :] & {self.inside(j)}[:, None]" if self.partial(j) else whole
             load = f"tl.load({self.query} + {self.plane_lane(j)}[:, None], mask={mask}, other=0.0)"
             lines.append(f"x{j} = {load}.to(tl.float32) * scaling")
+        turned = [f"w{j}" for j in range(layout.planes)] if self.positions is not None else []
+        lines += self.positions.queries() if self.positions is not None else []
         lines += ["top = tl.max(tl.abs(x0), 0)"]
         names = [*(f"x{j}" for j in range(1, layout.planes)), *(others or [])]
+        names += turned if self.side.mapped else []  # other factors than those of their partners in x are on them
         lines += [f"top = tl.maximum(top, tl.max(tl.abs({name}), 0))" for name in names]
         lines += ["size, inverse = above(top)  # [rows]"]
-        lines += [f"x{j} = x{j} * inverse[None, :]" for j in range(layout.planes)]
-        if self.side.shifted:
+        lines += [f"{name} = {name} * inverse[None, :]" for name in (*(f"x{j}" for j in range(layout.planes)), *turned)]
+        if self.side.shifted and self.side.hoisted:
             lines.append("bias = tl.load(bias_ptr + head * queries + token, mask=live, other=0.0) * scaling * inverse")
         return lines + [f"e{j} = x{j}.to({self.exact})" for j in range(layout.planes)]
 
@@ -69,7 +72,7 @@ class Keys(Planes):
         when = side.when
         lines = self._operands_of_rows()
         if self.positions is not None:
-            return [line for line in lines if not line.startswith("e")] + self.positions.queries()
+            return [line for line in lines if not line.startswith("e")] + self.positions.prologue()
         if when is not When.IN_LOOP and not side.floats:
             lines = [line for line in lines if not line.startswith("e")]
         if when is When.AFTER_DOT or when is When.NEVER and not side.floats:
@@ -93,7 +96,7 @@ class Keys(Planes):
 
     def scores(self, half: int, tokens: str) -> list[str]:
         """`_scores`, and what a shift adds to each."""
-        added = ["s = s + bias[None, :]"] if self.side.shifted else []
+        added = ["s = s + bias[None, :]"] if self.side.shifted and self.side.hoisted else []
         return self._scores(half, tokens) + added
 
     def _scores(self, half: int, tokens: str) -> list[str]:
@@ -144,10 +147,11 @@ class Keys(Planes):
         """Scores of decoded numbers, each at its token's position."""
         planes = range(self.side.layout.planes)
         lines = [] if half else positions.turned()
-        lines += [] if self.side.floats else [*self.load(half, tokens), *self.decode(half, tokens)]
-        lines += positions.near(half)
+        lines += [] if self.side.floats else self.load(half, tokens)
+        for _, made in self.packed_channels(half, tokens):
+            lines += made
+        lines += [*positions.begin(), *positions.near(half)]
         for j in planes:
-            lines += self.decode_token(j, tokens) if self.side.floats else []
             lines += [*positions.near_waves(j), *positions.dots(j)]
         return lines
 
@@ -225,14 +229,14 @@ class Keys(Planes):
         """s = scores of edge tokens: decoded where `coded`, from exact rows where `exact`."""
         lines = self.load_tokens("t")
         if self.exact_rows is not None:
-            lines += self.positions.own() if self.positions is not None else []
             for i, (j, made) in enumerate(self.edge_channels()):
                 lines += made
-                if self.positions is not None:
+                lines += [self._dot(j, first=not i)] if self.positions is None else []
+            if self.positions is not None:
+                lines += [*self.positions.begin(), *self.positions.own()]
+                for j in range(self.side.layout.planes):
                     lines += [*self.positions.own_waves(j), *self.positions.dots(j)]
-                    continue
-                lines.append(self._dot(j, first=not i))
-            lines += ["s = s + bias[None, :]"] * self.side.shifted
+            lines += ["s = s + bias[None, :]"] * (self.side.shifted and self.side.hoisted)
             return [*lines, *self.exact_rows.scores(), "s = tl.where(coded[:, None], s, r)"]
         token, lane = self.grid("row", self.lane)
         lines.append(f"source = key_rows + {token} * {self.plan.shape.head_dim} + {lane}")

@@ -142,7 +142,7 @@ def calibrate(
         found[ROPE] = (params or {})[ROPE]
     for side, x in zip(SIDES, (k, v), strict=True):
         store, x = scheme.side(side), x[:, :, sinks:].detach().cpu()
-        found |= fitted(store, side, x, None if q is None else q.detach().cpu())
+        found |= fitted(store, side, x, None if q is None else q.detach().cpu(), found, sinks)
         coded = encoded_rows(store, x, found, side, sinks) if store.turned else x
         found |= measured(store.with_(transform=()), coded, side)
     ready = checked(scheme, shape, found)

@@ -98,9 +98,21 @@ def sizes_of(
         factors = _factors(store, found, params, side).abs() / (2 if counted else 1)
         size = torch.stack((largest(store, coded, params), found.coded.abs(), factors)).amax(0)
         size = size.chunk(2, -1)[0].repeat(1, 1, 1, 2) if store.polar else size
+        size = _carried(store, size, found.coded, x.shape[3], params) if store.rope is not None else size
         part[:, :, first:end] = size
         exact[:, :, first:end] = 0 if store.apart else size
     return torch.cat((part, exact), -1) if store.apart else exact
+
+
+def _carried(store: Store, size: Tensor, coded: Tensor, head_dim: int, params: Params) -> Tensor:
+    """Sizes of keys that are mapped back in the loop, before their positions: y and W are rounded for one product, its
+    sum for the next, so n = |W| |y| + |W y + v|; numbers of W below the normal ones of float16 are off by 2^-25."""
+    found = maps(store, head_dim, coded.shape[1], params, "keys")
+    if found is None:
+        return size
+    _, _, w, v = found
+    before = (coded @ w.mT + v[:, None]).abs()
+    return size @ w.abs().mT + before + 2.0**-15 * size.sum(-1, keepdim=True)
 
 
 def mapped_query(store: Store, q: Tensor, heads: int, params: Params) -> Tensor:
