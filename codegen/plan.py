@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Literal
 from kvdsl.rules import refuse_for
 from kvdsl.scheme import SIDES, Float, PreRope, Scale, Scheme, Sketch, Store, Uniform
 from kvdsl.shape import Shape
-from kvdsl.spaces import hadamard
 
 from .alphabet import Alphabet, alphabet_of
 from .bijection import BijectionProof, prove_bijection
@@ -99,9 +98,9 @@ class SidePlan:
 
     @property
     def butterflies(self) -> int:
-        """The size of the Hadamard matrix that sums and differences of whole planes undo in the loop; 0 where the map is
-        another one, or planes are no power of two."""
-        size, width = hadamard(self.store, self.channels), self.layout.plane_width
+        """The size of the Hadamard matrix that sums and differences of whole planes undo in the loop; 0 where the map
+        is another one, or planes are no power of two."""
+        size, width = self.store.hadamard(self.channels), self.layout.plane_width
         return size if width & (width - 1) == 0 and not self.layout.digits else 0
 
     @property

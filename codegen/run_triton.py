@@ -151,7 +151,7 @@ class TritonModule:
         for low, high in self._chunks(side, begin, end, batch):
             coded = self._unpack(side, pool, table, low, high, part.dim, params)
             coded = cartesian(coded) if part.polar else coded
-            given = {"low": low, "count": high - low}
+            given: dict[str, Any] = {"low": low, "count": high - low}
             if part.mapped:
                 given["coded_ptr"], coded = coded, coded.new_empty(*coded.shape[:3], dim)
                 grid = self._turn_grid(high - low, batch, dim)

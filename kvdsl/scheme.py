@@ -140,6 +140,13 @@ class Store(Part):
         """Whether that matrix leaves the loop over tokens, onto the query or the output: no positions are behind it."""
         return self.mapped and self.rope is None
 
+    def hadamard(self, head_dim: int) -> int:
+        """The size of its blocks where all that stands behind rotary positions is a Hadamard rotation, else 0."""
+        match self.linear:
+            case (PreRope(), Rotate("hadamard" | "random_hadamard", size)):
+                return size if isinstance(size, int) else head_dim
+        return 0
+
     @property
     def apart(self) -> bool:
         """Whether packed tokens meet another query, or add to another output, than exact ones."""

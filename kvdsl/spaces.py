@@ -80,14 +80,6 @@ def _composed(store: Store, head_dim: int, numbers: tuple[Tensor | None, ...]) -
     return tuple(x.to(torch.float32).contiguous() for x in (forth[0], back[0], forth[1], back[1]))
 
 
-def hadamard(store: Store, head_dim: int) -> int:
-    """The size of the blocks where the whole map behind rotary positions is one of Hadamard's; 0 where it is not."""
-    match store.linear:
-        case (PreRope(), Rotate("hadamard" | "random_hadamard", size)):
-            return size if isinstance(size, int) else head_dim
-    return 0
-
-
 def in_loop(store: Store, side: Side, head_dim: int, made: Params, *, exact: bool) -> dict[str, Tensor]:
     """What maps back in the loop over tokens, of keys behind their rotary positions: W[d, m] = outer[d] * inner[m, d].
 
@@ -99,7 +91,7 @@ def in_loop(store: Store, side: Side, head_dim: int, made: Params, *, exact: boo
     """
     if store.rope is None or not store.mapped:
         return {}
-    w, size = made[f"{side}.decode"], hadamard(store, head_dim)
+    w, size = made[f"{side}.decode"], store.hadamard(head_dim)
     if size:
         first = torch.arange(head_dim, device=w.device) // size * size
         power = 2.0 ** math.ceil(math.log2(size) / 2)

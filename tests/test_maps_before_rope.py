@@ -75,7 +75,7 @@ def test_data_are_measured_before_positions() -> None:
     generator = torch.Generator().manual_seed(1)
     before = torch.randn(1, 2, 64, 32, generator=generator) * torch.rand(32, generator=generator) + 3
     k = turned(before, usual(32), torch.arange(64), False).float()
-    parts = (ChannelShift("mean"), ChannelScale("learned"), Permute("sum"))
+    parts = (ChannelShift("mean"), ChannelScale("learned"), Permute("range"))
     own, bare = scheme(*parts), Scheme(keys=Store(Uniform(4), scale=per_token(), transform=parts), values=VALUES)
     got, right = calibrate(own, k, k, params={ROPE: usual(32)}), calibrate(bare, before, before)
     assert torch.equal(got[ROPE], usual(32))
