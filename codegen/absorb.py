@@ -127,22 +127,34 @@ def _rope(store: Store) -> Absorbed:
     """A score's two terms for one rotary pair: y cos meets the query, y sin the query turned by 90 degrees."""
     t0, i, f = sp.symbols("t0 i f", real=True)
     q, y = sp.Matrix(sp.symbols("qa qb")), sp.Matrix(sp.symbols("ya yb"))
+    read, inner, onto = "k[t] = R_t y[t]", "y[t, d]", ""
 
     def turned(angle: sp.Expr) -> sp.Matrix:
         return sp.Matrix([[sp.cos(angle), -sp.sin(angle)], [sp.sin(angle), sp.cos(angle)]])
 
     right_angle = sp.Matrix([[0, 1], [-1, 0]])
     once = turned(t0 * f).T * q
-    terms = sp.cos(i * f) * y.dot(once) + sp.sin(i * f) * y.dot(right_angle * once)
+    x, outer, kept = y, sp.eye(2), y
+    if store.mapped:  # x = W y + v with W = outer*inner and v = outer*(v/outer): `kept` is what is made in the loop
+        outer = sp.diag(*sp.symbols("oa ob"))
+        matrix, shift = sp.Matrix(2, 2, sp.symbols("iaa iab iba ibb")), sp.Matrix(sp.symbols("ua ub"))
+        kept = matrix * y + (shift if store.shifted else sp.zeros(2, 1))
+        x = outer * kept
+        added = " + v[d]/o[d]" if store.shifted else ""
+        read = f"k[t] = R_t (W y[t]{' + v' if store.shifted else ''}), W[d, i] = o[d]*I[i, d]"
+        inner, onto = "x[t, d]", f", x[t, d] = sum_i I[i, d]*y[t, i]{added}, o[d] applied to q'[d] and q''[d]"
+    terms = sp.cos(i * f) * kept.dot(outer * once) + sp.sin(i * f) * kept.dot(outer * right_angle * once)
     tile = sp.cos(t0 * f) * q + sp.sin(t0 * f) * right_angle * q - once
-    score = q.dot(turned((t0 + i) * f) * y) - terms
+    score = q.dot(turned((t0 + i) * f) * x) - terms
     if any(sp.expand(sp.expand_trig(sp.expand(one))) != 0 for one in (score, *tile)):
         raise ProofError("keys: rotary positions are not the sum of two terms")
     return Absorbed(
         steps(store),
-        "k[t] = R_t y[t]",
-        "q . R_(t0 + i) y = sum_d cos(i*f[d])*y[t, d]*q'[d] + sin(i*f[d])*y[t, d]*q''[d] with q' = R_t0^-1 q, "
-        "q'' = (q'[b], -q'[a]) for every pair (a, b)",
+        read,
+        f"q . k[t0 + i] = sum_d cos(i*f[d])*{inner}*q'[d] + sin(i*f[d])*{inner}*q''[d] with q' = R_t0^-1 q, "
+        f"q'' = (q'[b], -q'[a]) for every pair (a, b){onto}",
         "symbolic, for one pair: a score is a sum over pairs",
-        "R_t0 is applied to the query, once per tile; R_i to decoded numbers, in the loop",
+        "R_t0 is applied to the query, once per tile; "
+        + ("W, then R_i, " if store.mapped else "R_i ")
+        + "to decoded numbers, in the loop",
     )

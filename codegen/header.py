@@ -35,7 +35,7 @@ def _coded_lines(side: SidePlan, letter: str) -> list[str]:
         return [f"{letter}[t, d] = the number itself, as {side.floats}"]
     lines = [f"{letter}[t, d] = {sp.sstr(side.form.definition)}"]
     lines += [f"           {told}" for told in alphabet_lines(side)]
-    names = (f"q . {side.number}[t]  = ", "out[d]    = ") if not side.mapped else ("q' . y[t] = ", "out'[d]   = ")
+    names = (f"q . {side.number}[t]  = ", "out[d]    = ") if not side.hoisted else ("q' . y[t] = ", "out'[d]   = ")
     outer = names[side.name == "values"]
     over = "d" if side.name == "keys" else "t"
     if side.when is When.IN_LOOP:

@@ -32,8 +32,7 @@ ASSEMBLER = (None, "--register-usage-level=10", "--register-usage-level=0", "max
 
 def warps(kernel: str, plan: Plan) -> int:
     """Warps of a program: one where tiles stay in one warp's tensor cores, two where 16 rows would not fit its
-    registers, four or more where a page is rewritten, products are of float32 numbers, or keys of a table of the
-    parameters are rotated."""
+    registers, four or more where a page is rewritten, products are of float32 numbers, or keys are rotated."""
     exact = plan.shape.dtype == "fp32" or any(term.floats == "fp32" for term in plan.terms)
     if kernel.startswith("pack"):
         name = kernel.removeprefix("pack_")
@@ -47,8 +46,8 @@ def warps(kernel: str, plan: Plan) -> int:
         return 4
     if kernel not in (*ATTEND, "scores") or exact:
         return 4
-    if plan.keys.rope is not None and plan.keys.alphabet.given:
-        return 4  # levels of the parameters, waves and two queries a plane: one warp moves hundreds of them to memory
+    if plan.keys.rope is not None:
+        return 4  # decoded numbers, waves and two queries a plane: one warp moves hundreds of them to memory
     return 1 if plan.rows(many=kernel != "decode") == DECODE_ROWS else 2
 
 
@@ -86,6 +85,11 @@ def arguments(source: str) -> dict[str, tuple[str, ...]]:
     }
 
 
+def _exact_keys(plan: Plan) -> bool:
+    """Whether products with keys are of float32 numbers."""
+    return plan.shape.dtype == "fp32" or plan.keys.floats == "fp32"
+
+
 def _type(name: str, kernel: str, plan: Plan) -> str:
     if name.isupper():
         return CONSTEXPR
@@ -93,6 +97,8 @@ def _type(name: str, kernel: str, plan: Plan) -> str:
         return "fp32"
     if name == "out_ptr":
         return {"fp16": "*fp16", "bf16": "*i16", "fp32": "*fp32"}[plan.shape.dtype] if kernel == "merge" else "*fp32"
+    if name == "keys_inner_ptr":
+        return "*fp32" if _exact_keys(plan) else "*fp16"
     if name.endswith("_ptr"):
         kind = POINTERS.get(name, "*fp32")
         return f"*{plan.shape.dtype}" if kind == "input" else kind

@@ -120,7 +120,7 @@ class SidePlan:
     @property
     def through(self) -> bool:
         """Packed tokens meet the query, or add to the output, through one map of all terms."""
-        return self.mapped or self.residual is not None
+        return self.hoisted or self.residual is not None
 
     @property
     def scale(self) -> Scale:
@@ -149,8 +149,20 @@ class SidePlan:
 
     @property
     def mapped(self) -> bool:
-        """What is coded is a map of the vector, undone on the query or on the output."""
+        """What is coded is a map of the vector, undone on the query or on the output, or in the loop."""
         return self.store.mapped
+
+    @property
+    def hoisted(self) -> bool:
+        """That map leaves the loop over tokens."""
+        return self.store.hoisted
+
+    @property
+    def butterflies(self) -> int:
+        """The size of the Hadamard matrix that sums and differences of whole planes undo in the loop; 0 where the map
+        is another one, or planes are no power of two."""
+        size, width = self.store.hadamard(self.channels), self.layout.plane_width
+        return size if width & (width - 1) == 0 and not self.layout.digits else 0
 
     @property
     def apart(self) -> bool:
@@ -278,11 +290,12 @@ class Plan:
 
         Planes of 16 channels are one tensor-core operand, and a second warp would only repeat the work of the first.
         Sums over wide vectors, maps on both sides, which exact rows do not share, and keys rotated in the loop with
-        levels of the parameters beside them fill the registers at 8 rows.
+        levels of the parameters or a map beside them fill the registers at 8 rows.
         """
         shared = all(term.layout.plane_width >= 2 * NARROWEST for term in self.terms)
         apart = self.keys.apart and self.values.apart
-        full = self.values.row > WIDEST or apart or self.keys.rope is not None and self.keys.alphabet.given
+        full = self.values.row > WIDEST or apart
+        full = full or self.keys.rope is not None and (self.keys.alphabet.given or self.keys.mapped)
         more = many or self.shape.group > DECODE_ROWS
         return EXTEND_ROWS if shared and more and not full else DECODE_ROWS
 

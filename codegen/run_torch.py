@@ -64,7 +64,8 @@ class TorchModule:
             return rows
         clean = _clean(rows)
         if part.rope is not None:
-            return self._rotated(clean, u, params, torch.float64, -1)
+            clean = self._rotated(clean, u, params, torch.float64, -1)
+            clean = _clean(clean) if part.mapped else clean
         if part.mapped:
             clean = mapped(clean, params[f"{part.path}.encode"], params.get(f"{part.path}.encode_shift"))
         return polar(clean) if part.polar else clean
@@ -76,13 +77,13 @@ class TorchModule:
 
     def _restored(self, part: SidePlan, coded: Tensor, begin: int, params: Params) -> Tensor:
         """Decoded numbers (B, H, T, M) of the tokens from u = begin on as the head's vectors (B, H, T, D)."""
-        if part.rope is not None:
-            u = torch.arange(begin, begin + coded.shape[2], device=coded.device)[None]
-            return self._rotated(coded, u, params, torch.float64, 1)
         coded = cartesian(coded) if part.polar else coded
         if part.mapped:
-            return mapped(coded, params[f"{part.path}.decode"], params.get(f"{part.path}.decode_shift"))
-        return coded
+            coded = mapped(coded, params[f"{part.path}.decode"], params.get(f"{part.path}.decode_shift"))
+        if part.rope is None:
+            return coded
+        u = torch.arange(begin, begin + coded.shape[2], device=coded.device)[None]
+        return self._rotated(coded, u, params, torch.float64, 1)
 
     def _rotated(self, x: Tensor, u: Tensor, params: Params, dtype: torch.dtype, sign: int) -> Tensor:
         """Rotary positions put on x (n, H, T, D) of the tokens at u (n or 1, T), or with sign -1 taken off.
@@ -193,9 +194,13 @@ class TorchModule:
 
     def _scores_of_codes(self, columns: Tensor, pages: Tensor, first: int, params: Params) -> Tensor:
         """q.k of the tokens of pages (B, pages, page_bytes), packed from u = first on, for queries (B, H, D, rows): the
-        query is mapped, not the keys, but for rotary positions."""
+        query is mapped, not the keys, but for rotary positions and what is behind them."""
         if self.plan.keys.rope is not None:
             decoded = self.module.unpack_keys(*self._inputs(self.plan.keys, pages, params))
+            if self.plan.keys.mapped:
+                decoded = decoded @ params["keys.decode"].mT
+            if self.plan.keys.shifted:
+                decoded = decoded + params["keys.decode_shift"][:, None]
             u = torch.arange(first, first + decoded.shape[2], device=decoded.device)[None]
             return self._rotated(decoded, u, params, torch.float32, 1) @ columns
         first_score, *others = (self._term_scores(term, columns, pages, params) for term in self.plan.keys.terms)

@@ -120,16 +120,21 @@ class TritonModule:
         beside = {}
         if term.sketched:
             beside["squares_ptr"] = torch.empty(coded.shape[:3], dtype=torch.float64, device=rows.device)
+        at = torch.full_like(first, low)
         if term.rope is not None:
             given |= self._positions(high, rows.device, params)
             self._run("unrope_keys", (-(-(high - low) // ROTATE_ROWS), batch * heads), given, None, params)
-        elif term.mapped:
+            if term.mapped:
+                before, coded = coded, torch.empty_like(coded)
+                given |= {"coded_ptr": before, "out_ptr": coded, "first_ptr": at, "total_rows": high - low}
+                given |= {"offset": 0, "ring": high - low}
+        if term.mapped:
             grid = self._turn_grid(high - low, batch, term.dim)
             self._run(f"turn_{term.label}", grid, given | beside, None, params)
-        else:
+        elif term.rope is None:
             coded = _taken(rows, first, offset, low, high)
         coded = polar(coded) if term.polar else coded
-        self._pack(term, coded, torch.full_like(first, low), 0, begin, end, reach, pool, table, params, beside)
+        self._pack(term, coded, at, 0, begin, end, reach, pool, table, params, beside)
 
     def _chunks(self, part: SidePlan, low: int, high: int, batch: int) -> list[tuple[int, int]]:
         """Spans of tokens whose mapped rows fit SCRATCH, cut at whole programs of `pack`."""
@@ -171,17 +176,17 @@ class TritonModule:
         batch, dim = table.shape[0], self.plan.shape.head_dim
         coded = self._unpack(term, pool, table, low, high, term.dim, params)
         coded = cartesian(coded) if term.polar else coded
-        if not term.mapped and term.rope is None:
-            return coded
-        out = torch.empty(*coded.shape[:3], dim, dtype=torch.float32, device=pool.device)
-        given = {"coded_ptr": coded, "out_ptr": out, "low": low, "count": high - low}
+        given: dict[str, Any] = {"low": low, "count": high - low}
+        if term.mapped:
+            given["coded_ptr"], coded = coded, coded.new_empty(*coded.shape[:3], dim)
+            grid = self._turn_grid(high - low, batch, dim)
+            self._run(f"restore_{term.label}", grid, {**given, "out_ptr": coded}, None, params)
         if term.rope is not None:
-            given |= self._positions(high, pool.device, params)
-            grid = (-(-(high - low) // ROTATE_ROWS), batch * self.plan.shape.kv_heads)
-            self._run("rope_keys", grid, given, None, params)
-        else:
-            self._run(f"restore_{term.label}", self._turn_grid(high - low, batch, dim), given, None, params)
-        return out
+            given |= {"coded_ptr": coded, **self._positions(high, pool.device, params)}
+            coded = torch.empty_like(coded)
+            at = (-(-(high - low) // ROTATE_ROWS), batch * self.plan.shape.kv_heads)
+            self._run("rope_keys", at, {**given, "out_ptr": coded}, None, params)
+        return coded
 
     def _unpack(
         self, term: SidePlan, pool: Tensor, table: Tensor, begin: int, end: int, dim: int, params: Params

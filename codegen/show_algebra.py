@@ -53,7 +53,7 @@ def _definition(side: SidePlan) -> str:
 
 
 def _outcome(side: SidePlan) -> str:
-    if side.mapped:
+    if side.hoisted:
         return "q' . y[t]" if side.name == "keys" else "out'[d]"
     return f"q . {side.number}[t]" if side.name == "keys" else "out[d]"
 
@@ -95,7 +95,8 @@ def _where(side: SidePlan, term: Term) -> str:
     if side.floats:
         return "nothing is scaled"
     if form.when is When.IN_LOOP:
-        again = ", and turned back to its position" if side.rope is not None else ""
+        again = ", mapped back" if side.mapped and not side.hoisted else ""
+        again += ", and turned back to its position" if side.rope is not None else ""
         again = ", radius and angle become two channels" if side.polar else again
         return f"the number is decoded in the loop{again}, before the dot product"
     said = []

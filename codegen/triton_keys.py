@@ -11,7 +11,7 @@ from .printer import number
 from .text import plus
 from .triton_meta import entry, read, token_entry
 from .triton_planes import Planes, static_read
-from .triton_rope import INPUTS, Positions
+from .triton_rope import Positions
 from .triton_rows import ExactRows
 
 
@@ -35,6 +35,7 @@ class Keys(Planes):
             mask = f"live[None, :] & {self.inside(j)}[:, None]" if self.partial(j) else whole
             load = f"tl.load({query}{first} + {self.plane_lane(j)}[:, None], mask={mask}, other=0.0)"
             lines.append(f"x{j} = {load}.to(tl.float32) * scaling")
+        lines += self.positions.queries() if self.positions is not None else []
         return self.own(lines)
 
     def rows(self) -> list[str]:
@@ -124,10 +125,11 @@ class Keys(Planes):
         """Scores of decoded numbers, each at its token's position."""
         planes = range(self.side.layout.planes)
         lines = [] if half else positions.turned()
-        lines += [] if self.side.floats else [*self.load(half, tokens), *self.decode(half, tokens)]
-        lines += positions.near(half)
+        lines += [] if self.side.floats else self.load(half, tokens)
+        for _, made in self.packed_channels(half, tokens):
+            lines += made
+        lines += [*positions.begin(), *positions.near(half)]
         for j in planes:
-            lines += self.decode_token(j, tokens) if self.side.floats else []
             lines += [*positions.near_waves(j), *positions.dots(j)]
         return lines
 
@@ -206,13 +208,14 @@ class Keys(Planes):
 
     def tokens(self) -> list[str]:
         """s = scores of edge tokens, decoded."""
-        lines = [*self.load_tokens("t"), *(self.positions.own() if self.positions is not None else [])]
+        lines = self.load_tokens("t")
         for i, (j, made) in enumerate(self.edge_channels()):
             lines += made
-            if self.positions is not None:
+            lines += [self._dot(j, first=not i)] if self.positions is None else []
+        if self.positions is not None:
+            lines += [*self.positions.begin(), *self.positions.own()]
+            for j in range(self.side.layout.planes):
                 lines += [*self.positions.own_waves(j), *self.positions.dots(j)]
-            else:
-                lines.append(self._dot(j, first=not i))
         return self.own(lines)
 
     def tokens_or_rows(self) -> list[str]:
@@ -245,7 +248,7 @@ class KeySide:
     def inputs(self) -> list[str]:
         """The arguments that stand beside the query: the turned query, what it adds to a score, rotary positions."""
         if self.positions is not None:
-            return [*INPUTS]
+            return self.positions.inputs()
         return ["turned_ptr", *(["bias_ptr"] if self.side.shifted else [])] if self.side.through else []
 
     def lane_lines(self) -> list[str]:
@@ -257,17 +260,21 @@ class KeySide:
         """Load the query rows of all terms, divided by one size; `others` share it."""
         lines = [line for term in self.terms for line in term.loads(self.query)]
         names = [name for term in self.terms for name in term.rows()]
+        turned = [f"w{j}" for j in range(self.side.layout.planes)] if self.positions is not None else []
+        more = [*names[1:], *(others or [])]
+        more += turned if self.side.mapped else []  # other factors than those of their partners in x are on them
         lines.append(f"top = tl.max(tl.abs({names[0]}), 0)")
-        lines += [f"top = tl.maximum(top, tl.max(tl.abs({name}), 0))" for name in [*names[1:], *(others or [])]]
-        lines += ["size, inverse = above(top)  # [rows]", *(f"{name} = {name} * inverse[None, :]" for name in names)]
-        if self.side.shifted:
+        lines += [f"top = tl.maximum(top, tl.max(tl.abs({name}), 0))" for name in more]
+        lines.append("size, inverse = above(top)  # [rows]")
+        lines += [f"{name} = {name} * inverse[None, :]" for name in [*names, *turned]]
+        if self.side.shifted and self.side.hoisted:
             lines.append("bias = tl.load(bias_ptr + head * queries + token, mask=live, other=0.0) * scaling * inverse")
         return lines
 
     def prologue(self) -> list[str]:
         """Load the query rows, plane by plane, and prepare them for the planes."""
         if self.positions is not None:
-            return self._rows() + self.positions.queries()
+            return self._rows() + self.positions.prologue()
         lines = self._rows()
         for term in self.terms:
             lines += [*(term.operands() if term.decoded else []), *term.prepared()]
@@ -280,7 +287,7 @@ class KeySide:
             return [*self._rows(), *self.first.operands()]
         lines = [*rows.lanes(), *rows.queries(), *self._rows([f"r{j}" for j in rows.planes])]
         if self.positions is not None:
-            lines += [*self.positions.queries(), *self.positions.fixed()]
+            lines += [*self.positions.fixed(), *self.positions.prologue()]
         else:
             lines += [line for term in self.terms for line in term.operands()]
         return lines + [f"f{j} = (r{j} * inverse[None, :]).to({self.first.exact})" for j in rows.planes]
@@ -296,7 +303,7 @@ class KeySide:
         lines = [line for term in terms for line in term]
         names = ["s" + "r" * depth for depth in range(len(terms))]
         lines += [f"s = {' + '.join(names)}"] * (len(names) > 1)
-        return lines + ["s = s + bias[None, :]"] * self.side.shifted
+        return lines + ["s = s + bias[None, :]"] * (self.side.shifted and self.side.hoisted)
 
     def either(self) -> list[str]:
         """s = scores of edge tokens: decoded where `coded`, from exact rows where `exact`."""

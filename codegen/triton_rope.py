@@ -12,6 +12,7 @@ from kvdsl.scheme import PreRope
 from .plan import Plan
 from .text import fill, padded, plus
 from .triton_planes import Planes
+from .triton_unmap import Unmap
 
 ROTATE_ROWS = 16  # tokens of a program that rotates rows
 INPUTS = ("rope_ptr", "near_ptr", "pairs")
@@ -109,15 +110,19 @@ class Positions:
         self.operand = "tl.float32" if exact else "tl.float16"
         self.precise = ', input_precision="ieee"' if exact else ""
         self.count = range(planes.side.layout.planes)
+        self.unmap = Unmap(plan, planes, self.operand, self.precise) if planes.side.mapped else None
 
-    def _lanes(self, first: str) -> str:
-        """The mask of a load of lanes; `first` names a mask of tokens."""
-        mask = self.planes.mask(first)
+    def inputs(self) -> list[str]:
+        """The arguments that stand beside the query."""
+        return [*INPUTS, *(self.unmap.inputs() if self.unmap is not None else [])]
+
+    def _lanes(self, plane: int) -> str:
+        """The mask of a load of a plane's lanes, whatever the tokens."""
+        mask = self.planes.mask("", plane)
         return f", mask={mask}, other=0.0" if mask else ""
 
     def queries(self) -> list[str]:
-        """Lines that load w<plane>, in the units of x<plane>."""
-        mask = "known" if self.planes.ragged else "live[None, :]"
+        """Lines that load w<plane>, in the units of x<plane> as it was loaded."""
         lines = []
         for j in self.count:
             d = self.planes.plane_lane(j)
@@ -125,9 +130,19 @@ class Positions:
             d = "lane" if j else d
             lines += [f"pair{j} = {pair(self.rope, d)}", f"other = {other(self.rope, d)}"]
             lines.append(f"turn = -scaling * {sign(self.rope, d)}")
+            inside = self.planes.inside(j)
+            mask = f"live[None, :] & {inside}[:, None]" if inside else "live[None, :]"
             lines.append(f"w{j} = tl.load(query + other[:, None], mask={mask}, other=0.0).to(tl.float32)")
-            lines.append(f"w{j} = w{j} * inverse[None, :] * turn[:, None]")
+            if self.unmap is None:
+                lines.append(f"w{j} = w{j} * turn[:, None]")
+            else:
+                lines += [*self.unmap.outer(j), f"w{j} = w{j} * (turn * outer{j})[:, None]"]
+                lines.append(f"x{j} = x{j} * outer{j}[:, None]")
         return lines
+
+    def prologue(self) -> list[str]:
+        """Lines behind the query's, of what stays the same through the loop."""
+        return self.unmap.prologue() if self.unmap is not None else []
 
     def fixed(self) -> list[str]:
         """The operands where positions are those of the tokens themselves."""
@@ -135,12 +150,12 @@ class Positions:
 
     def turned(self) -> list[str]:
         """The operands of a tile, from the position of its first token."""
-        mask = f", mask={self.planes.lane}_in, other=0.0" if self.planes.ragged else ""
         # Loads that are the same in every tile would be kept in registers through the loop.
         lines = ["nothing = page >> 63  # 0, which the compiler does not see"]
         start = f"(nothing + tile) * {self.plan.tile * self.dim}{plus(self.plan.sinks * self.dim)}"
         lines.append(f"wave = rope_ptr + {start}")
         for j in self.count:
+            mask = f", mask={self.planes.inside(j)}, other=0.0" if self.planes.inside(j) else ""
             lines.append(f"cosine = tl.load(wave + pair{j}{mask})")
             lines.append(f"sine = tl.load(wave{plus(self.dim // 2)} + pair{j}{mask})")
             for name, first, sign_, second in (("e", "x", "+", "w"), ("h", "w", "-", "x")):
@@ -155,10 +170,10 @@ class Positions:
 
     def near_waves(self, j: int) -> list[str]:
         """Cosine and sine of a plane's lanes [tokens, lanes]."""
-        mask = self._lanes("")
+        mask, start = self._lanes(j), self.planes.start(j)
         return [
-            f"cosine = tl.load(wave{plus(j * self.planes.width)}{mask})",
-            f"sine = tl.load(wave{plus(self.dim + j * self.planes.width)}{mask})",
+            f"cosine = tl.load(wave{plus(start)}{mask})",
+            f"sine = tl.load(wave{plus(self.dim + start)}{mask})",
         ]
 
     def own(self) -> list[str]:
@@ -166,14 +181,21 @@ class Positions:
         return [f"wave = rope_ptr + tl.where(coded, u{plus(self.plan.sinks)}, 0).to(tl.int64)[:, None] * {self.dim}"]
 
     def own_waves(self, j: int) -> list[str]:
-        mask = self._lanes("")
+        mask = self._lanes(j)
         at = f"wave + pair{j}[None, :]"
         return [f"cosine = tl.load({at}{mask})", f"sine = tl.load({at}{plus(self.dim // 2)}{mask})"]
 
+    def begin(self) -> list[str]:
+        """Lines that map decoded n<plane> back, before the first of `dots`."""
+        return self.unmap.begin() if self.unmap is not None else []
+
     def dots(self, j: int) -> list[str]:
-        """Add plane j's share of the score s, of n<plane>."""
-        so_far = ", s" if j else ""
+        """Add plane j's share of the score s, of n<plane>, or of what they are mapped back to."""
+        so_far, lines, name = ", s" if j else "", list[str](), f"n{j}"
+        if self.unmap is not None:
+            lines, name = self.unmap.plane(j), f"b{j}"
         return [
-            f"s = tl.dot((n{j} * cosine).to({self.operand}), e{j}{so_far}{self.precise})",
-            f"s = tl.dot((n{j} * sine).to({self.operand}), h{j}, s{self.precise})",
+            *lines,
+            f"s = tl.dot(({name} * cosine).to({self.operand}), e{j}{so_far}{self.precise})",
+            f"s = tl.dot(({name} * sine).to({self.operand}), h{j}, s{self.precise})",
         ]

@@ -105,7 +105,8 @@ def whole_arguments(side: SidePlan) -> list[str]:
 
 def turn(plan: Plan, side: SidePlan) -> str:
     """The text of `turn_<side>`: tokens u in [low, low + count) of the rows as float32 numbers to be coded."""
-    args = ["rows_ptr", "first_ptr", "begin_ptr", "end_ptr", *map_arguments(side, "encode"), "out_ptr"]
+    rows = "rows_ptr" if side.rope is None else "coded_ptr"  # those of `unrope_keys`
+    args = [rows, "first_ptr", "begin_ptr", "end_ptr", *map_arguments(side, "encode"), "out_ptr"]
     args += ["total_rows", "offset", "ring", "low", "count"]
     args += ["squares_ptr"] if side.sketched else []
     where = [
@@ -116,7 +117,7 @@ def turn(plan: Plan, side: SidePlan) -> str:
     ]
     return _turn(
         plan, side, f"turn_{side.label}", args=", ".join(args), loose='"offset", "ring", "low", "count"', where=where,
-        source="rows_ptr", clean=["x = tl.where(x == x, finite(x), x)"], **_squares(side),
+        source=rows, clean=["x = tl.where(x == x, finite(x), x)"], **_squares(side),
     )  # fmt: skip
 
 

@@ -13,19 +13,25 @@ EXPONENTS = tuple(i / 20 for i in range(21))  # of the search for learned scales
 LEAST = 2.0**-14  # of a channel's scale: a channel of zeros is left as it is
 
 
-def fitted(store: Store, side: Side, x: Tensor, q: Tensor | None) -> dict[str, Tensor]:
+def fitted(
+    store: Store, side: Side, x: Tensor, q: Tensor | None, given: dict[str, Tensor] | None = None, at: int = 0
+) -> dict[str, Tensor]:
     """The numbers of every calibrated transform, float32 (H, D), from x (B, H, T, D) and queries q (B, Hq, Q, D).
 
+    `given` holds the frequencies of rotary positions where they come off first; the first token stands at `at`.
     `learned` scales are max|x|^a with the exponent a, one a head, under which the store codes the data with the least
     squared error; `learned` shifts are the middle of the range.  Raises ShapeError where `balance` has no queries.
     """
-    found: dict[str, Tensor] = {}
+    from .reference.quantize import encoded_rows
+
+    found: dict[str, Tensor] = dict(given or {})
     seen: tuple[object, ...] = ()
+    bare = x if store.rope is None else encoded_rows(store.with_(transform=store.rope), x, found, side, at)
     for position, part in enumerate(store.transform):  # type: ignore[arg-type]
         name = f"{side}.transform[{position}]"
-        y = _through(store, side, seen, found, x)
+        y = _through(store, side, seen, found, bare)
         if isinstance(part, ChannelScale):
-            found[name] = _scales(store, side, part, seen, found, x, y, q)
+            found[name] = _scales(store, side, part, seen, found, x, y, q, at)
         elif isinstance(part, ChannelShift):
             low, high = y.amin((0, 2)), y.amax((0, 2))
             found[name] = y.mean((0, 2)) if part.by == "mean" else (low + high) / 2
@@ -37,10 +43,10 @@ def fitted(store: Store, side: Side, x: Tensor, q: Tensor | None) -> dict[str, T
 
 
 def _through(store: Store, side: Side, parts: tuple[object, ...], numbers: dict[str, Tensor], x: Tensor) -> Tensor:
-    """x after the first parts of the chain, float64."""
-    if not parts:
-        return x.double()
+    """x, without positions if they come off first, after the first parts of the chain, float64."""
     part = Store(transform=parts)  # type: ignore[arg-type]
+    if not part.mapped:
+        return x.double()
     made = maps(part, side, x.shape[3], numbers, "cpu")
     y = x.double() @ made[f"{side}.encode"].mT.double()
     shift = made.get(f"{side}.encode_shift")
@@ -49,7 +55,7 @@ def _through(store: Store, side: Side, parts: tuple[object, ...], numbers: dict[
 
 def _scales(
     store: Store, side: Side, part: ChannelScale, seen: tuple[object, ...], numbers: dict[str, Tensor], x: Tensor,
-    y: Tensor, q: Tensor | None,
+    y: Tensor, q: Tensor | None, at: int,
 ) -> Tensor:  # fmt: skip
     size = y.abs().amax((0, 2)).clamp(min=LEAST)
     if part.by == "absmax":
@@ -63,10 +69,12 @@ def _scales(
         if seen:
             turned = turned @ maps(Store(transform=seen), side, x.shape[3], numbers, "cpu")[f"{side}.decode"].double()  # type: ignore[arg-type]
         return (size / turned.abs().amax((0, 2)).clamp(min=LEAST)).sqrt()
-    return _learned(store, side, len(seen), numbers, x, size)
+    return _learned(store, side, len(seen), numbers, x, size, at)
 
 
-def _learned(store: Store, side: Side, position: int, numbers: dict[str, Tensor], x: Tensor, size: Tensor) -> Tensor:
+def _learned(
+    store: Store, side: Side, position: int, numbers: dict[str, Tensor], x: Tensor, size: Tensor, at: int
+) -> Tensor:
     """max|x|^a: the best exponent of each head."""
     from .reference.quantize import quantize
 
@@ -75,7 +83,7 @@ def _learned(store: Store, side: Side, position: int, numbers: dict[str, Tensor]
     best, least = size**0, torch.full((x.shape[1],), torch.inf, dtype=torch.float64)
     for exponent in EXPONENTS:
         tried = (size**exponent).to(torch.float32)
-        decoded = quantize(chain, x, {**numbers, name: tried}, side).decoded
+        decoded = quantize(chain, x, {**numbers, name: tried}, side, at).decoded
         error = (decoded - x.double()).square().sum((0, 2, 3))
         best = torch.where((error < least)[:, None], tried.double(), best)
         least = torch.minimum(error, least)

@@ -19,9 +19,9 @@ from torch import Tensor
 from .errors import ShapeError
 from .fisher import weighted
 from .kernels import Params
-from .scheme import SIDES, ChannelScale, Codebook, Count, Scheme, Side
+from .scheme import SIDES, ChannelScale, Codebook, Count, Float, Scheme, Side
 from .shape import Shape
-from .spaces import calibrated, maps
+from .spaces import calibrated, in_loop, maps
 
 HASH = "kvdsl.scheme"
 ROPE = "keys.transform[0]"
@@ -99,7 +99,8 @@ def checked(
     for side in SIDES:
         made = maps(scheme.side(side), side, shape.head_dim, params, device)
         _fit(made, side, scheme.side(side).coded(shape.head_dim), shape)
-        taken |= made
+        exact = shape.dtype == "fp32" or scheme.side(side).code == Float("fp32")
+        taken |= made | in_loop(scheme.side(side), side, shape.head_dim, made, exact=exact)
     return taken
 
 

@@ -322,6 +322,9 @@ def _queries_balance_keys(site: Site) -> Iterator[Fault]:
         if site.side == "values" and isinstance(part, ChannelScale) and part.by == "balance":
             fact = "'balance' weighs keys against queries"
             yield site.fault(f"transform[{position}].by", fact, "on values use 'sqrt_absmax'")
+        elif isinstance(part, ChannelScale) and part.by == "balance" and site.store.rope is not None:
+            fact = "'balance' weighs a channel of keys against one of queries, and keys before RoPE meet no query"
+            yield site.fault(f"transform[{position}].by", fact, "behind PreRope() use 'sqrt_absmax'")
 
 
 @rule("~.transform")
@@ -335,9 +338,10 @@ def _rope_comes_off_keys_first(site: Site) -> Iterator[Fault]:
         elif position:
             fact = "RoPE comes off before anything else"
             yield site.fault(f"transform[{position}]", fact, "put PreRope() first, once")
-        elif len(parts) > 1:  # type: ignore[arg-type]
-            fact = "a map behind PreRope would have to be undone token by token, before RoPE is put back"
-            yield site.fault("transform[1]", fact, "leave it out, or leave out PreRope()")
+        elif site.store.polar:
+            at = len(parts) - 1  # type: ignore[arg-type]
+            fact = "RoPE turns the angles of pairs and leaves their radii: without it nothing is easier to code"
+            yield site.fault(f"transform[{at}]", fact, "leave out PreRope()")
 
 
 def _layers(scheme: Scheme) -> Iterator[Fault]:

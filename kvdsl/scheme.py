@@ -143,8 +143,21 @@ class Store(Part):
 
     @property
     def mapped(self) -> bool:
-        """Whether what comes back is mapped by one matrix for all tokens, on the query or the output."""
-        return (bool(self.linear) or isinstance(self.code, Sketch)) and self.rope is None
+        """Whether what is coded is a matrix times the vector, one for all tokens, behind rotary positions if they come
+        off first."""
+        return any(not isinstance(part, PreRope) for part in self.linear) or isinstance(self.code, Sketch)
+
+    @property
+    def hoisted(self) -> bool:
+        """Whether that matrix leaves the loop over tokens, onto the query or the output: no positions are behind it."""
+        return self.mapped and self.rope is None
+
+    def hadamard(self, head_dim: int) -> int:
+        """The size of its blocks where all that stands behind rotary positions is a Hadamard rotation, else 0."""
+        match self.linear:
+            case (PreRope(), Rotate("hadamard" | "random_hadamard", size)):
+                return size if isinstance(size, int) else head_dim
+        return 0
 
     @property
     def apart(self) -> bool:

@@ -9,12 +9,14 @@ y is read as x = W y + v.  Scores and outputs never need x: q.x = (W^T q).y + q.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from .errors import ShapeError
 from .matrices import product, rotation, sketch
 from .scheme import ALL, ChannelScale, ChannelShift, Permute, PreRope, Rotate, Side, Sketch, Store
 
@@ -37,8 +39,9 @@ def maps(store: Store, side: Side, head_dim: int, params: Params, device: torch.
     `<side>.encode_shift` -u (heads or 1, M) and `<side>.decode_shift` v (heads or 1, D), which are added.  Given ones
     are taken as they are.
 
-    Empty for a store that codes the vector itself, or takes off rotary positions, which no one matrix does.  Of what is
-    left the same under `<side>.residual.`, and `<side>.read`, (heads or 1, D, M + M' ...): W of all terms side by side.
+    Empty for a store that codes the vector itself.  Rotary positions, which no one matrix takes off, are off before it.
+    Of what is left the same under `<side>.residual.`, and `<side>.read`, (heads or 1, D, M + M' ...): W of all terms
+    side by side.
     """
     found = dict[str, Tensor]()
     for depth, term in enumerate(store.terms):
@@ -63,7 +66,10 @@ def _maps(store: Store, path: str, head_dim: int, params: Params, device: torch.
     names = [f"{path}.{name}" for name in ("encode", "decode", "encode_shift", "decode_shift")]
     if names[0] in params and names[1] in params:
         return {name: params[name].to(device, torch.float32).contiguous() for name in names if name in params}
-    numbers = tuple(params.get(f"{path}.transform[{i}]") for i in range(len(store.linear)))
+    numbers = tuple(
+        None if isinstance(part, PreRope) else params.get(f"{path}.transform[{i}]")
+        for i, part in enumerate(store.linear)
+    )
     if any(given is not None for given in numbers):
         found = _composed(store, head_dim, numbers)
     else:
@@ -94,6 +100,39 @@ def _composed(store: Store, head_dim: int, numbers: tuple[Tensor | None, ...]) -
     return tuple(x.to(torch.float32).contiguous() for x in (forth[0], back[0], forth[1], back[1]))
 
 
+def in_loop(store: Store, side: Side, head_dim: int, made: Params, *, exact: bool) -> dict[str, Tensor]:
+    """What maps back in the loop over tokens, of keys behind their rotary positions: W[d, m] = outer[d] * inner[m, d].
+
+    A factor of each channel of the head goes onto the query, so the rows of W are made alike: `<side>.inner` (heads or
+    1, M, D), float16 or, if `exact`, float32, `<side>.outer` (heads or 1, D) and, with a shift v, `<side>.inner_shift`
+    v / outer, float32.  Rows of `inner` are as long as W's longest, or up to twice shorter, since `outer` are powers of
+    two; of a Hadamard map `inner` is Sylvester's matrix times a power of two, and `outer` has its signs.  ShapeError
+    for a given map that is not that of the Hadamard matrix which kernels sum by.
+    """
+    if store.rope is None or not store.mapped:
+        return {}
+    w, size = made[f"{side}.decode"], store.hadamard(head_dim)
+    if size:
+        first = torch.arange(head_dim, device=w.device) // size * size
+        power = 2.0 ** math.ceil(math.log2(size) / 2)
+        outer = w.gather(2, first[None, :, None].expand(w.shape[0], -1, 1))[..., 0] * power
+        inner = (w / outer[..., None]).mT
+        sylvester = rotation("hadamard", size, None, head_dim).sign().to(w.device, torch.float32) / power
+        if not torch.equal(inner, sylvester.expand_as(inner)):
+            fact = f"params['{side}.decode']: another matrix than the transform's {store.linear[1]!r}"
+            raise ShapeError(f"{fact}, whose sums kernels take; leave it out, or use Rotate('orthogonal', seed=0)")
+    else:
+        lengths = w.double().norm(dim=2)
+        lengths = lengths / lengths.amax(1, keepdim=True).clamp(min=2.0**-126)
+        outer = torch.exp2(lengths.clamp(min=2.0**-100).log2().ceil()).to(torch.float32)
+        inner = (w / outer[..., None]).mT
+    found = {f"{side}.inner": inner.to(torch.float32 if exact else torch.float16).contiguous()}
+    found[f"{side}.outer"] = outer.contiguous()
+    if store.shifted:
+        found[f"{side}.inner_shift"] = (made[f"{side}.decode_shift"] / outer).contiguous()
+    return found
+
+
 def _after(outer: Map, inner: Map) -> Map:
     """The map that applies `inner`, then `outer`."""
     return product(outer[0], inner[0]), product(outer[0], inner[1][..., None])[..., 0] + outer[1]
@@ -102,6 +141,9 @@ def _after(outer: Map, inner: Map) -> Map:
 def _step(part: object, head_dim: int, given: Tensor | None) -> tuple[Map, Map]:
     """One transform and its inverse."""
     zero = torch.zeros(1, head_dim, dtype=torch.float64)
+    if isinstance(part, PreRope):
+        same = torch.eye(head_dim, dtype=torch.float64)[None]
+        return (same, zero), (same, zero)
     if isinstance(part, Rotate):
         size = head_dim if part.size is ALL else part.size
         assert isinstance(size, int)

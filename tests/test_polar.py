@@ -146,8 +146,8 @@ FAULTY: list[tuple[Callable[[], Scheme], str]] = [
     ),
     (
         lambda: keys(BLOCKS, PreRope(), Polar()),
-        "keys.transform[1]: a map behind PreRope would have to be undone token by token, before RoPE is put back; "
-        "leave it out, or leave out PreRope()",
+        "keys.transform[1]: RoPE turns the angles of pairs and leaves their radii: without it nothing is easier to "
+        "code; leave out PreRope()",
     ),
     (
         lambda: keys(per_token(), Polar()),

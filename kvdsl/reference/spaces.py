@@ -20,7 +20,7 @@ from kvdsl.errors import ShapeError
 from kvdsl.matrices import product, rotation, sketch
 from kvdsl.rope import waves
 from kvdsl.scheme import Store
-from kvdsl.transforms import ChannelScale, ChannelShift, Rotate
+from kvdsl.transforms import ChannelScale, ChannelShift, PreRope, Rotate
 
 from .rounding import LARGEST_INPUT, f32
 
@@ -69,6 +69,8 @@ def maps(store: Store, head_dim: int, heads: int, params: Params | None = None, 
         w, u = e, torch.zeros(1, head_dim, dtype=torch.float64)
     for position, part in enumerate(store.linear):
         name = f"{side}.transform[{position}]"
+        if isinstance(part, PreRope):
+            continue
         if isinstance(part, Rotate):
             size = part.size if isinstance(part.size, int) else head_dim
             r = rotation(part.kind, size, part.seed, head_dim)

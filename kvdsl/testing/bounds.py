@@ -159,19 +159,31 @@ def _polar_bound(store: Store, x: Tensor, params: Params | None, side: str) -> T
 
 
 def _roped_bound(store: Store, x: Tensor, params: Params | None, side: str, at: int) -> Tensor:
-    """The bound of y = R_t^-1 x carried back by |R_t|, and what rounding adds: R_t R_t^-1 is the identity but for 2^-23
-    of its factors, and either rotation rounds once.
+    """The bound of y = R_t^-1 x, or of what maps behind it make of it, carried back by |R_t|, and what rounding adds:
+    R_t R_t^-1 is the identity but for 2^-23 of its factors, and either rotation rounds once.
 
     |R_t| takes a bound e of (a, b) to (e_a |cos| + e_b |sin|, e_b |cos| + e_a |sin|).
     """
     assert params is not None
     inside = x.double().abs().clamp(max=LARGEST)
-    coded = encoded_rows(store, x, params, side, at)
-    within = bound(store.with_(transform=()), coded, params, side)
+    before = encoded_rows(store.with_(transform=store.rope), x, params, side, at)
+    behind, given = _behind(store, x, params)
+    within = bound(behind, before, given, side)
     size = inside + partners(store, inside, params)
     cos, sin = (wave.double().abs() for wave in spread_waves(store, params, at, x.shape[2], x.shape[3]))
     carried = within * cos + partners(store, within, params) * sin
     return carried + 2.0**-21 * (size + within) + (x.double().abs() - LARGEST).clamp(min=0)
+
+
+def _behind(store: Store, x: Tensor, params: Params) -> tuple[Store, Params]:
+    """The store behind rotary positions of keys x, and its parameters: its maps stand for the rest of the chain."""
+    behind = store.with_(transform=store.transform[1:])  # type: ignore[index]
+    found = maps(store, x.shape[3], x.shape[1], params, "keys")
+    if found is None:
+        return behind, params
+    encode, moved, decode, shift = found
+    given = {"encode": encode, "encode_shift": -moved, "decode": decode, "decode_shift": shift}
+    return behind, {**params, **{f"keys.{name}": numbers for name, numbers in given.items()}}
 
 
 def partners(store: Store, x: Tensor, params: Params) -> Tensor:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from kvdsl.reference.quantize import maps
 from kvdsl.scheme import Float, Scheme, Store
 
 from .cases import Case, law, require_within
@@ -21,7 +22,8 @@ def _has_positions(scheme: Scheme) -> bool:
 @law("P19", _has_positions, MODEST)
 def positions_come_back(case: Case) -> None:
     """P19: keys that are stored exactly once their positions are off give the scores of the keys themselves, at any
-    position: within (D + 16) 2^-24 of the products' sizes, for sums of D terms and the roundings of both rotations."""
+    position: within (D + 16) 2^-24 of the products' sizes, for sums of D terms and the roundings of both rotations.
+    Where maps are behind them, three times that, of the sizes that they make."""
     exact = Store(Float("fp32"), transform=case.scheme.keys.transform)
     case = replace(case, scheme=case.scheme.with_(keys=exact))
     k, v = case.pair(case.tokens)
@@ -36,5 +38,11 @@ def positions_come_back(case: Case) -> None:
     want = q.double() @ k.double().repeat_interleave(group, 1).transpose(2, 3)
     sizes, _ = query_sizes(exact, q, case.shape.kv_heads, params).chunk(2, -1)
     lengths, _ = query_sizes(exact, k, case.shape.kv_heads, params).chunk(2, -1)
-    limit = sizes @ lengths.repeat_interleave(group, 1).transpose(2, 3) * (case.shape.head_dim + 16) * 2.0**-24
+    found, sums = maps(exact, case.shape.head_dim, case.shape.kv_heads, params, "keys"), 1
+    if found is not None:
+        encode, moved, decode, shift = (part.abs() for part in found)
+        there_and_back = (lengths @ encode.mT + moved[:, None]) @ decode.mT + shift[:, None]
+        lengths, _ = query_sizes(exact, there_and_back, case.shape.kv_heads, params).chunk(2, -1)
+        sums = 3
+    limit = sizes @ lengths.repeat_interleave(group, 1).transpose(2, 3) * sums * (case.shape.head_dim + 16) * 2.0**-24
     require_within("scores", got, want, limit + 1e-30)

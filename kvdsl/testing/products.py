@@ -110,12 +110,24 @@ def sizes_of(
 
 def _sizes(term: TermOf, params: Params, largest: Largest, at: int) -> Tensor:
     """`sizes_of` of one term, the first token at position `at`."""
-    store = term.store
+    store, found = term.store, term.kept.coded
     coded = encoded_rows(store, term.x, params, term.place, at).double()
     counted = isinstance(store.code, Uniform) or _step(store, coded.shape[-1]) is not None
     factors = _factors(store, term.kept, params, term.place).abs() / (2 if counted else 1)
-    size = torch.stack((largest(store, coded, params), term.kept.coded.abs(), factors)).amax(0)
-    return size.chunk(2, -1)[0].repeat(1, 1, 1, 2) if store.polar else size
+    size = torch.stack((largest(store, coded, params), found.abs(), factors)).amax(0)
+    size = size.chunk(2, -1)[0].repeat(1, 1, 1, 2) if store.polar else size
+    return _carried(store, size, found, term.x.shape[3], params) if store.rope is not None else size
+
+
+def _carried(store: Store, size: Tensor, coded: Tensor, head_dim: int, params: Params) -> Tensor:
+    """Sizes of keys that are mapped back in the loop, before their positions: y and W are rounded for one product, its
+    sum for the next, so n = |W| |y| + |W y + v|; numbers of W below the normal ones of float16 are off by 2^-25."""
+    found = maps(store, head_dim, coded.shape[1], params, "keys")
+    if found is None:
+        return size
+    _, _, w, v = found
+    before = (coded @ w.mT + v[:, None]).abs()
+    return size @ w.abs().mT + before + 2.0**-15 * size.sum(-1, keepdim=True)
 
 
 def mapped_query(store: Store, q: Tensor, heads: int, params: Params) -> Tensor:

@@ -50,8 +50,9 @@ def schemes(*, longest: int = 64) -> st.SearchStrategy[Scheme]:
 def _schemes(draw: Draw, longest: int) -> Scheme:
     keys = draw(stores(longest))
     values = draw(st.one_of(st.just(keys), stores(longest)))
-    if not keys.turned and keys.residual is None and draw(st.integers(0, 4)) == 4:
-        keys = keys.with_(transform=PreRope(draw(st.booleans())))
+    plain = keys.residual is None and not keys.polar and not isinstance(keys.code, Sketch)
+    if plain and draw(st.integers(0, 4)) == 4:
+        keys = keys.with_(transform=(PreRope(draw(st.booleans())), *keys.transform))
     group = math.lcm(_tokens(keys), _tokens(values))
     sinks = draw(st.sampled_from([None, None, Sinks(1), Sinks(4), Sinks(5)]))
     if group > 1:

@@ -1,0 +1,88 @@
+"""Keys that were mapped behind their rotary positions, mapped back in the loop over tokens, in Triton.
+
+A score of such a key is q . R_t W y.  R_t differs from token to token, so W cannot leave the sum on the query: one
+query for each token, W^T R_t^T q, takes rows * M * D products a token, and a product of the tensor cores would be of a
+single token.  Mapping the decoded tile takes M * D for all rows, in tiles of whole tokens.  W is outer_d * inner_md
+(`spaces.in_loop`), and `outer` goes onto the query, whose lanes are those of the channels d.
+
+Where W is Hadamard's, H of all planes is H of the planes times H of one plane's lanes: one small matrix is multiplied
+to each plane, then planes are added and subtracted.  That is as many times fewer products as there are planes, and the
+matrix stays in registers.
+"""
+
+from __future__ import annotations
+
+from .plan import Plan
+from .triton_planes import Planes
+
+
+class Unmap:
+    """Lines that make b<plane>, channels of the head before their positions, of decoded n<plane>."""
+
+    def __init__(self, plan: Plan, planes: Planes, operand: str, precise: str) -> None:
+        self.plan, self.planes, self.side = plan, planes, planes.side
+        self.operand, self.precise = operand, precise
+        self.count = self.side.layout.planes
+        self.dim = plan.shape.head_dim
+
+    def inputs(self) -> list[str]:
+        """The arguments of a kernel that maps back."""
+        found = ["keys_inner_ptr", "keys_outer_ptr", "keys_stride"]
+        return found + ["keys_inner_shift_ptr", "keys_shifts"] * self.side.shifted
+
+    def outer(self, plane: int) -> list[str]:
+        """outer<plane> = the factors that go onto the query's lanes."""
+        mask = self.planes.inside(plane)
+        at = f"keys_outer_ptr + h * (keys_stride // {self.side.dim}) + {self.planes.plane_lane(plane)}"
+        return [f"outer{plane} = tl.load({at}{f', mask={mask}, other=0.0' if mask else ''})"]
+
+    def prologue(self) -> list[str]:
+        """What stays the same through the loop: the matrix of one plane."""
+        return [f"sylvester = {self._block('keys_inner_ptr', 0, 0)}"] if self.side.butterflies else []
+
+    def _block(self, base: str, plane: int, of: int) -> str:
+        """The load of the block of `inner` that takes a plane of numbers to a plane `of` channels."""
+        row, column = f"{self.planes.plane_lane(plane)}[:, None]", f"{self.planes.plane_lane(of)}[None, :]"
+        masks = [
+            f"{name}[{axes}]"
+            for name, axes in ((self.planes.inside(plane), ":, None"), (self.planes.inside(of), "None, :"))
+            if name
+        ]
+        mask = f", mask={' & '.join(masks)}, other=0.0" if masks else ""
+        return f"tl.load({base} + {row} * {self.dim} + {column}{mask})"
+
+    def begin(self) -> list[str]:
+        """Lines before the first plane of a tile."""
+        if self.side.butterflies:
+            return [*self._small(), *self._summed()]
+        # Loads that are the same in every tile would be kept in registers through the loop.
+        lines = ["inner = keys_inner_ptr + h * keys_stride + (page >> 63)"]
+        return lines + [f"c{j} = n{j}.to({self.operand})" for j in range(self.count)]
+
+    def _small(self) -> list[str]:
+        return [f"b{j} = tl.dot(n{j}.to({self.operand}), sylvester{self.precise})" for j in range(self.count)]
+
+    def _summed(self) -> list[str]:
+        """Sylvester's matrix of planes, applied in sums and differences."""
+        lines, step = [], 1
+        while step * self.planes.width < self.side.butterflies:
+            for j in range(self.count):
+                if not j & step:
+                    a, b = f"b{j}", f"b{j + step}"
+                    lines.append(f"{a}, {b} = {a} + {b}, {a} - {b}")
+            step *= 2
+        return lines
+
+    def plane(self, of: int) -> list[str]:
+        """b<of>, behind `begin`, in units of its lanes' `outer`."""
+        if self.side.butterflies:
+            return []
+        lines = []
+        for j in range(self.count):
+            so_far = f", b{of}" if j else ""
+            lines.append(f"b{of} = tl.dot(c{j}, {self._block('inner', j, of)}{so_far}{self.precise})")
+        if self.side.shifted:
+            mask = self.planes.inside(of)
+            at = f"keys_inner_shift_ptr + h * keys_shifts * {self.dim} + (page >> 63) + {self.planes.plane_lane(of)}"
+            lines.append(f"b{of} = b{of} + tl.load({at}{f', mask={mask}, other=0.0' if mask else ''})[None, :]")
+        return lines
