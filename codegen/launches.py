@@ -99,6 +99,8 @@ def _type(name: str, kernel: str, plan: Plan) -> str:
         return {"fp16": "*fp16", "bf16": "*i16", "fp32": "*fp32"}[plan.shape.dtype] if kernel == "merge" else "*fp32"
     if name == "keys_inner_ptr":
         return "*fp32" if _exact_keys(plan) else "*fp16"
+    if name.endswith("_columns_ptr"):  # a map, of rows
+        return "*fp64"
     if name.endswith("_ptr"):
         kind = POINTERS.get(name, "*fp32")
         return f"*{plan.shape.dtype}" if kind == "input" else kind

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 from triton.runtime.errors import OutOfResources
 
 from kvdsl.errors import BackendError
@@ -35,6 +36,8 @@ LOG2E = 1.4426950408889634
 # Programs that share a sequence, as measured on an H100 from 1x8x1024 to 8x8x131072 (batch, kv heads, tokens)
 FEW_SPLITS, MOST_SPLITS, MOST_EDGES = 24, 128, 32
 PAGES_A_SPLIT = 8
+COLUMNS = WeakTensorKeyDictionary()
+"""Maps -> the same by columns, float64: made once for those that are used again in every step."""
 Setting = tuple[int, str | None]
 """Depth of the pipeline, setting of the assembler."""
 
@@ -320,4 +323,10 @@ def _parameter(name: str, params: Params) -> Tensor | int:
         return matrix.shape[1] * matrix.shape[2] if matrix.shape[0] > 1 else 0
     if what == "shifts":
         return int(params[f"{side}.encode_shift"].shape[0] > 1)
+    if what.endswith("_columns"):
+        matrix = params[f"{side}.{what.removesuffix('_columns')}"]
+        if matrix not in COLUMNS:
+            COLUMNS[matrix] = matrix.mT.to(torch.float64).contiguous()
+        columns: Tensor = COLUMNS[matrix]
+        return columns
     return params[f"{side}.{what}"]

@@ -15,7 +15,7 @@ QUERY_ROWS = 16
 QUERY_LANES = 32
 
 # One row of the source at a time would wait for memory; a whole tile of products would not fit: one number of every
-# row against one line of the map.
+# row against one column of the map, whose numbers are neighbours, and float64 already as conversions are slow.
 TURN = """
 @triton.jit(do_not_specialize=[$loose])
 def $name($args):
@@ -26,14 +26,15 @@ def $name($args):
     h = bh % $heads
     $where
     source = $source + row * $taken
-    matrix = $matrix_ptr + h.to(tl.int64) * $stride + i.to(tl.int64) * $taken
+    matrix = $matrix_ptr + h.to(tl.int64) * $stride + i
     y = tl.zeros([$rows, $lanes], tl.float64)
     $squares
-    for d in range(0, $taken):
+    for d in tl.range(0, $taken, loop_unroll_factor=4):
         x = tl.load(source + d, mask=inside, other=0.0).to(tl.float32)
         $clean
-        e = tl.load(matrix + d, mask=i < $given, other=0.0)
-        y += x.to(tl.float64)[:, None] * e.to(tl.float64)[None, :]
+        x = x.to(tl.float64)
+        e = tl.load(matrix + d * $given, mask=i < $given, other=0.0)
+        y = tl.fma(tl.broadcast_to(x[:, None], y.shape), tl.broadcast_to(e[None, :], y.shape), y)
         $squared
     $shift
     out = out_ptr + (bh.to(tl.int64) * count + n)[:, None] * $given + i[None, :]
@@ -80,15 +81,16 @@ def _turn(plan: Plan, side: SidePlan, name: str, **holes: list[str] | str | int)
     lanes = min(TURN_LANES, padded(given))
     return fill(
         TURN, name=name, rows=TURN_ROWS, lanes=lanes, heads=plan.shape.kv_heads, taken=taken, given=given,
-        matrix_ptr=f"{which}_ptr", stride=f"{side.label}_stride", shift=shift, **holes,
+        matrix_ptr=f"{which}_columns_ptr", stride=f"{side.label}_stride", shift=shift, **holes,
     )  # fmt: skip
 
 
 def map_arguments(side: SidePlan, what: str) -> list[str]:
-    """The arguments of a kernel that applies `encode` or `decode`: matrix, shift, and how far one head's is apart."""
+    """The arguments of a kernel that applies `encode` or `decode` to rows: matrix, by columns, shift, and how far one
+    head's is apart."""
     name = f"{side.label}_{what}"
     shift = [f"{name}_shift_ptr", f"{side.label}_shifts"] if side.shifted else []
-    return [f"{name}_ptr", f"{side.label}_stride", *shift]
+    return [f"{name}_columns_ptr", f"{side.label}_stride", *shift]
 
 
 def whole_map(side: SidePlan) -> tuple[str, str]:
@@ -131,7 +133,7 @@ def _squares(side: SidePlan) -> dict[str, list[str]]:
     ]
     return {
         "squares": [f"squares = tl.zeros([{TURN_ROWS}], tl.float64)"],
-        "squared": ["squares += x.to(tl.float64) * x.to(tl.float64)"],
+        "squared": ["squares += x * x"],
         "stored": stored,
     }
 
