@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from . import measure_rules, polar_rules, residual_rules  # noqa: F401  (they enter their rules)
+from . import measure_rules, polar_rules, residual_rules, rope_rules  # noqa: F401  (they enter their rules)
 from .codes import in_trits, width
 from .errors import Fault, SchemeError
 from .kinds import misfits
-from .scheme import ALL, SIDES, ChannelScale, Codebook, Float, PreRope, Rotate, Scale, Scheme, Sketch, Store, Uniform
+from .scheme import ALL, SIDES, ChannelScale, Codebook, Float, Rotate, Scale, Scheme, Sketch, Store, Uniform
 from .shape import Shape
 from .sites import RULES, Site, rule
 
@@ -325,23 +325,6 @@ def _queries_balance_keys(site: Site) -> Iterator[Fault]:
         elif isinstance(part, ChannelScale) and part.by == "balance" and site.store.rope is not None:
             fact = "'balance' weighs a channel of keys against one of queries, and keys before RoPE meet no query"
             yield site.fault(f"transform[{position}].by", fact, "behind PreRope() use 'sqrt_absmax'")
-
-
-@rule("~.transform")
-def _rope_comes_off_keys_first(site: Site) -> Iterator[Fault]:
-    parts = site.store.transform
-    for position, part in enumerate(parts):  # type: ignore[arg-type]
-        if not isinstance(part, PreRope) or site.left:
-            continue
-        if site.place == "values" or site.scheme.keys is site.scheme.values:
-            yield Fault(f"values.transform[{position}]", "values carry no RoPE", "remove PreRope()")
-        elif position:
-            fact = "RoPE comes off before anything else"
-            yield site.fault(f"transform[{position}]", fact, "put PreRope() first, once")
-        elif site.store.polar:
-            at = len(parts) - 1  # type: ignore[arg-type]
-            fact = "RoPE turns the angles of pairs and leaves their radii: without it nothing is easier to code"
-            yield site.fault(f"transform[{at}]", fact, "leave out PreRope()")
 
 
 def _layers(scheme: Scheme) -> Iterator[Fault]:

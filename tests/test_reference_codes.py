@@ -295,6 +295,13 @@ def test_a_sketch_by_hand() -> None:
     ]
 
 
+def test_signs_do_not_depend_on_the_norm() -> None:
+    """A vector too small for its norm in fp16 still has signs, and reads 0."""
+    store, x = Store(Sketch(8, basis="gaussian")), torch.randn(1, 1, 4, 8, generator=torch.Generator().manual_seed(0))
+    usual, small = (reference.quantize(store, x * size) for size in (1.0, 2.0**-40))
+    assert torch.equal(usual.codes, small.codes) and not small.decoded.any()  # type: ignore[arg-type]
+
+
 def test_a_sketch_of_bad_numbers() -> None:
     store = Store(Sketch(16, basis="gaussian", seed=1))
     x = torch.randn(1, 2, 3, 8, generator=torch.Generator().manual_seed(0))

@@ -99,7 +99,8 @@ def _coded(store: Store, x: Tensor, y: Tensor, params: Params | None, side: str)
     numbers = _finite(numbers)
     if isinstance(code, Sketch):
         found = measure(_finite(x)[..., None, :], code, scale, 1.0, letters, None)
-        c, decoded = _letters(numbers, found, scale, letters)
+        c = (numbers > 0).to(torch.float64)  # whatever the norm is stored as
+        decoded = f32(found.s[..., None] * letters.level(c, torch.zeros((), dtype=torch.float64)))
     elif scale.when == "calibrated":
         found = _given(store, y.shape, size, params, side)
         c, decoded = _letters(numbers, found, scale, letters)

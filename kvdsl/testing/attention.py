@@ -366,9 +366,9 @@ def _largest(store: Store, k: Tensor, params: Params) -> Tensor:
 
 
 def _plain(scheme: Scheme) -> bool:
-    """Whether numbers are stored as they are, or maps of them; an angle rounded to float16 is off by up to 2^-9."""
+    """Whether numbers are stored as they are: those of a map, and angles, are rounded to float16 once more."""
     sides = (scheme.keys, scheme.values)
-    return all(isinstance(side.code, Float) and side.code.plain and not side.polar for side in sides)
+    return all(isinstance(side.code, Float) and side.code.plain and not side.turned for side in sides)
 
 
 @law("P32", _plain, MODEST)
