@@ -18,8 +18,8 @@ demo: $(STAMP)
 
 # Triton's interpreter and its compiler cannot share a process, so the kernels run interpreted in a process of their own.
 test: $(STAMP)
-	TRITON_INTERPRET=1 $(RUN) -m pytest tests/interpreted -n auto
-	env -u TRITON_INTERPRET $(RUN) -m pytest tests --ignore tests/interpreted -n auto
+	TRITON_INTERPRET=1 $(RUN) -m pytest tests/interpreted -n auto --dist worksteal
+	env -u TRITON_INTERPRET $(RUN) -m pytest tests --ignore tests/interpreted -n auto --dist worksteal
 
 gpu-test: $(STAMP)
 	env -u TRITON_INTERPRET $(RUN) -m pytest tests -m gpu
