@@ -22,7 +22,7 @@ def test_a_shipped_scheme_obeys_every_law(name: str) -> None:
 
 
 @pytest.mark.parametrize("law", LAW_NAMES)
-@fixed(examples=30)
+@fixed(examples=20)
 @given(st.data())
 def test_any_legal_scheme_obeys_the_law(law: str, data: Any) -> None:
     scheme: Scheme = data.draw(schemes().filter(LAWS[law].applies))
