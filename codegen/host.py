@@ -18,6 +18,11 @@ def finite(x: Tensor) -> Tensor:
     return torch.nan_to_num(x, nan=0.0, posinf=LARGEST, neginf=-LARGEST).clamp(-LARGEST, LARGEST)
 
 
+def saturated(x: Tensor) -> Tensor:
+    """Numbers made finite, NaN kept."""
+    return torch.where(x == x, finite(x), x)
+
+
 def quotient(dividend: Tensor, divisor: Tensor) -> Tensor:
     """dividend / divisor, rounded to nearest."""
     return dividend / divisor

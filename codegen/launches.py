@@ -85,11 +85,6 @@ def arguments(source: str) -> dict[str, tuple[str, ...]]:
     }
 
 
-def _exact_keys(plan: Plan) -> bool:
-    """Whether products with keys are of float32 numbers."""
-    return plan.shape.dtype == "fp32" or plan.keys.floats == "fp32"
-
-
 def _type(name: str, kernel: str, plan: Plan) -> str:
     if name.isupper():
         return CONSTEXPR
@@ -98,7 +93,7 @@ def _type(name: str, kernel: str, plan: Plan) -> str:
     if name == "out_ptr":
         return {"fp16": "*fp16", "bf16": "*i16", "fp32": "*fp32"}[plan.shape.dtype] if kernel == "merge" else "*fp32"
     if name == "keys_inner_ptr":
-        return "*fp32" if _exact_keys(plan) else "*fp16"
+        return "*fp32" if plan.exact_keys else "*fp16"
     if name.endswith("_columns_ptr"):  # a map, of rows
         return "*fp64"
     if name.endswith("_ptr"):

@@ -17,6 +17,7 @@ from kvdsl.codes import in_trits, trit_bytes
 from kvdsl.codes import width as code_bits
 from kvdsl.scheme import ALL, SIDES, Float, MetaFormat, Scheme, Store
 from kvdsl.shape import Shape
+from kvdsl.window import token_block
 
 ALIGN = 16  # bytes: what one asynchronous copy moves
 PAIR = 32  # tokens t and t + 32 share a word where one token is too narrow for a tensor-core operand
@@ -187,14 +188,6 @@ def aligned(size: int) -> int:
 def widths(bits: int) -> tuple[int, ...]:
     """The stream widths of a code, widest first: 3 -> (2, 1), 7 -> (4, 2, 1)."""
     return tuple(w for w in (8, 4, 2, 1) if bits & w)
-
-
-def token_block(store: Store) -> int:
-    """Tokens that share an online scale."""
-    if store.measure is None or store.measure.when == "calibrated":
-        return 1
-    assert isinstance(store.measure.block.tokens, int)
-    return store.measure.block.tokens
 
 
 def _natural(width: int, head_dim: int) -> tuple[bool, int]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from enum import Enum
 
 from kvdsl.scheme import ALL, Scale, Store, Uniform
+from kvdsl.window import token_block
 
-from .layout import SideLayout, token_block
+from .layout import SideLayout
 
 
 class When(Enum):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from kvdsl.rules import refuse_for
 from kvdsl.scheme import SIDES, Float, PreRope, Scale, Scheme, Side, Sketch, Store, Uniform
 from kvdsl.shape import Shape
+from kvdsl.window import token_block
 
 from .alphabet import Alphabet, alphabet_of
 from .bijection import BijectionProof, prove_bijection
@@ -20,7 +21,6 @@ from .layout import (
     SideLayout,
     Stream,
     lay_out,
-    token_block,
 )
 from .placement import When, place
 
@@ -65,6 +65,11 @@ class SidePlan:
     def label(self) -> str:
         """The end of the names of this term's functions."""
         return self.name + "_residual" * self.depth
+
+    @property
+    def product(self) -> str:
+        """The name of the torch function that multiplies what is packed: with a query, or under weights."""
+        return ("score" if self.name == "keys" else "weigh") + "_residual" * self.depth
 
     @property
     def path(self) -> str:
@@ -265,6 +270,11 @@ class Plan:
     tile: int
     halves: int
     bijection: tuple[BijectionProof, ...]
+
+    @property
+    def exact_keys(self) -> bool:
+        """Whether products with decoded keys are of float32 numbers."""
+        return self.shape.dtype == "fp32" or self.keys.floats == "fp32"
 
     def side(self, name: str) -> SidePlan:
         """A side, or a term of one, by its label."""

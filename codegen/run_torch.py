@@ -14,16 +14,11 @@ from kvdsl.kernels import AttentionState, Params, Side
 from kvdsl.params import ROPE
 from kvdsl.rope import table
 
-from .host import cartesian, finite, mapped, polar, rotated, rows_of_bytes
+from .host import cartesian, mapped, polar, rotated, rows_of_bytes, saturated
 from .plan import Plan, SidePlan
 
 LOG2E = 1.4426950408889634
 PACK_AT_ONCE = 64  # pages quantized at a time: bounds the working memory of a long prompt
-
-
-def _clean(x: Tensor) -> Tensor:
-    """Numbers made finite, NaN kept."""
-    return torch.where(x == x, finite(x), x)
 
 
 class TorchModule:
@@ -62,10 +57,10 @@ class TorchModule:
         """The numbers to be coded of rows (n, H, T, D) of the tokens at u (n, T), float32."""
         if not part.turned:
             return rows
-        clean = _clean(rows)
+        clean = saturated(rows)
         if part.rope is not None:
             clean = self._rotated(clean, u, params, torch.float64, -1)
-            clean = _clean(clean) if part.mapped else clean
+            clean = saturated(clean) if part.mapped else clean
         if part.mapped:
             clean = mapped(clean, params[f"{part.path}.encode"], params.get(f"{part.path}.encode_shift"))
         return polar(clean) if part.polar else clean
@@ -123,7 +118,7 @@ class TorchModule:
         for part in self.plan.side(side).terms:
             self._write(part, x, u, inside, pages, params)
             if part.residual is not None:
-                x = _clean(x) - self._decoded(part, pages[:, None], params, slice(None), 0)
+                x = saturated(x) - self._decoded(part, pages[:, None], params, slice(None), 0)
         pool[ids] = pages
 
     def _write(self, part: SidePlan, x: Tensor, u: Tensor, inside: Tensor, pages: Tensor, params: Params) -> None:
@@ -131,7 +126,7 @@ class TorchModule:
         layout = self.plan.layout
         given = [self._turned(part, x, u, params)]
         if part.sketched:  # one sum a token, before the vector is mapped: (pages, H, T, 1)
-            given.append(_clean(x).to(torch.float64).square().sum(-1, keepdim=True))
+            given.append(saturated(x).to(torch.float64).square().sum(-1, keepdim=True))
         sections = list(getattr(self.module, f"pack_{part.label}")(*given, *self._given(part, params)))
         blobs, shared = self._blobs(pages)
         if part.floats:
@@ -208,8 +203,7 @@ class TorchModule:
 
     def _term_scores(self, term: SidePlan, columns: Tensor, pages: Tensor, params: Params) -> Tensor:
         met = params[f"{term.path}.decode"].mT @ columns if term.mapped else columns
-        product = "score" + "_residual" * term.depth
-        score: Tensor = getattr(self.module, product)(met, *self._inputs(term, pages, params))
+        score: Tensor = getattr(self.module, term.product)(met, *self._inputs(term, pages, params))
         return score + (params[f"{term.path}.decode_shift"][:, None] @ columns) if term.shifted else score
 
     def _sums_of_codes(self, weights: Tensor, pages: Tensor, params: Params) -> Tensor:
@@ -218,8 +212,7 @@ class TorchModule:
         return sum(others, total)
 
     def _term_sums(self, term: SidePlan, weights: Tensor, pages: Tensor, params: Params) -> Tensor:
-        product = "weigh" + "_residual" * term.depth
-        total: Tensor = getattr(self.module, product)(weights, *self._inputs(term, pages, params))
+        total: Tensor = getattr(self.module, term.product)(weights, *self._inputs(term, pages, params))
         if term.mapped:
             total = params[f"{term.path}.decode"] @ total
         if term.shifted:

@@ -18,7 +18,7 @@ from kvdsl.kernels import AttentionState, Params, Side
 from kvdsl.params import ROPE
 from kvdsl.rope import NEAR, near, table
 
-from .host import LARGEST, cartesian, polar
+from .host import cartesian, polar, saturated
 from .launch import DEPTH, assembled
 from .launches import ASSEMBLER, GIVEN_POINTERS, arguments, fused, stages, warps
 from .plan import Plan, SidePlan
@@ -102,9 +102,9 @@ class TritonModule:
                 self._pack_term(term, source, at, start, begin, end, (low, high), pool, table, params)
                 if term.residual is not None:
                     # what is left of the chunk's tokens, in rows of their own
-                    taken = _taken(source, at, start, low, high)
-                    clean = torch.where(torch.isnan(taken), taken, taken.clamp(-LARGEST, LARGEST))
-                    source = clean - self._decoded(term, pool, table, low, high, params)
+                    source = saturated(_taken(source, at, start, low, high)) - self._decoded(
+                        term, pool, table, low, high, params
+                    )
                     at, start = torch.full_like(first, low), 0
 
     def _pack_term(self, term: SidePlan, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor,

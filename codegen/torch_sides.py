@@ -18,11 +18,6 @@ from .torch_pack import TorchPack, unpacked
 class TorchSide(TorchPack):
     """Prints `pack_<side>`, `numbers_<side>`, `unpack_<side>`, and `score` or `weigh`."""
 
-    @property
-    def product(self) -> str:
-        """The name of the function that multiplies what is packed: of a query, or of weights."""
-        return ("score" if self.side.name == "keys" else "weigh") + "_residual" * self.side.depth
-
     def functions(self) -> list[str]:
         texts = [] if self.side.floats else functions(self.side, "torch.")
         texts.append(self.pack())
@@ -171,7 +166,7 @@ class TorchSide(TorchPack):
     def score(self) -> str:
         """Scores of packed keys."""
         side, out = self.side, Lines()
-        with out.deeper(f"def {self.product}({', '.join(['query', *self.inputs()])}):"):
+        with out.deeper(f"def {side.product}({', '.join(['query', *self.inputs()])}):"):
             out.add('"""q.k of every packed token: query float32 (B, H, D, rows) -> (B, H, tokens, rows)."""')
             if side.when in (When.NEVER, When.IN_LOOP):
                 out.add(f"return {self._channels_of(f'unpack_{side.label}')} @ query")
@@ -254,7 +249,7 @@ class TorchSide(TorchPack):
     def weigh(self) -> str:
         """Sums of packed values under weights."""
         side, out = self.side, Lines()
-        with out.deeper(f"def {self.product}({', '.join(['weights', *self.inputs()])}):"):
+        with out.deeper(f"def {side.product}({', '.join(['weights', *self.inputs()])}):"):
             out.add('"""Sums of packed values: weights float32 (B, H, tokens, rows) -> (B, H, D, rows)."""')
             if side.when in (When.NEVER, When.IN_LOOP):
                 out.add(f"return used({self._channels_of(f'unpack_{side.label}')}, weights, 1).mT @ weights")

@@ -6,10 +6,11 @@ One pack program owns one token block (or 32 single tokens) of one kv head: stat
 from __future__ import annotations
 
 from kvdsl.codes import TRITS
+from kvdsl.window import token_block
 
 from .codec import call, coding, stored_numbers, words
 from .codec_text import functions
-from .layout import PAIR, Stream, token_block
+from .layout import PAIR, Stream
 from .placement import within_groups
 from .plan import Plan, SidePlan
 from .text import Lines, bare, fill, padded, plus

@@ -106,9 +106,8 @@ class Positions:
     def __init__(self, plan: Plan, planes: Planes, rope: PreRope) -> None:
         self.plan, self.planes, self.rope = plan, planes, rope
         self.dim = plan.shape.head_dim
-        exact = plan.shape.dtype == "fp32" or planes.side.floats == "fp32"
-        self.operand = "tl.float32" if exact else "tl.float16"
-        self.precise = ', input_precision="ieee"' if exact else ""
+        self.operand = "tl.float32" if plan.exact_keys else "tl.float16"
+        self.precise = ', input_precision="ieee"' if plan.exact_keys else ""
         self.count = range(planes.side.layout.planes)
         self.unmap = Unmap(plan, planes, self.operand, self.precise) if planes.side.mapped else None
 

@@ -51,12 +51,8 @@ class Unpack(Planes):
         keep = [a for a in addresses if not a.startswith((*others, "page_token"))]
         text = "\n".join([*keep, *halves.lines])
         args = [p for p in pools(plan) if p in text] + ["table_ptr"]
-        args += [p for p in parameters(plan) if p.startswith(f"{side.label}_")] + [
-            "out_ptr",
-            "begin",
-            "end",
-            "table_width",
-        ]
+        args += [p for p in parameters(plan) if p.startswith(f"{side.label}_")]
+        args += ["out_ptr", "begin", "end", "table_width"]
         return fill(
             UNPACK, side=side.label, args=", ".join(args), heads=plan.shape.kv_heads, tile=plan.tile,
             page=plan.layout.page_tokens, head_dim=side.dim, lanes=self.lane_lines(), addresses=keep,

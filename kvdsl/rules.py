@@ -55,10 +55,9 @@ def refuse_for(scheme: Scheme, shape: Shape) -> None:
 def _sites(scheme: Scheme) -> Iterator[Site]:
     """Every store where it stands, those of residuals behind theirs; one of both sides once."""
     for side in SIDES[: 1 if scheme.keys is scheme.values else 2]:
-        place, store = str(side), scheme.side(side)
-        for one in store.terms if isinstance(store, Store) else (store,):
+        store = scheme.side(side)
+        for place, one in store.placed(side) if isinstance(store, Store) else ((side, store),):
             yield Site(place, one, scheme)
-            place += ".residual"
 
 
 def _touch(read: str, wrong: str) -> bool:

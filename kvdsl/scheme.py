@@ -114,6 +114,10 @@ class Store(Part):
         """This store and the stores of what is left, in order: what is read is the sum of them all."""
         return (self, *(self.residual.terms if isinstance(self.residual, Store) else ()))
 
+    def placed(self, place: str) -> tuple[tuple[str, Store], ...]:
+        """The terms with their places in a spec where this store stands at `place`."""
+        return tuple((place + ".residual" * depth, term) for depth, term in enumerate(self.terms))
+
     def coded(self, head_dim: int) -> int:
         """How many numbers a head's vector of `head_dim` channels is coded as."""
         if isinstance(self.code, Sketch) and isinstance(self.code.dim, int):

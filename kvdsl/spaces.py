@@ -44,8 +44,8 @@ def maps(store: Store, side: Side, head_dim: int, params: Params, device: torch.
     side by side.
     """
     found = dict[str, Tensor]()
-    for depth, term in enumerate(store.terms):
-        found |= _maps(term, side + ".residual" * depth, head_dim, params, device)
+    for place, term in store.placed(side):
+        found |= _maps(term, place, head_dim, params, device)
     if store.residual is not None:
         found[f"{side}.read"] = _side_by_side(store, side, head_dim, found, device)
     return found
@@ -54,7 +54,7 @@ def maps(store: Store, side: Side, head_dim: int, params: Params, device: torch.
 def _side_by_side(store: Store, side: Side, head_dim: int, found: Params, device: torch.device | str) -> Tensor:
     """What takes the coded numbers of all terms, one behind the other, to a vector."""
     same = torch.eye(head_dim, device=device)[None]
-    parts = [found.get(f"{side}{'.residual' * depth}.decode", same) for depth in range(len(store.terms))]
+    parts = [found.get(f"{place}.decode", same) for place, _ in store.placed(side)]
     heads = max(len(part) for part in parts)
     return torch.cat([part.expand(heads, -1, -1) for part in parts], -1).contiguous()
 

@@ -38,12 +38,12 @@ def windows(scheme: Scheme) -> dict[str, Window]:
     flush = scheme.recent.flush if scheme.recent else "rolling"
     policies: dict[str, Window] = {}
     for side in SIDES:
-        block = math.lcm(*map(_block, scheme.side(side).terms))
+        block = math.lcm(*map(token_block, scheme.side(side).terms))
         policies[side] = Window(sinks, recent, flush == "whole" or (flush == "auto" and block > 1), block)
     return policies
 
 
-def _block(store: Store) -> int:
+def token_block(store: Store) -> int:
     """Tokens that share an online scale."""
     scale = store.measure
     tokens = scale.block.tokens if scale is not None and scale.when == "online" else 1

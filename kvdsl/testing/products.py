@@ -138,8 +138,8 @@ def mapped_query(store: Store, q: Tensor, heads: int, params: Params) -> Tensor:
     if not store.apart:
         return q.double()
     met = []
-    for depth, term in enumerate(store.terms):
-        found = maps(term, q.shape[3], heads, params, "keys" + ".residual" * depth)
+    for place, term in store.placed("keys"):
+        found = maps(term, q.shape[3], heads, params, place)
         decode = None if found is None else found[2].expand(heads, -1, -1).repeat_interleave(q.shape[1] // heads, 0)
         met.append(q.double() if decode is None else q.double() @ decode)
     return torch.cat((*met, q.double()), -1)
@@ -162,7 +162,7 @@ def mapped_back(store: Store, part: Tensor, head_dim: int, params: Params) -> Te
     if not store.apart:
         return part
     *coded, total = part.split([*(term.coded(head_dim) for term in store.terms), head_dim], -1)
-    for depth, (term, numbers) in enumerate(zip(store.terms, coded, strict=True)):
-        found = maps(term, head_dim, part.shape[1], params, "values" + ".residual" * depth)
+    for (place, term), numbers in zip(store.placed("values"), coded, strict=True):
+        found = maps(term, head_dim, part.shape[1], params, place)
         total = total + (numbers if found is None else numbers @ found[2].mT)
     return total

@@ -33,7 +33,7 @@ from kvdsl.scheme import (
     Uniform,
 )
 from kvdsl.shape import Shape
-from kvdsl.window import windows
+from kvdsl.window import token_block, windows
 
 from .cases import Case
 from .data import KINDS
@@ -67,8 +67,7 @@ def _schemes(draw: Draw, longest: int) -> Scheme:
 
 def _tokens(side: Store) -> int:
     """Tokens that share an online scale of any term."""
-    online = (one.measure for one in side.terms if one.measure is not None and one.measure.when == "online")
-    return math.lcm(*(scale.block.tokens for scale in online if isinstance(scale.block.tokens, int)))
+    return math.lcm(*map(token_block, side.terms))
 
 
 @st.composite

@@ -23,8 +23,8 @@ class TermOf(NamedTuple):
 
 def terms_of(store: Store, x: Tensor, params: Params | None, side: str, at: int = 0) -> Iterator[TermOf]:
     """The terms of x (B, H, T, D), whole blocks, the first token at position `at`."""
-    for depth, term in enumerate(store.terms):
-        alone, place = term.with_(residual=None), side + ".residual" * depth
+    for place, term in store.placed(side):
+        alone = term.with_(residual=None)
         kept = quantize(alone, x, params, place, at)
         yield TermOf(alone, place, x, kept)
         x = left(x.double(), kept.decoded)
