@@ -51,6 +51,10 @@ def _said(part: object) -> str:
         drawn = "" if part.seed is None else f", from seed {part.seed}"
         return f"y = R x, R {part.kind} over {size}{drawn}"
     if isinstance(part, Polar):
+        if part.levels > 1:
+            angles = ", ".join(f"a{level + 1}" for level in range(part.levels))
+            pairs = f"then of pairs of radii, i and i + D/4, ..., down to D/{2**part.levels}, 0 <= a <= pi/2"
+            return f"y = (r, {angles}), radius and angle of every pair (x[i], x[i + D/2]), 0 <= a1 < 2 pi; {pairs}"
         return "y = (r, a), radius and angle of every pair (x[i], x[i + D/2]), 0 <= a < 2 pi"
     if isinstance(part, ChannelScale):
         return f"y = x / n, n a channel's {part.by}, calibrated"
@@ -111,6 +115,8 @@ def _polar(side: str, store: Store, letter: str) -> Absorbed:
     if sp.simplify(given - (q * x + p * z)) != 0 or sp.expand(turned - of_pair) != 0:
         raise ProofError(f"{side}: radius and angle of a pair do not give the pair back")
     letter = "y" if store.mapped else letter
+    if store.levels > 1:
+        return _levels(side, store, letter)
     read = f"{letter}[t, i] = r[t, i]*cos a[t, i], {letter}[t, i + D/2] = r[t, i]*sin a[t, i]"
     if side == "keys":
         outer = "q'" if store.mapped else "q"
@@ -121,6 +127,17 @@ def _polar(side: str, store: Store, letter: str) -> Absorbed:
     method = "symbolic, for one pair, and for its angle a turn further"
     where = "r cos a and r sin a are made in the loop, of decoded r and a"
     return Absorbed(steps(store), read, statement, method, where)
+
+
+def _levels(side: str, store: Store, letter: str) -> Absorbed:
+    """The same of several levels: the radius of a pair is itself one of a pair, whose proof is that of any pair."""
+    levels = store.levels
+    product = f"r[t, d % (D/{2**levels})] * product over l = 1 to {levels} of cos or sin of al[t, d % (D/2^l)]"
+    read = f"{letter}[t, d] = {product}, cos where d % (D/2^(l - 1)) < D/2^l"
+    over, outer = ("d", "q'[d]" if store.mapped else "q[d]") if side == "keys" else ("t", "p[t]")
+    statement = f"sum_{over} {outer}*{letter}[t, d] with {read}"
+    method = "symbolic, for one pair, and for its angle a turn further: each level is one of pairs"
+    return Absorbed(steps(store), read, statement, method, "channels are made in the loop, of decoded radii and angles")
 
 
 def _rope(store: Store) -> Absorbed:

@@ -16,7 +16,7 @@ import sympy as sp
 
 from kvdsl.codes import in_trits
 from kvdsl.errors import ProofError
-from kvdsl.scheme import Store, Uniform
+from kvdsl.scheme import Band, Store, Uniform
 
 from .alphabet import Alphabet, alphabet_of, prove
 from .bijection import prove_digits
@@ -68,7 +68,7 @@ def decoded(store: Store, alphabet: Alphabet, c: sp.Expr, s: sp.Expr, z: sp.Expr
     offset (or zero point) z."""
     code_, scale = store.code, store.measure
     if scale is None:
-        return c
+        return c if alphabet.looked_up or not alphabet.levels else _exact(alphabet.first) + _exact(alphabet.step) * c
     if not isinstance(code_, Uniform):
         line = c if alphabet.looked_up else _exact(alphabet.first) + _exact(alphabet.step) * c
         return s * line + (z if scale.range in ("minmax", "minmax_zero") else 0)
@@ -128,6 +128,7 @@ def derive(side: Literal["keys", "values"], store: Store, when: When, alphabet: 
         whole = sp.IndexedBase("x")[token, channel]
         term = Term(sp.Integer(1), query, True) if side == "keys" else Term(weight, sp.Integer(1), True)
         number = "y[t, i] and y[t, i + D/2], with y[t, d]" if store.polar else str(whole)
+        number = "its radius and its angles, with y[t, d]" if isinstance(store, Band) else number
         made = f"{whole} made of {number}" if store.polar else number
         statement = f"{outside}*{whole} with {made} = {definition}, decoded before the dot product"
         step = ProofStep(statement, "by definition")

@@ -21,8 +21,12 @@ def encode(side: SidePlan, ns: Namespace) -> list[str]:
     out = Lines()
     if side.sketched:
         return ["return to_int(x > 0.0)"]
-    if side.store.measure is None:  # the number itself: NaN has a code
+    if side.store.measure is None and side.alphabet.small is not None:  # the number itself: NaN has a code
         _patterned(out, side, "finite(x)", ns)
+        return out.lines
+    if side.store.measure is None:
+        out.add("y = finite(x)")
+        _nearest_level(out, side.alphabet)
         return out.lines
     point = side.has_offset and side.scale.zero != "min"
     out.add("x = finite(x)")

@@ -16,6 +16,10 @@ FORMAT = 2  # of the generated text; a change of it makes every stored file stal
 
 def formula_lines(side: SidePlan) -> list[str]:
     """The definition of one side as declared, and as lowered."""
+    if side.band and side.absorbed is not None:
+        lines = [f"{side.name}: {step}" for step in side.absorbed.steps]
+        lines += [side.absorbed.read, side.absorbed.where]
+        return lines + [line for term in side.terms for line in _number_lines(term, term.number)]
     return [line for term in side.terms for line in _term_lines(side, term)]
 
 
@@ -31,10 +35,9 @@ def _term_lines(whole: SidePlan, side: SidePlan) -> list[str]:
 
 
 def _coded_lines(side: SidePlan, letter: str) -> list[str]:
+    lines = _number_lines(side, letter)
     if side.floats:
-        return [f"{letter}[t, d] = the number itself, as {side.floats}"]
-    lines = [f"{letter}[t, d] = {sp.sstr(side.form.definition)}"]
-    lines += [f"           {told}" for told in alphabet_lines(side)]
+        return lines
     names = (f"q . {side.number}[t]  = ", "out[d]    = ") if not side.hoisted else ("q' . y[t] = ", "out'[d]   = ")
     outer = names[side.name == "values"]
     over = "d" if side.name == "keys" else "t"
@@ -52,6 +55,14 @@ def _coded_lines(side: SidePlan, letter: str) -> list[str]:
         front = "" if out == 1 else f"{sp.sstr(out)} * "
         texts.append(f"{front}sum_{over} {sp.sstr(inner)}{tail}")
     return [*lines, outer + " + ".join(texts).replace("+ -", "- "), f"           {side.when.value}"]
+
+
+def _number_lines(side: SidePlan, letter: str) -> list[str]:
+    """What a decoded number is."""
+    if side.floats:
+        return [f"{letter}[t, d] = the number itself, as {side.floats}"]
+    told = (f"           {line}" for line in alphabet_lines(side))
+    return [f"{letter}[t, d] = {sp.sstr(side.form.definition)}", *told]
 
 
 def alphabet_lines(side: SidePlan) -> list[str]:
@@ -78,7 +89,8 @@ def page_lines(plan: Plan) -> list[str]:
     for side in plan.terms:
         part = side.layout
         if side.floats:
-            lines.append(f"  {part.float_offset:6d}  {side.title}: {side.floats} rows of {layout.head_dim}")
+            numbers = side.dim if side.band else layout.head_dim
+            lines.append(f"  {part.float_offset:6d}  {side.title}: {side.floats} rows of {numbers}")
         for stream in part.streams:
             rows = "tokens t and t + 32 share a word" if stream.paired else "one token a row"
             planes = f"{part.plane_width} bytes of 5 ternary digits" if stream.digits else ""

@@ -235,22 +235,29 @@ def rotated(x: Tensor, waves: tuple[Tensor, Tensor], interleaved: bool) -> Tenso
     return torch.cat((both.to(x.dtype), x[..., count:]), -1)
 
 
-def polar(x: Tensor) -> Tensor:
-    """float32 (..., D) as the D/2 radii, then the angles in [0, 2 pi], of channels i and i + D/2.
+def polar(x: Tensor, levels: int = 1) -> Tensor:
+    """float32 (..., D) as the D/2 radii, then the angles in [0, 2 pi], of channels i and i + D/2; of more levels the
+    radii are paired again, i and i + D/4, ...: those that are left, then the angles of the first level, the second, ...
 
     Each is taken in float64 and rounded once.  A NaN spoils its vector."""
     spoilt = torch.isnan(x).any(-1, keepdim=True)
-    a, b = (finite(x) + 0.0).to(torch.float64).chunk(2, -1)  # a zero without sign
-    angle = torch.atan2(b, a)
-    angle = torch.where(angle < 0, angle + 2 * math.pi, angle)
-    y = torch.cat((torch.sqrt(a * a + b * b), angle), -1).to(torch.float32)
+    radius, angles = (finite(x) + 0.0).to(torch.float64), []  # a zero without sign
+    for _ in range(levels):
+        a, b = radius.chunk(2, -1)
+        angle = torch.atan2(b, a)
+        angles.append(torch.where(angle < 0, angle + 2 * math.pi, angle))
+        radius = torch.sqrt(a * a + b * b)
+    y = torch.cat((radius, *angles), -1).to(torch.float32)
     return torch.where(spoilt, torch.nan, y)
 
 
-def cartesian(y: Tensor) -> Tensor:
-    """The inverse of `polar`: r cos a, then r sin a."""
-    r, a = y.to(torch.float64).chunk(2, -1)
-    return torch.cat((r * torch.cos(a), r * torch.sin(a)), -1).to(torch.float32)
+def cartesian(y: Tensor, levels: int = 1) -> Tensor:
+    """The inverse of `polar`: r cos a, then r sin a, from the last level to the first."""
+    sizes = [y.shape[-1] >> level + 1 for level in range(levels)]
+    radius, *angles = y.to(torch.float64).split([sizes[-1], *sizes], -1)
+    for a in reversed(angles):
+        radius = torch.cat((radius * torch.cos(a), radius * torch.sin(a)), -1)
+    return radius.to(torch.float32)
 
 
 # ---- pages -----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Literal
 
 from kvdsl.codes import in_trits, trit_bytes
 from kvdsl.codes import width as code_bits
-from kvdsl.scheme import ALL, SIDES, Float, MetaFormat, Scheme, Store
+from kvdsl.scheme import ALL, SIDES, Band, Float, MetaFormat, Scheme, Store
 from kvdsl.shape import Shape
 from kvdsl.window import token_block
 
@@ -136,7 +136,7 @@ class Span:
 class SideLayout:
     """One side of a page, `width` numbers a token.  `streams` is empty where the numbers themselves are stored
     (`float_offset`).  Planes have `plane_width` lanes; of digits the last may have fewer, and one that crosses groups
-    of channels counts as several.  `residual`: where the codes of what is left stand."""
+    of channels counts as several.  `rest`: where the side's next term stands."""
 
     width: int
     streams: tuple[Stream, ...]
@@ -144,12 +144,12 @@ class SideLayout:
     spans: tuple[Span, ...]
     meta: Meta | None
     float_offset: int = 0
-    residual: SideLayout | None = None
+    rest: SideLayout | None = None
 
     @property
     def terms(self) -> tuple[SideLayout, ...]:
-        """This and what stands of what is left, as `Store.terms`."""
-        return (self, *(self.residual.terms if self.residual else ()))
+        """This and those behind it, as `Store.terms`."""
+        return (self, *(self.rest.terms if self.rest else ()))
 
     @property
     def planes(self) -> int:
@@ -222,7 +222,7 @@ def plane_width(store: Store, head_dim: int) -> int:
     """Channels a plane, common to all streams of a side; it divides a per-token group of channels where that can be,
     and half of a vector in polar coordinates: radius and angle of a pair stand in the same lane of two planes."""
     width = _common_width(store, head_dim)
-    while store.polar and head_dim // 2 % width:
+    while store.polar and not isinstance(store, Band) and head_dim // 2 % width:
         width //= 2
     return width
 
@@ -286,7 +286,7 @@ def _digit_stream(spans: tuple[Span, ...], row: int, tokens: int, offset: int) -
 @cache
 def lay_out(scheme: Scheme, shape: Shape) -> Layout:
     """The page of a scheme at a shape: sections in the order key codes, value codes, key metadata, value metadata, what
-    is of what a store left behind its own."""
+    is of what a store left behind its own, and stretches one behind the other."""
     stores = {(side, depth): store for side in SIDES for depth, store in enumerate(scheme.side(side).terms)}
     dims = {at: store.coded(shape.head_dim) for at, store in stores.items()}
     tokens = math.lcm(2 * PAIR, *(token_block(store) for store in stores.values()))
@@ -319,5 +319,5 @@ def lay_out(scheme: Scheme, shape: Shape) -> Layout:
     sides: dict[str, SideLayout] = {}
     for side, depth in reversed(stores):
         here = side, depth
-        sides[side] = replace(codes[here], meta=metas[here], residual=sides.get(side))
+        sides[side] = replace(codes[here], meta=metas[here], rest=sides.get(side))
     return Layout(shape.head_dim, shape.kv_heads, tokens, head_bytes, offset, sides["keys"], sides["values"])

@@ -7,7 +7,7 @@ from functools import cache, cached_property
 from typing import TYPE_CHECKING, Literal
 
 from kvdsl.rules import refuse_for
-from kvdsl.scheme import SIDES, Float, PreRope, Scale, Scheme, Side, Sketch, Store, Uniform
+from kvdsl.scheme import SIDES, Band, Float, PreRope, Scale, Scheme, Side, Sketch, Store, Uniform
 from kvdsl.shape import Shape
 from kvdsl.window import token_block
 
@@ -37,10 +37,12 @@ EXACT_TILE = 16  # tokens a tile where products are of float32 numbers, outside 
 
 @dataclass(frozen=True)
 class SidePlan:
-    """One side, or what is stored of what another store left: what it is, where it stands, where its scale is applied.
+    """One side, what is stored of what another store left, or a band: what it is, where it stands, where its scale is
+    applied.
 
     A vector is the sum of its terms.  The numbers that they code stand one behind the other in one row, so that one map
-    takes a query to what all of them meet, and their sums to an output.
+    takes a query to what all of them meet, and their sums to an output.  Bands are stretches of one such row, which
+    becomes the vector as a whole.
     """
 
     name: Literal["keys", "values"]
@@ -50,51 +52,93 @@ class SidePlan:
     alphabet: Alphabet
     channels: int
     """Of the head's vector."""
-    residual: SidePlan | None = None
+    rest: SidePlan | None = None
+    """The term behind this one."""
     depth: int = 0
-    """How many stores left something before this one."""
+    """How many terms stand before this one."""
     first: int = 0
     """Where the numbers of this term begin in the side's row."""
 
     @property
     def terms(self) -> tuple[SidePlan, ...]:
-        """This and what is stored of what is left, as `Store.terms`."""
-        return (self, *(self.residual.terms if self.residual else ()))
+        """This and those behind it, as `Store.terms`."""
+        return (self, *(self.rest.terms if self.rest else ()))
+
+    @property
+    def band(self) -> Band | None:
+        """Which stretch of a row it is, where it is one."""
+        return self.store if isinstance(self.store, Band) else None
+
+    @property
+    def residual(self) -> SidePlan | None:
+        """What is stored of what this term leaves."""
+        return None if self.band else self.rest
+
+    @property
+    def spaces(self) -> tuple[SidePlan, ...]:
+        """The terms whose numbers are those of a map of their own; of bands, which share one, the first."""
+        return (self,) if self.band else self.terms
 
     @property
     def label(self) -> str:
         """The end of the names of this term's functions."""
-        return self.name + "_residual" * self.depth
+        return f"{self.name}_band{self.depth}" if self.band else self.space
+
+    @property
+    def space(self) -> str:
+        """The end of the names of the functions of the map of this term's row."""
+        return self.name if self.band else self.name + "_residual" * self.depth
 
     @property
     def product(self) -> str:
         """The name of the torch function that multiplies what is packed: with a query, or under weights."""
-        return ("score" if self.name == "keys" else "weigh") + "_residual" * self.depth
+        product = "score" if self.name == "keys" else "weigh"
+        return product if self.band else product + "_residual" * self.depth
 
     @property
     def path(self) -> str:
         """The beginning of the names of this term's parameters."""
-        return self.name + ".residual" * self.depth
+        return f"{self.name}.code.stores[{self.depth}]" if self.band else self.home
+
+    @property
+    def home(self) -> str:
+        """The beginning of the names of the map of this term's row."""
+        return self.name if self.band else self.name + ".residual" * self.depth
 
     @property
     def title(self) -> str:
         """What a person calls this term."""
+        if self.band:
+            return f"{self.name}, {f'angles of level {self.depth}' if self.depth else 'radii'}"
         return self.name + ", what is left" * self.depth
 
     @property
     def number(self) -> str:
-        """What a decoded number is called in formulas: k or v, r of what is left."""
+        """What a decoded number is called in formulas: k or v, r of what is left; of bands r a radius, a2 an angle of
+        the second level."""
+        if self.band:
+            return f"a{self.depth}" if self.depth else "r"
         return "r" if self.depth else self.name[0]
 
     @property
     def letter(self) -> str:
         """The beginning of the names of what is read of this term."""
-        return self.name[0] + "r" * self.depth
+        return self.name[0] + self.mark
+
+    @property
+    def mark(self) -> str:
+        """What tells the names of this term from those of the others of its side."""
+        return "abcdef"[self.depth] if self.band else "r" * self.depth
 
     @property
     def row(self) -> int:
         """Numbers of a vector that are coded, of all terms."""
         return sum(term.dim for term in self.terms)
+
+    @property
+    def stride(self) -> int:
+        """Numbers of the rows that this term's are read from and written to: those of all bands, or its own."""
+        return int(self.dim / self.band.share) if self.band else self.dim
 
     @property
     def span(self) -> int:
@@ -120,7 +164,7 @@ class SidePlan:
         """What becomes of the map of the space that is coded, with its proof; None where there is no map."""
         from .absorb import absorb
 
-        return absorb(self.name, self.store, self.number)
+        return absorb(self.name, self.store, self.name[0] if self.band else self.number)
 
     @property
     def through(self) -> bool:
@@ -131,6 +175,11 @@ class SidePlan:
     def scale(self) -> Scale:
         assert self.store.measure is not None
         return self.store.measure
+
+    @property
+    def rows(self) -> str:
+        """What the rows of a page's numbers are called, where they are stored as they are."""
+        return f"{self.letter}_floats" if self.band else f"{self.name[:-1]}_floats"
 
     @property
     def uniform(self) -> Uniform | None:
@@ -278,12 +327,17 @@ class Plan:
 
     def side(self, name: str) -> SidePlan:
         """A side, or a term of one, by its label."""
-        return next(term for term in self.terms if term.label == name)
+        return next(term for term in self.terms if name in (term.label, term.space))
 
     @property
     def terms(self) -> tuple[SidePlan, ...]:
         """All that a page holds: the keys' terms, then the values'."""
         return self.keys.terms + self.values.terms
+
+    @property
+    def spaces(self) -> tuple[SidePlan, ...]:
+        """The terms of both sides whose numbers are those of a map of their own."""
+        return self.keys.spaces + self.values.spaces
 
     @property
     def half(self) -> int:
@@ -332,15 +386,23 @@ def plan_for(scheme: Scheme, shape: Shape) -> Plan:
 
 
 def _planned(name: Side, store: Store, part: SideLayout, shape: Shape, depth: int = 0, first: int = 0) -> SidePlan:
-    """A store and what is stored of what it leaves."""
+    """A term of a store and those behind it."""
     rest = None
-    if isinstance(store.residual, Store) and part.residual is not None:
-        rest = _planned(name, store.residual, part.residual, shape, depth + 1, first + part.width)
+    this, *others = store.terms[depth:]
+    if others and part.rest is not None:
+        rest = _planned(name, store, part.rest, shape, depth + 1, first + part.width)
+    store = this
     alphabet = alphabet_of(store, _channels(store, shape))
     return SidePlan(name, store, part, place(store, part), alphabet, shape.head_dim, rest, depth, first)
 
 
 def _channels(store: Store, shape: Shape) -> int:
-    """Channels of a block."""
+    """Channels of a block; of a band those that one of its numbers tells of."""
+    if isinstance(store, Band) and store.measure is None:
+        return store.channels
     channels = store.measure.block.channels if store.measure is not None else None
-    return channels if isinstance(channels, int) else shape.head_dim
+    return channels if isinstance(channels, int) else _measured(store, shape)
+
+
+def _measured(store: Store, shape: Shape) -> int:
+    return store.coded(shape.head_dim) if isinstance(store, Band) else shape.head_dim

@@ -30,7 +30,7 @@ def helpers(module: str) -> tuple[str, ...]:
 def render(plan: Plan, name: str) -> str:
     """The whole text, formatted and deterministic."""
     attend = Attend(plan)
-    kernels = [write(plan, term) for term in plan.terms if term.mapped for write in (turn, restore)]
+    kernels = [write(plan, term) for term in plan.spaces if term.mapped for write in (turn, restore)]
     kernels += [turn_query(plan)] if plan.keys.through else []
     kernels += [unrope(plan), rope(plan)] if plan.keys.rope is not None else []
     kernels += [Pack(plan, term).text() for term in plan.terms]

@@ -40,11 +40,11 @@ class TorchModule:
         return pool[table[:, low:high].long()]
 
     def _inputs(self, part: SidePlan, pages: Tensor, params: Params) -> list[Tensor]:
-        """The arguments of a function that reads one term of pages (B, pages, page_bytes)."""
+        """The arguments of a function that reads one term, or all bands, of pages (B, pages, page_bytes)."""
         blobs, shared = self._blobs(pages)
         given = [blobs.movedim(2, 1)]
-        meta = part.layout.meta
-        if meta is not None and meta.shared:
+        metas = [term.layout.meta for term in (part.terms if part.band else (part,))]
+        if any(meta is not None and meta.shared for meta in metas):
             given.append(shared)
         return [*given, *self._given(part, params)]
 
@@ -62,19 +62,19 @@ class TorchModule:
             clean = self._rotated(clean, u, params, torch.float64, -1)
             clean = saturated(clean) if part.mapped else clean
         if part.mapped:
-            clean = mapped(clean, params[f"{part.path}.encode"], params.get(f"{part.path}.encode_shift"))
-        return polar(clean) if part.polar else clean
+            clean = mapped(clean, params[f"{part.home}.encode"], params.get(f"{part.home}.encode_shift"))
+        return polar(clean, part.store.levels) if part.polar else clean
 
     def _decoded(self, part: SidePlan, pages: Tensor, params: Params, span: slice, begin: int) -> Tensor:
         """Tokens `span` of pages (B, pages, page_bytes), the first at u = begin, decoded: one term, (B, H, T, D)."""
-        whole: Tensor = getattr(self.module, f"unpack_{part.label}")(*self._inputs(part, pages, params))
+        whole: Tensor = getattr(self.module, f"unpack_{part.space}")(*self._inputs(part, pages, params))
         return self._restored(part, whole[:, :, span], begin, params)
 
     def _restored(self, part: SidePlan, coded: Tensor, begin: int, params: Params) -> Tensor:
         """Decoded numbers (B, H, T, M) of the tokens from u = begin on as the head's vectors (B, H, T, D)."""
-        coded = cartesian(coded) if part.polar else coded
+        coded = cartesian(coded, part.store.levels) if part.polar else coded
         if part.mapped:
-            coded = mapped(coded, params[f"{part.path}.decode"], params.get(f"{part.path}.decode_shift"))
+            coded = mapped(coded, params[f"{part.home}.decode"], params.get(f"{part.home}.decode_shift"))
         if part.rope is None:
             return coded
         u = torch.arange(begin, begin + coded.shape[2], device=coded.device)[None]
@@ -115,16 +115,20 @@ class TorchModule:
         x = torch.where(inside[:, None, :, None], x, 0.0)
         ids = table[b, page].long()
         pages = pool[ids]
-        for part in self.plan.side(side).terms:
-            self._write(part, x, u, inside, pages, params)
+        for part in self.plan.side(side).spaces:
+            turned = self._turned(part, x, u, params)
+            for term in part.terms if part.band else (part,):
+                numbers = turned[..., term.first : term.first + term.dim] if term.band else turned
+                self._write(term, x, numbers, inside, pages, params)
             if part.residual is not None:
                 x = saturated(x) - self._decoded(part, pages[:, None], params, slice(None), 0)
         pool[ids] = pages
 
-    def _write(self, part: SidePlan, x: Tensor, u: Tensor, inside: Tensor, pages: Tensor, params: Params) -> None:
-        """Write one term of x (pages, H, T, D), the tokens at u (pages, T), into pages, where tokens are inside."""
+    def _write(self, part: SidePlan, x: Tensor, turned: Tensor, inside: Tensor, pages: Tensor, params: Params) -> None:
+        """Write one term of x (pages, H, T, D), whose numbers to be coded are given, into pages, where tokens are
+        inside."""
         layout = self.plan.layout
-        given = [self._turned(part, x, u, params)]
+        given = [turned]
         if part.sketched:  # one sum a token, before the vector is mapped: (pages, H, T, 1)
             given.append(saturated(x).to(torch.float64).square().sum(-1, keepdim=True))
         sections = list(getattr(self.module, f"pack_{part.label}")(*given, *self._given(part, params)))
@@ -164,7 +168,7 @@ class TorchModule:
             return torch.empty(table.shape[0], shape.kv_heads, 0, shape.head_dim, device=pool.device)
         low, high = begin // tokens, -(-end // tokens)
         pages, span = self._gather(pool, table, low, high), slice(begin - low * tokens, end - low * tokens)
-        *others, last = (self._decoded(part, pages, params, span, begin) for part in self.plan.side(side).terms)
+        *others, last = (self._decoded(part, pages, params, span, begin) for part in self.plan.side(side).spaces)
         return sum(reversed(others), last)  # each store's number plus that of all that it left
 
     # ---- attention ------------------------------------------------------------------------------------------------
@@ -198,25 +202,25 @@ class TorchModule:
                 decoded = decoded + params["keys.decode_shift"][:, None]
             u = torch.arange(first, first + decoded.shape[2], device=decoded.device)[None]
             return self._rotated(decoded, u, params, torch.float32, 1) @ columns
-        first_score, *others = (self._term_scores(term, columns, pages, params) for term in self.plan.keys.terms)
+        first_score, *others = (self._term_scores(term, columns, pages, params) for term in self.plan.keys.spaces)
         return sum(others, first_score)
 
     def _term_scores(self, term: SidePlan, columns: Tensor, pages: Tensor, params: Params) -> Tensor:
-        met = params[f"{term.path}.decode"].mT @ columns if term.mapped else columns
+        met = params[f"{term.home}.decode"].mT @ columns if term.mapped else columns
         score: Tensor = getattr(self.module, term.product)(met, *self._inputs(term, pages, params))
-        return score + (params[f"{term.path}.decode_shift"][:, None] @ columns) if term.shifted else score
+        return score + (params[f"{term.home}.decode_shift"][:, None] @ columns) if term.shifted else score
 
     def _sums_of_codes(self, weights: Tensor, pages: Tensor, params: Params) -> Tensor:
         """Sums of packed values under weights (B, H, tokens, rows), as vectors of the head: (B, H, D, rows)."""
-        total, *others = (self._term_sums(term, weights, pages, params) for term in self.plan.values.terms)
+        total, *others = (self._term_sums(term, weights, pages, params) for term in self.plan.values.spaces)
         return sum(others, total)
 
     def _term_sums(self, term: SidePlan, weights: Tensor, pages: Tensor, params: Params) -> Tensor:
         total: Tensor = getattr(self.module, term.product)(weights, *self._inputs(term, pages, params))
         if term.mapped:
-            total = params[f"{term.path}.decode"] @ total
+            total = params[f"{term.home}.decode"] @ total
         if term.shifted:
-            total = total + params[f"{term.path}.decode_shift"][..., None] * weights.sum(-2, keepdim=True)
+            total = total + params[f"{term.home}.decode_shift"][..., None] * weights.sum(-2, keepdim=True)
         return total
 
     def attend(

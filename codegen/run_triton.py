@@ -98,7 +98,7 @@ class TritonModule:
             return
         for low, high in self._chunks(part, *reach, rows.shape[0]):
             at, source, start = first, rows, offset
-            for term in part.terms:
+            for term in part.spaces:
                 self._pack_term(term, source, at, start, begin, end, (low, high), pool, table, params)
                 if term.residual is not None:
                     # what is left of the chunk's tokens, in rows of their own
@@ -109,12 +109,12 @@ class TritonModule:
 
     def _pack_term(self, term: SidePlan, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor,
                    reach: tuple[int, int], pool: Tensor, table: Tensor, params: Params) -> None:  # fmt: skip
-        """Write one term of a chunk's tokens u in `reach`."""
+        """Write one term, or all bands, of a chunk's tokens u in `reach`."""
         if not term.turned:
             self._pack(term, rows, first, offset, begin, end, reach, pool, table, params)
             return
         (low, high), (batch, heads, total, _) = reach, rows.shape
-        coded = torch.empty(batch, heads, high - low, term.dim, dtype=torch.float32, device=rows.device)
+        coded = torch.empty(batch, heads, high - low, term.stride, dtype=torch.float32, device=rows.device)
         given = {
             "rows_ptr": rows, "source_ptr": rows, "first_ptr": first, "begin_ptr": begin, "end_ptr": end,
             "out_ptr": coded, "total_rows": total, "offset": offset, "ring": total - offset, "low": low,
@@ -132,17 +132,18 @@ class TritonModule:
                 given |= {"coded_ptr": before, "out_ptr": coded, "first_ptr": at, "total_rows": high - low}
                 given |= {"offset": 0, "ring": high - low}
         if term.mapped:
-            grid = self._turn_grid(high - low, batch, term.dim)
-            self._run(f"turn_{term.label}", grid, given | beside, None, params)
+            grid = self._turn_grid(high - low, batch, term.stride)
+            self._run(f"turn_{term.space}", grid, given | beside, None, params)
         elif term.rope is None:
             coded = _taken(rows, first, offset, low, high)
-        coded = polar(coded) if term.polar else coded
-        self._pack(term, coded, at, 0, begin, end, reach, pool, table, params, beside)
+        coded = polar(coded, term.store.levels) if term.polar else coded
+        for band in term.terms if term.band else (term,):
+            self._pack(band, coded, at, 0, begin, end, reach, pool, table, params, beside)
 
     def _chunks(self, part: SidePlan, low: int, high: int, batch: int) -> list[tuple[int, int]]:
         """Spans of tokens whose mapped rows fit SCRATCH, cut at whole programs of `pack`."""
         span = math.lcm(*(term.span for term in part.terms))
-        bytes_a_token = 4 * batch * self.plan.shape.kv_heads * max(term.dim for term in part.terms)
+        bytes_a_token = 4 * batch * self.plan.shape.kv_heads * max(term.stride for term in part.terms)
         size = max(1, SCRATCH // bytes_a_token // span) * span
         cuts = [low, *range(low // size * size + size, high, size), high]
         return list(zip(cuts, cuts[1:], strict=False)) if low < high else []
@@ -170,20 +171,20 @@ class TritonModule:
             return self._unpack(part, pool, table, begin, end, self.plan.shape.head_dim, params)
         found = []
         for low, high in self._chunks(part, begin, end, table.shape[0]):
-            *others, last = (self._decoded(term, pool, table, low, high, params) for term in part.terms)
+            *others, last = (self._decoded(term, pool, table, low, high, params) for term in part.spaces)
             found.append(sum(reversed(others), last))  # each store's number plus that of all that it left
         return found[0] if len(found) == 1 else torch.cat(found, 2)
 
     def _decoded(self, term: SidePlan, pool: Tensor, table: Tensor, low: int, high: int, params: Params) -> Tensor:
-        """One term of tokens u in [low, high), float32 (B, H, high - low, D)."""
+        """One term, or all bands, of tokens u in [low, high), float32 (B, H, high - low, D)."""
         batch, dim = table.shape[0], self.plan.shape.head_dim
-        coded = self._unpack(term, pool, table, low, high, term.dim, params)
-        coded = cartesian(coded) if term.polar else coded
+        coded = self._unpack(term, pool, table, low, high, term.stride, params)
+        coded = cartesian(coded, term.store.levels) if term.polar else coded
         given: dict[str, Any] = {"low": low, "count": high - low}
         if term.mapped:
             given["coded_ptr"], coded = coded, coded.new_empty(*coded.shape[:3], dim)
             grid = self._turn_grid(high - low, batch, dim)
-            self._run(f"restore_{term.label}", grid, {**given, "out_ptr": coded}, None, params)
+            self._run(f"restore_{term.space}", grid, {**given, "out_ptr": coded}, None, params)
         if term.rope is not None:
             given |= {"coded_ptr": coded, **self._positions(high, pool.device, params)}
             coded = torch.empty_like(coded)
@@ -198,7 +199,8 @@ class TritonModule:
         out = torch.empty(batch, heads, max(0, end - begin), dim, dtype=torch.float32, device=pool.device)
         given = {"table_ptr": table, "out_ptr": out, "begin": begin, "end": end, "table_width": table.shape[1]}
         steps = -(-end // tile) - begin // tile if end > begin else 0
-        self._run(f"unpack_{term.label}", (steps, batch * heads), given, pool, params)
+        for band in term.terms if term.band else (term,):
+            self._run(f"unpack_{band.label}", (steps, batch * heads), given, pool, params)
         return out
 
     def _positions(self, end: int, device: torch.device, params: Params) -> dict[str, Any]:

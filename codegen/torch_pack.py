@@ -49,6 +49,13 @@ class TorchPack:
         extra = ["shared"] if meta is not None and meta.shared else []
         return ["pages", *extra, *self.given()]
 
+    def inputs_of_all(self) -> list[str]:
+        """The same of all bands of a row."""
+        if not self.side.band:
+            return self.inputs()
+        metas = [term.layout.meta for term in self.side.terms]
+        return ["pages", *(["shared"] if any(meta is not None and meta.shared for meta in metas) else [])]
+
     def given(self) -> list[str]:
         """The arguments that come with the parameters."""
         side = self.side

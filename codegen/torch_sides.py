@@ -24,6 +24,9 @@ class TorchSide(TorchPack):
         if self.side.layout.meta is not None:
             texts.append(self.numbers())
         texts.append(self.unpack())
+        if self.side.band and self.side.depth:
+            return texts
+        texts += [self.whole()] if self.side.band else []
         texts.append(self.score() if self.side.name == "keys" else self.weigh())
         return texts
 
@@ -94,7 +97,7 @@ class TorchSide(TorchPack):
         side, out = self.side, Lines()
         with out.deeper(f"def unpack_{side.label}({', '.join(self.inputs())}):"):
             out.add('"""Every token of the pages decoded: float32 (B, H, tokens, D)."""')
-            head_dim, tokens = self.plan.shape.head_dim, self.plan.layout.page_tokens
+            head_dim, tokens = side.dim, self.plan.layout.page_tokens
             if side.floats:
                 kind = {"fp16": "float16", "fp32": "float32"}[side.floats]
                 start = side.layout.float_offset
@@ -113,6 +116,16 @@ class TorchSide(TorchPack):
                 for name in ["scale", *(["offset"] if side.has_offset else [])]:
                     out.add(f"{name} = spread({name}, {meta.tokens}, {meta.channels}, 1)")
             out.add(f"return {self.steps.number('code', 'scale', 'offset')}")
+        return str(out)
+
+    def whole(self) -> str:
+        """All bands decoded, one behind the other."""
+        out = Lines()
+        with out.deeper(f"def unpack_{self.side.space}({', '.join(self.inputs_of_all())}):"):
+            out.add('"""Every token of the pages decoded, band by band: float32 (B, H, tokens, D)."""')
+            bands = [TorchSide(self.plan, term) for term in self.side.terms]
+            calls = [f"unpack_{band.side.label}({', '.join(band.inputs())})" for band in bands]
+            out.add("return torch.cat((", *(f"    {call}," for call in calls), "), -1)")
         return str(out)
 
     def _code(self, plane: int) -> list[str]:
@@ -166,10 +179,10 @@ class TorchSide(TorchPack):
     def score(self) -> str:
         """Scores of packed keys."""
         side, out = self.side, Lines()
-        with out.deeper(f"def {side.product}({', '.join(['query', *self.inputs()])}):"):
+        with out.deeper(f"def {side.product}({', '.join(['query', *self.inputs_of_all()])}):"):
             out.add('"""q.k of every packed token: query float32 (B, H, D, rows) -> (B, H, tokens, rows)."""')
             if side.when in (When.NEVER, When.IN_LOOP):
-                out.add(f"return {self._channels_of(f'unpack_{side.label}')} @ query")
+                out.add(f"return {self._channels_of(f'unpack_{side.space}')} @ query")
                 return str(out)
             out.add(f"{unpacked(f'x{j}' for j in self.planes)} = query.split({self.sizes}, -2)")
             out.extend([*self._read(), *self._levels()])
@@ -182,8 +195,10 @@ class TorchSide(TorchPack):
 
     def _channels_of(self, function: str) -> str:
         """What a product reads of decoded numbers: themselves, or the channels that radii and angles are of."""
-        decoded = f"{function}({', '.join(self.inputs())})"
-        return f"cartesian({decoded})" if self.side.polar else decoded
+        decoded = f"{function}({', '.join(self.inputs_of_all())})"
+        levels = self.side.store.levels
+        again = f", {levels}" if levels > 1 else ""
+        return f"cartesian({decoded}{again})" if self.side.polar else decoded
 
     def _per_token(self) -> list[str]:
         """Lines that give every token of a block the block's numbers."""
@@ -249,10 +264,10 @@ class TorchSide(TorchPack):
     def weigh(self) -> str:
         """Sums of packed values under weights."""
         side, out = self.side, Lines()
-        with out.deeper(f"def {side.product}({', '.join(['weights', *self.inputs()])}):"):
+        with out.deeper(f"def {side.product}({', '.join(['weights', *self.inputs_of_all()])}):"):
             out.add('"""Sums of packed values: weights float32 (B, H, tokens, rows) -> (B, H, D, rows)."""')
             if side.when in (When.NEVER, When.IN_LOOP):
-                out.add(f"return used({self._channels_of(f'unpack_{side.label}')}, weights, 1).mT @ weights")
+                out.add(f"return used({self._channels_of(f'unpack_{side.space}')}, weights, 1).mT @ weights")
                 return str(out)
             out.extend([*self._read(), *self._levels()])
             if side.alphabet.small is not None:  # a code that was never written may be a NaN

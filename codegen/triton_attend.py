@@ -14,9 +14,10 @@ from __future__ import annotations
 
 from .plan import Plan
 from .text import Lines, fill, literal
-from .triton_keys import KeySide
+from .triton_bands import FoldedKeys, FoldedValues
+from .triton_keys import Keys, KeySide
 from .triton_meta import section
-from .triton_values import ValueSide
+from .triton_values import Values, ValueSide
 
 LOG2E = 1.4426950408889634
 ATTEND = """
@@ -139,7 +140,10 @@ class Attend:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.keys, self.values = KeySide(plan), ValueSide(plan)
+        keys = [FoldedKeys(plan, plan.keys)] if plan.keys.band else [Keys(plan, term) for term in plan.keys.terms]
+        values = [Values(plan, term) for term in plan.values.terms]
+        values = [FoldedValues(plan, plan.values)] if plan.values.band else values
+        self.keys, self.values = KeySide(plan, keys), ValueSide(plan, values)
         self.pools = pools(plan)
 
     def _shared(self, rows: int) -> dict[str, int | str]:
@@ -176,7 +180,7 @@ class Attend:
                 size = 4 if side.floats == "fp32" else 2
                 start = f"page * {layout.page_bytes // size} + h * {layout.head_bytes // size}"
                 start += f" + {side.layout.float_offset // size}" if side.layout.float_offset else ""
-                lines.append(f"{side.name[:-1]}_floats = pool_{side.floats}_ptr + {start}")
+                lines.append(f"{side.rows} = pool_{side.floats}_ptr + {start}")
             if side.layout.meta is not None:
                 lines.append(f"{side.letter}_meta = {section(side, layout.page_bytes, layout.head_bytes)[1]}")
         return lines
@@ -288,7 +292,8 @@ class Attend:
     def scores(self, rows: int) -> str:
         """The text of `scores`."""
         plan, halves = self.plan, Lines()
-        addresses = [line for line in self.addresses() if not line.startswith(("v_meta", "vr", "value_floats"))]
+        others = tuple(name for term in plan.values.terms for name in (f"{term.letter}_meta", term.rows))
+        addresses = [line for line in self.addresses() if not line.startswith(others)]
         for half in range(plan.halves):
             halves.extend(self.keys.scores(half, tokens_name(plan, half)))
             shift = f" + {half * plan.half}" if half else ""

@@ -5,6 +5,8 @@ Operands are swapped: tokens are the rows of every product and the few query row
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .placement import When
 from .plan import Plan, SidePlan
 from .printer import number
@@ -235,9 +237,9 @@ class Keys(Planes):
 class KeySide:
     """The keys' part of an attention kernel: the sum of their terms, and exact rows."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, terms: Sequence[Keys]) -> None:
         self.plan, self.side = plan, plan.keys
-        self.terms = [Keys(plan, term) for term in plan.keys.terms]
+        self.terms = terms
         self.first = self.terms[0]
         self.positions = self.first.positions
         self.exact_rows = None

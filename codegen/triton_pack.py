@@ -38,7 +38,7 @@ def pack_$side(
         t = u % $page
         row = (offset + (u - first) % ring).to(tl.int64)
         $lanes
-        source = $rows_ptr + (bh.to(tl.int64) * total_rows + row)[:, None] * $head_dim + $lane[None, :]
+        source = $rows_ptr + (bh.to(tl.int64) * total_rows + row)[:, None] * $head_dim + $lane[None, :]$first
         $body
 """
 
@@ -92,7 +92,7 @@ class Pack(Planes):
             PACK, side=side.label, rows_ptr=rows, args=[f"{name}," for name in args], heads=plan.shape.kv_heads,
             span=self.span, lanes_t=self.tokens, page=plan.layout.page_tokens, lanes=self.lane_lines(), lane=self.lane,
             span_mask=f" & (tl.arange(0, {self.tokens}) < {self.span})" if self.tokens != self.span else "",
-            head_dim=side.dim, body=body.lines,
+            head_dim=side.stride, first=plus(side.first) if side.band else "", body=body.lines,
         )  # fmt: skip
         return "\n\n".join([*([] if side.floats else functions(side, "tl.")), kernel])
 

@@ -51,8 +51,8 @@ class Planes:
         return f"{pointer(self.side)} + {self.prefix}_meta"
 
     def own(self, lines: list[str]) -> list[str]:
-        """Lines of a residual's term with its own names, which stand beside those of the term before it: x0 as xr0."""
-        mark = "r" * self.side.depth
+        """Lines of a term with its own names, which stand beside those of the term before it: xr0 for x0."""
+        mark = self.side.mark
         return [OWN.sub(rf"\1\2{mark}\3", line) for line in lines] if mark else lines
 
     @property
@@ -351,7 +351,7 @@ class Planes:
             token, lane = self.grid(tokens, self.lane)
             mask = self.mask(guard, plane)
             other = f", mask={mask}, other=0.0" if mask else ""
-            address = f"{side.name[:-1]}_floats + {token} * {side.dim} + {lane}"
+            address = f"{side.rows} + {token} * {side.dim} + {lane}"
             return [
                 f"place = {self.at(address, plane)}",
                 f"n{plane} = tl.load(place{other}).to(tl.float32)",

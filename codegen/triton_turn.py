@@ -70,38 +70,38 @@ def turn_query($args):
 
 def _turn(plan: Plan, side: SidePlan, name: str, **holes: list[str] | str | int) -> str:
     back = name.startswith("restore")
-    taken, given = (side.dim, plan.shape.head_dim) if back else (plan.shape.head_dim, side.dim)
-    which = f"{side.label}_{'decode' if back else 'encode'}"
+    taken, given = (side.stride, plan.shape.head_dim) if back else (plan.shape.head_dim, side.stride)
+    which = f"{side.space}_{'decode' if back else 'encode'}"
     shift = []
     if side.shifted:
         shift = [
-            f"shift = tl.load({which}_shift_ptr + h * {side.label}_shifts * {given} + i, mask=i < {given}, other=0.0)",
+            f"shift = tl.load({which}_shift_ptr + h * {side.space}_shifts * {given} + i, mask=i < {given}, other=0.0)",
             "y = y + shift.to(tl.float64)[None, :]",
         ]
     lanes = min(TURN_LANES, padded(given))
     return fill(
         TURN, name=name, rows=TURN_ROWS, lanes=lanes, heads=plan.shape.kv_heads, taken=taken, given=given,
-        matrix_ptr=f"{which}_columns_ptr", stride=f"{side.label}_stride", shift=shift, **holes,
+        matrix_ptr=f"{which}_columns_ptr", stride=f"{side.space}_stride", shift=shift, **holes,
     )  # fmt: skip
 
 
 def map_arguments(side: SidePlan, what: str) -> list[str]:
     """The arguments of a kernel that applies `encode` or `decode` to rows: matrix, by columns, shift, and how far one
     head's is apart."""
-    name = f"{side.label}_{what}"
-    shift = [f"{name}_shift_ptr", f"{side.label}_shifts"] if side.shifted else []
-    return [f"{name}_columns_ptr", f"{side.label}_stride", *shift]
+    name = f"{side.space}_{what}"
+    shift = [f"{name}_shift_ptr", f"{side.space}_shifts"] if side.shifted else []
+    return [f"{name}_columns_ptr", f"{side.space}_stride", *shift]
 
 
 def whole_map(side: SidePlan) -> tuple[str, str]:
     """What the map of a side's whole row is called, and how far one head's is apart: of one term its own."""
-    name = side.label if side.residual is None else f"{side.label}_read"
-    return f"{side.label}_{'decode' if side.residual is None else 'read'}_ptr", f"{name}_stride"
+    name = side.space if side.residual is None else f"{side.space}_read"
+    return f"{side.space}_{'decode' if side.residual is None else 'read'}_ptr", f"{name}_stride"
 
 
 def whole_arguments(side: SidePlan) -> list[str]:
     """The arguments of a kernel that applies the map of a side's whole row."""
-    shift = [f"{side.label}_decode_shift_ptr", f"{side.label}_shifts"] if side.shifted else []
+    shift = [f"{side.space}_decode_shift_ptr", f"{side.space}_shifts"] if side.shifted else []
     return [*whole_map(side), *shift]
 
 
@@ -118,7 +118,7 @@ def turn(plan: Plan, side: SidePlan) -> str:
         "row = bh.to(tl.int64) * total_rows + row",
     ]
     return _turn(
-        plan, side, f"turn_{side.label}", args=", ".join(args), loose='"offset", "ring", "low", "count"', where=where,
+        plan, side, f"turn_{side.space}", args=", ".join(args), loose='"offset", "ring", "low", "count"', where=where,
         source=rows, clean=["x = tl.where(x == x, finite(x), x)"], **_squares(side),
     )  # fmt: skip
 
@@ -143,7 +143,7 @@ def restore(plan: Plan, side: SidePlan) -> str:
     args = ["coded_ptr", *map_arguments(side, "decode"), "out_ptr", "count"]
     where = ["inside = n < count", "row = bh.to(tl.int64) * count + n"]
     return _turn(
-        plan, side, f"restore_{side.label}", args=", ".join(args), loose='"count"', where=where, source="coded_ptr",
+        plan, side, f"restore_{side.space}", args=", ".join(args), loose='"count"', where=where, source="coded_ptr",
         clean=[], squares=[], squared=[], stored=[],
     )  # fmt: skip
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .plan import Plan, SidePlan
-from .text import Lines, fill
+from .text import Lines, fill, plus
 from .triton_attend import parameters, pools, tokens_name
 from .triton_planes import Planes
 
@@ -38,13 +38,14 @@ class Unpack(Planes):
             halves.add(f"u = step * {plan.tile}{shift} + tl.arange(0, {plan.half})")
             halves.add("inside = (u >= begin) & (u < end)")
             if side.floats:
-                at = f"{side.name[:-1]}_floats + {t}[:, None] * {side.dim} + {self.lane}[None, :]"
+                at = f"{side.rows} + {t}[:, None] * {side.dim} + {self.lane}[None, :]"
                 for j in range(side.layout.planes):
                     mask = self.mask("inside", j)
                     halves.add(f"n{j} = tl.load({at} + {self.start(j)}, mask={mask}, other=0.0).to(tl.float32)")
             else:
                 halves.extend([*self.load(half, t), *self.decode(half, t)])
-            halves.add(f"place = out + (u - begin)[:, None] * {side.dim} + {self.lane}[None, :]")
+            first = plus(side.first) if side.band else ""
+            halves.add(f"place = out + (u - begin)[:, None] * {side.stride} + {self.lane}[None, :]{first}")
             for j in range(side.layout.planes):
                 halves.add(f"tl.store({self.at('place', j)}, n{j}, mask={self.mask('inside', j)})")
         others = tuple(f"{term.letter}_meta" for term in plan.terms if term is not side)
@@ -55,6 +56,6 @@ class Unpack(Planes):
         args += ["out_ptr", "begin", "end", "table_width"]
         return fill(
             UNPACK, side=side.label, args=", ".join(args), heads=plan.shape.kv_heads, tile=plan.tile,
-            page=plan.layout.page_tokens, head_dim=side.dim, lanes=self.lane_lines(), addresses=keep,
+            page=plan.layout.page_tokens, head_dim=side.stride, lanes=self.lane_lines(), addresses=keep,
             halves=halves.lines,
         )  # fmt: skip

@@ -6,6 +6,8 @@ the output; where it varies with the channel within a block of tokens, each tile
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from sympy import Expr
 
 from .placement import When
@@ -184,9 +186,9 @@ class Values(Planes):
 class ValueSide:
     """The values' part of an attention kernel: sums of every term, and of exact rows."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, terms: Sequence[Values]) -> None:
         self.plan, self.side = plan, plan.values
-        self.terms = [Values(plan, term) for term in plan.values.terms]
+        self.terms = terms
         self.first = self.terms[0]
         self.exact_rows = None
         if self.side.apart:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from .part import ALL, Count, Part
+
+if TYPE_CHECKING:
+    from .scheme import Store
 
 Rounding = Literal["even", "half_up", "away", "floor"]
 Grid = Literal["ends", "cells"]
 FloatFormat = Literal["fp16", "fp32", "e4m3", "e5m2", "e2m1"]
-Law = Literal["normal", "beta", "calibrated"]
+Law = Literal["normal", "beta", "angle", "calibrated"]
 Weights = Literal["fisher"]
 SketchBasis = Literal["orthogonal", "gaussian", "hadamard"]
 
@@ -57,6 +60,7 @@ class Codebook(Part):
 
     levels   the numbers, rising; or the law that the best ones (Lloyd-Max) are computed for: `normal` of variance 1,
              `beta` (a coordinate of a random unit vector of the block's channels, times the root of their number);
+             `angle`, without a scale: of radii and angles, an angle of a random vector at its level, in radians;
              `calibrated`: a table of each layer from a file
     bits     of a code; None: as few as the levels need, but three levels are stored five in a byte
     weights  of the squared errors that a calibrated table makes least.  None: all alike, of numbers over their scale.
@@ -90,13 +94,28 @@ class Sketch(Part):
     seed: int = 0
 
 
-Code = Uniform | Float | Codebook | Sketch
+@dataclass(frozen=True, repr=False)
+class Bands(Part):
+    """Stretches of the numbers to be coded, each with a store of its own, one behind the other: behind `Polar(levels)`
+    the radii, then the angles of the first level, of the second, ..., `levels` + 1 in all."""
+
+    inner = ("stores",)
+    stores: tuple[Store, ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stores, list):
+            object.__setattr__(self, "stores", tuple(self.stores))
+
+
+Code = Uniform | Float | Codebook | Sketch | Bands
 
 
 def width(code: Code) -> int | None:
     """Bits of one code on its own; None where the code says neither bits nor numbers."""
     if isinstance(code, Float):
         return FLOAT_BITS[code.format]
+    if isinstance(code, Bands):
+        return None
     if isinstance(code, Codebook) and code.bits is None and isinstance(code.levels, tuple):
         return max(1, (len(code.levels) - 1).bit_length())
     if in_trits(code):

@@ -9,7 +9,7 @@ from fractions import Fraction
 from .codes import in_trits, trit_bytes, width
 from .errors import SchemeError, ShapeError
 from .rules import layer_faults, refuse_for
-from .scheme import ALL, SIDES, Codebook, Scale, Scheme, Side, Store
+from .scheme import ALL, SIDES, Band, Codebook, Scale, Scheme, Side, Store
 from .shape import Shape
 from .window import windows
 
@@ -147,7 +147,8 @@ def _stored(store: Store, shape: Shape, tokens: int) -> tuple[Fraction, Fraction
     section, copies = 0, 1
     if (scale := _online(store)) is not None:
         heads = _size(scale.block.heads, shape.kv_heads)
-        section = tokens * shape.head_dim * heads // _block(scale, shape) * sum(_widths(scale)) // 8
+        numbers = tokens * _measured(store, shape) * heads
+        section = numbers // _block(store, scale, shape) * sum(_widths(scale)) // 8
         copies = shape.kv_heads // heads
         if heads > 1:  # shared by heads: one section of the page's tail, all copies in it
             section, copies = section * copies, 1
@@ -173,11 +174,16 @@ def _size(count: object, whole: int) -> int:
     return count if isinstance(count, int) else whole
 
 
-def _block(scale: Scale, shape: Shape) -> int:
+def _measured(store: Store, shape: Shape) -> int:
+    """Numbers of a head's vector that scales are of: those of a sketch are of the vector itself."""
+    return store.coded(shape.head_dim) if isinstance(store, Band) else shape.head_dim
+
+
+def _block(store: Store, scale: Scale, shape: Shape) -> int:
     """Numbers that share an online scale."""
     block = scale.block
     assert isinstance(block.tokens, int)
-    return block.tokens * _size(block.channels, shape.head_dim) * _size(block.heads, shape.kv_heads)
+    return block.tokens * _size(block.channels, _measured(store, shape)) * _size(block.heads, shape.kv_heads)
 
 
 def _widths(scale: Scale) -> tuple[int, ...]:
@@ -209,7 +215,8 @@ def _formula(side: Store, shape: Shape, tokens: int) -> str:
     """Bits of a packed number in words; of several stores one behind the other, then their sum."""
     texts = [_formula_of(store, shape, tokens) for store in side.terms]
     total = float(sum(_of_side(side, shape, tokens)))
-    return "; of what is left ".join(texts) + (f"; together {total:g} bits" if len(texts) > 1 else "")
+    between = "; of angles " if side.levels > 1 else "; of what is left "
+    return between.join(texts) + (f"; together {total:g} bits" if len(texts) > 1 else "")
 
 
 def _formula_of(store: Store, shape: Shape, tokens: int) -> str:
@@ -219,4 +226,5 @@ def _formula_of(store: Store, shape: Shape, tokens: int) -> str:
     widths = _widths(scale)
     share = f"({' + '.join(map(str, widths))})" if len(widths) > 1 else str(widths[0])
     padded = f" + {float(padding):g} of padding" if padding else ""
-    return f"{float(code):g} + {share}/{_block(scale, shape)}{padded} = {float(code + metadata + padding):g} bits"
+    total = float(code + metadata + padding)
+    return f"{float(code):g} + {share}/{_block(store, scale, shape)}{padded} = {total:g} bits"

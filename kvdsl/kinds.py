@@ -9,7 +9,7 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
-from .codes import Codebook, Float, FloatFormat, Grid, Law, Rounding, Sketch, SketchBasis, Uniform, Weights
+from .codes import Bands, Codebook, Float, FloatFormat, Grid, Law, Rounding, Sketch, SketchBasis, Uniform, Weights
 from .errors import Fault
 from .part import ALL, Part
 from .scheme import (
@@ -48,6 +48,7 @@ MOST_LEVELS = 16  # of a table: more are no lookup in registers any more
 MOST_CLIP = 4.0
 MOST_CANDIDATES = 8
 LONGEST_SKETCH = 1024  # rows
+MOST_TURNS = 5  # times that radii are paired again: 32 channels are the fewest that a head has
 LARGEST_SEED = (1 << 31) - 1
 
 Check = Callable[[str, Any], Iterator[Fault]]
@@ -194,6 +195,16 @@ def transforms(place: str, value: Any) -> Iterator[Fault]:
         yield from check(here, item)
 
 
+def stores(place: str, value: Any) -> Iterator[Fault]:
+    """Stores, one for each stretch."""
+    if not isinstance(value, tuple):
+        yield Fault(place, f"{said(value)} is {_type(value)}, not a list of stores", "write Bands((Store(...), ...))")
+        return
+    check = one_of("Store(Codebook(2, 'angle'))", Store)
+    for position, item in enumerate(value):
+        yield from check(f"{place}[{position}]", item)
+
+
 def flag(place: str, value: Any) -> Iterator[Fault]:
     """True or False."""
     if not isinstance(value, bool):
@@ -292,9 +303,10 @@ KINDS: dict[type[Part], dict[str, Check]] = {
     ChannelScale: {"by": word(ScaleRule), "when": word(Literal["calibrated"])},
     ChannelShift: {"by": word(ShiftRule), "when": word(Literal["calibrated"])},
     Permute: {"by": word(Order), "when": word(Literal["calibrated"])},
-    Polar: {},
+    Polar: {"levels": count(1, MOST_TURNS, "levels")},
+    Bands: {"stores": stores},
     Store: {
-        "code": one_of("Uniform(bits=4) or Float('fp16')", Uniform, Float, Codebook, Sketch),
+        "code": one_of("Uniform(bits=4) or Float('fp16')", Uniform, Float, Codebook, Sketch, Bands),
         "scale": one_of("scale=per_token(channels=32)", Scale, optional=True),
         "transform": transforms,
         "residual": one_of("residual=Sketch(basis='gaussian')", Store, optional=True),
@@ -324,6 +336,6 @@ def misfits(part: Part, path: str = "") -> Iterator[Fault]:
             continue
         if isinstance(value, Part):
             yield from misfits(value, place)
-        elif field == "transform":
+        elif field in ("transform", "stores"):
             for position, item in enumerate(value):
                 yield from misfits(item, f"{place}[{position}]")

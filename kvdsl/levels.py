@@ -31,20 +31,32 @@ def table(code: Codebook, channels: int) -> tuple[float, ...]:
         return tuple(float(level) for level in code.levels)
     if code.levels == "calibrated" or code.bits is None:
         raise ValueError(f"{code!r} names no law and number of levels; its table comes from elsewhere")
+    if code.levels == "angle":
+        return angles(1 << code.bits, channels)
     return optimal(code.levels, 1 << code.bits, channels if code.levels == "beta" else 0)[0]
+
+
+def angles(levels: int, channels: int) -> tuple[float, ...]:
+    """The best table for the angle, in radians, between the halves of a normal vector of `channels` numbers: of two the
+    whole circle, all angles alike; of more, between the halves' norms, with a density of sin(2a)^(channels/2 - 1) on
+    [0, pi/2] (PolarQuant, arXiv 2502.02617, lemma 2)."""
+    if channels == 2:
+        return tuple((i + 0.5) * 2 * math.pi / levels for i in range(levels))
+    return tuple(math.pi / 4 + point / 2 for point in optimal("angle", levels, channels)[0])
 
 
 @lru_cache(maxsize=256)
 def optimal(law: str, levels: int, channels: int = 0) -> tuple[tuple[float, ...], float]:
-    """(levels, mean squared error) of the best table for a law of mean 0 and variance 1.
+    """(levels, mean squared error) of the best table for a law of mean 0, and variance 1 but for `angle`.
 
-    `normal`, or `beta`: sqrt(channels) times a coordinate of a uniformly random unit vector of `channels` numbers.
+    `normal`, or `beta`: sqrt(channels) times a coordinate of a uniformly random unit vector of `channels` numbers;
+    `angle`: twice what an angle is from an eighth of a turn, as in `angles`.
     """
     import numpy as np
 
     if law == "beta" and channels < 2:
         raise ValueError(f"a unit vector of {channels} channels has no density; give 2 or more")
-    f = _normal() if law == "normal" else _beta(channels)
+    f = _normal() if law == "normal" else _angle(channels) if law == "angle" else _beta(channels)
     # The best density of levels is the cube root of the law's own: a normal one, sqrt(3) times as wide.
     points = np.array([math.sqrt(3) * _quantile((i + 0.5) / levels) for i in range(levels)])
     points *= min(1, 0.9 * f.end / points[-1])
@@ -61,7 +73,7 @@ def optimal(law: str, levels: int, channels: int = 0) -> tuple[tuple[float, ...]
         if np.abs(step).max() < CLOSE:
             break
     points = (points - points[::-1]) / 2  # the laws are symmetric, and so is the table to the last bit
-    return tuple(float(p) for p in points), 1 - float((points * mean).sum())
+    return tuple(float(p) for p in points), f.variance - float((points * mean).sum())
 
 
 class _Law(NamedTuple):
@@ -71,6 +83,7 @@ class _Law(NamedTuple):
     density: Callable[[float], float]
     mass: Callable[[np.ndarray], np.ndarray]
     moment: Callable[[np.ndarray], np.ndarray]
+    variance: float = 1.0
 
 
 def _normal() -> _Law:
@@ -115,6 +128,24 @@ def _beta(d: int) -> _Law:
         return -factor * root / (d - 1) * np.diff(np.clip(1 - borders**2 / d, 0, 1) ** ((d - 1) / 2))
 
     return _Law(root, density, mass, moment)
+
+
+def _angle(channels: int) -> _Law:
+    """The density c * cos(t)^(channels/2 - 1) of t on (-pi/2, pi/2)."""
+    import numpy as np
+
+    power, half = channels / 2 - 1, math.pi / 2
+    nodes, weights = np.polynomial.legendre.leggauss(NODES)
+    factor = math.exp(math.lgamma(power / 2 + 1) - math.lgamma((power + 1) / 2)) / math.sqrt(math.pi)
+
+    def over(borders: np.ndarray, degree: int) -> np.ndarray:
+        """Integrals of t^degree times the density between neighbouring borders."""
+        middle, wide = (borders[1:] + borders[:-1]) / 2, (borders[1:] - borders[:-1]) / 2
+        t = middle[:, None] + wide[:, None] * nodes
+        return factor * wide * (weights * t**degree * np.cos(t) ** power).sum(1)
+
+    variance = float(over(np.array([-half, 0.0, half]), 2).sum())
+    return _Law(half, lambda t: factor * math.cos(t) ** power, lambda b: over(b, 0), lambda b: over(b, 1), variance)
 
 
 def _quantile(p: float) -> float:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from .codes import in_trits
+from .codes import in_trits, width
 from .errors import Fault
-from .scheme import ALL, Polar
+from .scheme import ALL, Bands, Polar
 from .shape import Shape
 from .sites import Site, rule
 
@@ -24,7 +24,7 @@ def _polar_coordinates_come_last(site: Site) -> Iterator[Fault]:
 @rule("~.transform", "~.scale.block", "~.scale.scale")
 def _radii_and_angles_share_no_scale(site: Site) -> Iterator[Fault]:
     scale = site.scale
-    if not site.store.polar or scale is None:
+    if not site.store.polar or scale is None or isinstance(site.store.code, Bands):
         return
     if scale.block.channels is ALL:
         fact = "one scale over all channels is one of radii and of angles, which have no unit in common"
@@ -41,10 +41,29 @@ def _radii_and_angles_share_no_byte(site: Site) -> Iterator[Fault]:
         yield site.fault("code.bits", fact, "use bits=2")
 
 
+def _whole_bytes(site: Site, shape: Shape) -> Iterator[Fault]:
+    """Codes of a band stand in streams of 8, 4, 2 and 1 bits, each a whole number of bytes a token."""
+    for position, band in enumerate(site.store.terms):
+        bits, numbers = width(band.code) or 0, band.coded(shape.head_dim)
+        narrowest = bits & -bits
+        if numbers * narrowest % 8:
+            fact = f"{numbers} codes of {bits} bits, of head_dim {shape.head_dim}, fill no whole bytes"
+            wide = 8 // math.gcd(8, numbers)
+            mend = f"use {wide}, or fewer levels in Polar()" if wide <= 4 else "use fewer levels in Polar()"
+            yield site.fault(f"code.stores[{position}].code.bits", fact, mend)
+
+
 def shape_faults(site: Site, shape: Shape) -> Iterator[Fault]:
     """Mistakes of polar coordinates that show only at a shape."""
     if not site.store.polar:
         return
+    block = 2**site.store.levels
+    if shape.head_dim % block:
+        at = next(i for i, part in enumerate(site.store.transform) if isinstance(part, Polar))  # type: ignore[arg-type]
+        fact = f"blocks of {block} channels do not divide head_dim {shape.head_dim}"
+        yield site.fault(f"transform[{at}].levels", fact, f"use {(shape.head_dim & -shape.head_dim).bit_length() - 1}")
+    if isinstance(site.store.code, Bands):
+        yield from _whole_bytes(site, shape)
     size, half = site.scale.block.channels if site.scale is not None else 1, shape.head_dim // 2
     if isinstance(size, int) and half % size and shape.head_dim % size == 0:  # others divide nothing, and are refused
         fact = f"groups of {size} channels do not divide the {half} radii of head_dim {shape.head_dim}"

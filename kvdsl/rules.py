@@ -8,11 +8,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from . import measure_rules, polar_rules, residual_rules, rope_rules  # noqa: F401  (they enter their rules)
+from . import band_rules, measure_rules, polar_rules, residual_rules, rope_rules  # noqa: F401  (they enter their rules)
 from .codes import in_trits, width
 from .errors import Fault, SchemeError
 from .kinds import misfits
-from .scheme import ALL, SIDES, ChannelScale, Codebook, Float, Rotate, Scale, Scheme, Sketch, Store, Uniform
+from .scheme import (
+    ALL,
+    SIDES,
+    Band,
+    Bands,
+    ChannelScale,
+    Codebook,
+    Float,
+    Rotate,
+    Scale,
+    Scheme,
+    Sketch,
+    Store,
+    Uniform,
+)
 from .shape import Shape
 from .sites import RULES, Site, rule
 
@@ -43,7 +57,8 @@ def refuse(scheme: Scheme, given: tuple[str, ...] = ()) -> None:
 
 def shape_faults(scheme: Scheme, shape: Shape) -> tuple[Fault, ...]:
     """Every mistake of a legal spec that shows only at a shape."""
-    return tuple(fault for site in _sites(scheme) for fault in _shape(site, shape))
+    whole = (site for site in _sites(scheme) if site.band is None)
+    return tuple(fault for site in whole for one in (site, *_stretches(site)) for fault in _shape(one, shape))
 
 
 def refuse_for(scheme: Scheme, shape: Shape) -> None:
@@ -53,11 +68,20 @@ def refuse_for(scheme: Scheme, shape: Shape) -> None:
 
 
 def _sites(scheme: Scheme) -> Iterator[Site]:
-    """Every store where it stands, those of residuals behind theirs; one of both sides once."""
+    """Every store where it stands, those of residuals and of bands behind theirs; one of both sides once."""
     for side in SIDES[: 1 if scheme.keys is scheme.values else 2]:
         store = scheme.side(side)
         for place, one in store.placed(side) if isinstance(store, Store) else ((side, store),):
             yield Site(place, one, scheme)
+            for position, band in enumerate(_bands(one)):
+                yield Site(f"{place}.code.stores[{position}]", band, scheme)
+
+
+def _bands(store: Store) -> tuple[Store, ...]:
+    """The stores of stretches, as they stand in the spec."""
+    code = getattr(store, "code", None)
+    stores = code.stores if isinstance(code, Bands) else ()
+    return stores if isinstance(stores, tuple) and all(isinstance(one, Store) for one in stores) else ()
 
 
 def _touch(read: str, wrong: str) -> bool:
@@ -68,7 +92,8 @@ def _touch(read: str, wrong: str) -> bool:
 
 def _waiting_in(side: Store) -> int:
     """Tokens that wait for one another on a side, whatever part of it they wait for."""
-    return math.lcm(*map(_waiting, side.terms if isinstance(side, Store) else ()))
+    stores = [store for _, store in side.placed("")] if isinstance(side, Store) else []
+    return math.lcm(*(_waiting(one) for store in stores for one in (store, *_bands(store))))
 
 
 def _waiting(store: Store) -> int:
@@ -94,7 +119,7 @@ def _levels_need_a_scale(site: Site) -> Iterator[Fault]:
             "evenly spaced levels need a scale",
             "say what shares one, as scale=per_token(channels=32)",
         )
-    elif isinstance(site.store.code, Codebook) and site.scale is None:
+    elif isinstance(site.store.code, Codebook) and site.store.code.levels != "angle" and site.scale is None:
         yield site.fault("scale", "the levels of a table need a scale", "say what shares one, as scale=per_token()")
     elif isinstance(site.store.code, Float) and site.store.code.format == "e2m1" and site.scale is None:
         mend = "say what shares one, as scale=per_token(channels=32, dtype='e8m0')"
@@ -354,27 +379,34 @@ def layer_faults(scheme: Scheme, layers: int) -> tuple[Fault, ...]:
 
 
 def _shape(site: Site, shape: Shape) -> Iterator[Fault]:
+    band = isinstance(site.store, Band)
     for position, part in enumerate(site.store.transform):  # type: ignore[arg-type]
-        if isinstance(part, Rotate):
+        if isinstance(part, Rotate) and not band:
             yield from _rotation(site, f"transform[{position}]", part, shape.head_dim)
     code = site.store.code
     if isinstance(code, Sketch) and code.basis == "hadamard" and not _is_power(shape.head_dim):
         fact = f"a Hadamard basis needs a power of two, and head_dim is {shape.head_dim}"
         yield site.fault("code.basis", fact, "use basis='orthogonal'")
-    yield from polar_rules.shape_faults(site, shape)
+    yield from polar_rules.shape_faults(site, shape) if not band else ()
     if site.scale is None:
         return
     block, size, heads = site.scale.block, site.store.coded(shape.head_dim), shape.kv_heads
     if isinstance(block.channels, int) and size % block.channels:
         common = math.gcd(block.channels, size)
         mend = f"use {common} or ALL" if common > 1 else "use ALL"
-        yield site.fault(
-            "scale.block.channels", f"groups of {block.channels} channels do not divide head_dim {size}", mend
-        )
+        what = f"the {size} numbers of a band" if band else f"head_dim {size}"
+        yield site.fault("scale.block.channels", f"groups of {block.channels} channels do not divide {what}", mend)
     if isinstance(block.heads, int) and heads % block.heads:
         fits = [str(n) for n in range(1, heads + 1) if heads % n == 0]
         mend = f"use {', '.join(fits)} or ALL"
         yield site.fault("scale.block.heads", f"{block.heads} heads do not divide {heads} kv heads", mend)
+
+
+def _stretches(site: Site) -> Iterator[Site]:
+    """The bands of a legal store, as stores of their stretch."""
+    if isinstance(site.store.code, Bands):
+        for position, band in enumerate(site.store.terms):
+            yield Site(f"{site.place}.code.stores[{position}]", band, site.scheme)
 
 
 def _rotation(site: Site, place: str, part: Rotate, head_dim: int) -> Iterator[Fault]:

@@ -9,18 +9,19 @@ from __future__ import annotations
 import dataclasses as dc
 from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, InitVar, dataclass
+from fractions import Fraction
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-from .codes import Code, Codebook, Float, FloatFormat, Rounding, Sketch, Uniform
+from .codes import Bands, Code, Codebook, Float, FloatFormat, Rounding, Sketch, Uniform
 from .part import ALL, Count, Part
 from .transforms import ChannelScale, ChannelShift, Permute, Polar, PreRope, Rotate, Transform
 
 __all__ = [
-    "ALL", "Block", "ChannelScale", "ChannelShift", "Code", "Codebook", "Count", "Float", "FloatFormat", "Flush",
-    "Layers", "MetaFormat", "PARTS", "Part", "Permute", "Polar", "PreRope", "Prefill", "Range", "Recent", "Refit",
-    "Rotate", "Rounding", "SIDES", "Scale", "Scheme", "Side", "Sinks", "Sketch", "Store", "Transform", "Uniform",
-    "When", "Zero", "per_channel", "per_tensor", "per_token",
+    "ALL", "Band", "Bands", "Block", "ChannelScale", "ChannelShift", "Code", "Codebook", "Count", "Float",
+    "FloatFormat", "Flush", "Layers", "MetaFormat", "PARTS", "Part", "Permute", "Polar", "PreRope", "Prefill",
+    "Range", "Recent", "Refit", "Rotate", "Rounding", "SIDES", "Scale", "Scheme", "Side", "Sinks", "Sketch", "Store",
+    "Transform", "Uniform", "When", "Zero", "per_channel", "per_tensor", "per_token",
 ]  # fmt: skip
 
 Range = Literal["minmax", "minmax_zero", "absmax", "signed_absmax", "norm", "absmean"]
@@ -111,12 +112,17 @@ class Store(Part):
 
     @property
     def terms(self) -> tuple[Store, ...]:
-        """This store and the stores of what is left, in order: what is read is the sum of them all."""
+        """What has codes and scales of its own, in the order of a page: this store and the stores of what is left, what
+        is read being the sum of them all; or its bands."""
+        if isinstance(self.code, Bands):
+            return bands(self)
         return (self, *(self.residual.terms if isinstance(self.residual, Store) else ()))
 
     def placed(self, place: str) -> tuple[tuple[str, Store], ...]:
-        """The terms with their places in a spec where this store stands at `place`."""
-        return tuple((place + ".residual" * depth, term) for depth, term in enumerate(self.terms))
+        """This store and the stores of what is left, each a space of its own, with their places in a spec where this
+        store stands at `place`."""
+        rest = self.residual.placed(f"{place}.residual") if isinstance(self.residual, Store) else ()
+        return ((place, self), *rest)
 
     def coded(self, head_dim: int) -> int:
         """How many numbers a head's vector of `head_dim` channels is coded as."""
@@ -139,6 +145,11 @@ class Store(Part):
     def polar(self) -> bool:
         """Whether what is coded is the radii and the angles of pairs of numbers."""
         return any(isinstance(part, Polar) for part in self.transform)  # type: ignore[union-attr]
+
+    @property
+    def levels(self) -> int:
+        """How often pairs of radii are paired again, counting the first time; 0 without polar coordinates."""
+        return sum(part.levels for part in self.transform if isinstance(part, Polar))  # type: ignore
 
     @property
     def linear(self) -> tuple[Transform, ...]:
@@ -182,6 +193,36 @@ class Store(Part):
             return self.scale
         fitted = isinstance(self.code, Codebook) and self.code.levels == "calibrated"
         return dc.replace(self.scale, range="minmax" if fitted else _OWN_RANGE.get(type(self.code), "minmax"))
+
+
+@dataclass(frozen=True, repr=False)
+class Band(Store):
+    """A stretch of the numbers that another store's map gives, as a store of it: no part of a spec.
+
+    first, share   where it begins and what it is, as shares of the vector
+    channels       of the vector, that one of its numbers tells of
+    """
+
+    first: Fraction = Fraction(0)
+    share: Fraction = Fraction(1)
+    channels: int = 1
+
+    def coded(self, head_dim: int) -> int:
+        """How many numbers of a vector of `head_dim` channels the band has."""
+        return int(head_dim * self.share)
+
+
+def bands(store: Store) -> tuple[Band, ...]:
+    """The stretches of a store of Bands: behind polar coordinates radii, then the angles level by level."""
+    assert isinstance(store.code, Bands)
+    levels = store.levels
+    shares = [Fraction(1, 2**levels), *(Fraction(1, 2 ** (level + 1)) for level in range(levels))]
+    channels = [2**levels, *(2 ** (level + 1) for level in range(levels))]
+    return tuple(
+        Band(one.code, scale=one.scale, transform=store.transform, first=sum(shares[:i], Fraction(0)), share=shares[i],
+             channels=channels[i])
+        for i, one in enumerate(store.code.stores)
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, repr=False)

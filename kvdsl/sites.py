@@ -12,7 +12,7 @@ from .scheme import Scale, Scheme, Store
 @dataclass(frozen=True)
 class Site:
     """One store of a scheme and where it stands: `keys` or `values` (`keys` for both where `both=` gave them), or what
-    is left by one of them, as `keys.residual`."""
+    is left by one of them, as `keys.residual`, or a band of it, as `keys.code.stores[0]`."""
 
     place: str
     store: Store
@@ -26,7 +26,13 @@ class Site:
     @property
     def left(self) -> bool:
         """Whether the store is of what another one left."""
-        return self.place != self.side
+        return ".residual" in self.place
+
+    @property
+    def band(self) -> int | None:
+        """Which band of a store this one is of, counted from 0; None for a whole vector's."""
+        inside = self.place.rpartition(".stores[")
+        return int(inside[2].removesuffix("]")) if inside[1] else None
 
     @property
     def scale(self) -> Scale | None:

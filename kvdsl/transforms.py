@@ -80,7 +80,13 @@ class Polar(Part):
 
     The D/2 radii are the first numbers of y, the angles the others.  These are the pairs that rotary positions turn, so
     that of a key over time the radius stays where it is and the angle alone moves (PolarQuant, arXiv 2502.00527).
+
+    levels   more than 1: the radii are paired again, i and i + D/4, then i and i + D/8, ...; such an angle is in
+             [0, pi/2].  Of y come D/2^levels radii first, then the angles level by level: one radius and 2^levels - 1
+             angles for 2^levels channels (PolarQuant of Han et al., arXiv 2502.02617, definition 1)
     """
+
+    levels: int = 1
 
 
 Transform = PreRope | Rotate | ChannelScale | ChannelShift | Permute | Polar

@@ -13,7 +13,7 @@ from .kvtq import kvtq, kvtq_2bit
 from .llama_cpp import iq4_nl, q4_0, q4_1, q5_0, q5_1, q8_0
 from .omniquant import omniquant4
 from .plain import fp16, fp32
-from .polar import polar_pairs
+from .polar import polar, polar_pairs
 from .qjl import qjl, qjl_gauss, qjl_kv
 from .quarot import quarot2, quarot4
 from .rotatekv import rotatekv2, rotatekv3, rotatekv4
@@ -60,6 +60,7 @@ ALL: dict[str, Scheme] = {
     "vllm_4bit_nc": vllm_4bit_nc,
     "vllm_k3v4_nc": vllm_k3v4_nc,
     "vllm_3bit_nc": vllm_3bit_nc,
+    "polar": polar,
     "polar_pairs": polar_pairs,
     "quarot4": quarot4,
     "quarot2": quarot2,
@@ -114,6 +115,7 @@ __all__ = [
     "nvfp4",
     "nvfp4_4over6",
     "omniquant4",
+    "polar",
     "polar_pairs",
     "q4_0",
     "q4_1",

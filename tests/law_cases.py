@@ -7,8 +7,13 @@ from hypothesis import HealthCheck, settings
 
 from kvdsl.kernels import Backend
 from kvdsl.scheme import (
+    ALL,
+    Bands,
     Block,
+    ChannelShift,
+    Codebook,
     Float,
+    Polar,
     Recent,
     Rotate,
     Scale,
@@ -42,7 +47,23 @@ SUMS = Scheme(
     sinks=Sinks(2),
 )
 """What is left is coded, too: under another kind of scale, behind a map, and twice."""
-RARE = {"small blocks": SMALL_BLOCKS, "sums": SUMS}
+BANDS = Scheme(
+    keys=Store(
+        Bands((
+            Store(Uniform(8), scale=per_token(range="absmax")),
+            Store(Uniform(5, grid="cells"), scale=per_channel(tokens=32)),
+            Store(Codebook(3, "angle")),
+        )),
+        transform=Polar(levels=2),
+    ),
+    values=Store(
+        Bands((Store(Uniform(8), scale=per_token(heads=ALL)), *4 * (Store(Uniform(8), scale=per_token()),))),
+        transform=(ChannelShift(), Polar(levels=4)),
+    ),
+    recent=Recent(32),
+)  # fmt: skip
+"""Radii and angles under scales of all kinds, two levels and four."""
+RARE = {"small blocks": SMALL_BLOCKS, "sums": SUMS, "bands": BANDS}
 """What no shipped scheme has."""
 
 

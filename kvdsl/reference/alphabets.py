@@ -52,6 +52,7 @@ def alphabet(store: Store, channels: int, given: Tensor | None) -> Alphabet:
     if isinstance(code, Sketch):
         a = float(f32(torch.tensor(estimator(code, channels), dtype=torch.float64)))
         return _table(torch.tensor([-a, a], dtype=torch.float64))
+    assert isinstance(code, Codebook)
     levels = given if given is not None else torch.tensor(table(code, channels), dtype=torch.float64)
     return _table(f32(levels))
 
@@ -76,6 +77,7 @@ def code_bits(store: Store) -> int:
     if isinstance(code, Uniform) and code.bits is None:
         assert code.levels is not None
         return math.ceil(math.log2(code.levels))
+    assert isinstance(code, (Uniform, Codebook))
     if code.bits is None:
         assert isinstance(code, Codebook) and isinstance(code.levels, tuple)
         return max(1, math.ceil(math.log2(len(code.levels))))

@@ -2,7 +2,7 @@
 
 A page holds `page_tokens` tokens of all kv heads of one layer: one blob a head, then the metadata that heads share,
 rounded up to 16 bytes.  A blob holds key codes, value codes, key metadata, value metadata, those of what a store left
-behind its own; every section starts at a multiple of 16 bytes.
+and of stretches one behind the other; every section starts at a multiple of 16 bytes.
 
 Three levels for which no bits are asked are ternary digits, five in a byte.  A row is again tokens t and t + 32, one in
 the low bytes and one in the high bytes of W words; W is a fifth of the channels rounded up to an even number.  Byte w
@@ -36,7 +36,7 @@ from torch import Tensor
 
 from kvdsl.codes import Codebook, Float, Uniform
 from kvdsl.errors import ShapeError
-from kvdsl.scheme import SIDES, Scale, Scheme, Side, Store
+from kvdsl.scheme import SIDES, Band, Scale, Scheme, Side, Store
 
 from .alphabets import code_bits, has_offset, holds_numbers
 from .quantize import Params, Quantized, quantize
@@ -206,7 +206,7 @@ def _paired(d: int, width: int) -> bool:
 def _plane(store: Store, d: int) -> int:
     """Channels of a plane, the same for all streams of a store; of polar coordinates it is of radii or of angles."""
     plane = _common_plane(store, d)
-    while store.polar and d // 2 % plane:
+    while store.polar and not isinstance(store, Band) and d // 2 % plane:
         plane //= 2
     return plane
 

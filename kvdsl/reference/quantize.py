@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvdsl.codes import Float, Sketch
+from kvdsl.codes import Bands, Float, Sketch
 from kvdsl.errors import ShapeError
-from kvdsl.scheme import Count, Scale, Store
+from kvdsl.scheme import Band, Count, Scale, Store, bands
 
 from .alphabets import Alphabet, alphabet, given_table, has_offset, holds_numbers, level_count
 from .measure import Measured, measure, refitted, shifted
@@ -35,6 +35,7 @@ class Quantized:
     decoded  float64 (B, H, T, D), every number a float32 number
     coded    float64 (B, H, T, M): the same in the space that is coded
     residual the same of what is left, x - x^ in float32 of this store's x^; `decoded` is the sum of both, in float32
+    bands    the same of every stretch, whose numbers are those of the coded space; codes and scales are theirs
     """
 
     codes: Tensor | None
@@ -43,11 +44,12 @@ class Quantized:
     decoded: Tensor
     coded: Tensor
     residual: Quantized | None = None
+    bands: tuple[Quantized, ...] = ()
 
     @property
     def terms(self) -> tuple[Quantized, ...]:
-        """This and what is kept of what is left, as `Store.terms`."""
-        return (self, *(self.residual.terms if self.residual else ()))
+        """This and what is kept of what is left, or the stretches, as `Store.terms`."""
+        return self.bands or (self, *(self.residual.terms if self.residual else ()))
 
 
 def quantize(store: Store, x: Tensor, params: Params | None = None, side: str = "keys", at: int = 0) -> Quantized:
@@ -61,10 +63,14 @@ def quantize(store: Store, x: Tensor, params: Params | None = None, side: str = 
     x = widened(x, side)
     mapped = maps(store, x.shape[3], x.shape[1], params, side)
     y = polar(store, encoded(without_rope(store, x, params, side, at), mapped))
-    codes, scale, offset, coded = _coded(store, x, y, params, side)
+    bands = _banded(store, x, y, params, side)
+    if bands:
+        codes, scale, offset, coded = None, None, None, torch.cat([band.coded for band in bands], -1)
+    else:
+        codes, scale, offset, coded = _coded(store, x, y, params, side)
     decoded = with_rope(store, restored(cartesian(store, coded), mapped), params, side, at)
     if not isinstance(store.residual, Store):
-        return Quantized(codes, scale, offset, decoded, coded)
+        return Quantized(codes, scale, offset, decoded, coded, None, bands)
     rest = quantize(store.residual, left(x, decoded), params, f"{side}.residual", at)
     return Quantized(codes, scale, offset, f32(decoded + rest.decoded), coded, rest)
 
@@ -80,6 +86,15 @@ def encoded_rows(store: Store, x: Tensor, params: Params | None = None, side: st
     return polar(store, encoded(x, maps(store, x.shape[3], x.shape[1], params, side))).to(torch.float32)
 
 
+def _banded(store: Store, x: Tensor, y: Tensor, params: Params | None, side: str) -> tuple[Quantized, ...]:
+    """What is kept of every stretch of y; nothing where the store is of no stretches."""
+    if not isinstance(store.code, Bands):
+        return ()
+    pieces = y.split([int(y.shape[-1] * band.share) for band in bands(store)], -1)
+    kept = (_coded(band, x, piece, params, side) for band, piece in zip(bands(store), pieces, strict=True))
+    return tuple(Quantized(codes, scale, offset, coded, coded) for codes, scale, offset, coded in kept)
+
+
 Coded = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]
 
 
@@ -90,8 +105,7 @@ def _coded(store: Store, x: Tensor, y: Tensor, params: Params | None, side: str)
         assert isinstance(code, Float)
         return None, None, None, _number(y, code)
     if scale is None:
-        assert isinstance(code, Float)
-        return _unscaled(y, code)
+        return _unscaled(y, store)
     size = block_size(scale, y.shape, side)
     letters = alphabet(store, x.shape[3] if isinstance(code, Sketch) else size[2], given_table(store, params, side))
     numbers = _cut(y, size)
@@ -173,12 +187,14 @@ def _number(y: Tensor, code: Float) -> Tensor:
     return y.clamp(-LARGEST_INPUT, LARGEST_INPUT).to(torch.float16).to(torch.float64)
 
 
-def _unscaled(y: Tensor, code: Float) -> Coded:
-    """A minifloat of the numbers themselves: a NaN is the format's own, where it has one."""
-    letters, none = alphabet(Store(code), 1, None), torch.zeros((), dtype=torch.float64)
+def _unscaled(y: Tensor, store: Store) -> Coded:
+    """A minifloat of the numbers themselves: a NaN is the format's own, where it has one.  Or angles: a NaN is any."""
+    code, none = store.code, torch.zeros((), dtype=torch.float64)
+    letters = alphabet(Store(code), store.channels if isinstance(store, Band) else 1, None)
     c = letters.encode(y.clamp(-LARGEST_INPUT, LARGEST_INPUT), none)
     decoded = letters.level(c, none)
-    return c.to(torch.int64), None, None, torch.where(y.isnan(), y, decoded) if MINIFLOATS[code.format].nan else decoded
+    kept = isinstance(code, Float) and MINIFLOATS[code.format].nan
+    return c.to(torch.int64), None, None, torch.where(y.isnan(), y, decoded) if kept else decoded
 
 
 def block_size(scale: Scale, shape: torch.Size | tuple[int, ...], side: str) -> tuple[int, int, int]:

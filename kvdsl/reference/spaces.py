@@ -19,7 +19,7 @@ from kvdsl.codes import Sketch
 from kvdsl.errors import ShapeError
 from kvdsl.matrices import product, rotation, sketch
 from kvdsl.rope import waves
-from kvdsl.scheme import Store
+from kvdsl.scheme import Band, Store
 from kvdsl.transforms import ChannelScale, ChannelShift, PreRope, Rotate
 
 from .rounding import LARGEST_INPUT, f32
@@ -38,7 +38,9 @@ def widened(x: Tensor, name: str) -> Tensor:
 
 
 def channels_of(store: Store, head_dim: int) -> int:
-    """M, the channels of the coded space."""
+    """M, the channels of the coded space, of a band its own."""
+    if isinstance(store, Band):
+        return int(head_dim * store.share)
     return store.code.dim if isinstance(store.code, Sketch) and isinstance(store.code.dim, int) else head_dim
 
 
@@ -134,25 +136,35 @@ def polar(store: Store, x: Tensor) -> Tensor:
     """Radius (first half) and angle in [0, 2 pi] (second half) of every pair of x (B, H, T, M), channels i and i + M/2,
     each taken in float64 and rounded once; x itself without Polar.
 
+    Of several levels the radii are paired again, in float64: radii of the last level, then angles of the first, the
+    second, ..., those behind the first in [0, pi/2].
+
     Every number of a vector with a NaN is NaN; numbers beyond +-65504 saturate, and a zero has no sign.
     """
     if not store.polar:
         return x
     spoiled = x.isnan().any(-1, keepdim=True)
     clean = torch.where(x.isnan(), torch.zeros_like(x), x).clamp(-LARGEST_INPUT, LARGEST_INPUT) + 0.0
-    a, b = clean.chunk(2, -1)
-    angle = torch.atan2(b, a)
-    angle = torch.where(angle < 0, angle + 2 * math.pi, angle)
-    y = f32(torch.cat(((a * a + b * b).sqrt(), angle), -1))
+    radius, angles = clean, []
+    for _ in range(store.levels):
+        a, b = radius.chunk(2, -1)
+        angle = torch.atan2(b, a)
+        angles.append(torch.where(angle < 0, angle + 2 * math.pi, angle))
+        radius = (a * a + b * b).sqrt()
+    y = f32(torch.cat((radius, *angles), -1))
     return torch.where(spoiled, torch.full_like(y, float("nan")), y)
 
 
 def cartesian(store: Store, y: Tensor) -> Tensor:
-    """(r cos a, r sin a) of every pair of y (B, H, T, M), radii before angles; y itself without Polar."""
+    """(r cos a, r sin a) of every pair of y (B, H, T, M), radii before angles, of several levels the last one first, in
+    float64 and rounded once; y itself without Polar."""
     if not store.polar:
         return y
-    r, a = y.chunk(2, -1)
-    return f32(torch.cat((r * a.cos(), r * a.sin()), -1))
+    sizes = [y.shape[-1] >> level + 1 for level in range(store.levels)]
+    radius, *angles = y.split([sizes[-1], *sizes], -1)
+    for angle in reversed(angles):
+        radius = torch.cat((radius * angle.cos(), radius * angle.sin()), -1)
+    return f32(radius)
 
 
 def _rotated(store: Store, x: Tensor, params: Params | None, side: str, at: int, sign: int) -> Tensor:

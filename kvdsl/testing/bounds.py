@@ -43,11 +43,12 @@ from torch import Tensor
 
 from kvdsl.codes import width
 from kvdsl.kernels import Params
+from kvdsl.levels import table
 from kvdsl.reference.alphabets import Alphabet, alphabet, given_table
 from kvdsl.reference.quantize import encoded_rows, left, level_count, maps, quantize
 from kvdsl.reference.rounding import MINIFLOATS
 from kvdsl.rope import pairs, waves
-from kvdsl.scheme import Float, Polar, Scale, Sketch, Store, Uniform
+from kvdsl.scheme import Band, Bands, Codebook, Float, Polar, Scale, Sketch, Store, Uniform, bands
 
 FORMATS = {
     "fp16": (2.0**-11, 2.0**-25, 65504.0),
@@ -102,6 +103,10 @@ def bound(store: Store, x: Tensor, params: Params | None = None, side: str = "ke
     inside = given.clamp(-LARGEST, LARGEST)
     if isinstance(store.code, Float) and store.code.format == "fp32":
         return torch.zeros_like(given)
+    if isinstance(store.code, Codebook) and store.measure is None:
+        assert isinstance(store, Band)
+        levels = torch.tensor(table(store.code, store.channels), dtype=torch.float64)
+        return (given[..., None] - levels).abs().amin(-1) + 2.0**-22
     if store.measure is None:
         assert isinstance(store.code, Float)
         return deviation(inside, store.code.format) + (given - inside).abs()
@@ -142,7 +147,7 @@ def _mapped_bound(store: Store, x: Tensor, params: Params | None, side: str) -> 
         signs = quantize(store, x, params, side).coded.abs()
         return (signs @ decode.mT + x.double().abs()) * (1 + 2.0**-20)
     coded = encoded_rows(store.with_(transform=store.linear), x, params, side)
-    behind = store.with_(transform=(Polar(),) if store.polar else ())
+    behind = store.with_(transform=(Polar(store.levels),) if store.polar else ())
     within = bound(behind, coded, params, side) @ decode.mT
     size = x.double().abs().clamp(max=LARGEST) @ encode.mT @ decode.mT + shift[:, None]
     return within + 2.0**-22 * size + (x.double().abs() - LARGEST).clamp(min=0)
@@ -150,12 +155,24 @@ def _mapped_bound(store: Store, x: Tensor, params: Params | None, side: str) -> 
 
 def _polar_bound(store: Store, x: Tensor, params: Params | None, side: str) -> Tensor:
     """Of a pair whose radius is off by e and whose angle by f: |r cos a - r^ cos a^| <= e |cos a^| + r |cos a - cos a^|
-    <= e + r min(f, 2), and what rounding of an angle up to 2 pi adds, 2^-22 of the radius, and of the others."""
+    <= e + r min(f, 2), and what rounding of an angle up to 2 pi adds, 2^-22 of the radius, and of the others.
+
+    Of several levels the radius of one is a channel of the next: e + r (f1 + f2 + ...), r the last one's radius."""
     coded = encoded_rows(store, x, params, side)
-    radius, _ = coded.double().chunk(2, -1)
-    off, turned = bound(store.with_(transform=()), coded, params, side).chunk(2, -1)
-    carried = off + radius * turned.clamp(max=2) + 2.0**-20 * (radius + off)
-    return carried.repeat(1, 1, 1, 2) + (x.double().abs() - LARGEST).clamp(min=0)
+    sizes = [coded.shape[-1] >> level + 1 for level in range(store.levels)]
+    if isinstance(store.code, Bands):
+        pieces = zip(bands(store), coded.split([sizes[-1], *sizes], -1), strict=True)
+        off, *turned = (bound(replace(band, transform=()), piece, params, side) for band, piece in pieces)
+    else:
+        off, *turned = bound(store.with_(transform=()), coded, params, side).split([sizes[-1], *sizes], -1)
+    radius = coded[..., : sizes[-1]].double()
+
+    def whole(part: Tensor) -> Tensor:
+        return part.repeat(1, 1, 1, x.shape[3] // part.shape[-1])
+
+    far = sum(whole(turn.clamp(max=2)) for turn in turned)
+    carried = whole(off) + whole(radius) * far + 2.0**-20 * store.levels * whole(radius + off)
+    return carried + (x.double().abs() - LARGEST).clamp(min=0)
 
 
 def _roped_bound(store: Store, x: Tensor, params: Params | None, side: str, at: int) -> Tensor:

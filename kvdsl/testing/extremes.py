@@ -11,7 +11,7 @@ from kvdsl.scheme import SIDES, ChannelShift, Codebook, Float, Scale, Scheme, Sk
 
 from .bounds import FORMATS, LARGEST, blocks_of, spread
 from .cases import METADATA, Case, law, require, require_equal, static
-from .terms import TermOf, terms_of
+from .terms import Stretch, TermOf, stretches, terms_of
 from .trips import bare, roundtrip
 
 LEAST = {"fp16": -14, "bf16": -126, "fp32": -126, "e4m3": -6, "e5m2": -14, "e8m0": -126}  # exponents of normal numbers
@@ -69,11 +69,14 @@ def a_nan_spoils_its_block_only(case: Case) -> None:
 
 def _spoilt(store: Store, x: Tensor, params: Params, side: str, at: int) -> Tensor:
     """Which numbers of x (B, H, T, D) share a stored number with a NaN of it."""
-    coded = encoded_rows(store, x, params, side, at)
-    bad = coded.isnan()
-    if store.measure is not None and not static(store):
-        hit = blocks_of(store, bad.double()).amax((2, 4, 6)) > 0
-        bad = spread(store, hit.double(), coded) > 0
+    found = []
+    for part, numbers, _ in stretches(store, encoded_rows(store, x, params, side, at)):
+        bad = numbers.isnan()
+        if part.measure is not None and not static(part):
+            hit = blocks_of(part, bad.double()).amax((2, 4, 6)) > 0
+            bad = spread(part, hit.double(), numbers) > 0
+        found.append(bad)
+    bad = torch.cat(found, -1)
     return bad.any(-1, keepdim=True).expand(x.shape) if store.turned else bad
 
 
@@ -129,29 +132,45 @@ def _with_its_block(store: Store, usual: Tensor) -> Tensor:
     """Where all numbers that share a stored one are usual: what is left of another one moves it, too."""
     if store.turned:
         usual = usual.all(-1, keepdim=True).expand(usual.shape)
-    if store.measure is None or static(store) or isinstance(store.code, Sketch):
+    if isinstance(store.code, Sketch):
         return usual
-    held = blocks_of(store, usual.double()).amin((2, 4, 6))
-    return _everywhere(store, held > 0, usual.double()) > 0
+    whole = usual
+    for part, numbers, _ in stretches(store, usual.double()):
+        if part.measure is not None and not static(part):
+            held = blocks_of(part, numbers).amin((2, 4, 6))
+            whole = whole & (_everywhere(part, held > 0, usual.double()) > 0)
+    return whole
 
 
 def _usual(one: TermOf, more: TermOf, params: tuple[Params, Params], factor: float, at: int) -> Tensor:
     """Where a term's stored numbers, of x and of x times a factor, are neither subnormal nor saturated."""
-    store, x = one.store, one.x
+    usual = torch.ones(one.x.shape, dtype=torch.bool)
+    for part in stretches(one.store, encoded_rows(one.store, one.x, params[0], one.place, at)):
+        usual &= _usual_part(part, one, more, params, factor, at)
+    return usual
+
+
+def _usual_part(
+    part: Stretch, one: TermOf, more: TermOf, params: tuple[Params, Params], factor: float, at: int
+) -> Tensor:
+    """The same of a stretch of a term's numbers."""
+    store, x, y = part.store, one.x, part.numbers
     usual = torch.ones(x.shape, dtype=torch.bool)
     if store.measure is None:
+        if isinstance(store.code, Codebook):  # angles do not grow
+            return usual
         assert isinstance(store.code, Float)
         least, most = 2.0 ** LEAST[store.code.format], TOPS.get(store.code.format, float("inf"))
-        y = encoded_rows(store, x, params[0], one.place, at)
         usual = ((y.abs() >= least) | (y == 0)) & (y.abs() * factor < most)
         return usual.all(-1, keepdim=True).expand(x.shape) if store.turned else usual
     if store.measure.scale is not None:  # a second level grows with the scale, and what is stored stays the same
         return usual
     dtype = "fp32" if static(store) else store.measure.dtype
     least, most = 2.0 ** LEAST[dtype], min(LARGEST, FORMATS[dtype][2]) / factor
-    for tried in _tried(store):
+    for tried in (part.put(one.store, tried) for tried in _tried(store)):
         before, after = (
-            quantize(tried, term.x, given, one.place, at) for term, given in zip((one, more), params, strict=True)
+            part.kept(quantize(tried, term.x, given, one.place, at))
+            for term, given in zip((one, more), params, strict=True)
         )
         pairs = [(before.scale, after.scale)]
         pairs += [(before.offset, after.offset)] if store.measure.zero == "min" else []

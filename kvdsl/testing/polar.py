@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from kvdsl.scheme import SIDES, Float, Polar, Scheme, Store
+from kvdsl.scheme import SIDES, Bands, Float, Polar, Scheme, Store
 
 from .bounds import bound
 from .cases import Case, law, require_within
@@ -20,9 +20,12 @@ def _has_angles(scheme: Scheme) -> bool:
 
 @law("P24", _has_angles, MODEST)
 def angles_come_back(case: Case) -> None:
-    """P24: vectors whose radii and angles are kept in float32 come back within 2^-20 of each pair's radius, also where
-    angles lie a hair on either side of 0, which is a whole turn apart as numbers."""
+    """P24: vectors whose radii and angles are kept in float32 come back within 2^-20 of each pair's radius, or of that of
+    each block of several levels, also where angles lie a hair on either side of 0, a whole turn apart as numbers."""
+    levels = max(case.scheme.keys.levels, case.scheme.values.levels)
     exact = Store(Float("fp32"), transform=Polar())
+    if levels > 1:
+        exact = Store(Bands((levels + 1) * (Store(Float("fp32")),)), transform=Polar(levels))
     case = replace(case, scheme=case.scheme.with_(keys=exact, values=exact))
     k, v = case.pair(case.whole)
     for x in (k, v):
@@ -33,5 +36,7 @@ def angles_come_back(case: Case) -> None:
         require_within(f"decoded {side}", got, x.double(), bound(exact, x) + 2.0**-140)
         first, second = (part.double() for part in got.chunk(2, -1))
         given = x.double().unflatten(-1, (2, -1)).square().sum(-2)
-        require_within(f"squared radii of {side}", first.square() + second.square(), given, given * 2.0**-20 + 1e-60)
+        block = x.double().unflatten(-1, (2**levels, -1)).square().sum(-2).repeat(1, 1, 1, 2 ** (levels - 1))
+        limit = (given * block).sqrt() * levels * 2.0**-20 + block * 2.0**-40 + 1e-60
+        require_within(f"squared radii of {side}", first.square() + second.square(), given, limit)
         assert torch.isfinite(got).all()

@@ -46,7 +46,7 @@ def sides_of(store: Store, x: Tensor, span: tuple[int, int], params: Params, sid
 
 def _row(store: Store, channels: int) -> int:
     """Numbers that a vector of `channels` is coded as, by all terms."""
-    return sum(term.coded(channels) for term in store.terms)
+    return sum(term.coded(channels) for _, term in store.placed(""))
 
 
 def _factors(store: Store, numbers: Quantized, params: Params, side: str) -> Tensor:
@@ -92,8 +92,8 @@ def sizes_of(
       again by the next plane's query.  Of w bits they add up to 2/(2^w - 1) of it, were all roundings of one sign;
       they are of either sign, and n is A for all codes, half of which lie in the lower half.)
     - Levels of tables, s*level, are rounded to float16 as q is, 2 * 2^-11: n = s*|level|, without an offset.
-    - Decoded numbers are rounded as q is: n = |x^|.  So are exact ones.  A pair in polar coordinates
-      counts as its radius.
+    - Decoded numbers are rounded as q is: n = |x^|.  So are exact ones.  What is in polar
+      coordinates counts as its radius.
     """
     first, end = span
     x = x.double()
@@ -115,7 +115,9 @@ def _sizes(term: TermOf, params: Params, largest: Largest, at: int) -> Tensor:
     counted = isinstance(store.code, Uniform) or _step(store, coded.shape[-1]) is not None
     factors = _factors(store, term.kept, params, term.place).abs() / (2 if counted else 1)
     size = torch.stack((largest(store, coded, params), found.abs(), factors)).amax(0)
-    size = size.chunk(2, -1)[0].repeat(1, 1, 1, 2) if store.polar else size
+    if store.polar:
+        turns = 2**store.levels
+        size = size[..., : size.shape[-1] // turns].repeat(1, 1, 1, turns)
     return _carried(store, size, found, term.x.shape[3], params) if store.rope is not None else size
 
 
@@ -161,8 +163,9 @@ def mapped_back(store: Store, part: Tensor, head_dim: int, params: Params) -> Te
     """The factors of values as parts of the output's channels: (1, H, T, D)."""
     if not store.apart:
         return part
-    *coded, total = part.split([*(term.coded(head_dim) for term in store.terms), head_dim], -1)
-    for (place, term), numbers in zip(store.placed("values"), coded, strict=True):
+    spaces = store.placed("values")
+    *coded, total = part.split([*(term.coded(head_dim) for _, term in spaces), head_dim], -1)
+    for (place, term), numbers in zip(spaces, coded, strict=True):
         found = maps(term, head_dim, part.shape[1], params, place)
         total = total + (numbers if found is None else numbers @ found[2].mT)
     return total

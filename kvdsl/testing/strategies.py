@@ -13,6 +13,8 @@ from kvdsl.codes import in_trits
 from kvdsl.scheme import (
     ALL,
     SIDES,
+    Band,
+    Bands,
     Block,
     ChannelScale,
     ChannelShift,
@@ -31,6 +33,8 @@ from kvdsl.scheme import (
     Store,
     Transform,
     Uniform,
+    per_channel,
+    per_token,
 )
 from kvdsl.shape import Shape
 from kvdsl.window import token_block, windows
@@ -113,12 +117,28 @@ def _single(draw: Draw, longest: int) -> Store:
 
 @st.composite
 def _in_polar(draw: Draw, store: Store) -> Store:
-    """The store, in polar coordinates now and then where they suit its code and its scale."""
+    """The store, in polar coordinates now and then where they suit its code and its scale, one in four of bands."""
     scale = store.scale
     single = scale is None or scale.scale is None and isinstance(scale.block.channels, int)
     if not single or in_trits(store.code) or draw(st.integers(0, 2)) < 2:
         return store
+    if draw(st.integers(0, 3)) == 3:
+        return draw(_in_bands(store.transform))
     return store.with_(transform=(*store.transform, Polar()))  # type: ignore[misc]
+
+
+@st.composite
+def _in_bands(draw: Draw, transform: Any) -> Store:
+    """Radii, and angles of one to three levels."""
+    radii = [Store(Float("fp16")), Store(Float("fp32")), Store(Uniform(8), scale=per_token())]
+    radii.append(Store(Uniform(4), scale=per_channel(tokens=32)))
+    tables = st.builds(lambda bits: Store(Codebook(bits, "angle")), st.integers(1, 4))
+    evenly = st.builds(
+        lambda bits, size: Store(Uniform(bits, grid="cells"), scale=Scale(Block(size))),
+        st.integers(2, 8), st.sampled_from([1, 32]),
+    )  # fmt: skip
+    angles = draw(st.lists(st.one_of(tables, tables, evenly), min_size=1, max_size=3))
+    return Store(Bands((draw(st.sampled_from(radii)), *angles)), transform=(*transform, Polar(len(angles))))
 
 
 @st.composite
@@ -225,6 +245,7 @@ def shapes(scheme: Scheme, *, widest: int = 128) -> st.SearchStrategy[Shape]:
     sizes = [part.size for store in stores for _, part in store.walk() if isinstance(part, Rotate)]
     sizes += [block.channels for block in blocks]
     sizes += [2 * b.channels for b in blocks if isinstance(b.channels, int) and any(s.polar for s in stores)]
+    sizes += [64 for store in stores if isinstance(store, Band)]  # stretches are whole bytes
     channels = math.lcm(8, *(size for size in sizes if isinstance(size, int)))
     heads = math.lcm(1, *(block.heads for block in blocks if isinstance(block.heads, int)))
     widths = [d for d in range(channels, widest + 1, channels) if d >= 32] or [channels]

@@ -1,4 +1,4 @@
-"""What a side's terms are of: each codes what the one before it left."""
+"""What a side's terms are of: each codes what the one before it left; and what bands are of, stretches of a row."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvdsl.kernels import Params
 from kvdsl.reference.quantize import Quantized, left, quantize
-from kvdsl.scheme import Store
+from kvdsl.scheme import Bands, Store, bands
 
 
 class TermOf(NamedTuple):
@@ -19,6 +19,41 @@ class TermOf(NamedTuple):
     place: str
     x: Tensor
     kept: Quantized
+
+
+class Stretch(NamedTuple):
+    """Numbers of the coded space with a store of their own: a band, or all of them.
+
+    store    of them alone
+    numbers  (B, H, T, M)
+    band     which one, None of a whole row
+    """
+
+    store: Store
+    numbers: Tensor
+    band: int | None
+
+    def kept(self, whole: Quantized) -> Quantized:
+        """What a store's `whole` keeps of these numbers."""
+        return whole if self.band is None else whole.bands[self.band]
+
+    def put(self, outer: Store, store: Store) -> Store:
+        """The outer store with another one for these numbers."""
+        if not isinstance(outer.code, Bands):
+            return store
+        stores = list(outer.code.stores)
+        stores[self.band or 0] = Store(store.code, scale=store.scale)
+        return outer.with_(code=Bands(tuple(stores)))
+
+
+def stretches(store: Store, coded: Tensor) -> Iterator[Stretch]:
+    """The stretches of numbers (B, H, T, M) of a store's coded space."""
+    if not isinstance(store.code, Bands):
+        yield Stretch(store, coded, None)
+        return
+    pieces = coded.split([band.coded(coded.shape[3]) for band in bands(store)], -1)
+    for index, (band, piece) in enumerate(zip(bands(store), pieces, strict=True)):
+        yield Stretch(band, piece, index)
 
 
 def terms_of(store: Store, x: Tensor, params: Params | None, side: str, at: int = 0) -> Iterator[TermOf]:

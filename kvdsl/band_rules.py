@@ -1,0 +1,80 @@
+"""What is legal of bands: who says where they end, and what may code one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from .codes import in_trits
+from .errors import Fault
+from .scheme import Bands, Codebook, Polar, Sketch
+from .sites import Site, rule
+
+
+@rule("~.code", "~.transform")
+def _bands_are_those_of_polar_coordinates(site: Site) -> Iterator[Fault]:
+    code, levels = site.store.code, 0
+    for position, part in enumerate(site.store.transform):  # type: ignore[arg-type]
+        if not isinstance(part, Polar):
+            continue
+        levels = part.levels
+        if levels > 1 and not isinstance(code, Bands):
+            fact = f"radii and angles of {levels} levels are too unlike for one code"
+            yield site.fault(f"transform[{position}].levels", fact, "use code=Bands(...), or levels=1")
+    if not isinstance(code, Bands):
+        return
+    if not levels:
+        yield site.fault("code", "nothing says where one stretch of numbers ends", "add transform=Polar(levels=4)")
+    elif len(code.stores) != levels + 1:
+        fact = f"{len(code.stores)} stores for the radii and {levels} levels of angles"
+        yield site.fault("code.stores", fact, f"give {levels + 1}, that of the radii first")
+
+
+@rule("~.code", "~.scale", "~.residual")
+def _each_band_has_its_own(site: Site) -> Iterator[Fault]:
+    if not isinstance(site.store.code, Bands):
+        return
+    if site.store.scale is not None:
+        yield site.fault("scale", "each stretch has a scale of its own", "move it into the stores of Bands")
+    if site.store.residual is not None:
+        yield site.fault("residual", "what stretches leave is not coded", "leave it out, or lower the code's bits")
+
+
+@rule("~.code", "~.scale", "~.transform", "~.residual")
+def _a_band_is_a_code_under_a_scale(site: Site) -> Iterator[Fault]:
+    store = site.store
+    if site.band is None:
+        return
+    if isinstance(store.code, (Bands, Sketch)):
+        fact = f"{type(store.code).__name__} is of a whole vector, and this is a stretch of one"
+        yield site.fault("code", fact, "use Uniform(bits=2) under a scale, or Float('fp16')")
+    elif in_trits(store.code):
+        yield site.fault("code.bits", "five ternary digits a byte are of one vector, not of a stretch", "use bits=2")
+    if store.transform:
+        yield site.fault("transform", "a stretch is coded as it is", "move it to the outer store")
+    if store.residual is not None:
+        yield site.fault("residual", "what a stretch leaves is not coded", "leave it out")
+
+
+@rule("~.code", "~.scale")
+def _a_band_is_measured_online(site: Site) -> Iterator[Fault]:
+    scale, code = site.scale, site.store.code
+    if site.band is None:
+        return
+    if scale is not None and scale.when == "calibrated":
+        yield site.fault("scale.when", "radii and angles are not calibrated", "use when='online'")
+    if scale is not None and scale.scale is not None:
+        yield site.fault("scale.scale", "radii and angles are not calibrated", "leave the second level out")
+    if isinstance(code, Codebook) and code.levels == "calibrated":
+        yield site.fault("code.levels", "radii and angles are not calibrated", "use levels='angle', or give numbers")
+
+
+@rule("~.code", "~.scale")
+def _angles_are_in_radians(site: Site) -> Iterator[Fault]:
+    code = site.store.code
+    if not isinstance(code, Codebook) or code.levels != "angle":
+        return
+    if not site.band:
+        mend = "use it in Bands((radii, Store(Codebook(4, 'angle')), ...)) behind Polar(), or levels='normal'"
+        yield site.fault("code.levels", "no angles are coded here", mend)
+    elif site.store.scale is not None:
+        yield site.fault("scale", "the law of angles gives them in radians", "leave scale out")
