@@ -16,6 +16,7 @@ from pathlib import Path
 
 from .placement import When
 from .plan import Plan, SidePlan
+from .triton_bands import lanes
 from .triton_planes import Planes
 
 
@@ -37,6 +38,10 @@ def multiplications(plan: Plan, side: SidePlan) -> Multiplications:
     """What remains of one side."""
     steps, zero = Planes(plan, side).steps, Fraction(0)
     unpacking = Fraction(1, 2) if side.layout.digits else zero  # a register holds two numbers
+    if side.band:
+        turned = Fraction(_inside("cartesian")) if side.depth else zero  # two channels are made with every angle
+        each = _count([steps.number("c", "s", "z")]) if not side.floats else 0
+        return Multiplications((each + turned) * max(1, lanes(plan.side(side.name)) // side.dim), zero, zero)
     if side.when is When.IN_LOOP:
         turned = Fraction(_inside("cartesian"), 2) if side.polar else zero  # a radius and an angle are two numbers
         return Multiplications(_count([steps.number("c", "s", "z")]) + turned, zero, unpacking)

@@ -29,7 +29,7 @@ def normal_form(plan: Plan) -> Stage:
 
 
 def _side(side: SidePlan) -> dict[str, Any]:
-    form, absorbed = side.form, side.absorbed
+    form, absorbed = side.form, side.absorbed if not (side.band and side.depth) else None  # bands share one space
     steps = [*form.proof]
     if absorbed is not None:
         steps.append(ProofStep(absorbed.statement, absorbed.method))
@@ -45,7 +45,7 @@ def _side(side: SidePlan) -> dict[str, Any]:
 
 
 def _name(side: SidePlan) -> str:
-    return "y[t, d]" if side.turned else f"{side.number}[t, d]"
+    return "y[t, d]" if side.turned and not side.band else f"{side.number}[t, d]"
 
 
 def _definition(side: SidePlan) -> str:
@@ -92,12 +92,13 @@ def _where(side: SidePlan, term: Term) -> str:
     """What happens to each factor of a term, in words."""
     form = side.form
     _, inner, outer = _factors(form, term)
-    if side.floats:
+    if side.floats and not side.band:
         return "nothing is scaled"
     if form.when is When.IN_LOOP:
         again = ", mapped back" if side.mapped and not side.hoisted else ""
         again += ", and turned back to its position" if side.rope is not None else ""
         again = ", radius and angle become two channels" if side.polar else again
+        again = ", radii and angles become channels" if side.band else again
         return f"the number is decoded in the loop{again}, before the dot product"
     said = []
     carrier, target = ("the query", "the dot product") if side.name == "keys" else ("the weights", "the output")

@@ -20,9 +20,9 @@ from .triton_planes import Planes
 from .triton_values import Values
 
 
-def _lanes(side: SidePlan) -> int:
-    """N: the width of the planes that the angles of the first level lie in, if it fits all bands, else the smallest
-    count of a band that fills a tensor-core operand."""
+def lanes(side: SidePlan) -> int:
+    """N, of a side given by its first band: the width of the planes that the angles of the first level lie in, if it
+    fits all bands, else the smallest count of a band that fills a tensor-core operand."""
     counts = [term.dim for term in side.terms[1:]]
     own = side.terms[1].layout.plane_width
     if own >= NARROWEST and all(count % own == 0 or own % count == 0 for count in counts):
@@ -124,7 +124,7 @@ class Folded(Planes):
     """A side of bands: its planes are those of the channels that radii and angles become."""
 
     def __init__(self, plan: Plan, side: SidePlan) -> None:
-        width = _lanes(side)
+        width = lanes(side)
         layout = SideLayout(side.row, (), width, _spans(side.row, width), None)
         super().__init__(plan, replace(side, layout=layout, rest=None))
         self.prefix = side.name[0]

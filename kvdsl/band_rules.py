@@ -36,7 +36,9 @@ def _each_band_has_its_own(site: Site) -> Iterator[Fault]:
     if site.store.scale is not None:
         yield site.fault("scale", "each stretch has a scale of its own", "move it into the stores of Bands")
     if site.store.residual is not None:
-        yield site.fault("residual", "what stretches leave is not coded", "leave it out, or lower the code's bits")
+        yield site.fault("residual", "what stretches leave is not coded", "leave it out, or give them more bits")
+    if site.left:
+        yield site.fault("code", "what is left of a vector is coded as a whole", "use Uniform(2), or a Sketch")
 
 
 @rule("~.code", "~.scale", "~.transform", "~.residual")

@@ -1,5 +1,5 @@
-"""PolarQuant, twice: keys as radius and angle of the pairs that RoPE turns (arXiv 2502.00527), and vectors as radii and
-angles level by level (arXiv 2502.02617).
+"""PolarQuant: keys as radius and angle of the pairs that RoPE turns (arXiv 2502.00527), and vectors as radii and angles
+level by level (arXiv 2502.02617).
 
 polar_pairs: r = sqrt(x_i^2 + x_(i + d/2)^2), a = atan2(x_(i + d/2), x_i) in [0, 2 pi).  Of each pair r and a are coded
 in 4 bits each, per block of 128 tokens: s = (max - min)/16, c = floor((y - min)/s), y^ = s*(c + 1/2) + min; s and min

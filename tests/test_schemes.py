@@ -41,6 +41,8 @@ ERRORS: dict[str, tuple[float, float]] = {
     "vllm_3bit_nc": (0.03380, 0.04565),
     # a pair: (2 pi/16)^2/12 of the mean squared radius 2, and (3.15/16)^2/12 for the range of 128 radii
     "polar_pairs": (0.0143, 0.00994),
+    # 2 (1 - product over the levels of the mean of cos(a - a^)), of angles on their laws
+    "polar": (0.03208, 0.03208),
     "quarot4": (0.00994, 0.00994),
     "quarot2": (0.25032, 0.25032),
     "rotatekv4": (0.01008, 0.01008),

@@ -20,7 +20,7 @@ def _has_angles(scheme: Scheme) -> bool:
 
 @law("P24", _has_angles, MODEST)
 def angles_come_back(case: Case) -> None:
-    """P24: vectors whose radii and angles are kept in float32 come back within 2^-20 of each pair's radius, or of that of
+    """P24: vectors whose radii and angles are kept in float32 come back within 2^-20 of each pair's radius, or that of
     each block of several levels, also where angles lie a hair on either side of 0, a whole turn apart as numbers."""
     levels = max(case.scheme.keys.levels, case.scheme.values.levels)
     exact = Store(Float("fp32"), transform=Polar())

@@ -78,7 +78,7 @@ def _tokens(side: Store) -> int:
 def stores(draw: Draw, longest: int) -> Store:
     """A legal store; one in six also codes what it leaves."""
     store: Store = draw(_single(longest))
-    whole = isinstance(store.code, Float) and store.code.plain
+    whole = isinstance(store.code, Bands) or isinstance(store.code, Float) and store.code.plain
     if whole or draw(st.integers(0, 5)) < 5:
         return store
     rest: Store = draw(_single(longest))
@@ -87,7 +87,7 @@ def stores(draw: Draw, longest: int) -> Store:
 
 def _measured_online(store: Store) -> bool:
     """Whether the store may be of what another one left."""
-    if isinstance(store.code, Float) and store.code.plain:
+    if isinstance(store.code, Bands) or isinstance(store.code, Float) and store.code.plain:
         return False
     given = [part for _, part in store.walk() if getattr(part, "when", None) == "calibrated"]
     return not given and not (isinstance(store.code, Codebook) and store.code.levels == "calibrated")

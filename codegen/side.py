@@ -1,0 +1,290 @@
+"""A term of a side, planned: what it is, where it stands, where its scale is applied, what its names are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
+
+from kvdsl.scheme import Band, Float, PreRope, Scale, Sketch, Store, Uniform
+from kvdsl.window import token_block
+
+from .alphabet import Alphabet
+from .layout import PAIR, Place, SideLayout, Stream
+from .placement import When
+
+if TYPE_CHECKING:
+    from .absorb import Absorbed
+    from .algebra import NormalForm
+
+
+@dataclass(frozen=True)
+class SidePlan:
+    """One side, what is stored of what another store left, or a band: what it is, where it stands, where its scale is
+    applied.
+
+    A vector is the sum of its terms.  The numbers that they code stand one behind the other in one row, so that one map
+    takes a query to what all of them meet, and their sums to an output.  Bands are stretches of one such row, which
+    becomes the vector as a whole.
+    """
+
+    name: Literal["keys", "values"]
+    store: Store
+    layout: SideLayout
+    when: When
+    alphabet: Alphabet
+    channels: int
+    """Of the head's vector."""
+    rest: SidePlan | None = None
+    """The term behind this one."""
+    depth: int = 0
+    """How many terms stand before this one."""
+    first: int = 0
+    """Where the numbers of this term begin in the side's row."""
+
+    @property
+    def terms(self) -> tuple[SidePlan, ...]:
+        """This and those behind it, as `Store.terms`."""
+        return (self, *(self.rest.terms if self.rest else ()))
+
+    @property
+    def band(self) -> Band | None:
+        """Which stretch of a row it is, where it is one."""
+        return self.store if isinstance(self.store, Band) else None
+
+    @property
+    def residual(self) -> SidePlan | None:
+        """What is stored of what this term leaves."""
+        return None if self.band else self.rest
+
+    @property
+    def spaces(self) -> tuple[SidePlan, ...]:
+        """The terms whose numbers are those of a map of their own; of bands, which share one, the first."""
+        return (self,) if self.band else self.terms
+
+    @property
+    def label(self) -> str:
+        """The end of the names of this term's functions."""
+        return f"{self.name}_band{self.depth}" if self.band else self.space
+
+    @property
+    def space(self) -> str:
+        """The end of the names of the functions of the map of this term's row."""
+        return self.name if self.band else self.name + "_residual" * self.depth
+
+    @property
+    def product(self) -> str:
+        """The name of the torch function that multiplies what is packed: with a query, or under weights."""
+        product = "score" if self.name == "keys" else "weigh"
+        return product if self.band else product + "_residual" * self.depth
+
+    @property
+    def path(self) -> str:
+        """The beginning of the names of this term's parameters."""
+        return f"{self.name}.code.stores[{self.depth}]" if self.band else self.home
+
+    @property
+    def home(self) -> str:
+        """The beginning of the names of the map of this term's row."""
+        return self.name if self.band else self.name + ".residual" * self.depth
+
+    @property
+    def title(self) -> str:
+        """What a person calls this term."""
+        if self.band:
+            return f"{self.name}, {f'angles of level {self.depth}' if self.depth else 'radii'}"
+        return self.name + ", what is left" * self.depth
+
+    @property
+    def number(self) -> str:
+        """What a decoded number is called in formulas: k or v, r of what is left; of bands r a radius, a2 an angle of
+        the second level."""
+        if self.band:
+            return f"a{self.depth}" if self.depth else "r"
+        return "r" if self.depth else self.name[0]
+
+    @property
+    def letter(self) -> str:
+        """The beginning of the names of what is read of this term."""
+        return self.name[0] + self.mark
+
+    @property
+    def mark(self) -> str:
+        """What tells the names of this term from those of the others of its side."""
+        return "abcdef"[self.depth] if self.band else "r" * self.depth
+
+    @property
+    def row(self) -> int:
+        """Numbers of a vector that are coded, of all terms."""
+        return sum(term.dim for term in self.terms)
+
+    @property
+    def stride(self) -> int:
+        """Numbers of the rows that this term's are read from and written to: those of all bands, or its own."""
+        return int(self.dim / self.band.share) if self.band else self.dim
+
+    @property
+    def span(self) -> int:
+        """Tokens that one program of `pack` quantizes: a token block, or 32 single tokens."""
+        block = token_block(self.store)
+        return block if block > 1 else PAIR
+
+    @property
+    def held(self) -> int:
+        """Numbers a program of `pack` keeps at a time: planes whose channels have scales of their own come singly."""
+        alone = self.store.measure is not None and self.store.measure.block.channels == 1
+        return self.span * (self.layout.plane_width if alone else self.dim)
+
+    @cached_property
+    def form(self) -> NormalForm:
+        """The derivation and its proof: made when text is printed, not when stored text is loaded."""
+        from .algebra import derive
+
+        return derive(self.name, self.store, self.when, self.alphabet)
+
+    @cached_property
+    def absorbed(self) -> Absorbed | None:
+        """What becomes of the map of the space that is coded, with its proof; None where there is no map."""
+        from .absorb import absorb
+
+        return absorb(self.name, self.store, self.name[0] if self.band else self.number)
+
+    @property
+    def through(self) -> bool:
+        """Packed tokens meet the query, or add to the output, through one map of all terms."""
+        return self.hoisted or self.residual is not None
+
+    @property
+    def scale(self) -> Scale:
+        assert self.store.measure is not None
+        return self.store.measure
+
+    @property
+    def rows(self) -> str:
+        """What the rows of a page's numbers are called, where they are stored as they are."""
+        return f"{self.letter}_floats" if self.band else f"{self.name[:-1]}_floats"
+
+    @property
+    def uniform(self) -> Uniform | None:
+        """The code, where its levels are evenly spaced by definition."""
+        return self.store.code if isinstance(self.store.code, Uniform) else None
+
+    @property
+    def dim(self) -> int:
+        """Numbers of a coded vector."""
+        return self.layout.width
+
+    @property
+    def sketched(self) -> bool:
+        """Codes are signs: a scale is measured on the vector itself, before it is mapped."""
+        return isinstance(self.store.code, Sketch)
+
+    @property
+    def turned(self) -> bool:
+        """What is coded is not the vector itself."""
+        return self.store.turned
+
+    @property
+    def mapped(self) -> bool:
+        """What is coded is a map of the vector, undone on the query or on the output, or in the loop."""
+        return self.store.mapped
+
+    @property
+    def hoisted(self) -> bool:
+        """That map leaves the loop over tokens."""
+        return self.store.hoisted
+
+    @property
+    def butterflies(self) -> int:
+        """The size of the Hadamard matrix that sums and differences of whole planes undo in the loop; 0 where the map
+        is another one, or planes are no power of two."""
+        size, width = self.store.hadamard(self.channels), self.layout.plane_width
+        return size if width & (width - 1) == 0 and not self.layout.digits else 0
+
+    @property
+    def apart(self) -> bool:
+        """Packed tokens meet another query, or add to another output, than exact ones."""
+        return self.store.apart
+
+    @property
+    def polar(self) -> bool:
+        """Radii and angles are decoded, and become channels in the loop."""
+        return self.store.polar
+
+    @property
+    def rope(self) -> PreRope | None:
+        """Rotary positions were taken off, and are put back on decoded numbers in the loop."""
+        return self.store.rope
+
+    @property
+    def shifted(self) -> bool:
+        """Reading adds a vector to what is decoded and mapped back."""
+        return self.store.shifted
+
+    @property
+    def floats(self) -> str | None:
+        """The float format, where the numbers themselves are stored."""
+        code = self.store.code
+        return code.format if isinstance(code, Float) and code.plain else None
+
+    @cached_property
+    def operands(self) -> tuple[Stream, ...]:
+        """What a product reads: the streams of an affine alphabet one by one, else whole codes, plane by plane."""
+        if not (self.alphabet.looked_up or self.layout.digits):
+            return self.layout.streams
+        places = tuple(Place(plane, plane, 0, 0) for plane in range(self.layout.planes))
+        return (Stream(self.alphabet.bits, 0, False, 0, 0, 0, places),)
+
+    @property
+    def second(self) -> Scale | None:
+        """The second level: a calibrated scale that the stored numbers are multiplied by."""
+        return self.store.measure.scale if self.store.measure is not None else None
+
+    @property
+    def static(self) -> bool:
+        """Scales come from calibration, not from the page."""
+        return self.store.measure is not None and self.store.measure.when == "calibrated"
+
+    @property
+    def offset_stored(self) -> bool:
+        """A second number stands beside each scale."""
+        scale = self.store.measure
+        return scale is not None and scale.range in ("minmax", "minmax_zero") and scale.zero != "in_scale"
+
+    @property
+    def has_offset(self) -> bool:
+        """The decoded number needs a second number, stored or hidden in the scale."""
+        scale = self.store.measure
+        return scale is not None and scale.range in ("minmax", "minmax_zero")
+
+    @property
+    def groups(self) -> int:
+        """Channel groups with a scale of their own, applied behind the dot product (else 1)."""
+        if self.when is When.AFTER_DOT and self.layout.meta is not None:
+            return self.layout.meta.groups
+        return 1
+
+    @property
+    def rescaled(self) -> bool:
+        """Each tile multiplies queries already rounded to float16 by its scale: half the instructions, equal error."""
+        whole = self.when is When.ONCE_PER_TILE and self.scale.dtype == "fp16" and self.second is None
+        return self.name == "keys" and whole and self.alphabet.step == 1
+
+    def run(self, stream: Stream, plane: int) -> range:
+        """Positions, in the plane's byte, of the planes that share its scale: only those may be read uncleaned.
+
+        Rescaled queries leave no place to take off what uncleaned planes have too much.
+        """
+        place = stream.places[plane]
+        if self.rescaled:
+            return range(place.bit // stream.width, place.bit // stream.width + 1)
+        positions = [
+            other.bit // stream.width
+            for other in stream.places
+            if (other.tile, other.byte) == (place.tile, place.byte) and self.group(other.plane) == self.group(plane)
+        ]
+        return range(min(positions), max(positions) + 1)
+
+    def group(self, plane: int) -> int:
+        """The channel group that plane belongs to, of those counted by `groups`."""
+        return self.layout.spans[plane].channels[0] * self.groups // self.dim
