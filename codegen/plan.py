@@ -93,8 +93,13 @@ class SidePlan:
 
     @property
     def row(self) -> int:
-        """Numbers of a vector that are coded, of all terms."""
-        return sum(term.dim for term in self.terms)
+        """Numbers of a vector that are coded, of all terms and of all heads that are rotated together."""
+        return sum(term.dim * term.joined for term in self.terms)
+
+    @property
+    def joined(self) -> int:
+        """How many neighbouring kv heads are mapped as one vector: what is coded of them is read for each."""
+        return self.store.joined
 
     @property
     def span(self) -> int:
@@ -166,7 +171,7 @@ class SidePlan:
     def butterflies(self) -> int:
         """The size of the Hadamard matrix that sums and differences of whole planes undo in the loop; 0 where the map
         is another one, or planes are no power of two."""
-        size, width = self.store.hadamard(self.channels), self.layout.plane_width
+        size, width = min(self.store.hadamard(self.channels), self.channels), self.layout.plane_width
         return size if width & (width - 1) == 0 and not self.layout.digits else 0
 
     @property
@@ -335,7 +340,7 @@ def _planned(name: Side, store: Store, part: SideLayout, shape: Shape, depth: in
     """A store and what is stored of what it leaves."""
     rest = None
     if isinstance(store.residual, Store) and part.residual is not None:
-        rest = _planned(name, store.residual, part.residual, shape, depth + 1, first + part.width)
+        rest = _planned(name, store.residual, part.residual, shape, depth + 1, first + part.width * store.joined)
     alphabet = alphabet_of(store, _channels(store, shape))
     return SidePlan(name, store, part, place(store, part), alphabet, shape.head_dim, rest, depth, first)
 

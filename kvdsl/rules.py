@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from . import measure_rules, polar_rules, residual_rules, rope_rules  # noqa: F401  (they enter their rules)
+from . import measure_rules, polar_rules, residual_rules, rope_rules, rotation_rules  # noqa: F401  (they enter their rules)
 from .codes import in_trits, width
 from .errors import Fault, SchemeError
 from .kinds import misfits
-from .scheme import ALL, SIDES, ChannelScale, Codebook, Float, Rotate, Scale, Scheme, Sketch, Store, Uniform
+from .scheme import ALL, SIDES, ChannelScale, Codebook, Float, Scale, Scheme, Sketch, Store, Uniform
 from .shape import Shape
 from .sites import RULES, Site, rule
 
@@ -292,30 +292,6 @@ def _a_sketch_stands_alone(site: Site) -> Iterator[Fault]:
 
 
 @rule("~.transform")
-def _a_rotation_is_drawn_from_a_seed(site: Site) -> Iterator[Fault]:
-    for position, part in enumerate(site.store.transform):  # type: ignore[arg-type]
-        if not isinstance(part, Rotate):
-            continue
-        if part.kind != "hadamard" and part.seed is None:
-            yield site.fault(f"transform[{position}].seed", f"{part.kind} is drawn at random", "give seed=0")
-        if part.kind == "hadamard" and part.seed is not None:
-            mend = "leave seed out, or use kind='random_hadamard'"
-            yield site.fault(f"transform[{position}].seed", "nothing of a hadamard rotation is drawn", mend)
-        if part.kind != "orthogonal" and isinstance(part.size, int) and not _is_power(part.size):
-            yield site.fault(f"transform[{position}].size", *_no_power(part.size))
-
-
-def _is_power(count: int) -> bool:
-    return count & (count - 1) == 0
-
-
-def _no_power(size: int) -> tuple[str, str]:
-    near = size & -size
-    mend = f"use size={near} or kind='orthogonal'" if near > 1 else "use kind='orthogonal'"
-    return f"a Hadamard rotation needs a power of two, {size} is none", mend
-
-
-@rule("~.transform")
 def _queries_balance_keys(site: Site) -> Iterator[Fault]:
     for position, part in enumerate(site.store.transform):  # type: ignore[arg-type]
         if site.side == "values" and isinstance(part, ChannelScale) and part.by == "balance":
@@ -354,11 +330,9 @@ def layer_faults(scheme: Scheme, layers: int) -> tuple[Fault, ...]:
 
 
 def _shape(site: Site, shape: Shape) -> Iterator[Fault]:
-    for position, part in enumerate(site.store.transform):  # type: ignore[arg-type]
-        if isinstance(part, Rotate):
-            yield from _rotation(site, f"transform[{position}]", part, shape.head_dim)
+    yield from rotation_rules.shape_faults(site, shape)
     code = site.store.code
-    if isinstance(code, Sketch) and code.basis == "hadamard" and not _is_power(shape.head_dim):
+    if isinstance(code, Sketch) and code.basis == "hadamard" and shape.head_dim.bit_count() > 1:
         fact = f"a Hadamard basis needs a power of two, and head_dim is {shape.head_dim}"
         yield site.fault("code.basis", fact, "use basis='orthogonal'")
     yield from polar_rules.shape_faults(site, shape)
@@ -375,13 +349,3 @@ def _shape(site: Site, shape: Shape) -> Iterator[Fault]:
         fits = [str(n) for n in range(1, heads + 1) if heads % n == 0]
         mend = f"use {', '.join(fits)} or ALL"
         yield site.fault("scale.block.heads", f"{block.heads} heads do not divide {heads} kv heads", mend)
-
-
-def _rotation(site: Site, place: str, part: Rotate, head_dim: int) -> Iterator[Fault]:
-    size = part.size if isinstance(part.size, int) else head_dim
-    if head_dim % size:
-        common = math.gcd(size, head_dim)
-        fact = f"blocks of {size} channels do not divide head_dim {head_dim}"
-        yield site.fault(f"{place}.size", fact, f"use size={common}" if common > 1 else "leave size out")
-    elif part.kind != "orthogonal" and not _is_power(size):
-        yield site.fault(place, *_no_power(size))
