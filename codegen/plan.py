@@ -102,6 +102,12 @@ class SidePlan:
         return self.store.joined
 
     @property
+    def heads(self) -> tuple[int | None, ...]:
+        """Which of those heads a kernel reads beside one another; None: its own alone, or those of keys that are mapped
+        back as one vector in the loop."""
+        return tuple(range(self.joined)) if self.joined > 1 and self.hoisted else (None,)
+
+    @property
     def span(self) -> int:
         """Tokens that one program of `pack` quantizes: a token block, or 32 single tokens."""
         block = token_block(self.store)

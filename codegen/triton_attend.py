@@ -12,7 +12,7 @@ Glossary of the attention skeleton (for maintainers; not emitted):
 
 from __future__ import annotations
 
-from .plan import Plan
+from .plan import Plan, SidePlan
 from .text import Lines, fill, literal
 from .triton_keys import KeySide
 from .triton_meta import section
@@ -153,8 +153,9 @@ class Attend:
             "next": f"(tile + 1) // {sub}" if sub > 1 else "tile + 1",
         }  # fmt: skip
 
-    def addresses(self) -> list[str]:
-        """Where the page's words and metadata of head h begin, and which tokens of the page the tile holds."""
+    def addresses(self, *, several: bool = True) -> list[str]:
+        """Where the page's words and metadata of head h begin, if `several` also of those that are rotated with it, and
+        which tokens of the page the tile holds."""
         plan, lines = self.plan, []
         sub = plan.layout.page_tokens // plan.tile
         position = f"tile % {sub} * {plan.tile}" if sub > 1 else "0"
@@ -164,21 +165,32 @@ class Attend:
             lines.append(f"{tokens_name(plan, half)} = page_token{shift} + tl.arange(0, {plan.half})")
         if any(term.layout.paired for term in plan.terms):
             lines.append("pair = page_token // 2 + tl.arange(0, 32)")
-        return lines + self.sections()
+        return lines + self.sections(several=several)
 
-    def sections(self) -> list[str]:
-        """Where the page's words, numbers and metadata of head h begin."""
+    def sections(self, *, several: bool = True) -> list[str]:
+        """Where the page's words, numbers and metadata of head h begin; `several` as for `addresses`."""
         plan, lines, layout = self.plan, [], self.plan.layout
         if any(term.layout.streams for term in plan.terms):
             lines.append(f"words = pool16_ptr + page * {layout.page_bytes // 2} + h * {layout.head_bytes // 2}")
+        words = list(lines)
         for side in plan.terms:
-            if side.floats:
-                size = 4 if side.floats == "fp32" else 2
-                start = f"page * {layout.page_bytes // size} + h * {layout.head_bytes // size}"
-                start += f" + {side.layout.float_offset // size}" if side.layout.float_offset else ""
-                lines.append(f"{side.name[:-1]}_floats = pool_{side.floats}_ptr + {start}")
-            if side.layout.meta is not None:
-                lines.append(f"{side.letter}_meta = {section(side, layout.page_bytes, layout.head_bytes)[1]}")
+            lines += self._numbers(side)
+        readers = [*self.keys.readers(), *self.values.terms] if several else []
+        for reader in readers:
+            if reader.head is not None:
+                lines += reader.own([*words, *self._numbers(reader.side)])
+        return lines
+
+    def _numbers(self, side: SidePlan) -> list[str]:
+        """Where the page's numbers, or its metadata, of one term of head h begin."""
+        layout, lines = self.plan.layout, []
+        if side.floats:
+            size = 4 if side.floats == "fp32" else 2
+            start = f"page * {layout.page_bytes // size} + h * {layout.head_bytes // size}"
+            start += f" + {side.layout.float_offset // size}" if side.layout.float_offset else ""
+            lines.append(f"{side.name[:-1]}_floats = pool_{side.floats}_ptr + {start}")
+        if side.layout.meta is not None:
+            lines.append(f"{side.letter}_meta = {section(side, layout.page_bytes, layout.head_bytes)[1]}")
         return lines
 
     def clean(self) -> list[str]:
@@ -288,7 +300,7 @@ class Attend:
     def scores(self, rows: int) -> str:
         """The text of `scores`."""
         plan, halves = self.plan, Lines()
-        addresses = [line for line in self.addresses() if not line.startswith(("v_meta", "vr", "value_floats"))]
+        addresses = [line for line in self.addresses() if not line.startswith("v")]
         for half in range(plan.halves):
             halves.extend(self.keys.scores(half, tokens_name(plan, half)))
             shift = f" + {half * plan.half}" if half else ""
