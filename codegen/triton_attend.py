@@ -174,10 +174,9 @@ class Attend:
             lines.append(f"words = pool16_ptr + page * {layout.page_bytes // 2} + h * {layout.head_bytes // 2}")
         words = list(lines)
         for side in plan.terms:
-            lines += self._numbers(side)
-        readers = [*self.keys.readers(), *self.values.terms] if several else []
-        for reader in readers:
-            if reader.head is not None:
+            lines += self._numbers(side) if side.joined == 1 or not several else []
+        for reader in [*self.keys.readers(), *self.values.terms]:
+            if several and reader.head is not None:
                 lines += reader.own([*words, *self._numbers(reader.side)])
         return lines
 

@@ -44,8 +44,9 @@ class Unmap:
             return []
         lines = [f"sylvester = {self._block('keys_inner_ptr', 0, 0)}"]
         for head in range(1, self.side.joined):
-            places = [f"(h >> {bit})" if bit else "h" for bit in range(head.bit_length()) if head >> bit & 1]
-            lines.append(f"sign{head} = (1 - 2 * (({' ^ '.join(places)}) & 1)).to(tl.float32)")
+            bits = [f"h >> {bit}" if bit else "h" for bit in range(head.bit_length()) if head >> bit & 1]
+            odd = bits[0] if len(bits) == 1 else f"({' ^ '.join(bits)})"
+            lines.append(f"sign{head} = (1 - 2 * ({odd} & 1)).to(tl.float32)")
         return lines
 
     def joined(self, reader: Planes) -> list[str]:
