@@ -9,6 +9,7 @@ from kvdsl.kernels import Backend
 from kvdsl.scheme import (
     Block,
     Float,
+    PreRope,
     Recent,
     Rotate,
     Scale,
@@ -42,7 +43,18 @@ SUMS = Scheme(
     sinks=Sinks(2),
 )
 """What is left is coded, too: under another kind of scale, behind a map, and twice."""
-RARE = {"small blocks": SMALL_BLOCKS, "sums": SUMS}
+SEVERAL_HEADS = Scheme(
+    keys=Store(
+        Uniform(4),
+        scale=per_token(zero="point"),
+        transform=(PreRope(), Rotate("random_hadamard", heads=2, seed=1)),
+    ),
+    values=Store(Uniform(2), scale=per_channel(tokens=32), transform=Rotate("orthogonal", heads=2, seed=0)),
+    recent=Recent(32),
+    sinks=Sinks(1),
+)
+"""Rotated together: keys in the loop over tokens, values once per output."""
+RARE = {"small blocks": SMALL_BLOCKS, "sums": SUMS, "several heads": SEVERAL_HEADS}
 """What no shipped scheme has."""
 
 
