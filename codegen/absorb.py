@@ -47,7 +47,8 @@ def _said(part: object) -> str:
         which = "2i and 2i + 1" if part.interleaved else "i and i + R/2"
         return f"y = R_t^-1 x, R_t turns channels {which} by t*f[i], f the model's R/2 frequencies"
     if isinstance(part, Rotate):
-        size = "the head" if part.size is ALL else f"blocks of {part.size} channels"
+        whole = f"{part.heads} neighbouring heads, one behind the other" if part.heads > 1 else "the head"
+        size = whole if part.size is ALL else f"blocks of {part.size} channels"
         drawn = "" if part.seed is None else f", from seed {part.seed}"
         return f"y = R x, R {part.kind} over {size}{drawn}"
     if isinstance(part, Polar):
@@ -72,6 +73,7 @@ def absorb(side: str, store: Store, letter: str) -> Absorbed | None:
     if not store.mapped:
         return _polar(side, store, letter) if store.polar else None
     read = f"{letter}[t, d] = sum_i W[d, i]*y[t, i]" + (f" + {letter}0[d]" if store.shifted else "")
+    read += _of_all(store)
     w = sp.Matrix(CHANNELS, NUMBERS, lambda d, i: sp.Symbol(f"W{d}{i}"))
     v = sp.Matrix(CHANNELS, 1, lambda d, _: sp.Symbol(f"v{d}") if store.shifted else 0)
     y = sp.Matrix(NUMBERS, TOKENS, lambda i, t: sp.Symbol(f"y{i}{t}"))
@@ -93,6 +95,11 @@ def absorb(side: str, store: Store, letter: str) -> Absorbed | None:
     method = f"symbolic, with {CHANNELS} channels of {NUMBERS} numbers and {TOKENS} tokens: it is linear in each"
     mapped = Absorbed(steps(store), read, statement, method, where)
     return _behind(mapped, _polar(side, store, letter)) if store.polar else mapped
+
+
+def _of_all(store: Store) -> str:
+    """What a head is read from, where heads are rotated together: sums are as they were, and longer."""
+    return f", i over the numbers of all {store.joined} heads" if store.joined > 1 else ""
 
 
 def _behind(outer: Absorbed, inner: Absorbed) -> Absorbed:
@@ -158,7 +165,7 @@ def _rope(store: Store) -> Absorbed:
         kept = matrix * y + (shift if store.shifted else sp.zeros(2, 1))
         x = outer * kept
         added = " + v[d]/o[d]" if store.shifted else ""
-        read = f"k[t] = R_t (W y[t]{' + v' if store.shifted else ''}), W[d, i] = o[d]*I[i, d]"
+        read = f"k[t] = R_t (W y[t]{' + v' if store.shifted else ''}), W[d, i] = o[d]*I[i, d]{_of_all(store)}"
         inner, onto = "x[t, d]", f", x[t, d] = sum_i I[i, d]*y[t, i]{added}, o[d] applied to q'[d] and q''[d]"
     terms = sp.cos(i * f) * kept.dot(outer * once) + sp.sin(i * f) * kept.dot(outer * right_angle * once)
     tile = sp.cos(t0 * f) * q + sp.sin(t0 * f) * right_angle * q - once

@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from kvdsl.spaces import applied
+
 LARGEST = 65504.0
 
 
@@ -217,8 +219,8 @@ def scale_over_zero_point(words: Tensor, mask: int) -> Tensor:
 
 
 def mapped(x: Tensor, matrix: Tensor, shift: Tensor | None) -> Tensor:
-    """float32 (n, H, T, in) by a map (H or 1, out, in) and a shift (H or 1, out), summed in float64, rounded once."""
-    y = x.to(torch.float64) @ matrix.mT.to(torch.float64)
+    """float32 (n, H, T, in) by a map (H or 1, out, G in) and a shift (H or 1, out), summed in float64, rounded once."""
+    y = applied(matrix.to(torch.float64), x.to(torch.float64))
     return (y if shift is None else y + shift[:, None].to(torch.float64)).to(torch.float32)
 
 

@@ -21,7 +21,8 @@ class Launch:
     stages             depths of the asynchronous pipeline, the deepest first: the first whose buffers fit is taken
     assembler          settings of NVIDIA's assembler to try until no number is moved to memory, see `assembled`
     fp_fusion          False where results must be rounded after every operation (packing)
-    loop_packed_bytes  bytes of codes and metadata that one iteration of the main loop reads; 0 without such a loop
+    loop_packed_bytes  bytes of codes and metadata that one iteration of the main loop reads of the program's
+                       head; 0 without such a loop
     aligned            pointers, strides and lengths that are multiples of 16 at every call; without it no wide loads
     """
 

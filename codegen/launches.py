@@ -61,16 +61,21 @@ def stages(kernel: str) -> tuple[int, ...]:
     return (3, 2, 1) if kernel in ATTEND else (1,)
 
 
-def loop_bytes(plan: Plan) -> int:
-    """Packed bytes, metadata included, that one tile of the main loop reads of one head."""
+def loop_bytes(plan: Plan, *, repeated: bool = False) -> int:
+    """Packed bytes, metadata included, that one tile of the main loop reads of one head.
+
+    `repeated`: also of the heads that are rotated together with it.  Their programs read them as well, so that memory
+    brings them once, and a cache again.
+    """
     layout, total = plan.layout, 0
     for side in plan.terms:
-        total += sum(stream.size for stream in side.layout.streams)
+        size = sum(stream.size for stream in side.layout.streams)
         if side.floats:
-            total += layout.page_tokens * side.dim * (4 if side.floats == "fp32" else 2)
+            size += layout.page_tokens * side.dim * (4 if side.floats == "fp32" else 2)
         if side.layout.meta is not None:
             meta = side.layout.meta
-            total += meta.size // (meta.head_groups if meta.shared else 1)
+            size += meta.size // (meta.head_groups if meta.shared else 1)
+        total += size * (side.joined if repeated else 1)
     return total * plan.tile // layout.page_tokens
 
 

@@ -118,7 +118,7 @@ def _planned(name: Side, store: Store, part: SideLayout, shape: Shape, depth: in
     rest = None
     this, *others = store.terms[depth:]
     if others and part.rest is not None:
-        rest = _planned(name, store, part.rest, shape, depth + 1, first + part.width)
+        rest = _planned(name, store, part.rest, shape, depth + 1, first + part.width * this.joined)
     store = this
     alphabet = alphabet_of(store, _channels(store, shape))
     return SidePlan(name, store, part, place(store, part), alphabet, shape.head_dim, rest, depth, first)

@@ -34,7 +34,7 @@ def render(plan: Plan, name: str) -> str:
     kernels += [turn_query(plan)] if plan.keys.through else []
     kernels += [unrope(plan), rope(plan)] if plan.keys.rope is not None else []
     kernels += [Pack(plan, term).text() for term in plan.terms]
-    kernels += [Unpack(plan, term).text(attend.addresses()) for term in plan.terms]
+    kernels += [Unpack(plan, term).text(attend.addresses(several=False)) for term in plan.terms]
     kernels.append(attend.scores(plan.rows(many=True)))
     kernels.append(attend.attention("decode", plan.rows(many=False)))
     kernels.append(attend.attention("extend", plan.rows(many=True)))

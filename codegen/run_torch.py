@@ -13,6 +13,7 @@ from torch import Tensor
 from kvdsl.kernels import AttentionState, Params, Side
 from kvdsl.params import ROPE
 from kvdsl.rope import table
+from kvdsl.spaces import applied
 
 from .host import cartesian, mapped, polar, rotated, rows_of_bytes, saturated
 from .plan import Plan, SidePlan
@@ -197,7 +198,7 @@ class TorchModule:
         if self.plan.keys.rope is not None:
             decoded = self.module.unpack_keys(*self._inputs(self.plan.keys, pages, params))
             if self.plan.keys.mapped:
-                decoded = decoded @ params["keys.decode"].mT
+                decoded = applied(params["keys.decode"], decoded)
             if self.plan.keys.shifted:
                 decoded = decoded + params["keys.decode_shift"][:, None]
             u = torch.arange(first, first + decoded.shape[2], device=decoded.device)[None]
@@ -207,7 +208,9 @@ class TorchModule:
 
     def _term_scores(self, term: SidePlan, columns: Tensor, pages: Tensor, params: Params) -> Tensor:
         met = params[f"{term.home}.decode"].mT @ columns if term.mapped else columns
+        met = _by_stored(met, term.joined)
         score: Tensor = getattr(self.module, term.product)(met, *self._inputs(term, pages, params))
+        score = _by_reader(score, term.joined).unflatten(2, (term.joined, -1)).sum(2)
         return score + (params[f"{term.home}.decode_shift"][:, None] @ columns) if term.shifted else score
 
     def _sums_of_codes(self, weights: Tensor, pages: Tensor, params: Params) -> Tensor:
@@ -216,7 +219,8 @@ class TorchModule:
         return sum(others, total)
 
     def _term_sums(self, term: SidePlan, weights: Tensor, pages: Tensor, params: Params) -> Tensor:
-        total: Tensor = getattr(self.module, term.product)(weights, *self._inputs(term, pages, params))
+        every = _by_stored(weights.repeat(1, 1, term.joined, 1), term.joined)
+        total = _by_reader(getattr(self.module, term.product)(every, *self._inputs(term, pages, params)), term.joined)
         if term.mapped:
             total = params[f"{term.home}.decode"] @ total
         if term.shifted:
@@ -303,3 +307,16 @@ class TorchModule:
         t = u[None, :, None]
         seen = (t <= position) & (t >= (state.start - self.plan.sinks)[:, None, None])
         return seen if state.window is None else seen & (t > position - state.window)
+
+
+def _by_stored(x: Tensor, together: int) -> Tensor:
+    """Columns that heads have for the numbers of all G heads that are rotated together, (B, H, G n, rows), as columns
+    that each of those meets: (B, H, n, G rows).  So what is stored of a head is read once for all."""
+    parts = x.unflatten(1, (-1, together)).unflatten(3, (together, -1))
+    return parts.permute(0, 1, 3, 4, 2, 5).flatten(4).flatten(1, 2)
+
+
+def _by_reader(x: Tensor, together: int) -> Tensor:
+    """The inverse of `_by_stored`: (B, H, n, G rows) as (B, H, G n, rows)."""
+    parts = x.unflatten(1, (-1, together)).unflatten(4, (together, -1))
+    return parts.permute(0, 1, 4, 2, 3, 5).flatten(3, 4).flatten(1, 2)

@@ -14,7 +14,7 @@ from kvdsl.shape import Shape
 from kvdsl.window import Window, windows
 
 from . import render
-from .launches import launches
+from .launches import launches, loop_bytes
 from .multiplications import multiplications
 from .plan import Plan, SidePlan, plan_for
 from .show_algebra import normal_form
@@ -129,11 +129,13 @@ def cost_stage(view: View) -> Stage:
     sides: dict[str, Any] = {side: _side_cost(plan, found, side) for side in SIDES}
     exact = 2 * 2 * shape.kv_heads * shape.head_dim
     per_token = found.mean / 8 * 2 * shape.kv_heads * shape.head_dim
+    read = loop_bytes(plan, repeated=True) * shape.kv_heads / plan.tile
     data: dict[str, Any] = {
         **sides,
         "mean": found.mean,
         "constants_bytes": found.constants,
         "bytes_per_token_and_layer": per_token,
+        "read_bytes_per_token_and_layer": read,
         "fp16_bytes_per_token_and_layer": exact,
         "page_tokens": layout.page_tokens,
         "page_bytes": layout.page_bytes,
@@ -148,6 +150,7 @@ def cost_stage(view: View) -> Stage:
         f"mean            {found.mean:41.3f}",
         "",
         f"bytes a token and layer   {per_token:g} ({exact} in fp16, {exact / per_token:.2f} times as many)",
+        *_read_again(plan, read),
         f"bytes a page              {layout.page_bytes} for {layout.page_tokens} tokens",
         f"calibrated numbers        {found.constants:g} bytes a layer, for any length",
         "",
@@ -160,6 +163,14 @@ def cost_stage(view: View) -> Stage:
     if view.tokens is None:
         lines.append("the window's exact tokens are not counted; --tokens N counts those of a sequence of N tokens")
     return data, lines
+
+
+def _read_again(plan: Plan, read: float) -> list[str]:
+    """Where heads are rotated together: what a step reads, and why it is more than what is stored."""
+    several = [f"{term.joined} heads of the {term.title}" for term in plan.terms if term.joined > 1]
+    if not several:
+        return []
+    return [f"bytes read a token        {read:g}, as each of {' and of '.join(several)} is read for all of them"]
 
 
 def _side_cost(plan: Plan, found: cost.Bits, side: Side) -> dict[str, Any]:

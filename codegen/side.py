@@ -115,8 +115,19 @@ class SidePlan:
 
     @property
     def row(self) -> int:
-        """Numbers of a vector that are coded, of all terms."""
-        return sum(term.dim for term in self.terms)
+        """Numbers of a vector that are coded, of all terms and of all heads that are rotated together."""
+        return sum(term.dim * term.joined for term in self.terms)
+
+    @property
+    def joined(self) -> int:
+        """How many neighbouring kv heads are mapped as one vector: what is coded of them is read for each."""
+        return self.store.joined
+
+    @property
+    def heads(self) -> tuple[int | None, ...]:
+        """Which of those heads a kernel reads beside one another; None: its own alone, or those of keys that are mapped
+        back as one vector in the loop."""
+        return tuple(range(self.joined)) if self.joined > 1 and self.hoisted else (None,)
 
     @property
     def stride(self) -> int:
@@ -198,7 +209,7 @@ class SidePlan:
     def butterflies(self) -> int:
         """The size of the Hadamard matrix that sums and differences of whole planes undo in the loop; 0 where the map
         is another one, or planes are no power of two."""
-        size, width = self.store.hadamard(self.channels), self.layout.plane_width
+        size, width = min(self.store.hadamard(self.channels), self.channels), self.layout.plane_width
         return size if width & (width - 1) == 0 and not self.layout.digits else 0
 
     @property

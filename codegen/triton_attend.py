@@ -12,7 +12,7 @@ Glossary of the attention skeleton (for maintainers; not emitted):
 
 from __future__ import annotations
 
-from .plan import Plan
+from .plan import Plan, SidePlan
 from .text import Lines, fill, literal
 from .triton_bands import FoldedKeys, FoldedValues
 from .triton_keys import Keys, KeySide
@@ -140,8 +140,9 @@ class Attend:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        keys = [FoldedKeys(plan, plan.keys)] if plan.keys.band else [Keys(plan, term) for term in plan.keys.terms]
-        values = [Values(plan, term) for term in plan.values.terms]
+        keys = [Keys(plan, term, head) for term in plan.keys.terms for head in term.heads]
+        keys = [FoldedKeys(plan, plan.keys)] if plan.keys.band else keys
+        values = [Values(plan, term, head) for term in plan.values.terms for head in term.heads]
         values = [FoldedValues(plan, plan.values)] if plan.values.band else values
         self.keys, self.values = KeySide(plan, keys), ValueSide(plan, values)
         self.pools = pools(plan)
@@ -157,8 +158,9 @@ class Attend:
             "next": f"(tile + 1) // {sub}" if sub > 1 else "tile + 1",
         }  # fmt: skip
 
-    def addresses(self) -> list[str]:
-        """Where the page's words and metadata of head h begin, and which tokens of the page the tile holds."""
+    def addresses(self, *, several: bool = True) -> list[str]:
+        """Where the page's words and metadata of head h begin, if `several` also of those that are rotated with it, and
+        which tokens of the page the tile holds."""
         plan, lines = self.plan, []
         sub = plan.layout.page_tokens // plan.tile
         position = f"tile % {sub} * {plan.tile}" if sub > 1 else "0"
@@ -168,21 +170,31 @@ class Attend:
             lines.append(f"{tokens_name(plan, half)} = page_token{shift} + tl.arange(0, {plan.half})")
         if any(term.layout.paired for term in plan.terms):
             lines.append("pair = page_token // 2 + tl.arange(0, 32)")
-        return lines + self.sections()
+        return lines + self.sections(several=several)
 
-    def sections(self) -> list[str]:
-        """Where the page's words, numbers and metadata of head h begin."""
+    def sections(self, *, several: bool = True) -> list[str]:
+        """Where the page's words, numbers and metadata of head h begin; `several` as for `addresses`."""
         plan, lines, layout = self.plan, [], self.plan.layout
         if any(term.layout.streams for term in plan.terms):
             lines.append(f"words = pool16_ptr + page * {layout.page_bytes // 2} + h * {layout.head_bytes // 2}")
+        words = list(lines)
         for side in plan.terms:
-            if side.floats:
-                size = 4 if side.floats == "fp32" else 2
-                start = f"page * {layout.page_bytes // size} + h * {layout.head_bytes // size}"
-                start += f" + {side.layout.float_offset // size}" if side.layout.float_offset else ""
-                lines.append(f"{side.rows} = pool_{side.floats}_ptr + {start}")
-            if side.layout.meta is not None:
-                lines.append(f"{side.letter}_meta = {section(side, layout.page_bytes, layout.head_bytes)[1]}")
+            lines += self._numbers(side) if side.joined == 1 or not several else []
+        for reader in [*self.keys.readers(), *self.values.terms]:
+            if several and reader.head is not None:
+                lines += reader.own([*words, *self._numbers(reader.side)])
+        return lines
+
+    def _numbers(self, side: SidePlan) -> list[str]:
+        """Where the page's numbers, or its metadata, of one term of head h begin."""
+        layout, lines = self.plan.layout, []
+        if side.floats:
+            size = 4 if side.floats == "fp32" else 2
+            start = f"page * {layout.page_bytes // size} + h * {layout.head_bytes // size}"
+            start += f" + {side.layout.float_offset // size}" if side.layout.float_offset else ""
+            lines.append(f"{side.rows} = pool_{side.floats}_ptr + {start}")
+        if side.layout.meta is not None:
+            lines.append(f"{side.letter}_meta = {section(side, layout.page_bytes, layout.head_bytes)[1]}")
         return lines
 
     def clean(self) -> list[str]:
@@ -292,7 +304,7 @@ class Attend:
     def scores(self, rows: int) -> str:
         """The text of `scores`."""
         plan, halves = self.plan, Lines()
-        others = tuple(name for term in plan.values.terms for name in (f"{term.letter}_meta", term.rows))
+        others = tuple(name for term in plan.values.terms for name in (f"{term.letter}_", term.rows))
         addresses = [line for line in self.addresses() if not line.startswith(others)]
         for half in range(plan.halves):
             halves.extend(self.keys.scores(half, tokens_name(plan, half)))

@@ -30,6 +30,11 @@ def lanes(side: SidePlan) -> int:
     return min(count for count in counts if count >= NARROWEST)
 
 
+def times(factor: int) -> str:
+    """A factor behind an index, where it is one."""
+    return f" * {factor}" if factor != 1 else ""
+
+
 def _spans(count: int, width: int) -> tuple[Span, ...]:
     return tuple(Span(start, 0, width) for start in range(0, max(count, width), width))
 
@@ -59,10 +64,13 @@ class Stretch(Planes):
                 if self._plane_of(plane) is not None:
                     continue
                 index, width, at = self.plane_lane(plane), self.term.layout.plane_width, self._at(stream, plane)
-                tiles = f"{at}_plane // {self._a_tile(stream)} * {width} + " if stream.tiles > 1 else ""
-                lines.append(f"{at}_plane = {index} // {width}")
+                place, tiles = f"{at}_plane", ""
+                if stream.tiles > 1:
+                    tiles = f"{place} // {self._a_tile(stream)}{times(width)} + "
+                    place = f"{place} % {self._a_tile(stream)}"
+                lines.append(f"{at}_plane = {index}{f' // {width}' if width > 1 else ''}")
                 lines.append(f"{at} = {tiles}{index} % {width}{plus(stream.offset // 2)}")
-                lines.append(f"{at}_bit = {at}_plane % {self._a_tile(stream)} * {stream.width}")
+                lines.append(f"{at}_bit = {place}{times(stream.width)}")
         return lines
 
     def _at(self, stream: Stream, plane: int) -> str:
@@ -76,6 +84,8 @@ class Stretch(Planes):
     def _plane_of(self, plane: int) -> int | None:
         """The plane of the band that holds all lanes of a plane read; None where there are several."""
         width, start = self.term.layout.plane_width, plane * self.width
+        if self.term.dim == width:
+            return 0
         inside = self.term.dim >= self.width and start // width == (start + self.width - 1) // width
         return start // width if inside else None
 
@@ -92,7 +102,8 @@ class Stretch(Planes):
             f"(c{stream.width} << {stream.shift})" if stream.shift else f"c{stream.width}"
             for stream in self.term.layout.streams
         ]
-        lines.append(f"c = ({' | '.join(pieces)}).to(tl.int16)")
+        joined = f"({' | '.join(pieces)})" if len(pieces) > 1 else pieces[0]
+        lines.append(f"c = {joined}.to(tl.int16)")
         meta = self.side.layout.meta
         one = half is not None and meta is not None and meta.tokens % self.plan.half == 0
         block = self.block(half or 0) if one else ""
@@ -105,9 +116,10 @@ class Stretch(Planes):
         known, width = self._plane_of(plane), self.term.layout.plane_width
         if known is not None:
             place = stream.places[known]
-            at = plus(stream.offset // 2 + place.tile * width + plane * self.width % width)
-            token, lane = self.grid(row, self.lane)
-            shift, lane = str(8 * place.byte + place.bit), lane + at
+            at = stream.offset // 2 + place.tile * width
+            at += plane * self.width % width
+            token, lane = self.grid(row, self.plane_lane(plane) if self.term.dim < self.width else self.lane)
+            shift, lane = str(8 * place.byte + place.bit), lane + plus(at)
         else:
             token, lane = self.grid(row, self._at(stream, plane))
             shift = self.grid("", f"{self._at(stream, plane)}_bit")[1]
@@ -115,9 +127,10 @@ class Stretch(Planes):
             second = str(8 * half) if half is not None else self.grid(f"({tokens} % {2 * PAIR} // {PAIR} * 8)", "")[0]
             shift = second if shift == "0" else shift if second == "0" else f"{shift} + {second}"
         mask = self.mask("")
-        load = f"tl.load(words + {token} * {stream.row_words} + {lane}{f', mask={mask}, other=0' if mask else ''})"
-        moved = f"{load}.to(tl.int32)" if shift == "0" else f"({load}.to(tl.int32) >> ({shift}))"
-        return [f"c{stream.width} = {moved} & {2**stream.width - 1}"]
+        load = f"tl.load(words + {token}{times(stream.row_words)} + {lane}{f', mask={mask}, other=0' if mask else ''})"
+        if shift != "0":
+            load = f"({load}.to(tl.int32) >> {f'({shift})' if ' ' in shift else shift})"
+        return [f"c{stream.width} = {load} & {2**stream.width - 1}"]
 
 
 class Folded(Planes):
@@ -131,8 +144,13 @@ class Folded(Planes):
         self.lane = f"{self.prefix}_lane"
         self.radii, *self.angles = (Stretch(plan, term, width) for term in side.terms)
 
+    @property
+    def mark(self) -> str:
+        """Nothing: the side has no other term."""
+        return ""
+
     def own(self, lines: list[str]) -> list[str]:
-        """Lines as they are: the side has no other term."""
+        """Lines as they are."""
         return lines
 
     def lane_lines(self) -> list[str]:

@@ -11,8 +11,8 @@ from .placement import When
 from .plan import Plan, SidePlan
 from .printer import number
 from .text import plus
-from .triton_meta import entry, read, token_entry
-from .triton_planes import Planes, static_read
+from .triton_meta import entry, read, static_read, token_entry
+from .triton_planes import Planes
 from .triton_rope import Positions
 from .triton_rows import ExactRows
 
@@ -20,17 +20,24 @@ from .triton_rows import ExactRows
 class Keys(Planes):
     """One term of the keys in an attention kernel."""
 
-    def __init__(self, plan: Plan, side: SidePlan) -> None:
-        super().__init__(plan, side)
+    def __init__(self, plan: Plan, side: SidePlan, head: int | None = None) -> None:
+        super().__init__(plan, side, head)
         self.exact = "tl.float32" if plan.shape.dtype == "fp32" else "tl.float16"
         self.precise = ', input_precision="ieee"' if plan.shape.dtype == "fp32" else ""
         self.positions = Positions(plan, self, side.rope) if side.rope is not None else None
+        several = side.rope is not None and side.joined > 1
+        self.readers: list[Planes] = [Planes(plan, side, i) for i in range(side.joined)] if several else [self]
+        """Of the heads whose decoded numbers are mapped back together."""
+
+    def lane_lines(self) -> list[str]:
+        others = [line for reader in self.readers if reader is not self for line in reader.head_lines()]
+        return super().lane_lines() + others
 
     # ---- once per query -------------------------------------------------------------------------------------------
 
     def loads(self, query: str) -> list[str]:
         """Load the query rows, plane by plane."""
-        layout, first = self.side.layout, plus(self.side.first)
+        layout, first = self.side.layout, plus(self.side.first + (self.head or 0) * self.side.dim)
         lines = [f"known = live[None, :] & {self.lane}_in[:, None]"] if self.ragged else []
         whole = "known" if self.ragged else "live[None, :]"
         for j in range(layout.planes):
@@ -127,9 +134,10 @@ class Keys(Planes):
         """Scores of decoded numbers, each at its token's position."""
         planes = range(self.side.layout.planes)
         lines = [] if half else positions.turned()
-        lines += [] if self.side.floats else self.load(half, tokens)
-        for _, made in self.packed_channels(half, tokens):
-            lines += made
+        for reader in self.readers:
+            made = [] if self.side.floats else reader.load(half, tokens)
+            made += [line for _, decoded in reader.packed_channels(half, tokens) for line in decoded]
+            lines += [*reader.own(made), *positions.joined(reader)]
         lines += [*positions.begin(), *positions.near(half)]
         for j in planes:
             lines += [*positions.near_waves(j), *positions.dots(j)]
@@ -210,15 +218,23 @@ class Keys(Planes):
 
     def tokens(self) -> list[str]:
         """s = scores of edge tokens, decoded."""
+        if self.positions is not None:
+            return self._tokens_turned_back(self.positions)
         lines = self.load_tokens("t")
         for i, (j, made) in enumerate(self.edge_channels()):
-            lines += made
-            lines += [self._dot(j, first=not i)] if self.positions is None else []
-        if self.positions is not None:
-            lines += [*self.positions.begin(), *self.positions.own()]
-            for j in range(self.side.layout.planes):
-                lines += [*self.positions.own_waves(j), *self.positions.dots(j)]
+            lines += [*made, self._dot(j, first=not i)]
         return self.own(lines)
+
+    def _tokens_turned_back(self, positions: Positions) -> list[str]:
+        """s = scores of edge tokens, decoded, each at its own position."""
+        lines = []
+        for reader in self.readers:
+            made = [line for _, decoded in reader.edge_channels() for line in decoded]
+            lines += [*reader.own([*reader.load_tokens("t"), *made]), *positions.joined(reader)]
+        lines += [*positions.begin(), *positions.own()]
+        for j in range(self.side.layout.planes):
+            lines += [*positions.own_waves(j), *positions.dots(j)]
+        return lines
 
     def tokens_or_rows(self) -> list[str]:
         """s = scores of edge tokens: decoded where `coded`, from exact rows where `exact`."""
@@ -255,6 +271,10 @@ class KeySide:
 
     def lane_lines(self) -> list[str]:
         return [line for term in self.terms for line in term.lane_lines()]
+
+    def readers(self) -> list[Planes]:
+        """All that read words, of one head each."""
+        return [reader for term in self.terms for reader in term.readers]
 
     # ---- once per query -------------------------------------------------------------------------------------------
 
@@ -303,7 +323,7 @@ class KeySide:
     def _summed(self, terms: list[list[str]]) -> list[str]:
         """Lines of all terms, their scores added up, and what a shift adds to each."""
         lines = [line for term in terms for line in term]
-        names = ["s" + "r" * depth for depth in range(len(terms))]
+        names = [f"s{term.mark}" for term in self.terms]
         lines += [f"s = {' + '.join(names)}"] * (len(names) > 1)
         return lines + ["s = s + bias[None, :]"] * (self.side.shifted and self.side.hoisted)
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from .codec import READ
 from .plan import SidePlan
+
+if TYPE_CHECKING:
+    from .triton_planes import Planes
 
 
 def section(side: SidePlan, page_bytes: int, head_bytes: int) -> tuple[int, str]:
@@ -72,3 +77,21 @@ def read(side: SidePlan, base: str, index: str, scale: str, offset: str, mask: s
             lines.append(f"{offset} = as_float(tl.load({where} + {meta.total}{suffix})){outer}")
         return lines
     return [*lines, f"{word} = {load}", f"{scale} = {low}({word}){outer}", f"{offset} = {high}({word}){outer}"]
+
+
+def static_read(planes: Planes, plane: int, lane: str) -> list[str]:
+    """Lines that load calibrated scales of one plane's channels into `x_scale` (and `x_offset`)."""
+    side = planes.side
+    mask = planes.mask("", plane) if "[" in lane else planes.inside(plane)
+    other = f", mask={mask}, other=0.0" if mask else ""
+    block = side.scale.block
+    channels = block.channels if isinstance(block.channels, int) else side.dim
+    groups = side.dim // channels
+    head = "h" if block.heads == 1 else "0"
+    channel = f"({lane} + {planes.start(plane)})" if planes.start(plane) else lane
+    index = f"{head} * {groups} + {channel} // {channels}" if groups > 1 else f"{head} + {lane} * 0"
+    heads = planes.plan.shape.kv_heads if block.heads == 1 else 1
+    lines = [f"{planes.prefix}_scale = tl.load({side.label}_scale_ptr + {index}{other})"]
+    if side.has_offset:
+        lines.append(f"{planes.prefix}_offset = tl.load({side.label}_scale_ptr + {heads * groups} + {index}{other})")
+    return lines

@@ -16,8 +16,8 @@ from .plan import Plan, SidePlan
 from .text import Lines, bare, fill, padded, plus
 from .triton_attend import parameters, pools
 from .triton_blocks import Block, Given, InPlanes, OverHeads, Walked, measured
-from .triton_meta import entry, section
-from .triton_planes import Planes, static_read
+from .triton_meta import entry, section, static_read
+from .triton_planes import Planes
 
 PACK = """
 @triton.jit(do_not_specialize=["offset", "ring", "first_step"])

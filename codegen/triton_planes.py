@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 
 import sympy as sp
@@ -14,18 +13,18 @@ from .plan import Plan, SidePlan
 from .printer import number
 from .steps import Steps
 from .text import padded, plus
-from .triton_meta import entry, pointer, read
+from .triton_meta import entry, pointer, read, static_read
+from .triton_names import head_name, mark, own
 
 UNIT = 2**24  # a masked word read as float16 is the code times 2**-24
-OWN = re.compile(r"\b(?:(s|known)|([abenoqrsxy]|total|carried)(_?\d+(?:_\d+)?))\b")
-"""Names that a term's lines give to what is its own: numbered ones, its scores, its mask of lanes."""
 
 
 class Planes:
     """Loading a side's words and taking planes out of them.  Keys lie [tokens, lanes], values [lanes, tokens]."""
 
-    def __init__(self, plan: Plan, side: SidePlan) -> None:
-        self.plan, self.side = plan, side
+    def __init__(self, plan: Plan, side: SidePlan, head: int | None = None) -> None:
+        """`head`: which of the heads that are rotated together is read; None: the program's own."""
+        self.plan, self.side, self.head = plan, side, head
         self.width = side.layout.plane_width
         self.lanes = max(16, padded(self.width))
         self.prefix = side.letter
@@ -50,10 +49,14 @@ class Planes:
         """The address of the page's stored numbers."""
         return f"{pointer(self.side)} + {self.prefix}_meta"
 
+    @property
+    def mark(self) -> str:
+        """What tells names apart from those of the first term and head."""
+        return mark(self.side, self.head)
+
     def own(self, lines: list[str]) -> list[str]:
-        """Lines of a term with its own names, which stand beside those of the term before it: xr0 for x0."""
-        mark = self.side.mark
-        return [OWN.sub(rf"\1\2{mark}\3", line) for line in lines] if mark else lines
+        """Lines with names of their own, beside those of other terms and heads."""
+        return own(lines, self.side, self.head)
 
     @property
     def ragged(self) -> bool:
@@ -61,6 +64,17 @@ class Planes:
         return self.lanes != self.width
 
     def lane_lines(self) -> list[str]:
+        """Lines that stand before all others: the lanes, and what comes with the parameters for all tokens."""
+        return self.head_lines() if self.head else self._lane_lines() + self.given_lines() + self.head_lines()
+
+    def head_lines(self) -> list[str]:
+        """Lines that name the head, where it is one of several, and what comes with the parameters for it."""
+        if self.head is None:
+            return []
+        first = f"h // {self.side.joined} * {self.side.joined}{plus(self.head)}"
+        return [f"{head_name(self.side, self.head)} = {first}", *self.own(self._outer())]
+
+    def _lane_lines(self) -> list[str]:
         lines = [f"{self.lane} = tl.arange(0, {self.lanes})"]
         if self.ragged:
             lines.append(f"{self.lane}_in = {self.lane} < {self.width}")
@@ -69,7 +83,7 @@ class Planes:
                 low = f"({self.lane} >= {span.low}) & " if span.low else ""
                 high = f"{self.lane} < {span.high}"
                 lines.append(f"{self.lane}_in{j} = {low}{f'({high})' if low else high}")
-        return lines + self.given_lines()
+        return lines
 
     def partial(self, plane: int) -> bool:
         """A plane's channels are not all lanes of its words."""
@@ -91,13 +105,18 @@ class Planes:
         side, lines = self.side, []
         for name in given(side):
             if name == "outer":
-                assert side.second is not None
-                head = " + h" if side.second.block.heads == 1 else ""
-                lines.append(f"{self.prefix}_outer = tl.load({side.label}_second_ptr{head}).to(tl.float32)")
+                lines += self._outer()
             else:
                 index = plus(int(name.removeprefix("level")))
                 lines.append(f"{self.prefix}_{name} = tl.load({side.label}_table_ptr{index}).to(tl.float32)")
         return lines + (self._registers() if side.alphabet.given else [])
+
+    def _outer(self) -> list[str]:
+        """The line that loads the second level, where there is one."""
+        if self.side.second is None:
+            return []
+        head = " + h" if self.side.second.block.heads == 1 else ""
+        return [f"{self.prefix}_outer = tl.load({self.side.label}_second_ptr{head}).to(tl.float32)"]
 
     def _registers(self) -> list[str]:
         """Lines that put a table of the parameters into registers, as `packed_table` does one that is known: what a
@@ -378,21 +397,3 @@ class Planes:
         elif side.static:
             lines += static_read(self, plane, self.grid(tokens, self.lane)[1])
         return [*lines, f"n{plane} = {self.steps.number('c', *names)}"]
-
-
-def static_read(planes: Planes, plane: int, lane: str) -> list[str]:
-    """Lines that load calibrated scales of one plane's channels into `x_scale` (and `x_offset`)."""
-    side = planes.side
-    mask = planes.mask("", plane) if "[" in lane else planes.inside(plane)
-    other = f", mask={mask}, other=0.0" if mask else ""
-    block = side.scale.block
-    channels = block.channels if isinstance(block.channels, int) else side.dim
-    groups = side.dim // channels
-    head = "h" if block.heads == 1 else "0"
-    channel = f"({lane} + {planes.start(plane)})" if planes.start(plane) else lane
-    index = f"{head} * {groups} + {channel} // {channels}" if groups > 1 else f"{head} + {lane} * 0"
-    heads = planes.plan.shape.kv_heads if block.heads == 1 else 1
-    lines = [f"{planes.prefix}_scale = tl.load({side.label}_scale_ptr + {index}{other})"]
-    if side.has_offset:
-        lines.append(f"{planes.prefix}_offset = tl.load({side.label}_scale_ptr + {heads * groups} + {index}{other})")
-    return lines

@@ -184,6 +184,10 @@ class Positions:
         at = f"wave + pair{j}[None, :]"
         return [f"cosine = tl.load({at}{mask})", f"sine = tl.load({at}{plus(self.dim // 2)}{mask})"]
 
+    def joined(self, reader: Planes) -> list[str]:
+        """Lines that take the decoded numbers of one of several heads into what is mapped back."""
+        return self.unmap.joined(reader) if self.unmap is not None else []
+
     def begin(self) -> list[str]:
         """Lines that map decoded n<plane> back, before the first of `dots`."""
         return self.unmap.begin() if self.unmap is not None else []

@@ -25,12 +25,12 @@ def $name($args):
     b = bh // $heads
     h = bh % $heads
     $where
-    source = $source + row * $taken
+    $source
     matrix = $matrix_ptr + h.to(tl.int64) * $stride + i
     y = tl.zeros([$rows, $lanes], tl.float64)
     $squares
-    for d in tl.range(0, $taken, loop_unroll_factor=4):
-        x = tl.load(source + d, mask=inside, other=0.0).to(tl.float32)
+    for d in tl.range(0, $numbers, loop_unroll_factor=4):
+        x = tl.load($at, mask=inside, other=0.0).to(tl.float32)
         $clean
         x = x.to(tl.float64)
         e = tl.load(matrix + d * $given, mask=i < $given, other=0.0)
@@ -68,7 +68,8 @@ def turn_query($args):
 """
 
 
-def _turn(plan: Plan, side: SidePlan, name: str, **holes: list[str] | str | int) -> str:
+def _turn(plan: Plan, side: SidePlan, name: str, source: str, total: str, **holes: list[str] | str | int) -> str:
+    """`total`: rows of a head in `source`."""
     back = name.startswith("restore")
     taken, given = (side.stride, plan.shape.head_dim) if back else (plan.shape.head_dim, side.stride)
     which = f"{side.space}_{'decode' if back else 'encode'}"
@@ -79,8 +80,13 @@ def _turn(plan: Plan, side: SidePlan, name: str, **holes: list[str] | str | int)
             "y = y + shift.to(tl.float64)[None, :]",
         ]
     lanes = min(TURN_LANES, padded(given))
+    at, lines = "source + d", [f"source = {source} + row * {taken}"]
+    if side.joined > 1:  # the vectors of all heads that are rotated together, one behind the other
+        at = f"{source} + (row + d // {taken} * {total}) * {taken} + d % {taken}"
+        lines = [f"row = row - h % {side.joined} * {total}"]
     return fill(
-        TURN, name=name, rows=TURN_ROWS, lanes=lanes, heads=plan.shape.kv_heads, taken=taken, given=given,
+        TURN, name=name, rows=TURN_ROWS, lanes=lanes, heads=plan.shape.kv_heads, given=given,
+        numbers=taken * side.joined, at=at, source=lines,
         matrix_ptr=f"{which}_columns_ptr", stride=f"{side.space}_stride", shift=shift, **holes,
     )  # fmt: skip
 
@@ -119,7 +125,7 @@ def turn(plan: Plan, side: SidePlan) -> str:
     ]
     return _turn(
         plan, side, f"turn_{side.space}", args=", ".join(args), loose='"offset", "ring", "low", "count"', where=where,
-        source=rows, clean=["x = tl.where(x == x, finite(x), x)"], **_squares(side),
+        source=rows, total="total_rows", clean=["x = tl.where(x == x, finite(x), x)"], **_squares(side),
     )  # fmt: skip
 
 
@@ -144,7 +150,7 @@ def restore(plan: Plan, side: SidePlan) -> str:
     where = ["inside = n < count", "row = bh.to(tl.int64) * count + n"]
     return _turn(
         plan, side, f"restore_{side.space}", args=", ".join(args), loose='"count"', where=where, source="coded_ptr",
-        clean=[], squares=[], squared=[], stored=[],
+        total="count", clean=[], squares=[], squared=[], stored=[],
     )  # fmt: skip
 
 

@@ -7,12 +7,14 @@ single token.  Mapping the decoded tile takes M * D for all rows, in tiles of wh
 
 Where W is Hadamard's, H of all planes is H of the planes times H of one plane's lanes: one small matrix is multiplied
 to each plane, then planes are added and subtracted.  That is as many times fewer products as there are planes, and the
-matrix stays in registers.
+matrix stays in registers.  Over G heads that are rotated together it is H of the heads times that: the numbers of all
+are added up with the signs of the head's row, then mapped as those of one.
 """
 
 from __future__ import annotations
 
 from .plan import Plan
+from .text import plus
 from .triton_planes import Planes
 
 
@@ -33,12 +35,32 @@ class Unmap:
     def outer(self, plane: int) -> list[str]:
         """outer<plane> = the factors that go onto the query's lanes."""
         mask = self.planes.inside(plane)
-        at = f"keys_outer_ptr + h * (keys_stride // {self.side.dim}) + {self.planes.plane_lane(plane)}"
+        at = f"keys_outer_ptr + h * (keys_stride // {self.side.row}) + {self.planes.plane_lane(plane)}"
         return [f"outer{plane} = tl.load({at}{f', mask={mask}, other=0.0' if mask else ''})"]
 
     def prologue(self) -> list[str]:
-        """What stays the same through the loop: the matrix of one plane."""
-        return [f"sylvester = {self._block('keys_inner_ptr', 0, 0)}"] if self.side.butterflies else []
+        """What stays the same through the loop: the matrix of one plane, the signs of the head's row."""
+        if not self.side.butterflies:
+            return []
+        lines = [f"sylvester = {self._block('keys_inner_ptr', 0, 0)}"]
+        for head in range(1, self.side.joined):
+            bits = [f"h >> {bit}" if bit else "h" for bit in range(head.bit_length()) if head >> bit & 1]
+            odd = bits[0] if len(bits) == 1 else f"({' ^ '.join(bits)})"
+            lines.append(f"sign{head} = (1 - 2 * ({odd} & 1)).to(tl.float32)")
+        return lines
+
+    def joined(self, reader: Planes) -> list[str]:
+        """Lines behind the decoded numbers of one of several heads."""
+        if reader.head is None:
+            return []
+        if self.side.butterflies:
+            sign = f"sign{reader.head}"
+            return [f"n{j} = n{j} + n{reader.mark}{j} * {sign}" for j in range(self.count)] if reader.head else []
+        lines = [f"inner = keys_inner_ptr + h * keys_stride + (page >> 63){plus(reader.head * self.dim * self.dim)}"]
+        lines += [f"c{j} = n{reader.mark}{j}.to({self.operand})" for j in range(self.count)]
+        for of in range(self.count):
+            lines += self._products(of, first=not reader.head)
+        return lines
 
     def _block(self, base: str, plane: int, of: int) -> str:
         """The load of the block of `inner` that takes a plane of numbers to a plane `of` channels."""
@@ -55,6 +77,8 @@ class Unmap:
         """Lines before the first plane of a tile."""
         if self.side.butterflies:
             return [*self._small(), *self._summed()]
+        if self.side.joined > 1:
+            return []
         # Loads that are the same in every tile would be kept in registers through the loop.
         lines = ["inner = keys_inner_ptr + h * keys_stride + (page >> 63)"]
         return lines + [f"c{j} = n{j}.to({self.operand})" for j in range(self.count)]
@@ -73,14 +97,19 @@ class Unmap:
             step *= 2
         return lines
 
+    def _products(self, of: int, *, first: bool = True) -> list[str]:
+        """Add what numbers c<plane> give to b<of>, or begin it."""
+        lines = []
+        for j in range(self.count):
+            so_far = f", b{of}" if j or not first else ""
+            lines.append(f"b{of} = tl.dot(c{j}, {self._block('inner', j, of)}{so_far}{self.precise})")
+        return lines
+
     def plane(self, of: int) -> list[str]:
         """b<of>, behind `begin`, in units of its lanes' `outer`."""
         if self.side.butterflies:
             return []
-        lines = []
-        for j in range(self.count):
-            so_far = f", b{of}" if j else ""
-            lines.append(f"b{of} = tl.dot(c{j}, {self._block('inner', j, of)}{so_far}{self.precise})")
+        lines = self._products(of) if self.side.joined == 1 else []
         if self.side.shifted:
             mask = self.planes.inside(of)
             at = f"keys_inner_shift_ptr + h * keys_shifts * {self.dim} + (page >> 63) + {self.planes.plane_lane(of)}"

@@ -13,16 +13,16 @@ from sympy import Expr
 from .placement import When
 from .plan import Plan, SidePlan
 from .text import plus
-from .triton_meta import entry, read, token_entry
-from .triton_planes import Planes, static_read
+from .triton_meta import entry, read, static_read, token_entry
+from .triton_planes import Planes
 from .triton_rows import ExactRows
 
 
 class Values(Planes):
     """One term of the values in an attention kernel; p are the weights [tokens, rows], decay the factor of the past."""
 
-    def __init__(self, plan: Plan, side: SidePlan) -> None:
-        super().__init__(plan, side)
+    def __init__(self, plan: Plan, side: SidePlan, head: int | None = None) -> None:
+        super().__init__(plan, side, head)
         self.when = self.side.when
         self.exact = "tl.float32" if plan.shape.dtype == "fp32" else "tl.float16"
         self.precise = ', input_precision="ieee"' if plan.shape.dtype == "fp32" else ""
@@ -30,7 +30,7 @@ class Values(Planes):
 
     def stores(self, out: str) -> list[str]:
         """Lines that store a tile a plane [lanes, rows], divided by the mass of weights."""
-        lines, first = [], plus(self.side.first)
+        lines, first = [], plus(self.side.first + (self.head or 0) * self.side.dim)
         for j in range(self.side.layout.planes):
             inside = f"{self.inside(j) or f'({self.lane} >= 0)'}[:, None]"
             lane = f"{self.plane_lane(j)}[:, None]"
@@ -141,7 +141,7 @@ class Values(Planes):
 
     def _edge_words(self) -> list[str]:
         """Load the words of edge tokens; the first term makes the weights of all ready."""
-        return [*self.load_tokens("t"), *([] if self.side.depth else [f"weight = {self._cast('p')}"])]
+        return [*self.load_tokens("t"), *([] if self.mark else [f"weight = {self._cast('p')}"])]
 
     def tokens(self) -> list[str]:
         """Add decoded edge tokens under weights p."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from .codes import in_trits
 from .errors import Fault
-from .scheme import Bands, Codebook, Polar, Sketch
+from .scheme import Bands, Codebook, Polar, Rotate, Sketch
 from .sites import Site, rule
 
 
@@ -29,7 +29,7 @@ def _bands_are_those_of_polar_coordinates(site: Site) -> Iterator[Fault]:
         yield site.fault("code.stores", fact, f"give {levels + 1}, that of the radii first")
 
 
-@rule("~.code", "~.scale", "~.residual")
+@rule("~.code", "~.scale", "~.residual", "~.transform")
 def _each_band_has_its_own(site: Site) -> Iterator[Fault]:
     if not isinstance(site.store.code, Bands):
         return
@@ -37,6 +37,10 @@ def _each_band_has_its_own(site: Site) -> Iterator[Fault]:
         yield site.fault("scale", "each stretch has a scale of its own", "move it into the stores of Bands")
     if site.store.residual is not None:
         yield site.fault("residual", "what stretches leave is not coded", "leave it out, or give them more bits")
+    for position, part in enumerate(site.store.transform):  # type: ignore[arg-type]
+        if isinstance(part, Rotate) and part.heads != 1:
+            fact = f"stretches are of one head's vector, not of {part.heads} heads'"
+            yield site.fault(f"transform[{position}].heads", fact, "leave heads out")
     if site.left:
         yield site.fault("code", "what is left of a vector is coded as a whole", "use Uniform(2), or a Sketch")
 

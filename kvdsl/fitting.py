@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .errors import ShapeError
 from .scheme import ChannelScale, ChannelShift, Permute, Side, Store
-from .spaces import maps
+from .spaces import applied, maps
 
 EXPONENTS = tuple(i / 20 for i in range(21))  # of the search for learned scales
 LEAST = 2.0**-14  # of a channel's scale: a channel of zeros is left as it is
@@ -47,8 +47,8 @@ def _through(store: Store, side: Side, parts: tuple[object, ...], numbers: dict[
     part = Store(transform=parts)  # type: ignore[arg-type]
     if not part.mapped:
         return x.double()
-    made = maps(part, side, x.shape[3], numbers, "cpu")
-    y = x.double() @ made[f"{side}.encode"].mT.double()
+    made = maps(part, side, x.shape[1], x.shape[3], numbers, "cpu")
+    y = applied(made[f"{side}.encode"].double(), x.double())
     shift = made.get(f"{side}.encode_shift")
     return y if shift is None else y + shift[:, None].double()
 
@@ -67,15 +67,23 @@ def _scales(
             raise ShapeError("q: missing; 'balance' weighs keys against queries, give q=")
         turned = q.double().unflatten(1, (x.shape[1], -1)).flatten(2, 3)
         if seen:
-            turned = turned @ maps(Store(transform=seen), side, x.shape[3], numbers, "cpu")[f"{side}.decode"].double()  # type: ignore[arg-type]
+            turned = _met(Store(transform=seen), side, turned, numbers)  # type: ignore[arg-type]
         return (size / turned.abs().amax((0, 2)).clamp(min=LEAST)).sqrt()
     return _learned(store, side, len(seen), numbers, x, size, at)
+
+
+def _met(store: Store, side: Side, q: Tensor, numbers: dict[str, Tensor]) -> Tensor:
+    """What meets the numbers that are coded of each head, of queries (B, H, Q, D): (B, H, Q', D).  Those of heads that
+    are rotated together meet the queries of all of them."""
+    together = store.joined
+    met = q @ maps(store, side, q.shape[1], q.shape[3], numbers, "cpu")[f"{side}.decode"].double()
+    return met.unflatten(1, (-1, together)).unflatten(-1, (together, -1)).movedim(4, 2).flatten(3, 4).flatten(1, 2)
 
 
 def _learned(
     store: Store, side: Side, position: int, numbers: dict[str, Tensor], x: Tensor, size: Tensor, at: int
 ) -> Tensor:
-    """max|x|^a: the best exponent of each head."""
+    """max|x|^a: the best exponent of each head, or of heads that are rotated together."""
     from .reference.quantize import quantize
 
     name = f"{side}.transform[{position}]"
@@ -85,6 +93,7 @@ def _learned(
         tried = (size**exponent).to(torch.float32)
         decoded = quantize(chain, x, {**numbers, name: tried}, side, at).decoded
         error = (decoded - x.double()).square().sum((0, 2, 3))
+        error = error.unflatten(0, (-1, chain.joined)).sum(1).repeat_interleave(chain.joined)
         best = torch.where((error < least)[:, None], tried.double(), best)
         least = torch.minimum(error, least)
     return best

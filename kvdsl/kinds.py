@@ -49,6 +49,7 @@ MOST_CLIP = 4.0
 MOST_CANDIDATES = 8
 LONGEST_SKETCH = 1024  # rows
 MOST_TURNS = 5  # times that radii are paired again: 32 channels are the fewest that a head has
+MOST_JOINED = 16  # heads that are rotated at once: the matrix is of all their channels
 LARGEST_SEED = (1 << 31) - 1
 
 Check = Callable[[str, Any], Iterator[Fault]]
@@ -298,6 +299,7 @@ KINDS: dict[type[Part], dict[str, Check]] = {
     Rotate: {
         "kind": word(RotateKind),
         "size": count(2, 256, "channels", whole_axis=True),
+        "heads": count(1, MOST_JOINED, "kv heads"),
         "seed": count(0, LARGEST_SEED, "seed", optional=True),
     },
     ChannelScale: {"by": word(ScaleRule), "when": word(Literal["calibrated"])},

@@ -19,7 +19,7 @@ from torch import Tensor
 from .errors import ShapeError
 from .fisher import weighted
 from .kernels import Params
-from .scheme import SIDES, ChannelScale, Codebook, Count, Float, Scheme, Side
+from .scheme import SIDES, ChannelScale, Codebook, Count, Float, Scheme, Side, Store
 from .shape import Shape
 from .spaces import calibrated, in_loop, maps
 
@@ -97,8 +97,8 @@ def checked(
             raise ShapeError(f"params[{name!r}]: the levels do not rise; sort them, each one different")
         taken[name] = given.detach().to("cpu" if rope else device, torch.float32).contiguous()
     for side in SIDES:
-        made = maps(scheme.side(side), side, shape.head_dim, params, device)
-        _fit(made, side, scheme.side(side).coded(shape.head_dim), shape)
+        made = maps(scheme.side(side), side, shape.kv_heads, shape.head_dim, params, device)
+        _fit(made, side, scheme.side(side), shape)
         exact = shape.dtype == "fp32" or scheme.side(side).code == Float("fp32")
         taken |= made | in_loop(scheme.side(side), side, shape.head_dim, made, exact=exact)
     return taken
@@ -113,18 +113,19 @@ def missing(scheme: Scheme, name: str) -> str:
     return f"params[{name!r}]: missing; it is calibrated, give params=kvdsl.calibrate({given}) of typical {data}"
 
 
-def _fit(made: Params, side: Side, numbers: int, shape: Shape) -> None:
+def _fit(made: Params, side: Side, store: Store, shape: Shape) -> None:
     """ShapeError for a given map that does not fit."""
-    sizes = {"encode": (numbers, shape.head_dim), "decode": (shape.head_dim, numbers)}
+    numbers, together = store.coded(shape.head_dim), store.joined
+    sizes = {"encode": (numbers, together * shape.head_dim), "decode": (shape.head_dim, together * numbers)}
     sizes |= {"encode_shift": (numbers,), "decode_shift": (shape.head_dim,)}  # type: ignore[dict-item]
     for name, tensor in made.items():
         right = sizes.get(name.removeprefix(f"{side}."))
         if right is None:  # made here
             continue
-        if tuple(tensor.shape[1:]) != right or tensor.shape[0] not in (1, shape.kv_heads):
+        if tuple(tensor.shape[1:]) != right or tensor.shape[0] not in ((1,) * (together == 1) + (shape.kv_heads,)):
+            common = f", or 1 in place of {shape.kv_heads}" * (together == 1)
             raise ShapeError(
-                f"params[{name!r}]: shape {tuple(tensor.shape)}; the right one is {(shape.kv_heads, *right)}, or 1 in "
-                f"place of {shape.kv_heads}"
+                f"params[{name!r}]: shape {tuple(tensor.shape)}; the right one is {(shape.kv_heads, *right)}{common}"
             )
 
 

@@ -8,20 +8,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from . import band_rules, code_rules, measure_rules, polar_rules, residual_rules, rope_rules  # noqa: F401  (they enter their rules)
+from . import (  # noqa: F401  (they enter their rules)
+    band_rules,
+    code_rules,
+    measure_rules,
+    polar_rules,
+    residual_rules,
+    rope_rules,
+    rotation_rules,
+)
 from .errors import Fault, SchemeError
 from .kinds import misfits
-from .scheme import (
-    ALL,
-    SIDES,
-    Band,
-    Bands,
-    ChannelScale,
-    Rotate,
-    Scheme,
-    Sketch,
-    Store,
-)
+from .scheme import ALL, SIDES, Band, Bands, ChannelScale, Scheme, Sketch, Store
 from .shape import Shape
 from .sites import RULES, Site, rule
 
@@ -178,30 +176,6 @@ def _a_sketch_stands_alone(site: Site) -> Iterator[Fault]:
 
 
 @rule("~.transform")
-def _a_rotation_is_drawn_from_a_seed(site: Site) -> Iterator[Fault]:
-    for position, part in enumerate(site.store.transform):  # type: ignore[arg-type]
-        if not isinstance(part, Rotate):
-            continue
-        if part.kind != "hadamard" and part.seed is None:
-            yield site.fault(f"transform[{position}].seed", f"{part.kind} is drawn at random", "give seed=0")
-        if part.kind == "hadamard" and part.seed is not None:
-            mend = "leave seed out, or use kind='random_hadamard'"
-            yield site.fault(f"transform[{position}].seed", "nothing of a hadamard rotation is drawn", mend)
-        if part.kind != "orthogonal" and isinstance(part.size, int) and not _is_power(part.size):
-            yield site.fault(f"transform[{position}].size", *_no_power(part.size))
-
-
-def _is_power(count: int) -> bool:
-    return count & (count - 1) == 0
-
-
-def _no_power(size: int) -> tuple[str, str]:
-    near = size & -size
-    mend = f"use size={near} or kind='orthogonal'" if near > 1 else "use kind='orthogonal'"
-    return f"a Hadamard rotation needs a power of two, {size} is none", mend
-
-
-@rule("~.transform")
 def _queries_balance_keys(site: Site) -> Iterator[Fault]:
     for position, part in enumerate(site.store.transform):  # type: ignore[arg-type]
         if site.side == "values" and isinstance(part, ChannelScale) and part.by == "balance":
@@ -241,11 +215,9 @@ def layer_faults(scheme: Scheme, layers: int) -> tuple[Fault, ...]:
 
 def _shape(site: Site, shape: Shape) -> Iterator[Fault]:
     band = isinstance(site.store, Band)
-    for position, part in enumerate(site.store.transform):  # type: ignore[arg-type]
-        if isinstance(part, Rotate) and not band:
-            yield from _rotation(site, f"transform[{position}]", part, shape.head_dim)
+    yield from rotation_rules.shape_faults(site, shape) if not band else ()
     code = site.store.code
-    if isinstance(code, Sketch) and code.basis == "hadamard" and not _is_power(shape.head_dim):
+    if isinstance(code, Sketch) and code.basis == "hadamard" and shape.head_dim.bit_count() > 1:
         fact = f"a Hadamard basis needs a power of two, and head_dim is {shape.head_dim}"
         yield site.fault("code.basis", fact, "use basis='orthogonal'")
     yield from polar_rules.shape_faults(site, shape) if not band else ()
@@ -268,13 +240,3 @@ def _stretches(site: Site) -> Iterator[Site]:
     if isinstance(site.store.code, Bands):
         for position, band in enumerate(site.store.terms):
             yield Site(f"{site.place}.code.stores[{position}]", band, site.scheme)
-
-
-def _rotation(site: Site, place: str, part: Rotate, head_dim: int) -> Iterator[Fault]:
-    size = part.size if isinstance(part.size, int) else head_dim
-    if head_dim % size:
-        common = math.gcd(size, head_dim)
-        fact = f"blocks of {size} channels do not divide head_dim {head_dim}"
-        yield site.fault(f"{place}.size", fact, f"use size={common}" if common > 1 else "leave size out")
-    elif part.kind != "orthogonal" and not _is_power(size):
-        yield site.fault(place, *_no_power(size))

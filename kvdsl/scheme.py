@@ -7,6 +7,7 @@ scale.  A spec says what is stored, never how it is laid out or scheduled; it ho
 from __future__ import annotations
 
 import dataclasses as dc
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, InitVar, dataclass
 from fractions import Fraction
@@ -163,6 +164,11 @@ class Store(Part):
         return any(not isinstance(part, PreRope) for part in self.linear) or isinstance(self.code, Sketch)
 
     @property
+    def joined(self) -> int:
+        """How many neighbouring kv heads are mapped as one vector."""
+        return math.lcm(*(part.heads for part in self.linear if isinstance(part, Rotate)))
+
+    @property
     def hoisted(self) -> bool:
         """Whether that matrix leaves the loop over tokens, onto the query or the output: no positions are behind it."""
         return self.mapped and self.rope is None
@@ -170,8 +176,8 @@ class Store(Part):
     def hadamard(self, head_dim: int) -> int:
         """The size of its blocks where all that stands behind rotary positions is a Hadamard rotation, else 0."""
         match self.linear:
-            case (PreRope(), Rotate("hadamard" | "random_hadamard", size)):
-                return size if isinstance(size, int) else head_dim
+            case (PreRope(), Rotate("hadamard" | "random_hadamard", size, heads)):
+                return size if isinstance(size, int) else heads * head_dim
         return 0
 
     @property

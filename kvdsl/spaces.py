@@ -5,6 +5,9 @@ Polar coordinates come behind the map, and are undone on decoded numbers before 
 A chain of transforms, or a sketch, takes a vector x of D channels to y = E x - u of M numbers, which is coded; a coded
 y is read as x = W y + v.  Scores and outputs never need x: q.x = (W^T q).y + q.v, and sum_t p_t x_t = W sum_t p_t y_t
 + v sum_t p_t, so that W is applied once to a query, or once to an output.
+
+Where G neighbouring heads are rotated together, what is coded of a head is a map of all their vectors, one behind the
+other, and a head is read from what is coded of all of them.
 """
 
 from __future__ import annotations
@@ -34,10 +37,12 @@ def calibrated(store: Store, side: Side, heads: int, head_dim: int) -> dict[str,
     return found
 
 
-def maps(store: Store, side: Side, head_dim: int, params: Params, device: torch.device | str) -> dict[str, Tensor]:
+def maps(
+    store: Store, side: Side, heads: int, head_dim: int, params: Params, device: torch.device | str
+) -> dict[str, Tensor]:
     """`<side>.encode` E (heads or 1, M, D) and `<side>.decode` W (heads or 1, D, M), float32; with a shift also
     `<side>.encode_shift` -u (heads or 1, M) and `<side>.decode_shift` v (heads or 1, D), which are added.  Given ones
-    are taken as they are.
+    are taken as they are.  Of G heads that are rotated together E is (heads, M, G D) and W (heads, D, G M).
 
     Empty for a store that codes the vector itself.  Rotary positions, which no one matrix takes off, are off before it.
     Of what is left the same under `<side>.residual.`, and `<side>.read`, (heads or 1, D, M + M' ...): W of all terms
@@ -45,7 +50,7 @@ def maps(store: Store, side: Side, head_dim: int, params: Params, device: torch.
     """
     found = dict[str, Tensor]()
     for place, term in store.placed(side):
-        found |= _maps(term, place, head_dim, params, device)
+        found |= _maps(term, place, heads, head_dim, params, device)
     if store.residual is not None:
         found[f"{side}.read"] = _side_by_side(store, side, head_dim, found, device)
     return found
@@ -59,7 +64,9 @@ def _side_by_side(store: Store, side: Side, head_dim: int, found: Params, device
     return torch.cat([part.expand(heads, -1, -1) for part in parts], -1).contiguous()
 
 
-def _maps(store: Store, path: str, head_dim: int, params: Params, device: torch.device | str) -> dict[str, Tensor]:
+def _maps(
+    store: Store, path: str, heads: int, head_dim: int, params: Params, device: torch.device | str
+) -> dict[str, Tensor]:
     """The maps of one term, whose numbers are named by its path."""
     if not store.mapped:
         return {}
@@ -71,43 +78,59 @@ def _maps(store: Store, path: str, head_dim: int, params: Params, device: torch.
         for i, part in enumerate(store.linear)
     )
     if any(given is not None for given in numbers):
-        found = _composed(store, head_dim, numbers)
+        found = _composed(store, heads, head_dim, numbers)
     else:
-        found = _fixed(store, head_dim, str(device))
+        found = _fixed(store, heads if store.joined > 1 else 1, head_dim, str(device))
     kept = names if store.shifted else names[:2]
     return {name: tensor.to(device) for name, tensor in zip(kept, found, strict=False)}
 
 
 @cache
-def _fixed(store: Store, head_dim: int, device: str) -> tuple[Tensor, ...]:
+def _fixed(store: Store, heads: int, head_dim: int, device: str) -> tuple[Tensor, ...]:
     """Maps that a seed alone gives: the layers of a model share them."""
     empty = (None,) * len(store.linear)
-    return tuple(tensor.to(device) for tensor in _composed(store, head_dim, empty))
+    return tuple(tensor.to(device) for tensor in _composed(store, heads, head_dim, empty))
 
 
-def _composed(store: Store, head_dim: int, numbers: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+def _composed(store: Store, heads: int, head_dim: int, numbers: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
     """(E, W, -u, v) in float32: products formed in float64 and rounded once."""
-    forth: Map = (torch.eye(head_dim, dtype=torch.float64)[None], torch.zeros(1, head_dim, dtype=torch.float64))
+    together = store.joined
+    channels = together * head_dim
+    forth: Map = (torch.eye(channels, dtype=torch.float64)[None], torch.zeros(1, channels, dtype=torch.float64))
     back: Map = forth
     for part, given in zip(store.linear, numbers, strict=True):
-        there, here = _step(part, head_dim, given)
+        there, here = _step(part, head_dim, together, given)
         forth = _after(there, forth)
         back = _after(back, here)
     if isinstance(store.code, Sketch):
         rows = sketch(store.coded(head_dim), head_dim, store.code.basis, store.code.seed)[None]
         forth = _after((rows, rows.new_zeros(1, rows.shape[1])), forth)
         back = _after(back, (rows.mT, rows.new_zeros(1, head_dim)))
-    return tuple(x.to(torch.float32).contiguous() for x in (forth[0], back[0], forth[1], back[1]))
+    found = [forth[0], back[0], forth[1], back[1]]
+    if together > 1:  # of all heads that are rotated together, to rows of each head
+        found = [x.expand(heads // together, *x.shape[1:]).reshape(heads, -1, *x.shape[2:]) for x in found]
+    return tuple(x.to(torch.float32).contiguous() for x in found)
+
+
+def applied(matrix: Tensor, x: Tensor) -> Tensor:
+    """A map (H or 1, out, G in) of x (B, H, T, in), the vectors of G heads one behind the other: (B, H, T, out)."""
+    together = matrix.shape[2] // x.shape[3]
+    if together == 1:
+        return x @ matrix.mT
+    whole = x.unflatten(1, (-1, together)).transpose(2, 3).flatten(3)
+    rows = matrix.unflatten(0, (-1, together)).flatten(1, 2)
+    return (whole @ rows.mT).unflatten(3, (together, -1)).transpose(2, 3).flatten(1, 2)
 
 
 def in_loop(store: Store, side: Side, head_dim: int, made: Params, *, exact: bool) -> dict[str, Tensor]:
-    """What maps back in the loop over tokens, of keys behind their rotary positions: W[d, m] = outer[d] * inner[m, d].
+    """What maps back in the loop over tokens, of keys behind their rotary positions: W[d, m] = outer[d] * inner[m, d],
+    of G heads that are rotated together m a number of any.
 
     A factor of each channel of the head goes onto the query, so the rows of W are made alike: `<side>.inner` (heads or
-    1, M, D), float16 or, if `exact`, float32, `<side>.outer` (heads or 1, D) and, with a shift v, `<side>.inner_shift`
-    v / outer, float32.  Rows of `inner` are as long as W's longest, or up to twice shorter, since `outer` are powers of
-    two; of a Hadamard map `inner` is Sylvester's matrix times a power of two, and `outer` has its signs.  ShapeError
-    for a given map that is not that of the Hadamard matrix which kernels sum by.
+    1, G M, D), float16 or, if `exact`, float32, `<side>.outer` (heads or 1, D) and, with a shift v,
+    `<side>.inner_shift` v / outer, float32.  Rows of `inner` are as long as W's longest, or up to twice shorter, since
+    `outer` are powers of two; of a Hadamard map `inner` is Sylvester's matrix times a power of two, and `outer` has its
+    signs.  ShapeError for a given map that is not that of the Hadamard matrix which kernels sum by.
     """
     if store.rope is None or not store.mapped:
         return {}
@@ -117,8 +140,9 @@ def in_loop(store: Store, side: Side, head_dim: int, made: Params, *, exact: boo
         power = 2.0 ** math.ceil(math.log2(size) / 2)
         outer = w.gather(2, first[None, :, None].expand(w.shape[0], -1, 1))[..., 0] * power
         inner = (w / outer[..., None]).mT
-        sylvester = rotation("hadamard", size, None, head_dim).sign().to(w.device, torch.float32) / power
-        if not torch.equal(inner, sylvester.expand_as(inner)):
+        sylvester = rotation("hadamard", size, None, w.shape[2]).sign().to(w.device, torch.float32) / power
+        rows = inner.mT.reshape(-1, *sylvester.shape)
+        if not torch.equal(rows, sylvester.expand_as(rows)):
             fact = f"params['{side}.decode']: another matrix than the transform's {store.linear[1]!r}"
             raise ShapeError(f"{fact}, whose sums kernels take; leave it out, or use Rotate('orthogonal', seed=0)")
     else:
@@ -138,24 +162,26 @@ def _after(outer: Map, inner: Map) -> Map:
     return product(outer[0], inner[0]), product(outer[0], inner[1][..., None])[..., 0] + outer[1]
 
 
-def _step(part: object, head_dim: int, given: Tensor | None) -> tuple[Map, Map]:
-    """One transform and its inverse."""
-    zero = torch.zeros(1, head_dim, dtype=torch.float64)
+def _step(part: object, head_dim: int, together: int, given: Tensor | None) -> tuple[Map, Map]:
+    """One transform and its inverse, of the vectors of so many heads one behind the other."""
+    channels = together * head_dim
+    zero, one = torch.zeros(1, channels, dtype=torch.float64), torch.eye(channels, dtype=torch.float64)
     if isinstance(part, PreRope):
-        same = torch.eye(head_dim, dtype=torch.float64)[None]
-        return (same, zero), (same, zero)
+        return (one[None], zero), (one[None], zero)
     if isinstance(part, Rotate):
-        size = head_dim if part.size is ALL else part.size
+        rotated = part.heads * head_dim
+        size = rotated if part.size is ALL else part.size
         assert isinstance(size, int)
-        matrix = rotation(part.kind, size, part.seed, head_dim)[None]
+        matrix = rotation(part.kind, size, part.seed, rotated)
+        matrix = torch.block_diag(*[matrix] * (together // part.heads))[None]
         return (matrix, zero), (matrix.mT, zero)
     assert given is not None
-    numbers = given.to("cpu", torch.float64)
+    numbers = given.to("cpu", torch.float64).reshape(-1, channels)
     if isinstance(part, ChannelScale):
         return (torch.diag_embed(1 / numbers), zero), (torch.diag_embed(numbers), zero)
-    one = torch.eye(head_dim, dtype=torch.float64)
     if isinstance(part, ChannelShift):
         return (one[None], -numbers), (one[None], numbers)
     assert isinstance(part, Permute)
-    matrix = one[numbers.to(torch.int64)]
+    order = torch.arange(channels) // head_dim * head_dim + numbers.to(torch.int64)  # within each head
+    matrix = one[order]
     return (matrix, zero), (matrix.mT, zero)

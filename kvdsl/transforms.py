@@ -20,15 +20,19 @@ Order = Literal["range", "sum"]
 
 @dataclass(frozen=True, repr=False)
 class Rotate(Part):
-    """y = R x with R orthonormal, in blocks of `size` channels (ALL: the whole head).
+    """y = R x with R orthonormal, in blocks of `size` channels (ALL: the whole head, or all `heads` of them).
 
     kind     `hadamard`: Sylvester's matrix over sqrt(size), a power of two; `random_hadamard`: the same after random
              signs; `orthogonal`: the Q of a random normal matrix (with the signs of R's diagonal), any size
+    heads    x is the vectors of so many neighbouring kv heads, one behind the other, and y is cut into as many again:
+             an outlier of one head is spread over all of them (RotateKV, arXiv 2501.16383).  Reading one head then
+             reads what is stored of all
     seed     of the signs or the matrix
     """
 
     kind: RotateKind = "hadamard"
     size: Count = ALL
+    heads: int = 1
     seed: int | None = None
 
 

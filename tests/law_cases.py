@@ -14,6 +14,7 @@ from kvdsl.scheme import (
     Codebook,
     Float,
     Polar,
+    PreRope,
     Recent,
     Rotate,
     Scale,
@@ -63,7 +64,18 @@ BANDS = Scheme(
     recent=Recent(32),
 )  # fmt: skip
 """Radii and angles under scales of all kinds, two levels and four."""
-RARE = {"small blocks": SMALL_BLOCKS, "sums": SUMS, "bands": BANDS}
+SEVERAL_HEADS = Scheme(
+    keys=Store(
+        Uniform(4),
+        scale=per_token(zero="point"),
+        transform=(PreRope(), Rotate("random_hadamard", heads=2, seed=1)),
+    ),
+    values=Store(Uniform(2), scale=per_channel(tokens=32), transform=Rotate("orthogonal", heads=2, seed=0)),
+    recent=Recent(32),
+    sinks=Sinks(1),
+)
+"""Rotated together: keys in the loop over tokens, values once per output."""
+RARE = {"small blocks": SMALL_BLOCKS, "sums": SUMS, "bands": BANDS, "several heads": SEVERAL_HEADS}
 """What no shipped scheme has."""
 
 

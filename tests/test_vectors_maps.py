@@ -124,6 +124,10 @@ def test_rotatekv() -> None:
     k_hat = reference.quantize(keys, joined, {"keys.transform[1]": order[None]}).decoded
     assert torch.equal(k_hat, reference.quantize(keys, joined, whole(rotation("hadamard", 128)[order.long()])).decoded)
     k_hat = k_hat.reshape(1, 256, 2, 64).transpose(1, 2).clone()
+    both = fp32(2, per_token(**point)).with_(transform=Rotate("hadamard", heads=2))
+    matrix = rotation("hadamard", 128)[order.long()]  # with the order over both heads, given: `Permute` has one a head
+    given = {"keys.encode": matrix.reshape(2, 64, 128), "keys.decode": matrix.T.reshape(2, 64, 128)}
+    assert torch.equal(reference.quantize(both, K, given).decoded, k_hat)
     values = schemes.ALL["rotatekv2"].values.with_(**{"scale.dtype": "fp32"})
     v_hat = reference.quantize(values, V, side="values").decoded
     k_hat[:, :, exact], v_hat[:, :, exact] = K[:, :, exact].double(), V[:, :, exact].double()

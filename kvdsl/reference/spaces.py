@@ -3,6 +3,8 @@
 The chain is multiplied out in float64 and rounded once to float32; a number of either space is one float64 sum, rounded
 once.  A sketch is such a map too, E = S and W = S^T; what it stores of y is the signs.
 
+Where heads are rotated together, x is the vectors of neighbouring kv heads, one behind the other, and so is y.
+
 Rotary positions come off before that, R_t^-1 x, and are put back behind it: the one map that differs by token.
 Polar coordinates come behind everything else: each pair of numbers as its radius and its angle.
 """
@@ -20,7 +22,7 @@ from kvdsl.errors import ShapeError
 from kvdsl.matrices import product, rotation, sketch
 from kvdsl.rope import waves
 from kvdsl.scheme import Band, Store
-from kvdsl.transforms import ChannelScale, ChannelShift, PreRope, Rotate
+from kvdsl.transforms import ChannelScale, ChannelShift, Permute, PreRope, Rotate
 
 from .rounding import LARGEST_INPUT, f32
 
@@ -46,7 +48,8 @@ def channels_of(store: Store, head_dim: int) -> int:
 
 def maps(store: Store, head_dim: int, heads: int, params: Params | None = None, side: str = "keys") -> Maps | None:
     """(E, u, W, v), float64 holding float32: (H or 1, M, D), (H or 1, M), (H or 1, D, M), (H or 1, D); None if the side
-    is coded as it is.
+    is coded as it is.  Of G heads that are rotated together E is (H/G or 1, G M, G D), W (H/G or 1, G D, G M), u (H, M)
+    and v (H, D).
 
     `params` holds `<side>.transform[<i>]` of calibrated transforms, or `<side>.encode` E and `<side>.decode` W, which
     stand for the whole chain, with `<side>.encode_shift` -u and `<side>.decode_shift` v where they are not 0.  Raises
@@ -54,10 +57,13 @@ def maps(store: Store, head_dim: int, heads: int, params: Params | None = None, 
     """
     if not store.mapped:
         return None
-    width = channels_of(store, head_dim)
+    width, together = channels_of(store, head_dim), _together(store, side, heads)
     if params is not None and f"{side}.encode" in params:
-        encode = _param(params, f"{side}.encode", heads, (width, head_dim), "a map", common=True)
-        decode = _param(params, f"{side}.decode", heads, (head_dim, width), "a map", common=True)
+        common = together == 1
+        encode = _param(params, f"{side}.encode", heads, (width, together * head_dim), "a map", common=common)
+        decode = _param(params, f"{side}.decode", heads, (head_dim, together * width), "a map", common=common)
+        encode = encode.reshape(-1, together * width, together * head_dim)  # rows of one head behind another's
+        decode = decode.reshape(-1, together * head_dim, together * width)
         shifts = [torch.zeros(1, size, dtype=torch.float64) for size in (width, head_dim)]
         for position, (name, size) in enumerate((("encode_shift", width), ("decode_shift", head_dim))):
             if f"{side}.{name}" in params:
@@ -67,40 +73,82 @@ def maps(store: Store, head_dim: int, heads: int, params: Params | None = None, 
         rows = sketch(width, head_dim, store.code.basis, store.code.seed)
         e, w, u = rows[None], rows.T[None], torch.zeros(1, width, dtype=torch.float64)
     else:
-        e = torch.eye(head_dim, dtype=torch.float64)[None]
-        w, u = e, torch.zeros(1, head_dim, dtype=torch.float64)
+        e = torch.eye(together * head_dim, dtype=torch.float64)[None]
+        w, u = e, torch.zeros(1, together * head_dim, dtype=torch.float64)
     for position, part in enumerate(store.linear):
         name = f"{side}.transform[{position}]"
         if isinstance(part, PreRope):
             continue
         if isinstance(part, Rotate):
-            size = part.size if isinstance(part.size, int) else head_dim
-            r = rotation(part.kind, size, part.seed, head_dim)
+            channels = part.heads * head_dim
+            r = rotation(part.kind, part.size if isinstance(part.size, int) else channels, part.seed, channels)
+            r = torch.block_diag(*[r] * (together // part.heads))
             e, u, w = product(r, e), product(u[:, None], r.T)[:, 0], product(w, r.T)
             continue
         given = _param(params, name, heads, (head_dim,), "a calibrated transform")
+        if isinstance(part, Permute):  # within each head
+            given = given + torch.arange(heads)[:, None] % together * head_dim
+        given = given.reshape(heads // together, together * head_dim)
         if isinstance(part, ChannelScale):
             e, u, w = e / given[..., None], u / given, w * given[:, None, :]
         elif isinstance(part, ChannelShift):
             u = u + given
         else:
-            p = torch.nn.functional.one_hot(given.to(torch.int64), head_dim).to(torch.float64)
+            p = torch.nn.functional.one_hot(given.to(torch.int64), given.shape[1]).to(torch.float64)
             e, u, w = p @ e, (p @ u[..., None])[..., 0], w @ p.transpose(1, 2)  # one term a sum
     v = product(w, u[..., None])[..., 0]
+    if together > 1:
+        u, v = (x.expand(heads // together, -1).reshape(heads, -1) for x in (u, v))
     return f32(e), f32(u), f32(w), f32(v)
+
+
+def _together(store: Store, side: str, heads: int) -> int:
+    """Heads that are rotated together; ShapeError where they do not divide all."""
+    together = math.lcm(*(part.heads for part in store.linear if isinstance(part, Rotate)))
+    if heads % together:
+        fact = f"{side}: {heads} heads are no whole number of {together}, which are rotated together"
+        raise ShapeError(f"{fact}; give a multiple of {together}")
+    return together
+
+
+def joined(x: Tensor, together: int) -> Tensor:
+    """x (B, H, T, D) with the vectors of neighbouring heads one behind the other: (B, H/G, T, G D)."""
+    b, h, t, d = x.shape
+    return x.reshape(b, h // together, together, t, d).transpose(2, 3).reshape(b, h // together, t, together * d)
+
+
+def parted(y: Tensor, together: int) -> Tensor:
+    """The inverse of `joined`."""
+    b, h, t, d = y.shape
+    return y.reshape(b, h, t, together, d // together).transpose(2, 3).reshape(b, h * together, t, d // together)
+
+
+def by_head(matrix: Tensor, heads: int, together: int) -> Tensor:
+    """A matrix of `maps` as rows of every head: (H, M, G D) of E, (H, D, G M) of W; as it is where G is 1."""
+    if together == 1:
+        return matrix
+    return matrix.expand(heads // together, -1, -1).reshape(heads, -1, matrix.shape[2])
+
+
+def applied(matrix: Tensor, x: Tensor) -> Tensor:
+    """A matrix of `maps` times x (B, H, T, D): (B, H, T, M)."""
+    together = matrix.shape[2] // x.shape[3]
+    return parted(joined(x, together) @ matrix.transpose(1, 2), together)
 
 
 def encoded(x: Tensor, mapped: Maps | None) -> Tensor:
     """x (B, H, T, D) in the coded space (B, H, T, M), float64 holding float32.
 
-    Every number of a vector with a NaN is NaN; numbers beyond +-65504 saturate before they are mapped.
+    Every number of a vector with a NaN is NaN, in all heads that are rotated together; numbers beyond +-65504 saturate
+    before they are mapped.
     """
     if mapped is None:
         return x
     e, u, _, _ = mapped
-    spoiled = x.isnan().any(-1, keepdim=True)
+    together = e.shape[2] // x.shape[3]
+    spoiled = joined(x.isnan(), together).any(-1, keepdim=True).repeat_interleave(together, 1)
     x = torch.where(x.isnan(), torch.zeros_like(x), x).clamp(-LARGEST_INPUT, LARGEST_INPUT)
-    y = f32(x @ e.transpose(1, 2) - u[:, None, :])
+    y = f32(applied(e, x) - u[:, None, :])
     return torch.where(spoiled, torch.full_like(y, float("nan")), y)
 
 
@@ -109,7 +157,7 @@ def restored(y: Tensor, mapped: Maps | None) -> Tensor:
     if mapped is None:
         return y
     _, _, w, v = mapped
-    return f32(y @ w.transpose(1, 2) + v[:, None, :])
+    return f32(applied(w, y) + v[:, None, :])
 
 
 def without_rope(store: Store, x: Tensor, params: Params | None, side: str, at: int) -> Tensor:

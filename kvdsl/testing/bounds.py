@@ -47,6 +47,7 @@ from kvdsl.levels import table
 from kvdsl.reference.alphabets import Alphabet, alphabet, given_table
 from kvdsl.reference.quantize import encoded_rows, left, level_count, maps, quantize
 from kvdsl.reference.rounding import MINIFLOATS
+from kvdsl.reference.spaces import applied, by_head
 from kvdsl.rope import pairs, waves
 from kvdsl.scheme import Band, Bands, Codebook, Float, Polar, Scale, Sketch, Store, Uniform, bands
 
@@ -145,11 +146,11 @@ def _mapped_bound(store: Store, x: Tensor, params: Params | None, side: str) -> 
     encode, _, decode, shift = (part.abs() for part in found)
     if isinstance(store.code, Sketch):  # signs say nothing of one channel: no farther than all of them add up to
         signs = quantize(store, x, params, side).coded.abs()
-        return (signs @ decode.mT + x.double().abs()) * (1 + 2.0**-20)
+        return (applied(decode, signs) + x.double().abs()) * (1 + 2.0**-20)
     coded = encoded_rows(store.with_(transform=store.linear), x, params, side)
     behind = store.with_(transform=(Polar(store.levels),) if store.polar else ())
-    within = bound(behind, coded, params, side) @ decode.mT
-    size = x.double().abs().clamp(max=LARGEST) @ encode.mT @ decode.mT + shift[:, None]
+    within = applied(decode, bound(behind, coded, params, side))
+    size = applied(decode, applied(encode, x.double().abs().clamp(max=LARGEST))) + shift[:, None]
     return within + 2.0**-22 * size + (x.double().abs() - LARGEST).clamp(min=0)
 
 
@@ -198,7 +199,8 @@ def _behind(store: Store, x: Tensor, params: Params) -> tuple[Store, Params]:
     found = maps(store, x.shape[3], x.shape[1], params, "keys")
     if found is None:
         return behind, params
-    encode, moved, decode, shift = found
+    _, moved, _, shift = found
+    encode, decode = (by_head(matrix, x.shape[1], store.joined) for matrix in found[::2])
     given = {"encode": encode, "encode_shift": -moved, "decode": decode, "decode_shift": shift}
     return behind, {**params, **{f"keys.{name}": numbers for name, numbers in given.items()}}
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from kvdsl.reference.quantize import maps
+from kvdsl.reference.spaces import applied
 from kvdsl.scheme import Float, Scheme, Store
 
 from .cases import Case, law, require_within
@@ -41,7 +42,7 @@ def positions_come_back(case: Case) -> None:
     found, sums = maps(exact, case.shape.head_dim, case.shape.kv_heads, params, "keys"), 1
     if found is not None:
         encode, moved, decode, shift = (part.abs() for part in found)
-        there_and_back = (lengths @ encode.mT + moved[:, None]) @ decode.mT + shift[:, None]
+        there_and_back = applied(decode, applied(encode, lengths) + moved[:, None]) + shift[:, None]
         lengths, _ = query_sizes(exact, there_and_back, case.shape.kv_heads, params).chunk(2, -1)
         sums = 3
     limit = sizes @ lengths.repeat_interleave(group, 1).transpose(2, 3) * sums * (case.shape.head_dim + 16) * 2.0**-24

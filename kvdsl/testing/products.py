@@ -1,9 +1,10 @@
 """What the kernels' products are of: codes times scales in the space that is coded, exact numbers as they are.
 
 A turned side is two vectors side by side, (M numbers of the code, D exact channels), one of them zero; a query is
-mapped to match: (W^T q, q).  Where what is left is coded, too, the numbers of every term stand before the channels.  So
-a score is the product of both, whatever a side's space is.  Rotary positions are put back on decoded numbers, so that
-there the product is of the number itself; so it is of pairs in polar coordinates, before W if there is one.
+mapped to match: (W^T q, q).  Of heads that are rotated together M counts the numbers of all.  Where what is left is
+coded, too, the numbers of every term stand before the channels.  So a score is the product of both, whatever a side's
+space is.  Rotary positions are put back on decoded numbers, so that there the product is of the number itself; so it is
+of pairs in polar coordinates, before W if there is one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from kvdsl.kernels import Params
 from kvdsl.levels import table
 from kvdsl.reference.quantize import Quantized, encoded_rows, maps
-from kvdsl.reference.spaces import cartesian
+from kvdsl.reference.spaces import applied, by_head, cartesian, joined
 from kvdsl.reference.timeline import contents
 from kvdsl.scheme import Codebook, Side, Store, Uniform
 
@@ -37,7 +38,8 @@ def sides_of(store: Store, x: Tensor, span: tuple[int, int], params: Params, sid
         found = []
         for term in terms_of(store, x[:, :, first:end], params, side, first):
             of_rope = term.store.rope is not None
-            found.append(term.kept.decoded if of_rope else _factors(term.store, term.kept, params, term.place))
+            one = term.kept.decoded if of_rope else _factors(term.store, term.kept, params, term.place)
+            found.append(_met(term.store, one))
         factors = torch.cat(found, -1)
         part[:, :, first:end] = factors
         exact[:, :, first:end] = 0 if store.apart else factors
@@ -45,8 +47,19 @@ def sides_of(store: Store, x: Tensor, span: tuple[int, int], params: Params, sid
 
 
 def _row(store: Store, channels: int) -> int:
-    """Numbers that a vector of `channels` is coded as, by all terms."""
-    return sum(term.coded(channels) for _, term in store.placed(""))
+    """Numbers that a vector of `channels` is coded as, by all terms, with those of heads that are rotated together."""
+    return sum(_numbers(term, channels) for _, term in store.placed(""))
+
+
+def _numbers(term: Store, channels: int) -> int:
+    return term.coded(channels) * (term.joined if term.hoisted else 1)
+
+
+def _met(store: Store, numbers: Tensor) -> Tensor:
+    """What a head's query meets, and its outputs are of, (1, H, T, G M): the numbers (1, H, T, M) of all heads that are
+    rotated together; where keys are mapped back in the loop, the head's own."""
+    together = store.joined if store.hoisted else 1
+    return joined(numbers, together).repeat_interleave(together, 1)
 
 
 def _factors(store: Store, numbers: Quantized, params: Params, side: str) -> Tensor:
@@ -118,7 +131,7 @@ def _sizes(term: TermOf, params: Params, largest: Largest, at: int) -> Tensor:
     if store.polar:
         turns = 2**store.levels
         size = size[..., : size.shape[-1] // turns].repeat(1, 1, 1, turns)
-    return _carried(store, size, found, term.x.shape[3], params) if store.rope is not None else size
+    return _carried(store, size, found, term.x.shape[3], params) if store.rope is not None else _met(store, size)
 
 
 def _carried(store: Store, size: Tensor, coded: Tensor, head_dim: int, params: Params) -> Tensor:
@@ -128,8 +141,8 @@ def _carried(store: Store, size: Tensor, coded: Tensor, head_dim: int, params: P
     if found is None:
         return size
     _, _, w, v = found
-    before = (coded @ w.mT + v[:, None]).abs()
-    return size @ w.abs().mT + before + 2.0**-15 * size.sum(-1, keepdim=True)
+    before = (applied(w, coded) + v[:, None]).abs()
+    return applied(w.abs() + 2.0**-15, size) + before
 
 
 def mapped_query(store: Store, q: Tensor, heads: int, params: Params) -> Tensor:
@@ -142,8 +155,11 @@ def mapped_query(store: Store, q: Tensor, heads: int, params: Params) -> Tensor:
     met = []
     for place, term in store.placed("keys"):
         found = maps(term, q.shape[3], heads, params, place)
-        decode = None if found is None else found[2].expand(heads, -1, -1).repeat_interleave(q.shape[1] // heads, 0)
-        met.append(q.double() if decode is None else q.double() @ decode)
+        if found is None:
+            met.append(q.double())
+            continue
+        decode = by_head(found[2], heads, term.joined).expand(heads, -1, -1)
+        met.append(q.double() @ decode.repeat_interleave(q.shape[1] // heads, 0))
     return torch.cat((*met, q.double()), -1)
 
 
@@ -164,8 +180,8 @@ def mapped_back(store: Store, part: Tensor, head_dim: int, params: Params) -> Te
     if not store.apart:
         return part
     spaces = store.placed("values")
-    *coded, total = part.split([*(term.coded(head_dim) for _, term in spaces), head_dim], -1)
+    *coded, total = part.split([*(_numbers(term, head_dim) for _, term in spaces), head_dim], -1)
     for (place, term), numbers in zip(spaces, coded, strict=True):
         found = maps(term, head_dim, part.shape[1], params, place)
-        total = total + (numbers if found is None else numbers @ found[2].mT)
+        total = total + (numbers if found is None else numbers @ by_head(found[2], part.shape[1], term.joined).mT)
     return total

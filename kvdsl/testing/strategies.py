@@ -146,8 +146,9 @@ def transforms(draw: Draw) -> tuple[Transform, ...]:
     """No map of the vector three times in four, else one or two."""
     one = st.one_of(
         st.builds(Rotate, st.just("hadamard"), st.sampled_from([8, 16, 32])),
-        st.builds(Rotate, st.just("random_hadamard"), st.sampled_from([8, 32]), st.integers(0, 3)),
-        st.builds(Rotate, st.just("orthogonal"), st.sampled_from([8, ALL]), st.integers(0, 3)),
+        st.builds(Rotate, st.just("random_hadamard"), st.sampled_from([8, 32]), seed=st.integers(0, 3)),
+        st.builds(Rotate, st.just("orthogonal"), st.sampled_from([8, ALL]), seed=st.integers(0, 3)),
+        st.builds(Rotate, st.sampled_from(["random_hadamard", "orthogonal"]), heads=st.just(2), seed=st.integers(0, 3)),
         st.builds(ChannelScale, st.sampled_from(["absmax", "sqrt_absmax", "learned"])),
         st.builds(ChannelShift, st.sampled_from(["mean", "middle"])),
         st.builds(Permute, st.sampled_from(["range", "sum"])),
@@ -242,13 +243,16 @@ def shapes(scheme: Scheme, *, widest: int = 128) -> st.SearchStrategy[Shape]:
     """Shapes that the scheme fits: every legal head_dim up to `widest`, up to four kv heads, every dtype."""
     stores = (*scheme.keys.terms, *scheme.values.terms)
     blocks = [store.measure.block for store in stores if store.measure is not None]
-    sizes = [part.size for store in stores for _, part in store.walk() if isinstance(part, Rotate)]
+    rotations = [part for store in stores for _, part in store.walk() if isinstance(part, Rotate)]
+    sizes = [part.size for part in rotations]
     sizes += [block.channels for block in blocks]
     sizes += [2 * b.channels for b in blocks if isinstance(b.channels, int) and any(s.polar for s in stores)]
     sizes += [64 for store in stores if isinstance(store, Band)]  # stretches are whole bytes
     channels = math.lcm(8, *(size for size in sizes if isinstance(size, int)))
-    heads = math.lcm(1, *(block.heads for block in blocks if isinstance(block.heads, int)))
+    heads = math.lcm(*(block.heads for block in blocks if isinstance(block.heads, int)), *(r.heads for r in rotations))
     widths = [d for d in range(channels, widest + 1, channels) if d >= 32] or [channels]
+    if any(part.heads > 1 and part.kind != "orthogonal" for part in rotations):
+        widths = [d for d in widths if d & (d - 1) == 0]
     usual = [d for d in widths if d in (32, 64, 80, 96, 112, 128)] or widths
     return st.builds(
         lambda width, factor, group, dtype, softcap: Shape(

@@ -1,0 +1,40 @@
+"""Names of what kernels read side by side: several terms of a side, and several heads that are rotated together.
+
+Lines are written for one term of the program's own head.  Here their names are told apart.
+"""
+
+from __future__ import annotations
+
+import re
+
+from .side import SidePlan
+
+OWN = re.compile(r"\b(?:(s|known)|([abenoqrsxy]|total|carried)(_?\d+(?:_\d+)?))\b")
+"""Names that a term's lines give to what is its own: numbered ones, its scores, its mask of lanes."""
+OF_HEAD = "scale|offset|outer|meta|factor|start|three|digit"
+"""What behind a side's letter names something of one head; so do words, which have a digit there."""
+
+
+def mark(side: SidePlan, head: int | None) -> str:
+    """What tells the names of a term, read of the head-th of several, from those of the first term and head."""
+    return side.mark + "h" * (head or 0)
+
+
+def head_name(side: SidePlan, head: int) -> str:
+    """What the head-th of several is called."""
+    return f"{side.letter}_head{head}"
+
+
+def own(lines: list[str], side: SidePlan, head: int | None) -> list[str]:
+    """Lines with names of their own: x0 as xr0 in a residual's term, as xh0 of the second of several heads, whose words
+    and stored numbers have names of their own, too."""
+    if told := mark(side, head):
+        lines = [OWN.sub(rf"\1\2{told}\3", line) for line in lines]
+    return lines if head is None else [_of_head(line, side, head) for line in lines]
+
+
+def _of_head(line: str, side: SidePlan, head: int) -> str:
+    letter = side.letter + "h" * head
+    line = re.sub(r"\bh\b", head_name(side, head), line)
+    line = re.sub(rf"\b(?:{side.name[:-1]}_(?=floats\b)|(?=words\b))", f"{letter}_", line)
+    return re.sub(rf"\b{side.letter}(?=\d|_(?:{OF_HEAD}))", letter, line)
