@@ -8,7 +8,7 @@ from functools import cache
 from kvdsl.scheme import SIDES
 
 from .launch import CONSTEXPR, Launch
-from .plan import DECODE_ROWS, Plan
+from .plan import DECODE_ROWS, WIDEST, Plan
 
 POINTERS = {
     "query_ptr": "input", "rows_ptr": "input", "source_ptr": "input", "key_rows_ptr": "input",
@@ -31,8 +31,9 @@ ASSEMBLER = (None, "--register-usage-level=10", "--register-usage-level=0", "max
 
 
 def warps(kernel: str, plan: Plan) -> int:
-    """Warps of a program: one where tiles stay in one warp's tensor cores, two where 16 rows would not fit its
-    registers, four or more where a page is rewritten, products are of float32 numbers, or keys are rotated."""
+    """Warps of a program: one where tiles stay in one warp's tensor cores, two where 16 rows, or sums of several heads,
+    would not fit its registers, four or more where a page is rewritten, products are of float32 numbers, or keys are
+    rotated."""
     exact = plan.shape.dtype == "fp32" or any(term.floats == "fp32" for term in plan.terms)
     if kernel.startswith("pack"):
         name = kernel.removeprefix("pack_")
@@ -48,7 +49,8 @@ def warps(kernel: str, plan: Plan) -> int:
         return 4
     if plan.keys.rope is not None:
         return 4  # decoded numbers, waves and two queries a plane: one warp moves hundreds of them to memory
-    return 1 if plan.rows(many=kernel != "decode") == DECODE_ROWS else 2
+    wide = plan.values.joined > 1 and plan.values.row > WIDEST
+    return 1 if plan.rows(many=kernel != "decode") == DECODE_ROWS and not wide else 2
 
 
 def fused(kernel: str) -> bool:

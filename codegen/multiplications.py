@@ -44,6 +44,7 @@ def multiplications(plan: Plan, side: SidePlan) -> Multiplications:
         return Multiplications((each + turned) * max(1, lanes(plan.side(side.name)) // side.dim), zero, zero)
     if side.when is When.IN_LOOP:
         turned = Fraction(_inside("cartesian"), 2) if side.polar else zero  # a radius and an angle are two numbers
+        turned += Fraction(side.joined - 1, side.joined) if side.butterflies else zero  # by the signs of other heads
         return Multiplications(_count([steps.number("c", "s", "z")]) + turned, zero, unpacking)
     if side.floats:
         return Multiplications(zero, zero, zero)

@@ -81,13 +81,14 @@ class Plan:
         """Query rows of a program: 8, or 16 where there are more of them and two warps can share the planes.
 
         Planes of 16 channels are one tensor-core operand, and a second warp would only repeat the work of the first.
-        Sums over wide vectors, maps on both sides, which exact rows do not share, and keys rotated in the loop with
-        levels of the parameters or a map beside them fill the registers at 8 rows.
+        Sums over wide vectors, queries for several heads, maps on both sides, which exact rows do not share, and keys
+        rotated in the loop with levels of the parameters or a map beside them fill the registers at 8 rows.
         """
         shared = all(term.layout.plane_width >= 2 * NARROWEST for term in self.terms)
         apart = self.keys.apart and self.values.apart
         full = self.values.row > WIDEST or apart
         full = full or self.keys.rope is not None and (self.keys.alphabet.given or self.keys.mapped)
+        full = full or self.keys.joined > 1 and self.keys.row > WIDEST
         more = many or self.shape.group > DECODE_ROWS
         return EXTEND_ROWS if shared and more and not full else DECODE_ROWS
 

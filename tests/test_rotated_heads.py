@@ -154,6 +154,7 @@ def test_what_it_costs_is_told() -> None:
     stored = told["bytes_per_token_and_layer"]
     assert told["mean"] == alone["mean"] and stored == alone["bytes_per_token_and_layer"]
     assert told["read_bytes_per_token_and_layer"] == 2.5 * stored and alone["read_bytes_per_token_and_layer"] == stored
+    assert told["keys"]["multiplications"]["decoding"] == 1.75 and alone["keys"]["multiplications"]["decoding"] == 1
     assert any(line.startswith("bytes read a token") and "4 heads of the keys" in line for line in lines)
     assert not any(line.startswith("bytes read a token") for line in others)
     _, algebra = show(View("grouped", rotatekv.rotatekv4_grouped, Shape(128, 8, 32)), "normal-form")
