@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -18,6 +18,7 @@ from kvdsl.kernels import AttentionState, Params, Side
 from kvdsl.params import ROPE
 from kvdsl.rope import NEAR, near, table
 
+from .assembling import fewest_spills
 from .host import cartesian, polar, saturated
 from .launch import DEPTH, assembled
 from .launches import ASSEMBLER, GIVEN_POINTERS, arguments, fused, stages, warps
@@ -67,26 +68,20 @@ class TritonModule:
         function = getattr(self.module, kernel)[grid]
         options = {"num_warps": warps(kernel, self.plan), "enable_fp_fusion": fused(kernel)}
 
-        def launch(depth: int, setting: str | None) -> int:
-            """Run the kernel and count the numbers that it keeps in memory for want of registers."""
+        def launch(depth: int, setting: str | None) -> Any:
+            """Run the kernel; gives what Triton compiled."""
             given = {name: depth if name == DEPTH else values[name] for name in self.arguments[kernel]}
-            compiled = function(**given, **options, num_stages=depth, **assembled(setting))
-            return getattr(compiled, "n_spills", 0) or 0
+            return function(**given, **options, num_stages=depth, **assembled(setting))
 
         if kernel in self.settings:
             launch(*self.settings[kernel])
             return
         for depth in stages(kernel):
-            spills = {}
             try:
-                for setting in ASSEMBLER:
-                    spills[setting] = launch(depth, setting)
-                    if not spills[setting]:
-                        break
+                self.settings[kernel] = depth, _setting(partial(launch, depth))
             except OutOfResources as error:
                 refused = error
                 continue
-            self.settings[kernel] = depth, min(spills, key=lambda one: spills[one])
             return
         raise BackendError(f"{kernel} does not fit this GPU: {refused}")
 
@@ -301,6 +296,31 @@ class TritonModule:
         }  # fmt: skip
         self._run("merge", (batch * heads, queries), given, None, params)
         return out, out_lse
+
+
+def _setting(launch: Callable[[str | None], Any]) -> str | None:
+    """The setting of the assembler to launch a kernel under, which was launched under it.
+
+    Where the assembler does not run alone, Triton compiles the kernel under one setting after another.
+    """
+    compiled = launch(ASSEMBLER[0])
+    spills: dict[str | None, int] = {ASSEMBLER[0]: _spills(compiled)}
+    if not spills[ASSEMBLER[0]]:
+        return ASSEMBLER[0]
+    try:
+        settings: tuple[str | None, ...] = (fewest_spills(compiled, ASSEMBLER)[0],)
+    except BackendError:
+        settings = ASSEMBLER[1:]
+    for setting in settings:
+        spills[setting] = _spills(launch(setting))
+        if not spills[setting]:
+            break
+    return settings[0] if len(settings) == 1 else min(spills, key=lambda one: spills[one])
+
+
+def _spills(compiled: Any) -> int:
+    """Numbers that a kernel keeps in memory for want of registers; none where it was interpreted."""
+    return getattr(compiled, "n_spills", 0) or 0
 
 
 def _taken(rows: Tensor, first: Tensor, offset: int, low: int, high: int) -> Tensor:
