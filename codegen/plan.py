@@ -163,10 +163,15 @@ class SidePlan:
         return self.store.hoisted
 
     @property
+    def hadamard(self) -> int:
+        """The size of the Hadamard matrix that the map is made of, which sums and differences apply; 0 where the map
+        is another one."""
+        return self.store.hadamard(self.channels)
+
+    @property
     def butterflies(self) -> int:
-        """The size of the Hadamard matrix that sums and differences of whole planes undo in the loop; 0 where the map
-        is another one, or planes are no power of two."""
-        size, width = self.store.hadamard(self.channels), self.layout.plane_width
+        """The same of whole planes, in the loop; 0 also where planes are no power of two."""
+        size, width = self.hadamard, self.layout.plane_width
         return size if width & (width - 1) == 0 and not self.layout.digits else 0
 
     @property

@@ -25,7 +25,7 @@ from .launches import ASSEMBLER, GIVEN_POINTERS, arguments, fused, stages, warps
 from .plan import Plan, SidePlan
 from .text import padded
 from .triton_rope import ROTATE_ROWS
-from .triton_turn import QUERY_LANES, QUERY_ROWS, TURN_LANES, TURN_ROWS
+from .triton_turn import QUERY_LANES, QUERY_ROWS, TURN_LANES, turn_rows
 
 VIEWS = {
     "pool8_ptr": torch.uint8, "pool16_ptr": torch.int16, "pool32_ptr": torch.int32,
@@ -127,7 +127,7 @@ class TritonModule:
                 given |= {"coded_ptr": before, "out_ptr": coded, "first_ptr": at, "total_rows": high - low}
                 given |= {"offset": 0, "ring": high - low}
         if term.mapped:
-            grid = self._turn_grid(high - low, batch, term.dim)
+            grid = self._turn_grid(term, high - low, batch, term.dim)
             self._run(f"turn_{term.label}", grid, given | beside, None, params)
         elif term.rope is None:
             coded = _taken(rows, first, offset, low, high)
@@ -142,9 +142,9 @@ class TritonModule:
         cuts = [low, *range(low // size * size + size, high, size), high]
         return list(zip(cuts, cuts[1:], strict=False)) if low < high else []
 
-    def _turn_grid(self, count: int, batch: int, numbers: int) -> tuple[int, int, int]:
-        lanes = min(TURN_LANES, padded(numbers))
-        return -(-count // TURN_ROWS), batch * self.plan.shape.kv_heads, -(-numbers // lanes)
+    def _turn_grid(self, term: SidePlan, count: int, batch: int, numbers: int) -> tuple[int, int, int]:
+        lanes = numbers if term.hadamard else min(TURN_LANES, padded(numbers))
+        return -(-count // turn_rows(term)), batch * self.plan.shape.kv_heads, -(-numbers // lanes)
 
     def _pack(self, term: SidePlan, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor,
               reach: tuple[int, int], pool: Tensor, table: Tensor, params: Params,
@@ -177,7 +177,7 @@ class TritonModule:
         given: dict[str, Any] = {"low": low, "count": high - low}
         if term.mapped:
             given["coded_ptr"], coded = coded, coded.new_empty(*coded.shape[:3], dim)
-            grid = self._turn_grid(high - low, batch, dim)
+            grid = self._turn_grid(term, high - low, batch, dim)
             self._run(f"restore_{term.label}", grid, {**given, "out_ptr": coded}, None, params)
         if term.rope is not None:
             given |= {"coded_ptr": coded, **self._positions(high, pool.device, params)}
