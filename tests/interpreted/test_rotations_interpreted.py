@@ -1,4 +1,4 @@
-"""Hadamard rotations in Triton's interpreter: sums and differences are the product with the matrix, and so are codes."""
+"""Hadamard rotations in Triton's interpreter: sums and differences are the product with the matrix."""
 
 from __future__ import annotations
 
