@@ -13,7 +13,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -26,7 +25,7 @@ from typing import Any
 from kvdsl import errors
 from kvdsl.errors import BackendError
 
-from . import sass
+from .assembling import Assembly, fewest_spills
 from .launch import Launch, assembled
 from .roofline import GPUS, LINE, predicted_share
 
@@ -162,22 +161,16 @@ def _ask_child(request: Mapping[str, Any], cache_folder: Path | None) -> list[di
 
 
 def _best(module: ModuleType, launch: Launch, arch: str) -> CompiledKernel:
-    """At the first depth whose buffers fit, under the first setting of the assembler without spills, else under that
-    with the fewest.  Raises CompileError where none fits."""
+    """At the first depth whose buffers fit, under the setting of the assembler that `fewest_spills` finds.  Raises
+    CompileError where no depth fits."""
     limit = GPUS[arch].shared
     for stages in launch.stages:
-        binary = _binary(module, launch, arch, stages, launch.assembler[0])
+        binary = _binary(module, launch, arch, stages)
         if binary.metadata.shared <= limit:
-            break
-    else:
-        needed = f"needs {binary.metadata.shared} bytes of shared memory, {GPUS[arch].name} has {limit}"
-        raise CompileError([f"{launch.kernel} for {arch}: {needed}"])
-    tried = [_measured(launch, arch, stages, binary)]
-    for assembler in launch.assembler[1:]:
-        if not tried[-1].spilled:
-            return tried[-1]
-        tried.append(_measured(launch, arch, stages, _binary(module, launch, arch, stages, assembler)))
-    return min(tried, key=lambda kernel: kernel.spills)
+            _, assembly = fewest_spills(binary, launch.assembler)
+            return _measured(launch, arch, stages, binary.metadata.shared, assembly)
+    needed = f"needs {binary.metadata.shared} bytes of shared memory, {GPUS[arch].name} has {limit}"
+    raise CompileError([f"{launch.kernel} for {arch}: {needed}"])
 
 
 def _check(arch: str) -> None:
@@ -197,18 +190,6 @@ def _triton() -> Any:
     except ImportError as error:
         raise BackendError(f"Triton cannot be imported ({error}); install triton >= 3.6 (Linux)") from error
     return triton
-
-
-def _tool(name: str) -> str:
-    """Path of a tool of the Triton wheel ("cuobjdump", "nvdisasm")."""
-    triton = _triton()
-    try:
-        return str(getattr(triton.knobs.nvidia, name).path)
-    except (AttributeError, RuntimeError):
-        path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    if not path.exists():
-        raise BackendError(f"{name} is not in this Triton ({triton.__version__}); the official Linux wheel has it")
-    return str(path)
 
 
 def _load(path: Path) -> ModuleType:
@@ -231,8 +212,8 @@ def _loaded(path: Path, name: str) -> ModuleType:
     return module
 
 
-def _binary(module: ModuleType, launch: Launch, arch: str, stages: int, assembler: str | None = None) -> Any:
-    """Triton's compiled kernel (`.asm`, `.metadata`)."""
+def _binary(module: ModuleType, launch: Launch, arch: str, stages: int) -> Any:
+    """Triton's compiled kernel (`.asm`, `.metadata`), under the first setting of the assembler."""
     triton = _triton()
     kernel = getattr(module, launch.kernel, None)
     if kernel is None:
@@ -250,7 +231,7 @@ def _binary(module: ModuleType, launch: Launch, arch: str, stages: int, assemble
         )
         target = triton.backends.compiler.GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
         options: dict[str, object] = {"num_warps": launch.warps, "num_stages": stages}
-        options |= {"enable_fp_fusion": launch.fp_fusion, **assembled(assembler)}
+        options |= {"enable_fp_fusion": launch.fp_fusion, **assembled(launch.assembler[0])}
         return triton.compile(source, target=target, options=options)
     except OSError as error:
         folder = os.environ.get("TRITON_CACHE_DIR", "~/.triton/cache")
@@ -260,14 +241,8 @@ def _binary(module: ModuleType, launch: Launch, arch: str, stages: int, assemble
         raise CompileError([f"{launch.kernel} for {arch}: {type(error).__name__}: {message[-600:]}"]) from error
 
 
-def _measured(launch: Launch, arch: str, stages: int, binary: Any) -> CompiledKernel:
-    cubin = binary.asm["cubin"]
-    with tempfile.TemporaryDirectory(prefix="kvdsl-") as folder:
-        file = Path(folder) / "kernel.cubin"
-        file.write_bytes(cubin)
-        usage = _output([_tool("cuobjdump"), "--dump-resource-usage", str(file)])
-        code = sass.parse(_output([_tool("nvdisasm"), "-c", str(file)]))
-    resources = {name: int(value) for name, value in sass.RESOURCE.findall(usage)}
+def _measured(launch: Launch, arch: str, stages: int, shared: int, assembly: Assembly) -> CompiledKernel:
+    code = assembly.code
     loop = code.main_loop()
     path = loop.path if loop else ()
     lines = launch.loop_packed_bytes / LINE if loop else 0.0
@@ -281,10 +256,10 @@ def _measured(launch: Launch, arch: str, stages: int, binary: Any) -> CompiledKe
         triton=str(_triton().__version__),
         warps=launch.warps,
         stages=stages,
-        registers=resources["REG"],
+        registers=assembly.registers,
         spills=code.spills,
-        stack=resources["STACK"] + resources.get("LOCAL", 0),
-        shared_bytes=int(binary.metadata.shared),
+        stack=assembly.stack,
+        shared_bytes=int(shared),
         instructions=len(code.instructions),
         loop_spills=code.counts(path).get("local", 0),
         loop_instructions=len(path),
@@ -295,16 +270,9 @@ def _measured(launch: Launch, arch: str, stages: int, binary: Any) -> CompiledKe
         slots=len(path) * per_line,
         mma=pipes["mma"],
         predicted_share=predicted_share(arch, pipes) if lines else None,
-        cubin_bytes=len(cubin),
+        cubin_bytes=len(assembly.cubin),
         counts=counts,
     )
-
-
-def _output(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise BackendError(f"{Path(command[0]).name} failed: {done.stderr.strip() or done.stdout.strip()}")
-    return done.stdout
 
 
 def _run_task(task: Mapping[str, Any]) -> dict[str, Any]:

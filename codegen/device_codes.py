@@ -36,22 +36,34 @@ if INTERPRETED:
         return halves | (((halves & 0x3F80) + 128) & 0x4000)
 
     @triton.jit
-    def table4(codes, A, B):
-        """16-bit entries of a table of four: A the low bytes, B the high ones."""
-        found = codes.to(tl.int32) * 0
-        for i in tl.static_range(4):
-            found = tl.where(codes.to(tl.int32) == i, ((A >> (8 * i)) & 255) | (((B >> (8 * i)) & 255) << 8), found)
-        return found.to(tl.int16)
+    def entry(codes, LOW, HIGH):
+        """Byte `codes` of LOW, and that of HIGH above it, of registers of four bytes."""
+        shift = codes.to(tl.int32) * 8
+        return ((LOW >> shift) & 255) | (((HIGH >> shift) & 255) << 8)
 
     @triton.jit
-    def table8(codes, A, B, C, D):
-        """16-bit entries of a table of eight: A, B the low bytes, C, D the high ones."""
-        return tl.where(codes < 4, table4(codes, A, C), table4(codes - 4, B, D))
+    def table4(words, PLACE: tl.constexpr, A, B):
+        """16-bit entries of a table of four for codes PLACE of 16-bit words: A the low bytes, B the high ones."""
+        return entry((words >> (2 * PLACE)) & 3, A, B).to(tl.int16)
 
     @triton.jit
-    def table16(codes, A, B, C, D, E, F, G, H):
-        """16-bit entries of a table of sixteen: A to D the low bytes, E to H the high ones."""
-        return tl.where(codes < 8, table8(codes, A, B, E, F), table8(codes - 8, C, D, G, H))
+    def table8(words, lowest, PLACE: tl.constexpr, A, B, C, D):
+        """16-bit entries of a table of eight: A, B the low bytes, C, D the high ones.
+
+        Code PLACE has its upper two bits in `words`, its lowest one in `lowest`: four in the low half of each byte.
+        """
+        upper = (words >> (2 * PLACE)) & 3
+        code = (upper & 1) * 2 + ((lowest >> (PLACE + PLACE // 4 * 4)) & 1)
+        return tl.where(upper < 2, entry(code, A, C), entry(code, B, D)).to(tl.int16)
+
+    @triton.jit
+    def table16(words, PLACE: tl.constexpr, A, B, C, D, E, F, G, H, ALONE: tl.constexpr = False):
+        """16-bit entries of a table of sixteen for codes PLACE of 16-bit words: A to D the low bytes, E to H the high
+        ones."""
+        code = (words >> (4 * PLACE)) & 15
+        lower = tl.where(code < 4, entry(code, A, E), entry(code - 4, B, F))
+        upper = tl.where(code < 12, entry(code - 8, C, G), entry(code - 12, D, H))
+        return tl.where(code < 8, lower, upper).to(tl.int16)
 
 else:
 
@@ -99,54 +111,68 @@ else:
             "=r,r", [halves], dtype=tl.int16, is_pure=True, pack=2,
         )  # fmt: skip
 
-    @triton.jit
-    def table4(codes, A, B):
-        """16-bit entries of a table of four: A the low bytes, B the high ones.
+    # Words are their own selectors: of a register with words x and y one byte of either is taken, of whose codes two of
+    # x and two of y select at once.  NVIDIA's assembler leaves out a shift by 0, and does once what calls for other
+    # places repeat.  All places of a word in one call were 0.5 instructions a pair less, and more registers than there
+    # are.  Where a thread holds one word, the other is undefined: no bit of it may reach the first one's selectors.
 
-        Two codes of a register become four selectors of a byte each: c, c + 4 of either.
-        """
-        low, high = tl.full(codes.shape, A, tl.int32), tl.full(codes.shape, B, tl.int32)
+    @triton.jit
+    def table4(words, PLACE: tl.constexpr, A, B):
+        """16-bit entries of a table of four for codes PLACE of 16-bit words: A the low bytes, B the high ones."""
+        byte = tl.full(words.shape, 0x4431 if PLACE > 3 else 0x4420, tl.int32)
+        odd = tl.full(words.shape, PLACE % 2 * 2, tl.int32)
+        a, b = tl.full(words.shape, A, tl.int32), tl.full(words.shape, B, tl.int32)
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 t; shr.u32 t, $1, 8; or.b32 t, t, $1; mad.lo.u32 t, t, 17, 0x4040; prmt.b32 $0, $2, $4, t; }",
-            "=r,r,r,r,r,r", [codes, low, high], dtype=tl.int16, is_pure=True, pack=2,
-        )  # fmt: skip
+            "{ .reg .b32 s, low, high; prmt.b32 s, $2, 0, $3; shr.u32 s, s, $5; and.b32 s, s, 0x3333; "
+            "prmt.b32 low, $7, $7, s; prmt.b32 high, $9, $9, s; "
+            "prmt.b32 $0, low, high, 0x6240; prmt.b32 $1, low, high, 0x7351; }",
+            "=r,=r,r,r,r,r,r,r,r,r,r", [words, byte, odd, a, b], dtype=(tl.int16,) * 2, is_pure=True, pack=2,
+        )[PLACE % 4 // 2]  # fmt: skip
 
     @triton.jit
-    def table8(codes, A, B, C, D):
+    def table8(words, lowest, PLACE: tl.constexpr, A, B, C, D):
         """16-bit entries of a table of eight: A, B the low bytes, C, D the high ones.
 
-        Four codes, side by side, select four low bytes and four high ones, which are interleaved.  Where a thread has
-        fewer codes, those that are missing are undefined and may not touch the others' selectors.
+        Code PLACE has its upper two bits in `words`, its lowest one in `lowest`: four in the low half of each byte.
         """
-        a, b = tl.full(codes.shape, A, tl.int32), tl.full(codes.shape, B, tl.int32)
-        c, d = tl.full(codes.shape, C, tl.int32), tl.full(codes.shape, D, tl.int32)
+        byte = tl.full(words.shape, 0x4431 if PLACE > 3 else 0x4420, tl.int32)
+        odd, even = tl.full(words.shape, PLACE % 2, tl.int32), tl.full(words.shape, 1 - PLACE % 2, tl.int32)
+        a, b = tl.full(words.shape, A, tl.int32), tl.full(words.shape, B, tl.int32)
+        c, d = tl.full(words.shape, C, tl.int32), tl.full(words.shape, D, tl.int32)
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 s, t, low, high; prmt.b32 t, $2, $3, 0x6240; shr.u32 s, t, 12; and.b32 s, s, 0xF0F0; "
-            "or.b32 s, s, t; "
-            "prmt.b32 low, $4, $8, s; prmt.b32 high, $12, $16, s; "
-            "prmt.b32 $0, low, high, 0x5140; prmt.b32 $1, low, high, 0x7362; }",
-            "=r,=r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r", [codes, a, b, c, d], dtype=tl.int16, is_pure=True, pack=4,
-        )  # fmt: skip
+            "{ .reg .b32 r, s, t, low, high; prmt.b32 r, $2, 0, $4; prmt.b32 s, $3, 0, $4; "
+            "shr.u32 t, s, $6; shl.b32 s, s, $8; shl.b32 s, s, 1; or.b32 s, s, t; and.b32 s, s, 0x1111; "
+            "shr.u32 r, r, $6; shl.b32 r, r, $8; and.b32 r, r, 0x6666; or.b32 s, s, r; "
+            "prmt.b32 low, $10, $12, s; prmt.b32 high, $14, $16, s; "
+            "prmt.b32 $0, low, high, 0x6240; prmt.b32 $1, low, high, 0x7351; }",
+            "=r,=r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r", [words, lowest, byte, odd, even, a, b, c, d],
+            dtype=(tl.int16,) * 2, is_pure=True, pack=2,
+        )[PLACE % 4 // 2]  # fmt: skip
 
     @triton.jit
-    def table16(codes, A, B, C, D, E, F, G, H):
-        """16-bit entries of a table of sixteen: A to D the low bytes, E to H the high ones.
+    def table16(words, PLACE: tl.constexpr, A, B, C, D, E, F, G, H, ALONE: tl.constexpr = False):
+        """16-bit entries of a table of sixteen for codes PLACE of 16-bit words: A to D the low bytes, E to H the high
+        ones.
 
         Either half of the table is looked up by the code's low three bits; its top bit selects among what was found.
+        If ALONE, nothing is shared with the place beside, whose entries would wait in registers: the zeros above the
+        byte come from another place, so that the calls differ.
         """
-        a, b = tl.full(codes.shape, A, tl.int32), tl.full(codes.shape, B, tl.int32)
-        c, d = tl.full(codes.shape, C, tl.int32), tl.full(codes.shape, D, tl.int32)
-        e, f = tl.full(codes.shape, E, tl.int32), tl.full(codes.shape, F, tl.int32)
-        g, h = tl.full(codes.shape, G, tl.int32), tl.full(codes.shape, H, tl.int32)
+        zeros = 0x5500 if ALONE and PLACE % 2 else 0x4400
+        byte = tl.full(words.shape, zeros + (0x31 if PLACE > 1 else 0x20), tl.int32)
+        a, b = tl.full(words.shape, A, tl.int32), tl.full(words.shape, B, tl.int32)
+        c, d = tl.full(words.shape, C, tl.int32), tl.full(words.shape, D, tl.int32)
+        e, f = tl.full(words.shape, E, tl.int32), tl.full(words.shape, F, tl.int32)
+        g, h = tl.full(words.shape, G, tl.int32), tl.full(words.shape, H, tl.int32)
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 t, s, x, y, low, high; prmt.b32 t, $2, $3, 0x6240; shr.u32 s, t, 12; and.b32 s, s, 0xF0F0; "
-            "or.b32 t, t, s; shr.u32 s, t, 1; and.b32 s, s, 0x4444; or.b32 s, s, 0x3210; and.b32 t, t, 0x7777; "
-            "prmt.b32 x, $4, $8, t; prmt.b32 y, $12, $16, t; prmt.b32 low, x, y, s; "
-            "prmt.b32 x, $20, $24, t; prmt.b32 y, $28, $32, t; prmt.b32 high, x, y, s; "
-            "prmt.b32 $0, low, high, 0x5140; prmt.b32 $1, low, high, 0x7362; }",
-            "=r,=r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
-            [codes, a, b, c, d, e, f, g, h], dtype=tl.int16, is_pure=True, pack=4,
-        )  # fmt: skip
+            "{ .reg .b32 s, t, x, y, low, high; prmt.b32 t, $2, 0, $3; "
+            "shr.u32 s, t, 1; and.b32 s, s, 0x4444; or.b32 s, s, 0x3210; and.b32 t, t, 0x7777; "
+            "prmt.b32 x, $5, $7, t; prmt.b32 y, $9, $11, t; prmt.b32 low, x, y, s; "
+            "prmt.b32 x, $13, $15, t; prmt.b32 y, $17, $19, t; prmt.b32 high, x, y, s; "
+            "prmt.b32 $0, low, high, 0x6240; prmt.b32 $1, low, high, 0x7351; }",
+            "=r,=r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r", [words, byte, a, b, c, d, e, f, g, h],
+            dtype=(tl.int16,) * 2, is_pure=True, pack=2,
+        )[PLACE % 2]  # fmt: skip
 
 
 @triton.jit

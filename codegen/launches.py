@@ -31,9 +31,9 @@ ASSEMBLER = (None, "--register-usage-level=10", "--register-usage-level=0", "max
 
 
 def warps(kernel: str, plan: Plan) -> int:
-    """Warps of a program: one where tiles stay in one warp's tensor cores, two where 16 rows, or sums of several heads,
-    would not fit its registers, four or more where a page is rewritten, products are of float32 numbers, or keys are
-    rotated."""
+    """Warps of a program: one where tiles stay in one warp's tensor cores or numbers are exchanged within it, two where
+    16 rows, or sums of several heads, would not fit its registers, four or more where a page is rewritten, products are
+    of float32 numbers, or keys are rotated."""
     exact = plan.shape.dtype == "fp32" or any(term.floats == "fp32" for term in plan.terms)
     if kernel.startswith("pack"):
         name = kernel.removeprefix("pack_")
@@ -42,7 +42,7 @@ def warps(kernel: str, plan: Plan) -> int:
     if kernel.startswith("unpack"):
         return max(4, min(16, plan.tile * plan.side(kernel.removeprefix("unpack_")).dim // 2048))
     if kernel.startswith(("turn_k", "turn_v", "restore")):
-        return 8
+        return 1 if plan.side(kernel.partition("_")[2]).hadamard else 8
     if kernel in ("unrope_keys", "rope_keys"):
         return 4
     if kernel not in (*ATTEND, "scores") or exact:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -18,13 +18,14 @@ from kvdsl.kernels import AttentionState, Params, Side
 from kvdsl.params import ROPE
 from kvdsl.rope import NEAR, near, table
 
+from .assembling import fewest_spills
 from .host import cartesian, polar, saturated
 from .launch import DEPTH, assembled
 from .launches import ASSEMBLER, GIVEN_POINTERS, arguments, fused, stages, warps
 from .plan import Plan, SidePlan
 from .text import padded
 from .triton_rope import ROTATE_ROWS
-from .triton_turn import QUERY_LANES, QUERY_ROWS, TURN_LANES, TURN_ROWS
+from .triton_turn import QUERY_LANES, QUERY_ROWS, TURN_LANES, turn_rows
 
 VIEWS = {
     "pool8_ptr": torch.uint8, "pool16_ptr": torch.int16, "pool32_ptr": torch.int32,
@@ -67,26 +68,20 @@ class TritonModule:
         function = getattr(self.module, kernel)[grid]
         options = {"num_warps": warps(kernel, self.plan), "enable_fp_fusion": fused(kernel)}
 
-        def launch(depth: int, setting: str | None) -> int:
-            """Run the kernel and count the numbers that it keeps in memory for want of registers."""
+        def launch(depth: int, setting: str | None) -> Any:
+            """Run the kernel; gives what Triton compiled."""
             given = {name: depth if name == DEPTH else values[name] for name in self.arguments[kernel]}
-            compiled = function(**given, **options, num_stages=depth, **assembled(setting))
-            return getattr(compiled, "n_spills", 0) or 0
+            return function(**given, **options, num_stages=depth, **assembled(setting))
 
         if kernel in self.settings:
             launch(*self.settings[kernel])
             return
         for depth in stages(kernel):
-            spills = {}
             try:
-                for setting in ASSEMBLER:
-                    spills[setting] = launch(depth, setting)
-                    if not spills[setting]:
-                        break
+                self.settings[kernel] = depth, _setting(partial(launch, depth))
             except OutOfResources as error:
                 refused = error
                 continue
-            self.settings[kernel] = depth, min(spills, key=lambda one: spills[one])
             return
         raise BackendError(f"{kernel} does not fit this GPU: {refused}")
 
@@ -132,7 +127,7 @@ class TritonModule:
                 given |= {"coded_ptr": before, "out_ptr": coded, "first_ptr": at, "total_rows": high - low}
                 given |= {"offset": 0, "ring": high - low}
         if term.mapped:
-            grid = self._turn_grid(high - low, batch, term.stride)
+            grid = self._turn_grid(term, high - low, batch, term.stride)
             self._run(f"turn_{term.space}", grid, given | beside, None, params)
         elif term.rope is None:
             coded = _taken(rows, first, offset, low, high)
@@ -148,9 +143,9 @@ class TritonModule:
         cuts = [low, *range(low // size * size + size, high, size), high]
         return list(zip(cuts, cuts[1:], strict=False)) if low < high else []
 
-    def _turn_grid(self, count: int, batch: int, numbers: int) -> tuple[int, int, int]:
-        lanes = min(TURN_LANES, padded(numbers))
-        return -(-count // TURN_ROWS), batch * self.plan.shape.kv_heads, -(-numbers // lanes)
+    def _turn_grid(self, term: SidePlan, count: int, batch: int, numbers: int) -> tuple[int, int, int]:
+        lanes = numbers if term.hadamard else min(TURN_LANES, padded(numbers))
+        return -(-count // turn_rows(term)), batch * self.plan.shape.kv_heads, -(-numbers // lanes)
 
     def _pack(self, term: SidePlan, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor,
               reach: tuple[int, int], pool: Tensor, table: Tensor, params: Params,
@@ -183,7 +178,7 @@ class TritonModule:
         given: dict[str, Any] = {"low": low, "count": high - low}
         if term.mapped:
             given["coded_ptr"], coded = coded, coded.new_empty(*coded.shape[:3], dim)
-            grid = self._turn_grid(high - low, batch, dim)
+            grid = self._turn_grid(term, high - low, batch, dim)
             self._run(f"restore_{term.space}", grid, {**given, "out_ptr": coded}, None, params)
         if term.rope is not None:
             given |= {"coded_ptr": coded, **self._positions(high, pool.device, params)}
@@ -303,6 +298,31 @@ class TritonModule:
         }  # fmt: skip
         self._run("merge", (batch * heads, queries), given, None, params)
         return out, out_lse
+
+
+def _setting(launch: Callable[[str | None], Any]) -> str | None:
+    """The setting of the assembler to launch a kernel under, which was launched under it.
+
+    Where the assembler does not run alone, Triton compiles the kernel under one setting after another.
+    """
+    compiled = launch(ASSEMBLER[0])
+    spills: dict[str | None, int] = {ASSEMBLER[0]: _spills(compiled)}
+    if not spills[ASSEMBLER[0]]:
+        return ASSEMBLER[0]
+    try:
+        settings: tuple[str | None, ...] = (fewest_spills(compiled, ASSEMBLER)[0],)
+    except BackendError:
+        settings = ASSEMBLER[1:]
+    for setting in settings:
+        spills[setting] = _spills(launch(setting))
+        if not spills[setting]:
+            break
+    return settings[0] if len(settings) == 1 else min(spills, key=lambda one: spills[one])
+
+
+def _spills(compiled: Any) -> int:
+    """Numbers that a kernel keeps in memory for want of registers; none where it was interpreted."""
+    return getattr(compiled, "n_spills", 0) or 0
 
 
 def _taken(rows: Tensor, first: Tensor, offset: int, low: int, high: int) -> Tensor:

@@ -206,9 +206,15 @@ class SidePlan:
         return self.store.hoisted
 
     @property
+    def hadamard(self) -> int:
+        """The size of the Hadamard matrix that the map of a head's vector is made of, which sums and differences apply;
+        0 where the map is another one, or one of several heads."""
+        return self.store.hadamard(self.channels) if self.joined == 1 else 0
+
+    @property
     def butterflies(self) -> int:
-        """The size of the Hadamard matrix that sums and differences of whole planes undo in the loop; 0 where the map
-        is another one, or planes are no power of two."""
+        """The same of whole planes, in the loop; 0 also where planes are no power of two.  Of several heads each one's
+        share."""
         size, width = min(self.store.hadamard(self.channels), self.channels), self.layout.plane_width
         return size if width & (width - 1) == 0 and not self.layout.digits else 0
 

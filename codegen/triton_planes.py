@@ -15,6 +15,7 @@ from .steps import Steps
 from .text import padded, plus
 from .triton_meta import entry, pointer, read, static_read
 from .triton_names import head_name, mark, own
+from .triton_tables import look_up, of_byte, small_floats
 
 UNIT = 2**24  # a masked word read as float16 is the code times 2**-24
 
@@ -222,46 +223,28 @@ class Planes:
 
     def _looked_up(self, parts: list[tuple[str, int]]) -> str:
         """The levels of one plane's codes as float16, over 2**unit."""
-        alphabet = self.side.alphabet
-        if alphabet.small is not None:
-            ((name, bit),) = parts
-            sizes, sign = 10 - alphabet.small.mantissa - bit, 16 - alphabet.bits - bit
-            low, high = (2 ** (alphabet.bits - 1) - 1) << (sizes + bit), -(2**15)
-            if sizes == sign:
-                text = f"field({name}, 0, {sizes}, {high | low})"
-            else:
-                text = f"both(field({name}, 0, {sizes}, {low}), field({name}, 0, {sign}, {high}))"
-            if self.side.store.measure is None and alphabet.small.name == "e4m3":
-                text = f"with_nan({text})"
-            return f"{text}.to(tl.float16, bitcast=True)"
-        return f"{self._table(parts, self._known('half', alphabet.words))}.to(tl.float16, bitcast=True)"
-
-    def _table(self, parts: list[tuple[str, int]], registers: list[str]) -> str:
-        """The 16-bit entry of each code of one plane."""
-        streams = self.side.layout.streams
-        text = parts[0][0] if self.side.layout.digits else ""
-        for stream, (name, bit) in zip(streams, parts, strict=True) if not text else ():
-            right, left = max(0, bit - stream.shift), max(0, stream.shift - bit)
-            moved = f"field({name}, {right}, {left}, {(2**stream.width - 1) << stream.shift})"
-            text = f"both({text}, {moved})" if text else moved
-        return f"table{max(4, 2**self.side.alphabet.bits)}({text}, {', '.join(registers)})"
+        if self.side.alphabet.small is not None:
+            text = small_floats(self.side, *parts)
+        else:
+            text = look_up(self.side, parts, self._known("half", self.side.alphabet.words))
+        return f"{text}.to(tl.float16, bitcast=True)"
 
     def _parts(self, plane: int, half: int) -> list[tuple[str, int]]:
-        """(bytes in the low halves of words, first bit) of a plane in each stream; of digits (the digits, 0)."""
+        """(words, first bit) of a plane in each stream; of digits (the digits, 0)."""
         found = []
         for stream in self.side.layout.streams:
             place = stream.places[plane]
             if stream.digits:
                 found.append((self._digit(place.bit), 0))
-                continue
-            high = bool(half) if stream.paired else bool(place.byte)
-            found.append((self.words(stream, place.tile, half) + "_high" * high, place.bit))
+            else:
+                byte = half if stream.paired else place.byte
+                found.append((self.words(stream, place.tile, half), 8 * byte + place.bit))
         return found
 
     def _joined(self, parts: list[tuple[str, int]]) -> str:
         """The codes of one plane, whole numbers."""
         pieces = []
-        for stream, (name, bit) in zip(self.side.layout.streams, parts, strict=True):
+        for stream, (name, bit) in zip(self.side.layout.streams, map(of_byte, parts), strict=True):
             kept = f"(({name} >> {bit}) & {2**stream.width - 1})" if bit else f"({name} & {2**stream.width - 1})"
             pieces.append(f"({kept} << {stream.shift})" if stream.shift else kept)
         return f"({' | '.join(pieces)})" if len(pieces) > 1 else pieces[0]
@@ -276,7 +259,9 @@ class Planes:
             high, low = (
                 self._known(name, entries) for name, entries in zip(("high", "low"), alphabet.singles, strict=True)
             )
-            return f"joined({self._table(parts, high)}, {self._table(parts, low)})"
+            # outside the main loop, two tables a number: one plane at a time, if registers are to last
+            found = [look_up(self.side, parts, half, alone=alphabet.bits == 4) for half in (high, low)]
+            return f"joined({', '.join(found)})"
         # widened first: from 16 bits the compiler was seen to lose what follows the conversion, for some lanes
         return f"{self._joined(parts)}.to(tl.int32).to(tl.float32)"
 
@@ -376,7 +361,7 @@ class Planes:
                 f"n{plane} = tl.load(place{other}).to(tl.float32)",
             ]
         parts = [
-            (f"{self.prefix}{stream.width}_{place.tile}" + "_high" * place.byte, place.bit)
+            (f"{self.prefix}{stream.width}_{place.tile}", 8 * place.byte + place.bit)
             for stream in side.layout.streams
             for place in (stream.places[plane],)
         ]

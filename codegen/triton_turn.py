@@ -1,16 +1,24 @@
 """Maps between a head's vector and what is coded of it, in Triton: rows before packing, queries, decoded rows back.
 
-Sums run in float64 where their result is stored or given back: products of float32 numbers are exact there, so their
+A Hadamard rotation takes log2(size) sums a number, any other matrix as many products as a vector has numbers.  Sums run
+in float64 where their result is stored or given back: products of float32 numbers are exact there, so their
 order decides nothing.  Queries are summed in float32.
 """
 
 from __future__ import annotations
 
+import math
+import struct
+
+from kvdsl.scheme import Rotate
+
 from .plan import Plan, SidePlan
-from .text import fill, padded
+from .text import fill, literal, padded
 
 TURN_ROWS = 32  # tokens of a program
 TURN_LANES = 128  # numbers of the result of a program
+# Numbers of a program that rotates: a warp of its own has them all, so that they are exchanged without a barrier.
+ROTATED = 1024
 QUERY_ROWS = 16
 QUERY_LANES = 32
 
@@ -42,6 +50,27 @@ def $name($args):
     $stored
 """
 
+# Whole vectors, of which a row's numbers are neighbours.
+ROTATE = """
+@triton.jit(do_not_specialize=[$loose])
+def $name($args):
+    n = tl.program_id(0) * $rows + tl.arange(0, $rows)
+    bh = tl.program_id(1)
+    i = tl.arange(0, $lanes)
+    b = bh // $heads
+    h = bh % $heads
+    $where
+    known = inside[:, None] & (i < $dim)[None, :]
+    x = tl.load($source + row[:, None] * $dim + i[None, :], mask=known, other=0.0).to(tl.float32)
+    $clean
+    $before
+    y = hadamard(x.to(tl.float64), $stages, $factor)
+    $spread
+    y = y.to(tl.float32)
+    $after
+    tl.store(out_ptr + (bh.to(tl.int64) * count + n)[:, None] * $dim + i[None, :], y, mask=known)
+"""
+
 QUERY = """
 @triton.jit(do_not_specialize=["queries"])
 def turn_query($args):
@@ -68,8 +97,41 @@ def turn_query($args):
 """
 
 
+def entry(size: int) -> float:
+    """The size of every entry of a Hadamard rotation, a float32 number."""
+    (found,) = struct.unpack("<f", struct.pack("<f", 1 / math.sqrt(size)))
+    return float(found)
+
+
+def turn_rows(side: SidePlan) -> int:
+    """Tokens of a program."""
+    return max(1, ROTATED // padded(side.stride)) if side.hadamard else TURN_ROWS
+
+
+def _rotate(plan: Plan, side: SidePlan, name: str, **holes: list[str] | str | int) -> str:
+    dim, size, lanes, back = side.stride, side.hadamard, padded(side.stride), name.startswith("restore")
+    signs = []
+    if drawn(side):
+        at = f"{side.space}_encode_ptr + h.to(tl.int64) * {side.space}_stride + i // {size} * {size * dim} + i"
+        mask = f", mask=i < {dim}, other=0.0" if lanes > dim else ""
+        row = "y" if back else "x"
+        signs = [
+            f"first = tl.load({at}{mask})  # of each block the row that has the signs alone",
+            f"{row} = tl.where(first[None, :] < 0.0, -{row}, {row})",
+        ]
+    # A number of one block that is not finite reaches those of the others as a product with 0.
+    spread = ["y = y + tl.sum(x * 0.0, 1).to(tl.float64)[:, None]"] if size < dim else []
+    return fill(
+        ROTATE, name=name, rows=turn_rows(side), lanes=lanes, heads=plan.shape.kv_heads, dim=dim,
+        stages=size.bit_length() - 1, factor=literal(entry(size)), before=[] if back else signs,
+        after=signs if back else [], spread=spread, **holes,
+    )  # fmt: skip
+
+
 def _turn(plan: Plan, side: SidePlan, name: str, source: str, total: str, **holes: list[str] | str | int) -> str:
     """`total`: rows of a head in `source`."""
+    if side.hadamard:
+        return _rotate(plan, side, name, source=source, **holes)
     back = name.startswith("restore")
     taken, given = (side.stride, plan.shape.head_dim) if back else (plan.shape.head_dim, side.stride)
     which = f"{side.space}_{'decode' if back else 'encode'}"
@@ -93,10 +155,17 @@ def _turn(plan: Plan, side: SidePlan, name: str, source: str, total: str, **hole
 
 def map_arguments(side: SidePlan, what: str) -> list[str]:
     """The arguments of a kernel that applies `encode` or `decode` to rows: matrix, by columns, shift, and how far one
-    head's is apart."""
+    head's is apart; of a rotation the matrix that has its signs, if it has any."""
+    if side.hadamard:
+        return [f"{side.space}_encode_ptr", f"{side.space}_stride"] if drawn(side) else []
     name = f"{side.space}_{what}"
     shift = [f"{name}_shift_ptr", f"{side.space}_shifts"] if side.shifted else []
     return [f"{name}_columns_ptr", f"{side.space}_stride", *shift]
+
+
+def drawn(side: SidePlan) -> bool:
+    """Whether a Hadamard rotation has random signs."""
+    return any(isinstance(part, Rotate) and part.kind == "random_hadamard" for part in side.store.linear)
 
 
 def whole_map(side: SidePlan) -> tuple[str, str]:

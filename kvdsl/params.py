@@ -21,7 +21,7 @@ from .fisher import weighted
 from .kernels import Params
 from .scheme import SIDES, ChannelScale, Codebook, Count, Float, Scheme, Side, Store
 from .shape import Shape
-from .spaces import calibrated, in_loop, maps
+from .spaces import calibrated, in_loop, maps, refuse_others
 
 HASH = "kvdsl.scheme"
 ROPE = "keys.transform[0]"
@@ -99,6 +99,7 @@ def checked(
     for side in SIDES:
         made = maps(scheme.side(side), side, shape.kv_heads, shape.head_dim, params, device)
         _fit(made, side, scheme.side(side), shape)
+        refuse_others(scheme.side(side), side, shape.head_dim, made)
         exact = shape.dtype == "fp32" or scheme.side(side).code == Float("fp32")
         taken |= made | in_loop(scheme.side(side), side, shape.head_dim, made, exact=exact)
     return taken

@@ -174,9 +174,9 @@ class Store(Part):
         return self.mapped and self.rope is None
 
     def hadamard(self, head_dim: int) -> int:
-        """The size of its blocks where all that stands behind rotary positions is a Hadamard rotation, else 0."""
-        match self.linear:
-            case (PreRope(), Rotate("hadamard" | "random_hadamard", size, heads)):
+        """The size of its blocks where the map is a Hadamard rotation and nothing else, else 0."""
+        match [part for part in self.linear if not isinstance(part, PreRope)]:
+            case [Rotate("hadamard" | "random_hadamard", size, heads)] if not isinstance(self.code, Sketch):
                 return size if isinstance(size, int) else heads * head_dim
         return 0
 

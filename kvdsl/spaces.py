@@ -122,6 +122,29 @@ def applied(matrix: Tensor, x: Tensor) -> Tensor:
     return (whole @ rows.mT).unflatten(3, (together, -1)).transpose(2, 3).flatten(1, 2)
 
 
+def refuse_others(store: Store, side: Side, head_dim: int, made: Params) -> None:
+    """ShapeError for a map that stands for a Hadamard rotation and is not one: kernels take its sums."""
+    for place, term in store.placed(side):
+        size = term.hadamard(head_dim)
+        if not size or term.joined > 1:
+            continue
+        encode, decode = made[f"{place}.encode"], made[f"{place}.decode"]
+        (rotate,) = (part for part in term.linear if isinstance(part, Rotate))
+        right = rotation("hadamard", size, None, head_dim).to(encode.device, torch.float32)
+        same = encode.shape[1:] == right.shape and torch.equal(decode, encode.mT)
+        if same and rotate.kind == "random_hadamard":
+            first = torch.arange(head_dim, device=encode.device) // size * size
+            right = right * encode.gather(1, first[None, None, :].expand(len(encode), 1, -1)).sign()
+        if not same or not torch.equal(encode, right.expand_as(encode)):
+            raise ShapeError(_other(f"{place}.decode", rotate))
+
+
+def _other(name: str, rotate: object) -> str:
+    """What is said of a given map whose sums are not those that kernels take."""
+    fact = f"params[{name!r}]: another matrix than the transform's {rotate!r}"
+    return f"{fact}, whose sums kernels take; leave it out, or use Rotate('orthogonal', seed=0)"
+
+
 def in_loop(store: Store, side: Side, head_dim: int, made: Params, *, exact: bool) -> dict[str, Tensor]:
     """What maps back in the loop over tokens, of keys behind their rotary positions: W[d, m] = outer[d] * inner[m, d],
     of G heads that are rotated together m a number of any.
@@ -130,7 +153,7 @@ def in_loop(store: Store, side: Side, head_dim: int, made: Params, *, exact: boo
     1, G M, D), float16 or, if `exact`, float32, `<side>.outer` (heads or 1, D) and, with a shift v,
     `<side>.inner_shift` v / outer, float32.  Rows of `inner` are as long as W's longest, or up to twice shorter, since
     `outer` are powers of two; of a Hadamard map `inner` is Sylvester's matrix times a power of two, and `outer` has its
-    signs.  ShapeError for a given map that is not that of the Hadamard matrix which kernels sum by.
+    signs.  ShapeError for a given map of several heads that is not that of the Hadamard matrix which kernels sum by.
     """
     if store.rope is None or not store.mapped:
         return {}
@@ -140,11 +163,11 @@ def in_loop(store: Store, side: Side, head_dim: int, made: Params, *, exact: boo
         power = 2.0 ** math.ceil(math.log2(size) / 2)
         outer = w.gather(2, first[None, :, None].expand(w.shape[0], -1, 1))[..., 0] * power
         inner = (w / outer[..., None]).mT
-        sylvester = rotation("hadamard", size, None, w.shape[2]).sign().to(w.device, torch.float32) / power
-        rows = inner.mT.reshape(-1, *sylvester.shape)
-        if not torch.equal(rows, sylvester.expand_as(rows)):
-            fact = f"params['{side}.decode']: another matrix than the transform's {store.linear[1]!r}"
-            raise ShapeError(f"{fact}, whose sums kernels take; leave it out, or use Rotate('orthogonal', seed=0)")
+        if store.joined > 1:
+            sylvester = rotation("hadamard", size, None, w.shape[2]).sign().to(w.device, torch.float32) / power
+            rows = inner.mT.reshape(-1, *sylvester.shape)
+            if not torch.equal(rows, sylvester.expand_as(rows)):
+                raise ShapeError(_other(f"{side}.decode", store.linear[1]))
     else:
         lengths = w.double().norm(dim=2)
         lengths = lengths / lengths.amax(1, keepdim=True).clamp(min=2.0**-126)

@@ -18,10 +18,12 @@ import pytest
 from kvdsl.codegen import aot
 from kvdsl.codegen.aot import ARCHES, CompileError, compile_in_child
 from kvdsl.codegen.launch import Launch
+from kvdsl.codegen.launches import ASSEMBLER
 from kvdsl.codegen.lint import faults_in
 from kvdsl.errors import BackendError
 
 pytest.importorskip("triton")
+run_triton = pytest.importorskip("kvdsl.codegen.run_triton")
 
 CACHE = Path(__file__).resolve().parent.parent / "build" / "aot"
 TOKENS, WIDTH = 64, 32
@@ -133,6 +135,70 @@ def test_what_triton_refuses_is_named_for_every_kernel(small: Path) -> None:
 def test_spills_are_seen(small: Path) -> None:
     (kernel,) = compile_in_child(small, [Launch("spilling", PLAIN, warps=1)], cache_folder=CACHE)
     assert kernel.spilled and kernel.spills > 0 and kernel.predicted_share is None
+
+
+AGAIN = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from kvdsl.codegen import aot
+from kvdsl.codegen.assembling import assembled_again, read
+from kvdsl.codegen.launch import Launch
+from kvdsl.codegen.launches import ASSEMBLER
+
+module, launch = aot._load(Path(sys.argv[1])), Launch.from_json(eval(sys.argv[2]))
+first = aot._binary(module, replace(launch, assembler=ASSEMBLER), "sm_90", 1)
+for setting in ASSEMBLER[1:]:
+    whole = aot._binary(module, replace(launch, assembler=(setting,)), "sm_90", 1)
+    for _ in range(2):  # assembled, then found where it was kept
+        alone, code = read(assembled_again(first, setting)), read(whole.asm["cubin"])
+        assert (alone.code, alone.registers, alone.stack) == (code.code, code.registers, code.stack), setting
+        print(setting, alone.registers, alone.code.spills)
+"""
+
+
+def test_a_kernel_that_is_assembled_again_is_what_triton_compiles_under_that_setting(
+    small: Path, tmp_path: Path
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != aot.INTERPRETER}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", AGAIN, str(small), repr(Launch("spilling", PLAIN, warps=1).to_json())]
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(set(done.stdout.splitlines())) == len(ASSEMBLER) - 1
+
+
+class Compiled:
+    """What a launch gives."""
+
+    def __init__(self, n_spills: int) -> None:
+        self.n_spills = n_spills
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_kernel_runs_under_the_setting_that_was_found(alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the assembler does not run alone, Triton compiles under one setting after another, to the first without
+    spills; a kernel that has none is launched once."""
+    spills = dict(zip(ASSEMBLER, (9, 5, 0, 7, 0), strict=True))
+    launched: list[str | None] = []
+
+    def launch(setting: str | None) -> Compiled:
+        launched.append(setting)
+        return Compiled(spills[setting])
+
+    def found(binary: Compiled, settings: tuple[str | None, ...]) -> tuple[str | None, None]:
+        assert binary.n_spills == 9 and settings == ASSEMBLER
+        if not alone:
+            raise BackendError("no assembler")
+        return settings[2], None
+
+    monkeypatch.setattr(run_triton, "fewest_spills", found)
+    assert run_triton._setting(launch) == ASSEMBLER[2]
+    assert launched == ([None, ASSEMBLER[2]] if alone else list(ASSEMBLER[:3]))
+    spills[None] = 0
+    launched.clear()
+    assert run_triton._setting(launch) is None and launched == [None]
 
 
 def test_the_pipeline_is_as_deep_as_shared_memory_lets_it(small: Path) -> None:

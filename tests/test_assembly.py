@@ -8,6 +8,7 @@ import random
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -87,29 +88,70 @@ def elementwise(module: str, function: str, elements: list[int], *constants: int
     return out
 
 
+def table(size: int, place: int, alone: bool) -> tuple[str, str, list[int], int]:
+    """(text, constraints, constants behind the words, which output) of a table's assembly for a place of its words."""
+    ((text, constraints, pack),) = assembly("device_codes", f"table{size}")
+    assert pack == 2
+    tree = ast.parse((FOLDER / "device_codes.py").read_text(encoding="utf-8"))
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == f"table{size}"]
+    names: dict[str, Any] = {"PLACE": place, "ALONE": alone, "words": None, "full": lambda shape, value, dtype: value}
+    names |= {letter: ord(letter) for letter in "ABCDEFGH"}
+    lines = ast.unparse(functions[-1]).replace("tl.full(words.shape", "full(words").replace("tl.int32", "None")
+    body = [line.strip() for line in lines.splitlines()]
+    for line in body:
+        if "full(" in line or line.startswith("zeros ="):
+            exec(line, names)
+    (given,) = re.findall(r"\[words, (.*?)\], dtype", lines)
+    constants = [names[name] for name in given.split(", ") if name not in ("lowest", *"abcdefgh")]
+    (which,) = re.findall(r"pack=2\)\[(.*)\]", lines)
+    return text, constraints, constants, eval(which, names)
+
+
+def looked_up(
+    size: int, pair: list[int], lowest: list[int], place: int, entries: tuple[int, ...], alone: bool = False
+) -> list[int]:
+    """What a table's assembly finds of the codes at a place of a pair of words."""
+    text, constraints, constants, which = table(size, place, alone)
+    inputs = [pair[0] | pair[1] << 16] + [lowest[0] | lowest[1] << 16] * (size == 8)
+    given = [constant for constant in (*constants, *packed_table(entries)) for _ in range(2)]
+    out = execute(text, constraints, inputs + given)[which]
+    return [out & 0xFFFF, out >> 16]
+
+
+def packed(size: int, codes: list[int]) -> tuple[int, int]:
+    """The 16-bit word that a table is asked for codes, and the word of their lowest bits where they stand apart."""
+    if size != 8:
+        return sum(code << (16 // len(codes) * i) for i, code in enumerate(codes)), 0
+    lowest = sum((code & 1) << (i + i // 4 * 4) for i, code in enumerate(codes))
+    return sum((code >> 1) << 2 * i for i, code in enumerate(codes)), lowest
+
+
 @pytest.mark.parametrize("size", [4, 8, 16])
 def test_tables_are_looked_up(size: int) -> None:
     chance = random.Random(size)
+    count = 4 if size == 16 else 8
     for _ in range(50):
         entries = tuple(chance.randrange(2**16) for _ in range(size))
-        codes = [*range(size), *(chance.randrange(size) for _ in range(48))]
-        registers = packed_table(entries)
-        got = elementwise("device_codes", f"table{size}", codes, *registers, wide=len(registers))
-        assert got == [entries[code] for code in codes]
+        codes = [[chance.randrange(size) for _ in range(count)] for _ in range(2)]
+        words, lowest = zip(*(packed(size, word) for word in codes), strict=True)
+        for place in range(count):
+            for alone in (False, True):
+                got = looked_up(size, list(words), list(lowest), place, entries, alone)
+                assert got == [entries[word[place]] for word in codes]
 
 
 @pytest.mark.parametrize("size", [4, 8, 16])
 def test_a_look_up_needs_no_neighbours(size: int) -> None:
-    """A thread that holds fewer numbers than a register group has undefined bits in the rest of it."""
+    """A thread that holds one word has undefined bits in the rest of the register."""
     chance = random.Random(size)
     entries = tuple(chance.randrange(2**16) for _ in range(size))
-    registers = packed_table(entries)
-    for held in (1, 2, 3):
-        for code in range(size):
-            codes = [code, *(chance.randrange(size) for _ in range(held - 1))]
-            rest = [chance.randrange(2**16) for _ in range(4 - held)]
-            got = elementwise("device_codes", f"table{size}", codes + rest, *registers, wide=len(registers))
-            assert got[:held] == [entries[code] for code in codes]
+    for _ in range(200):
+        codes = [chance.randrange(size) for _ in range(4 if size == 16 else 8)]
+        word, lowest = packed(size, codes)
+        # lowest bits are fields, under a mask that the whole register had
+        other, rest = chance.randrange(2**16), chance.randrange(2**16) & 0x0F0F
+        got = [looked_up(size, [word, other], [lowest, rest], place, entries)[0] for place in range(len(codes))]
+        assert got == [entries[code] for code in codes]
 
 
 @pytest.mark.parametrize("stream", [1, 2, 4])

@@ -106,6 +106,8 @@ def test_another_matrix_is_refused_where_kernels_know_theirs() -> None:
     given = {ROPE: usual(64), "keys.encode": eye, "keys.decode": eye}
     with pytest.raises(ShapeError, match=r"'keys.decode'\]?: another matrix than .*Rotate.*; leave it out, or use"):
         checked(SCHEMES["hadamard"], shape, given)
+    with pytest.raises(ShapeError, match=r"'values.decode'\]?: another matrix than .*Rotate.*; leave it out, or use"):
+        checked(SCHEMES["hadamard"], shape, {ROPE: usual(64), "values.encode": eye, "values.decode": eye})
     assert torch.equal(checked(SCHEMES["drawn"], shape, given)["keys.inner"][0], eye[0].half())
 
 

@@ -1,0 +1,50 @@
+"""Codes that are looked up, in Triton: the expressions that take a plane's entries out of words by table or by bits.
+
+A place in words is (name, bit): the code begins at that bit of the 16-bit words of that name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .plan import SidePlan
+
+Part = tuple[str, int]
+
+
+def look_up(side: SidePlan, parts: Sequence[Part], registers: Sequence[str], *, alone: bool = False) -> str:
+    """The 16-bit entry of each code of one plane; `parts` are its places in each stream."""
+    streams, given = side.layout.streams, ", ".join([*registers, *["True"] * alone])
+    (name, bit), *rest = parts
+    place = bit // streams[0].width
+    if len(streams) == 1 and streams[0].width == 1:
+        return f"table4(field({name}, {bit}, 0, 1), 0, {given})"
+    if not rest:
+        return f"table{2 ** streams[0].width}({name}, {place}, {given})"
+    (lowest, bit), apart = rest[0], 8 if streams[0].paired else 4  # bits from one byte's codes to the other's
+    bit -= place % 4 + place // 4 * apart
+    if apart == 8:
+        text = f"field({lowest}, {bit}, 0, {0x0F0F})"
+    else:
+        moved = f"{max(0, bit - 4)}, {max(0, 4 - bit)}"
+        text = f"both(field({lowest}, {bit}, 0, {0x0F}), field({lowest}, {moved}, {0x0F00}))"
+    return f"table8({name}, {text}, {place}, {given})"
+
+
+def small_floats(side: SidePlan, part: Part) -> str:
+    """The float16 bits of one plane's small floats, but for a power of two."""
+    (name, bit), small = of_byte(part), side.alphabet.small
+    assert small is not None
+    sizes, sign = 10 - small.mantissa - bit, 16 - side.alphabet.bits - bit
+    low, high = (2 ** (side.alphabet.bits - 1) - 1) << (sizes + bit), -(2**15)
+    if sizes == sign:
+        text = f"field({name}, 0, {sizes}, {high | low})"
+    else:
+        text = f"both(field({name}, 0, {sizes}, {low}), field({name}, 0, {sign}, {high}))"
+    return f"with_nan({text})" if side.store.measure is None and small.name == "e4m3" else text
+
+
+def of_byte(part: Part) -> Part:
+    """The same place in the byte that holds it, which stands in the low half of words of another name."""
+    name, bit = part
+    return name + "_high" * (bit > 7), bit % 8
