@@ -45,7 +45,7 @@ class Stretch(Planes):
     def __init__(self, plan: Plan, term: SidePlan, width: int) -> None:
         spans = _spans(term.dim, width)
         places = tuple(Place(j, 0, 0, 0) for j in range(len(spans)))
-        codes = () if term.floats else (Stream(term.alphabet.bits, 0, False, 0, 0, 0, places),)
+        codes = tuple(Stream(s.width, s.shift, True, 0, 0, 0, places) for s in term.layout.streams)  # one a word
         layout = replace(term.layout, plane_width=width, spans=spans, streams=codes)
         super().__init__(plan, replace(term, layout=layout))
         self.term, self.lane = term, f"{term.name[0]}_lane"
@@ -97,21 +97,16 @@ class Stretch(Planes):
             other = f", mask={mask}, other=0.0" if mask else ""
             load = f"tl.load({self.term.rows} + {token} * {self.term.dim} + {lane}{other})"
             return self.own([f"n{plane} = {load}.to(tl.float32)"])
-        lines = [line for stream in self.term.layout.streams for line in self._code(stream, plane, tokens, half)]
-        pieces = [
-            f"(c{stream.width} << {stream.shift})" if stream.shift else f"c{stream.width}"
-            for stream in self.term.layout.streams
-        ]
-        joined = f"({' | '.join(pieces)})" if len(pieces) > 1 else pieces[0]
-        lines.append(f"c = {joined}.to(tl.int16)")
+        lines = [self._code(stream, plane, tokens, half) for stream in self.term.layout.streams]
+        parts = [(f"c{stream.width}", 0) for stream in self.term.layout.streams]
         meta = self.side.layout.meta
         one = half is not None and meta is not None and meta.tokens % self.plan.half == 0
         block = self.block(half or 0) if one else ""
-        lines.append(f"c = {self._numbered([('c', 0)])}")
+        lines.append(f"c = {self._numbered(parts)}")
         return self.own([*lines, *self._number(plane, tokens, guard, block)])
 
-    def _code(self, stream: Stream, plane: int, tokens: str, half: int | None) -> list[str]:
-        """c<width>: the stream's bits of the codes of a plane."""
+    def _code(self, stream: Stream, plane: int, tokens: str, half: int | None) -> str:
+        """c<width>: the stream's bits of the codes of a plane, in the low bits of 16."""
         row = tokens if not stream.paired else "pair" if half is not None else "pair_row"
         known, width = self._plane_of(plane), self.term.layout.plane_width
         if known is not None:
@@ -130,7 +125,7 @@ class Stretch(Planes):
         load = f"tl.load(words + {token}{times(stream.row_words)} + {lane}{f', mask={mask}, other=0' if mask else ''})"
         if shift != "0":
             load = f"({load}.to(tl.int32) >> {f'({shift})' if ' ' in shift else shift})"
-        return [f"c{stream.width} = {load} & {2**stream.width - 1}"]
+        return f"c{stream.width} = ({load} & {2**stream.width - 1}).to(tl.int16)"
 
 
 class Folded(Planes):
