@@ -42,12 +42,12 @@ if INTERPRETED:
         return ((LOW >> shift) & 255) | (((HIGH >> shift) & 255) << 8)
 
     @triton.jit
-    def table4(words, PLACE: tl.constexpr, A, B):
+    def table4(words, PLACE: tl.constexpr, A, B, ALONE: tl.constexpr = False):
         """16-bit entries of a table of four for codes PLACE of 16-bit words: A the low bytes, B the high ones."""
         return entry((words >> (2 * PLACE)) & 3, A, B).to(tl.int16)
 
     @triton.jit
-    def table8(words, lowest, PLACE: tl.constexpr, A, B, C, D):
+    def table8(words, lowest, PLACE: tl.constexpr, A, B, C, D, ALONE: tl.constexpr = False):
         """16-bit entries of a table of eight: A, B the low bytes, C, D the high ones.
 
         Code PLACE has its upper two bits in `words`, its lowest one in `lowest`: four in the low half of each byte.
@@ -115,11 +115,14 @@ else:
     # x and two of y select at once.  NVIDIA's assembler leaves out a shift by 0, and does once what calls for other
     # places repeat.  All places of a word in one call were 0.5 instructions a pair less, and more registers than there
     # are.  Where a thread holds one word, the other is undefined: no bit of it may reach the first one's selectors.
+    # If ALONE, nothing is shared with the other place of a call, whose entries would wait in registers: the zeros above
+    # the byte are taken from elsewhere, so that the calls differ.
 
     @triton.jit
-    def table4(words, PLACE: tl.constexpr, A, B):
+    def table4(words, PLACE: tl.constexpr, A, B, ALONE: tl.constexpr = False):
         """16-bit entries of a table of four for codes PLACE of 16-bit words: A the low bytes, B the high ones."""
-        byte = tl.full(words.shape, 0x4431 if PLACE > 3 else 0x4420, tl.int32)
+        zeros = 0x5500 if ALONE and PLACE % 4 // 2 else 0x4400
+        byte = tl.full(words.shape, zeros + (0x31 if PLACE > 3 else 0x20), tl.int32)
         odd = tl.full(words.shape, PLACE % 2 * 2, tl.int32)
         a, b = tl.full(words.shape, A, tl.int32), tl.full(words.shape, B, tl.int32)
         return tl.inline_asm_elementwise(
@@ -130,12 +133,13 @@ else:
         )[PLACE % 4 // 2]  # fmt: skip
 
     @triton.jit
-    def table8(words, lowest, PLACE: tl.constexpr, A, B, C, D):
+    def table8(words, lowest, PLACE: tl.constexpr, A, B, C, D, ALONE: tl.constexpr = False):
         """16-bit entries of a table of eight: A, B the low bytes, C, D the high ones.
 
         Code PLACE has its upper two bits in `words`, its lowest one in `lowest`: four in the low half of each byte.
         """
-        byte = tl.full(words.shape, 0x4431 if PLACE > 3 else 0x4420, tl.int32)
+        zeros = 0x5500 if ALONE and PLACE % 4 // 2 else 0x4400
+        byte = tl.full(words.shape, zeros + (0x31 if PLACE > 3 else 0x20), tl.int32)
         odd, even = tl.full(words.shape, PLACE % 2, tl.int32), tl.full(words.shape, 1 - PLACE % 2, tl.int32)
         a, b = tl.full(words.shape, A, tl.int32), tl.full(words.shape, B, tl.int32)
         c, d = tl.full(words.shape, C, tl.int32), tl.full(words.shape, D, tl.int32)
@@ -155,8 +159,6 @@ else:
         ones.
 
         Either half of the table is looked up by the code's low three bits; its top bit selects among what was found.
-        If ALONE, nothing is shared with the place beside, whose entries would wait in registers: the zeros above the
-        byte come from another place, so that the calls differ.
         """
         zeros = 0x5500 if ALONE and PLACE % 2 else 0x4400
         byte = tl.full(words.shape, zeros + (0x31 if PLACE > 1 else 0x20), tl.int32)

@@ -260,7 +260,7 @@ class Planes:
                 self._known(name, entries) for name, entries in zip(("high", "low"), alphabet.singles, strict=True)
             )
             # outside the main loop, two tables a number: one plane at a time, if registers are to last
-            found = [look_up(self.side, parts, half, alone=alphabet.bits == 4) for half in (high, low)]
+            found = [look_up(self.side, parts, half, alone=True) for half in (high, low)]
             return f"joined({', '.join(found)})"
         # widened first: from 16 bits the compiler was seen to lose what follows the conversion, for some lanes
         return f"{self._joined(parts)}.to(tl.int32).to(tl.float32)"
