@@ -152,7 +152,7 @@ class OverHeads(Block):
         pack, meta = self.pack, self.pack.side.layout.meta
         assert meta is not None
         head = f"for head in range(h // {meta.heads} * {meta.heads}, (h // {meta.heads} + 1) * {meta.heads}):"
-        other = f"other = source + (head - h) * total_rows * {pack.side.dim}"
+        other = f"other = source + (head - h) * total_rows * {pack.side.stride}"
 
         def tiles() -> Iterator[tuple[str, str]]:
             for j in range(pack.side.layout.planes):

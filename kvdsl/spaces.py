@@ -113,7 +113,13 @@ def _composed(store: Store, heads: int, head_dim: int, numbers: tuple[Tensor | N
 
 
 def applied(matrix: Tensor, x: Tensor) -> Tensor:
-    """A map (H or 1, out, G in) of x (B, H, T, in), the vectors of G heads one behind the other: (B, H, T, out)."""
+    """A map (H or 1, out, G in) of x (B, H, T, in), the vectors of G heads one behind the other: (B, H, T, out).
+
+    Entries of one size, as a Hadamard matrix has, multiply the sums: numbers that cancel leave nothing.
+    """
+    size = matrix.abs().max()
+    if bool(((matrix == 0) | (matrix.abs() == size)).all()) and bool(size != 1):
+        return applied(matrix.sign(), x) * size
     together = matrix.shape[2] // x.shape[3]
     if together == 1:
         return x @ matrix.mT

@@ -131,9 +131,16 @@ def by_head(matrix: Tensor, heads: int, together: int) -> Tensor:
 
 
 def applied(matrix: Tensor, x: Tensor) -> Tensor:
-    """A matrix of `maps` times x (B, H, T, D): (B, H, T, M)."""
+    """A matrix of `maps` times x (B, H, T, D): (B, H, T, M).
+
+    Of a matrix whose entries are 0 or of one size the numbers are added up first, then multiplied by it: those that
+    cancel leave nothing.
+    """
     together = matrix.shape[2] // x.shape[3]
-    return parted(joined(x, together) @ matrix.transpose(1, 2), together)
+    size = matrix.abs().max()
+    even = bool(((matrix == 0) | (matrix.abs() == size)).all())
+    sums = joined(x, together) @ (matrix.sign() if even else matrix).transpose(1, 2)
+    return parted(sums * size if even else sums, together)
 
 
 def encoded(x: Tensor, mapped: Maps | None) -> Tensor:
