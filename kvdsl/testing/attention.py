@@ -22,9 +22,9 @@ from .bounds import blocks_of, spread
 from .cases import Case, law, require, require_equal, require_within, static
 from .data import MODEST
 from .driving import USUAL, Ends, Poison, attention_state, device_of, packed, ready
+from .halves import HALF, eager, normal_form, seen_by
 from .products import mapped_back, mapped_query, query_sizes, sides_of, sizes_of
 
-HALF = 2.0**-10  # twice the rounding unit of float16
 DRAWS = 6  # of rounding errors, beside the one that a query has
 
 
@@ -89,7 +89,10 @@ def truth(case: Case, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         value_part = mapped_back(case.scheme.values, value_part, case.shape.head_dim, step.params)
         parts = keys, key_part, values, value_part
         factored = [normal_form(q, mapped, *parts, **options)]
-        factored += [normal_form(q, mapped, *parts, draw=case.seed * DRAWS + i, **options) for i in range(DRAWS)]
+        spread_of = _score_spread(case, step, b)
+        for i in range(DRAWS):
+            source = torch.Generator().manual_seed(case.seed * DRAWS + i)
+            factored.append(normal_form(q, mapped, *parts, drawn=(source, spread_of), **options))
         found.append((out, lse, torch.stack([(one - out).abs() for one in (plain, *factored)]).amax(0)))
     out, lse, error = (torch.cat(rows) for rows in zip(*found, strict=True))
     return out, lse, error
@@ -111,59 +114,6 @@ def coded(case: Case, step: Step, b: int, side: Side) -> tuple[Tensor, Tensor]:
     return sides_of(case.scheme.side(side), x, packed_tokens(case.scheme, side, step.seen[b]), step.params, side)
 
 
-def _seen(queries: int, tokens: int, sliding: int | None, start: int | None) -> Tensor:
-    """Which tokens each query sees: bool (queries, tokens)."""
-    position = torch.arange(tokens - queries, tokens)[:, None]
-    token = torch.arange(tokens)[None]
-    seen = (token <= position) & (token >= (start or 0))
-    return seen if sliding is None else seen & (token > position - sliding)
-
-
-def normal_form(
-    q: Tensor, mapped: Tensor, keys: Tensor, key_part: Tensor, values: Tensor, value_part: Tensor, *,
-    sliding: int | None, start: int | None, softcap: float | None, scale: float | None, draw: int | None = None,
-) -> Tensor:  # fmt: skip
-    """Attention by the kernels' form q.k^ = s*(q.c) + o*sum(q), where the operands of products of codes are rounded to
-    float16 and codes are not centred: float64 but for these two roundings.  `mapped` is what multiplies the codes.
-
-    draw   rounding errors of the query and of the numbers that it meets are drawn at random, each up to 2^-11: where
-           keys are large the one rounding that the query has says little of how far another form may be off
-    """
-    group, factor = q.shape[1] // keys.shape[1], (q.shape[3] ** -0.5 if scale is None else scale) * math.log2(math.e)
-    exact = q.double()
-    held, part = (x.repeat_interleave(group, 1).transpose(2, 3) for x in (keys, key_part))
-    moved = ((mapped * factor).to(torch.float16).double() / factor - mapped) @ part
-    if draw is not None:
-        source = torch.Generator().manual_seed(draw)
-        first, second = (
-            (torch.rand(x.shape, generator=source, dtype=torch.float64) - 0.5) * HALF for x in (mapped, key_part)
-        )
-        moved = (mapped * first) @ part + mapped @ (key_part * second).repeat_interleave(group, 1).transpose(2, 3)
-    scores = (exact @ held + moved) * (factor / math.log2(math.e))
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    shares = scores.masked_fill(~_seen(q.shape[2], keys.shape[2], sliding, start), -math.inf)
-    shares = (shares - shares.amax(-1, keepdim=True)).exp().nan_to_num(0.0)
-    weights = shares.to(torch.float16).double()
-    held, part = (x.repeat_interleave(group, 1) for x in (values, value_part))
-    return ((shares @ held + (weights - shares) @ part) / shares.sum(-1, keepdim=True)).nan_to_num(0.0)
-
-
-def eager(
-    q: Tensor, keys: Tensor, values: Tensor, dtype: torch.dtype, *, sliding: int | None, start: int | None,
-    softcap: float | None, scale: float | None,
-) -> Tensor:  # fmt: skip
-    """Attention as a model without fused kernels does it: products in its dtype, softmax in float32, rounded."""
-    group = q.shape[1] // keys.shape[1]
-    k, v = (x.to(dtype).repeat_interleave(group, 1) for x in (keys, values))
-    scores = (q @ k.transpose(2, 3)) * (q.shape[3] ** -0.5 if scale is None else scale)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    seen = _seen(q.shape[2], k.shape[2], sliding, start)
-    shares = scores.float().masked_fill(~seen, -math.inf).softmax(-1).nan_to_num(0.0)
-    return (shares.to(dtype) @ v).double()
-
-
 def score_errors(case: Case, step: Step, unit: float = HALF) -> Tensor:
     """How far a scaled score of a visible token may be off, the most of each query: float64 (B, Hq, Q).
 
@@ -180,9 +130,19 @@ def score_errors(case: Case, step: Step, unit: float = HALF) -> Tensor:
         size = sizes_of(case.scheme.keys, step.k[b : b + 1, :, :length], span, step.params, "keys", _largest)
         sizes = query_sizes(case.scheme.keys, step.q[b : b + 1], case.shape.kv_heads, step.params)
         error = sizes @ size.repeat_interleave(group, 1).transpose(2, 3)
-        seen = _seen(step.q.shape[2], length, options["sliding"], options["start"])
+        seen = seen_by(step.q.shape[2], length, options["sliding"], options["start"])
         found.append(error.masked_fill(~seen, 0.0).amax(-1) * scaling * unit)
     return torch.cat(found)
+
+
+def _score_spread(case: Case, step: Step, b: int) -> Tensor:
+    """The standard deviation of q.k^ of sequence b, float64 (1, Hq, Q, length): of each product of two numbers that are
+    rounded by up to 2^-11, at any place alike, it is 2^-11 sqrt(2/3) of its size."""
+    span = packed_tokens(case.scheme, "keys", step.seen[b])
+    k = step.k[b : b + 1, :, : step.lengths[b]]
+    size = sizes_of(case.scheme.keys, k, span, step.params, "keys", _largest).repeat_interleave(case.shape.group, 1)
+    sizes = query_sizes(case.scheme.keys, step.q[b : b + 1], case.shape.kv_heads, step.params)
+    return (sizes.square() @ size.square().transpose(2, 3) * (2 / 3)).sqrt() * (HALF / 2)
 
 
 def require_close(case: Case, step: Step, got: tuple[Tensor, Tensor]) -> None:
@@ -222,7 +182,7 @@ def extend_is_attention(case: Case) -> None:
 
 
 @law("P29", kinds=MODEST)
-def windows_and_padding_are_seen(case: Case) -> None:
+def windows_and_padding_areseen_by(case: Case) -> None:
     """P29: a sliding window and a first visible token, for one query and several; queries that see nothing give 0."""
     queries = case.random.choice((1, 3))
     tokens = max(case.tokens, queries)

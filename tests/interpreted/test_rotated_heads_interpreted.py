@@ -65,7 +65,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("law", ["words_equal_the_reference", "decoding_equals_the_reference", "decode_is_attention"])
+@pytest.mark.parametrize("law", ["decoding_equals_the_reference", "decode_is_attention"])
 def test_the_law_holds(law: str, name: str) -> None:
     scheme, shape = CASES[name]
     LAWS[law](Case(scheme, shape, "triton", batch=1, tokens=70, seed=1))
