@@ -60,10 +60,8 @@ def _sections(plan: Plan, side: SidePlan) -> list[dict[str, Any]]:
     layout, part = plan.layout, side.layout
     rows = []
     if side.floats:
-        size = layout.page_tokens * layout.head_dim * (4 if side.floats == "fp32" else 2)
-        rows.append(
-            _row(side, part.float_offset, size, f"{layout.page_tokens} rows of {layout.head_dim} {side.floats}")
-        )
+        size = layout.page_tokens * side.dim * (4 if side.floats == "fp32" else 2)
+        rows.append(_row(side, part.float_offset, size, f"{layout.page_tokens} rows of {side.dim} {side.floats}"))
     for stream in part.streams:
         last = stream.shift + stream.width - 1
         bits = f"bits {stream.shift} to {last}" if last > stream.shift else f"bit {last}"
