@@ -182,7 +182,7 @@ def extend_is_attention(case: Case) -> None:
 
 
 @law("P29", kinds=MODEST)
-def windows_and_padding_areseen_by(case: Case) -> None:
+def windows_and_padding_are_seen(case: Case) -> None:
     """P29: a sliding window and a first visible token, for one query and several; queries that see nothing give 0."""
     queries = case.random.choice((1, 3))
     tokens = max(case.tokens, queries)

@@ -65,7 +65,6 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("law", ["decoding_equals_the_reference", "decode_is_attention"])
-def test_the_law_holds(law: str, name: str) -> None:
+def test_attention_is_over_what_is_held(name: str) -> None:
     scheme, shape = CASES[name]
-    LAWS[law](Case(scheme, shape, "triton", batch=1, tokens=70, seed=1))
+    LAWS["decode_is_attention"](Case(scheme, shape, "triton", batch=1, tokens=70, seed=1))
