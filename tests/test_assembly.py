@@ -130,7 +130,7 @@ def packed(size: int, codes: list[int]) -> tuple[int, int]:
 def test_tables_are_looked_up(size: int) -> None:
     chance = random.Random(size)
     count = 4 if size == 16 else 8
-    for _ in range(50):
+    for _ in range(20):
         entries = tuple(chance.randrange(2**16) for _ in range(size))
         codes = [[chance.randrange(size) for _ in range(count)] for _ in range(2)]
         words, lowest = zip(*(packed(size, word) for word in codes), strict=True)
@@ -145,7 +145,7 @@ def test_a_look_up_needs_no_neighbours(size: int) -> None:
     """A thread that holds one word has undefined bits in the rest of the register."""
     chance = random.Random(size)
     entries = tuple(chance.randrange(2**16) for _ in range(size))
-    for _ in range(200):
+    for _ in range(50):
         codes = [chance.randrange(size) for _ in range(4 if size == 16 else 8)]
         word, lowest = packed(size, codes)
         # lowest bits are fields, under a mask that the whole register had

@@ -122,7 +122,7 @@ def _in_polar(draw: Draw, store: Store) -> Store:
     single = scale is None or scale.scale is None and isinstance(scale.block.channels, int)
     if not single or in_trits(store.code) or draw(st.integers(0, 2)) < 2:
         return store
-    if draw(st.integers(0, 3)) == 3:
+    if draw(st.integers(0, 3)) == 3 and store.joined == 1:
         return draw(_in_bands(store.transform))
     return store.with_(transform=(*store.transform, Polar()))  # type: ignore[misc]
 
