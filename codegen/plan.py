@@ -117,13 +117,11 @@ def plan_for(scheme: Scheme, shape: Shape) -> Plan:
 
 def _planned(name: Side, store: Store, part: SideLayout, shape: Shape, depth: int = 0, first: int = 0) -> SidePlan:
     """A term of a store and those behind it."""
-    rest = None
-    this, *others = store.terms[depth:]
-    if others and part.rest is not None:
-        rest = _planned(name, store, part.rest, shape, depth + 1, first + part.width * this.joined)
-    store = this
-    alphabet = alphabet_of(store, _channels(store, shape))
-    return SidePlan(name, store, part, place(store, part), alphabet, shape.head_dim, rest, depth, first)
+    term, rest = store.terms[depth], None
+    if part.rest is not None:
+        rest = _planned(name, store, part.rest, shape, depth + 1, first + part.width * term.joined)
+    alphabet = alphabet_of(term, _channels(term, shape))
+    return SidePlan(name, term, part, place(term, part), alphabet, shape.head_dim, rest, depth, first)
 
 
 def _channels(store: Store, shape: Shape) -> int:
@@ -131,8 +129,4 @@ def _channels(store: Store, shape: Shape) -> int:
     if isinstance(store, Band) and store.measure is None:
         return store.channels
     channels = store.measure.block.channels if store.measure is not None else None
-    return channels if isinstance(channels, int) else _measured(store, shape)
-
-
-def _measured(store: Store, shape: Shape) -> int:
-    return store.coded(shape.head_dim) if isinstance(store, Band) else shape.head_dim
+    return channels if isinstance(channels, int) else store.measured(shape.head_dim)

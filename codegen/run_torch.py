@@ -44,7 +44,7 @@ class TorchModule:
         """The arguments of a function that reads one term, or all bands, of pages (B, pages, page_bytes)."""
         blobs, shared = self._blobs(pages)
         given = [blobs.movedim(2, 1)]
-        metas = [term.layout.meta for term in (part.terms if part.band else (part,))]
+        metas = [term.layout.meta for term in part.parts]
         if any(meta is not None and meta.shared for meta in metas):
             given.append(shared)
         return [*given, *self._given(part, params)]
@@ -118,7 +118,7 @@ class TorchModule:
         pages = pool[ids]
         for part in self.plan.side(side).spaces:
             turned = self._turned(part, x, u, params)
-            for term in part.terms if part.band else (part,):
+            for term in part.parts:
                 numbers = turned[..., term.first : term.first + term.dim] if term.band else turned
                 self._write(term, x, numbers, inside, pages, params)
             if part.residual is not None:

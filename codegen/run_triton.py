@@ -132,7 +132,7 @@ class TritonModule:
         elif term.rope is None:
             coded = _taken(rows, first, offset, low, high)
         coded = polar(coded, term.store.levels) if term.polar else coded
-        for band in term.terms if term.band else (term,):
+        for band in term.parts:
             self._pack(band, coded, at, 0, begin, end, reach, pool, table, params, beside)
 
     def _chunks(self, part: SidePlan, low: int, high: int, batch: int) -> list[tuple[int, int]]:
@@ -194,7 +194,7 @@ class TritonModule:
         out = torch.empty(batch, heads, max(0, end - begin), dim, dtype=torch.float32, device=pool.device)
         given = {"table_ptr": table, "out_ptr": out, "begin": begin, "end": end, "table_width": table.shape[1]}
         steps = -(-end // tile) - begin // tile if end > begin else 0
-        for band in term.terms if term.band else (term,):
+        for band in term.parts:
             self._run(f"unpack_{band.label}", (steps, batch * heads), given, pool, params)
         return out
 

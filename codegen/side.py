@@ -63,6 +63,11 @@ class SidePlan:
         return (self,) if self.band else self.terms
 
     @property
+    def parts(self) -> tuple[SidePlan, ...]:
+        """The terms that the numbers of this one's space are stored as: its bands, or itself."""
+        return self.terms if self.band else (self,)
+
+    @property
     def label(self) -> str:
         """The end of the names of this term's functions."""
         return f"{self.name}_band{self.depth}" if self.band else self.space

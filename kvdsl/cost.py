@@ -9,7 +9,7 @@ from fractions import Fraction
 from .codes import in_trits, trit_bytes, width
 from .errors import SchemeError, ShapeError
 from .rules import layer_faults, refuse_for
-from .scheme import ALL, SIDES, Band, Codebook, Scale, Scheme, Side, Store
+from .scheme import ALL, SIDES, Codebook, Scale, Scheme, Side, Store
 from .shape import Shape
 from .window import windows
 
@@ -147,7 +147,7 @@ def _stored(store: Store, shape: Shape, tokens: int) -> tuple[Fraction, Fraction
     section, copies = 0, 1
     if (scale := _online(store)) is not None:
         heads = _size(scale.block.heads, shape.kv_heads)
-        numbers = tokens * _measured(store, shape) * heads
+        numbers = tokens * store.measured(shape.head_dim) * heads
         section = numbers // _block(store, scale, shape) * sum(_widths(scale)) // 8
         copies = shape.kv_heads // heads
         if heads > 1:  # shared by heads: one section of the page's tail, all copies in it
@@ -174,16 +174,11 @@ def _size(count: object, whole: int) -> int:
     return count if isinstance(count, int) else whole
 
 
-def _measured(store: Store, shape: Shape) -> int:
-    """Numbers of a head's vector that scales are of: those of a sketch are of the vector itself."""
-    return store.coded(shape.head_dim) if isinstance(store, Band) else shape.head_dim
-
-
 def _block(store: Store, scale: Scale, shape: Shape) -> int:
     """Numbers that share an online scale."""
     block = scale.block
     assert isinstance(block.tokens, int)
-    return block.tokens * _size(block.channels, _measured(store, shape)) * _size(block.heads, shape.kv_heads)
+    return block.tokens * _size(block.channels, store.measured(shape.head_dim)) * _size(block.heads, shape.kv_heads)
 
 
 def _widths(scale: Scale) -> tuple[int, ...]:

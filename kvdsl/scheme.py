@@ -131,6 +131,10 @@ class Store(Part):
             return self.code.dim
         return head_dim
 
+    def measured(self, head_dim: int) -> int:
+        """How many numbers of a head's vector scales are of: those of a sketch are of the vector itself."""
+        return head_dim
+
     @property
     def turned(self) -> bool:
         """Whether anything but the vector as it is, is coded."""
@@ -216,6 +220,10 @@ class Band(Store):
     def coded(self, head_dim: int) -> int:
         """How many numbers of a vector of `head_dim` channels the band has."""
         return int(head_dim * self.share)
+
+    def measured(self, head_dim: int) -> int:
+        """All numbers of the band."""
+        return self.coded(head_dim)
 
 
 def bands(store: Store) -> tuple[Band, ...]:

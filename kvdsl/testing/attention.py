@@ -121,27 +121,30 @@ def score_errors(case: Case, step: Step, unit: float = HALF) -> Tensor:
     exact.  The default unit is that of operands rounded to float16, 2^-11 of each: a code that is not centred counts
     s*c <= 2 A_d, and of an exact or decoded number the query and the number are rounded.  A softcap has slopes up to 1.
     """
-    group, scaling = case.shape.group, step.options.get("scaling")
+    scaling = step.options.get("scaling")
     scaling = case.shape.head_dim**-0.5 if scaling is None else scaling
     found = []
     for b, length in enumerate(step.lengths):
         options = _options(step, b)
-        span = packed_tokens(case.scheme, "keys", step.seen[b])
-        size = sizes_of(case.scheme.keys, step.k[b : b + 1, :, :length], span, step.params, "keys", _largest)
-        sizes = query_sizes(case.scheme.keys, step.q[b : b + 1], case.shape.kv_heads, step.params)
-        error = sizes @ size.repeat_interleave(group, 1).transpose(2, 3)
+        sizes, size = _score_sizes(case, step, b)
+        error = sizes @ size.transpose(2, 3)
         seen = seen_by(step.q.shape[2], length, options["sliding"], options["start"])
         found.append(error.masked_fill(~seen, 0.0).amax(-1) * scaling * unit)
     return torch.cat(found)
 
 
-def _score_spread(case: Case, step: Step, b: int) -> Tensor:
-    """The standard deviation of q.k^ of sequence b, float64 (1, Hq, Q, length): of each product of two numbers that are
-    rounded by up to 2^-11, at any place alike, it is 2^-11 sqrt(2/3) of its size."""
+def _score_sizes(case: Case, step: Step, b: int) -> tuple[Tensor, Tensor]:
+    """What the queries of sequence b, (1, Hq, Q, M), and its keys, (1, Hq, length, M), count in errors of products."""
     span = packed_tokens(case.scheme, "keys", step.seen[b])
     k = step.k[b : b + 1, :, : step.lengths[b]]
     size = sizes_of(case.scheme.keys, k, span, step.params, "keys", _largest).repeat_interleave(case.shape.group, 1)
-    sizes = query_sizes(case.scheme.keys, step.q[b : b + 1], case.shape.kv_heads, step.params)
+    return query_sizes(case.scheme.keys, step.q[b : b + 1], case.shape.kv_heads, step.params), size
+
+
+def _score_spread(case: Case, step: Step, b: int) -> Tensor:
+    """The standard deviation of q.k^ of sequence b, float64 (1, Hq, Q, length): of each product of two numbers that are
+    rounded by up to 2^-11, at any place alike, it is 2^-11 sqrt(2/3) of its size."""
+    sizes, size = _score_sizes(case, step, b)
     return (sizes.square() @ size.square().transpose(2, 3) * (2 / 3)).sqrt() * (HALF / 2)
 
 
