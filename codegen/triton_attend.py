@@ -109,7 +109,7 @@ partial = partial_ptr + (out + tl.arange(0, ROWS))[None, :] * $dim
 $stores
 $exact
 lse = tl.where(mass > 0.0, peak * size + tl.log2(tl.where(mass > 0.0, mass, 1.0)), -1.0e30)
-tl.store(lse_ptr + out + tl.arange(0, ROWS), lse, mask=live)
+tl.store(lse_ptr + out + tl.arange(0, ROWS), lse)
 """
 
 SCORES = """
@@ -247,7 +247,7 @@ class Attend:
             exact.append("slot = slot * ROWS + tl.arange(0, ROWS)")
             exact += values.exact_rows.stores()
             if values.side.shifted:
-                exact.append("tl.store(share_ptr + slot, coded_mass * inverse, mask=live)")
+                exact.append("tl.store(share_ptr + slot, coded_mass * inverse)")
         return fill(PARTIALS, dim=values.side.row, stores=values.stores("partial"), exact=exact).splitlines()
 
     def _query(self, name: str) -> list[str]:

@@ -5,7 +5,7 @@ Operands are swapped: tokens are the rows of every product and the few query row
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from .placement import When
 from .plan import Plan, SidePlan
@@ -14,7 +14,7 @@ from .text import plus
 from .triton_meta import entry, read, static_read, token_entry
 from .triton_planes import Planes
 from .triton_rope import Positions
-from .triton_rows import ExactRows
+from .triton_rows import ExactRows, where_any
 
 
 class Keys(Planes):
@@ -133,14 +133,39 @@ class Keys(Planes):
     def _turned_back(self, positions: Positions, half: int, tokens: str) -> list[str]:
         """Scores of decoded numbers, each at its token's position."""
         planes = range(self.side.layout.planes)
-        lines = [] if half else positions.turned()
-        for reader in self.readers:
-            made = [] if self.side.floats else reader.load(half, tokens)
-            made += [line for _, decoded in reader.packed_channels(half, tokens) for line in decoded]
-            lines += [*reader.own(made), *positions.joined(reader)]
-        lines += [*positions.begin(), *positions.near(half)]
-        for j in planes:
-            lines += [*positions.near_waves(j), *positions.dots(j)]
+        start = [] if half else positions.first()
+        words = [[] if self.side.floats else reader.load(half, tokens) for reader in self.readers]
+        decoded = [reader.packed_channels(half, tokens) for reader in self.readers]
+        if positions.unmap is not None:  # made again, as registers are full of what is mapped back
+            return [*positions.first(half), *positions.unmap.first(half)] + self._at_positions(
+                positions, words, decoded, positions.near(half), lambda j: positions.turned(j) + positions.near_waves(j)
+            )
+        start += [] if half else [line for j in planes for line in positions.turned(j)]
+        return start + self._at_positions(positions, words, decoded, positions.near(half), positions.near_waves)
+
+    def _at_positions(
+        self,
+        positions: Positions,
+        words: list[list[str]],
+        planes: list[Iterator[tuple[int, list[str]]]],
+        waves: list[str],
+        wave: Callable[[int], list[str]],
+    ) -> list[str]:
+        """Scores of what every reader decodes of its `words`, by planes; one plane is kept at a time, unless all are
+        mapped back first.  `waves` says where the waves are, `wave` loads those of a plane."""
+        if positions.unmap is None:
+            lines = [*words[0], *waves]
+            for j, decoded in planes[0]:
+                lines += [*decoded, *wave(j), *positions.dots(j)]
+            return lines
+        lines = []
+        for reader, loads, own in zip(self.readers, words, planes, strict=True):
+            made = [line for j, decoded in own for line in (*decoded, *positions.unmap.taken(j))]
+            lines += reader.own([*loads, *made])
+            lines += positions.unmap.joined(reader)
+        lines += [*positions.unmap.begin(), *waves]
+        for j in range(self.side.layout.planes):
+            lines += [*wave(j), *positions.dots(j)]
         return lines
 
     def _tile_queries(self, base: str, half: int) -> list[str]:
@@ -227,26 +252,19 @@ class Keys(Planes):
 
     def _tokens_turned_back(self, positions: Positions) -> list[str]:
         """s = scores of edge tokens, decoded, each at its own position."""
-        lines = []
-        for reader in self.readers:
-            made = [line for _, decoded in reader.edge_channels() for line in decoded]
-            lines += [*reader.own([*reader.load_tokens("t"), *made]), *positions.joined(reader)]
-        lines += [*positions.begin(), *positions.own()]
-        for j in range(self.side.layout.planes):
-            lines += [*positions.own_waves(j), *positions.dots(j)]
-        return lines
+        words = [reader.load_tokens("t") for reader in self.readers]
+        planes = [reader.edge_channels() for reader in self.readers]
+        start = positions.unmap.first(0) if positions.unmap is not None else []
+        return start + self._at_positions(positions, words, planes, positions.own(), positions.own_waves)
 
-    def tokens_or_rows(self) -> list[str]:
-        """s = scores of edge tokens: decoded where `coded`, from exact rows where `exact`."""
-        lines = self.load_tokens("t")
+    def exact_scores(self) -> list[str]:
+        """r = scores of exact edge tokens, in the planes of the decoded ones."""
         token, lane = self.grid("row", self.lane)
-        lines.append(f"source = key_rows + {token} * {self.plan.shape.head_dim} + {lane}")
-        for i, (j, made) in enumerate(self.edge_channels()):
-            lines += made
-            mask = self.mask("exact", j)
-            lines.append(f"k = tl.load({self.at('source', j)}, mask={mask}, other=0.0).to(tl.float32)")
-            lines.append(f"k = tl.where(coded[:, None], n{j}, k).to({self.exact})")
-            lines.append(f"s = tl.dot(k, e{j}{', s' if i else ''}{self.precise})")
+        lines = [f"source = key_rows + {token} * {self.plan.shape.head_dim} + {lane}"]
+        for j in range(self.side.layout.planes):
+            load = f"tl.load({self.at('source', j)}, mask={self.mask('exact', j)}, other=0.0)"
+            lines.append(f"k = {load}.to(tl.float32).to({self.exact})")
+            lines.append(f"r = tl.dot(k, e{j}{', r' if j else ''}{self.precise})")
         return lines
 
 
@@ -329,7 +347,8 @@ class KeySide:
 
     def either(self) -> list[str]:
         """s = scores of edge tokens: decoded where `coded`, from exact rows where `exact`."""
-        if self.exact_rows is None:
-            return self.first.tokens_or_rows()
-        lines = self._summed([term.tokens() for term in self.terms])
-        return [*lines, *self.exact_rows.scores(), "s = tl.where(coded[:, None], s, r)"]
+        tokens = self._summed([term.tokens() for term in self.terms])
+        rows = self.first.exact_scores() if self.exact_rows is None else self.exact_rows.scores()
+        rows.append("s = tl.where(coded[:, None], s, r)")
+        start = f"s = tl.zeros([{self.plan.edge_tile}, ROWS], tl.float32)"
+        return [start, *where_any("coded", tokens), *where_any("exact", rows)]

@@ -89,7 +89,8 @@ def static_read(planes: Planes, plane: int, lane: str) -> list[str]:
     groups = side.dim // channels
     head = "h" if block.heads == 1 else "0"
     channel = f"({lane} + {planes.start(plane)})" if planes.start(plane) else lane
-    index = f"{head} * {groups} + {channel} // {channels}" if groups > 1 else f"{head} + {lane} * 0"
+    group = f"{channel} // {channels}" if channels > 1 else channel
+    index = f"{head} * {groups} + {group}" if groups > 1 else f"{head} + {lane} * 0"
     heads = planes.plan.shape.kv_heads if block.heads == 1 else 1
     lines = [f"{planes.prefix}_scale = tl.load({side.label}_scale_ptr + {index}{other})"]
     if side.has_offset:

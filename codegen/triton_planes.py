@@ -288,6 +288,14 @@ class Planes:
         lane = self.plane_lane(plane)
         return lane if meta.channels == 1 else f"{lane} // {meta.channels}"
 
+    def _one_group(self, plane: int) -> int | None:
+        """The channel group of all lanes of a plane; None where they are of several."""
+        meta = self.side.layout.meta
+        assert meta is not None
+        channels = self.side.layout.spans[plane].channels
+        first, last = (channel // meta.channels for channel in (channels[0], channels[-1]))
+        return first if first == last else None
+
     def decode(self, half: int, tokens: str) -> list[str]:
         """Decode every plane of loaded words into float32 tiles n0, n1, ...: what cannot leave the loop, and unpack."""
         return [line for j in range(self.side.layout.planes) for line in self.decode_plane(j, half, tokens)]
@@ -377,8 +385,13 @@ class Planes:
         if meta is not None:
             token, lane = self.grid(tokens, self.plane_lane(plane))
             token = block or (f"{token} // {meta.tokens}" if meta.tokens > 1 else token)
-            lane = f"{lane} // {meta.channels}" if meta.channels > 1 else lane
-            lines += read(side, self.meta, entry(side, token, lane), *names, mask=self.mask(guard, plane))
+            group, mask = self._one_group(plane), self.mask(guard, plane)
+            if group is None:
+                lane = f"{lane} // {meta.channels}" if meta.channels > 1 else lane
+            else:  # a column of tokens, or one number
+                lane, mask = str(group), self.grid(guard, "")[0] if guard and not block else ""
+            if group is None or plane == 0 or side.polar or side.band or group != self._one_group(plane - 1):
+                lines += read(side, self.meta, entry(side, token, lane), *names, mask=mask)
         elif side.static:
             lines += static_read(self, plane, self.grid(tokens, self.lane)[1])
         return [*lines, f"n{plane} = {self.steps.number('c', *names)}"]

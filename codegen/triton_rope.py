@@ -127,7 +127,7 @@ class Positions:
             d = self.planes.plane_lane(j)
             lines += [f"lane = {d}"] if j else []
             d = "lane" if j else d
-            lines += [f"pair{j} = {pair(self.rope, d)}", f"other = {other(self.rope, d)}"]
+            lines.append(f"other = {other(self.rope, d)}")
             lines.append(f"turn = -scaling * {sign(self.rope, d)}")
             inside = self.planes.inside(j)
             mask = f"live[None, :] & {inside}[:, None]" if inside else "live[None, :]"
@@ -147,19 +147,29 @@ class Positions:
         """The operands where positions are those of the tokens themselves."""
         return [f"{name}{j} = {of}{j}.to({self.operand})" for j in self.count for name, of in (("e", "x"), ("h", "w"))]
 
-    def turned(self) -> list[str]:
-        """The operands of a tile, from the position of its first token."""
-        # Loads that are the same in every tile would be kept in registers through the loop.
-        lines = ["nothing = page >> 63  # 0, which the compiler does not see"]
+    # What is the same in every tile, loads and which pair a lane is of, would be kept in registers through the loop.
+    @staticmethod
+    def _nothing(half: int) -> str:
+        # a multiple of 16, so that it does not look as if rows were not aligned
+        return f"nothing = (page >> {63 - half}) * 16  # 0, which the compiler does not see"
+
+    def _pair(self, plane: int) -> list[str]:
+        """which = the pair of each lane of a plane."""
+        return [f"lane = {self.planes.plane_lane(plane)} + nothing.to(tl.int32)", f"which = {pair(self.rope, 'lane')}"]
+
+    def first(self, half: int = 0) -> list[str]:
+        """Where the waves of a tile's first token are; of every `half` apart, where they are read once more."""
         start = f"(nothing + tile) * {self.plan.tile * self.dim}{plus(self.plan.sinks * self.dim)}"
-        lines.append(f"wave = rope_ptr + {start}")
-        for j in self.count:
-            mask = f", mask={self.planes.inside(j)}, other=0.0" if self.planes.inside(j) else ""
-            lines.append(f"cosine = tl.load(wave + pair{j}{mask})")
-            lines.append(f"sine = tl.load(wave{plus(self.dim // 2)} + pair{j}{mask})")
-            for name, first, sign_, second in (("e", "x", "+", "w"), ("h", "w", "-", "x")):
-                text = f"{first}{j} * cosine[:, None] {sign_} {second}{j} * sine[:, None]"
-                lines.append(f"{name}{j} = ({text}).to({self.operand})")
+        return [self._nothing(half), f"first_wave = rope_ptr + {start}"]
+
+    def turned(self, j: int) -> list[str]:
+        """The operands of plane j in a tile, from the position of its first token."""
+        mask = f", mask={self.planes.inside(j)}, other=0.0" if self.planes.inside(j) else ""
+        lines = [*self._pair(j), f"cosine = tl.load(first_wave + which{mask})"]
+        lines.append(f"sine = tl.load(first_wave{plus(self.dim // 2)} + which{mask})")
+        for name, first, sign_, second in (("e", "x", "+", "w"), ("h", "w", "-", "x")):
+            text = f"{first}{j} * cosine[:, None] {sign_} {second}{j} * sine[:, None]"
+            lines.append(f"{name}{j} = ({text}).to({self.operand})")
         return lines
 
     def near(self, half: int) -> list[str]:
@@ -177,20 +187,16 @@ class Positions:
 
     def own(self) -> list[str]:
         """The address of the waves of the edge tokens u, a row each."""
-        return [f"wave = rope_ptr + tl.where(coded, u{plus(self.plan.sinks)}, 0).to(tl.int64)[:, None] * {self.dim}"]
+        row = f"tl.where(coded, u{plus(self.plan.sinks)}, 0).to(tl.int64)[:, None] * {self.dim}"
+        return [self._nothing(0), f"wave = rope_ptr + {row}"]
 
     def own_waves(self, j: int) -> list[str]:
         mask = self._lanes(j)
-        at = f"wave + pair{j}[None, :]"
-        return [f"cosine = tl.load({at}{mask})", f"sine = tl.load({at}{plus(self.dim // 2)}{mask})"]
-
-    def joined(self, reader: Planes) -> list[str]:
-        """Lines that take the decoded numbers of one of several heads into what is mapped back."""
-        return self.unmap.joined(reader) if self.unmap is not None else []
-
-    def begin(self) -> list[str]:
-        """Lines that map decoded n<plane> back, before the first of `dots`."""
-        return self.unmap.begin() if self.unmap is not None else []
+        return [
+            *self._pair(j),
+            f"cosine = tl.load(wave + which[None, :]{mask})",
+            f"sine = tl.load(wave + which[None, :]{plus(self.dim // 2)}{mask})",
+        ]
 
     def dots(self, j: int) -> list[str]:
         """Add plane j's share of the score s, of n<plane>, or of what they are mapped back to."""

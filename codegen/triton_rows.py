@@ -7,6 +7,11 @@ from .plan import Plan, SidePlan
 from .text import plus
 
 
+def where_any(tokens: str, lines: list[str]) -> list[str]:
+    """Lines that a tile without any of these tokens ("coded", "exact") leaves out."""
+    return [f"if tl.max({tokens}.to(tl.int32), 0) > 0:", *(f"    {line}" for line in lines)]
+
+
 class ExactRows:
     """Keys lie [tokens, lanes], values [lanes, tokens], as for packed tokens."""
 
@@ -55,23 +60,27 @@ class ExactRows:
 
     # ---- values --------------------------------------------------------------------------------------------------
 
+    def names(self) -> list[str]:
+        return [f"g{j}" for j in self.planes]
+
     def accumulators(self) -> list[str]:
-        return [f"g{j} = tl.zeros([{self.width}, ROWS], tl.float32)" for j in self.planes]
+        return [f"{name} = tl.zeros([{self.width}, ROWS], tl.float32)" for name in self.names()]
 
     def accumulate(self) -> list[str]:
-        """Add exact rows under `weight`."""
+        """Add exact rows under `weight` to sums that have decayed."""
         lines = [f"source = value_rows + row[None, :] * {self.dim} + {self.lane}[:, None]"]
         for j in self.planes:
             at = f"source{plus(j * self.width)}"
             mask = f"exact[None, :]{self._inside(j, '[:, None]')}"
             lines.append(f"v = tl.load({at}, mask={mask}, other=0.0).to(tl.float32).to({self.operand})")
-            lines.append(f"g{j} = tl.dot(v, weight, g{j} * decay[None, :]{self.precise})")
+            lines.append(f"g{j} = tl.dot(v, weight, g{j}{self.precise})")
         return lines
 
     def stores(self) -> list[str]:
         """Store the sums of exact rows."""
         lines = [f"exact_out = exact_ptr + slot[None, :] * {self.dim} + {self.lane}[:, None]"]
         for j in self.planes:
-            mask = f"live[None, :] & ({self.lane} < {min(self.width, self.dim - j * self.width)})[:, None]"
-            lines.append(f"tl.store(exact_out{plus(j * self.width)}, g{j} * inverse[None, :], mask={mask})")
+            left = self.dim - j * self.width
+            mask = f", mask=({self.lane} < {left})[:, None]" if left < self.width else ""
+            lines.append(f"tl.store(exact_out{plus(j * self.width)}, g{j} * inverse[None, :]{mask})")
         return lines

@@ -39,15 +39,25 @@ class Unmap:
         return [f"outer{plane} = tl.load({at}{f', mask={mask}, other=0.0' if mask else ''})"]
 
     def prologue(self) -> list[str]:
-        """What stays the same through the loop: the matrix of one plane, the signs of the head's row."""
+        """What stays the same through the loop: the signs of the head's row."""
         if not self.side.butterflies:
             return []
-        lines = [f"sylvester = {self._block('keys_inner_ptr', 0, 0)}"]
+        lines = list[str]()
         for head in range(1, self.side.joined):
             bits = [f"h >> {bit}" if bit else "h" for bit in range(head.bit_length()) if head >> bit & 1]
             odd = bits[0] if len(bits) == 1 else f"({' ^ '.join(bits)})"
             lines.append(f"sign{head} = (1 - 2 * ({odd} & 1)).to(tl.float32)")
         return lines
+
+    def first(self, half: int) -> list[str]:
+        """Lines before any numbers of a sub-tile: the matrix of one plane, which few registers are left for."""
+        if not self.side.butterflies:
+            return []
+        return [f"sylvester = {self._block(f'keys_inner_ptr + (page >> {63 - half}) * 16', 0, 0)}"]
+
+    def taken(self, plane: int) -> list[str]:
+        """Lines behind one plane of decoded numbers, where it need not wait for those of other heads."""
+        return [self._small(plane)] if self.side.butterflies and self.side.joined == 1 else []
 
     def joined(self, reader: Planes) -> list[str]:
         """Lines behind the decoded numbers of one of several heads."""
@@ -56,7 +66,7 @@ class Unmap:
         if self.side.butterflies:
             sign = f"sign{reader.head}"
             return [f"n{j} = n{j} + n{reader.mark}{j} * {sign}" for j in range(self.count)] if reader.head else []
-        lines = [f"inner = keys_inner_ptr + h * keys_stride + (page >> 63){plus(reader.head * self.dim * self.dim)}"]
+        lines = [f"{self._inner()}{plus(reader.head * self.dim * self.dim)}"]
         lines += [f"c{j} = n{reader.mark}{j}.to({self.operand})" for j in range(self.count)]
         for of in range(self.count):
             lines += self._products(of, first=not reader.head)
@@ -76,15 +86,19 @@ class Unmap:
     def begin(self) -> list[str]:
         """Lines before the first plane of a tile."""
         if self.side.butterflies:
-            return [*self._small(), *self._summed()]
+            small = [self._small(j) for j in range(self.count)] if self.side.joined > 1 else []
+            return [*small, *self._summed()]
         if self.side.joined > 1:
             return []
-        # Loads that are the same in every tile would be kept in registers through the loop.
-        lines = ["inner = keys_inner_ptr + h * keys_stride + (page >> 63)"]
-        return lines + [f"c{j} = n{j}.to({self.operand})" for j in range(self.count)]
+        return [self._inner(), *(f"c{j} = n{j}.to({self.operand})" for j in range(self.count))]
 
-    def _small(self) -> list[str]:
-        return [f"b{j} = tl.dot(n{j}.to({self.operand}), sylvester{self.precise})" for j in range(self.count)]
+    @staticmethod
+    def _inner() -> str:
+        # Loads that are the same in every tile would be kept in registers through the loop; rows stay aligned to 16.
+        return "inner = keys_inner_ptr + h * keys_stride + (page >> 63) * 16"
+
+    def _small(self, j: int) -> str:
+        return f"b{j} = tl.dot(n{j}.to({self.operand}), sylvester{self.precise})"
 
     def _summed(self) -> list[str]:
         """Sylvester's matrix of planes, applied in sums and differences."""

@@ -15,7 +15,7 @@ from .plan import Plan, SidePlan
 from .text import plus
 from .triton_meta import entry, read, static_read, token_entry
 from .triton_planes import Planes
-from .triton_rows import ExactRows
+from .triton_rows import ExactRows, where_any
 
 
 class Values(Planes):
@@ -29,12 +29,11 @@ class Values(Planes):
         self.rows = "ROWS"
 
     def stores(self, out: str) -> list[str]:
-        """Lines that store a tile a plane [lanes, rows], divided by the mass of weights."""
+        """Lines that store a tile a plane [lanes, rows], divided by the mass of weights; all rows have a place."""
         lines, first = [], plus(self.side.first + (self.head or 0) * self.side.dim)
         for j in range(self.side.layout.planes):
-            inside = f"{self.inside(j) or f'({self.lane} >= 0)'}[:, None]"
-            lane = f"{self.plane_lane(j)}[:, None]"
-            lines.append(f"tl.store({out}{first} + {lane}, o{j} * inverse[None, :], mask=live[None, :] & {inside})")
+            mask = f", mask={self.inside(j)}[:, None]" if self.inside(j) else ""
+            lines.append(f"tl.store({out}{first} + {self.plane_lane(j)}[:, None], o{j} * inverse[None, :]{mask})")
         return self.own(lines)
 
     @property
@@ -71,13 +70,13 @@ class Values(Planes):
             return self._float_values(tokens, decay)
         lines = self.load(half, tokens)
         if side.polar:
-            lines.append(f"weight = {self._cast('p')}")
+            lines.append(f"weight = {self.cast('p')}")
             for j, made in self.packed_channels(half, tokens):
                 lines += [*made, f"o{j} = tl.dot(n{j}.to({self.exact}), weight, o{j}{decay}{self.precise})"]
             return lines
         if self.when is When.IN_LOOP:
             lines += self.decode(half, tokens)
-            lines.append(f"weight = {self._cast('p')}")
+            lines.append(f"weight = {self.cast('p')}")
             return lines + [
                 f"o{j} = tl.dot(n{j}.to({self.exact}), weight, o{j}{decay}{self.precise})" for j in range(layout.planes)
             ]
@@ -100,7 +99,8 @@ class Values(Planes):
                         lines.append(f"{name} = tl.dot({self.operand(stream, j, half)}, weight, {name}{decay})")
         return lines
 
-    def _cast(self, name: str) -> str:
+    def cast(self, name: str) -> str:
+        """A number as an operand of products with decoded ones."""
         return name if self.exact == "tl.float32" else f"{name}.to(tl.float16)"
 
     def _tile_sums(self, half: int, decay: str) -> list[str]:
@@ -139,30 +139,23 @@ class Values(Planes):
         zero = f"tl.zeros([{self.lanes}, {self.rows}], tl.float32)"
         return self.own([f"o{j} = {zero}" for j in range(self.side.layout.planes)])
 
-    def _edge_words(self) -> list[str]:
-        """Load the words of edge tokens; the first term makes the weights of all ready."""
-        return [*self.load_tokens("t"), *([] if self.mark else [f"weight = {self._cast('p')}"])]
-
     def tokens(self) -> list[str]:
-        """Add decoded edge tokens under weights p."""
-        lines = self._edge_words()
+        """Add decoded edge tokens under `weight` to sums that have decayed."""
+        lines = self.load_tokens("t")
         for j, made in self.edge_channels("coded"):
             lines += made
             lines.append(f"v = tl.where(coded[None, :], n{j}, 0.0).to({self.exact})")
-            lines.append(f"o{j} = tl.dot(v, weight, o{j} * decay[None, :]{self.precise})")
+            lines.append(f"o{j} = tl.dot(v, weight, o{j}{self.precise})")
         return self.own(lines)
 
-    def tokens_or_rows(self) -> list[str]:
-        """Add edge tokens under weights p: decoded where `coded`, from exact rows where `exact`."""
-        lines = self._edge_words()
+    def exact_tokens(self) -> list[str]:
+        """Add exact edge tokens to the same sums."""
         token, lane = self.grid("row", self.lane)
-        lines.append(f"source = value_rows + {token} * {self.plan.shape.head_dim} + {lane}")
-        for j, made in self.edge_channels("coded"):
-            lines += made
-            mask = self.mask("exact", j)
-            lines.append(f"v = tl.load({self.at('source', j)}, mask={mask}, other=0.0).to(tl.float32)")
-            lines.append(f"v = tl.where(coded[None, :], n{j}, v).to({self.exact})")
-            lines.append(f"o{j} = tl.dot(v, weight, o{j} * decay[None, :]{self.precise})")
+        lines = [f"source = value_rows + {token} * {self.plan.shape.head_dim} + {lane}"]
+        for j in range(self.side.layout.planes):
+            load = f"tl.load({self.at('source', j)}, mask={self.mask('exact', j)}, other=0.0)"
+            lines.append(f"v = {load}.to(tl.float32).to({self.exact})")
+            lines.append(f"o{j} = tl.dot(v, weight, o{j}{self.precise})")
         return lines
 
     # ---- once per output ------------------------------------------------------------------------------------------
@@ -224,9 +217,11 @@ class ValueSide:
 
     def either(self) -> list[str]:
         """Add edge tokens under weights p: decoded where `coded`, from exact rows where `exact`."""
-        if self.exact_rows is None:
-            return self.first.tokens_or_rows()
-        lines = [line for term in self.terms for line in term.tokens()]
+        sums = [name for term in self.terms for name in term.own([f"o{j}" for j in range(term.side.layout.planes)])]
+        sums += self.exact_rows.names() if self.exact_rows is not None else []
+        lines = [f"weight = {self.first.cast('p')}", *(f"{name} = {name} * decay[None, :]" for name in sums)]
+        lines += where_any("coded", [line for term in self.terms for line in term.tokens()])
         if self.side.shifted:
             lines.append("coded_mass = coded_mass * decay + tl.sum(tl.where(coded[:, None], p, 0.0), 0)")
-        return lines + self.exact_rows.accumulate()
+        rows = self.first.exact_tokens() if self.exact_rows is None else self.exact_rows.accumulate()
+        return lines + rows  # read in every tile: with one more branch the sums of wide sides are moved to memory
