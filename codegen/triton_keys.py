@@ -351,4 +351,4 @@ class KeySide:
         rows = self.first.exact_scores() if self.exact_rows is None else self.exact_rows.scores()
         rows.append("s = tl.where(coded[:, None], s, r)")
         start = f"s = tl.zeros([{self.plan.edge_tile}, ROWS], tl.float32)"
-        return [start, *where_any("coded", tokens), *where_any("exact", rows)]
+        return [start, *where_any(self.plan, "coded", tokens), *where_any(self.plan, "exact", rows)]

@@ -7,8 +7,11 @@ from .plan import Plan, SidePlan
 from .text import plus
 
 
-def where_any(tokens: str, lines: list[str]) -> list[str]:
-    """Lines that a tile without any of these tokens ("coded", "exact") leaves out."""
+def where_any(plan: Plan, tokens: str, lines: list[str]) -> list[str]:
+    """Lines that a tile without any of these tokens ("coded", "exact") leaves out.  Not of radii and angles: branches
+    keep apart what fills the registers one by one, but two planes at once fill them in any of them."""
+    if any(term.polar for term in plan.terms):
+        return lines
     return [f"if tl.max({tokens}.to(tl.int32), 0) > 0:", *(f"    {line}" for line in lines)]
 
 

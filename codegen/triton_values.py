@@ -220,7 +220,7 @@ class ValueSide:
         sums = [name for term in self.terms for name in term.own([f"o{j}" for j in range(term.side.layout.planes)])]
         sums += self.exact_rows.names() if self.exact_rows is not None else []
         lines = [f"weight = {self.first.cast('p')}", *(f"{name} = {name} * decay[None, :]" for name in sums)]
-        lines += where_any("coded", [line for term in self.terms for line in term.tokens()])
+        lines += where_any(self.plan, "coded", [line for term in self.terms for line in term.tokens()])
         if self.side.shifted:
             lines.append("coded_mass = coded_mass * decay + tl.sum(tl.where(coded[:, None], p, 0.0), 0)")
         rows = self.first.exact_tokens() if self.exact_rows is None else self.exact_rows.accumulate()
