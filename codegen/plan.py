@@ -109,7 +109,6 @@ def plan_for(scheme: Scheme, shape: Shape) -> Plan:
     narrow = any(term.when is When.ONCE_PER_TILE and token_block(term.store) % (2 * PAIR) for term in terms)
     # two planes at once are decoded, with what they become, or looked up
     narrow = narrow or any(term.polar or term.alphabet.looked_up and term.alphabet.small is None for term in terms)
-    narrow = narrow and keys.rope is None  # 16 tokens of the tile for each of the four warps
     tile, halves = 2 * PAIR, 2 if paired or narrow else 1
     if not paired and any(term.floats == "fp32" for term in terms):
         tile, halves = EXACT_TILE, 1
