@@ -113,7 +113,8 @@ def launches(plan: Plan, source: str) -> tuple[Launch, ...]:
     """One launch record a kernel, as it runs on a GPU."""
     records = []
     for kernel, names in arguments(source).items():
-        constants = {"ROWS": plan.rows(many=False), "SPLITS": 16}
+        # of models whose rotary positions turn all channels
+        constants = {"ROWS": plan.rows(many=False), "SPLITS": 16, "PAIRS": plan.shape.head_dim // 2}
         records.append(
             Launch(
                 kernel,

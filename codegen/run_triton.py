@@ -204,7 +204,7 @@ class TritonModule:
         assert rope is not None
         rows = table(frequencies, dim, self.plan.sinks + end + NEAR, device)
         first = near(frequencies, dim, rope.interleaved, device)
-        return {"rope_ptr": rows, "near_ptr": first, "pairs": len(frequencies)}
+        return {"rope_ptr": rows, "near_ptr": first, "PAIRS": len(frequencies)}
 
     def _query(self, query: Tensor, end: int, params: Params) -> dict[str, Any]:
         """The query, and where keys are mapped what it becomes for packed tokens, u below `end`."""

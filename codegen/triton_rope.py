@@ -15,9 +15,9 @@ from .triton_planes import Planes
 from .triton_unmap import Unmap
 
 ROTATE_ROWS = 16  # tokens of a program that rotates rows
-INPUTS = ("rope_ptr", "near_ptr", "pairs")
+INPUTS = ("rope_ptr", "near_ptr", "PAIRS: tl.constexpr")
 
-# A row of rope_ptr holds the cosines of all pairs, then the sines; those beyond the rotated `pairs` have 1 and 0.
+# A row of rope_ptr holds the cosines of all pairs, then the sines; those beyond the rotated PAIRS have 1 and 0.
 ROTATE = """
 @triton.jit(do_not_specialize=[$loose])
 def $name($args):
@@ -39,47 +39,48 @@ def $name($args):
     sine = tl.load(wave + $sines, mask=known, other=0.0).to(tl.float64)
     sine = sine * turn[None, :].to(tl.float64)
     y = (x.to(tl.float64) * cosine + partner.to(tl.float64) * sine).to(tl.float32)
-    y = tl.where((d < 2 * pairs)[None, :], y, x)
+    y = tl.where((d < 2 * PAIRS)[None, :], y, x)
     y = spoil(y, spoilt[:, None])
     tl.store(out_ptr + (bh.to(tl.int64) * count + n)[:, None] * $dim + d[None, :], y, mask=known)
 """
 
 
-def pair(rope: PreRope, d: str) -> str:
-    """The pair of each channel: its place in a row of cosines."""
-    return f"{d} // 2" if rope.interleaved else _split(d, d, f"{d} - pairs", f"{d} // 2")
+def pair(rope: PreRope, lane: str, first: int, count: int) -> str:
+    """The pair of each of the channels first + lane, lane < count: its place in a row of cosines."""
+    d = f"({lane}{plus(first)})" if first else lane
+    return f"{d} // 2" if rope.interleaved else f"pair_of({lane}, {first}, {count}, PAIRS)"
 
 
-def other(rope: PreRope, d: str) -> str:
+def other(rope: PreRope, lane: str, first: int, count: int) -> str:
     """The other channel of each channel's pair."""
-    return f"{d} ^ 1" if rope.interleaved else _split(d, f"{d} + pairs", f"{d} - pairs", d)
+    d = f"({lane}{plus(first)})" if first else lane
+    return f"{d} ^ 1" if rope.interleaved else f"partner_of({lane}, {first}, {count}, PAIRS)"
 
 
-def sign(rope: PreRope, d: str) -> str:
+def sign(rope: PreRope, lane: str, first: int, count: int) -> str:
     """-1 for the first channel of a pair, 1 for the second, 0 for channels that are not rotated."""
     if rope.interleaved:
-        return f"tl.where({d} < 2 * pairs, ({d} % 2 * 2 - 1).to(tl.float32), 0.0)"
-    return _split(d, "-1.0", "1.0", "0.0")
-
-
-def _split(d: str, first: str, second: str, rest: str) -> str:
-    return f"tl.where({d} < pairs, {first}, tl.where({d} < 2 * pairs, {second}, {rest}))"
+        d = f"({lane}{plus(first)})" if first else lane
+        return f"tl.where({d} < 2 * PAIRS, ({d} % 2 * 2 - 1).to(tl.float32), 0.0)"
+    return f"turn_of({lane}, {first}, {count}, PAIRS)"
 
 
 def _rotate(plan: Plan, name: str, back: bool, **holes: list[str] | str | int) -> str:
     """`back`: positions are put back, else taken off."""
     rope, dim = plan.keys.rope, plan.shape.head_dim
     assert rope is not None
-    turned = sign(rope, "d")
+    channels = ("d", 0, padded(dim))
+    turned = sign(rope, *channels)
     return fill(
         ROTATE, name=name, rows=ROTATE_ROWS, heads=plan.shape.kv_heads, dim=dim, padded=padded(dim), sinks=plan.sinks,
-        other=other(rope, "d"), pair=pair(rope, "d"), sines=dim // 2, sign=turned if back else f"-{turned}", **holes,
+        other=other(rope, *channels), pair=pair(rope, *channels), sines=dim // 2,
+        sign=turned if back else f"-{turned}", **holes,
     )  # fmt: skip
 
 
 def unrope(plan: Plan) -> str:
     """The text of `unrope_keys`: tokens u in [low, low + count) of the rows without their positions, to be coded."""
-    args = ["source_ptr", "first_ptr", "begin_ptr", "end_ptr", "rope_ptr", "out_ptr", "pairs"]
+    args = ["source_ptr", "first_ptr", "begin_ptr", "end_ptr", "rope_ptr", "out_ptr", "PAIRS: tl.constexpr"]
     args += ["total_rows", "offset", "ring", "low", "count"]
     where = [
         "u = low + n",
@@ -94,7 +95,7 @@ def unrope(plan: Plan) -> str:
 
 def rope(plan: Plan) -> str:
     """The text of `rope_keys`: decoded numbers (programs, count, D) of tokens from u = low on, at their positions."""
-    args = ["coded_ptr", "rope_ptr", "out_ptr", "pairs", "low", "count"]
+    args = ["coded_ptr", "rope_ptr", "out_ptr", "PAIRS: tl.constexpr", "low", "count"]
     where = ["u = low + n", "inside = n < count", "row = bh.to(tl.int64) * count + n"]
     text = _rotate(plan, "rope_keys", True, args=", ".join(args), loose='"low", "count"', where=where, clean=[])
     return text.replace("source_ptr", "coded_ptr").replace("b = bh // " + str(plan.shape.kv_heads) + "\n    ", "")
@@ -124,11 +125,8 @@ class Positions:
         """Lines that load w<plane>, in the units of x<plane> as it was loaded."""
         lines = []
         for j in self.count:
-            d = self.planes.plane_lane(j)
-            lines += [f"lane = {d}"] if j else []
-            d = "lane" if j else d
-            lines.append(f"other = {other(self.rope, d)}")
-            lines.append(f"turn = -scaling * {sign(self.rope, d)}")
+            lines.append(f"other = {other(self.rope, *self._channels(j))}")
+            lines.append(f"turn = -scaling * {sign(self.rope, *self._channels(j))}")
             inside = self.planes.inside(j)
             mask = f"live[None, :] & {inside}[:, None]" if inside else "live[None, :]"
             lines.append(f"w{j} = tl.load(query + other[:, None], mask={mask}, other=0.0).to(tl.float32)")
@@ -147,25 +145,26 @@ class Positions:
         """The operands where positions are those of the tokens themselves."""
         return [f"{name}{j} = {of}{j}.to({self.operand})" for j in self.count for name, of in (("e", "x"), ("h", "w"))]
 
-    # What is the same in every tile, loads and which pair a lane is of, would be kept in registers through the loop.
-    @staticmethod
-    def _nothing(half: int) -> str:
-        # a multiple of 16, so that it does not look as if rows were not aligned
-        return f"nothing = (page >> {63 - half}) * 16  # 0, which the compiler does not see"
+    def _channels(self, plane: int) -> tuple[str, int, int]:
+        """The channels of a plane, for `pair` and its like."""
+        return self.planes.lane, self.planes.start(plane), self.planes.width
 
-    def _pair(self, plane: int) -> list[str]:
-        """which = the pair of each lane of a plane."""
-        return [f"lane = {self.planes.plane_lane(plane)} + nothing.to(tl.int32)", f"which = {pair(self.rope, 'lane')}"]
+    def _pair(self, plane: int) -> str:
+        """The line that says which pair each lane of a plane is of."""
+        return f"which = {pair(self.rope, *self._channels(plane))}"
 
     def first(self, half: int = 0) -> list[str]:
         """Where the waves of a tile's first token are; of every `half` apart, where they are read once more."""
         start = f"(nothing + tile) * {self.plan.tile * self.dim}{plus(self.plan.sinks * self.dim)}"
-        return [self._nothing(half), f"first_wave = rope_ptr + {start}"]
+        # Loads that are the same in every tile would be kept in registers through the loop; a multiple of 16, so that
+        # it does not look as if rows were not aligned.
+        lines = [f"nothing = (page >> {63 - half}) * 16  # 0, which the compiler does not see"]
+        return [*lines, f"first_wave = rope_ptr + {start}"]
 
     def turned(self, j: int) -> list[str]:
         """The operands of plane j in a tile, from the position of its first token."""
         mask = f", mask={self.planes.inside(j)}, other=0.0" if self.planes.inside(j) else ""
-        lines = [*self._pair(j), f"cosine = tl.load(first_wave + which{mask})"]
+        lines = [self._pair(j), f"cosine = tl.load(first_wave + which{mask})"]
         lines.append(f"sine = tl.load(first_wave{plus(self.dim // 2)} + which{mask})")
         for name, first, sign_, second in (("e", "x", "+", "w"), ("h", "w", "-", "x")):
             text = f"{first}{j} * cosine[:, None] {sign_} {second}{j} * sine[:, None]"
@@ -188,12 +187,12 @@ class Positions:
     def own(self) -> list[str]:
         """The address of the waves of the edge tokens u, a row each."""
         row = f"tl.where(coded, u{plus(self.plan.sinks)}, 0).to(tl.int64)[:, None] * {self.dim}"
-        return [self._nothing(0), f"wave = rope_ptr + {row}"]
+        return [f"wave = rope_ptr + {row}"]
 
     def own_waves(self, j: int) -> list[str]:
         mask = self._lanes(j)
         return [
-            *self._pair(j),
+            self._pair(j),
             f"cosine = tl.load(wave + which[None, :]{mask})",
             f"sine = tl.load(wave + which[None, :]{plus(self.dim // 2)}{mask})",
         ]
