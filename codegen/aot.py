@@ -46,7 +46,7 @@ class CompileError(BackendError):
 class CompiledKernel:
     """What one kernel is on one architecture.
 
-    stages               depth of the pipeline, the deepest of the launch whose buffers fit
+    stages               depth of the pipeline, the first of the launch whose buffers fit and that spills nothing
     registers            per thread
     spills, stack        instructions on local memory; bytes of stack per thread: both 0 in a good kernel
     shared_bytes         shared memory of a program
@@ -161,14 +161,21 @@ def _ask_child(request: Mapping[str, Any], cache_folder: Path | None) -> list[di
 
 
 def _best(module: ModuleType, launch: Launch, arch: str) -> CompiledKernel:
-    """At the first depth whose buffers fit, under the setting of the assembler that `fewest_spills` finds.  Raises
-    CompileError where no depth fits."""
-    limit = GPUS[arch].shared
+    """At the first depth whose buffers fit and under the first setting of the assembler where no number is moved to
+    memory, else where the fewest are.  Raises CompileError where no depth fits."""
+    limit, best = GPUS[arch].shared, None
     for stages in launch.stages:
         binary = _binary(module, launch, arch, stages)
-        if binary.metadata.shared <= limit:
-            _, assembly = fewest_spills(binary, launch.assembler)
-            return _measured(launch, arch, stages, binary.metadata.shared, assembly)
+        if binary.metadata.shared > limit:
+            continue
+        _, assembly = fewest_spills(binary, launch.assembler)
+        found = _measured(launch, arch, stages, binary.metadata.shared, assembly)
+        if best is None or (found.spilled, found.spills) < (best.spilled, best.spills):
+            best = found
+        if not best.spilled:
+            break
+    if best is not None:
+        return best
     needed = f"needs {binary.metadata.shared} bytes of shared memory, {GPUS[arch].name} has {limit}"
     raise CompileError([f"{launch.kernel} for {arch}: {needed}"])
 

@@ -18,7 +18,8 @@ class Launch:
     signature          argument name -> "*fp16", "*u8", "i32", "fp32", ... or "constexpr", in the order of the arguments
     constants          values of the constexpr arguments, DEPTH apart
     warps              `num_warps`
-    stages             depths of the asynchronous pipeline, the deepest first: the first whose buffers fit is taken
+    stages             depths of the asynchronous pipeline in the order they are tried, until the buffers fit and no
+                       number is moved to memory
     assembler          settings of NVIDIA's assembler to try until no number is moved to memory, see `assembled`
     fp_fusion          False where results must be rounded after every operation (packing)
     loop_packed_bytes  bytes of codes and metadata that one iteration of the main loop reads of the program's

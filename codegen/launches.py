@@ -58,9 +58,12 @@ def fused(kernel: str) -> bool:
     return not kernel.startswith(("pack", "unpack", "turn", "restore", "unrope", "rope"))
 
 
-def stages(kernel: str) -> tuple[int, ...]:
-    """Depths of the asynchronous pipeline: every loaded tile waits in shared memory, which is small on some GPUs."""
-    return (3, 2, 1) if kernel in ATTEND else (1,)
+def stages(kernel: str, plan: Plan) -> tuple[int, ...]:
+    """Depths of the asynchronous pipeline, the best first: every loaded tile waits in shared memory, which is small on
+    some GPUs, the waves of positions with it, which take several times what the codes do."""
+    if kernel not in ATTEND:
+        return (1,)
+    return (3, 2, 1) if plan.keys.rope is None else (2, 3, 1)
 
 
 def loop_bytes(plan: Plan, *, repeated: bool = False) -> int:
@@ -121,7 +124,7 @@ def launches(plan: Plan, source: str) -> tuple[Launch, ...]:
                 tuple((name, _type(name, kernel, plan)) for name in names),
                 tuple((name, constants[name]) for name in names if name in constants),
                 warps=warps(kernel, plan),
-                stages=stages(kernel),
+                stages=stages(kernel, plan),
                 assembler=ASSEMBLER,
                 fp_fusion=fused(kernel),
                 loop_packed_bytes=loop_bytes(plan) if kernel in ATTEND else 0,

@@ -76,14 +76,19 @@ class TritonModule:
         if kernel in self.settings:
             launch(*self.settings[kernel])
             return
-        for depth in stages(kernel):
+        refused, found = None, dict[Setting, int]()
+        for depth in stages(kernel, self.plan):
             try:
-                self.settings[kernel] = depth, _setting(partial(launch, depth))
+                setting, spills = _setting(partial(launch, depth))
             except OutOfResources as error:
                 refused = error
                 continue
-            return
-        raise BackendError(f"{kernel} does not fit this GPU: {refused}")
+            found[depth, setting] = spills
+            if not spills:
+                break
+        if not found:
+            raise BackendError(f"{kernel} does not fit this GPU: {refused}")
+        self.settings[kernel] = min(found, key=lambda one: found[one])
 
     def pack(self, side: Side, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor,
              reach: tuple[int, int], pool: Tensor, table: Tensor, params: Params) -> None:  # fmt: skip
@@ -300,15 +305,15 @@ class TritonModule:
         return out, out_lse
 
 
-def _setting(launch: Callable[[str | None], Any]) -> str | None:
-    """The setting of the assembler to launch a kernel under, which was launched under it.
+def _setting(launch: Callable[[str | None], Any]) -> tuple[str | None, int]:
+    """The setting of the assembler to launch a kernel under, which was launched under it, and what it spills.
 
     Where the assembler does not run alone, Triton compiles the kernel under one setting after another.
     """
     compiled = launch(ASSEMBLER[0])
     spills: dict[str | None, int] = {ASSEMBLER[0]: _spills(compiled)}
     if not spills[ASSEMBLER[0]]:
-        return ASSEMBLER[0]
+        return ASSEMBLER[0], 0
     try:
         settings: tuple[str | None, ...] = (fewest_spills(compiled, ASSEMBLER)[0],)
     except BackendError:
@@ -317,7 +322,8 @@ def _setting(launch: Callable[[str | None], Any]) -> str | None:
         spills[setting] = _spills(launch(setting))
         if not spills[setting]:
             break
-    return settings[0] if len(settings) == 1 else min(spills, key=lambda one: spills[one])
+    best = settings[0] if len(settings) == 1 else min(spills, key=lambda one: spills[one])
+    return best, spills[best]
 
 
 def _spills(compiled: Any) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from sympy import Expr
 
 from .placement import When
-from .plan import Plan, SidePlan
+from .plan import WIDEST, Plan, SidePlan
 from .text import plus
 from .triton_meta import entry, read, static_read, token_entry
 from .triton_planes import Planes
@@ -224,4 +224,6 @@ class ValueSide:
         if self.side.shifted:
             lines.append("coded_mass = coded_mass * decay + tl.sum(tl.where(coded[:, None], p, 0.0), 0)")
         rows = self.first.exact_tokens() if self.exact_rows is None else self.exact_rows.accumulate()
-        return lines + rows  # read in every tile: with one more branch the sums of wide sides are moved to memory
+        if self.side.row > WIDEST:  # so many sums would be moved to memory and back at one more branch
+            return lines + rows
+        return lines + where_any(self.plan, "exact", rows)
