@@ -32,7 +32,7 @@ ASSEMBLER = (None, "--register-usage-level=10", "--register-usage-level=0", "max
 
 def warps(kernel: str, plan: Plan) -> int:
     """Warps of a program: one where tiles stay in one warp's tensor cores or numbers are exchanged within it, two where
-    16 rows, or sums of several heads, would not fit its registers, four or more where a page is rewritten, products are
+    16 rows, or sums of many numbers, would not fit its registers, four or more where a page is rewritten, products are
     of float32 numbers, keys are rotated, or radii and angles become channels level by level."""
     exact = plan.shape.dtype == "fp32" or any(term.floats == "fp32" for term in plan.terms)
     if kernel.startswith("pack"):
@@ -49,7 +49,7 @@ def warps(kernel: str, plan: Plan) -> int:
         return 4
     if plan.keys.rope is not None or any(term.band for term in plan.terms):
         return 4  # decoded numbers, waves and two queries a plane: one warp moves hundreds of them to memory
-    wide = plan.values.joined > 1 and plan.values.row > WIDEST
+    wide = plan.values.row > WIDEST
     return 1 if plan.rows(many=kernel != "decode") == DECODE_ROWS and not wide else 2
 
 
