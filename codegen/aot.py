@@ -41,6 +41,9 @@ class CompileError(BackendError):
         self.failures = tuple(failures)
         super().__init__("\n".join(self.failures))
 
+    def __reduce__(self) -> tuple[type[CompileError], tuple[tuple[str, ...]]]:
+        return CompileError, (self.failures,)
+
 
 @dataclass(frozen=True)
 class CompiledKernel:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from dataclasses import replace
@@ -248,3 +249,9 @@ def test_a_launch_must_fit_itself() -> None:
     ):
         with pytest.raises(ValueError, match="launch of kernel"):
             Launch("kernel", **wrong)
+
+
+def test_failures_come_back_from_another_process() -> None:
+    """A pool of processes pickles what a worker raises."""
+    error = pickle.loads(pickle.dumps(CompileError(["decode: one", "merge: two"])))
+    assert error.failures == ("decode: one", "merge: two") and str(error) == "decode: one\nmerge: two"
