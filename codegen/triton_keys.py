@@ -132,16 +132,17 @@ class Keys(Planes):
 
     def _turned_back(self, positions: Positions, half: int, tokens: str) -> list[str]:
         """Scores of decoded numbers, each at its token's position."""
-        planes = range(self.side.layout.planes)
-        start = [] if half else positions.first()
         words = [[] if self.side.floats else reader.load(half, tokens) for reader in self.readers]
-        decoded = [reader.packed_channels(half, tokens) for reader in self.readers]
-        if positions.unmap is not None:  # made again, as registers are full of what is mapped back
-            return [*positions.first(half), *positions.unmap.first(half)] + self._at_positions(
-                positions, words, decoded, positions.near(half), lambda j: positions.turned(j) + positions.near_waves(j)
-            )
-        start += [] if half else [line for j in planes for line in positions.turned(j)]
-        return start + self._at_positions(positions, words, decoded, positions.near(half), positions.near_waves)
+        planes = [reader.packed_channels(half, tokens) for reader in self.readers]
+        unmap, wave = positions.unmap, positions.near_waves
+        if unmap is not None:
+            start, wave = [*positions.first(half), *unmap.first(half)], positions.turned_waves
+        elif half:
+            start = []
+        else:
+            turned = (line for j in range(self.side.layout.planes) for line in positions.turned(j))
+            start = [*positions.first(), *turned]
+        return start + self._at_positions(positions, words, planes, positions.near(half), wave)
 
     def _at_positions(
         self,

@@ -390,7 +390,7 @@ class Planes:
                 lane = f"{lane} // {meta.channels}" if meta.channels > 1 else lane
             else:  # a column of tokens, or one number
                 lane, mask = str(group), self.grid(guard, "")[0] if guard and not block else ""
-            if group is None or plane == 0 or side.polar or side.band or group != self._one_group(plane - 1):
+            if group is None or plane == 0 or side.polar or group != self._one_group(plane - 1):
                 lines += read(side, self.meta, entry(side, token, lane), *names, mask=mask)
         elif side.static:
             lines += static_read(self, plane, self.grid(tokens, self.lane)[1])

@@ -12,7 +12,7 @@ from kvdsl.scheme import PreRope
 from .plan import Plan
 from .text import fill, padded, plus
 from .triton_planes import Planes
-from .triton_unmap import Unmap
+from .triton_unmap import Unmap, unseen
 
 ROTATE_ROWS = 16  # tokens of a program that rotates rows
 INPUTS = ("rope_ptr", "near_ptr", "PAIRS: tl.constexpr")
@@ -156,9 +156,7 @@ class Positions:
     def first(self, half: int = 0) -> list[str]:
         """Where the waves of a tile's first token are; of every `half` apart, where they are read once more."""
         start = f"(nothing + tile) * {self.plan.tile * self.dim}{plus(self.plan.sinks * self.dim)}"
-        # Loads that are the same in every tile would be kept in registers through the loop; a multiple of 16, so that
-        # it does not look as if rows were not aligned.
-        lines = [f"nothing = (page >> {63 - half}) * 16  # 0, which the compiler does not see"]
+        lines = [f"nothing = {unseen(half)}  # 0, which the compiler does not see"]
         return [*lines, f"first_wave = rope_ptr + {start}"]
 
     def turned(self, j: int) -> list[str]:
@@ -183,6 +181,10 @@ class Positions:
             f"cosine = tl.load(wave{plus(start)}{mask})",
             f"sine = tl.load(wave{plus(self.dim + start)}{mask})",
         ]
+
+    def turned_waves(self, j: int) -> list[str]:
+        """The operands of plane j and its waves, where there are no registers for the operands of all planes."""
+        return self.turned(j) + self.near_waves(j)
 
     def own(self) -> list[str]:
         """The address of the waves of the edge tokens u, a row each."""

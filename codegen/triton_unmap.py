@@ -18,6 +18,12 @@ from .text import plus
 from .triton_planes import Planes
 
 
+def unseen(half: int = 0) -> str:
+    """0, which the compiler does not see: what is the same in every tile, or `half` of one, and counted from it is not
+    kept in registers through the loop.  A multiple of 16, so that it does not look as if rows were not aligned."""
+    return f"(page >> {63 - half}) * 16"
+
+
 class Unmap:
     """Lines that make b<plane>, channels of the head before their positions, of decoded n<plane>."""
 
@@ -53,7 +59,7 @@ class Unmap:
         """Lines before any numbers of a sub-tile: the matrix of one plane, which few registers are left for."""
         if not self.side.butterflies:
             return []
-        return [f"sylvester = {self._block(f'keys_inner_ptr + (page >> {63 - half}) * 16', 0, 0)}"]
+        return [f"sylvester = {self._block(f'keys_inner_ptr + {unseen(half)}', 0, 0)}"]
 
     def taken(self, plane: int) -> list[str]:
         """Lines behind one plane of decoded numbers, where it need not wait for those of other heads."""
@@ -94,8 +100,7 @@ class Unmap:
 
     @staticmethod
     def _inner() -> str:
-        # Loads that are the same in every tile would be kept in registers through the loop; rows stay aligned to 16.
-        return "inner = keys_inner_ptr + h * keys_stride + (page >> 63) * 16"
+        return f"inner = keys_inner_ptr + h * keys_stride + {unseen()}"
 
     def _small(self, j: int) -> str:
         return f"b{j} = tl.dot(n{j}.to({self.operand}), sylvester{self.precise})"
@@ -126,6 +131,6 @@ class Unmap:
         lines = self._products(of) if self.side.joined == 1 else []
         if self.side.shifted:
             mask = self.planes.inside(of)
-            at = f"keys_inner_shift_ptr + h * keys_shifts * {self.dim} + (page >> 63) + {self.planes.plane_lane(of)}"
+            at = f"keys_inner_shift_ptr + h * keys_shifts * {self.dim} + {unseen()} + {self.planes.plane_lane(of)}"
             lines.append(f"b{of} = b{of} + tl.load({at}{f', mask={mask}, other=0.0' if mask else ''})[None, :]")
         return lines

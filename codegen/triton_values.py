@@ -137,7 +137,11 @@ class Values(Planes):
 
     def edge_prologue(self) -> list[str]:
         zero = f"tl.zeros([{self.lanes}, {self.rows}], tl.float32)"
-        return self.own([f"o{j} = {zero}" for j in range(self.side.layout.planes)])
+        return [f"{name} = {zero}" for name in self.sums()]
+
+    def sums(self) -> list[str]:
+        """Names of the sums over edge tokens, which are of decoded numbers."""
+        return self.own([f"o{j}" for j in range(self.side.layout.planes)])
 
     def tokens(self) -> list[str]:
         """Add decoded edge tokens under `weight` to sums that have decayed."""
@@ -217,7 +221,7 @@ class ValueSide:
 
     def either(self) -> list[str]:
         """Add edge tokens under weights p: decoded where `coded`, from exact rows where `exact`."""
-        sums = [name for term in self.terms for name in term.own([f"o{j}" for j in range(term.side.layout.planes)])]
+        sums = [name for term in self.terms for name in term.sums()]
         sums += self.exact_rows.names() if self.exact_rows is not None else []
         lines = [f"weight = {self.first.cast('p')}", *(f"{name} = {name} * decay[None, :]" for name in sums)]
         lines += where_any(self.plan, "coded", [line for term in self.terms for line in term.tokens()])

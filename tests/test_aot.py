@@ -195,11 +195,11 @@ def test_a_kernel_runs_under_the_setting_that_was_found(alone: bool, monkeypatch
         return settings[2], None
 
     monkeypatch.setattr(run_triton, "fewest_spills", found)
-    assert run_triton._setting(launch)[0] == ASSEMBLER[2]
+    assert run_triton._setting(launch) == (ASSEMBLER[2], 0)
     assert launched == ([None, ASSEMBLER[2]] if alone else list(ASSEMBLER[:3]))
     spills[None] = 0
     launched.clear()
-    assert run_triton._setting(launch)[0] is None and launched == [None]
+    assert run_triton._setting(launch) == (None, 0) and launched == [None]
 
 
 def test_the_pipeline_is_as_deep_as_shared_memory_lets_it(small: Path) -> None:
