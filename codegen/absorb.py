@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import sympy as sp
 
 from kvdsl.errors import ProofError
-from kvdsl.scheme import ALL, ChannelScale, ChannelShift, Permute, Polar, PreRope, Rotate, Sketch, Store
+from kvdsl.scheme import ALL, ChannelScale, ChannelShift, Permute, Pick, Polar, PreRope, Rotate, Sketch, Store
 
 CHANNELS, NUMBERS, TOKENS = 3, 2, 2  # of the proof: the statement is linear in every factor
 
@@ -43,6 +43,9 @@ def steps(store: Store) -> tuple[str, ...]:
 
 
 def _said(part: object) -> str:
+    if isinstance(part, Pick):
+        share = f"{part.channels} " if isinstance(part.channels, int) else f"{100 * part.channels:g} % of all "
+        return f"y = the {share}channels with a store of their own" if part.top else f"y = x without {share}channels"
     if isinstance(part, PreRope):
         which = "2i and 2i + 1" if part.interleaved else "i and i + R/2"
         return f"y = R_t^-1 x, R_t turns channels {which} by t*f[i], f the model's R/2 frequencies"

@@ -121,7 +121,8 @@ def _planned(name: Side, store: Store, part: SideLayout, shape: Shape, depth: in
     if part.rest is not None:
         rest = _planned(name, store, part.rest, shape, depth + 1, first + part.width * term.joined)
     alphabet = alphabet_of(term, _channels(term, shape))
-    return SidePlan(name, term, part, place(term, part), alphabet, shape.head_dim, rest, depth, first)
+    home = name if isinstance(term, Band) else store.placed(name)[depth][0]
+    return SidePlan(name, term, part, place(term, part), alphabet, shape.head_dim, rest, depth, first, home)
 
 
 def _channels(store: Store, shape: Shape) -> int:

@@ -344,8 +344,9 @@ def _parameter(name: str, params: Params) -> Tensor | int:
     """A kernel's argument that comes from the parameters: `keys_scale_ptr`, `keys_encode_ptr`, or how far apart one
     head's map (`keys_stride`) or shift (`keys_shifts`) is from the next; 0 where heads share it."""
     side, _, what = name.removesuffix("_ptr").partition("_")
-    while what.startswith("residual_"):
-        side, what = f"{side}.residual", what.removeprefix("residual_")
+    for part, place in (("outliers", "outliers.store"), ("residual", "residual"), ("residual", "residual")):
+        if what.startswith(f"{part}_"):
+            side, what = f"{side}.{place}", what.removeprefix(f"{part}_")
     if what.endswith("stride"):
         matrix = params[f"{side}.{'read' if what == 'read_stride' else 'encode'}"]
         return matrix.shape[1] * matrix.shape[2] if matrix.shape[0] > 1 else 0

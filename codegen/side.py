@@ -41,6 +41,8 @@ class SidePlan:
     """How many terms stand before this one."""
     first: int = 0
     """Where the numbers of this term begin in the side's row."""
+    home: str = ""
+    """Where its store stands in the spec: the beginning of the names of the map of its row."""
 
     @property
     def terms(self) -> tuple[SidePlan, ...]:
@@ -75,13 +77,12 @@ class SidePlan:
     @property
     def space(self) -> str:
         """The end of the names of the functions of the map of this term's row."""
-        return self.name if self.band else self.name + "_residual" * self.depth
+        return self.home.replace(".store", "").replace(".", "_")
 
     @property
     def product(self) -> str:
         """The name of the torch function that multiplies what is packed: with a query, or under weights."""
-        product = "score" if self.name == "keys" else "weigh"
-        return product if self.band else product + "_residual" * self.depth
+        return ("score" if self.name == "keys" else "weigh") + self.space.removeprefix(self.name)
 
     @property
     def path(self) -> str:
@@ -89,24 +90,21 @@ class SidePlan:
         return f"{self.name}.code.stores[{self.depth}]" if self.band else self.home
 
     @property
-    def home(self) -> str:
-        """The beginning of the names of the map of this term's row."""
-        return self.name if self.band else self.name + ".residual" * self.depth
-
-    @property
     def title(self) -> str:
         """What a person calls this term."""
         if self.band:
             return f"{self.name}, {f'angles of level {self.depth}' if self.depth else 'radii'}"
-        return self.name + ", what is left" * self.depth
+        if self.home.endswith(".outliers.store"):
+            return f"{self.name}, outlier channels"
+        return self.name + ", what is left" * self.home.count(".residual")
 
     @property
     def number(self) -> str:
-        """What a decoded number is called in formulas: k or v, r of what is left; of bands r a radius, a2 an angle of
-        the second level."""
+        """What a decoded number is called in formulas: k or v, o of outlier channels, r of what is left; of bands r a
+        radius, a2 an angle of the second level."""
         if self.band:
             return f"a{self.depth}" if self.depth else "r"
-        return "r" if self.depth else self.name[0]
+        return self.mark[-1:] or self.name[0]
 
     @property
     def letter(self) -> str:
@@ -116,7 +114,9 @@ class SidePlan:
     @property
     def mark(self) -> str:
         """What tells the names of this term from those of the others of its side."""
-        return "abcdef"[self.depth] if self.band else "r" * self.depth
+        if self.band:
+            return "abcdef"[self.depth]
+        return "o" * self.home.count(".outliers") + "r" * self.home.count(".residual")
 
     @property
     def row(self) -> int:

@@ -152,6 +152,7 @@ def calibrate(
     for side, x in zip(SIDES, (k, v), strict=True):
         store, x = scheme.side(side), x[:, :, sinks:].detach().cpu()
         found |= fitted(store, side, x, None if q is None else q.detach().cpu(), found, sinks)
+        store = store.own
         y = encoded_rows(store, x, found, side, sinks) if store.turned else x
         dy = _gradient(store, x, gradients, found, side, sinks) if weighted(store) else None
         found |= measured(store.with_(transform=()), y, side, dy)

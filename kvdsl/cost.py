@@ -191,10 +191,13 @@ def _constants(store: Store, shape: Shape) -> int:
     """Bytes a layer of calibrated numbers: a scale, (kv heads or 1) x (groups of channels or 1), offsets too; a second
     level, (kv heads or 1); the levels of a table."""
     scale, count = store.measure, 0
+    if store.outliers is not None:
+        count += shape.kv_heads * (shape.head_dim - store.own.width(shape.head_dim))
     if isinstance(store.code, Codebook) and store.code.levels == "calibrated":
         count += 2 ** (width(store.code) or 0)
     if scale is not None and scale.when == "calibrated":
-        groups = shape.head_dim // _size(scale.block.channels, shape.head_dim)
+        channels = store.own.width(shape.head_dim)
+        groups = channels // _size(scale.block.channels, channels)
         count += _heads(scale, shape) * groups * len(_widths(scale))
     if scale is not None and scale.scale is not None:
         count += _heads(scale.scale, shape)
@@ -208,18 +211,24 @@ def _heads(scale: Scale, shape: Shape) -> int:
 
 def _formula(side: Store, shape: Shape, tokens: int) -> str:
     """Bits of a packed number in words; of several stores one behind the other, then their sum."""
-    texts = [_formula_of(store, shape, tokens) for store in side.terms]
-    total = float(sum(_of_side(side, shape, tokens)))
-    between = "; of angles " if side.levels > 1 else "; of what is left "
-    return between.join(texts) + (f"; together {total:g} bits" if len(texts) > 1 else "")
+    first, *others = (_formula_of(store, shape, tokens) for store in side.terms)
+    names = ["angles" if side.levels > 1 else "what is left"] * len(others)
+    if side.outliers is not None:
+        names[0] = "outlier channels"
+    told = "".join(f"; of {name} {text}" for name, text in zip(names, others, strict=True))
+    return first + (f"{told}; together {float(sum(_of_side(side, shape, tokens))):g} bits" if others else "")
 
 
 def _formula_of(store: Store, shape: Shape, tokens: int) -> str:
     code, metadata, padding = _stored(store, shape, tokens)
+    total = float(code + metadata + padding)
+    channels = store.width(shape.head_dim)
+    part = f"{channels}/{shape.head_dim} x " if store.pick else ""
+    code = code * shape.head_dim / channels
     if (scale := _online(store)) is None:
-        return f"{float(code):g} bits"
+        return f"{part}{float(code):g} = {total:g} bits" if part else f"{float(code):g} bits"
     widths = _widths(scale)
     share = f"({' + '.join(map(str, widths))})" if len(widths) > 1 else str(widths[0])
     padded = f" + {float(padding):g} of padding" if padding else ""
-    total = float(code + metadata + padding)
-    return f"{float(code):g} + {share}/{_block(store, scale, shape)}{padded} = {total:g} bits"
+    number = f"{float(code):g} + {share}/{_block(store, scale, shape)}"
+    return f"{f'{part}({number})' if part else number}{padded} = {total:g} bits"

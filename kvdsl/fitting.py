@@ -1,4 +1,5 @@
-"""Transforms measured on data: scales, shifts and orders of channels, one after the other as they are applied."""
+"""Transforms measured on data: outlier channels, then scales, shifts and orders of the others, one after the other as
+they are applied."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .errors import ShapeError
-from .scheme import ChannelScale, ChannelShift, Permute, Side, Store
+from .scheme import ChannelScale, ChannelShift, Permute, Side, Store, TopChannels
 from .spaces import applied, maps
 
 EXPONENTS = tuple(i / 20 for i in range(21))  # of the search for learned scales
@@ -25,6 +26,11 @@ def fitted(
     from .reference.quantize import encoded_rows
 
     found: dict[str, Tensor] = dict(given or {})
+    if store.outliers is not None:
+        top = largest(store.outliers, x)
+        x, q = without(top, x), None if q is None else without(top, q)
+        rest = fitted(store.with_(outliers=None), side, x, q, found, at)
+        return {f"{side}.outliers": top.to(torch.float32), **rest}
     seen: tuple[object, ...] = ()
     bare = x if store.rope is None else encoded_rows(store.with_(transform=store.rope), x, found, side, at)
     for position, part in enumerate(store.transform):  # type: ignore[arg-type]
@@ -40,6 +46,23 @@ def fitted(
             found[name] = size.argsort(dim=-1, stable=True).to(torch.float32)
         seen = (*seen, part)
     return {name: numbers.to(torch.float32) for name, numbers in found.items()}
+
+
+def largest(part: TopChannels, x: Tensor) -> Tensor:
+    """The largest channels of every head of x (B, H, T, D), rising: int64 (H, n)."""
+    size, count = x.double().abs(), part.n if isinstance(part.n, int) else round(part.n * x.shape[3])
+    if part.by == "absmax":
+        size = size.amax((0, 2))
+    else:
+        size = size.mean((0, 2)) if part.by == "absmean" else size.square().sum((0, 2))
+    return size.argsort(dim=-1, descending=True, stable=True)[:, :count].sort(-1).values
+
+
+def without(top: Tensor, x: Tensor) -> Tensor:
+    """x (B, H', T, D) without the channels `top` (H, n) of its heads, or of the kv heads that its heads read."""
+    others = torch.ones(len(top), x.shape[3], dtype=torch.bool, device=x.device).scatter(1, top, False)
+    kept = others.repeat_interleave(x.shape[1] // len(top), 0)
+    return x.transpose(1, 2)[:, :, kept].unflatten(2, (x.shape[1], -1)).transpose(1, 2)
 
 
 def _through(store: Store, side: Side, parts: tuple[object, ...], numbers: dict[str, Tensor], x: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from .scheme import (
     Scheme,
     Sinks,
     Store,
+    TopChannels,
     When,
     Zero,
 )
@@ -38,6 +39,7 @@ from .transforms import (
     RotateKind,
     ScaleRule,
     ShiftRule,
+    Size,
 )
 
 LONGEST_BLOCK = 512  # tokens that may share a scale: a page holds whole blocks
@@ -206,6 +208,16 @@ def stores(place: str, value: Any) -> Iterator[Fault]:
         yield from check(f"{place}[{position}]", item)
 
 
+def outliers(place: str, value: Any) -> Iterator[Fault]:
+    """A count of channels, or a share of a head's."""
+    if type(value) is float and 0 < value < 1:
+        return
+    if isinstance(value, float):
+        yield Fault(place, f"{said(value)} is no share of channels", "use a share below 1, as 0.125, or a count, as 8")
+    else:
+        yield from count(8, 248, "channels")(place, value)
+
+
 def flag(place: str, value: Any) -> Iterator[Fault]:
     """True or False."""
     if not isinstance(value, bool):
@@ -311,7 +323,14 @@ KINDS: dict[type[Part], dict[str, Check]] = {
         "code": one_of("Uniform(bits=4) or Float('fp16')", Uniform, Float, Codebook, Sketch, Bands),
         "scale": one_of("scale=per_token(channels=32)", Scale, optional=True),
         "transform": transforms,
+        "outliers": one_of("outliers=TopChannels(8, store=Store(...))", TopChannels, optional=True),
         "residual": one_of("residual=Sketch(basis='gaussian')", Store, optional=True),
+    },
+    TopChannels: {
+        "n": outliers,
+        "by": word(Size),
+        "store": _store,
+        "when": word(Literal["calibrated"]),
     },
     Recent: {"tokens": count(1, LONGEST_WINDOW, "tokens"), "flush": word(Flush)},
     Sinks: {"tokens": count(1, LONGEST_WINDOW, "tokens")},

@@ -1,8 +1,9 @@
 """Numbers of a scheme beside its pages: which it wants, whether they fit, and the file they are kept in.
 
 Names are the parts' places in the spec: `keys.scale`, `keys.scale.scale` (a second level), `keys.code` (the levels of a
-table), `values.transform[1]`; in a file for a whole model each stands behind `layers.<i>.`.  Kernels take them made
-ready: with the maps of the spaces that keys and values are coded in, `keys.encode` and so on (see spaces.py).
+table), `values.transform[1]`, `keys.outliers` (which channels have a store of their own); in a file for a whole model
+each stands behind `layers.<i>.`.  Kernels take them made ready: with the maps of the spaces that keys and values are
+coded in, `keys.encode` and so on (see spaces.py).
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ def wanted(scheme: Scheme, shape: Shape) -> dict[str, tuple[int, ...]]:
     """The names and shapes of the numbers a scheme needs beside its pages: of a scale (kv heads or 1, groups of
     channels or 1), and (2, ...) = scale, offset where the range has an offset; of a second level (kv heads or 1, 1); of
     a table (levels,); of a transform (kv heads, head_dim); of PreRope (head_dim / 2) frequencies, or fewer where not
-    all channels are rotated.  Empty where nothing is calibrated."""
+    all channels are rotated; of outlier channels (kv heads, so many), the others being the head's for scales and
+    transforms.  Empty where nothing is calibrated."""
     found: dict[str, tuple[int, ...]] = {}
     for side in SIDES:
         store = scheme.side(side)
-        code, scale, width = store.code, store.measure, store.coded(shape.head_dim)
+        code, scale, width = store.code, store.measure, store.own.coded(shape.head_dim)
         found |= calibrated(store, side, shape.kv_heads, shape.head_dim)
         if scale is not None and scale.when == "calibrated":
             blocks = (_blocks(scale.block.heads, shape.kv_heads), _blocks(scale.block.channels, width))
@@ -87,12 +89,15 @@ def checked(
             )
         if tuple(given.shape) != right and not rope:
             raise ShapeError(f"params[{name!r}]: shape {tuple(given.shape)}; the right one is {right}")
+        given = given.to(torch.float32) if name.endswith(".outliers") else given
         if not given.is_floating_point() or not bool(torch.isfinite(given).all()):
             raise ShapeError(
                 f"params[{name!r}]: it holds numbers that are no finite floats; calibrate on finite tensors"
             )
         if name.endswith(".scale.scale") and not bool((given > 0).all()):
             raise ShapeError(f"params[{name!r}]: {float(given.min())!r} is no scale to divide by; give numbers above 0")
+        if name.endswith(".outliers"):
+            _distinct(name, given, shape.head_dim)
         if name.endswith(".code") and not bool((given[1:] > given[:-1]).all()):
             raise ShapeError(f"params[{name!r}]: the levels do not rise; sort them, each one different")
         taken[name] = given.detach().to("cpu" if rope else device, torch.float32).contiguous()
@@ -103,6 +108,16 @@ def checked(
         exact = shape.dtype == "fp32" or scheme.side(side).code == Float("fp32")
         taken |= made | in_loop(scheme.side(side), side, shape.head_dim, made, exact=exact)
     return taken
+
+
+def _distinct(name: str, channels: Tensor, head_dim: int) -> None:
+    """ShapeError unless every head's outlier channels are different ones of its own."""
+    rows = channels.detach().cpu().double().sort(-1).values
+    within = bool(((rows >= 0) & (rows < head_dim) & (rows == rows.round())).all())
+    if not within or bool((rows[:, 1:] == rows[:, :-1]).any()):
+        raise ShapeError(
+            f"params[{name!r}]: {channels.tolist()}; give every head different channels, whole numbers below {head_dim}"
+        )
 
 
 def missing(scheme: Scheme, name: str) -> str:
@@ -116,7 +131,7 @@ def missing(scheme: Scheme, name: str) -> str:
 
 def _fit(made: Params, side: Side, store: Store, shape: Shape) -> None:
     """ShapeError for a given map that does not fit."""
-    numbers, together = store.coded(shape.head_dim), store.joined
+    numbers, together = store.own.coded(shape.head_dim), store.joined
     sizes = {"encode": (numbers, together * shape.head_dim), "decode": (shape.head_dim, together * numbers)}
     sizes |= {"encode_shift": (numbers,), "decode_shift": (shape.head_dim,)}  # type: ignore[dict-item]
     for name, tensor in made.items():

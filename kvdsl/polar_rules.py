@@ -44,10 +44,10 @@ def _radii_and_angles_share_no_byte(site: Site) -> Iterator[Fault]:
 def _whole_bytes(site: Site, shape: Shape) -> Iterator[Fault]:
     """Codes of a band stand in streams of 8, 4, 2 and 1 bits, each a whole number of bytes a token."""
     for position, band in enumerate(site.store.terms):
-        bits, numbers = width(band.code) or 0, band.coded(shape.head_dim)
+        bits, numbers = width(band.code) or 0, band.coded(site.head_dim(shape))
         narrowest = bits & -bits
         if numbers * narrowest % 8:
-            fact = f"{numbers} codes of {bits} bits, of head_dim {shape.head_dim}, fill no whole bytes"
+            fact = f"{numbers} codes of {bits} bits, of {site.said_dim(shape)}, fill no whole bytes"
             wide = 8 // math.gcd(8, numbers)
             mend = f"use {wide}, or fewer levels in Polar()" if wide <= 4 else "use fewer levels in Polar()"
             yield site.fault(f"code.stores[{position}].code.bits", fact, mend)
@@ -57,14 +57,14 @@ def shape_faults(site: Site, shape: Shape) -> Iterator[Fault]:
     """Mistakes of polar coordinates that show only at a shape."""
     if not site.store.polar:
         return
-    block = 2**site.store.levels
-    if shape.head_dim % block:
+    block, head_dim = 2**site.store.levels, site.head_dim(shape)
+    if head_dim % block:
         at = next(i for i, part in enumerate(site.store.transform) if isinstance(part, Polar))  # type: ignore[arg-type]
-        fact = f"blocks of {block} channels do not divide head_dim {shape.head_dim}"
-        yield site.fault(f"transform[{at}].levels", fact, f"use {(shape.head_dim & -shape.head_dim).bit_length() - 1}")
+        fact = f"blocks of {block} channels do not divide {site.said_dim(shape)}"
+        yield site.fault(f"transform[{at}].levels", fact, f"use {(head_dim & -head_dim).bit_length() - 1}")
     if isinstance(site.store.code, Bands):
         yield from _whole_bytes(site, shape)
-    size, half = site.scale.block.channels if site.scale is not None else 1, shape.head_dim // 2
-    if isinstance(size, int) and half % size and shape.head_dim % size == 0:  # others divide nothing, and are refused
-        fact = f"groups of {size} channels do not divide the {half} radii of head_dim {shape.head_dim}"
+    size, half = site.scale.block.channels if site.scale is not None else 1, head_dim // 2
+    if isinstance(size, int) and half % size and head_dim % size == 0:  # others divide nothing, and are refused
+        fact = f"groups of {size} channels do not divide the {half} radii of {site.said_dim(shape)}"
         yield site.fault("scale.block.channels", fact, f"use {math.gcd(half, size)}")

@@ -37,7 +37,8 @@ def shape_faults(site: Site, shape: Shape) -> Iterator[Fault]:
 
 
 def _at_shape(site: Site, place: str, part: Rotate, shape: Shape) -> Iterator[Fault]:
-    channels = part.heads * shape.head_dim
+    head_dim = site.head_dim(shape)
+    channels = part.heads * head_dim
     size = part.size if isinstance(part.size, int) else channels
     if shape.kv_heads % part.heads:
         fits = math.gcd(part.heads, shape.kv_heads)
@@ -45,7 +46,7 @@ def _at_shape(site: Site, place: str, part: Rotate, shape: Shape) -> Iterator[Fa
         yield site.fault(f"{place}.heads", fact, f"use heads={fits}" if fits > 1 else "leave heads out")
     elif channels % size:
         common = math.gcd(size, channels)
-        fact = f"blocks of {size} channels do not divide head_dim {shape.head_dim}"
+        fact = f"blocks of {size} channels do not divide {site.said_dim(shape)}"
         yield site.fault(f"{place}.size", fact, f"use size={common}" if common > 1 else "leave size out")
     elif part.kind != "orthogonal" and not _is_power(size):
         yield _no_hadamard(site, place, part, shape) if part.heads > 1 else site.fault(place, *_no_power(size))

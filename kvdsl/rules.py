@@ -12,6 +12,7 @@ from . import (  # noqa: F401  (they enter their rules)
     band_rules,
     code_rules,
     measure_rules,
+    outlier_rules,
     polar_rules,
     residual_rules,
     rope_rules,
@@ -19,9 +20,10 @@ from . import (  # noqa: F401  (they enter their rules)
 )
 from .errors import Fault, SchemeError
 from .kinds import misfits
-from .scheme import ALL, SIDES, Band, Bands, ChannelScale, Scheme, Sketch, Store
+from .scheme import ALL, SIDES, Band, Bands, ChannelScale, Scheme, Sketch, Store, TopChannels
 from .shape import Shape
 from .sites import RULES, Site, rule
+from .transforms import Pick
 
 LONGEST_PAGE = 4096  # tokens: a page holds whole blocks of both sides and whole words
 
@@ -63,11 +65,20 @@ def refuse_for(scheme: Scheme, shape: Shape) -> None:
 def _sites(scheme: Scheme) -> Iterator[Site]:
     """Every store where it stands, those of residuals and of bands behind theirs; one of both sides once."""
     for side in SIDES[: 1 if scheme.keys is scheme.values else 2]:
-        store = scheme.side(side)
-        for place, one in store.placed(side) if isinstance(store, Store) else ((side, store),):
-            yield Site(place, one, scheme)
-            for position, band in enumerate(_bands(one)):
-                yield Site(f"{place}.code.stores[{position}]", band, scheme)
+        yield from _within(scheme.side(side), side, scheme)
+
+
+def _within(store: Store, place: str, scheme: Scheme, pick: Pick | None = None) -> Iterator[Site]:
+    """A store where it stands, and those inside it, as they stand in the spec."""
+    found = getattr(store, "outliers", None)
+    top = found if isinstance(found, TopChannels) and isinstance(found.n, (int, float)) else None
+    yield Site(place, store, scheme, Pick(top.n, False) if top else pick)
+    for position, band in enumerate(_bands(store)):
+        yield Site(f"{place}.code.stores[{position}]", band, scheme)
+    if top and isinstance(top.store, Store):
+        yield from _within(top.store, f"{place}.outliers.store", scheme, Pick(top.n, True))
+    if isinstance(rest := getattr(store, "residual", None), Store):
+        yield from _within(rest, f"{place}.residual", scheme)
 
 
 def _bands(store: Store) -> tuple[Store, ...]:
@@ -85,8 +96,7 @@ def _touch(read: str, wrong: str) -> bool:
 
 def _waiting_in(side: Store) -> int:
     """Tokens that wait for one another on a side, whatever part of it they wait for."""
-    stores = [store for _, store in side.placed("")] if isinstance(side, Store) else []
-    return math.lcm(*(_waiting(one) for store in stores for one in (store, *_bands(store))))
+    return math.lcm(*(_waiting(site.store) for site in _within(side, "", None)))  # type: ignore[arg-type]
 
 
 def _waiting(store: Store) -> int:
@@ -214,20 +224,20 @@ def layer_faults(scheme: Scheme, layers: int) -> tuple[Fault, ...]:
 
 
 def _shape(site: Site, shape: Shape) -> Iterator[Fault]:
-    band = isinstance(site.store, Band)
+    band, code = isinstance(site.store, Band), site.store.code
+    yield from outlier_rules.shape_faults(site, shape)
     yield from rotation_rules.shape_faults(site, shape) if not band else ()
-    code = site.store.code
     if isinstance(code, Sketch) and code.basis == "hadamard" and shape.head_dim.bit_count() > 1:
         fact = f"a Hadamard basis needs a power of two, and head_dim is {shape.head_dim}"
         yield site.fault("code.basis", fact, "use basis='orthogonal'")
     yield from polar_rules.shape_faults(site, shape) if not band else ()
     if site.scale is None:
         return
-    block, size, heads = site.scale.block, site.store.coded(shape.head_dim), shape.kv_heads
+    block, size, heads = site.scale.block, site.store.coded(site.head_dim(shape)), shape.kv_heads
     if isinstance(block.channels, int) and size % block.channels:
         common = math.gcd(block.channels, size)
         mend = f"use {common} or ALL" if common > 1 else "use ALL"
-        what = f"the {size} numbers of a band" if band else f"head_dim {size}"
+        what = f"the {size} numbers of a band" if band else site.said_dim(shape)
         yield site.fault("scale.block.channels", f"groups of {block.channels} channels do not divide {what}", mend)
     if isinstance(block.heads, int) and heads % block.heads:
         fits = [str(n) for n in range(1, heads + 1) if heads % n == 0]

@@ -6,237 +6,41 @@ scale.  A spec says what is stored, never how it is laid out or scheduled; it ho
 
 from __future__ import annotations
 
-import dataclasses as dc
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, InitVar, dataclass
-from fractions import Fraction
 from functools import cached_property
 from typing import Any, Literal, get_args
 
 from .codes import Bands, Code, Codebook, Float, FloatFormat, Rounding, Sketch, Uniform
 from .part import ALL, Count, Part
-from .transforms import ChannelScale, ChannelShift, Permute, Polar, PreRope, Rotate, Transform
+from .store import (
+    Band,
+    Block,
+    MetaFormat,
+    Range,
+    Refit,
+    Scale,
+    Side,
+    Store,
+    TopChannels,
+    When,
+    Zero,
+    bands,
+    per_channel,
+    per_tensor,
+    per_token,
+)
+from .transforms import ChannelScale, ChannelShift, Permute, Pick, Polar, PreRope, Rotate, Transform
 
 __all__ = [
     "ALL", "Band", "Bands", "Block", "ChannelScale", "ChannelShift", "Code", "Codebook", "Count", "Float",
-    "FloatFormat", "Flush", "Layers", "MetaFormat", "PARTS", "Part", "Permute", "Polar", "PreRope", "Prefill",
+    "FloatFormat", "Flush", "Layers", "MetaFormat", "PARTS", "Part", "Permute", "Polar", "Pick", "PreRope", "Prefill",
     "Range", "Recent", "Refit", "Rotate", "Rounding", "SIDES", "Scale", "Scheme", "Side", "Sinks", "Sketch", "Store",
-    "Transform", "Uniform", "When", "Zero", "per_channel", "per_tensor", "per_token",
+    "TopChannels", "Transform", "Uniform", "When", "Zero", "bands", "per_channel", "per_tensor", "per_token",
 ]  # fmt: skip
 
-Range = Literal["minmax", "minmax_zero", "absmax", "signed_absmax", "norm", "absmean"]
-Zero = Literal["min", "point", "in_scale"]
-Refit = Literal["least_squares", "weighted_least_squares", "norm"]
-MetaFormat = Literal["fp32", "fp16", "bf16", "e4m3", "e8m0"]
-When = Literal["online", "calibrated"]
 Flush = Literal["auto", "rolling", "whole"]
 Prefill = Literal["exact", "stored"]
-Side = Literal["keys", "values"]
-
-
-@dataclass(frozen=True, repr=False)
-class Block(Part):
-    """The set of numbers that share one scale: `tokens` x `channels` x `heads`."""
-
-    tokens: Count = 1
-    channels: Count = ALL
-    heads: Count = 1
-
-
-@dataclass(frozen=True, repr=False)
-class Scale(Part):
-    """How a block of n numbers is measured and how the measure is stored.
-
-    range    With L levels and x the block: `minmax` has lo, hi = clip*min, clip*max; `minmax_zero` widens that to hold
-             0; `absmax` has s = clip*max|x| / the top level; `signed_absmax` has s = the x of largest size / the lowest
-             level; `norm` has s = clip*|x|/sqrt(n), `absmean` s = clip*mean|x|.  None: the code's own, `minmax` for
-             Uniform, `absmax` for Float, `norm` for Codebook (of calibrated levels `minmax`,
-             whose middle and half width these levels of -1..1 then stand on).
-    clip     a tuple is a search: the candidate under which the block's squared error is least, the first of equals
-    zero     what is stored beside s where the range has an offset: `min` stores lo, `point` the integer round(-lo/s),
-             `in_scale` that integer in the lowest mantissa bits of an fp32 s
-    refit    a second s for the codes that the first one gave, l their levels: `least_squares` <x,l>/<l,l>,
-             `weighted_least_squares` the same weighted by x^2, `norm` |x|/|l|
-    dtype    of what is stored; e8m0 is a power of two, 2^(floor(log2 max|x|) - floor(log2 top level)) (OCP MX 1.0)
-    scale    a second level: a calibrated scale that s is divided by before it is stored
-    """
-
-    inner = ("block", "scale")
-    block: Block = Block()
-    _: KW_ONLY
-    range: Range | None = None
-    clip: float | tuple[float, ...] = 1.0
-    zero: Zero = "min"
-    refit: Refit | None = None
-    dtype: MetaFormat = "fp16"
-    scale: Scale | None = None
-    when: When = "online"
-
-
-def per_token(channels: Count = ALL, heads: Count = 1, **scale: Any) -> Scale:
-    """One scale for each token and each group of `channels` (and of `heads` kv heads)."""
-    return Scale(Block(1, channels, heads), **scale)
-
-
-def per_channel(tokens: Count = ALL, **scale: Any) -> Scale:
-    """One scale for each channel of a head and each group of `tokens`."""
-    return Scale(Block(tokens, 1), **scale)
-
-
-def per_tensor(**scale: Any) -> Scale:
-    """One scale for all tokens, channels and heads of a layer."""
-    return Scale(Block(ALL, ALL, ALL), **scale)
-
-
-@dataclass(frozen=True, repr=False)
-class Store(Part):
-    """What is stored of a vector: it is transformed, in the order given, then coded under a scale.
-
-    residual   a store of its own for what is left, x - x^ of what is decoded; a Sketch may stand for the store of it.
-               What is read is the sum of both
-    """
-
-    inner = ("code", "scale", "transform")
-    code: Code = Float("fp16")
-    _: KW_ONLY
-    scale: Scale | None = None
-    transform: tuple[Transform, ...] | Transform = ()
-    residual: Store | Sketch | None = None
-
-    def __post_init__(self) -> None:
-        if isinstance(self.residual, Sketch):
-            object.__setattr__(self, "residual", Store(self.residual))
-        if isinstance(self.transform, (list, *get_args(Transform))):
-            one = self.transform if isinstance(self.transform, list) else [self.transform]
-            object.__setattr__(self, "transform", tuple(one))
-
-    @property
-    def terms(self) -> tuple[Store, ...]:
-        """What has codes and scales of its own, in the order of a page: this store and the stores of what is left, what
-        is read being the sum of them all; or its bands."""
-        if isinstance(self.code, Bands):
-            return bands(self)
-        return (self, *(self.residual.terms if isinstance(self.residual, Store) else ()))
-
-    def placed(self, place: str) -> tuple[tuple[str, Store], ...]:
-        """This store and the stores of what is left, each a space of its own, with their places in a spec where this
-        store stands at `place`."""
-        rest = self.residual.placed(f"{place}.residual") if isinstance(self.residual, Store) else ()
-        return ((place, self), *rest)
-
-    def coded(self, head_dim: int) -> int:
-        """How many numbers a head's vector of `head_dim` channels is coded as."""
-        if isinstance(self.code, Sketch) and isinstance(self.code.dim, int):
-            return self.code.dim
-        return head_dim
-
-    def measured(self, head_dim: int) -> int:
-        """How many numbers of a head's vector scales are of: those of a sketch are of the vector itself."""
-        return head_dim
-
-    @property
-    def turned(self) -> bool:
-        """Whether anything but the vector as it is, is coded."""
-        return bool(self.transform) or isinstance(self.code, Sketch)
-
-    @property
-    def rope(self) -> PreRope | None:
-        """How rotary positions are taken off before anything else, where they are."""
-        first = self.transform[:1]  # type: ignore[index]
-        return first[0] if first and isinstance(first[0], PreRope) else None
-
-    @property
-    def polar(self) -> bool:
-        """Whether what is coded is the radii and the angles of pairs of numbers."""
-        return any(isinstance(part, Polar) for part in self.transform)  # type: ignore[union-attr]
-
-    @property
-    def levels(self) -> int:
-        """How often pairs of radii are paired again, counting the first time; 0 without polar coordinates."""
-        return sum(part.levels for part in self.transform if isinstance(part, Polar))  # type: ignore
-
-    @property
-    def linear(self) -> tuple[Transform, ...]:
-        """The transforms that are maps of a vector, in their order: polar coordinates come behind all of them."""
-        return tuple(part for part in self.transform if not isinstance(part, Polar))  # type: ignore[union-attr]
-
-    @property
-    def mapped(self) -> bool:
-        """Whether what is coded is a matrix times the vector, one for all tokens, behind rotary positions if they come
-        off first."""
-        return any(not isinstance(part, PreRope) for part in self.linear) or isinstance(self.code, Sketch)
-
-    @property
-    def joined(self) -> int:
-        """How many neighbouring kv heads are mapped as one vector."""
-        return math.lcm(*(part.heads for part in self.linear if isinstance(part, Rotate)))
-
-    @property
-    def hoisted(self) -> bool:
-        """Whether that matrix leaves the loop over tokens, onto the query or the output: no positions are behind it."""
-        return self.mapped and self.rope is None
-
-    def hadamard(self, head_dim: int) -> int:
-        """The size of its blocks where the map is a Hadamard rotation and nothing else, else 0."""
-        match [part for part in self.linear if not isinstance(part, PreRope)]:
-            case [Rotate("hadamard" | "random_hadamard", size, heads)] if not isinstance(self.code, Sketch):
-                return size if isinstance(size, int) else heads * head_dim
-        return 0
-
-    @property
-    def apart(self) -> bool:
-        """Whether packed tokens meet another query, or add to another output, than exact ones."""
-        return self.mapped or self.rope is not None or self.residual is not None
-
-    @property
-    def shifted(self) -> bool:
-        """Whether reading adds a vector."""
-        return any(isinstance(part, ChannelShift) for part in self.transform)  # type: ignore[union-attr]
-
-    @cached_property
-    def measure(self) -> Scale | None:
-        """The scale with its range resolved: the code's own where the spec names none."""
-        if isinstance(self.code, Sketch):
-            return Scale(range="norm")
-        if self.scale is None or self.scale.range is not None:
-            return self.scale
-        fitted = isinstance(self.code, Codebook) and self.code.levels == "calibrated"
-        return dc.replace(self.scale, range="minmax" if fitted else _OWN_RANGE.get(type(self.code), "minmax"))
-
-
-@dataclass(frozen=True, repr=False)
-class Band(Store):
-    """A stretch of the numbers that another store's map gives, as a store of it: no part of a spec.
-
-    first, share   where it begins and what it is, as shares of the vector
-    channels       of the vector, that one of its numbers tells of
-    """
-
-    first: Fraction = Fraction(0)
-    share: Fraction = Fraction(1)
-    channels: int = 1
-
-    def coded(self, head_dim: int) -> int:
-        """How many numbers of a vector of `head_dim` channels the band has."""
-        return int(head_dim * self.share)
-
-    def measured(self, head_dim: int) -> int:
-        """All numbers of the band."""
-        return self.coded(head_dim)
-
-
-def bands(store: Store) -> tuple[Band, ...]:
-    """The stretches of a store of Bands: behind polar coordinates radii, then the angles level by level."""
-    assert isinstance(store.code, Bands)
-    levels = store.levels
-    shares = [Fraction(1, 2**levels), *(Fraction(1, 2 ** (level + 1)) for level in range(levels))]
-    channels = [2**levels, *(2 ** (level + 1) for level in range(levels))]
-    return tuple(
-        Band(one.code, scale=one.scale, transform=store.transform, first=sum(shares[:i], Fraction(0)), share=shares[i],
-             channels=channels[i])
-        for i, one in enumerate(store.code.stores)
-    )  # fmt: skip
 
 
 @dataclass(frozen=True, repr=False)
@@ -257,8 +61,6 @@ class Sinks(Part):
 
     tokens: int
 
-
-_OWN_RANGE: dict[type[Part], Range] = {Uniform: "minmax", Float: "absmax", Codebook: "norm"}
 
 Layers = tuple[tuple[tuple[int, ...], "Scheme"], ...]
 
@@ -368,5 +170,5 @@ def _ordered(rows: Iterable[Any]) -> list[Any]:
 SIDES: tuple[Side, Side] = ("keys", "values")
 _CODES: tuple[type[Part], ...] = get_args(Code)
 _TRANSFORMS: tuple[type[Part], ...] = get_args(Transform)
-_PARTS = (Block, Scale, *_CODES, *_TRANSFORMS, Store, Recent, Sinks, Scheme)
+_PARTS = (Block, Scale, *_CODES, *_TRANSFORMS, TopChannels, Store, Recent, Sinks, Scheme)
 PARTS: dict[str, type[Part]] = {c.__name__: c for c in _PARTS}

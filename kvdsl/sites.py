@@ -7,16 +7,20 @@ from dataclasses import dataclass
 
 from .errors import Fault
 from .scheme import Scale, Scheme, Store
+from .shape import Shape
+from .transforms import Pick
 
 
 @dataclass(frozen=True)
 class Site:
     """One store of a scheme and where it stands: `keys` or `values` (`keys` for both where `both=` gave them), or what
-    is left by one of them, as `keys.residual`, or a band of it, as `keys.code.stores[0]`."""
+    is left by one of them, as `keys.residual`, that of its outlier channels, as `keys.outliers.store`, or a band of it,
+    as `keys.code.stores[0]`.  `pick`: which channels it is of, where not of all."""
 
     place: str
     store: Store
     scheme: Scheme
+    pick: Pick | None = None
 
     @property
     def side(self) -> str:
@@ -27,6 +31,19 @@ class Site:
     def left(self) -> bool:
         """Whether the store is of what another one left."""
         return ".residual" in self.place
+
+    @property
+    def apart(self) -> bool:
+        """Whether the store is that of outlier channels."""
+        return self.place.endswith(".outliers.store")
+
+    def head_dim(self, shape: Shape) -> int:
+        """Channels of a head that the store is of."""
+        return self.pick.width(shape.head_dim) if self.pick else shape.head_dim
+
+    def said_dim(self, shape: Shape) -> str:
+        """The same in words."""
+        return f"the {self.head_dim(shape)} channels of the store" if self.pick else f"head_dim {shape.head_dim}"
 
     @property
     def band(self) -> int | None:

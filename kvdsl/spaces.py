@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .errors import ShapeError
 from .matrices import product, rotation, sketch
-from .scheme import ALL, ChannelScale, ChannelShift, Permute, PreRope, Rotate, Side, Sketch, Store
+from .scheme import ALL, ChannelScale, ChannelShift, Permute, Pick, PreRope, Rotate, Side, Sketch, Store
 
 Params = Mapping[str, Tensor]
 Map = tuple[Tensor, Tensor]  # matrix (heads or 1, out, in) and shift (heads or 1, out), float64
@@ -29,11 +29,14 @@ Map = tuple[Tensor, Tensor]  # matrix (heads or 1, out, in) and shift (heads or 
 
 def calibrated(store: Store, side: Side, heads: int, head_dim: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the transforms' numbers that come with the parameters: (kv heads, head_dim) each, of PreRope
-    the model's (head_dim / 2) frequencies, or fewer."""
+    the model's (head_dim / 2) frequencies, or fewer; which channels are outliers, (kv heads, so many), comes before."""
     found: dict[str, tuple[int, ...]] = {}
-    for i, part in enumerate(store.linear):
-        if not isinstance(part, Rotate):
-            found[f"{side}.transform[{i}]"] = (head_dim // 2,) if isinstance(part, PreRope) else (heads, head_dim)
+    for name, part in store.own.numbered(side):
+        if isinstance(part, Pick):
+            others = part.width(head_dim)
+            found[name], head_dim = (heads, head_dim - others), others
+        elif not isinstance(part, Rotate):
+            found[name] = (head_dim // 2,) if isinstance(part, PreRope) else (heads, head_dim)
     return found
 
 
@@ -45,13 +48,13 @@ def maps(
     are taken as they are.  Of G heads that are rotated together E is (heads, M, G D) and W (heads, D, G M).
 
     Empty for a store that codes the vector itself.  Rotary positions, which no one matrix takes off, are off before it.
-    Of what is left the same under `<side>.residual.`, and `<side>.read`, (heads or 1, D, M + M' ...): W of all terms
-    side by side.
+    Of what is left the same under `<side>.residual.`, of outlier channels under `<side>.outliers.store.`, and
+    `<side>.read`, (heads or 1, D, M + M' ...): W of all terms side by side.
     """
     found = dict[str, Tensor]()
     for place, term in store.placed(side):
         found |= _maps(term, place, heads, head_dim, params, device)
-    if store.residual is not None:
+    if len(store.placed(side)) > 1:
         found[f"{side}.read"] = _side_by_side(store, side, head_dim, found, device)
     return found
 
@@ -73,10 +76,7 @@ def _maps(
     names = [f"{path}.{name}" for name in ("encode", "decode", "encode_shift", "decode_shift")]
     if names[0] in params and names[1] in params:
         return {name: params[name].to(device, torch.float32).contiguous() for name in names if name in params}
-    numbers = tuple(
-        None if isinstance(part, PreRope) else params.get(f"{path}.transform[{i}]")
-        for i, part in enumerate(store.linear)
-    )
+    numbers = tuple(None if isinstance(part, PreRope) else params.get(name) for name, part in store.numbered(path))
     if any(given is not None for given in numbers):
         found = _composed(store, heads, head_dim, numbers)
     else:
@@ -100,6 +100,7 @@ def _composed(store: Store, heads: int, head_dim: int, numbers: tuple[Tensor | N
     back: Map = forth
     for part, given in zip(store.linear, numbers, strict=True):
         there, here = _step(part, head_dim, together, given)
+        head_dim = part.width(head_dim) if isinstance(part, Pick) else head_dim
         forth = _after(there, forth)
         back = _after(back, here)
     if isinstance(store.code, Sketch):
@@ -205,6 +206,10 @@ def _step(part: object, head_dim: int, together: int, given: Tensor | None) -> t
         matrix = torch.block_diag(*[matrix] * (together // part.heads))[None]
         return (matrix, zero), (matrix.mT, zero)
     assert given is not None
+    if isinstance(part, Pick):
+        order = _picked(part, given.to("cpu", torch.int64), head_dim)
+        matrix, zeros = one[order], zero.new_zeros(1, order.shape[1])
+        return (matrix, zeros), (matrix.mT, zero)
     numbers = given.to("cpu", torch.float64).reshape(-1, channels)
     if isinstance(part, ChannelScale):
         return (torch.diag_embed(1 / numbers), zero), (torch.diag_embed(numbers), zero)
@@ -214,3 +219,11 @@ def _step(part: object, head_dim: int, together: int, given: Tensor | None) -> t
     order = torch.arange(channels) // head_dim * head_dim + numbers.to(torch.int64)  # within each head
     matrix = one[order]
     return (matrix, zero), (matrix.mT, zero)
+
+
+def _picked(part: Pick, top: Tensor, head_dim: int) -> Tensor:
+    """The channels that are picked, rising, of each head, of given outlier channels (H, n)."""
+    if part.top:
+        return top.sort(-1).values
+    others = torch.ones(len(top), head_dim, dtype=torch.bool).scatter(1, top, False)
+    return others.nonzero()[:, 1].reshape(len(top), -1)

@@ -87,7 +87,8 @@ def seeded(scheme: Scheme) -> bool:
 
 
 def reseeded(scheme: Scheme, seed: int) -> Scheme:
-    """The scheme with this seed wherever it has one, and the next one in what codes what is left: a map of its own."""
+    """The scheme with this seed wherever it has one, and the next one in what codes what is left, or outlier channels:
+    a map of its own."""
     return scheme.with_(keys=_reseeded(scheme.keys, seed), values=_reseeded(scheme.values, seed))
 
 
@@ -97,9 +98,10 @@ def _reseeded(store: Store, seed: int) -> Store:
         for part in store.transform  # type: ignore[union-attr]
     )
     code = store.code.with_(seed=seed) if isinstance(store.code, Sketch) else store.code
-    rest = store.residual
+    rest, top = store.residual, store.outliers
     rest = _reseeded(rest, seed + 1) if isinstance(rest, Store) else rest
-    return store.with_(code=code, transform=parts, residual=rest)
+    top = replace(top, store=_reseeded(top.store, seed + 1)) if top is not None else top
+    return replace(store, code=code, transform=parts, outliers=top, residual=rest)
 
 
 def studied(scheme: Scheme, seeds: int = 20, backend: Backend | None = None) -> dict[str, Spread]:

@@ -23,6 +23,7 @@ LONGEST_TEXT = 1 << 20  # characters
 DEEPEST = 12
 
 _WHERE = {"keys": "Store", "values": "Store", "both": "Store", "residual": "Store", "scale": "Scale"}
+_WHERE |= {"outliers": "TopChannels", "store": "Store"}
 _WHERE |= {"code": "Uniform Float Codebook Sketch Bands", "stores": "Store"}
 _WHERE |= {"transform": "PreRope Rotate ChannelScale ChannelShift Permute Polar"}
 _WHERE |= {"block": "Block", "sinks": "Sinks", "recent": "Recent", "scheme": "Scheme"}

@@ -16,6 +16,7 @@ RotateKind = Literal["hadamard", "random_hadamard", "orthogonal"]
 ScaleRule = Literal["absmax", "sqrt_absmax", "balance", "learned"]
 ShiftRule = Literal["mean", "middle", "learned"]
 Order = Literal["range", "sum"]
+Size = Literal["norm", "absmean", "absmax"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -91,6 +92,23 @@ class Polar(Part):
     """
 
     levels: int = 1
+
+
+@dataclass(frozen=True, repr=False)
+class Pick(Part):
+    """y = those of a head's channels that stand in a store of their own, or the others: no part of a spec.
+
+    channels   how many stand in a store of their own, or their share of all
+    top        whether y is them
+    """
+
+    channels: int | float
+    top: bool
+
+    def width(self, head_dim: int) -> int:
+        """Numbers of y, of a head of `head_dim` channels."""
+        apart = self.channels if isinstance(self.channels, int) else round(self.channels * head_dim)
+        return apart if self.top else head_dim - apart
 
 
 Transform = PreRope | Rotate | ChannelScale | ChannelShift | Permute | Polar

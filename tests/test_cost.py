@@ -19,6 +19,7 @@ PUBLISHED: dict[str, tuple[float, float]] = {
     for name, count in {
         "fp16": 16, "fp32": 32, "kivi2": 3, "kivi4": 5, "int8_token_head": 8.25, "int4_token_head": 4.25,
         "int8_tensor": 8, "bitdecoding4": 4.25, "bitdecoding2": 2.25, "turboquant4": 4.125, "turboquant3": 3.125,
+        "turboquant_3p5": 3.5, "turboquant_2p5": 2.5,
         "turboquant2": 2.125, "turboquant1": 1.125, "polar_pairs": 4.25, "polar": 3.875,
         "quarot4": 4.25, "fp8_tensor": 8,
         "fp8_token_head": 8.25, "mxfp4": 4.25, "nvfp4": 4.5, "nvfp4_4over6": 4.5, "q8_0": 8.5, "q5_1": 6, "q5_0": 5.5,

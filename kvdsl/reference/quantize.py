@@ -7,7 +7,7 @@ are counted from the first token given.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,7 +34,8 @@ class Quantized:
     offset   as scale: the minimum (of a codebook the middle), or the integer zero point; None where the range has none
     decoded  float64 (B, H, T, D), every number a float32 number
     coded    float64 (B, H, T, M): the same in the space that is coded
-    residual the same of what is left, x - x^ in float32 of this store's x^; `decoded` is the sum of both, in float32
+    residual the same of the next term, outlier channels or what is left: of x - x^ in float32 of this store's x^;
+             `decoded` is the sum of both, in float32
     bands    the same of every stretch, whose numbers are those of the coded space; codes and scales are theirs
     """
 
@@ -48,7 +49,7 @@ class Quantized:
 
     @property
     def terms(self) -> tuple[Quantized, ...]:
-        """This and what is kept of what is left, or the stretches, as `Store.terms`."""
+        """This and what is kept of the terms behind it, or the stretches, as `Store.terms`."""
         return self.bands or (self, *(self.residual.terms if self.residual else ()))
 
 
@@ -60,7 +61,19 @@ def quantize(store: Store, x: Tensor, params: Params | None = None, side: str = 
     `params` holds what is calibrated: `<side>.scale`, `<side>.scale.scale`, `<side>.code`, `<side>.transform[<i>]`.
     Raises ShapeError for a tensor that is no whole number of blocks and for params missing or of another shape.
     """
-    x = widened(x, side)
+    x, kept = widened(x, side), list[Quantized]()
+    rest = x
+    for place, term in store.placed(side):
+        kept.append(_alone(term, rest, params, place, at))
+        rest = left(rest, kept[-1].decoded)
+    whole = kept.pop()
+    for one in reversed(kept):
+        whole = replace(one, decoded=f32(one.decoded + whole.decoded), residual=whole)
+    return whole
+
+
+def _alone(store: Store, x: Tensor, params: Params | None, side: str, at: int) -> Quantized:
+    """The same of a store without what it leaves."""
     mapped = maps(store, x.shape[3], x.shape[1], params, side)
     y = polar(store, encoded(without_rope(store, x, params, side, at), mapped))
     bands = _banded(store, x, y, params, side)
@@ -69,10 +82,7 @@ def quantize(store: Store, x: Tensor, params: Params | None = None, side: str = 
     else:
         codes, scale, offset, coded = _coded(store, x, y, params, side)
     decoded = with_rope(store, restored(cartesian(store, coded), mapped), params, side, at)
-    if not isinstance(store.residual, Store):
-        return Quantized(codes, scale, offset, decoded, coded, None, bands)
-    rest = quantize(store.residual, left(x, decoded), params, f"{side}.residual", at)
-    return Quantized(codes, scale, offset, f32(decoded + rest.decoded), coded, rest)
+    return Quantized(codes, scale, offset, decoded, coded, None, bands)
 
 
 def left(x: Tensor, decoded: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from kvdsl.errors import ShapeError
 from kvdsl.matrices import product, rotation, sketch
 from kvdsl.rope import waves
 from kvdsl.scheme import Band, Store
-from kvdsl.transforms import ChannelScale, ChannelShift, Permute, PreRope, Rotate
+from kvdsl.transforms import ChannelScale, ChannelShift, Permute, Pick, PreRope, Rotate
 
 from .rounding import LARGEST_INPUT, f32
 
@@ -43,7 +43,15 @@ def channels_of(store: Store, head_dim: int) -> int:
     """M, the channels of the coded space, of a band its own."""
     if isinstance(store, Band):
         return int(head_dim * store.share)
-    return store.code.dim if isinstance(store.code, Sketch) and isinstance(store.code.dim, int) else head_dim
+    if isinstance(store.code, Sketch) and isinstance(store.code.dim, int):
+        return store.code.dim
+    return _picked(head_dim, store.pick) if store.pick else head_dim
+
+
+def _picked(head_dim: int, pick: Pick) -> int:
+    """How many channels are picked of a head's: a count or a share of them, or all but these."""
+    apart = pick.channels if isinstance(pick.channels, int) else int(pick.channels * head_dim + 0.5)
+    return apart if pick.top else head_dim - apart
 
 
 def maps(store: Store, head_dim: int, heads: int, params: Params | None = None, side: str = "keys") -> Maps | None:
@@ -75,9 +83,17 @@ def maps(store: Store, head_dim: int, heads: int, params: Params | None = None, 
     else:
         e = torch.eye(together * head_dim, dtype=torch.float64)[None]
         w, u = e, torch.zeros(1, together * head_dim, dtype=torch.float64)
-    for position, part in enumerate(store.linear):
-        name = f"{side}.transform[{position}]"
+    for name, part in store.numbered(side):
         if isinstance(part, PreRope):
+            continue
+        if isinstance(part, Pick):
+            apart = _picked(head_dim, Pick(part.channels, True))
+            given = _param(params, name, heads, (apart,), "a set of outlier channels").to(torch.int64)
+            is_apart = torch.zeros(heads, head_dim, dtype=torch.bool).scatter(1, given, True)
+            picked = torch.stack([torch.arange(head_dim)[chosen == part.top] for chosen in is_apart])
+            e = torch.nn.functional.one_hot(picked, head_dim).to(torch.float64)
+            head_dim = e.shape[1]
+            u, w = torch.zeros(1, head_dim, dtype=torch.float64), e.transpose(1, 2)
             continue
         if isinstance(part, Rotate):
             channels = part.heads * head_dim

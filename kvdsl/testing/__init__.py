@@ -4,8 +4,8 @@
     check       the same, raising LawBroken with the smallest case that breaks one
     schemes, shapes, cases, faulty_schemes   hypothesis strategies to test with
 
-A law is one function in `codes`, `extremes`, `polar` (packed bytes), `attention`, `positions` (kernels) or `caches`
-(caches over time); `LAWS` holds all of them by name, each with the number of the property it states.
+A law is one function in `codes`, `extremes`, `polar`, `splits` (packed bytes), `attention`, `positions` (kernels) or
+`caches` (caches over time); `LAWS` holds all of them by name, each with the number of the property it states.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from kvdsl.kernels import Backend
 from kvdsl.scheme import Scheme
 
-from . import attention, caches, codes, extremes, polar, positions  # noqa: F401  (they enter their laws)
+from . import attention, caches, codes, extremes, polar, positions, splits  # noqa: F401  (they enter their laws)
 from .cases import LAWS, Case, Law, LawBroken
 from .strategies import cases, faulty_schemes, schemes, shapes
 

@@ -92,7 +92,7 @@ def spread(store: Store, number: Tensor, x: Tensor) -> Tensor:
 def bound(store: Store, x: Tensor, params: Params | None = None, side: str = "keys", at: int = 0) -> Tensor:
     """The largest legal |x - x^|, float64 (B, H, T, D), for finite x (B, H, T, D) of whole blocks; `at` is the position
     of the first token."""
-    if isinstance(store.residual, Store):
+    if len(store.placed(side)) > 1:
         return _summed_bound(store, x, params, side, at)
     if store.rope is not None:
         return _roped_bound(store, x, params, side, at)
@@ -129,13 +129,21 @@ def bound(store: Store, x: Tensor, params: Params | None = None, side: str = "ke
 
 
 def _summed_bound(store: Store, x: Tensor, params: Params | None, side: str, at: int) -> Tensor:
-    """What is left, x - x^, is coded itself, so that only its own error remains; the difference and the sum round once
-    each, numbers of up to |x| + |x^| and their errors."""
-    alone = quantize(store.with_(residual=None), x, params, side, at).decoded
-    rest = left(x.double(), alone)
-    assert isinstance(store.residual, Store)
-    within = bound(store.residual, rest, params, f"{side}.residual", at)
-    return within + 2.0**-22 * (x.double().abs() + alone.abs() + within) + (x.double().abs() - LARGEST).clamp(min=0)
+    """What is left, x - x^, is coded itself, so that only its own error remains, of outlier channels on these alone;
+    the difference and the sum round once each, numbers of up to |x| + |x^| and their errors."""
+    rest = x.double()
+    within = sizes = rest.abs()
+    for place, term in store.placed(side):
+        alone = term.with_(residual=None)
+        here = bound(alone, rest, params, place, at)
+        if term.pick is not None and term.pick.top:
+            assert params is not None
+            top = params[f"{side}.outliers"].cpu().to(torch.int64)
+            apart = torch.zeros(x.shape[1], x.shape[3], dtype=torch.bool).scatter(1, top, True)
+            here = torch.where(apart[:, None], here, within)
+        within, decoded = here, quantize(alone, rest, params, place, at).decoded
+        rest, sizes = left(rest, decoded), sizes + decoded.abs()
+    return within + 2.0**-22 * (sizes + within) + (x.double().abs() - LARGEST).clamp(min=0)
 
 
 def _mapped_bound(store: Store, x: Tensor, params: Params | None, side: str) -> Tensor:
@@ -150,6 +158,7 @@ def _mapped_bound(store: Store, x: Tensor, params: Params | None, side: str) -> 
     coded = encoded_rows(store.with_(transform=store.linear), x, params, side)
     behind = store.with_(transform=(Polar(store.levels),) if store.polar else ())
     within = applied(decode, bound(behind, coded, params, side))
+    within = torch.where((decode == 0).all(-1)[:, None], x.double().abs(), within)  # of channels that are not picked
     size = applied(decode, applied(encode, x.double().abs().clamp(max=LARGEST))) + shift[:, None]
     return within + 2.0**-22 * size + (x.double().abs() - LARGEST).clamp(min=0)
 

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from kvdsl.calibration import second_level
 from kvdsl.codegen import build
+from kvdsl.fitting import without
 from kvdsl.kernels import Backend, KernelSet
 from kvdsl.reference.quantize import encoded_rows, quantize
 from kvdsl.scheme import SIDES, ChannelScale, ChannelShift, Codebook, Permute, PreRope, Scheme, Store
 from kvdsl.shape import Shape
+from kvdsl.transforms import Pick
 from kvdsl.window import windows
 
 from .data import numbers
@@ -94,6 +96,7 @@ class Case:
         for side, x in zip(SIDES, (k, v), strict=True):
             store = self.scheme.side(side)
             found |= _transforms(store, side, x, self.seed)
+            store = store.own
             y = encoded_rows(store, x, found, side) if store.turned else x
             found |= calibrated(store.with_(transform=()), y, share, side)
         return found
@@ -112,6 +115,11 @@ def _transforms(store: Store, side: str, x: Tensor, seed: int) -> dict[str, Tens
     found: dict[str, Tensor] = {}
     generator = torch.Generator().manual_seed(seed)
     clean = x.float().nan_to_num(0.0).clamp(-65504, 65504)
+    if store.outliers is not None:
+        heads, channels = x.shape[1], x.shape[3]
+        count = Pick(store.outliers.n, True).width(channels)
+        top = torch.rand(heads, channels, generator=generator).argsort(-1)[:, :count]
+        found[f"{side}.outliers"], clean = top.float(), without(top, clean)
     for position, part in enumerate(store.transform):  # type: ignore[arg-type]
         if isinstance(part, PreRope):
             numbers = frequencies(x.shape[3], seed)
@@ -120,7 +128,7 @@ def _transforms(store: Store, side: str, x: Tensor, seed: int) -> dict[str, Tens
         elif isinstance(part, ChannelShift):
             numbers = clean.mean((0, 2))
         elif isinstance(part, Permute):
-            numbers = torch.rand(x.shape[1], x.shape[3], generator=generator).argsort(-1).float()
+            numbers = torch.rand(x.shape[1], clean.shape[3], generator=generator).argsort(-1).float()
         else:
             continue
         found[f"{side}.transform[{position}]"] = numbers

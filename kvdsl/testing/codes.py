@@ -38,8 +38,8 @@ def _has_ends(store: Store) -> bool:
 
 
 def _single(scheme: Scheme) -> bool:
-    """Whether nothing that is left of a vector is coded."""
-    return scheme.keys.residual is None and scheme.values.residual is None
+    """Whether one store has all of a vector."""
+    return len(scheme.keys.placed("")) == len(scheme.values.placed("")) == 1
 
 
 def _has_codes(scheme: Scheme) -> bool:

@@ -21,7 +21,7 @@ TOPS = {"fp16": LARGEST, "e4m3": 448.0, "e5m2": 57344.0}  # where a format of nu
 def _keeps_constants(store: Store) -> bool:
     """Whether a block of one number has a code for it."""
     scale = store.measure
-    if store.residual is not None:
+    if len(store.placed("")) > 1:
         return False  # a second number for the block
     if scale is None:
         return True
@@ -134,8 +134,10 @@ def _with_its_block(store: Store, usual: Tensor) -> Tensor:
         usual = usual.all(-1, keepdim=True).expand(usual.shape)
     if isinstance(store.code, Sketch):
         return usual
-    whole = usual
-    for part, numbers, _ in stretches(store, usual.double()):
+    whole = coded = usual
+    if store.turned:
+        coded = usual[..., :1].expand(*usual.shape[:3], store.coded(usual.shape[3]))
+    for part, numbers, _ in stretches(store, coded.double()):
         if part.measure is not None and not static(part):
             held = blocks_of(part, numbers).amin((2, 4, 6))
             whole = whole & (_everywhere(part, held > 0, usual.double()) > 0)

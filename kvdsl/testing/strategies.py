@@ -10,10 +10,10 @@ from typing import Any
 from hypothesis import strategies as st
 
 from kvdsl.codes import in_trits
+from kvdsl.rules import shape_faults
 from kvdsl.scheme import (
     ALL,
     SIDES,
-    Band,
     Bands,
     Block,
     ChannelScale,
@@ -31,6 +31,7 @@ from kvdsl.scheme import (
     Sinks,
     Sketch,
     Store,
+    TopChannels,
     Transform,
     Uniform,
     per_channel,
@@ -54,7 +55,7 @@ def schemes(*, longest: int = 64) -> st.SearchStrategy[Scheme]:
 def _schemes(draw: Draw, longest: int) -> Scheme:
     keys = draw(stores(longest))
     values = draw(st.one_of(st.just(keys), stores(longest)))
-    plain = keys.residual is None and not keys.polar and not isinstance(keys.code, Sketch)
+    plain = len(keys.placed("")) == 1 and not keys.polar and not isinstance(keys.code, Sketch)
     if plain and draw(st.integers(0, 4)) == 4:
         keys = keys.with_(transform=(PreRope(draw(st.booleans())), *keys.transform))
     group = math.lcm(_tokens(keys), _tokens(values))
@@ -66,7 +67,23 @@ def _schemes(draw: Draw, longest: int) -> Scheme:
         flush = st.sampled_from(["auto", "rolling", "whole"])
         recent = draw(st.one_of(st.none(), st.builds(Recent, st.integers(1, longest), flush)))
     prefill = draw(st.sampled_from(["exact", "exact", "stored"]))
+    if not _legal_widths(Scheme(keys=keys, values=values, recent=recent), 128):
+        keys, values = keys.with_(outliers=None), values.with_(outliers=None)
     return Scheme(keys=keys, values=values, sinks=sinks, recent=recent, prefill=prefill)
+
+
+def _legal_widths(scheme: Scheme, widest: int) -> list[int]:
+    """The head_dims up to `widest` that a scheme fits."""
+    heads = _heads(scheme)
+    return [width for width in range(32, widest + 1, 8) if not shape_faults(scheme, Shape(width, heads))]
+
+
+def _heads(scheme: Scheme) -> int:
+    """The fewest kv heads that a scheme fits."""
+    stores = (*scheme.keys.terms, *scheme.values.terms)
+    blocks = [store.measure.block for store in stores if store.measure is not None]
+    rotations = [part for store in stores for _, part in store.walk() if isinstance(part, Rotate)]
+    return math.lcm(*(block.heads for block in blocks if isinstance(block.heads, int)), *(r.heads for r in rotations))
 
 
 def _tokens(side: Store) -> int:
@@ -76,8 +93,12 @@ def _tokens(side: Store) -> int:
 
 @st.composite
 def stores(draw: Draw, longest: int) -> Store:
-    """A legal store; one in six also codes what it leaves."""
+    """A legal store; one in six also codes what it leaves, one in six has outlier channels."""
     store: Store = draw(_single(longest))
+    if draw(st.integers(0, 5)) == 5 and _parts(store):
+        top: Store = draw(_single(longest))
+        if _parts(top) and _measured_online(top, plain=True):
+            store = store.with_(outliers=TopChannels(draw(st.sampled_from([8, 32, 0.25, 0.5])), store=top))
     whole = isinstance(store.code, Bands) or isinstance(store.code, Float) and store.code.plain
     if whole or draw(st.integers(0, 5)) < 5:
         return store
@@ -85,9 +106,14 @@ def stores(draw: Draw, longest: int) -> Store:
     return store.with_(residual=rest if _measured_online(rest) else Store(Sketch(64, "gaussian")))
 
 
-def _measured_online(store: Store) -> bool:
-    """Whether the store may be of what another one left."""
-    if isinstance(store.code, Bands) or isinstance(store.code, Float) and store.code.plain:
+def _parts(store: Store) -> bool:
+    """Whether the store may be of some channels of a head."""
+    return not isinstance(store.code, (Bands, Sketch)) and store.joined == 1
+
+
+def _measured_online(store: Store, *, plain: bool = False) -> bool:
+    """Whether the store may be of what another one left; `plain`: of outlier channels, which may be exact."""
+    if isinstance(store.code, Bands) or isinstance(store.code, Float) and store.code.plain and not plain:
         return False
     given = [part for _, part in store.walk() if getattr(part, "when", None) == "calibrated"]
     return not given and not (isinstance(store.code, Codebook) and store.code.levels == "calibrated")
@@ -241,18 +267,7 @@ def _blocks(draw: Draw, longest: int, calibrated: bool) -> Block:
 
 def shapes(scheme: Scheme, *, widest: int = 128) -> st.SearchStrategy[Shape]:
     """Shapes that the scheme fits: every legal head_dim up to `widest`, up to four kv heads, every dtype."""
-    stores = (*scheme.keys.terms, *scheme.values.terms)
-    blocks = [store.measure.block for store in stores if store.measure is not None]
-    rotations = [part for store in stores for _, part in store.walk() if isinstance(part, Rotate)]
-    sizes = [part.size for part in rotations]
-    sizes += [block.channels for block in blocks]
-    sizes += [2 * b.channels for b in blocks if isinstance(b.channels, int) and any(s.polar for s in stores)]
-    sizes += [64 for store in stores if isinstance(store, Band)]  # stretches are whole bytes
-    channels = math.lcm(8, *(size for size in sizes if isinstance(size, int)))
-    heads = math.lcm(*(block.heads for block in blocks if isinstance(block.heads, int)), *(r.heads for r in rotations))
-    widths = [d for d in range(channels, widest + 1, channels) if d >= 32] or [channels]
-    if any(part.heads > 1 and part.kind != "orthogonal" for part in rotations):
-        widths = [d for d in widths if d & (d - 1) == 0]
+    heads, widths = _heads(scheme), _legal_widths(scheme, widest) or _legal_widths(scheme, 256)[:1]
     usual = [d for d in widths if d in (32, 64, 80, 96, 112, 128)] or widths
     return st.builds(
         lambda width, factor, group, dtype, softcap: Shape(

@@ -1,0 +1,40 @@
+"""Laws of what is split off a vector before it is coded."""
+
+from __future__ import annotations
+
+import torch
+
+from kvdsl.scheme import SIDES, Scheme, Side, Store
+
+from .cases import Case, law, require_equal
+from .trips import roundtrip
+
+
+def _split(store: Store) -> bool:
+    return store.outliers is not None and store.residual is None
+
+
+@law("P11", lambda s: _split(s.keys) or _split(s.values), ("normal", "outlier_channel"))
+def outlier_channels_and_others_do_not_meet(case: Case) -> None:
+    """P11: whatever the outlier channels hold, the others decode to the same numbers, and the other way round: no
+    range, norm or code of one part depends on the other."""
+    k, v = case.pair(case.whole)
+    params = case.params(k, v)
+    before = roundtrip(case, k, v, params)
+    for part in (True, False):
+        changed = k.clone(), v.clone()
+        apart = [_apart(case.scheme, side, params, k.shape) for side in SIDES]
+        for x, top in zip(changed, apart, strict=True):
+            x[:, top == part] = x[:, top == part].flip(-1) * -0.5
+        after = roundtrip(case, changed[0], changed[1], params)
+        for side, top, one, other in zip(SIDES, apart, before, after, strict=True):
+            if _split(case.scheme.side(side)):
+                require_equal(f"decoded {side}", other[:, top != part], one[:, top != part])
+
+
+def _apart(scheme: Scheme, side: Side, params: dict[str, torch.Tensor], shape: torch.Size) -> torch.Tensor:
+    """Which channels of the heads of numbers (B, H, T, D) stand apart: bool (H, T, D)."""
+    found = torch.zeros(shape[1], shape[3], dtype=torch.bool)
+    if scheme.side(side).outliers is not None:
+        found = found.scatter(1, params[f"{side}.outliers"].long(), True)
+    return found[:, None].expand(shape[1:])
