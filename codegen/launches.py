@@ -8,6 +8,7 @@ from functools import cache
 from kvdsl.scheme import SIDES
 
 from .launch import CONSTEXPR, Launch
+from .layout import NARROWEST
 from .plan import DECODE_ROWS, WIDEST, Plan
 
 POINTERS = {
@@ -32,8 +33,9 @@ ASSEMBLER = (None, "--register-usage-level=10", "--register-usage-level=0", "max
 
 def warps(kernel: str, plan: Plan) -> int:
     """Warps of a program: one where tiles stay in one warp's tensor cores or numbers are exchanged within it, two where
-    16 rows, or sums of many numbers, would not fit its registers, four or more where a page is rewritten, products are
-    of float32 numbers, keys are rotated, or radii and angles become channels level by level."""
+    16 rows, sums of many numbers, or tiles most of whose lanes are idle, would not fit its registers, four or more
+    where a page is rewritten, products are of float32 numbers, keys are rotated, or radii and angles become channels
+    level by level."""
     exact = plan.shape.dtype == "fp32" or any(term.floats == "fp32" for term in plan.terms)
     if kernel.startswith("pack"):
         name = kernel.removeprefix("pack_")
@@ -49,7 +51,8 @@ def warps(kernel: str, plan: Plan) -> int:
         return 4
     if plan.keys.rope is not None or any(term.band for term in plan.terms):
         return 4  # decoded numbers, waves and two queries a plane: one warp moves hundreds of them to memory
-    wide = plan.values.row > WIDEST
+    narrow = any(term.store.pick and 2 * term.layout.plane_width <= NARROWEST for term in plan.terms)
+    wide = plan.values.row > WIDEST or narrow
     return 1 if plan.rows(many=kernel != "decode") == DECODE_ROWS and not wide else 2
 
 
