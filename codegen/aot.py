@@ -31,6 +31,7 @@ from .roofline import GPUS, LINE, predicted_share
 
 ARCHES = tuple(GPUS)
 INTERPRETER = "TRITON_INTERPRET"
+TENSOR_MEMORY = 512  # columns, of the GPUs that have any
 _ANSWER = "kvdsl-aot:"  # before the answer of the child: libraries may print too
 
 
@@ -169,7 +170,8 @@ def _best(module: ModuleType, launch: Launch, arch: str) -> CompiledKernel:
     limit, best = GPUS[arch].shared, None
     for stages in launch.stages:
         binary = _binary(module, launch, arch, stages)
-        if binary.metadata.shared > limit:
+        columns = getattr(binary.metadata, "tmem_size", None) or 0
+        if binary.metadata.shared > limit or columns > TENSOR_MEMORY:
             continue
         _, assembly = fewest_spills(binary, launch.assembler)
         found = _measured(launch, arch, stages, binary.metadata.shared, assembly)
@@ -180,6 +182,8 @@ def _best(module: ModuleType, launch: Launch, arch: str) -> CompiledKernel:
     if best is not None:
         return best
     needed = f"needs {binary.metadata.shared} bytes of shared memory, {GPUS[arch].name} has {limit}"
+    if columns > TENSOR_MEMORY:  # Triton makes a kernel that only stops, and refuses to launch it
+        needed = f"needs {columns} columns of tensor memory, {GPUS[arch].name} has {TENSOR_MEMORY}"
     raise CompileError([f"{launch.kernel} for {arch}: {needed}"])
 
 

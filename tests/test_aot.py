@@ -210,6 +210,31 @@ def test_the_pipeline_is_as_deep_as_shared_memory_lets_it(small: Path) -> None:
         compile_in_child(small, [replace(DECODE, stages=(60, 45))], ("sm_80",), cache_folder=CACHE)
 
 
+CROWDED = """
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def crowded(query_ptr, out_ptr):
+    row = tl.arange(0, 64)[:, None] * 64
+    a = tl.load(query_ptr + row + tl.arange(0, 64)[None, :])
+    b = tl.load(query_ptr + tl.arange(0, 64)[:, None] * 256 + tl.arange(0, 256)[None, :])
+    for i in range(4):
+        total = tl.zeros((64, 256), tl.float32)
+PRODUCTS        tl.store(out_ptr + i + tl.arange(0, 64)[:, None] * 256 + tl.arange(0, 256)[None, :], total)
+"""
+
+
+def test_a_kernel_that_wants_more_tensor_memory_than_there_is_is_named(tmp_path: Path) -> None:
+    """Triton compiles it to a trap of a few instructions, which spills nothing."""
+    many = "".join(f"        total += tl.dot(a + {i}.0, b, tl.zeros((64, 256), tl.float32))\n" for i in range(6))
+    path = tmp_path / "crowded.py"
+    path.write_text(CROWDED.replace("PRODUCTS", many))
+    with pytest.raises(CompileError, match="crowded for sm_100: needs .* columns of tensor memory, B200 has 512"):
+        compile_in_child(path, [Launch("crowded", PLAIN, warps=4)], ("sm_100",), cache_folder=CACHE)
+
+
 def test_unknown_architectures_and_files_are_refused(small: Path, tmp_path: Path) -> None:
     with pytest.raises(BackendError, match="sm_75.*sm_80, sm_90, sm_100"):
         compile_in_child(small, [DECODE], ["sm_75"])
