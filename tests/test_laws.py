@@ -22,7 +22,7 @@ def test_a_shipped_scheme_obeys_every_law(name: str) -> None:
 
 
 @pytest.mark.parametrize("law", LAW_NAMES)
-@fixed(examples=15)
+@fixed(examples=12)
 @given(st.data())
 def test_any_legal_scheme_obeys_the_law(law: str, data: Any) -> None:
     scheme: Scheme = data.draw(schemes().filter(LAWS[law].applies))
@@ -61,7 +61,7 @@ def test_a_case_that_once_broke_a_law(name: str) -> None:
     LAWS[law](Case(scheme, shape, "torch", **numbers))
 
 
-@fixed(examples=300)
+@fixed(examples=200)
 @given(faulty_schemes())
 def test_one_mistake_is_refused_by_the_name_of_its_place(faulty: Any) -> None:
     make, place = faulty
