@@ -226,6 +226,8 @@ def layer_faults(scheme: Scheme, layers: int) -> tuple[Fault, ...]:
 def _shape(site: Site, shape: Shape) -> Iterator[Fault]:
     band, code = isinstance(site.store, Band), site.store.code
     yield from outlier_rules.shape_faults(site, shape)
+    if site.head_dim(shape) < 1:
+        return
     yield from rotation_rules.shape_faults(site, shape) if not band else ()
     if isinstance(code, Sketch) and code.basis == "hadamard" and shape.head_dim.bit_count() > 1:
         fact = f"a Hadamard basis needs a power of two, and head_dim is {shape.head_dim}"

@@ -103,6 +103,10 @@ def test_what_is_refused(build: Callable[[], Scheme], sentence: str) -> None:
             "keys.outliers.n: 6 of 64 channels are no multiple of 8 with 8 others beside it; use 8",
         ),
         (
+            TWO.with_(outliers=TopChannels(64, store=TWO.with_(transform=Rotate(size=16))), transform=Rotate(size=16)),
+            "keys.outliers.n: 64 of 64 channels are no multiple of 8 with 8 others beside it; use 56",
+        ),
+        (
             PARTED.with_(scale=per_token(channels=32)),
             "keys.scale.block.channels: groups of 32 channels do not divide the 56 channels of the store; use 8 or ALL",
         ),

@@ -131,8 +131,7 @@ def bound(store: Store, x: Tensor, params: Params | None = None, side: str = "ke
 def _summed_bound(store: Store, x: Tensor, params: Params | None, side: str, at: int) -> Tensor:
     """What is left, x - x^, is coded itself, so that only its own error remains, of outlier channels on these alone;
     the difference and the sum round once each, numbers of up to |x| + |x^| and their errors."""
-    rest = x.double()
-    within = sizes = rest.abs()
+    within = sizes = (rest := x.double()).abs()
     for place, term in store.placed(side):
         alone = term.with_(residual=None)
         here = bound(alone, rest, params, place, at)
@@ -158,7 +157,8 @@ def _mapped_bound(store: Store, x: Tensor, params: Params | None, side: str) -> 
     coded = encoded_rows(store.with_(transform=store.linear), x, params, side)
     behind = store.with_(transform=(Polar(store.levels),) if store.polar else ())
     within = applied(decode, bound(behind, coded, params, side))
-    within = torch.where((decode == 0).all(-1)[:, None], x.double().abs(), within)  # of channels that are not picked
+    if store.pick:  # the other channels are not read
+        within = within.where((decode != 0).any(-1)[:, None], x.double().abs())
     size = applied(decode, applied(encode, x.double().abs().clamp(max=LARGEST))) + shift[:, None]
     return within + 2.0**-22 * size + (x.double().abs() - LARGEST).clamp(min=0)
 
