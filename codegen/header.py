@@ -25,7 +25,7 @@ def formula_lines(side: SidePlan) -> list[str]:
 
 def _term_lines(whole: SidePlan, side: SidePlan) -> list[str]:
     lines = []
-    if side.mark == "o":
+    if side.outliers:
         lines.append(f"{side.title}: o[t, d] = {whole.number}[t, d] of these, 0 of the others; both are added up")
     elif side.depth:
         lines.append(f"{side.title}: r[t, d] = {whole.number}[t, d] - all that is decoded before it; both are added up")

@@ -39,6 +39,8 @@ FEW_SPLITS, MOST_SPLITS, MOST_EDGES = 24, 128, 32
 PAGES_A_SPLIT = 8
 COLUMNS = WeakTensorKeyDictionary()
 """Maps -> the same by columns, float64: made once for those that are used again in every step."""
+INNER = {"outliers_": ".outliers.store", "residual_": ".residual"}
+"""How an argument's name goes on behind a side's -> its term's place behind the side's."""
 Setting = tuple[int, str | None]
 """Depth of the pipeline, setting of the assembler."""
 
@@ -344,9 +346,8 @@ def _parameter(name: str, params: Params) -> Tensor | int:
     """A kernel's argument that comes from the parameters: `keys_scale_ptr`, `keys_encode_ptr`, or how far apart one
     head's map (`keys_stride`) or shift (`keys_shifts`) is from the next; 0 where heads share it."""
     side, _, what = name.removesuffix("_ptr").partition("_")
-    for part, place in (("outliers", "outliers.store"), ("residual", "residual"), ("residual", "residual")):
-        if what.startswith(f"{part}_"):
-            side, what = f"{side}.{place}", what.removeprefix(f"{part}_")
+    while inner := next(filter(what.startswith, INNER), None):
+        side, what = side + INNER[inner], what.removeprefix(inner)
     if what.endswith("stride"):
         matrix = params[f"{side}.{'read' if what == 'read_stride' else 'encode'}"]
         return matrix.shape[1] * matrix.shape[2] if matrix.shape[0] > 1 else 0

@@ -90,11 +90,16 @@ class SidePlan:
         return f"{self.name}.code.stores[{self.depth}]" if self.band else self.home
 
     @property
+    def outliers(self) -> bool:
+        """Whether this term is of outlier channels."""
+        return self.store.pick is not None and self.store.pick.top
+
+    @property
     def title(self) -> str:
         """What a person calls this term."""
         if self.band:
             return f"{self.name}, {f'angles of level {self.depth}' if self.depth else 'radii'}"
-        if self.home.endswith(".outliers.store"):
+        if self.outliers:
             return f"{self.name}, outlier channels"
         return self.name + ", what is left" * self.home.count(".residual")
 
@@ -116,7 +121,7 @@ class SidePlan:
         """What tells the names of this term from those of the others of its side."""
         if self.band:
             return "abcdef"[self.depth]
-        return "o" * self.home.count(".outliers") + "r" * self.home.count(".residual")
+        return "o" * self.outliers + "r" * self.home.count(".residual")
 
     @property
     def row(self) -> int:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from .errors import ShapeError
 from .scheme import ChannelScale, ChannelShift, Permute, Side, Store, TopChannels
-from .spaces import applied, maps
+from .spaces import apart, applied, maps
+from .transforms import Pick
 
 EXPONENTS = tuple(i / 20 for i in range(21))  # of the search for learned scales
 LEAST = 2.0**-14  # of a channel's scale: a channel of zeros is left as it is
@@ -50,7 +51,7 @@ def fitted(
 
 def largest(part: TopChannels, x: Tensor) -> Tensor:
     """The largest channels of every head of x (B, H, T, D), rising: int64 (H, n)."""
-    size, count = x.double().abs(), part.n if isinstance(part.n, int) else round(part.n * x.shape[3])
+    size, count = x.double().abs(), Pick(part.n, True).width(x.shape[3])
     if part.by == "absmax":
         size = size.amax((0, 2))
     else:
@@ -60,8 +61,7 @@ def largest(part: TopChannels, x: Tensor) -> Tensor:
 
 def without(top: Tensor, x: Tensor) -> Tensor:
     """x (B, H', T, D) without the channels `top` (H, n) of its heads, or of the kv heads that its heads read."""
-    others = torch.ones(len(top), x.shape[3], dtype=torch.bool, device=x.device).scatter(1, top, False)
-    kept = others.repeat_interleave(x.shape[1] // len(top), 0)
+    kept = (~apart(top, x.shape[3])).repeat_interleave(x.shape[1] // len(top), 0)
     return x.transpose(1, 2)[:, :, kept].unflatten(2, (x.shape[1], -1)).transpose(1, 2)
 
 

@@ -30,14 +30,14 @@ def _rotary_positions_stay_on(site: Site) -> Iterator[Fault]:
     if site.store.residual is not None and site.store.rope is not None:
         fact = "what is left of keys without RoPE would have to be turned back token by token, too"
         yield site.fault("residual", fact, "leave it out, or leave out PreRope()")
-    elif (site.left or site.apart) and any(isinstance(part, PreRope) for part in site.store.transform):  # type: ignore[union-attr]
+    elif site.inner and any(isinstance(part, PreRope) for part in site.store.transform):  # type: ignore[union-attr]
         fact = "RoPE comes off a vector, not off what is left of one"
         yield site.fault("transform", fact, "leave out PreRope()")
 
 
 @rule("~.scale", "~.code", "~.transform")
 def _what_is_left_is_measured_online(site: Site) -> Iterator[Fault]:
-    if not (site.left or site.apart):
+    if not site.inner:
         return
     scale, code = site.scale, site.store.code
     fact = "what is left is known only once the store before it is calibrated"

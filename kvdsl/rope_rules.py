@@ -13,7 +13,7 @@ from .sites import Site, rule
 def _rope_comes_off_keys_first(site: Site) -> Iterator[Fault]:
     parts = site.store.transform
     for position, part in enumerate(parts):  # type: ignore[arg-type]
-        if not isinstance(part, PreRope) or site.left or site.apart:
+        if not isinstance(part, PreRope) or site.inner:
             continue
         if site.place == "values" or site.scheme.keys is site.scheme.values:
             yield Fault(f"values.transform[{position}]", "values carry no RoPE", "remove PreRope()")

@@ -37,6 +37,11 @@ class Site:
         """Whether the store is that of outlier channels."""
         return self.place.endswith(".outliers.store")
 
+    @property
+    def inner(self) -> bool:
+        """Whether the store is of a part of what another one is given."""
+        return self.left or self.apart
+
     def head_dim(self, shape: Shape) -> int:
         """Channels of a head that the store is of."""
         return self.pick.width(shape.head_dim) if self.pick else shape.head_dim

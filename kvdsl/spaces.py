@@ -207,7 +207,7 @@ def _step(part: object, head_dim: int, together: int, given: Tensor | None) -> t
         return (matrix, zero), (matrix.mT, zero)
     assert given is not None
     if isinstance(part, Pick):
-        order = _picked(part, given.to("cpu", torch.int64), head_dim)
+        order = _picked(part, given.to("cpu"), head_dim)
         matrix, zeros = one[order], zero.new_zeros(1, order.shape[1])
         return (matrix, zeros), (matrix.mT, zero)
     numbers = given.to("cpu", torch.float64).reshape(-1, channels)
@@ -223,7 +223,10 @@ def _step(part: object, head_dim: int, together: int, given: Tensor | None) -> t
 
 def _picked(part: Pick, top: Tensor, head_dim: int) -> Tensor:
     """The channels that are picked, rising, of each head, of given outlier channels (H, n)."""
-    if part.top:
-        return top.sort(-1).values
-    others = torch.ones(len(top), head_dim, dtype=torch.bool).scatter(1, top, False)
-    return others.nonzero()[:, 1].reshape(len(top), -1)
+    return (apart(top, head_dim) == part.top).nonzero()[:, 1].reshape(len(top), -1)
+
+
+def apart(top: Tensor, head_dim: int) -> Tensor:
+    """Whether each channel of each head, bool (H, D), is one of the outlier channels `top` (H, n)."""
+    found = torch.zeros(len(top), head_dim, dtype=torch.bool, device=top.device)
+    return found.scatter(1, top.to(torch.int64), True)

@@ -45,13 +45,7 @@ def channels_of(store: Store, head_dim: int) -> int:
         return int(head_dim * store.share)
     if isinstance(store.code, Sketch) and isinstance(store.code.dim, int):
         return store.code.dim
-    return _picked(head_dim, store.pick) if store.pick else head_dim
-
-
-def _picked(head_dim: int, pick: Pick) -> int:
-    """How many channels are picked of a head's: a count or a share of them, or all but these."""
-    apart = pick.channels if isinstance(pick.channels, int) else int(pick.channels * head_dim + 0.5)
-    return apart if pick.top else head_dim - apart
+    return store.width(head_dim)
 
 
 def maps(store: Store, head_dim: int, heads: int, params: Params | None = None, side: str = "keys") -> Maps | None:
@@ -87,8 +81,8 @@ def maps(store: Store, head_dim: int, heads: int, params: Params | None = None, 
         if isinstance(part, PreRope):
             continue
         if isinstance(part, Pick):
-            apart = _picked(head_dim, Pick(part.channels, True))
-            given = _param(params, name, heads, (apart,), "a set of outlier channels").to(torch.int64)
+            count = Pick(part.channels, True).width(head_dim)
+            given = _param(params, name, heads, (count,), "a set of outlier channels").to(torch.int64)
             is_apart = torch.zeros(heads, head_dim, dtype=torch.bool).scatter(1, given, True)
             picked = torch.stack([torch.arange(head_dim)[chosen == part.top] for chosen in is_apart])
             e = torch.nn.functional.one_hot(picked, head_dim).to(torch.float64)

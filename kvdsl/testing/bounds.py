@@ -50,6 +50,7 @@ from kvdsl.reference.rounding import MINIFLOATS
 from kvdsl.reference.spaces import applied, by_head
 from kvdsl.rope import pairs, waves
 from kvdsl.scheme import Band, Bands, Codebook, Float, Polar, Scale, Sketch, Store, Uniform, bands
+from kvdsl.spaces import apart
 
 FORMATS = {
     "fp16": (2.0**-11, 2.0**-25, 65504.0),
@@ -137,9 +138,8 @@ def _summed_bound(store: Store, x: Tensor, params: Params | None, side: str, at:
         here = bound(alone, rest, params, place, at)
         if term.pick is not None and term.pick.top:
             assert params is not None
-            top = params[f"{side}.outliers"].cpu().to(torch.int64)
-            apart = torch.zeros(x.shape[1], x.shape[3], dtype=torch.bool).scatter(1, top, True)
-            here = torch.where(apart[:, None], here, within)
+            top = apart(params[f"{side}.outliers"].cpu(), x.shape[3])
+            here = torch.where(top[:, None], here, within)
         within, decoded = here, quantize(alone, rest, params, place, at).decoded
         rest, sizes = left(rest, decoded), sizes + decoded.abs()
     return within + 2.0**-22 * (sizes + within) + (x.double().abs() - LARGEST).clamp(min=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from kvdsl.scheme import SIDES, Scheme, Side, Store
+from kvdsl.spaces import apart
 
 from .cases import Case, law, require_equal
 from .trips import roundtrip
@@ -23,18 +24,16 @@ def outlier_channels_and_others_do_not_meet(case: Case) -> None:
     before = roundtrip(case, k, v, params)
     for part in (True, False):
         changed = k.clone(), v.clone()
-        apart = [_apart(case.scheme, side, params, k.shape) for side in SIDES]
-        for x, top in zip(changed, apart, strict=True):
+        tops = [_apart(case.scheme, side, params, k.shape) for side in SIDES]
+        for x, top in zip(changed, tops, strict=True):
             x[:, top == part] = x[:, top == part].flip(-1) * -0.5
         after = roundtrip(case, changed[0], changed[1], params)
-        for side, top, one, other in zip(SIDES, apart, before, after, strict=True):
+        for side, top, one, other in zip(SIDES, tops, before, after, strict=True):
             if _split(case.scheme.side(side)):
                 require_equal(f"decoded {side}", other[:, top != part], one[:, top != part])
 
 
 def _apart(scheme: Scheme, side: Side, params: dict[str, torch.Tensor], shape: torch.Size) -> torch.Tensor:
     """Which channels of the heads of numbers (B, H, T, D) stand apart: bool (H, T, D)."""
-    found = torch.zeros(shape[1], shape[3], dtype=torch.bool)
-    if scheme.side(side).outliers is not None:
-        found = found.scatter(1, params[f"{side}.outliers"].long(), True)
-    return found[:, None].expand(shape[1:])
+    top = params[f"{side}.outliers"] if scheme.side(side).outliers is not None else torch.zeros(shape[1], 0)
+    return apart(top, shape[3])[:, None].expand(shape[1:])
