@@ -241,9 +241,9 @@ def test_every_scheme_says_where_it_comes_from() -> None:
 SHAPES = (Shape(128, 8, 32), Shape(64, 3, 9, "fp32"))
 
 
-def texts(backend: str) -> Iterator[tuple[str, str]]:
-    """(name, text) of every shipped scheme and shape."""
-    for name, scheme in ALL.items():
+def texts(backend: str, *, every: int = 1) -> Iterator[tuple[str, str]]:
+    """(name, text) of every shipped scheme, or of one in `every`, at every shape."""
+    for name, scheme in list(ALL.items())[::every]:
         for shape in SHAPES:
             if not shape_faults(scheme, shape):
                 text = render(plan_for(scheme, shape), backend, name)  # type: ignore[arg-type]
@@ -264,9 +264,10 @@ def test_generated_text_is_clean(backend: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_generated_text_does_not_depend_on_the_process(backend: str) -> None:
+    """What would be printed in another order is printed by shared code: one scheme in five has it all."""
     code = (
         "import hashlib, sys; sys.path.insert(0, 'tests'); from test_house import texts\n"
-        f"print(hashlib.sha256(''.join(t for _, t in texts({backend!r})).encode()).hexdigest())"
+        f"print(hashlib.sha256(''.join(t for _, t in texts({backend!r}, every=5)).encode()).hexdigest())"
     )
     first, second = (python(f"import os; os.chdir({str(ROOT)!r})\n{code}", PYTHONHASHSEED=seed) for seed in "12")
     assert first == second

@@ -18,7 +18,7 @@ from kvdsl.testing import LAWS, Case, LawBroken, applicable, cases, check, fault
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_shipped_scheme_obeys_every_law(name: str) -> None:
-    assert holds(ALL[name], "torch", examples=3) >= 3 * len(LAW_NAMES) // 2
+    assert holds(ALL[name], "torch", examples=2) >= len(LAW_NAMES)
 
 
 @pytest.mark.parametrize("law", LAW_NAMES)
