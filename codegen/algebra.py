@@ -16,7 +16,7 @@ import sympy as sp
 
 from kvdsl.codes import in_trits
 from kvdsl.errors import ProofError
-from kvdsl.scheme import Band, Store, Uniform
+from kvdsl.scheme import Band, LowRank, Store, Uniform
 
 from .alphabet import Alphabet, alphabet_of, prove
 from .bijection import prove_digits
@@ -53,6 +53,7 @@ class NormalForm:
     """One side of a scheme: its definition, its terms, and the proof that they agree.
 
     letter   what a product reads: c, the code, or l, the level that a code is looked up as
+    over     the index that terms are summed over beside tokens or channels: of vectors of low rank
     """
 
     side: Literal["keys", "values"]
@@ -61,6 +62,7 @@ class NormalForm:
     terms: tuple[Term, ...]
     proof: tuple[ProofStep, ...]
     letter: Letter = "c"
+    over: str = ""
 
 
 def decoded(store: Store, alphabet: Alphabet, c: sp.Expr, s: sp.Expr, z: sp.Expr) -> sp.Expr:
@@ -116,6 +118,8 @@ def derive(side: Literal["keys", "values"], store: Store, when: When, alphabet: 
     alphabet   how codes become numbers; None: as in blocks of 128 channels
     Raises ProofError where the terms do not give the definition back, or a factor cannot leave the loop.
     """
+    if isinstance(store.code, LowRank):
+        return _factored(side, store.code)
     indices = _INDICES[when]
     stored = [sp.IndexedBase(name)[indices] if indices else sp.Integer(0) for name in ("s", "z")]
     alphabet = alphabet or alphabet_of(store, 128)
@@ -145,6 +149,46 @@ def derive(side: Literal["keys", "values"], store: Store, when: When, alphabet: 
     statement = f"{sp.sstr(outside)}*({sp.sstr(definition)}) = {lowered}"
     steps = (ProofStep(statement, "symbolic"), *alphabet_proof(alphabet), *planes_proof(store, alphabet))
     return NormalForm(side, when, definition, terms, steps, letter)
+
+
+def _factored(side: Literal["keys", "values"], code: LowRank) -> NormalForm:
+    """The normal form of vectors of low rank: a query meets the vectors, or weights meet the numbers, before the sum
+    over ranks."""
+    rank = sp.Symbol("j", integer=True, positive=True)
+    number, vector = sp.IndexedBase("a"), sp.IndexedBase("u")
+    definition = sp.Sum(number[token, rank] * vector[block, rank, channel], (rank, 1, code.rank))
+    term = Term(number[token, rank], query * vector[block, rank, channel], False)
+    if side == "values":
+        term = Term(weight * number[token, rank], vector[block, rank, channel], False)
+    ranks, tokens, channels = range(2), range(2), range(3)
+    q, p = sp.symbols("q:3"), sp.symbols("p:2")
+    decoded = {(t, d): sum(number[t, j] * vector[0, j, d] for j in ranks) for t in tokens for d in channels}
+    if side == "keys":
+        pairs = [
+            (
+                sum(q[d] * decoded[t, d] for d in channels),
+                sum(number[t, j] * sum(q[d] * vector[0, j, d] for d in channels) for j in ranks),
+            )
+            for t in tokens
+        ]
+    else:
+        pairs = [
+            (
+                sum(p[t] * decoded[t, d] for t in tokens),
+                sum(sum(p[t] * number[t, j] for t in tokens) * vector[0, j, d] for j in ranks),
+            )
+            for d in channels
+        ]
+    if any(sp.expand(one - other) != 0 for one, other in pairs):
+        raise ProofError(
+            f"{side}: sums over ranks and over {'channels' if side == 'keys' else 'tokens'} do not commute"
+        )
+    swapped = (
+        "q . x[t] = sum_j a[t, j] * (q . u[b, j])"
+        if side == "keys"
+        else "sum_t p[t]*x[t] = sum_j (sum_t p[t]*a[t, j]) * u[b, j]"
+    )
+    return NormalForm(side, When.NEVER, definition, (term,), (ProofStep(swapped, "symbolic"),), over="j")
 
 
 def alphabet_proof(alphabet: Alphabet) -> tuple[ProofStep, ...]:

@@ -283,6 +283,20 @@ def above(top):
 
 
 @triton.jit
+def without(x, unit):
+    """What is left of a vector beside another one, of length 1 or 0."""
+    return x - unit * tl.sum(unit * x, 0)
+
+
+@triton.jit
+def unit(x, whole):
+    """A float64 vector over its length; 0 where its square is no more than 2**-60 of `whole`."""
+    square = tl.sum(x * x, 0)
+    there = square > whole * 8.673617379884035e-19
+    return tl.where(there, x / tl.sqrt(tl.where(there, square, 1.0)), 0.0)
+
+
+@triton.jit
 def pair_of(lane, FIRST: tl.constexpr, COUNT: tl.constexpr, PAIRS: tl.constexpr):
     """Which of PAIRS pairs each of the channels FIRST + lane is of, lane < COUNT, where channels d and d + PAIRS are a
     pair; any pair for channels behind them all."""

@@ -55,7 +55,8 @@ def _coded_lines(side: SidePlan, letter: str) -> list[str]:
         )
         tail = f"*{side.form.letter}[t, d]" if term.coded else ""
         front = "" if out == 1 else f"{sp.sstr(out)} * "
-        texts.append(f"{front}sum_{over} {sp.sstr(inner)}{tail}")
+        ranks = f"sum_{side.form.over} " if side.form.over else ""
+        texts.append(f"{ranks}{front}sum_{over} {sp.sstr(inner)}{tail}")
     return [*lines, outer + " + ".join(texts).replace("+ -", "- "), f"           {side.when.value}"]
 
 
@@ -70,6 +71,8 @@ def _number_lines(side: SidePlan, letter: str) -> list[str]:
 def alphabet_lines(side: SidePlan) -> list[str]:
     """What a code stands for, where it is no whole number; what a stored scale is multiplied by."""
     alphabet, lines = side.alphabet, []
+    if held := side.factors:
+        lines.append(f"a[t, j], u[b, j, d] fp16; {held.tokens} tokens share {held.rank} vectors u[b, j]")
     if alphabet.small is not None:
         lines.append(f"l[t, d] = the number whose {alphabet.bits} bits are stored, {alphabet.small.name}")
     elif alphabet.given:
@@ -93,12 +96,17 @@ def page_lines(plan: Plan) -> list[str]:
         if side.floats:
             numbers = side.dim if side.band else layout.head_dim
             lines.append(f"  {part.float_offset:6d}  {side.title}: {side.floats} rows of {numbers}")
+        if side.factors:
+            lines.append(f"  {side.factors.offset:6d}  {side.title}: fp16 rows of {side.factors.rank}")
         for stream in part.streams:
             rows = "tokens t and t + 32 share a word" if stream.paired else "one token a row"
             planes = f"{part.plane_width} bytes of 5 ternary digits" if stream.digits else ""
             planes = planes or f"{stream.width}-bit planes of {part.plane_width} channels"
             lines.append(f"  {stream.offset:6d}  {side.title}: {planes}, {rows}")
     for side in plan.terms:
+        if held := side.factors:
+            vectors = f"{held.blocks} x {held.rank} vectors of {side.dim} fp16"
+            lines.append(f"  {held.vectors_offset:6d}  {side.title}: {vectors}")
         meta = side.layout.meta
         if meta is not None:
             what = {

@@ -80,6 +80,8 @@ def loop_bytes(plan: Plan, *, repeated: bool = False) -> int:
         size = sum(stream.size for stream in side.layout.streams)
         if side.floats:
             size += layout.page_tokens * side.dim * (4 if side.floats == "fp32" else 2)
+        if (held := side.factors) is not None:
+            size += 2 * held.rank * (layout.page_tokens + held.blocks * side.dim)
         if side.layout.meta is not None:
             meta = side.layout.meta
             size += meta.size // (meta.head_groups if meta.shared else 1)

@@ -15,7 +15,7 @@ from typing import Literal
 
 from kvdsl.codes import in_trits, trit_bytes
 from kvdsl.codes import width as code_bits
-from kvdsl.scheme import ALL, SIDES, Band, Float, MetaFormat, Scheme, Store
+from kvdsl.scheme import ALL, SIDES, Band, Float, LowRank, MetaFormat, Scheme, Store
 from kvdsl.shape import Shape
 from kvdsl.window import token_block
 
@@ -133,10 +133,22 @@ class Span:
 
 
 @dataclass(frozen=True)
+class Factors:
+    """Vectors of low rank: `rank` numbers a token, a row each, and of every `tokens` tokens a block of as many vectors,
+    a row each; in fp16, offsets in bytes from the head blob's start."""
+
+    rank: int
+    tokens: int
+    blocks: int
+    offset: int
+    vectors_offset: int = 0
+
+
+@dataclass(frozen=True)
 class SideLayout:
     """One side of a page, `width` numbers a token.  `streams` is empty where the numbers themselves are stored
-    (`float_offset`).  Planes have `plane_width` lanes; of digits the last may have fewer, and one that crosses groups
-    of channels counts as several.  `rest`: where the side's next term stands."""
+    (`float_offset`), or vectors of low rank (`factors`).  Planes have `plane_width` lanes; of digits the last may have
+    fewer, and one that crosses groups of channels counts as several.  `rest`: where the side's next term stands."""
 
     width: int
     streams: tuple[Stream, ...]
@@ -144,6 +156,7 @@ class SideLayout:
     spans: tuple[Span, ...]
     meta: Meta | None
     float_offset: int = 0
+    factors: Factors | None = None
     rest: SideLayout | None = None
 
     @property
@@ -228,7 +241,7 @@ def plane_width(store: Store, head_dim: int) -> int:
 
 
 def _common_width(store: Store, head_dim: int) -> int:
-    if isinstance(store.code, Float) and store.code.plain:
+    if isinstance(store.code, Float) and store.code.plain or isinstance(store.code, LowRank):
         return min(64, head_dim & -head_dim)
     if in_trits(store.code):
         return trit_bytes(head_dim)
@@ -297,6 +310,10 @@ def lay_out(scheme: Scheme, shape: Shape) -> Layout:
         if isinstance(store.code, Float) and store.code.plain:
             codes[at] = SideLayout(dim, (), width, spans, None, offset)
             offset = aligned(offset + tokens * dim * (4 if store.code.format == "fp32" else 2))
+        elif isinstance(store.code, LowRank):
+            factors = Factors(store.code.rank, store.code.tokens, tokens // store.code.tokens, offset)
+            codes[at] = SideLayout(dim, (), width, spans, None, factors=factors)
+            offset = aligned(offset + 2 * tokens * store.code.rank)
         else:
             bits = code_bits(store.code)
             assert bits is not None
@@ -310,6 +327,9 @@ def lay_out(scheme: Scheme, shape: Shape) -> Layout:
         if meta is not None and not meta.shared:
             metas[at] = replace(meta, offset=offset)
             offset = aligned(offset + meta.size)
+        if (held := codes[at].factors) is not None:  # the vectors of a block, where others have scales
+            codes[at] = replace(codes[at], factors=replace(held, vectors_offset=offset))
+            offset = aligned(offset + 2 * held.blocks * held.rank * dims[at])
     head_bytes = offset
     offset = head_bytes * shape.kv_heads
     for at, meta in metas.items():

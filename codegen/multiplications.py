@@ -48,6 +48,9 @@ def multiplications(plan: Plan, side: SidePlan) -> Multiplications:
         return Multiplications(_count([steps.number("c", "s", "z")]) + turned, zero, unpacking)
     if side.floats:
         return Multiplications(zero, zero, zero)
+    if held := side.factors:  # what the query and a block's vectors give, in units of its largest, and back
+        behind = Fraction(1, side.dim) + Fraction(held.rank, plan.half * side.dim)
+        return Multiplications(zero, behind if side.name == "keys" else zero, zero)
     scaled = _of_keys(plan, side) if side.name == "keys" else _of_values(plan, side)
     return Multiplications(zero, scaled, unpacking)
 

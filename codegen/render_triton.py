@@ -11,11 +11,10 @@ from .header import heading
 from .plan import Plan
 from .text import imported, without_unused
 from .triton_attend import Attend
+from .triton_factor_pages import pack_of, unpack_of
 from .triton_merge import merge
-from .triton_pack import Pack
 from .triton_rope import rope, unrope
 from .triton_turn import restore, turn, turn_query
-from .triton_unpack import Unpack
 
 DEVICE = ("device", "device_codes")
 
@@ -33,8 +32,8 @@ def render(plan: Plan, name: str) -> str:
     kernels = [write(plan, term) for term in plan.spaces if term.mapped for write in (turn, restore)]
     kernels += [turn_query(plan)] if plan.keys.through else []
     kernels += [unrope(plan), rope(plan)] if plan.keys.rope is not None else []
-    kernels += [Pack(plan, term).text() for term in plan.terms]
-    kernels += [Unpack(plan, term).text(attend.addresses(several=False)) for term in plan.terms]
+    kernels += [pack_of(plan, term).text() for term in plan.terms]
+    kernels += [unpack_of(plan, term).text(attend.addresses(several=False)) for term in plan.terms]
     kernels.append(attend.scores(plan.rows(many=True)))
     kernels.append(attend.attention("decode", plan.rows(many=False)))
     kernels.append(attend.attention("extend", plan.rows(many=True)))

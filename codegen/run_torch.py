@@ -132,12 +132,18 @@ class TorchModule:
         given = [turned]
         if part.sketched:  # one sum a token, before the vector is mapped: (pages, H, T, 1)
             given.append(saturated(x).to(torch.float64).square().sum(-1, keepdim=True))
-        sections = list(getattr(self.module, f"pack_{part.label}")(*given, *self._given(part, params)))
+        more = [params[f"{part.home}.start"]] if part.factors else []
+        sections = list(getattr(self.module, f"pack_{part.label}")(*given, *self._given(part, params), *more))
         blobs, shared = self._blobs(pages)
         if part.floats:
             size = part.layout.float_offset
             width = sections[0].shape[-1] // layout.page_tokens
             self._merge(blobs, size, sections[0], inside.repeat_interleave(width, -1)[:, None])
+        if (held := part.factors) is not None:
+            self._merge(blobs, held.offset, sections[0], inside.repeat_interleave(2 * held.rank, -1)[:, None])
+            blocks = inside.unflatten(-1, (held.blocks, held.tokens)).any(-1)
+            marks = blocks.repeat_interleave(2 * held.rank * part.dim, -1)[:, None]
+            self._merge(blobs, held.vectors_offset, sections[1], marks)
         for stream in part.layout.streams:
             marks = inside[:, None, :, None].expand(-1, 1, -1, stream.row_words)
             marks = rows_of_bytes((marks,) if stream.paired else (marks, marks), paired=stream.paired)

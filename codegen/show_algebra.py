@@ -63,7 +63,8 @@ def _sum(form: NormalForm, term: Term) -> str:
     over, inner, outer = _factors(form, term)
     number = f"*{'x' if form.when is When.IN_LOOP else form.letter}[t, d]" if term.coded else ""
     summed = f"sum_{over} {sp.sstr(inner)}{number}".replace(" 1*", " ")
-    return summed if outer == 1 else f"{sp.sstr(outer)} * {summed}"
+    whole = summed if outer == 1 else f"{sp.sstr(outer)} * {summed}"
+    return f"sum_{form.over} {whole}" if form.over else whole
 
 
 def _joined(terms: list[str]) -> str:
@@ -94,6 +95,10 @@ def _where(side: SidePlan, term: Term) -> str:
     _, inner, outer = _factors(form, term)
     if side.floats and not side.band:
         return "nothing is scaled"
+    if side.factors:
+        if side.name == "keys":
+            return "the query meets the block's vectors once a tile, what that gives meets the numbers of each token"
+        return "the weights meet the numbers of each token, what that gives meets the block's vectors once a tile"
     if form.when is When.IN_LOOP:
         again = ", mapped back" if side.mapped and not side.hoisted else ""
         again += ", and turned back to its position" if side.rope is not None else ""

@@ -62,6 +62,11 @@ def _sections(plan: Plan, side: SidePlan) -> list[dict[str, Any]]:
     if side.floats:
         size = layout.page_tokens * side.dim * (4 if side.floats == "fp32" else 2)
         rows.append(_row(side, part.float_offset, size, f"{layout.page_tokens} rows of {side.dim} {side.floats}"))
+    if (held := side.factors) is not None:
+        rows.append(_row(side, held.offset, 2 * layout.page_tokens * held.rank,
+                         f"{layout.page_tokens} rows of {held.rank} fp16"))  # fmt: skip
+        vectors = f"{held.blocks} x {held.rank} vectors of {side.dim} fp16; as many for {held.tokens} tokens"
+        rows.append(_row(side, held.vectors_offset, 2 * held.blocks * held.rank * side.dim, vectors))
     for stream in part.streams:
         last = stream.shift + stream.width - 1
         bits = f"bits {stream.shift} to {last}" if last > stream.shift else f"bit {last}"

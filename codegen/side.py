@@ -10,7 +10,7 @@ from kvdsl.scheme import Band, Float, PreRope, Scale, Sketch, Store, Uniform
 from kvdsl.window import token_block
 
 from .alphabet import Alphabet
-from .layout import PAIR, Place, SideLayout, Stream
+from .layout import PAIR, Factors, Place, SideLayout, Stream
 from .placement import When
 
 if TYPE_CHECKING:
@@ -261,6 +261,11 @@ class SidePlan:
             return self.layout.streams
         places = tuple(Place(plane, plane, 0, 0) for plane in range(self.layout.planes))
         return (Stream(self.alphabet.bits, 0, False, 0, 0, 0, places),)
+
+    @property
+    def factors(self) -> Factors | None:
+        """Where vectors of low rank stand, if they are what is stored."""
+        return self.layout.factors
 
     @property
     def second(self) -> Scale | None:

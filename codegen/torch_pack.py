@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 import sympy as sp
 
+from kvdsl.scheme import LowRank
+
 from .codec import (
     call,
     clips,
@@ -76,13 +78,19 @@ class TorchPack:
     def pack(self) -> str:
         """Whole pages of numbers to the bytes of every section."""
         side, meta, out = self.side, self.side.layout.meta, Lines()
-        takes = ["x", *(["squares"] if side.sketched else []), *self.given()]
+        takes = ["x", *(["squares"] if side.sketched else []), *self.given(), *(["start"] if side.factors else [])]
         with out.deeper(f"def pack_{side.label}({', '.join(takes)}):"):
             out.add(f'"""Bytes of every section that float32 x (pages, H, {self.plan.layout.page_tokens}, D) fills."""')
             if side.floats:
                 if side.floats == "fp16":
                     out.add("x = torch.where(x == x, finite(x), x).to(torch.float16)")
                 out.add("return (bytes_of(x.flatten(-2)),)")
+                return str(out)
+            if isinstance(side.store.code, LowRank):
+                code = side.store.code
+                how = f"tokens={code.tokens}, loops={code.loops}, factor={code.factor}"
+                out.add(f"a, b = factors(x, start, {how})")
+                out.add("return bytes_of(a.flatten(-2)), bytes_of(b.flatten(-3))")
                 return str(out)
             out.extend(self._given())
             under: list[str] = []

@@ -19,7 +19,7 @@ class TorchSide(TorchPack):
     """Prints `pack_<side>`, `numbers_<side>`, `unpack_<side>`, and `score` or `weigh`."""
 
     def functions(self) -> list[str]:
-        texts = [] if self.side.floats else functions(self.side, "torch.")
+        texts = [] if self.side.floats or self.side.factors else functions(self.side, "torch.")
         texts.append(self.pack())
         if self.side.layout.meta is not None:
             texts.append(self.numbers())
@@ -103,6 +103,14 @@ class TorchSide(TorchPack):
                 start = side.layout.float_offset
                 out.add(f"x = section(pages, {start}, {tokens * head_dim}, torch.{kind})")
                 out.add(f"return x.reshape(*pages.shape[:2], -1, {head_dim}).to(torch.float32)")
+                return str(out)
+            if (held := side.factors) is not None:
+                a, b = (tokens * held.rank, held.blocks * held.rank * head_dim)
+                out.add(f"a = section(pages, {held.offset}, {a}, torch.float16)")
+                out.add(f"a = a.unflatten(-1, ({held.blocks}, {held.tokens}, {held.rank})).flatten(2, 3)")
+                out.add(f"b = section(pages, {held.vectors_offset}, {b}, torch.float16)")
+                out.add(f"b = b.unflatten(-1, ({held.blocks}, {held.rank}, {head_dim})).flatten(2, 3)")
+                out.add("return multiplied(a, b)")
                 return str(out)
             out.extend([*self._given(), *self._read()])
             for j in self.planes:

@@ -15,9 +15,10 @@ from __future__ import annotations
 from .plan import Plan, SidePlan
 from .text import Lines, fill, literal
 from .triton_bands import FoldedKeys, FoldedValues
-from .triton_keys import Keys, KeySide
+from .triton_factors import keys_of, sections, values_of
+from .triton_keys import KeySide
 from .triton_meta import section
-from .triton_values import Values, ValueSide
+from .triton_values import ValueSide
 
 LOG2E = 1.4426950408889634
 ATTEND = """
@@ -140,9 +141,9 @@ class Attend:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        keys = [Keys(plan, term, head) for term in plan.keys.terms for head in term.heads]
+        keys = [keys_of(plan, term, head) for term in plan.keys.terms for head in term.heads]
         keys = [FoldedKeys(plan, plan.keys)] if plan.keys.band else keys
-        values = [Values(plan, term, head) for term in plan.values.terms for head in term.heads]
+        values = [values_of(plan, term, head) for term in plan.values.terms for head in term.heads]
         values = [FoldedValues(plan, plan.values)] if plan.values.band else values
         self.keys, self.values = KeySide(plan, keys), ValueSide(plan, values)
         self.pools = pools(plan)
@@ -193,6 +194,8 @@ class Attend:
             start = f"page * {layout.page_bytes // size} + h * {layout.head_bytes // size}"
             start += f" + {side.layout.float_offset // size}" if side.layout.float_offset else ""
             lines.append(f"{side.rows} = pool_{side.floats}_ptr + {start}")
+        if side.factors:
+            lines += sections(side, layout.page_bytes, layout.head_bytes)
         if side.layout.meta is not None:
             lines.append(f"{side.letter}_meta = {section(side, layout.page_bytes, layout.head_bytes)[1]}")
         return lines
@@ -347,7 +350,8 @@ def pools(plan: Plan) -> list[str]:
     """The pool, once for every element type that is read from it."""
     names = set()
     for side in plan.terms:
-        names.add(f"pool_{side.floats}_ptr" if side.floats else "pool16_ptr")
+        floats = "fp16" if side.factors else side.floats
+        names.add(f"pool_{floats}_ptr" if floats else "pool16_ptr")
         if side.layout.meta is not None:
             names.add(f"pool{8 * side.layout.meta.element}_ptr")
     return sorted(names)

@@ -62,9 +62,9 @@ class Pack(Planes):
             return lines
         return [f"{self.lane} = tl.max_contiguous(tl.arange(0, {self.lanes}), 2)", *lines[1:]]
 
-    def text(self) -> str:
-        plan, side = self.plan, self.side
-        body = Lines()
+    def body(self) -> list[str]:
+        """Lines from the rows of a program's tokens to what is stored of them."""
+        plan, side, body = self.plan, self.side, Lines()
         if side.floats:
             self._floats(body)
         else:
@@ -81,20 +81,26 @@ class Pack(Planes):
                     body.extend(static_read(self, j, self.lane) if side.static else [])
                     self._encode(body, j, [f"{self.prefix}_{name}[None, :]" for name in names])
             self._words(body)
-        pool_args = sorted(set(pools(plan)) | ({"pool8_ptr"} if side.layout.paired else set()))
+        return body.lines
+
+    def text(self) -> str:
+        plan, side = self.plan, self.side
+        body = self.body()
+        pool_args = sorted({*pools(plan), "pool8_ptr", "pool16_ptr"})
         params = [p for p in parameters(plan) if p.startswith(f"{side.label}_")]
-        text = str(body)
+        text = "\n".join(body)
         rows = "coded_ptr" if side.turned or side.depth else "rows_ptr"  # mapped by `turn_<side>`, or what is left
         args = [rows, *(["squares_ptr"] if side.sketched else []), "first_ptr", "begin_ptr", "end_ptr"]
+        args += [f"{side.space}_start_ptr"] if side.factors else []
         args += [p for p in pool_args if p in text] + ["table_ptr", *params]
         args += ["total_rows", "offset", "ring", "table_width", "first_step"]
         kernel = fill(
             PACK, side=side.label, rows_ptr=rows, args=[f"{name}," for name in args], heads=plan.shape.kv_heads,
             span=self.span, lanes_t=self.tokens, page=plan.layout.page_tokens, lanes=self.lane_lines(), lane=self.lane,
             span_mask=f" & (tl.arange(0, {self.tokens}) < {self.span})" if self.tokens != self.span else "",
-            head_dim=side.stride, first=plus(side.first) if side.band else "", body=body.lines,
+            head_dim=side.stride, first=plus(side.first) if side.band else "", body=body,
         )  # fmt: skip
-        return "\n\n".join([*([] if side.floats else functions(side, "tl.")), kernel])
+        return "\n\n".join([*([] if side.floats or side.factors else functions(side, "tl.")), kernel])
 
     def _floats(self, body: Lines) -> None:
         layout, side = self.plan.layout, self.side

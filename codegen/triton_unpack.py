@@ -30,6 +30,10 @@ class Unpack(Planes):
         super().__init__(plan, side)
         self.transposed = False
 
+    def decoded(self, half: int, tokens: str) -> list[str]:
+        """n0, n1, ... of the tokens of sub-tile `half`, decoded."""
+        return [*self.load(half, tokens), *self.decode(half, tokens)]
+
     def text(self, addresses: list[str]) -> str:
         plan, side, halves = self.plan, self.side, Lines()
         for half in range(plan.halves):
@@ -43,12 +47,14 @@ class Unpack(Planes):
                     mask = self.mask("inside", j)
                     halves.add(f"n{j} = tl.load({at} + {self.start(j)}, mask={mask}, other=0.0).to(tl.float32)")
             else:
-                halves.extend([*self.load(half, t), *self.decode(half, t)])
+                halves.extend(self.decoded(half, t))
             first = plus(side.first) if side.band else ""
             halves.add(f"place = out + (u - begin)[:, None] * {side.stride} + {self.lane}[None, :]{first}")
             for j in range(side.layout.planes):
                 halves.add(f"tl.store({self.at('place', j)}, n{j}, mask={self.mask('inside', j)})")
-        others = tuple(f"{term.letter}_meta" for term in plan.terms if term is not side)
+        others = tuple(
+            f"{term.letter}_{name}" for term in plan.terms if term is not side for name in ("meta", "rows", "vectors")
+        )
         keep = [a for a in addresses if not a.startswith((*others, "page_token"))]
         text = "\n".join([*keep, *halves.lines])
         args = [p for p in pools(plan) if p in text] + ["table_ptr"]

@@ -9,9 +9,9 @@ from importlib import import_module
 from typing import Any
 
 _PLACES = {
-    "scheme": ("ALL", "Block", "ChannelScale", "ChannelShift", "Codebook", "Float", "Part", "Permute", "Polar",
-               "PreRope", "Recent", "Rotate", "Scale", "Scheme", "Sinks", "Sketch", "Store", "TopChannels", "Uniform",
-               "per_channel", "per_tensor", "per_token"),
+    "scheme": ("ALL", "Block", "ChannelScale", "ChannelShift", "Codebook", "Float", "LowRank", "Part", "Permute",
+               "Polar", "PreRope", "Recent", "Rotate", "Scale", "Scheme", "Sinks", "Sketch", "Store", "TopChannels",
+               "Uniform", "per_channel", "per_tensor", "per_token"),
     "shape": ("Shape",),
     "errors": ("BackendError", "CacheError", "Fault", "ProofError", "SchemeError", "ShapeError"),
     "registry": ("load", "name_of", "names"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -107,14 +108,39 @@ class Bands(Part):
             object.__setattr__(self, "stores", tuple(self.stores))
 
 
-Code = Uniform | Float | Codebook | Sketch | Bands
+@dataclass(frozen=True, repr=False)
+class LowRank(Part):
+    """x_t = sum_j a[t, j] b[j] for the vectors x_t of every `tokens` tokens of a head: `rank` vectors b, and as many
+    numbers a token, all in fp16 (GEAR, arXiv 2403.05527, section 3).
+
+    The a[., j] are orthonormal but for a factor, and b = a^T x over its square, so that what is read is x projected:
+    nothing grows.  They are found by subspace iteration on the rows x of a block, a = orth(x p), p = x^T a, `loops`
+    times from a random p.  The factor of a is the power of two at or above sqrt(tokens): numbers of a are near 1, and
+    those of b no larger than those of x.
+
+    seed    of the first p, whose numbers are normal
+    """
+
+    rank: int = 4
+    _: KW_ONLY
+    tokens: int = 64
+    loops: int = 3
+    seed: int = 0
+
+    @property
+    def factor(self) -> float:
+        """What a is multiplied by, and b divided."""
+        return 2.0 ** math.ceil(math.log2(self.tokens) / 2)
+
+
+Code = Uniform | Float | Codebook | Sketch | Bands | LowRank
 
 
 def width(code: Code) -> int | None:
     """Bits of one code on its own; None where the code says neither bits nor numbers."""
     if isinstance(code, Float):
         return FLOAT_BITS[code.format]
-    if isinstance(code, Bands):
+    if isinstance(code, (Bands, LowRank)):
         return None
     if isinstance(code, Codebook) and code.bits is None and isinstance(code.levels, tuple):
         return max(1, (len(code.levels) - 1).bit_length())

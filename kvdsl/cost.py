@@ -9,7 +9,7 @@ from fractions import Fraction
 from .codes import in_trits, trit_bytes, width
 from .errors import SchemeError, ShapeError
 from .rules import layer_faults, refuse_for
-from .scheme import ALL, SIDES, Codebook, Scale, Scheme, Side, Store
+from .scheme import ALL, SIDES, Codebook, LowRank, Scale, Scheme, Side, Store
 from .shape import Shape
 from .window import windows
 
@@ -143,6 +143,9 @@ def _of_side(side: Store, shape: Shape, tokens: int) -> tuple[Fraction, Fraction
 
 def _stored(store: Store, shape: Shape, tokens: int) -> tuple[Fraction, Fraction, Fraction]:
     """(code, metadata, padding) bits per element, counted over the sections of one page."""
+    if isinstance(store.code, LowRank):
+        numbers = EXACT * store.code.rank  # bits of a token's, and of all vectors in one channel
+        return Fraction(numbers, shape.head_dim), Fraction(numbers, store.code.tokens), Fraction(0)
     elements = tokens * shape.head_dim * shape.kv_heads
     section, copies = 0, 1
     if (scale := _online(store)) is not None:
@@ -223,6 +226,9 @@ def _formula_of(store: Store, shape: Shape, tokens: int) -> str:
     code, metadata, padding = _stored(store, shape, tokens)
     total = float(code + metadata + padding)
     channels = store.width(shape.head_dim)
+    if isinstance(store.code, LowRank):
+        rank = f"{EXACT} x {store.code.rank}"
+        return f"{rank}/{shape.head_dim} + {rank}/{store.code.tokens} = {total:g} bits"
     part = f"{channels}/{shape.head_dim} x " if store.pick else ""
     code = code * shape.head_dim / channels
     if (scale := _online(store)) is None:

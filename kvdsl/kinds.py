@@ -9,7 +9,20 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
-from .codes import Bands, Codebook, Float, FloatFormat, Grid, Law, Rounding, Sketch, SketchBasis, Uniform, Weights
+from .codes import (
+    Bands,
+    Codebook,
+    Float,
+    FloatFormat,
+    Grid,
+    Law,
+    LowRank,
+    Rounding,
+    Sketch,
+    SketchBasis,
+    Uniform,
+    Weights,
+)
 from .errors import Fault
 from .part import ALL, Part
 from .scheme import (
@@ -50,6 +63,9 @@ MOST_LEVELS = 16  # of a table: more are no lookup in registers any more
 MOST_CLIP = 4.0
 MOST_CANDIDATES = 8
 LONGEST_SKETCH = 1024  # rows
+MOST_RANK = 16  # vectors, and what is read of them, are operands of one product
+MOST_LOOPS = 32
+LEAST_FACTORED = 32  # tokens of low rank: a sub-tile is of one block
 MOST_TURNS = 5  # times that radii are paired again: 32 channels are the fewest that a head has
 MOST_JOINED = 16  # heads that are rotated at once: the matrix is of all their channels
 LARGEST_SEED = (1 << 31) - 1
@@ -307,6 +323,12 @@ KINDS: dict[type[Part], dict[str, Check]] = {
         "basis": word(SketchBasis),
         "seed": count(0, LARGEST_SEED, "seed"),
     },
+    LowRank: {
+        "rank": count(1, MOST_RANK, "vectors"),
+        "tokens": count(LEAST_FACTORED, LONGEST_BLOCK, "tokens"),
+        "loops": count(1, MOST_LOOPS, "loops"),
+        "seed": count(0, LARGEST_SEED, "seed"),
+    },
     PreRope: {"interleaved": flag},
     Rotate: {
         "kind": word(RotateKind),
@@ -320,7 +342,7 @@ KINDS: dict[type[Part], dict[str, Check]] = {
     Polar: {"levels": count(1, MOST_TURNS, "levels")},
     Bands: {"stores": stores},
     Store: {
-        "code": one_of("Uniform(bits=4) or Float('fp16')", Uniform, Float, Codebook, Sketch, Bands),
+        "code": one_of("Uniform(bits=4) or Float('fp16')", Uniform, Float, Codebook, Sketch, Bands, LowRank),
         "scale": one_of("scale=per_token(channels=32)", Scale, optional=True),
         "transform": transforms,
         "outliers": one_of("outliers=TopChannels(8, store=Store(...))", TopChannels, optional=True),

@@ -40,6 +40,13 @@ def sketch(dim: int, channels: int, basis: str, seed: int) -> Tensor:
     return torch.from_numpy(_sketch(dim, channels, basis, seed).copy())
 
 
+def start(rank: int, channels: int, seed: int) -> Tensor:
+    """The first vectors of a subspace iteration, (rank, channels) float64, independent normal numbers."""
+    import torch
+
+    return torch.from_numpy(_generator(seed).standard_normal((rank, channels)))
+
+
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b of float64 matrices (..., M, N) and (..., N, K), exactly 0 where the terms of a sum cancel.
 

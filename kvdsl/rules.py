@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from . import (  # noqa: F401  (they enter their rules)
     band_rules,
     code_rules,
+    low_rank_rules,
     measure_rules,
     outlier_rules,
     polar_rules,
@@ -20,7 +21,7 @@ from . import (  # noqa: F401  (they enter their rules)
 )
 from .errors import Fault, SchemeError
 from .kinds import misfits
-from .scheme import ALL, SIDES, Band, Bands, ChannelScale, Scheme, Sketch, Store, TopChannels
+from .scheme import ALL, SIDES, Band, Bands, ChannelScale, LowRank, Scheme, Sketch, Store, TopChannels
 from .shape import Shape
 from .sites import RULES, Site, rule
 from .transforms import Pick
@@ -100,10 +101,18 @@ def _waiting_in(side: Store) -> int:
 
 
 def _waiting(store: Store) -> int:
-    """Tokens that wait for one another under an online scale: 1 where none do, and where a field itself is wrong."""
-    scale = getattr(store, "scale", None)
+    """Tokens that wait for one another, under an online scale or to be of low rank: 1 where none do, and where a field
+    itself is wrong."""
+    scale, code = getattr(store, "scale", None), getattr(store, "code", None)
+    if isinstance(code, LowRank):
+        return code.tokens if type(code.tokens) is int and code.tokens >= 1 else 1
     tokens = getattr(getattr(scale, "block", None), "tokens", 1)
     return tokens if type(tokens) is int and tokens >= 1 and getattr(scale, "when", None) == "online" else 1
+
+
+def _where(store: Store) -> str:
+    """The field that says how many tokens wait."""
+    return "code.tokens" if isinstance(store.code, LowRank) else "scale.block.tokens"
 
 
 @rule("~.scale.block", "~.scale.when")
@@ -125,31 +134,31 @@ def _an_online_block_is_finite(site: Site) -> Iterator[Fault]:
         yield site.fault("scale", fact, "use when='calibrated', or a group such as tokens=64")
 
 
-@rule("~.scale.block.tokens", "~.scale.when", "recent")
+@rule("~.scale.block.tokens", "~.scale.when", "~.code.tokens", "recent")
 def _a_block_leaves_the_window_whole(site: Site) -> Iterator[Fault]:
     tokens, recent = _waiting(site.store), site.scheme.recent
     if tokens == 1:
         return
-    group = math.lcm(_waiting_in(site.scheme.keys), _waiting_in(site.scheme.values))
+    group, at = math.lcm(_waiting_in(site.scheme.keys), _waiting_in(site.scheme.values)), _where(site.store)
     if recent is None:
         fact = f"a group of {tokens} tokens must wait until it is full"
-        yield site.fault("scale.block.tokens", fact, f"add recent=Recent({group})")
+        yield site.fault(at, fact, f"add recent=Recent({group})")
     elif recent.flush == "rolling":
         fact = f"a group of {tokens} tokens must wait until it is full, and a rolling window lets them go one by one"
-        yield site.fault("scale.block.tokens", fact, f"use Recent({-(-recent.tokens // group) * group})")
+        yield site.fault(at, fact, f"use Recent({-(-recent.tokens // group) * group})")
     elif recent.tokens % tokens:
         fact = f"a window of {recent.tokens} tokens is no whole number of groups of {tokens}"
-        yield site.fault("scale.block.tokens", fact, f"use Recent({-(-recent.tokens // group) * group})")
+        yield site.fault(at, fact, f"use Recent({-(-recent.tokens // group) * group})")
 
 
-@rule("~.scale.block.tokens", "~.scale.when")
+@rule("~.scale.block.tokens", "~.scale.when", "~.code.tokens")
 def _whole_blocks_fit_a_page(site: Site) -> Iterator[Fault]:
     keys, values = _waiting_in(site.scheme.keys), _waiting_in(site.scheme.values)
     page, tokens = math.lcm(64, keys, values), _waiting(site.store)
     if page > LONGEST_PAGE and tokens > 1 and (site.side == "keys" or keys == 1):
         others = f"groups of {values} and " if site.side == "keys" and values > 1 else ""
         fact = f"groups of {tokens} tokens, {others}words of 64 meet every {page} tokens, a page holds {LONGEST_PAGE}"
-        yield site.fault("scale.block.tokens", fact, f"use {2 ** round(math.log2(tokens))}")
+        yield site.fault(_where(site.store), fact, f"use {2 ** round(math.log2(tokens))}")
 
 
 @rule("~.scale.block", "~.scale.when")

@@ -11,7 +11,7 @@ from dataclasses import KW_ONLY, InitVar, dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-from .codes import Bands, Code, Codebook, Float, FloatFormat, Rounding, Sketch, Uniform
+from .codes import Bands, Code, Codebook, Float, FloatFormat, LowRank, Rounding, Sketch, Uniform
 from .part import ALL, Count, Part
 from .store import (
     Band,
@@ -34,9 +34,9 @@ from .transforms import ChannelScale, ChannelShift, Permute, Pick, Polar, PreRop
 
 __all__ = [
     "ALL", "Band", "Bands", "Block", "ChannelScale", "ChannelShift", "Code", "Codebook", "Count", "Float",
-    "FloatFormat", "Flush", "Layers", "MetaFormat", "PARTS", "Part", "Permute", "Polar", "Pick", "PreRope", "Prefill",
-    "Range", "Recent", "Refit", "Rotate", "Rounding", "SIDES", "Scale", "Scheme", "Side", "Sinks", "Sketch", "Store",
-    "TopChannels", "Transform", "Uniform", "When", "Zero", "bands", "per_channel", "per_tensor", "per_token",
+    "FloatFormat", "Flush", "Layers", "LowRank", "MetaFormat", "PARTS", "Part", "Permute", "Polar", "Pick", "PreRope",
+    "Prefill", "Range", "Recent", "Refit", "Rotate", "Rounding", "SIDES", "Scale", "Scheme", "Side", "Sinks", "Sketch",
+    "Store", "TopChannels", "Transform", "Uniform", "When", "Zero", "bands", "per_channel", "per_tensor", "per_token",
 ]  # fmt: skip
 
 Flush = Literal["auto", "rolling", "whole"]

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from .errors import ShapeError
-from .matrices import product, rotation, sketch
-from .scheme import ALL, ChannelScale, ChannelShift, Permute, Pick, PreRope, Rotate, Side, Sketch, Store
+from .matrices import product, rotation, sketch, start
+from .scheme import ALL, ChannelScale, ChannelShift, LowRank, Permute, Pick, PreRope, Rotate, Side, Sketch, Store
 
 Params = Mapping[str, Tensor]
 Map = tuple[Tensor, Tensor]  # matrix (heads or 1, out, in) and shift (heads or 1, out), float64
@@ -49,11 +49,15 @@ def maps(
 
     Empty for a store that codes the vector itself.  Rotary positions, which no one matrix takes off, are off before it.
     Of what is left the same under `<side>.residual.`, of outlier channels under `<side>.outliers.store.`, and
-    `<side>.read`, (heads or 1, D, M + M' ...): W of all terms side by side.
+    `<side>.read`, (heads or 1, D, M + M' ...): W of all terms side by side.  Of vectors of low rank `<side>.start`, the
+    first of the iteration that finds them, (rank, D).
     """
     found = dict[str, Tensor]()
     for place, term in store.placed(side):
         found |= _maps(term, place, heads, head_dim, params, device)
+        if isinstance(term.code, LowRank):
+            first = start(term.code.rank, head_dim, term.code.seed)
+            found[f"{place}.start"] = first.to(device, torch.float32)
     if len(store.placed(side)) > 1:
         found[f"{side}.read"] = _side_by_side(store, side, head_dim, found, device)
     return found

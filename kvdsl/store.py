@@ -10,7 +10,7 @@ from fractions import Fraction
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-from .codes import Bands, Code, Codebook, Float, Sketch, Uniform
+from .codes import Bands, Code, Codebook, Float, LowRank, Sketch, Uniform
 from .part import ALL, Count, Part
 from .transforms import ChannelShift, Pick, Polar, PreRope, Rotate, Size, Transform
 
@@ -84,7 +84,7 @@ class Store(Part):
     """What is stored of a vector: it is transformed, in the order given, then coded under a scale.
 
     outliers   channels that are split off first, and their store; this one is of the others
-    residual   a store of its own for what is left, x - x^ of what is decoded; a Sketch may stand for the store of it.
+    residual   a store of its own for what is left, x - x^ of what is decoded; a Sketch or LowRank may stand for it.
                What is read is the sum of both
     """
 
@@ -94,10 +94,10 @@ class Store(Part):
     scale: Scale | None = None
     transform: tuple[Transform, ...] | Transform = ()
     outliers: TopChannels | None = None
-    residual: Store | Sketch | None = None
+    residual: Store | Sketch | LowRank | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.residual, Sketch):
+        if isinstance(self.residual, (Sketch, LowRank)):
             object.__setattr__(self, "residual", Store(self.residual))
         if isinstance(self.transform, (list, *get_args(Transform))):
             one = self.transform if isinstance(self.transform, list) else [self.transform]

@@ -24,7 +24,7 @@ DEEPEST = 12
 
 _WHERE = {"keys": "Store", "values": "Store", "both": "Store", "residual": "Store", "scale": "Scale"}
 _WHERE |= {"outliers": "TopChannels", "store": "Store"}
-_WHERE |= {"code": "Uniform Float Codebook Sketch Bands", "stores": "Store"}
+_WHERE |= {"code": "Uniform Float Codebook Sketch Bands LowRank", "stores": "Store"}
 _WHERE |= {"transform": "PreRope Rotate ChannelScale ChannelShift Permute Polar"}
 _WHERE |= {"block": "Block", "sinks": "Sinks", "recent": "Recent", "scheme": "Scheme"}
 _TYPES = {field: tuple(names.split()) for field, names in _WHERE.items()}

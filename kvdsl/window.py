@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .scheme import SIDES, Scheme, Store
+from .scheme import SIDES, LowRank, Scheme, Store
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,9 @@ def windows(scheme: Scheme) -> dict[str, Window]:
 
 
 def token_block(store: Store) -> int:
-    """Tokens that share an online scale."""
+    """Tokens that share an online scale, or vectors of low rank."""
+    if isinstance(store.code, LowRank):
+        return store.code.tokens
     scale = store.measure
     tokens = scale.block.tokens if scale is not None and scale.when == "online" else 1
     return tokens if isinstance(tokens, int) else 1

@@ -11,7 +11,20 @@ import torch
 from published import ORIGINS, SIDES, K, Q, V, agree, both_sides, fp32, published
 
 from kvdsl import reference
-from kvdsl.scheme import ALL, ChannelScale, Recent, Rotate, Scheme, Sinks, Store, Uniform, per_channel, per_token
+from kvdsl.reference.low_rank import factors, multiplied
+from kvdsl.scheme import (
+    ALL,
+    ChannelScale,
+    LowRank,
+    Recent,
+    Rotate,
+    Scheme,
+    Sinks,
+    Store,
+    Uniform,
+    per_channel,
+    per_token,
+)
 
 KIVI = Scheme(
     keys=Store(Uniform(2), scale=per_channel(32)), values=Store(Uniform(2), scale=per_token(32)), recent=Recent(96)
@@ -115,6 +128,16 @@ def test_gear_backbone(name: str, keys: Store, values: Store) -> None:
         filled = torch.where(mask, x.mean(vector, keepdim=True), x)
         got = torch.where(mask, x.double(), reference.quantize(store, filled).decoded)
         agree(name, got.half().double(), arrays[f"{side}_hat_no_lowrank"])
+
+
+def test_gear_low_rank() -> None:
+    """What the backbone leaves of all 256 tokens of a head, from the start that was drawn there: three steps of power
+    iteration span what three steps of an orthonormal basis do."""
+    name, arrays = "gear/gearl_kcvt4", published("gear/gearl_kcvt4")
+    for side, store, x in (("K", fp32(4, per_channel(256)), K), ("V", fp32(4, per_token(heads=ALL)), V)):
+        coarse = reference.quantize(store, x).decoded
+        found = factors(x.double() - coarse, LowRank(4, tokens=256), arrays[f"start_{side}_p"][:, :, None])
+        agree(name, coarse + multiplied(*found), arrays[f"{side}_hat"])
 
 
 def test_skvq() -> None:

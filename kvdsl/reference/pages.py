@@ -34,7 +34,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kvdsl.codes import Codebook, Float, Uniform
+from kvdsl.codes import Codebook, Float, LowRank, Uniform
 from kvdsl.errors import ShapeError
 from kvdsl.scheme import SIDES, Band, Scale, Scheme, Side, Store
 
@@ -89,6 +89,9 @@ def pages(scheme: Scheme, shape: Shape, k: Tensor, v: Tensor, params: Params | N
             for side, x in zip(SIDES, (k, v), strict=True)}  # fmt: skip
     for (side, depth), store in _stores(scheme).items():
         coded, place = kept[side].terms[depth], places[side, depth]
+        if coded.factors is not None:
+            _put_factors(out, place, coded.factors, blob, size // _block_tokens(store), size)
+            continue
         for t in range(tokens):
             page = out[:, t // size]
             for h in range(heads):
@@ -119,7 +122,8 @@ def _places(scheme: Scheme, shape: Shape) -> tuple[int, dict[tuple[Side, int], _
         starts = []
         for bits in _widths(store):
             starts.append(end)
-            row_bits = 8 * _digit_bytes(width[at]) if _ternary(store) else width[at] * bits
+            numbers = 1 if isinstance(store.code, LowRank) else width[at]
+            row_bits = 8 * _digit_bytes(width[at]) if _ternary(store) else numbers * bits
             end = _aligned(end + size * row_bits // 8)
         codes[at] = tuple(starts)
     metadata: dict[tuple[Side, int], int | None] = {}
@@ -157,15 +161,21 @@ def _digit_bytes(d: int) -> int:
 
 
 def _widths(store: Store) -> tuple[int, ...]:
-    """Bits of every code section, a number's own bits where numbers are kept."""
+    """Bits of every code section, a number's own bits where numbers are kept; of low rank those of a whole row."""
+    if isinstance(store.code, LowRank):
+        return (16 * store.code.rank,)
     return (code_bits(store),) if holds_numbers(store) else STREAMS[code_bits(store)]
 
 
 def _has_metadata(store: Store) -> bool:
+    if isinstance(store.code, LowRank):
+        return True  # the vectors of a block
     return not holds_numbers(store) and store.measure is not None and store.measure.when == "online"
 
 
 def _block_tokens(store: Store) -> int:
+    if isinstance(store.code, LowRank):
+        return store.code.tokens
     if not _has_metadata(store):
         return 1
     assert store.measure is not None and isinstance(store.measure.block.tokens, int)
@@ -179,7 +189,7 @@ def _heads(store: Store, heads: int) -> int:
 
 
 def _shares(store: Store, heads: int) -> bool:
-    return _has_metadata(store) and _heads(store, heads) > 1
+    return not isinstance(store.code, LowRank) and _has_metadata(store) and _heads(store, heads) > 1
 
 
 def _groups(store: Store, d: int) -> int:
@@ -194,6 +204,8 @@ def _entry_bytes(scale: Scale) -> int:
 
 
 def _metadata_bytes(store: Store, head_groups: int, d: int, size: int) -> int:
+    if isinstance(store.code, LowRank):
+        return size // store.code.tokens * store.code.rank * d * 2
     assert store.measure is not None
     return head_groups * _groups(store, d) * (size // _block_tokens(store)) * _entry_bytes(store.measure)
 
@@ -264,6 +276,20 @@ def _put_floats(blob: Bytes, start: int, numbers: Tensor, t: int, code: Float) -
     words = _words(numbers, code.format)
     raw = words.astype("<u2" if code.format == "fp16" else "<u4").view(np.uint8)
     blob[:, start + t * raw.shape[1] : start + (t + 1) * raw.shape[1]] = raw
+
+
+def _put_factors(
+    out: Bytes, place: _Places, factors: tuple[Tensor, Tensor], blob: int, page_blocks: int, size: int
+) -> None:
+    """Numbers a (B, H, T, rank), a row a token where codes would be, and vectors b (B, H, blocks, rank, D), a row a
+    block where metadata would be, into pages (B, pages, bytes)."""
+    assert place.metadata is not None
+    a, b = factors[0], factors[1].flatten(3)
+    for start, rows, of_page in ((place.codes[0], a, size), (place.metadata, b, page_blocks)):
+        for i in range(rows.shape[2]):
+            for h in range(rows.shape[1]):
+                here = out[:, i // of_page, h * blob : (h + 1) * blob]
+                _put_floats(here, start, rows[:, h, i], i % of_page, Float("fp16"))
 
 
 def _words(numbers: Tensor, dtype: str) -> Any:

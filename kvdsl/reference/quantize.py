@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvdsl.codes import Bands, Float, Sketch
+from kvdsl.codes import Bands, Float, LowRank, Sketch
 from kvdsl.errors import ShapeError
 from kvdsl.scheme import Band, Count, Scale, Store, bands
 
+from . import low_rank
 from .alphabets import Alphabet, alphabet, given_table, has_offset, holds_numbers, level_count
 from .measure import Measured, measure, refitted, shifted
 from .rounding import LARGEST_INPUT, MINIFLOATS, f32, ratio, sum64
@@ -37,6 +38,7 @@ class Quantized:
     residual the same of the next term, outlier channels or what is left: of x - x^ in float32 of this store's x^;
              `decoded` is the sum of both, in float32
     bands    the same of every stretch, whose numbers are those of the coded space; codes and scales are theirs
+    factors  (B, H, T, rank) and (B, H, blocks, rank, D), of vectors of low rank: no codes
     """
 
     codes: Tensor | None
@@ -46,6 +48,7 @@ class Quantized:
     coded: Tensor
     residual: Quantized | None = None
     bands: tuple[Quantized, ...] = ()
+    factors: tuple[Tensor, Tensor] | None = None
 
     @property
     def terms(self) -> tuple[Quantized, ...]:
@@ -74,6 +77,10 @@ def quantize(store: Store, x: Tensor, params: Params | None = None, side: str = 
 
 def _alone(store: Store, x: Tensor, params: Params | None, side: str, at: int) -> Quantized:
     """The same of a store without what it leaves."""
+    if isinstance(store.code, LowRank):
+        found = low_rank.factors(x, store.code)
+        decoded = low_rank.multiplied(*found)
+        return Quantized(None, None, None, decoded, decoded, factors=found)
     mapped = maps(store, x.shape[3], x.shape[1], params, side)
     y = polar(store, encoded(without_rope(store, x, params, side, at), mapped))
     bands = _banded(store, x, y, params, side)

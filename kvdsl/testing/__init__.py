@@ -19,7 +19,7 @@ from typing import Any
 from kvdsl.kernels import Backend
 from kvdsl.scheme import Scheme
 
-from . import attention, caches, codes, extremes, polar, positions, splits  # noqa: F401  (they enter their laws)
+from . import attention, caches, codes, extremes, low_rank, polar, positions, splits  # noqa: F401  (they enter their laws)
 from .cases import LAWS, Case, Law, LawBroken
 from .strategies import cases, faulty_schemes, schemes, shapes
 

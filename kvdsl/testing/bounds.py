@@ -48,9 +48,11 @@ from kvdsl.reference.alphabets import Alphabet, alphabet, given_table
 from kvdsl.reference.quantize import encoded_rows, left, level_count, maps, quantize
 from kvdsl.reference.rounding import MINIFLOATS
 from kvdsl.reference.spaces import applied, by_head
-from kvdsl.rope import pairs, waves
-from kvdsl.scheme import Band, Bands, Codebook, Float, Polar, Scale, Sketch, Store, Uniform, bands
+from kvdsl.scheme import Band, Bands, Codebook, Float, LowRank, Polar, Scale, Sketch, Store, Uniform, bands
 from kvdsl.spaces import apart
+
+from . import low_rank
+from .rotary import partners, spread_waves
 
 FORMATS = {
     "fp16": (2.0**-11, 2.0**-25, 65504.0),
@@ -103,6 +105,8 @@ def bound(store: Store, x: Tensor, params: Params | None = None, side: str = "ke
         return _polar_bound(store, x, params, side)
     given = x.double()
     inside = given.clamp(-LARGEST, LARGEST)
+    if isinstance(store.code, LowRank):
+        return low_rank.bound(x, store.code)
     if isinstance(store.code, Float) and store.code.format == "fp32":
         return torch.zeros_like(given)
     if isinstance(store.code, Codebook) and store.measure is None:
@@ -212,25 +216,6 @@ def _behind(store: Store, x: Tensor, params: Params) -> tuple[Store, Params]:
     encode, decode = (by_head(matrix, x.shape[1], store.joined) for matrix in found[::2])
     given = {"encode": encode, "encode_shift": -moved, "decode": decode, "decode_shift": shift}
     return behind, {**params, **{f"keys.{name}": numbers for name, numbers in given.items()}}
-
-
-def partners(store: Store, x: Tensor, params: Params) -> Tensor:
-    """Of each channel of x (..., D) the other of its rotary pair; 0 where it is not rotated."""
-    assert store.rope is not None
-    rotated = 2 * len(params["keys.transform[0]"])
-    _, partner, _ = pairs(x.shape[-1], rotated, store.rope.interleaved)
-    return torch.where(torch.arange(x.shape[-1]) < rotated, x[..., partner], 0.0)
-
-
-def spread_waves(store: Store, params: Params, at: int, tokens: int, channels: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of each channel at positions from `at` on, (tokens, D); 1 and 0 where it is not rotated."""
-    assert store.rope is not None
-    frequencies = params["keys.transform[0]"].cpu()
-    pair, _, _ = pairs(channels, 2 * len(frequencies), store.rope.interleaved)
-    rest = channels // 2 - len(frequencies)
-    cos, sin = waves(frequencies, at, at + tokens)
-    pad = torch.nn.functional.pad
-    return pad(cos, (0, rest), value=1.0)[:, pair], pad(sin, (0, rest))[:, pair]
 
 
 def second(store: Store, params: Params | None, side: str) -> Tensor | float:

@@ -13,7 +13,7 @@ from kvdsl.inputs import DTYPES
 from kvdsl.kernels import Side
 from kvdsl.reference.alphabets import alphabet
 from kvdsl.reference.quantize import level_count, quantize
-from kvdsl.scheme import SIDES, Codebook, Float, Scheme, Store, Uniform
+from kvdsl.scheme import SIDES, Codebook, Float, LowRank, Scheme, Store, Uniform
 
 from .bounds import blocks_of, bound, spread
 from .cases import Case, law, require, require_equal, require_within, static
@@ -28,7 +28,7 @@ def _has_ends(store: Store) -> bool:
     unclipped."""
     scale = store.measure
     if scale is None:
-        return True
+        return not isinstance(store.code, LowRank)
     known = not isinstance(store.code, Codebook) or isinstance(store.code.levels, tuple)
     if static(store):
         return known
@@ -214,7 +214,7 @@ def _keeps_its_ends(store: Store) -> bool:
     """Whether coding what was decoded finds the same range again: nearest levels, both ends of an unclipped range."""
     scale, code = store.measure, store.code
     if scale is None:
-        return True
+        return not isinstance(code, LowRank)
     fixed = scale.when == "calibrated"
     if not isinstance(code, Uniform):
         kept = scale.clip == 1 and scale.refit is None and scale.dtype != "e4m3" and _far_ends(store)

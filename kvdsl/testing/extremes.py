@@ -7,8 +7,9 @@ from torch import Tensor
 
 from kvdsl.kernels import Params
 from kvdsl.reference.quantize import encoded_rows, quantize
-from kvdsl.scheme import SIDES, ChannelShift, Codebook, Float, Scale, Scheme, Sketch, Store
+from kvdsl.scheme import SIDES, ChannelShift, Codebook, Float, LowRank, Scale, Scheme, Sketch, Store
 
+from . import low_rank
 from .bounds import FORMATS, LARGEST, blocks_of, spread
 from .cases import METADATA, Case, law, require, require_equal, static
 from .terms import Stretch, TermOf, stretches, terms_of
@@ -21,7 +22,7 @@ TOPS = {"fp16": LARGEST, "e4m3": 448.0, "e5m2": 57344.0}  # where a format of nu
 def _keeps_constants(store: Store) -> bool:
     """Whether a block of one number has a code for it."""
     scale = store.measure
-    if len(store.placed("")) > 1:
+    if len(store.placed("")) > 1 or isinstance(store.code, LowRank):
         return False  # a second number for the block
     if scale is None:
         return True
@@ -72,6 +73,8 @@ def _spoilt(store: Store, x: Tensor, params: Params, side: str, at: int) -> Tens
     found = []
     for part, numbers, _ in stretches(store, encoded_rows(store, x, params, side, at)):
         bad = numbers.isnan()
+        if isinstance(part.code, LowRank):
+            bad = low_rank.any_in_block(bad, part.code)
         if part.measure is not None and not static(part):
             hit = blocks_of(part, bad.double()).amax((2, 4, 6)) > 0
             bad = spread(part, hit.double(), numbers) > 0
@@ -138,6 +141,8 @@ def _with_its_block(store: Store, usual: Tensor) -> Tensor:
     if store.turned:
         coded = usual[..., :1].expand(*usual.shape[:3], store.coded(usual.shape[3]))
     for part, numbers, _ in stretches(store, coded.double()):
+        if isinstance(part.code, LowRank):
+            whole = ~low_rank.any_in_block(~whole, part.code)
         if part.measure is not None and not static(part):
             held = blocks_of(part, numbers).amin((2, 4, 6))
             whole = whole & (_everywhere(part, held > 0, usual.double()) > 0)
@@ -158,6 +163,8 @@ def _usual_part(
     """The same of a stretch of a term's numbers."""
     store, x, y = part.store, one.x, part.numbers
     usual = torch.ones(x.shape, dtype=torch.bool)
+    if isinstance(store.code, LowRank):
+        return low_rank.usual(one, more, store.code, factor)
     if store.measure is None:
         if isinstance(store.code, Codebook):  # angles do not grow
             return usual

@@ -19,9 +19,11 @@ from kvdsl.levels import table
 from kvdsl.reference.quantize import Quantized, encoded_rows, maps
 from kvdsl.reference.spaces import applied, by_head, cartesian, joined
 from kvdsl.reference.timeline import contents
-from kvdsl.scheme import Codebook, Side, Store, Uniform
+from kvdsl.scheme import Codebook, LowRank, Side, Store, Uniform
 
-from .bounds import partners, second, spread
+from . import low_rank
+from .bounds import second, spread
+from .rotary import partners
 from .terms import TermOf, terms_of
 
 Largest = Callable[[Store, Tensor, Params], Tensor]
@@ -127,6 +129,8 @@ def _sizes(term: TermOf, params: Params, largest: Largest, at: int) -> Tensor:
     coded = encoded_rows(store, term.x, params, term.place, at).double()
     counted = isinstance(store.code, Uniform) or _step(store, coded.shape[-1]) is not None
     factors = _factors(store, term.kept, params, term.place).abs() / (2 if counted else 1)
+    if isinstance(store.code, LowRank):
+        return _met(store, low_rank.sizes(term.kept))
     size = torch.stack((largest(store, coded, params), found.abs(), factors)).amax(0)
     if store.polar:
         turns = 2**store.levels

@@ -21,6 +21,7 @@ from kvdsl.scheme import (
     Codebook,
     Count,
     Float,
+    LowRank,
     Permute,
     Polar,
     PreRope,
@@ -55,7 +56,7 @@ def schemes(*, longest: int = 64) -> st.SearchStrategy[Scheme]:
 def _schemes(draw: Draw, longest: int) -> Scheme:
     keys = draw(stores(longest))
     values = draw(st.one_of(st.just(keys), stores(longest)))
-    plain = len(keys.placed("")) == 1 and not keys.polar and not isinstance(keys.code, Sketch)
+    plain = len(keys.placed("")) == 1 and not keys.polar and not isinstance(keys.code, (LowRank, Sketch))
     if plain and draw(st.integers(0, 4)) == 4:
         keys = keys.with_(transform=(PreRope(draw(st.booleans())), *keys.transform))
     group = math.lcm(_tokens(keys), _tokens(values))
@@ -103,12 +104,20 @@ def stores(draw: Draw, longest: int) -> Store:
     if whole or draw(st.integers(0, 5)) < 5:
         return store
     rest: Store = draw(_single(longest))
+    if draw(st.integers(0, 2)) == 2:
+        rest = Store(draw(_low_rank(longest)))
     return store.with_(residual=rest if _measured_online(rest) else Store(Sketch(64, "gaussian")))
+
+
+def _low_rank(longest: int) -> st.SearchStrategy[LowRank]:
+    """Vectors of low rank of blocks of up to `longest` tokens."""
+    blocks = [tokens for tokens in (32, 64, 96) if tokens <= longest]
+    return st.builds(LowRank, st.integers(1, 6), tokens=st.sampled_from(blocks), loops=st.integers(1, 4))
 
 
 def _parts(store: Store) -> bool:
     """Whether the store may be of some channels of a head."""
-    return not isinstance(store.code, (Bands, Sketch)) and store.joined == 1
+    return not isinstance(store.code, (Bands, LowRank, Sketch)) and store.joined == 1
 
 
 def _measured_online(store: Store, *, plain: bool = False) -> bool:
@@ -123,7 +132,9 @@ def _measured_online(store: Store, *, plain: bool = False) -> bool:
 def _single(draw: Draw, longest: int) -> Store:
     """A legal store: one float in eight, else levels, evenly spaced, of a table, or of a small float, under a scale, or
     a sketch."""
-    kind = draw(st.sampled_from(["float", "sketch", "table", "small", "small", *["uniform"] * 4]))
+    kind = draw(st.sampled_from(["float", "sketch", "low rank", "table", "small", "small", *["uniform"] * 5]))
+    if kind == "low rank":
+        return Store(draw(_low_rank(longest)))
     if kind == "float":
         number = Float(draw(st.sampled_from(["fp16", "fp32", "e4m3", "e5m2"])))
         return draw(_in_polar(Store(number, transform=draw(transforms()))))

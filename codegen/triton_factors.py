@@ -1,0 +1,153 @@
+"""Vectors of low rank in Triton: x_t = sum_j a[t, j] b[j], rows a a token and vectors b a block of tokens.
+
+A score is sum_j a[t, j] (q . b[j]), an output sum_j (sum_t p_t a[t, j]) b[j]: the query meets the vectors once a tile,
+and tokens meet `rank` numbers, as weights do before their sums meet the vectors.  No channel of a token is made.  Ranks
+up to 16 are one side of a tensor-core operand, zeros beyond them.
+"""
+
+from __future__ import annotations
+
+from .layout import Factors
+from .plan import Plan, SidePlan
+from .text import plus
+from .triton_keys import Keys
+from .triton_planes import Planes
+from .triton_values import Values
+
+RANKS = 16  # lanes of a tensor-core operand
+
+
+def sections(side: SidePlan, page_bytes: int, head_bytes: int) -> list[str]:
+    """Where the rows and the vectors of head h begin in a page."""
+    base = f"page * {page_bytes // 2} + h * {head_bytes // 2}"
+    held = held_by(side)
+    return [
+        f"{side.letter}_rows = pool_fp16_ptr + {base}{plus(held.offset // 2)}",
+        f"{side.letter}_vectors = pool_fp16_ptr + {base}{plus(held.vectors_offset // 2)}",
+    ]
+
+
+def held_by(side: SidePlan) -> Factors:
+    """Where a term's vectors of low rank stand."""
+    assert side.factors is not None
+    return side.factors
+
+
+class Factored(Planes):
+    """Loading rows and vectors, and what a number is made of them."""
+
+    @property
+    def held(self) -> Factors:
+        return held_by(self.side)
+
+    def lane_lines(self) -> list[str]:
+        lines = super().lane_lines() + [f"{self.prefix}_rank = tl.arange(0, {RANKS})"]
+        if self.held.rank < RANKS:
+            lines.append(f"{self.prefix}_rank_in = {self.prefix}_rank < {self.held.rank}")
+        return lines
+
+    def _load(self, address: str, masks: list[str]) -> str:
+        masks = [mask for mask in masks if mask]
+        known = f", mask={' & '.join(masks)}, other=0.0" if masks else ""
+        text = f"tl.load({address}{known})"
+        exact = getattr(self, "exact", "tl.float16") == "tl.float32"
+        return f"{text}.to(tl.float32)" if exact else text
+
+    def _ranks(self, index: str) -> tuple[str, str]:
+        """The ranks as an index of a tile, and their mask."""
+        name = f"{self.prefix}_rank"
+        return f"{name}[{index}]", f"{name}_in[{index}]" if self.held.rank < RANKS else ""
+
+    def rows_of(self, tokens: str, *, across: bool) -> str:
+        """The load of the tokens' numbers, [tokens, ranks], or `across` [ranks, tokens]."""
+        rank, mask = self._ranks(":, None" if across else "None, :")
+        token = f"{tokens}[None, :]" if across else f"{tokens}[:, None]"
+        return self._load(f"{self.prefix}_rows + {token} * {self.held.rank} + {rank}", [mask])
+
+    def vectors_of(self, plane: int, block: str, *, across: bool) -> str:
+        """The load of a plane of the block's vectors, [ranks, lanes], or `across` [lanes, ranks]."""
+        rank, mask = self._ranks("None, :" if across else ":, None")
+        index = ":, None" if across else "None, :"
+        start = "" if block == "0" else f" + {block} * {self.held.rank * self.side.dim}"
+        address = f"{self.prefix}_vectors{start} + {rank} * {self.side.dim} + {self.plane_lane(plane)}[{index}]"
+        inside = self.inside(plane)
+        return self._load(address, [mask, f"{inside}[{index}]" if inside else ""])
+
+    def block(self, half: int) -> str:
+        """The block, within its page, of sub-tile `half`."""
+        if self.held.blocks == 1:
+            return "0"
+        first = f"(page_token + {half * self.plan.half})" if half else "page_token"
+        return f"{first} // {self.held.tokens}"
+
+    # ---- edges: decoded, token by token ---------------------------------------------------------------------------
+
+    def load_tokens(self, tokens: str) -> list[str]:
+        """Load the rows of the tokens of an edge tile, which are of one block."""
+        page, edge = self.plan.layout.page_tokens, self.plan.edge_tile
+        lines = [f"{self.prefix}_numbers = {self.rows_of(tokens, across=self.transposed)}"]
+        if self.held.blocks > 1:
+            lines.append(f"{self.prefix}_block = tl.maximum(tile, 0) * {edge} % {page} // {self.held.tokens}")
+        return lines
+
+    def decode_token(self, plane: int, tokens: str, guard: str = "") -> list[str]:
+        """n<plane>: one plane of the tokens of `load_tokens`."""
+        block = f"{self.prefix}_block" if self.held.blocks > 1 else "0"
+        a, b = f"{self.prefix}_numbers", self.vectors_of(plane, block, across=self.transposed)
+        precise = getattr(self, "precise", "")
+        return [f"n{plane} = tl.dot({f'{b}, {a}' if self.transposed else f'{a}, {b}'}{precise})"]
+
+
+class FactoredKeys(Factored, Keys):
+    """Scores of low-rank keys."""
+
+    @property
+    def decoded(self) -> bool:
+        return True
+
+    def prepared(self) -> list[str]:
+        return []
+
+    def _scores(self, half: int, tokens: str) -> list[str]:
+        """The query meets the block's vectors, in units of its largest product: these are operands again."""
+        met, lines = f"{self.prefix}_met", list[str]()
+        for j in range(self.side.layout.planes):
+            so_far = f", {met}" if j else ""
+            vectors = self.vectors_of(j, self.block(half), across=False)
+            lines.append(f"{met} = tl.dot({vectors}, e{j}{so_far}{self.precise})  # [ranks, rows]")
+        rows = self.rows_of(tokens, across=False)
+        if self.precise:
+            return [*lines, f"s = tl.dot({rows}, {met}{self.precise})"]
+        size = f"{self.prefix}_size"
+        lines.append(f"{size}, {self.prefix}_inverse = above(tl.max(tl.abs({met}), 0))  # [rows]")
+        lines.append(f"{met} = {met} * {self.prefix}_inverse[None, :]")
+        return [*lines, f"s = tl.dot({rows}, {met}.to(tl.float16)) * {size}[None, :]"]
+
+
+class FactoredValues(Factored, Values):
+    """Sums of low-rank values."""
+
+    @property
+    def in_planes(self) -> bool:
+        return False
+
+    def _accumulate(self, half: int, tokens: str) -> list[str]:
+        sums = f"{self.prefix}_sums"
+        decay = " * decay[None, :]" if half == 0 else ""
+        rows = self.rows_of(tokens, across=True)
+        lines = [f"{sums} = tl.dot({rows}, {self.cast('p')}{self.precise})  # [ranks, rows]"]
+        lines.append(f"{sums} = {self.cast(sums)}")
+        for j in range(self.side.layout.planes):
+            vectors = self.vectors_of(j, self.block(half), across=True)
+            lines.append(f"o{j} = tl.dot({vectors}, {sums}, o{j}{decay}{self.precise})")
+        return lines
+
+
+def keys_of(plan: Plan, side: SidePlan, head: int | None = None) -> Keys:
+    """What reads a term of the keys."""
+    return (FactoredKeys if side.factors else Keys)(plan, side, head)
+
+
+def values_of(plan: Plan, side: SidePlan, head: int | None = None) -> Values:
+    """What reads a term of the values."""
+    return (FactoredValues if side.factors else Values)(plan, side, head)
