@@ -59,15 +59,15 @@ class FactoredPack(Pack):
     def _iteration(self, ranks: range, planes: range) -> list[str]:
         lines = []
         for j in planes:
-            lines += [*self._numbers(j), "x = finite(x).to(tl.float64)"]
-            lines += [f"a{i} = {f'a{i} + ' if j else ''}tl.sum(x * b{i}_{j}[None, :], 1)" for i in ranks]
+            lines += [*self._numbers(j), "number = finite(x).to(tl.float64)"]
+            lines += [f"a{i} = {f'a{i} + ' if j else ''}tl.sum(number * b{i}_{j}[None, :], 1)" for i in ranks]
         for i in ranks:
             lines.append(f"whole = tl.sum(a{i} * a{i}, 0)")
             lines += [f"a{i} = without(a{i}, a{before})" for _ in range(2) for before in range(i)]
             lines.append(f"a{i} = unit(a{i}, whole)")
         for j in planes:
-            lines += [*self._numbers(j), "x = finite(x).to(tl.float64)"]
-            lines += [f"b{i}_{j} = tl.sum(x * a{i}[:, None], 0)" for i in ranks]
+            lines += [*self._numbers(j), "number = finite(x).to(tl.float64)"]
+            lines += [f"b{i}_{j} = tl.sum(number * a{i}[:, None], 0)" for i in ranks]
         return lines
 
     def _stores(self, ranks: range, planes: range, factor: float) -> list[str]:

@@ -80,22 +80,17 @@ class Factored(Planes):
         first = f"(page_token + {half * self.plan.half})" if half else "page_token"
         return f"{first} // {self.held.tokens}"
 
-    # ---- edges: decoded, token by token ---------------------------------------------------------------------------
-
-    def load_tokens(self, tokens: str) -> list[str]:
-        """Load the rows of the tokens of an edge tile, which are of one block."""
+    def edge_block(self) -> list[str]:
+        """The line that names the block of an edge tile, whose tokens are of one."""
+        if self.held.blocks == 1:
+            return []
         page, edge = self.plan.layout.page_tokens, self.plan.edge_tile
-        lines = [f"{self.prefix}_numbers = {self.rows_of(tokens, across=self.transposed)}"]
-        if self.held.blocks > 1:
-            lines.append(f"{self.prefix}_block = tl.maximum(tile, 0) * {edge} % {page} // {self.held.tokens}")
-        return lines
+        return [f"{self.prefix}_block = tl.maximum(tile, 0) * {edge} % {page} // {self.held.tokens}"]
 
-    def decode_token(self, plane: int, tokens: str, guard: str = "") -> list[str]:
-        """n<plane>: one plane of the tokens of `load_tokens`."""
-        block = f"{self.prefix}_block" if self.held.blocks > 1 else "0"
-        a, b = f"{self.prefix}_numbers", self.vectors_of(plane, block, across=self.transposed)
-        precise = getattr(self, "precise", "")
-        return [f"n{plane} = tl.dot({f'{b}, {a}' if self.transposed else f'{a}, {b}'}{precise})"]
+    @property
+    def named_block(self) -> str:
+        """What `edge_block` has named."""
+        return "0" if self.held.blocks == 1 else f"{self.prefix}_block"
 
 
 class FactoredKeys(Factored, Keys):
@@ -109,11 +104,17 @@ class FactoredKeys(Factored, Keys):
         return []
 
     def _scores(self, half: int, tokens: str) -> list[str]:
+        return self._met_by(tokens, self.block(half))
+
+    def tokens(self) -> list[str]:
+        return self.own([*self.edge_block(), *self._met_by("t", self.named_block)])
+
+    def _met_by(self, tokens: str, block: str) -> list[str]:
         """The query meets the block's vectors, in units of its largest product: these are operands again."""
         met, lines = f"{self.prefix}_met", list[str]()
         for j in range(self.side.layout.planes):
             so_far = f", {met}" if j else ""
-            vectors = self.vectors_of(j, self.block(half), across=False)
+            vectors = self.vectors_of(j, block, across=False)
             lines.append(f"{met} = tl.dot({vectors}, e{j}{so_far}{self.precise})  # [ranks, rows]")
         rows = self.rows_of(tokens, across=False)
         if self.precise:
@@ -132,13 +133,19 @@ class FactoredValues(Factored, Values):
         return False
 
     def _accumulate(self, half: int, tokens: str) -> list[str]:
-        sums = f"{self.prefix}_sums"
         decay = " * decay[None, :]" if half == 0 else ""
-        rows = self.rows_of(tokens, across=True)
-        lines = [f"{sums} = tl.dot({rows}, {self.cast('p')}{self.precise})  # [ranks, rows]"]
-        lines.append(f"{sums} = {self.cast(sums)}")
+        return self._add(self.rows_of(tokens, across=True), self.cast("p"), self.block(half), decay)
+
+    def tokens(self) -> list[str]:
+        rows = f"tl.where(coded[None, :], {self.rows_of('t', across=True)}, 0.0)"
+        return self.own([*self.edge_block(), *self._add(rows, "weight", self.named_block, "")])
+
+    def _add(self, rows: str, weight: str, block: str, decay: str) -> list[str]:
+        """Tokens' numbers under their weights meet the block's vectors."""
+        sums = f"{self.prefix}_sums"
+        lines = [f"{sums} = tl.dot({rows}, {weight}{self.precise})  # [ranks, rows]", f"{sums} = {self.cast(sums)}"]
         for j in range(self.side.layout.planes):
-            vectors = self.vectors_of(j, self.block(half), across=True)
+            vectors = self.vectors_of(j, block, across=True)
             lines.append(f"o{j} = tl.dot({vectors}, {sums}, o{j}{decay}{self.precise})")
         return lines
 
