@@ -95,7 +95,7 @@ def _where(side: SidePlan, term: Term) -> str:
     if side.floats and not side.band:
         return "nothing is scaled"
     if form.when is When.IN_LOOP:
-        again = ", mapped back" if side.mapped and not side.hoisted else ""
+        again = ", mapped back" if side.mixed else ""
         again += ", and turned back to its position" if side.rope is not None else ""
         again = ", radius and angle become two channels" if side.polar else again
         again = ", radii and angles become channels" if side.band else again

@@ -40,9 +40,11 @@ class Keys(Planes):
         layout, first = self.side.layout, plus(self.side.first + (self.head or 0) * self.side.dim)
         lines = [f"known = live[None, :] & {self.lane}_in[:, None]"] if self.ragged else []
         whole = "known" if self.ragged else "live[None, :]"
+        lines += self.positions.orders() if self.positions is not None else []
         for j in range(layout.planes):
             mask = f"live[None, :] & {self.inside(j)}[:, None]" if self.partial(j) else whole
-            load = f"tl.load({query}{first} + {self.plane_lane(j)}[:, None], mask={mask}, other=0.0)"
+            channel = self.plane_lane(j) if self.positions is None else self.positions.channel(j)
+            load = f"tl.load({query}{first} + {channel}[:, None], mask={mask}, other=0.0)"
             lines.append(f"x{j} = {load}.to(tl.float32) * scaling")
         lines += self.positions.queries() if self.positions is not None else []
         return self.own(lines)
@@ -303,7 +305,7 @@ class KeySide:
         names = [name for term in self.terms for name in term.rows()]
         turned = [f"w{j}" for j in range(self.side.layout.planes)] if self.positions is not None else []
         more = [*names[1:], *(others or [])]
-        more += turned if self.side.mapped else []  # other factors than those of their partners in x are on them
+        more += turned if self.side.factored else []  # other factors than those of their partners in x are on them
         lines.append(f"top = tl.max(tl.abs({names[0]}), 0)")
         lines += [f"top = tl.maximum(top, tl.max(tl.abs({name}), 0))" for name in more]
         lines.append("size, inverse = above(top)  # [rows]")
