@@ -139,6 +139,8 @@ class Keys(Planes):
         unmap, wave = positions.unmap, positions.near_waves
         if unmap is not None:
             start, wave = [*positions.first(half), *unmap.first(half)], positions.turned_waves
+        elif positions.anew:
+            start, wave = positions.first(half), positions.turned_waves
         elif half:
             start = []
         else:

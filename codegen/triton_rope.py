@@ -114,6 +114,12 @@ class Positions:
         self.count = range(planes.side.layout.planes)
         self.unmap = Unmap(plan, planes, self.operand, self.precise) if self.side.mixed else None
 
+    @property
+    def anew(self) -> bool:
+        """Operands are made for one plane after the other, in every sub-tile: there are no registers for all of them
+        beside what says which lanes are channels."""
+        return self.side.ordered and self.planes.ragged
+
     def inputs(self) -> list[str]:
         """The arguments that stand beside the query."""
         found = [*INPUTS, *(self.unmap.inputs() if self.unmap is not None else [])]
