@@ -137,10 +137,9 @@ class Keys(Planes):
         words = [[] if self.side.floats else reader.load(half, tokens) for reader in self.readers]
         planes = [reader.packed_channels(half, tokens) for reader in self.readers]
         unmap, wave = positions.unmap, positions.near_waves
-        if unmap is not None:
-            start, wave = [*positions.first(half), *unmap.first(half)], positions.turned_waves
-        elif positions.anew:
+        if positions.anew:
             start, wave = positions.first(half), positions.turned_waves
+            start += unmap.first(half) if unmap is not None else []
         elif half:
             start = []
         else:

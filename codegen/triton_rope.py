@@ -116,9 +116,9 @@ class Positions:
 
     @property
     def anew(self) -> bool:
-        """Operands are made for one plane after the other, in every sub-tile: there are no registers for all of them
-        beside what says which lanes are channels."""
-        return self.side.ordered and self.planes.ragged
+        """Operands are made for one plane after the other, in every sub-tile: there are no registers for those of all
+        planes beside a matrix, or beside where the waves of an order stand."""
+        return self.side.mixed or self.side.ordered
 
     def inputs(self) -> list[str]:
         """The arguments that stand beside the query."""
