@@ -4,7 +4,8 @@ What is coded of a vector x is y = E x - u; what is read is x = W y + v.  Scores
 leave the sum over tokens: they are applied once to a query, or once to an output.
 
 Rotary positions differ from token to token and stay in the loop.  Of R_t with t = t0 + i, t0 the first token of a tile,
-R_t0 goes onto the query, once a tile, and R_i, the same in every tile, onto decoded numbers.
+R_t0 goes onto the query, once a tile, and R_i, the same in every tile, onto decoded numbers.  W, behind R_t, stays with
+it, unless each number is one channel's: then its order and its factors still leave the loop.
 
 Polar coordinates stay in the loop, too: a score is linear in r cos a and r sin a, which decoded r and a are made into.
 """
@@ -154,34 +155,74 @@ def _rope(store: Store) -> Absorbed:
     """A score's two terms for one rotary pair: y cos meets the query, y sin the query turned by 90 degrees."""
     t0, i, f = sp.symbols("t0 i f", real=True)
     q, y = sp.Matrix(sp.symbols("qa qb")), sp.Matrix(sp.symbols("ya yb"))
-    read, inner, onto = "k[t] = R_t y[t]", "y[t, d]", ""
 
     def turned(angle: sp.Expr) -> sp.Matrix:
         return sp.Matrix([[sp.cos(angle), -sp.sin(angle)], [sp.sin(angle), sp.cos(angle)]])
 
     right_angle = sp.Matrix([[0, 1], [-1, 0]])
     once = turned(t0 * f).T * q
-    x, outer, kept = y, sp.eye(2), y
-    if store.mapped:  # x = W y + v with W = outer*inner and v = outer*(v/outer): `kept` is what is made in the loop
-        outer = sp.diag(*sp.symbols("oa ob"))
-        matrix, shift = sp.Matrix(2, 2, sp.symbols("iaa iab iba ibb")), sp.Matrix(sp.symbols("ua ub"))
-        kept = matrix * y + (shift if store.shifted else sp.zeros(2, 1))
-        x = outer * kept
-        added = " + v[d]/o[d]" if store.shifted else ""
-        read = f"k[t] = R_t (W y[t]{' + v' if store.shifted else ''}), W[d, i] = o[d]*I[i, d]{_of_all(store)}"
-        inner, onto = "x[t, d]", f", x[t, d] = sum_i I[i, d]*y[t, i]{added}, o[d] applied to q'[d] and q''[d]"
-    terms = sp.cos(i * f) * kept.dot(outer * once) + sp.sin(i * f) * kept.dot(outer * right_angle * once)
+    outer, inner, told = (_channelwise if store.channelwise else _mixed)(store)
+    matrix, shift = inner  # x = outer*(matrix*y + shift), of which what is in brackets is made in the loop
+    kept = matrix * y + shift
+    terms = sp.cos(i * f) * kept.dot(outer.T * once) + sp.sin(i * f) * kept.dot(outer.T * right_angle * once)
     tile = sp.cos(t0 * f) * q + sp.sin(t0 * f) * right_angle * q - once
-    score = q.dot(turned((t0 + i) * f) * x) - terms
+    score = q.dot(turned((t0 + i) * f) * outer * kept) - terms
     if any(sp.expand(sp.expand_trig(sp.expand(one))) != 0 for one in (score, *tile)):
         raise ProofError("keys: rotary positions are not the sum of two terms")
     return Absorbed(
         steps(store),
-        read,
-        f"q . k[t0 + i] = sum_d cos(i*f[d])*{inner}*q'[d] + sin(i*f[d])*{inner}*q''[d] with q' = R_t0^-1 q, "
-        f"q'' = (q'[b], -q'[a]) for every pair (a, b){onto}",
+        told.read,
+        f"q . k[t0 + i] = {told.terms} with q' = R_t0^-1 q, q'' = (q'[b], -q'[a]) for every pair (a, b){told.onto}",
         "symbolic, for one pair: a score is a sum over pairs",
-        "R_t0 is applied to the query, once per tile; "
-        + ("W, then R_i, " if store.mapped else "R_i ")
-        + "to decoded numbers, in the loop",
+        f"R_t0 is applied to the query, once per tile{told.once}; {told.loop} to decoded numbers, in the loop",
     )
+
+
+@dataclass(frozen=True)
+class _Told:
+    """How keys behind their positions are read, the terms of a score, what else goes onto the query: what, and when;
+    what is applied in the loop."""
+
+    read: str
+    terms: str
+    onto: str
+    once: str
+    loop: str
+
+
+Affine = tuple[sp.Matrix, sp.Matrix]
+
+
+def _mixed(store: Store) -> tuple[sp.Matrix, Affine, _Told]:
+    """Of one pair, x = W y + v with W = outer*inner and v = outer*(v/outer)."""
+    outer, matrix = sp.diag(*sp.symbols("oa ob")), sp.Matrix(2, 2, sp.symbols("iaa iab iba ibb"))
+    shift = sp.Matrix(sp.symbols("ua ub")) if store.shifted else sp.zeros(2, 1)
+    added, v = (" + v[d]/o[d]", " + v") if store.shifted else ("", "")
+    told = _Told(
+        f"k[t] = R_t (W y[t]{v}), W[d, i] = o[d]*I[i, d]{_of_all(store)}",
+        "sum_d cos(i*f[d])*x[t, d]*q'[d] + sin(i*f[d])*x[t, d]*q''[d]",
+        f", x[t, d] = sum_i I[i, d]*y[t, i]{added}, o[d] applied to q'[d] and q''[d]",
+        "",
+        "W, then R_i,",
+    )
+    return outer, (matrix, shift), told
+
+
+def _channelwise(store: Store) -> tuple[sp.Matrix, Affine, _Told]:
+    """Of one pair, channel d(m) of x = n[m]*(y[m] + u[m]): its numbers are those of its channels in some order."""
+    order = sp.Matrix([[0, 1], [1, 0]]) if store.permuted else sp.eye(2)
+    factors = sp.diag(*sp.symbols("na nb")) if store.scaled else sp.eye(2)
+    shift = sp.Matrix(sp.symbols("ua ub")) if store.shifted else sp.zeros(2, 1)
+    d = "d(m)" if store.permuted else "d"
+    m = "m" if store.permuted else "d"
+    n, over = (f"n[{m}]*", f"/n[{m}]") if store.scaled else ("", "")
+    number = f"(y[t, {m}] + v[{d}]{over})" if store.shifted else f"y[t, {m}]"
+    read = "k[t] = R_t y[t]"
+    if store.mapped:
+        read = f"k[t] = R_t x[t], x[t, {d}] = {n}{number}"
+        read += ", d(m) the channel of number m" if store.permuted else ""
+    terms = f"sum_{m} cos(i*f[{d}])*{number}*q'[{d}] + sin(i*f[{d}])*{number}*q''[{d}]"
+    onto = f", n[{m}] applied to q'[{d}] and q''[{d}]" if store.scaled else ""
+    parts = ["the order of channels"] * store.permuted + ["n"] * store.scaled
+    once = f", {' and '.join(parts)} once per step" if parts else ""
+    return order * factors, (sp.eye(2), shift), _Told(read, terms, onto, once, "R_i")

@@ -305,6 +305,8 @@ def pair_of(lane, FIRST: tl.constexpr, COUNT: tl.constexpr, PAIRS: tl.constexpr)
         found = d
     elif (FIRST >= PAIRS) & (FIRST + COUNT <= 2 * PAIRS):
         found = d - PAIRS
+    elif FIRST + COUNT <= 2 * PAIRS:
+        found = tl.where(d < PAIRS, d, d - PAIRS)
     else:
         found = tl.where(d < PAIRS, d, tl.where(d < 2 * PAIRS, d - PAIRS, d // 2))
     return found

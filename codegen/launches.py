@@ -107,6 +107,8 @@ def _type(name: str, kernel: str, plan: Plan) -> str:
         return "fp32"
     if name == "out_ptr":
         return {"fp16": "*fp16", "bf16": "*i16", "fp32": "*fp32"}[plan.shape.dtype] if kernel == "merge" else "*fp32"
+    if name == "keys_order_ptr":
+        return "*i32"
     if name == "keys_inner_ptr":
         return "*fp32" if plan.exact_keys else "*fp16"
     if name.endswith("_columns_ptr"):  # a map, of rows

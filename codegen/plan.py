@@ -87,7 +87,7 @@ class Plan:
         shared = all(term.layout.plane_width >= 2 * NARROWEST for term in self.terms)
         apart = self.keys.apart and self.values.apart
         full = self.values.row > WIDEST or apart
-        full = full or self.keys.rope is not None and (self.keys.alphabet.given or self.keys.mapped)
+        full = full or self.keys.rope is not None and (self.keys.alphabet.given or self.keys.mixed)
         full = full or self.keys.joined > 1 and self.keys.row > WIDEST
         more = many or self.shape.group > DECODE_ROWS
         return EXTEND_ROWS if shared and more and not full else DECODE_ROWS

@@ -16,7 +16,7 @@ from triton.runtime.errors import OutOfResources
 from kvdsl.errors import BackendError
 from kvdsl.kernels import AttentionState, Params, Side
 from kvdsl.params import ROPE
-from kvdsl.rope import NEAR, near, table
+from kvdsl.rope import NEAR, in_order, near, table
 
 from .assembling import fewest_spills
 from .host import cartesian, polar, saturated
@@ -39,6 +39,8 @@ FEW_SPLITS, MOST_SPLITS, MOST_EDGES = 24, 128, 32
 PAGES_A_SPLIT = 8
 COLUMNS = WeakTensorKeyDictionary()
 """Maps -> the same by columns, float64: made once for those that are used again in every step."""
+WAVES = WeakTensorKeyDictionary()
+"""Orders of the channels of all heads -> the waves of the first positions, and the same in those orders."""
 INNER = {"outliers_": ".outliers.store", "residual_": ".residual"}
 """How an argument's name goes on behind a side's -> its term's place behind the side's."""
 Setting = tuple[int, str | None]
@@ -211,6 +213,8 @@ class TritonModule:
         assert rope is not None
         rows = table(frequencies, dim, self.plan.sinks + end + NEAR, device)
         first = near(frequencies, dim, rope.interleaved, device)
+        if self.plan.keys.ordered:
+            first = _in_order(first, params["keys.order"])
         return {"rope_ptr": rows, "near_ptr": first, "PAIRS": len(frequencies)}
 
     def _query(self, query: Tensor, end: int, params: Params) -> dict[str, Any]:
@@ -340,6 +344,15 @@ def _taken(rows: Tensor, first: Tensor, offset: int, low: int, high: int) -> Ten
     place = offset + torch.remainder(u - first[:, None], rows.shape[2] - offset)
     index = place[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3])
     return rows.gather(2, index).to(torch.float32)
+
+
+def _in_order(first: Tensor, order: Tensor) -> Tensor:
+    """The waves `first` of all heads, in their orders: made once for those that are used again in every step."""
+    known = WAVES.get(order)
+    if known is None or known[0] is not first:
+        known = WAVES[order] = (first, in_order(first, order))
+    found: Tensor = known[1]
+    return found
 
 
 def _parameter(name: str, params: Params) -> Tensor | int:

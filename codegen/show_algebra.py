@@ -100,7 +100,7 @@ def _where(side: SidePlan, term: Term) -> str:
             return "the query meets the block's vectors once a tile, what that gives meets the numbers of each token"
         return "the weights meet the numbers of each token, what that gives meets the block's vectors once a tile"
     if form.when is When.IN_LOOP:
-        again = ", mapped back" if side.mapped and not side.hoisted else ""
+        again = ", mapped back" if side.mixed else ""
         again += ", and turned back to its position" if side.rope is not None else ""
         again = ", radius and angle become two channels" if side.polar else again
         again = ", radii and angles become channels" if side.band else again

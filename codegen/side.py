@@ -216,6 +216,21 @@ class SidePlan:
         return self.store.hoisted
 
     @property
+    def mixed(self) -> bool:
+        """It stays in the loop, behind rotary positions, as a matrix: its numbers are sums over channels."""
+        return self.mapped and not self.hoisted and not self.store.channelwise
+
+    @property
+    def ordered(self) -> bool:
+        """Behind rotary positions each number is one channel's, in an order of the head's own."""
+        return self.rope is not None and self.store.channelwise and self.store.permuted
+
+    @property
+    def factored(self) -> bool:
+        """Behind rotary positions numbers have factors, which go onto the query."""
+        return self.mixed or self.rope is not None and self.store.scaled
+
+    @property
     def hadamard(self) -> int:
         """The size of the Hadamard matrix that the map of a head's vector is made of, which sums and differences apply;
         0 where the map is another one, or one of several heads."""

@@ -40,9 +40,11 @@ class Keys(Planes):
         layout, first = self.side.layout, plus(self.side.first + (self.head or 0) * self.side.dim)
         lines = [f"known = live[None, :] & {self.lane}_in[:, None]"] if self.ragged else []
         whole = "known" if self.ragged else "live[None, :]"
+        lines += self.positions.orders() if self.positions is not None else []
         for j in range(layout.planes):
             mask = f"live[None, :] & {self.inside(j)}[:, None]" if self.partial(j) else whole
-            load = f"tl.load({query}{first} + {self.plane_lane(j)}[:, None], mask={mask}, other=0.0)"
+            channel = self.plane_lane(j) if self.positions is None else self.positions.channel(j)
+            load = f"tl.load({query}{first} + {channel}[:, None], mask={mask}, other=0.0)"
             lines.append(f"x{j} = {load}.to(tl.float32) * scaling")
         lines += self.positions.queries() if self.positions is not None else []
         return self.own(lines)
@@ -135,8 +137,9 @@ class Keys(Planes):
         words = [[] if self.side.floats else reader.load(half, tokens) for reader in self.readers]
         planes = [reader.packed_channels(half, tokens) for reader in self.readers]
         unmap, wave = positions.unmap, positions.near_waves
-        if unmap is not None:
-            start, wave = [*positions.first(half), *unmap.first(half)], positions.turned_waves
+        if positions.anew:
+            start, wave = positions.first(half), positions.turned_waves
+            start += unmap.first(half) if unmap is not None else []
         elif half:
             start = []
         else:
@@ -181,8 +184,8 @@ class Keys(Planes):
         return lines
 
     def _rescaled_queries(self, base: str, half: int) -> list[str]:
-        """r<width>_<plane>: the prepared queries times the scale of the sub-tile's token block, in float16 throughout:
-        queries in float32 kept beside them would fill the registers."""
+        """r<width>_<plane>: the prepared queries times the scale of the sub-tile's token block, in float16: queries in
+        float32 kept beside them would fill the registers.  What offsets add is summed in float32."""
         lines, streams = [], self.side.operands
         factor, start = f"{self.prefix}_factor", f"{self.prefix}_start"
         sums: dict[int, str] = {}
@@ -197,10 +200,10 @@ class Keys(Planes):
             if added:
                 power = streams[0].places[j].bit - streams[0].shift
                 name = f"b{power}" if power >= 0 else f"b_{-power}"
-                value = added[0].split(" = ", 1)[1]
+                value = f"({added[0].split(' = ', 1)[1]}).to(tl.float32)"
                 lines.append(f"{name} = {f'{name} + {value}' if power in sums else value}")
                 sums[power] = name
-        terms = [f"{name}.to(tl.float32)" + (f" * {number(2**power)}" if power else "") for power, name in sums.items()]
+        terms = [name + (f" * {number(2**power)}" if power else "") for power, name in sums.items()]
         return [*lines, f"total0 = tl.sum({' + '.join(terms)}, 0)"] if terms else lines
 
     def _block_numbers(self, base: str, half: int, plane: int) -> list[str]:
@@ -303,7 +306,7 @@ class KeySide:
         names = [name for term in self.terms for name in term.rows()]
         turned = [f"w{j}" for j in range(self.side.layout.planes)] if self.positions is not None else []
         more = [*names[1:], *(others or [])]
-        more += turned if self.side.mapped else []  # other factors than those of their partners in x are on them
+        more += turned if self.side.factored else []  # other factors than those of their partners in x are on them
         lines.append(f"top = tl.max(tl.abs({names[0]}), 0)")
         lines += [f"top = tl.maximum(top, tl.max(tl.abs({name}), 0))" for name in more]
         lines.append("size, inverse = above(top)  # [rows]")

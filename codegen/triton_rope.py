@@ -2,11 +2,13 @@
 
 A score of position t0 + i is sum_d cos(i f_d) y_d q'_d + sin(i f_d) y_d q''_d with the query turned once a tile,
 q' = R_t0^-1 q, and q'' the same turned by 90 degrees: whatever the pairs, each number meets its own lane of two
-queries.
+queries.  So it does where channels behind their positions were put in another order, scaled and shifted: number m is
+channel d(m), and meets the lanes d(m) of both queries at the frequency of d(m), which all are loaded in that order.
 """
 
 from __future__ import annotations
 
+from kvdsl.rope import NEAR
 from kvdsl.scheme import PreRope
 
 from .plan import Plan
@@ -105,21 +107,43 @@ class Positions:
     """Keys' scores where positions are put back: x<plane> are the query's lanes, w<plane> those a quarter turn on."""
 
     def __init__(self, plan: Plan, planes: Planes, rope: PreRope) -> None:
-        self.plan, self.planes, self.rope = plan, planes, rope
+        self.plan, self.planes, self.side, self.rope = plan, planes, planes.side, rope
         self.dim = plan.shape.head_dim
         self.operand = "tl.float32" if plan.exact_keys else "tl.float16"
         self.precise = ', input_precision="ieee"' if plan.exact_keys else ""
         self.count = range(planes.side.layout.planes)
-        self.unmap = Unmap(plan, planes, self.operand, self.precise) if planes.side.mapped else None
+        self.unmap = Unmap(plan, planes, self.operand, self.precise) if self.side.mixed else None
+
+    @property
+    def anew(self) -> bool:
+        """Operands are made for one plane after the other, in every sub-tile: there are no registers for those of all
+        planes beside a matrix, or beside where the waves of an order stand."""
+        return self.side.mixed or self.side.ordered
 
     def inputs(self) -> list[str]:
         """The arguments that stand beside the query."""
-        return [*INPUTS, *(self.unmap.inputs() if self.unmap is not None else [])]
+        found = [*INPUTS, *(self.unmap.inputs() if self.unmap is not None else [])]
+        found += ["keys_order_ptr"] * self.side.ordered + ["keys_outer_ptr"] * self.side.factored
+        return found + ["keys_inner_shift_ptr"] * self.side.shifted
 
     def _lanes(self, plane: int) -> str:
         """The mask of a load of a plane's lanes, whatever the tokens."""
         mask = self.planes.mask("", plane)
         return f", mask={mask}, other=0.0" if mask else ""
+
+    def _of_head(self, pointer: str, plane: int, before: str = "") -> str:
+        """The load of a plane's numbers of head h, which the parameters give (heads, channels)."""
+        mask = self.planes.inside(plane)
+        at = f"{pointer} + h * {self.dim}{before} + {self.planes.plane_lane(plane)}"
+        return f"tl.load({at}{f', mask={mask}, other=0' if mask else ''})"
+
+    def orders(self) -> list[str]:
+        """Lines that load order<plane>, where channels stand in an order of the head's own."""
+        return [f"order{j} = {self._of_head('keys_order_ptr', j)}" for j in self.count if self.side.ordered]
+
+    def channel(self, plane: int) -> str:
+        """The channel of the head that each lane of a plane is: of mixed channels, once they are mapped back."""
+        return f"order{plane}" if self.side.ordered else self.planes.plane_lane(plane)
 
     def queries(self) -> list[str]:
         """Lines that load w<plane>, in the units of x<plane> as it was loaded."""
@@ -130,11 +154,12 @@ class Positions:
             inside = self.planes.inside(j)
             mask = f"live[None, :] & {inside}[:, None]" if inside else "live[None, :]"
             lines.append(f"w{j} = tl.load(query + other[:, None], mask={mask}, other=0.0).to(tl.float32)")
-            if self.unmap is None:
-                lines.append(f"w{j} = w{j} * turn[:, None]")
-            else:
-                lines += [*self.unmap.outer(j), f"w{j} = w{j} * (turn * outer{j})[:, None]"]
+            if self.side.factored:
+                lines.append(f"outer{j} = {self._of_head('keys_outer_ptr', j)}")
+                lines.append(f"w{j} = w{j} * (turn * outer{j})[:, None]")
                 lines.append(f"x{j} = x{j} * outer{j}[:, None]")
+            else:
+                lines.append(f"w{j} = w{j} * turn[:, None]")
         return lines
 
     def prologue(self) -> list[str]:
@@ -147,11 +172,16 @@ class Positions:
 
     def _channels(self, plane: int) -> tuple[str, int, int]:
         """The channels of a plane, for `pair` and its like."""
+        if self.side.ordered:
+            return self.channel(plane), 0, self.dim
         return self.planes.lane, self.planes.start(plane), self.planes.width
 
     def _pair(self, plane: int) -> str:
-        """The line that says which pair each lane of a plane is of."""
-        return f"which = {pair(self.rope, *self._channels(plane))}"
+        """The line that says which pair each lane of a plane is of.  An order is read once more: registers are few."""
+        if not self.side.ordered:
+            return f"which = {pair(self.rope, *self._channels(plane))}"
+        order = self._of_head("keys_order_ptr", plane, f" + {unseen()}")
+        return f"which = {pair(self.rope, order, 0, self.dim)}"
 
     def first(self, half: int = 0) -> list[str]:
         """Where the waves of a tile's first token are; of every `half` apart, where they are read once more."""
@@ -170,9 +200,11 @@ class Positions:
         return lines
 
     def near(self, half: int) -> list[str]:
-        """The address of the waves of sub-tile `half`: those of the first tokens of all, the same in every tile."""
+        """The address of the waves of sub-tile `half`: those of the first tokens of all, the same in every tile; of
+        every head in its own order, where it has one, so that lanes are neighbours."""
         token, lane = self.planes.grid(f"({half * self.plan.half} + tl.arange(0, {self.plan.half}))", self.planes.lane)
-        return [f"wave = near_ptr + nothing + {token} * {2 * self.dim} + {lane}"]
+        head = f" + h * {NEAR * 2 * self.dim}" if self.side.ordered else ""
+        return [f"wave = near_ptr{head} + nothing + {token} * {2 * self.dim} + {lane}"]
 
     def near_waves(self, j: int) -> list[str]:
         """Cosine and sine of a plane's lanes [tokens, lanes]."""
@@ -204,6 +236,9 @@ class Positions:
         so_far, lines, name = ", s" if j else "", list[str](), f"n{j}"
         if self.unmap is not None:
             lines, name = self.unmap.plane(j), f"b{j}"
+        if self.side.shifted:
+            shift = self._of_head("keys_inner_shift_ptr", j, f" + {unseen()}")
+            lines.append(f"{name} = {name} + {shift}[None, :]")
         return [
             *lines,
             f"s = tl.dot(({name} * cosine).to({self.operand}), e{j}{so_far}{self.precise})",

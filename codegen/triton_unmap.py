@@ -1,4 +1,4 @@
-"""Keys that were mapped behind their rotary positions, mapped back in the loop over tokens, in Triton.
+"""Keys whose channels were mixed behind their rotary positions, mapped back in the loop over tokens, in Triton.
 
 A score of such a key is q . R_t W y.  R_t differs from token to token, so W cannot leave the sum on the query: one
 query for each token, W^T R_t^T q, takes rows * M * D products a token, and a product of the tensor cores would be of a
@@ -35,14 +35,7 @@ class Unmap:
 
     def inputs(self) -> list[str]:
         """The arguments of a kernel that maps back."""
-        found = ["keys_inner_ptr", "keys_outer_ptr", "keys_stride"]
-        return found + ["keys_inner_shift_ptr", "keys_shifts"] * self.side.shifted
-
-    def outer(self, plane: int) -> list[str]:
-        """outer<plane> = the factors that go onto the query's lanes."""
-        mask = self.planes.inside(plane)
-        at = f"keys_outer_ptr + h * (keys_stride // {self.side.row}) + {self.planes.plane_lane(plane)}"
-        return [f"outer{plane} = tl.load({at}{f', mask={mask}, other=0.0' if mask else ''})"]
+        return ["keys_inner_ptr", "keys_stride"]
 
     def prologue(self) -> list[str]:
         """What stays the same through the loop: the signs of the head's row."""
@@ -126,11 +119,4 @@ class Unmap:
 
     def plane(self, of: int) -> list[str]:
         """b<of>, behind `begin`, in units of its lanes' `outer`."""
-        if self.side.butterflies:
-            return []
-        lines = self._products(of) if self.side.joined == 1 else []
-        if self.side.shifted:
-            mask = self.planes.inside(of)
-            at = f"keys_inner_shift_ptr + h * keys_shifts * {self.dim} + {unseen()} + {self.planes.plane_lane(of)}"
-            lines.append(f"b{of} = b{of} + tl.load({at}{f', mask={mask}, other=0.0' if mask else ''})[None, :]")
-        return lines
+        return self._products(of) if not self.side.butterflies and self.side.joined == 1 else []

@@ -106,7 +106,7 @@ def checked(
         _fit(made, side, scheme.side(side), shape)
         refuse_others(scheme.side(side), side, shape.head_dim, made)
         exact = shape.dtype == "fp32" or scheme.side(side).code == Float("fp32")
-        taken |= made | in_loop(scheme.side(side), side, shape.head_dim, made, exact=exact)
+        taken |= made | in_loop(scheme.side(side), side, shape.kv_heads, shape.head_dim, made, exact=exact)
     return taken
 
 

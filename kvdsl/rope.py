@@ -105,3 +105,9 @@ def _near(raw: bytes, channels: int, interleaved: bool, device: str) -> Tensor:
 def near(frequencies: Tensor, channels: int, interleaved: bool, device: torch.device | str) -> Tensor:
     """float32 (NEAR, 2 * channels): the cosine of every channel at the first positions, then the sine."""
     return _near(frequencies.numpy().tobytes(), channels, interleaved, str(device))
+
+
+def in_order(first: Tensor, order: Tensor) -> Tensor:
+    """`near` of heads whose channels stand in orders of their own, (H, channels): (H, NEAR, 2 * channels)."""
+    waves = first.unflatten(1, (2, -1))[:, :, order.long()]
+    return waves.movedim(2, 0).flatten(2).contiguous()

@@ -150,24 +150,27 @@ def refuse_others(store: Store, side: Side, head_dim: int, made: Params) -> None
             raise ShapeError(_other(f"{place}.decode", rotate))
 
 
-def _other(name: str, rotate: object) -> str:
-    """What is said of a given map whose sums are not those that kernels take."""
-    fact = f"params[{name!r}]: another matrix than the transform's {rotate!r}"
-    return f"{fact}, whose sums kernels take; leave it out, or use Rotate('orthogonal', seed=0)"
+def _other(name: str, transform: object) -> str:
+    """What is said of a given map that is not the one which kernels take it for."""
+    fact = f"params[{name!r}]: another matrix than the transform's {transform!r}"
+    return f"{fact}, for which kernels take it; leave it out, or use Rotate('orthogonal', seed=0)"
 
 
-def in_loop(store: Store, side: Side, head_dim: int, made: Params, *, exact: bool) -> dict[str, Tensor]:
+def in_loop(store: Store, side: Side, heads: int, head_dim: int, made: Params, *, exact: bool) -> dict[str, Tensor]:
     """What maps back in the loop over tokens, of keys behind their rotary positions: W[d, m] = outer[d] * inner[m, d],
     of G heads that are rotated together m a number of any.
 
     A factor of each channel of the head goes onto the query, so the rows of W are made alike: `<side>.inner` (heads or
-    1, G M, D), float16 or, if `exact`, float32, `<side>.outer` (heads or 1, D) and, with a shift v,
-    `<side>.inner_shift` v / outer, float32.  Rows of `inner` are as long as W's longest, or up to twice shorter, since
-    `outer` are powers of two; of a Hadamard map `inner` is Sylvester's matrix times a power of two, and `outer` has its
-    signs.  ShapeError for a given map of several heads that is not that of the Hadamard matrix which kernels sum by.
+    1, G M, D), float16 or, if `exact`, float32, `<side>.outer` (heads, D) and, with a shift v, `<side>.inner_shift`
+    v / outer, float32.  Rows of `inner` are as long as W's longest, or up to twice shorter, since `outer` are powers of
+    two; of a Hadamard map `inner` is Sylvester's matrix times a power of two, and `outer` has its signs.  Where each
+    number is one channel's, there is no `inner`, but its place: see `_channelwise`.  ShapeError for a given map that is
+    not of the kind which kernels take it for.
     """
     if store.rope is None or not store.mapped:
         return {}
+    if store.channelwise:
+        return _channelwise(store, side, heads, made)
     w, size = made[f"{side}.decode"], store.hadamard(head_dim)
     if size:
         first = torch.arange(head_dim, device=w.device) // size * size
@@ -185,10 +188,30 @@ def in_loop(store: Store, side: Side, head_dim: int, made: Params, *, exact: boo
         outer = torch.exp2(lengths.clamp(min=2.0**-100).log2().ceil()).to(torch.float32)
         inner = (w / outer[..., None]).mT
     found = {f"{side}.inner": inner.to(torch.float32 if exact else torch.float16).contiguous()}
-    found[f"{side}.outer"] = outer.contiguous()
+    found[f"{side}.outer"] = outer.expand(heads, -1).contiguous()
     if store.shifted:
-        found[f"{side}.inner_shift"] = (made[f"{side}.decode_shift"] / outer).contiguous()
+        found[f"{side}.inner_shift"] = (made[f"{side}.decode_shift"] / found[f"{side}.outer"]).contiguous()
     return found
+
+
+def _channelwise(store: Store, side: Side, heads: int, made: Params) -> dict[str, Tensor]:
+    """`in_loop` of a map whose number m is one channel's: W[d, m] = outer[m] where d = order[m], else 0.
+
+    `<side>.order` (heads, D), int32, `<side>.outer` and, with a shift v, `<side>.inner_shift` v[order] / outer (heads,
+    D), float32.  Channels that no transform puts elsewhere, or gives a factor, must keep their places, and have none.
+    """
+    w = made[f"{side}.decode"]
+    order = w.abs().argmax(1)
+    outer = w.gather(1, order[:, None])[:, 0]
+    rows, places = torch.zeros_like(w).scatter(1, order[:, None], outer[:, None]), torch.arange(w.shape[1])
+    right = torch.equal(rows, w) and torch.equal(order.sort(-1).values.cpu(), places.expand_as(order))
+    right = right and (store.permuted or torch.equal(order.cpu(), places.expand_as(order)))
+    if not right or not store.scaled and bool((outer != 1).any()):
+        raise ShapeError(_other(f"{side}.decode", store.transform))
+    found = {"order": order.to(torch.int32), "outer": outer}
+    if store.shifted:
+        found["inner_shift"] = made[f"{side}.decode_shift"].expand(heads, -1).gather(1, order.expand(heads, -1)) / outer
+    return {f"{side}.{name}": tensor.expand(heads, -1).contiguous() for name, tensor in found.items()}
 
 
 def _after(outer: Map, inner: Map) -> Map:

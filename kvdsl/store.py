@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from .codes import Bands, Code, Codebook, Float, LowRank, Sketch, Uniform
 from .part import ALL, Count, Part
-from .transforms import ChannelShift, Pick, Polar, PreRope, Rotate, Size, Transform
+from .transforms import ChannelScale, ChannelShift, Permute, Pick, Polar, PreRope, Rotate, Size, Transform
 
 Range = Literal["minmax", "minmax_zero", "absmax", "signed_absmax", "norm", "absmean"]
 Zero = Literal["min", "point", "in_scale"]
@@ -189,6 +189,24 @@ class Store(Part):
         off first."""
         linear = any(not isinstance(part, PreRope) for part in self.linear)
         return linear or isinstance(self.code, Sketch) or self.outliers is not None
+
+    @property
+    def channelwise(self) -> bool:
+        """Whether every number that is coded is one channel of the vector, times a factor, plus a shift: nothing adds
+        up two channels."""
+        own = (PreRope, Permute, ChannelScale, ChannelShift)
+        whole = not isinstance(self.code, Sketch) and self.outliers is None
+        return whole and all(isinstance(part, own) for part in self.linear)
+
+    @property
+    def permuted(self) -> bool:
+        """Whether channels change places."""
+        return any(isinstance(part, Permute) for part in self.linear)
+
+    @property
+    def scaled(self) -> bool:
+        """Whether channels have factors."""
+        return any(isinstance(part, ChannelScale) for part in self.linear)
 
     @property
     def joined(self) -> int:

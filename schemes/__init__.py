@@ -18,6 +18,7 @@ from .polar import polar, polar_pairs
 from .qjl import qjl, qjl_gauss, qjl_kv
 from .quarot import quarot2, quarot4
 from .rotatekv import rotatekv2, rotatekv3, rotatekv4
+from .skvq import skvq2, skvq_k2v1p5
 from .smoothquant import smoothquant8
 from .token_head import int4_token_head, int8_token_head
 from .turboquant import (
@@ -74,6 +75,8 @@ ALL: dict[str, Scheme] = {
     "rotatekv4": rotatekv4,
     "rotatekv3": rotatekv3,
     "rotatekv2": rotatekv2,
+    "skvq2": skvq2,
+    "skvq_k2v1p5": skvq_k2v1p5,
     "smoothquant8": smoothquant8,
     "omniquant4": omniquant4,
     "wkvquant4": wkvquant4,
@@ -139,6 +142,8 @@ __all__ = [
     "rotatekv2",
     "rotatekv3",
     "rotatekv4",
+    "skvq2",
+    "skvq_k2v1p5",
     "smoothquant8",
     "token2",
     "token3",

@@ -9,10 +9,13 @@ import torch
 from law_cases import holds
 
 from kvdsl import calibrate, reference, roundtrip
+from kvdsl.codegen import render
+from kvdsl.codegen.launches import arguments
 from kvdsl.codegen.plan import plan_for
 from kvdsl.errors import SchemeError, ShapeError
+from kvdsl.matrices import rotation
 from kvdsl.params import ROPE, checked
-from kvdsl.rope import turned, usual
+from kvdsl.rope import NEAR, in_order, near, turned, usual
 from kvdsl.scheme import (
     ChannelScale,
     ChannelShift,
@@ -47,6 +50,12 @@ SCHEMES = {
     "chain": scheme(ChannelShift(), ChannelScale(), Permute(), Rotate("hadamard", size=8)),
     "channels": scheme(Rotate("hadamard", size=8), scale=per_channel(tokens=32), recent=Recent(64)),
     "digits": scheme(Rotate("hadamard", size=32), code=Uniform(levels=3), scale=per_token(channels=32)),
+    "order": scheme(Permute(), scale=per_channel(tokens=32), recent=Recent(64)),
+    "one by one": scheme(
+        ChannelShift(), ChannelScale(), Permute("sum"), scale=per_token(channels=16), interleaved=True
+    ),
+    "factors": scheme(ChannelScale("absmax"), ChannelShift()),
+    "order of digits": scheme(Permute(), code=Uniform(levels=3), scale=per_token(channels=32)),
     "digits alone": scheme(code=Uniform(levels=3), scale=per_token(channels=32)),
 }
 
@@ -99,6 +108,67 @@ def test_two_factors_are_the_map(name: str) -> None:
     assert bool((plan_for(own, shape).keys.butterflies > 0) == (name != "chain"))
     exact = checked(own, Shape(64, 2, 2, "fp32"), calibrate(own, k, k, params={ROPE: usual(64)}))
     assert exact["keys.inner"].dtype is torch.float32
+
+
+@pytest.mark.parametrize("name", ["order", "one by one", "factors"])
+def test_an_order_and_factors_are_the_map(name: str) -> None:
+    """W[order[m], m] = outer[m], and what is added there is outer[m] * inner_shift[m]; the rest of W is 0."""
+    shape, own = Shape(64, 2, 2), SCHEMES[name]
+    generator = torch.Generator().manual_seed(3)
+    k = torch.randn(1, 2, 64, 64, generator=generator) * torch.rand(64, generator=generator) + 2
+    made = checked(own, shape, calibrate(own, k, k, params={ROPE: usual(64)}))
+    order, outer, decode = (made[f"keys.{part}"] for part in ("order", "outer", "decode"))
+    assert "keys.inner" not in made and order.dtype is torch.int32
+    rows = torch.zeros(2, 64, 64).scatter(1, order.long()[:, None], outer[:, None])
+    assert torch.equal(rows, decode.expand_as(rows))
+    plan = plan_for(own, shape)
+    assert (plan.keys.ordered, plan.keys.factored) == (name != "factors", name != "order")
+    if name != "order":
+        added = outer * made["keys.inner_shift"]
+        right = made["keys.decode_shift"].expand(2, -1).gather(1, order.long())
+        assert torch.allclose(added, right, rtol=2.0**-22, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "names", "matrix"),
+    [
+        ("order", {"keys_order_ptr"}, False),
+        ("one by one", {"keys_order_ptr", "keys_outer_ptr", "keys_inner_shift_ptr"}, False),
+        ("factors", {"keys_outer_ptr", "keys_inner_shift_ptr"}, False),
+        ("chain", {"keys_inner_ptr", "keys_stride", "keys_outer_ptr", "keys_inner_shift_ptr"}, True),
+    ],
+)
+def test_no_kernel_has_a_matrix_for_channels_one_by_one(name: str, names: set[str], matrix: bool) -> None:
+    """Nor a product with one: each plane of decoded numbers has its two products with the queries and no others."""
+    plan = plan_for(SCHEMES[name], Shape(64, 2, 8))
+    text = render(plan, "triton", "t")
+    for kernel in ("decode", "extend", "scores"):
+        assert {argument for argument in arguments(text)[kernel] if argument.startswith("keys_")} == names
+    body = text.partition("def scores(")[2].partition("\n@")[0]
+    assert (body.count("tl.dot(") > 2 * plan.keys.layout.planes * plan.halves) == matrix
+
+
+def test_channels_one_by_one_take_no_other_matrix() -> None:
+    """Of an order alone no number has a factor; where there is none, channels keep their places."""
+    shape, eye = Shape(64, 2, 2), torch.eye(64)[None]
+    turned_over, doubled, mixed = eye.flip(1), 2 * eye, rotation("hadamard", 64, None, 64).float()[None]
+    for name, good, bad in (("order", turned_over, doubled), ("factors", doubled, turned_over)):
+        given = {ROPE: usual(64), "keys.encode_shift": torch.zeros(1, 64), "keys.decode_shift": torch.ones(1, 64)}
+        made = checked(SCHEMES[name], shape, given | {"keys.encode": good.inverse(), "keys.decode": good})
+        assert made["keys.order"].shape == made["keys.outer"].shape == (2, 64)
+        for wrong in (bad, mixed, good.index_fill(2, torch.tensor([3]), 0.0)):
+            with pytest.raises(ShapeError, match=r"'keys.decode'\]?: another matrix than .*PreRope.*; leave it out"):
+                checked(SCHEMES[name], shape, given | {"keys.encode": eye, "keys.decode": wrong})
+
+
+def test_waves_of_the_first_positions_stand_in_the_order_of_each_head() -> None:
+    order = torch.stack([torch.randperm(32, generator=torch.Generator().manual_seed(i)) for i in (0, 1)])
+    first = near(usual(24), 32, False, "cpu")  # the last 8 channels are not rotated
+    got = in_order(first, order.int())
+    assert got.shape == (2, NEAR, 64)
+    for head in (0, 1):
+        assert torch.equal(got[head, :, :32], first[:, :32][:, order[head]])
+        assert torch.equal(got[head, :, 32:], first[:, 32:][:, order[head]])
 
 
 def test_another_matrix_is_refused_where_kernels_know_theirs() -> None:

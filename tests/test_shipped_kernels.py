@@ -69,6 +69,16 @@ def evenly(store: Store) -> bool:
     return not store.turned and (isinstance(code, Uniform) or isinstance(code, Float) and code.plain)
 
 
+def test_keys_in_an_order_behind_their_positions_fit_the_registers_and_tensor_memory(tmp_path: Path) -> None:
+    """The order taken back by a matrix would want more tensor memory than a B200 has; `extend` has the same body."""
+    plan = plan_for(ALL["skvq2"], Shape(128, 8, 32))
+    text, path = render(plan, "triton", "skvq2"), tmp_path / "skvq2.py"
+    path.write_text(text)
+    decode = [launch for launch in launches(plan, text) if launch.kernel == "decode"]
+    ((kernel,),) = compile_many([(path, decode)], ("sm_100",), cache_folder=CACHE)
+    assert not kernel.spilled, line(kernel)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape.head_dim}x{shape.group}-{shape.dtype}")
 def test_every_kernel_of_every_shipped_scheme_compiles_without_spills(shape: Shape, tmp_path: Path) -> None:
     sources: dict[tuple[str, ...], list[tuple[Path, tuple[Launch, ...]]]] = {}

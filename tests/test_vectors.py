@@ -10,12 +10,14 @@ import pytest
 import torch
 from published import ORIGINS, SIDES, K, Q, V, agree, both_sides, fp32, published
 
-from kvdsl import reference
+from kvdsl import reference, schemes
 from kvdsl.reference.low_rank import factors, multiplied
+from kvdsl.reference.quantize import encoded_rows
 from kvdsl.scheme import (
     ALL,
     ChannelScale,
     LowRank,
+    Permute,
     Recent,
     Rotate,
     Scheme,
@@ -141,15 +143,21 @@ def test_gear_low_rank() -> None:
 
 
 def test_skvq() -> None:
-    """Clip 0.92 on both ends; the permutation of all heads' channels and its unequal groups are applied here."""
+    """The shipped store with fp32 metadata, as the vector has it, under its order of all heads' channels.
+
+    Its two groups of 9 and 119 channels, over both heads, are cut here: those of a scheme are equal and in a head.
+    """
     name, arrays = "skvq/reorder_k2v2", published("skvq/reorder_k2v2")
-    store = fp32(2, per_token(clip=0.92))
     starts = arrays["group_starts"].tolist()
-    for side, x in (("K", K), ("V", V)):
-        order = arrays[f"{side}_perm"].long()
-        gathered = x.transpose(1, 2).reshape(1, 1, 256, 128)[..., order]
+    shipped = schemes.ALL["skvq2"].with_(dtype="fp32", channels=ALL)
+    for (side, words, x), store in zip(SIDES, (shipped.keys, shipped.values), strict=True):
+        order = arrays[f"{side}_perm"]
+        joined = x.transpose(1, 2).reshape(1, 1, 256, 128)
+        given = {f"{words}.transform[0]": order[None].float()}
+        gathered = encoded_rows(Store(transform=Permute("range")), joined, given, words)
         groups = zip(starts[:-1], starts[1:], strict=True)
-        decoded = torch.cat([reference.quantize(store, gathered[..., a:b]).decoded for a, b in groups], -1)
+        plain = store.with_(transform=())
+        decoded = torch.cat([reference.quantize(plain, gathered[..., a:b]).decoded for a, b in groups], -1)
         back = decoded[..., torch.argsort(order)].reshape(1, 256, 2, 64).transpose(1, 2)
         agree(name, back, arrays[f"{side}_hat"])
 

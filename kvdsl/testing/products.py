@@ -106,6 +106,8 @@ def sizes_of(
       ranges that is at most A, the largest size in the block.  (Codes of lower planes in the same word are taken off
       again by the next plane's query.  Of w bits they add up to 2/(2^w - 1) of it, were all roundings of one sign;
       they are of either sign, and n is A for all codes, half of which lie in the lower half.)
+    - Where 32 tokens or more share an fp16 scale, q is rounded, then its products with s and with the offset o:
+      2 * 2^-11 of each, n = s*c + |o|.
     - Levels of tables, s*level, are rounded to float16 as q is, 2 * 2^-11: n = s*|level|, without an offset.
     - Decoded numbers are rounded as q is: n = |x^|.  So are exact ones.  What is in polar
       coordinates counts as its radius.
@@ -128,7 +130,10 @@ def _sizes(term: TermOf, params: Params, largest: Largest, at: int) -> Tensor:
     store, found = term.store, term.kept.coded
     coded = encoded_rows(store, term.x, params, term.place, at).double()
     counted = isinstance(store.code, Uniform) or _step(store, coded.shape[-1]) is not None
-    factors = _factors(store, term.kept, params, term.place).abs() / (2 if counted else 1)
+    signed = _factors(store, term.kept, params, term.place)
+    factors = signed.abs() / (2 if counted else 1)
+    if counted and _rescaled(store):
+        factors = signed.abs() + (found - signed).abs()
     if isinstance(store.code, LowRank):
         return _met(store, low_rank.sizes(term.kept))
     size = torch.stack((largest(store, coded, params), found.abs(), factors)).amax(0)
@@ -136,6 +141,15 @@ def _sizes(term: TermOf, params: Params, largest: Largest, at: int) -> Tensor:
         turns = 2**store.levels
         size = size[..., : size.shape[-1] // turns].repeat(1, 1, 1, turns)
     return _carried(store, size, found, term.x.shape[3], params) if store.rope is not None else _met(store, size)
+
+
+def _rescaled(store: Store) -> bool:
+    """Whether a query is multiplied by scales, in float16, once for the tokens that share them."""
+    scale = store.measure
+    if scale is None or scale.when == "calibrated" or store.rope is not None or store.polar:
+        return False
+    tokens = scale.block.tokens
+    return isinstance(tokens, int) and tokens % 32 == 0 and scale.dtype == "fp16" and scale.scale is None
 
 
 def _carried(store: Store, size: Tensor, coded: Tensor, head_dim: int, params: Params) -> Tensor:
