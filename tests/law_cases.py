@@ -13,6 +13,7 @@ from kvdsl.scheme import (
     ChannelShift,
     Codebook,
     Float,
+    LowRank,
     Polar,
     PreRope,
     Recent,
@@ -75,7 +76,15 @@ SEVERAL_HEADS = Scheme(
     sinks=Sinks(1),
 )
 """Rotated together: keys in the loop over tokens, values once per output."""
+LOW_RANK = Scheme(
+    keys=Store(Uniform(levels=3), scale=per_token(channels=64), residual=LowRank(2)),
+    values=Store(LowRank(5, tokens=32, loops=2), residual=Store(Uniform(3), scale=per_token(), transform=Rotate())),
+    recent=Recent(64, "whole"),
+    sinks=Sinks(2),
+)
+"""As a user would write it: what ternary keys leave; before what is left, two blocks a tile."""
 RARE = {"small blocks": SMALL_BLOCKS, "sums": SUMS, "bands": BANDS, "several heads": SEVERAL_HEADS}
+RARE |= {"low rank": LOW_RANK}
 """What no shipped scheme has."""
 
 

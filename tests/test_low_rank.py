@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from law_cases import holds
+from law_cases import LOW_RANK, holds
 
 import kvdsl
 from kvdsl import reference
@@ -22,7 +22,6 @@ from kvdsl.scheme import (
     Recent,
     Rotate,
     Scheme,
-    Sinks,
     Store,
     TopChannels,
     Uniform,
@@ -30,15 +29,6 @@ from kvdsl.scheme import (
 )
 from kvdsl.schemes import gearl2, kivi2
 from kvdsl.shape import Shape
-
-TERNARY = Scheme(
-    keys=Store(Uniform(levels=3), scale=per_token(channels=64), residual=LowRank(2)),
-    values=Store(LowRank(5, tokens=32, loops=2), residual=Store(Uniform(3), scale=per_token(), transform=Rotate())),
-    recent=Recent(64, "whole"),
-    sinks=Sinks(2),
-)
-"""As a user would write it: behind digits; before what is left."""
-
 
 WINDOW = Recent(64)
 
@@ -127,14 +117,14 @@ def test_numbers_fit_float16_whatever_the_block_holds() -> None:
 
 def test_the_page_holds_what_is_counted() -> None:
     shape = Shape(64, 2)
-    layout, counted = lay_out(TERNARY, shape), kvdsl.bits(TERNARY, 64, 2)
+    layout, counted = lay_out(LOW_RANK, shape), kvdsl.bits(LOW_RANK, 64, 2)
     assert layout.page_bytes == counted.mean * 2 * 64 * 2 * layout.page_tokens / 8
-    assert layout.page_bytes == reference.page_bytes(TERNARY, shape)
+    assert layout.page_bytes == reference.page_bytes(LOW_RANK, shape)
     assert counted.formula("values").startswith("16 x 5/64 + 16 x 5/32 = 3.75 bits; of what is left 3 + ")
 
 
 def test_every_law_holds() -> None:
-    assert holds(TERNARY, "torch", examples=2) >= 40
+    assert holds(LOW_RANK, "torch", examples=2) >= 40
 
 
 def test_a_score_makes_no_channel_of_a_token() -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from law_cases import RARE, fixed
 
 from kvdsl.rules import shape_faults
+from kvdsl.scheme import Recent, Scheme, Store, Uniform, per_channel, per_token
 from kvdsl.schemes import ALL
 from kvdsl.shape import Shape
 from kvdsl.testing import LAWS, Case, schemes
@@ -28,7 +29,7 @@ RAGGED = "neighbours_do_not_reach_the_words"  # packs five times: of shipped sch
 SLOW = ("windows_and_padding_are_seen", "neighbours_do_not_reach_attention", "splits_do_not_matter")
 SIBLINGS = {"nuq3", "nuq2", "rotatekv3", "rotatekv2", "turboquant1", "turboquant_prod3", "turboquant_prod2"}
 SIBLINGS |= {"vllm_3bit_nc", "vllm_k3v4_nc", "quarot2", "turboquant2", "q5_0", "q5_1", "q4_1", "token2", "token3"}
-SIBLINGS |= {"channel2", "channel3", "bitdecoding2", "turboquant3", "turboquant_3p5", "kivi4", "skvq_k2v1p5"}
+SIBLINGS |= {"channel2", "channel3", "bitdecoding2", "turboquant3", "turboquant_3p5", "kivi4", "skvq_k2v1p5", "gearl4"}
 """They differ in their bits alone from schemes that are asked, and take long: KVDSL_PROFILE=thorough asks them, too."""
 THOROUGH = os.environ.get("KVDSL_PROFILE") == "thorough"
 ASKED = [name for name in ALL if THOROUGH or name not in SIBLINGS]
@@ -65,6 +66,15 @@ def test_a_scheme_of_rarer_parts_obeys_the_law(law: str, name: str) -> None:
 @pytest.mark.parametrize("law", SLOW)
 def test_some_shipped_schemes_obey_the_slower_laws(name: str, law: str) -> None:
     LAWS[law](_case(ALL[name], seed=2))
+
+
+def test_queries_times_scales_in_half_precision_stay_within_the_bound() -> None:
+    """Where 64 tokens share a channel's scale, queries are rounded, and their products with scale and offset again: of
+    channels far from 0 that is more than one rounding of the largest number."""
+    keys = Store(Uniform(4), scale=per_channel(tokens=64))
+    scheme = Scheme(keys=keys, values=Store(Uniform(4), scale=per_token()), recent=Recent(64))
+    case = Case(scheme, Shape(64, 2, 8), "triton", batch=1, tokens=200, kind="outlier_channel", seed=7)
+    LAWS["extend_is_attention"](case)
 
 
 @pytest.mark.parametrize("law", ["words_equal_the_reference", "decoding_equals_the_reference", "decode_is_attention"])
