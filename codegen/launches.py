@@ -33,9 +33,9 @@ ASSEMBLER = (None, "--register-usage-level=10", "--register-usage-level=0", "max
 
 def warps(kernel: str, plan: Plan) -> int:
     """Warps of a program: one where tiles stay in one warp's tensor cores or numbers are exchanged within it, two where
-    16 rows, sums of many numbers, or tiles most of whose lanes are idle, would not fit its registers, four or more
-    where a page is rewritten, products are of float32 numbers, keys are rotated, or radii and angles become channels
-    level by level."""
+    16 rows, sums of many numbers, tiles most of whose lanes are idle, or codes of 4 bits beside vectors of low rank on
+    both sides would not fit its registers, four or more where a page is rewritten, products are of float32 numbers, keys
+    are rotated, or radii and angles become channels level by level."""
     exact = plan.shape.dtype == "fp32" or any(term.floats == "fp32" for term in plan.terms)
     if kernel.startswith("pack"):
         name = kernel.removeprefix("pack_")
@@ -52,7 +52,8 @@ def warps(kernel: str, plan: Plan) -> int:
     if plan.keys.rope is not None or any(term.band for term in plan.terms):
         return 4  # decoded numbers, waves and two queries a plane: one warp moves hundreds of them to memory
     narrow = any(term.store.pick and 2 * term.layout.plane_width <= NARROWEST for term in plan.terms)
-    wide = plan.values.row > WIDEST or narrow
+    beside = all(any(term.factors for term in side.terms) for side in (plan.keys, plan.values))
+    wide = plan.values.row > WIDEST or narrow or beside and any(term.alphabet.bits >= 4 for term in plan.terms)
     return 1 if plan.rows(many=kernel != "decode") == DECODE_ROWS and not wide else 2
 
 
