@@ -34,8 +34,8 @@ ASSEMBLER = (None, "--register-usage-level=10", "--register-usage-level=0", "max
 def warps(kernel: str, plan: Plan) -> int:
     """Warps of a program: one where tiles stay in one warp's tensor cores or numbers are exchanged within it, two where
     16 rows, sums of many numbers, tiles most of whose lanes are idle, or codes of 4 bits beside vectors of low rank on
-    both sides would not fit its registers, four or more where a page is rewritten, products are of float32 numbers, keys
-    are rotated, or radii and angles become channels level by level."""
+    both sides would not fit its registers, four or more where a page is rewritten, products are of float32 numbers,
+    keys are rotated, or radii and angles become channels level by level."""
     exact = plan.shape.dtype == "fp32" or any(term.floats == "fp32" for term in plan.terms)
     if kernel.startswith("pack"):
         name = kernel.removeprefix("pack_")

@@ -127,6 +127,14 @@ def test_every_law_holds() -> None:
     assert holds(LOW_RANK, "torch", examples=2) >= 40
 
 
+def test_a_block_leaves_the_window_whole() -> None:
+    """Of 63 tokens 32 are packed, whatever else the store has: the others wait until 64 have come."""
+    scheme = Scheme(both=Store(LowRank(1, tokens=32)), recent=Recent(32))
+    x = torch.randn(1, 1, 63, 32, generator=torch.Generator().manual_seed(0))
+    got, _ = reference.roundtrip(scheme, x, x)
+    assert torch.equal(got[:, :, 32:], x[:, :, 32:].double()) and not torch.equal(got[:, :, :32], x[:, :, :32].double())
+
+
 def test_a_score_makes_no_channel_of_a_token() -> None:
     """The query meets the vectors of a block, and tokens meet what that gives: of rows of two numbers."""
     text = render(plan_for(gearl2, Shape(128, 8, 32)), "triton", "gearl2")

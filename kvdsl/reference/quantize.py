@@ -16,8 +16,8 @@ from kvdsl.codes import Bands, Float, LowRank, Sketch
 from kvdsl.errors import ShapeError
 from kvdsl.scheme import Band, Count, Scale, Store, bands
 
-from . import low_rank
 from .alphabets import Alphabet, alphabet, given_table, has_offset, holds_numbers, level_count
+from .low_rank import factors, multiplied
 from .measure import Measured, measure, refitted, shifted
 from .rounding import LARGEST_INPUT, MINIFLOATS, f32, ratio, sum64
 from .spaces import Params, cartesian, encoded, maps, polar, restored, widened, with_rope, without_rope
@@ -78,8 +78,8 @@ def quantize(store: Store, x: Tensor, params: Params | None = None, side: str = 
 def _alone(store: Store, x: Tensor, params: Params | None, side: str, at: int) -> Quantized:
     """The same of a store without what it leaves."""
     if isinstance(store.code, LowRank):
-        found = low_rank.factors(x, store.code)
-        decoded = low_rank.multiplied(*found)
+        found = factors(x, store.code)
+        decoded = multiplied(*found)
         return Quantized(None, None, None, decoded, decoded, factors=found)
     mapped = maps(store, x.shape[3], x.shape[1], params, side)
     y = polar(store, encoded(without_rope(store, x, params, side, at), mapped))
