@@ -48,7 +48,7 @@ class FactoredPack(Pack):
             lines += [f"b{i}_{j} = tl.load({at}{plus(i * side.dim)}{mask}).to(tl.float64)" for i in ranks]
         lines.append("# An orthonormal basis a of what the vectors give of the block; what the block gives of it.")
         lines += [f"a{i} = tl.zeros([{self.tokens}], tl.float64)" for i in ranks]
-        lines.append(f"for _ in range({code.loops}):")
+        lines.append(f"for loop in range({code.loops}):")
         lines += [f"    {line}" for line in self._iteration(ranks, planes)]
         return [*lines, *self._stores(ranks, planes, code.factor)]
 

@@ -111,18 +111,17 @@ class FactoredKeys(Factored, Keys):
 
     def _met_by(self, tokens: str, block: str) -> list[str]:
         """The query meets the block's vectors, in units of its largest product: these are operands again."""
-        met, lines = f"{self.prefix}_met", list[str]()
+        p, lines = self.prefix, list[str]()
         for j in range(self.side.layout.planes):
-            so_far = f", {met}" if j else ""
-            vectors = self.vectors_of(j, block, across=False)
-            lines.append(f"{met} = tl.dot({vectors}, e{j}{so_far}{self.precise})  # [ranks, rows]")
-        rows = self.rows_of(tokens, across=False)
+            so_far = f", {p}_met" if j else ""
+            lines.append(f"{p}_vector = {self.vectors_of(j, block, across=False)}")
+            lines.append(f"{p}_met = tl.dot({p}_vector, e{j}{so_far}{self.precise})  # [ranks, rows]")
+        lines.append(f"{p}_number = {self.rows_of(tokens, across=False)}")
         if self.precise:
-            return [*lines, f"s = tl.dot({rows}, {met}{self.precise})"]
-        size = f"{self.prefix}_size"
-        lines.append(f"{size}, {self.prefix}_inverse = above(tl.max(tl.abs({met}), 0))  # [rows]")
-        lines.append(f"{met} = {met} * {self.prefix}_inverse[None, :]")
-        return [*lines, f"s = tl.dot({rows}, {met}.to(tl.float16)) * {size}[None, :]"]
+            return [*lines, f"s = tl.dot({p}_number, {p}_met{self.precise})"]
+        lines.append(f"{p}_size, {p}_inverse = above(tl.max(tl.abs({p}_met), 0))  # [rows]")
+        lines.append(f"{p}_operand = ({p}_met * {p}_inverse[None, :]).to(tl.float16)")
+        return [*lines, f"s = tl.dot({p}_number, {p}_operand) * {p}_size[None, :]"]
 
 
 class FactoredValues(Factored, Values):
@@ -134,19 +133,22 @@ class FactoredValues(Factored, Values):
 
     def _accumulate(self, half: int, tokens: str) -> list[str]:
         decay = " * decay[None, :]" if half == 0 else ""
-        return self._add(self.rows_of(tokens, across=True), self.cast("p"), self.block(half), decay)
+        number = f"{self.prefix}_number = {self.rows_of(tokens, across=True)}"
+        return [number, *self._add(self.cast("p"), self.block(half), decay)]
 
     def tokens(self) -> list[str]:
-        rows = f"tl.where(coded[None, :], {self.rows_of('t', across=True)}, 0.0)"
-        return self.own([*self.edge_block(), *self._add(rows, "weight", self.named_block, "")])
+        number = f"{self.prefix}_number"
+        lines = [f"{number} = {self.rows_of('t', across=True)}", f"{number} = tl.where(coded[None, :], {number}, 0.0)"]
+        return self.own([*self.edge_block(), *lines, *self._add("weight", self.named_block, "")])
 
-    def _add(self, rows: str, weight: str, block: str, decay: str) -> list[str]:
+    def _add(self, weight: str, block: str, decay: str) -> list[str]:
         """Tokens' numbers under their weights meet the block's vectors."""
-        sums = f"{self.prefix}_sums"
-        lines = [f"{sums} = tl.dot({rows}, {weight}{self.precise})  # [ranks, rows]", f"{sums} = {self.cast(sums)}"]
+        p = self.prefix
+        lines = [f"{p}_sums = tl.dot({p}_number, {weight}{self.precise})  # [ranks, rows]"]
+        lines.append(f"{p}_operand = {self.cast(f'{p}_sums')}")
         for j in range(self.side.layout.planes):
-            vectors = self.vectors_of(j, block, across=True)
-            lines.append(f"o{j} = tl.dot({vectors}, {sums}, o{j}{decay}{self.precise})")
+            lines.append(f"{p}_vector = {self.vectors_of(j, block, across=True)}")
+            lines.append(f"o{j} = tl.dot({p}_vector, {p}_operand, o{j}{decay}{self.precise})")
         return lines
 
 

@@ -11,7 +11,9 @@ from law_cases import LOW_RANK, holds
 import kvdsl
 from kvdsl import reference
 from kvdsl.codegen import render
+from kvdsl.codegen.launches import launches
 from kvdsl.codegen.layout import lay_out
+from kvdsl.codegen.lint import faults_in
 from kvdsl.codegen.plan import plan_for
 from kvdsl.codegen.show import View, show
 from kvdsl.errors import SchemeError
@@ -143,6 +145,13 @@ def test_a_score_makes_no_channel_of_a_token() -> None:
     dots = [line.partition(" = ")[0] for line in lines if "tl.dot(" in line]
     assert dots == [*4 * ["kr_met"], "sr", "vr_sums", "or0", "or1", "or2", "or3"]
     assert "kr_rows + t[:, None] * 2 + kr_rank[None, :]" in loop
+
+
+def test_its_kernels_are_clean_text() -> None:
+    for shape in (Shape(128, 8, 32), Shape(64, 2, 4, "fp32")):
+        plan = plan_for(LOW_RANK, shape)
+        text = render(plan, "triton", "mine")
+        assert faults_in(text, launches(plan, text)) == []
 
 
 def test_its_normal_form_is_shown_and_proven() -> None:
