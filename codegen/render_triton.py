@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import ast
-import re
-from functools import cache
-from pathlib import Path
-
 from .header import heading
 from .plan import Plan
-from .text import imported, without_unused
+from .text import helpers_used, without_unused
 from .triton_attend import Attend
 from .triton_factor_pages import pack_of, unpack_of
 from .triton_merge import merge
@@ -17,13 +12,6 @@ from .triton_rope import rope, unrope
 from .triton_turn import restore, turn, turn_query
 
 DEVICE = ("device", "device_codes")
-
-
-@cache
-def helpers(module: str) -> tuple[str, ...]:
-    """The names that a module of DEVICE defines, read from its text: it must not be imported to print."""
-    tree = ast.parse((Path(__file__).parent / f"{module}.py").read_text(encoding="utf-8"))
-    return tuple(sorted({node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}))
 
 
 def render(plan: Plan, name: str) -> str:
@@ -39,8 +27,5 @@ def render(plan: Plan, name: str) -> str:
     kernels.append(attend.attention("extend", plan.rows(many=True)))
     kernels.append(merge(plan))
     body = "\n\n".join(without_unused(kernel) for kernel in kernels)
-    imports = "import triton\nimport triton.language as tl\n"
-    for module in DEVICE:
-        used = [name for name in helpers(module) if re.search(rf"\b{name}\(", body)]
-        imports += imported(f"kvdsl.codegen.{module}", used) if used else ""
+    imports = "import triton\nimport triton.language as tl\n" + helpers_used(DEVICE, body)
     return f"{heading(plan, name)}\n{imports}\n\n{body}"

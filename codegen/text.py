@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from string import Template
 
 WIDTH = 120  # of a line of generated text
@@ -78,6 +81,25 @@ def plus(value: int) -> str:
 def literal(value: float) -> str:
     """A float literal."""
     return repr(float(value))
+
+
+@cache
+def helpers(module: str) -> tuple[str, ...]:
+    """The functions that a module of this package defines, under all their names, read from its text: it must not be
+    imported to print."""
+    tree = ast.parse((Path(__file__).parent / f"{module}.py").read_text(encoding="utf-8"))
+    names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    others = (node for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.value) in names)
+    return tuple(sorted(names | {ast.unparse(target) for node in others for target in node.targets}))
+
+
+def helpers_used(modules: Iterable[str], body: str) -> str:
+    """The import statements of the functions of these modules that a text calls."""
+    statements = ""
+    for module in modules:
+        used = [name for name in helpers(module) if re.search(rf"(?<![\w.]){name}\(", body)]
+        statements += imported(f"kvdsl.codegen.{module}", used) if used else ""
+    return statements
 
 
 def imported(module: str, names: Iterable[str]) -> str:

@@ -128,14 +128,14 @@ def sizes_of(
 def _sizes(term: TermOf, params: Params, largest: Largest, at: int) -> Tensor:
     """`sizes_of` of one term, the first token at position `at`."""
     store, found = term.store, term.kept.coded
+    if isinstance(store.code, LowRank):
+        return _met(store, low_rank.sizes(term.kept))
     coded = encoded_rows(store, term.x, params, term.place, at).double()
     counted = isinstance(store.code, Uniform) or _step(store, coded.shape[-1]) is not None
     signed = _factors(store, term.kept, params, term.place)
     factors = signed.abs() / (2 if counted else 1)
     if counted and _rescaled(store):
         factors = signed.abs() + (found - signed).abs()
-    if isinstance(store.code, LowRank):
-        return _met(store, low_rank.sizes(term.kept))
     size = torch.stack((largest(store, coded, params), found.abs(), factors)).amax(0)
     if store.polar:
         turns = 2**store.levels
