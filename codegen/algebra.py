@@ -8,6 +8,7 @@ is proven: the terms, multiplied out, are the definition.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -16,7 +17,7 @@ import sympy as sp
 
 from kvdsl.codes import in_trits
 from kvdsl.errors import ProofError
-from kvdsl.scheme import Band, LowRank, Store, Uniform
+from kvdsl.scheme import Band, LowRank, Sparse, Store, Uniform
 
 from .alphabet import Alphabet, alphabet_of, prove
 from .bijection import prove_digits
@@ -120,6 +121,8 @@ def derive(side: Literal["keys", "values"], store: Store, when: When, alphabet: 
     """
     if isinstance(store.code, LowRank):
         return _factored(side, store.code)
+    if isinstance(store.code, Sparse):
+        return _slotted(side, store.code)
     indices = _INDICES[when]
     stored = [sp.IndexedBase(name)[indices] if indices else sp.Integer(0) for name in ("s", "z")]
     alphabet = alphabet or alphabet_of(store, 128)
@@ -189,6 +192,31 @@ def _factored(side: Literal["keys", "values"], code: LowRank) -> NormalForm:
         else "sum_t p[t]*x[t] = sum_j (sum_t p[t]*a[t, j]) * u[b, j]"
     )
     return NormalForm(side, When.NEVER, definition, (term,), (ProofStep(swapped, "symbolic"),), over="j")
+
+
+def _slotted(side: Literal["keys", "values"], code: Sparse) -> NormalForm:
+    """The normal form of single numbers: what they meet is gathered where they stand, instead of a sum over numbers most
+    of which are 0."""
+    slot = sp.Symbol("i", integer=True, positive=True)
+    number, place = sp.IndexedBase("n"), sp.IndexedBase("m")
+    if side == "keys":
+        there = sp.KroneckerDelta(channel, place[token, slot])
+        term = Term(number[token, slot], query * there, False)
+        definition = sp.Sum(number[token, slot] * there, (slot, 1, code.slots))
+    else:
+        there = sp.KroneckerDelta(token, place[slot, channel])
+        term = Term(weight * there, number[slot, channel], False)
+        definition = sp.Sum(number[slot, channel] * there, (slot, 1, code.slots))
+    outer, numbers, cases = sp.symbols("q:4"), sp.symbols("n:2"), 0
+    for places in itertools.product(range(4), repeat=2):
+        whole = sum(outer[d] * sum(n for n, m in zip(numbers, places, strict=True) if m == d) for d in range(4))
+        gathered = sum(n * outer[m] for n, m in zip(numbers, places, strict=True))
+        if sp.expand(whole - gathered) != 0:
+            raise ProofError(f"{side}: numbers at {places} are not gathered")
+        cases += 1
+    read = "q . x[t] = sum_i n[t, i]*q[m[t, i]]"
+    read = read if side == "keys" else "sum_t p[t]*x[t, d] = sum_i n[i, d]*p[m[i, d]]"
+    return NormalForm(side, When.NEVER, definition, (term,), (ProofStep(read, f"exhaustive ({cases} cases)"),), over="i")
 
 
 def alphabet_proof(alphabet: Alphabet) -> tuple[ProofStep, ...]:

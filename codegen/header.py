@@ -73,6 +73,9 @@ def alphabet_lines(side: SidePlan) -> list[str]:
     alphabet, lines = side.alphabet, []
     if held := side.factors:
         lines.append(f"a[t, j], u[b, j, d] fp16; {held.tokens} tokens share {held.rank} vectors u[b, j]")
+    if slots := side.slots:
+        which = "n[t, i] fp16 at channel m[t, i]" if side.name == "keys" else "n[i, d] fp16 at token m[i, d] of each 64"
+        lines.append(f"{which}, {slots.count} slots i")
     if alphabet.small is not None:
         lines.append(f"l[t, d] = the number whose {alphabet.bits} bits are stored, {alphabet.small.name}")
     elif alphabet.given:
@@ -98,6 +101,8 @@ def page_lines(plan: Plan) -> list[str]:
             lines.append(f"  {part.float_offset:6d}  {side.title}: {side.floats} rows of {numbers}")
         if side.factors:
             lines.append(f"  {side.factors.offset:6d}  {side.title}: fp16 rows of {side.factors.rank}")
+        if slots := side.slots:
+            lines.append(f"  {slots.offset:6d}  {side.title}: {slots.rows} rows of {slots.width} fp16")
         for stream in part.streams:
             rows = "tokens t and t + 32 share a word" if stream.paired else "one token a row"
             planes = f"{part.plane_width} bytes of 5 ternary digits" if stream.digits else ""
@@ -107,6 +112,8 @@ def page_lines(plan: Plan) -> list[str]:
         if held := side.factors:
             vectors = f"{held.blocks} x {held.rank} vectors of {side.dim} fp16"
             lines.append(f"  {held.vectors_offset:6d}  {side.title}: {vectors}")
+        if slots := side.slots:
+            lines.append(f"  {slots.places_offset:6d}  {side.title}: {slots.rows} rows of {slots.width} places")
         meta = side.layout.meta
         if meta is not None:
             what = {

@@ -15,7 +15,7 @@ POINTERS = {
     "query_ptr": "input", "rows_ptr": "input", "source_ptr": "input", "key_rows_ptr": "input",
     "value_rows_ptr": "input",
     "pool8_ptr": "*u8", "pool16_ptr": "*i16", "pool32_ptr": "*i32", "pool_fp16_ptr": "*fp16", "pool_fp32_ptr": "*fp32",
-    "squares_ptr": "*fp64",
+    "squares_ptr": "*fp64", "numbers_ptr": "*i16", "places_ptr": "*u8",
     "first_ptr": "*i32", "begin_ptr": "*i32", "end_ptr": "*i32", "table_ptr": "*i32", "packed_keys_ptr": "*i32",
     "packed_values_ptr": "*i32", "length_ptr": "*i32", "start_ptr": "*i32",
 }  # fmt: skip
@@ -83,6 +83,8 @@ def loop_bytes(plan: Plan, *, repeated: bool = False) -> int:
             size += layout.page_tokens * side.dim * (4 if side.floats == "fp32" else 2)
         if (held := side.factors) is not None:
             size += 2 * held.rank * (layout.page_tokens + held.blocks * side.dim)
+        if (slots := side.slots) is not None:
+            size += 3 * slots.entries
         if side.layout.meta is not None:
             meta = side.layout.meta
             size += meta.size // (meta.head_groups if meta.shared else 1)

@@ -13,15 +13,15 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
-from kvdsl.codes import in_trits, trit_bytes
+from kvdsl.codes import SLOT_TOKENS, in_trits, trit_bytes
 from kvdsl.codes import width as code_bits
-from kvdsl.scheme import ALL, SIDES, Band, Float, LowRank, MetaFormat, Scheme, Store
+from kvdsl.scheme import ALL, SIDES, Band, Float, LowRank, MetaFormat, Scheme, Sparse, Store
 from kvdsl.shape import Shape
 from kvdsl.window import token_block
 
 ALIGN = 16  # bytes: what one asynchronous copy moves
 PAIR = 32  # tokens t and t + 32 share a word where one token is too narrow for a tensor-core operand
-FACTORED = 32  # lanes of a plane that vectors of low rank are read in: wider ones fill the registers
+SUMMED = 32  # lanes of a plane of vectors of low rank, or of sums of single numbers: wider ones fill the registers
 NARROWEST = 16  # words a tensor-core operand wants along its inner side
 
 
@@ -146,9 +146,27 @@ class Factors:
 
 
 @dataclass(frozen=True)
+class Slots:
+    """Single numbers in fp16 and their places, a byte each; offsets in bytes from the head blob's start.
+
+    Of keys every slot is a row of the page's tokens, and places are channels; of values every slot of every 64 tokens is
+    a row of channels, and places are tokens of the 64."""
+
+    count: int
+    rows: int
+    width: int
+    offset: int
+    places_offset: int = 0
+
+    @property
+    def entries(self) -> int:
+        return self.rows * self.width
+
+
+@dataclass(frozen=True)
 class SideLayout:
     """One side of a page, `width` numbers a token.  `streams` is empty where the numbers themselves are stored
-    (`float_offset`), or vectors of low rank (`factors`).  Planes have `plane_width` lanes; of digits the last may have
+    (`float_offset`), vectors of low rank (`factors`), or single numbers (`slots`).  Planes have `plane_width` lanes; of digits the last may have
     fewer, and one that crosses groups of channels counts as several.  `rest`: where the side's next term stands."""
 
     width: int
@@ -158,6 +176,7 @@ class SideLayout:
     meta: Meta | None
     float_offset: int = 0
     factors: Factors | None = None
+    slots: Slots | None = None
     rest: SideLayout | None = None
 
     @property
@@ -244,8 +263,8 @@ def plane_width(store: Store, head_dim: int) -> int:
 def _common_width(store: Store, head_dim: int) -> int:
     if isinstance(store.code, Float) and store.code.plain:
         return min(64, head_dim & -head_dim)
-    if isinstance(store.code, LowRank):
-        return min(FACTORED, head_dim & -head_dim)
+    if isinstance(store.code, (LowRank, Sparse)):
+        return min(SUMMED, head_dim & -head_dim)
     if in_trits(store.code):
         return trit_bytes(head_dim)
     width = min(_natural(w, head_dim)[1] for w in widths(code_bits(store.code) or 0))
@@ -317,6 +336,11 @@ def lay_out(scheme: Scheme, shape: Shape) -> Layout:
             factors = Factors(store.code.rank, store.code.tokens, tokens // store.code.tokens, offset)
             codes[at] = SideLayout(dim, (), width, spans, None, factors=factors)
             offset = aligned(offset + 2 * tokens * store.code.rank)
+        elif isinstance(store.code, Sparse):
+            count = store.code.slots
+            rows, row = (count, tokens) if at[0] == "keys" else (count * (tokens // SLOT_TOKENS), dim)
+            codes[at] = SideLayout(dim, (), width, spans, None, slots=Slots(count, rows, row, offset))
+            offset = aligned(offset + 2 * rows * row)
         else:
             bits = code_bits(store.code)
             assert bits is not None
@@ -333,6 +357,9 @@ def lay_out(scheme: Scheme, shape: Shape) -> Layout:
         if (held := codes[at].factors) is not None:  # the vectors of a block, where others have scales
             codes[at] = replace(codes[at], factors=replace(held, vectors_offset=offset))
             offset = aligned(offset + 2 * held.blocks * held.rank * dims[at])
+        if (slots := codes[at].slots) is not None:
+            codes[at] = replace(codes[at], slots=replace(slots, places_offset=offset))
+            offset = aligned(offset + slots.entries)
     head_bytes = offset
     offset = head_bytes * shape.kv_heads
     for at, meta in metas.items():

@@ -14,6 +14,8 @@ from fractions import Fraction
 from functools import cache
 from pathlib import Path
 
+from kvdsl.codes import SLOT_TOKENS
+
 from .placement import When
 from .plan import Plan, SidePlan
 from .triton_bands import lanes
@@ -51,6 +53,9 @@ def multiplications(plan: Plan, side: SidePlan) -> Multiplications:
     if held := side.factors:  # what the query and a block's vectors give, in units of its largest, and back
         behind = Fraction(1, side.dim) + Fraction(held.rank, plan.half * side.dim)
         return Multiplications(zero, behind if side.name == "keys" else zero, zero)
+    if slots := side.slots:  # each number meets one of the query, or of the weights, once
+        alone = Fraction(slots.count + 1, side.dim) if side.name == "keys" else Fraction(slots.count, SLOT_TOKENS)
+        return Multiplications(zero, alone, zero)
     scaled = _of_keys(plan, side) if side.name == "keys" else _of_values(plan, side)
     return Multiplications(zero, scaled, unpacking)
 

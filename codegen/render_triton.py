@@ -6,9 +6,9 @@ from .header import heading
 from .plan import Plan
 from .text import helpers_used, without_unused
 from .triton_attend import Attend
-from .triton_factor_pages import pack_of, unpack_of
 from .triton_merge import merge
 from .triton_rope import rope, unrope
+from .triton_term_pages import pack_of, unpack_of
 from .triton_turn import restore, turn, turn_query
 
 DEVICE = ("device", "device_codes")
@@ -20,8 +20,8 @@ def render(plan: Plan, name: str) -> str:
     kernels = [write(plan, term) for term in plan.spaces if term.mapped for write in (turn, restore)]
     kernels += [turn_query(plan)] if plan.keys.through else []
     kernels += [unrope(plan), rope(plan)] if plan.keys.rope is not None else []
-    kernels += [pack_of(plan, term).text() for term in plan.terms]
-    kernels += [unpack_of(plan, term).text(attend.addresses(several=False)) for term in plan.terms]
+    kernels += [pack_of(plan, term) for term in plan.terms]
+    kernels += [unpack_of(plan, term, attend.addresses(several=False)) for term in plan.terms]
     kernels.append(attend.scores(plan.rows(many=True)))
     kernels.append(attend.attention("decode", plan.rows(many=False)))
     kernels.append(attend.attention("extend", plan.rows(many=True)))

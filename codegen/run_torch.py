@@ -10,12 +10,14 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from kvdsl.codes import SLOT_TOKENS
 from kvdsl.kernels import AttentionState, Params, Side
 from kvdsl.params import ROPE
 from kvdsl.rope import table
 from kvdsl.spaces import applied
 
 from .host import cartesian, mapped, polar, rotated, rows_of_bytes, saturated
+from .host_slots import Split, kept, split
 from .plan import Plan, SidePlan
 
 LOG2E = 1.4426950408889634
@@ -116,14 +118,36 @@ class TorchModule:
         x = torch.where(inside[:, None, :, None], x, 0.0)
         ids = table[b, page].long()
         pages = pool[ids]
-        for part in self.plan.side(side).spaces:
-            turned = self._turned(part, x, u, params)
-            for term in part.parts:
-                numbers = turned[..., term.first : term.first + term.dim] if term.band else turned
-                self._write(term, x, numbers, inside, pages, params)
+        first = self.plan.side(side)
+        taken = split(x, first.sparse, side) if first.sparse else None
+        for part in first.spaces:
+            if taken is not None and part.slots:
+                self._write_slots(part, x, taken, inside, pages)
+            else:
+                given = taken.filled if taken is not None and part is first else x
+                turned = self._turned(part, given, u, params)
+                for term in part.parts:
+                    numbers = turned[..., term.first : term.first + term.dim] if term.band else turned
+                    self._write(term, given, numbers, inside, pages, params)
             if part.residual is not None:
                 x = saturated(x) - self._decoded(part, pages[:, None], params, slice(None), 0)
         pool[ids] = pages
+
+    def _write_slots(self, part: SidePlan, x: Tensor, taken: Split, inside: Tensor, pages: Tensor) -> None:
+        """Write what stands in slots of x (pages, H, T, D) into pages, where blocks of tokens are inside."""
+        slots = part.slots
+        assert slots is not None
+        sections = getattr(self.module, f"pack_{part.label}")(
+            kept(x, taken, part.name), taken.places.to(torch.uint8)
+        )
+        if part.name == "keys":
+            marks = inside.repeat(1, slots.count)
+        else:
+            blocks = inside.unflatten(-1, (-1, SLOT_TOKENS)).any(-1)
+            marks = blocks.repeat_interleave(slots.count * slots.width, -1)
+        blobs, _ = self._blobs(pages)
+        self._merge(blobs, slots.offset, sections[0], marks.repeat_interleave(2, -1)[:, None])
+        self._merge(blobs, slots.places_offset, sections[1], marks[:, None])
 
     def _write(self, part: SidePlan, x: Tensor, turned: Tensor, inside: Tensor, pages: Tensor, params: Params) -> None:
         """Write one term of x (pages, H, T, D), whose numbers to be coded are given, into pages, where tokens are

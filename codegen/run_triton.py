@@ -20,6 +20,7 @@ from kvdsl.rope import NEAR, in_order, near, table
 
 from .assembling import fewest_spills
 from .host import cartesian, polar, saturated
+from .host_slots import Split, kept, split
 from .launch import DEPTH, assembled
 from .launches import ASSEMBLER, GIVEN_POINTERS, arguments, fused, stages, warps
 from .plan import Plan, SidePlan
@@ -101,15 +102,34 @@ class TritonModule:
             self._pack(part, rows, first, offset, begin, end, reach, pool, table, params)
             return
         for low, high in self._chunks(part, *reach, rows.shape[0]):
-            at, source, start = first, rows, offset
+            at, source, start, taken = first, rows, offset, None
+            if part.sparse:
+                source, at, start = _taken(rows, first, offset, low, high), torch.full_like(first, low), 0
+                taken = split(source, part.sparse, side)
             for term in part.spaces:
-                self._pack_term(term, source, at, start, begin, end, (low, high), pool, table, params)
+                if taken is not None and term.slots:
+                    self._pack_slots(term, source, taken, begin, end, (low, high), pool, table)
+                else:
+                    given = taken.filled if taken is not None and term is part else source
+                    self._pack_term(term, given, at, start, begin, end, (low, high), pool, table, params)
                 if term.residual is not None:
                     # what is left of the chunk's tokens, in rows of their own
                     source = saturated(_taken(source, at, start, low, high)) - self._decoded(
                         term, pool, table, low, high, params
                     )
                     at, start = torch.full_like(first, low), 0
+
+    def _pack_slots(self, term: SidePlan, rows: Tensor, taken: Split, begin: Tensor, end: Tensor,
+                    reach: tuple[int, int], pool: Tensor, table: Tensor) -> None:  # fmt: skip
+        """Write what stands in slots of a chunk's tokens u in `reach`, given in rows."""
+        batch, heads = rows.shape[:2]
+        blocks = taken.places.shape[2]
+        given = {
+            "numbers_ptr": kept(rows, taken, term.name).contiguous(),
+            "places_ptr": taken.places.to(torch.uint8).contiguous(), "begin_ptr": begin, "end_ptr": end,
+            "table_ptr": table, "table_width": table.shape[1], "low": reach[0], "blocks": blocks,
+        }  # fmt: skip
+        self._run(f"pack_{term.label}", (blocks, batch * heads), given, pool, {})
 
     def _pack_term(self, term: SidePlan, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor,
                    reach: tuple[int, int], pool: Tensor, table: Tensor, params: Params) -> None:  # fmt: skip

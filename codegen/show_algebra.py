@@ -99,6 +99,9 @@ def _where(side: SidePlan, term: Term) -> str:
         if side.name == "keys":
             return "the query meets the block's vectors once a tile, what that gives meets the numbers of each token"
         return "the weights meet the numbers of each token, what that gives meets the block's vectors once a tile"
+    if side.slots:
+        what, them = ("the query", "channels") if side.name == "keys" else ("the weights", "tokens")
+        return f"{what} gathered at the {them} m, times what stands there"
     if form.when is When.IN_LOOP:
         again = ", mapped back" if side.mixed else ""
         again += ", and turned back to its position" if side.rope is not None else ""

@@ -67,6 +67,9 @@ def _sections(plan: Plan, side: SidePlan) -> list[dict[str, Any]]:
                          f"{layout.page_tokens} rows of {held.rank} fp16"))  # fmt: skip
         vectors = f"{held.blocks} x {held.rank} vectors of {side.dim} fp16; as many for {held.tokens} tokens"
         rows.append(_row(side, held.vectors_offset, 2 * held.blocks * held.rank * side.dim, vectors))
+    if (slots := side.slots) is not None:
+        rows.append(_row(side, slots.offset, 2 * slots.entries, f"{slots.rows} rows of {slots.width} fp16"))
+        rows.append(_row(side, slots.places_offset, slots.entries, f"{slots.rows} rows of {slots.width} places"))
     for stream in part.streams:
         last = stream.shift + stream.width - 1
         bits = f"bits {stream.shift} to {last}" if last > stream.shift else f"bit {last}"

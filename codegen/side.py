@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
-from kvdsl.scheme import Band, Float, PreRope, Scale, Sketch, Store, Uniform
+from kvdsl.scheme import Band, Float, PreRope, Scale, Sketch, Sparse, Store, Uniform
 from kvdsl.window import token_block
 
 from .alphabet import Alphabet
-from .layout import PAIR, Factors, Place, SideLayout, Stream
+from .layout import PAIR, Factors, Place, SideLayout, Slots, Stream
 from .placement import When
 
 if TYPE_CHECKING:
@@ -91,8 +91,8 @@ class SidePlan:
 
     @property
     def outliers(self) -> bool:
-        """Whether this term is of outlier channels."""
-        return self.store.pick is not None and self.store.pick.top
+        """Whether this term is of outliers: channels, or single numbers."""
+        return self.slots is not None or self.store.pick is not None and self.store.pick.top
 
     @property
     def title(self) -> str:
@@ -100,7 +100,7 @@ class SidePlan:
         if self.band:
             return f"{self.name}, {f'angles of level {self.depth}' if self.depth else 'radii'}"
         if self.outliers:
-            return f"{self.name}, outlier channels"
+            return f"{self.name}, {'single numbers' if self.slots else 'outlier channels'}"
         return self.name + ", what is left" * self.home.count(".residual")
 
     @property
@@ -246,7 +246,7 @@ class SidePlan:
     @property
     def apart(self) -> bool:
         """Packed tokens meet another query, or add to another output, than exact ones."""
-        return self.store.apart
+        return self.store.apart or self.residual is not None
 
     @property
     def polar(self) -> bool:
@@ -281,6 +281,22 @@ class SidePlan:
     def factors(self) -> Factors | None:
         """Where vectors of low rank stand, if they are what is stored."""
         return self.layout.factors
+
+    @property
+    def slots(self) -> Slots | None:
+        """Where single numbers stand, if they are what is stored."""
+        return self.layout.slots
+
+    @property
+    def sparse(self) -> Sparse | None:
+        """Which single numbers are taken out of the vectors that this term, the first of its side, is of."""
+        first = self.residual
+        return first.store.code if first is not None and isinstance(first.store.code, Sparse) else None
+
+    @property
+    def coded(self) -> bool:
+        """Whether there are codes: not the numbers themselves, nor vectors of low rank, nor single numbers."""
+        return not (self.floats or self.factors or self.slots)
 
     @property
     def second(self) -> Scale | None:

@@ -78,6 +78,8 @@ class TorchPack:
     def pack(self) -> str:
         """Whole pages of numbers to the bytes of every section."""
         side, meta, out = self.side, self.side.layout.meta, Lines()
+        if side.slots:
+            return self._slots()
         takes = ["x", *(["squares"] if side.sketched else []), *self.given(), *(["start"] if side.factors else [])]
         with out.deeper(f"def pack_{side.label}({', '.join(takes)}):"):
             out.add(f'"""Bytes of every section that float32 x (pages, H, {self.plan.layout.page_tokens}, D) fills."""')
@@ -109,6 +111,15 @@ class TorchPack:
             for i, text in enumerate(sections):
                 out.add(f"section{i} = {text}")
             out.add(f"return {unpacked(f'section{i}' for i in range(len(sections)))}")
+        return str(out)
+
+    def _slots(self) -> str:
+        """Single numbers, already chosen, to the bytes of both sections: of keys a slot's row is of all the page."""
+        out, keys = Lines(), self.side.name == "keys"
+        with out.deeper(f"def pack_{self.side.label}(numbers, places):"):
+            out.add(f'"""Bytes of slots (pages, H, blocks, slots, {"64 tokens" if keys else "D"}), chosen already."""')
+            rows = [f"bytes_of({name}{'.transpose(2, 3)' * keys}.flatten(2))" for name in ("numbers", "places")]
+            out.add(f"return {', '.join(rows)}")
         return str(out)
 
     @property

@@ -5,7 +5,10 @@ Arrays lead with (B, H); tokens and query rows are the last two axes of scores, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+
+from kvdsl.codes import SLOT_TOKENS
 
 from .codec import READ, call
 from .codec_text import functions
@@ -19,7 +22,7 @@ class TorchSide(TorchPack):
     """Prints `pack_<side>`, `numbers_<side>`, `unpack_<side>`, and `score` or `weigh`."""
 
     def functions(self) -> list[str]:
-        texts = [] if self.side.floats or self.side.factors else functions(self.side, "torch.")
+        texts = functions(self.side, "torch.") if self.side.coded else []
         texts.append(self.pack())
         if self.side.layout.meta is not None:
             texts.append(self.numbers())
@@ -111,6 +114,18 @@ class TorchSide(TorchPack):
                 out.add(f"b = section(pages, {held.vectors_offset}, {b}, torch.float16)")
                 out.add(f"b = b.unflatten(-1, ({held.blocks}, {held.rank}, {head_dim})).flatten(2, 3)")
                 out.add("return multiplied(a, b)")
+                return str(out)
+            if (slots := side.slots) is not None:
+                row = slots.count, slots.width
+                size = head_dim if side.name == "keys" else SLOT_TOKENS
+                for name, start, kind in (
+                    ("numbers", slots.offset, "float16"),
+                    ("places", slots.places_offset, "uint8"),
+                ):
+                    out.add(f"{name} = section(pages, {start}, {slots.entries}, torch.{kind})")
+                    out.add(f"{name} = {name}.unflatten(-1, {(slots.entries // math.prod(row), *row)})")
+                out.add(f"x = in_places(numbers, places, {size})  # {'channels, tokens' if side.name == 'keys' else 'tokens, channels'}")
+                out.add(f"return x{'.mT' * (side.name == 'keys')}.flatten(2, 4)")
                 return str(out)
             out.extend([*self._given(), *self._read()])
             for j in self.planes:

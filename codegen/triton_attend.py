@@ -15,9 +15,9 @@ from __future__ import annotations
 from .plan import Plan, SidePlan
 from .text import Lines, fill, literal
 from .triton_bands import FoldedKeys, FoldedValues
-from .triton_factors import keys_of, sections, values_of
 from .triton_keys import KeySide
 from .triton_meta import section
+from .triton_terms import keys_of, sections_of, values_of
 from .triton_values import ValueSide
 
 LOG2E = 1.4426950408889634
@@ -188,14 +188,13 @@ class Attend:
 
     def _numbers(self, side: SidePlan) -> list[str]:
         """Where the page's numbers, or its metadata, of one term of head h begin."""
-        layout, lines = self.plan.layout, []
+        plan, layout, lines = self.plan, self.plan.layout, []
         if side.floats:
             size = 4 if side.floats == "fp32" else 2
             start = f"page * {layout.page_bytes // size} + h * {layout.head_bytes // size}"
             start += f" + {side.layout.float_offset // size}" if side.layout.float_offset else ""
             lines.append(f"{side.rows} = pool_{side.floats}_ptr + {start}")
-        if side.factors:
-            lines += sections(side, layout.page_bytes, layout.head_bytes)
+        lines += sections_of(plan, side)
         if side.layout.meta is not None:
             lines.append(f"{side.letter}_meta = {section(side, layout.page_bytes, layout.head_bytes)[1]}")
         return lines
@@ -350,7 +349,8 @@ def pools(plan: Plan) -> list[str]:
     """The pool, once for every element type that is read from it."""
     names = set()
     for side in plan.terms:
-        floats = "fp16" if side.factors else side.floats
+        floats = "fp16" if side.factors or side.slots else side.floats
+        names |= {"pool8_ptr"} if side.slots else set()
         names.add(f"pool_{floats}_ptr" if floats else "pool16_ptr")
         if side.layout.meta is not None:
             names.add(f"pool{8 * side.layout.meta.element}_ptr")

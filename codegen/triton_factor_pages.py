@@ -88,13 +88,3 @@ class FactoredPack(Pack):
                 at = f"vectors + {self.plane_lane(j)}{plus(i * side.dim)}"
                 lines.append(f"tl.store({at}, word.to(tl.int16){mask})")
         return lines
-
-
-def pack_of(plan: Plan, side: SidePlan) -> Pack:
-    """What packs a term."""
-    return (FactoredPack if side.factors else Pack)(plan, side)
-
-
-def unpack_of(plan: Plan, side: SidePlan) -> Unpack:
-    """What unpacks a term."""
-    return (FactoredUnpack if side.factors else Unpack)(plan, side)

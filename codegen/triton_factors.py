@@ -150,13 +150,3 @@ class FactoredValues(Factored, Values):
             lines.append(f"{p}_vector = {self.vectors_of(j, block, across=True)}")
             lines.append(f"o{j} = tl.dot({p}_vector, {p}_operand, o{j}{decay}{self.precise})")
         return lines
-
-
-def keys_of(plan: Plan, side: SidePlan, head: int | None = None) -> Keys:
-    """What reads a term of the keys."""
-    return (FactoredKeys if side.factors else Keys)(plan, side, head)
-
-
-def values_of(plan: Plan, side: SidePlan, head: int | None = None) -> Values:
-    """What reads a term of the values."""
-    return (FactoredValues if side.factors else Values)(plan, side, head)

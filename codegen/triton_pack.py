@@ -100,7 +100,7 @@ class Pack(Planes):
             span_mask=f" & (tl.arange(0, {self.tokens}) < {self.span})" if self.tokens != self.span else "",
             head_dim=side.stride, first=plus(side.first) if side.band else "", body=body,
         )  # fmt: skip
-        return "\n\n".join([*([] if side.floats or side.factors else functions(side, "tl.")), kernel])
+        return "\n\n".join([*(functions(side, "tl.") if side.coded else []), kernel])
 
     def _floats(self, body: Lines) -> None:
         layout, side = self.plan.layout, self.side

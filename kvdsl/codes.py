@@ -6,7 +6,7 @@ import math
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Literal
 
-from .part import ALL, Count, Part
+from .part import ALL, Block, Count, Part
 
 if TYPE_CHECKING:
     from .scheme import Store
@@ -17,8 +17,10 @@ FloatFormat = Literal["fp16", "fp32", "e4m3", "e5m2", "e2m1"]
 Law = Literal["normal", "beta", "angle", "calibrated"]
 Weights = Literal["fisher"]
 SketchBasis = Literal["orthogonal", "gaussian", "hadamard"]
+Fill = Literal["mean", "clamp", "zero"]
 
 FLOAT_BITS: dict[FloatFormat, int] = {"fp16": 16, "fp32": 32, "e4m3": 8, "e5m2": 8, "e2m1": 4}
+SLOT_TOKENS = 64  # of a block of single numbers that are kept as they are: those of one tile
 TRITS = 5  # ternary digits that one byte holds: 3**5 = 243
 
 
@@ -133,14 +135,49 @@ class LowRank(Part):
         return 2.0 ** math.ceil(math.log2(self.tokens) / 2)
 
 
-Code = Uniform | Float | Codebook | Sketch | Bands | LowRank
+@dataclass(frozen=True, repr=False)
+class Sparse(Part):
+    """The largest and the smallest numbers of every line, which are kept in fp16, each with its place (KVQuant, arXiv
+    2401.18079, section 3.4; GEAR, arXiv 2403.05527, section 3).
+
+    The store's own codes and ranges are of a vector that has another number in their places.  What is kept is what
+    these leave of them, so that they are read as they are, but for rounding.
+
+    share   of a line's n numbers floor(share n / 2) are taken as the largest and as many as the smallest
+    line    the numbers that are compared: Block() a token's channels, Block(heads=ALL) those of all heads,
+            Block(64, 1) a channel's 64 tokens
+    slots   how many are kept at most: of keys of every token of a head, whose query is gathered; of values of every
+            channel of 64 tokens, whose weights are gathered.  Where more are taken, the least of them stay in the codes
+    fill    what stands in for them: the `mean` of the line, its largest or smallest number that is not taken (`clamp`),
+            or `zero`
+    """
+
+    inner = ("line",)
+    share: float = 0.01
+    line: Block = Block()
+    _: KW_ONLY
+    slots: int = 2
+    fill: Fill = "mean"
+
+    def taken(self, numbers: int) -> int:
+        """How many of a line's numbers are taken as the largest, and as the smallest."""
+        return math.floor(self.share * numbers / 2)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that wait for one another: those of whole lines, and of a block of slots."""
+        assert isinstance(self.line.tokens, int)
+        return math.lcm(SLOT_TOKENS, self.line.tokens)
+
+
+Code = Uniform | Float | Codebook | Sketch | Bands | LowRank | Sparse
 
 
 def width(code: Code) -> int | None:
     """Bits of one code on its own; None where the code says neither bits nor numbers."""
     if isinstance(code, Float):
         return FLOAT_BITS[code.format]
-    if isinstance(code, (Bands, LowRank)):
+    if isinstance(code, (Bands, LowRank, Sparse)):
         return None
     if isinstance(code, Codebook) and code.bits is None and isinstance(code.levels, tuple):
         return max(1, (len(code.levels) - 1).bit_length())

@@ -6,16 +6,17 @@ import math
 from dataclasses import dataclass, fields
 from fractions import Fraction
 
-from .codes import in_trits, trit_bytes, width
+from .codes import SLOT_TOKENS, in_trits, trit_bytes, width
 from .errors import SchemeError, ShapeError
 from .rules import layer_faults, refuse_for
-from .scheme import ALL, SIDES, Codebook, LowRank, Scale, Scheme, Side, Store
+from .scheme import ALL, SIDES, Codebook, LowRank, Scale, Scheme, Side, Sparse, Store, TopChannels
 from .shape import Shape
 from .window import windows
 
 ALIGN = 16  # bytes: every section of a page begins at a multiple
 PAGE = 64  # tokens: a page holds whole words and whole blocks, at least these
 EXACT = 16  # bits of a number that a window or a sink keeps as it came
+PLACE = 8  # bits that say where a single number stands: which channel of a token, or which token of a block
 CONSTANT = 4  # bytes of a calibrated number: float32, once a layer
 WIDTH = {"fp32": 32, "fp16": 16, "bf16": 16, "e4m3": 8, "e8m0": 8}
 
@@ -108,7 +109,7 @@ def bits(
     counted = [seen[one.hash] for one in several]
     keys, values = (_mean([pair[i] for pair, _ in counted]) for i in range(2))
     constants = sum(constant for _, constant in counted) / len(counted)
-    formulas = tuple(_formula(scheme.side(side), shape, page_tokens(scheme)) for side in SIDES)
+    formulas = tuple(_formula(scheme, side, shape) for side in SIDES)
     return Bits((keys, values), constants, (formulas[0], formulas[1]))
 
 
@@ -128,21 +129,27 @@ def _sides(scheme: Scheme, shape: Shape, tokens: int | None) -> tuple[SideBits, 
 
 
 def _side(scheme: Scheme, side: Side, shape: Shape, tokens: int | None) -> SideBits:
-    code, metadata, padding = _of_side(scheme.side(side), shape, page_tokens(scheme))
+    code, metadata, padding = _of_side(scheme, side, shape)
     exact = 0.0 if tokens is None else 1 - windows(scheme)[side].packed(tokens) / tokens
     packed = 1 - exact
     return SideBits(float(code) * packed, float(metadata) * packed, float(padding) * packed, EXACT * exact, exact)
 
 
-def _of_side(side: Store, shape: Shape, tokens: int) -> tuple[Fraction, Fraction, Fraction]:
+def _of_side(scheme: Scheme, side: Side, shape: Shape) -> tuple[Fraction, Fraction, Fraction]:
     """(code, metadata, padding) bits per element of a store and of what codes what is left, together."""
-    parts = zip(*(_stored(store, shape, tokens) for store in side.terms), strict=True)
+    tokens = page_tokens(scheme)
+    parts = zip(*(_stored(store, shape, tokens, side) for store in scheme.side(side).terms), strict=True)
     code, metadata, padding = (sum(part, Fraction(0)) for part in parts)
     return code, metadata, padding
 
 
-def _stored(store: Store, shape: Shape, tokens: int) -> tuple[Fraction, Fraction, Fraction]:
+def _stored(store: Store, shape: Shape, tokens: int, side: Side) -> tuple[Fraction, Fraction, Fraction]:
     """(code, metadata, padding) bits per element, counted over the sections of one page."""
+    if isinstance(store.code, Sparse):
+        kept = Fraction(store.code.slots, shape.head_dim if side == "keys" else SLOT_TOKENS)
+        places = tokens * shape.head_dim * kept * PLACE / 8  # bytes of a head
+        padding = Fraction(8 * (-places % ALIGN), tokens * shape.head_dim)
+        return EXACT * kept, PLACE * kept, padding
     if isinstance(store.code, LowRank):
         numbers = EXACT * store.code.rank  # bits of a token's, and of all vectors in one channel
         return Fraction(numbers, shape.head_dim), Fraction(numbers, store.code.tokens), Fraction(0)
@@ -194,7 +201,7 @@ def _constants(store: Store, shape: Shape) -> int:
     """Bytes a layer of calibrated numbers: a scale, (kv heads or 1) x (groups of channels or 1), offsets too; a second
     level, (kv heads or 1); the levels of a table."""
     scale, count = store.measure, 0
-    if store.outliers is not None:
+    if isinstance(store.outliers, TopChannels):
         count += shape.kv_heads * (shape.head_dim - store.own.width(shape.head_dim))
     if isinstance(store.code, Codebook) and store.code.levels == "calibrated":
         count += 2 ** (width(store.code) or 0)
@@ -212,23 +219,28 @@ def _heads(scale: Scale, shape: Shape) -> int:
     return 1 if scale.block.heads is ALL else shape.kv_heads
 
 
-def _formula(side: Store, shape: Shape, tokens: int) -> str:
+def _formula(scheme: Scheme, side: Side, shape: Shape) -> str:
     """Bits of a packed number in words; of several stores one behind the other, then their sum."""
-    first, *others = (_formula_of(store, shape, tokens) for store in side.terms)
-    names = ["angles" if side.levels > 1 else "what is left"] * len(others)
-    if side.outliers is not None:
-        names[0] = "outlier channels"
+    tokens, store = page_tokens(scheme), scheme.side(side)
+    first, *others = (_formula_of(term, shape, tokens, side) for term in store.terms)
+    names = ["angles" if store.levels > 1 else "what is left"] * len(others)
+    if store.outliers is not None:
+        names[0] = "single numbers" if isinstance(store.outliers, Sparse) else "outlier channels"
     told = "".join(f"; of {name} {text}" for name, text in zip(names, others, strict=True))
-    return first + (f"{told}; together {float(sum(_of_side(side, shape, tokens))):g} bits" if others else "")
+    return first + (f"{told}; together {float(sum(_of_side(scheme, side, shape))):g} bits" if others else "")
 
 
-def _formula_of(store: Store, shape: Shape, tokens: int) -> str:
-    code, metadata, padding = _stored(store, shape, tokens)
+def _formula_of(store: Store, shape: Shape, tokens: int, side: Side) -> str:
+    code, metadata, padding = _stored(store, shape, tokens, side)
     total = float(code + metadata + padding)
     channels = store.width(shape.head_dim)
     if isinstance(store.code, LowRank):
         rank = f"{EXACT} x {store.code.rank}"
         return f"{rank}/{shape.head_dim} + {rank}/{store.code.tokens} = {total:g} bits"
+    if isinstance(store.code, Sparse):
+        lane = shape.head_dim if side == "keys" else SLOT_TOKENS
+        padded = f" + {float(padding):g} of padding" if padding else ""
+        return f"{store.code.slots} x ({EXACT} + {PLACE})/{lane}{padded} = {total:g} bits"
     part = f"{channels}/{shape.head_dim} x " if store.pick else ""
     code = code * shape.head_dim / channels
     if (scale := _online(store)) is None:

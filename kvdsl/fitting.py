@@ -27,7 +27,7 @@ def fitted(
     from .reference.quantize import encoded_rows
 
     found: dict[str, Tensor] = dict(given or {})
-    if store.outliers is not None:
+    if isinstance(store.outliers, TopChannels):
         top = largest(store.outliers, x)
         x, q = without(top, x), None if q is None else without(top, q)
         rest = fitted(store.with_(outliers=None), side, x, q, found, at)

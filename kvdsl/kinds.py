@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 from .codes import (
     Bands,
     Codebook,
+    Fill,
     Float,
     FloatFormat,
     Grid,
@@ -20,6 +21,7 @@ from .codes import (
     Rounding,
     Sketch,
     SketchBasis,
+    Sparse,
     Uniform,
     Weights,
 )
@@ -66,6 +68,7 @@ LONGEST_SKETCH = 1024  # rows
 MOST_RANK = 16  # vectors, and what is read of them, are operands of one product
 MOST_LOOPS = 32
 LEAST_FACTORED = 32  # tokens of low rank: a sub-tile is of one block
+MOST_SLOTS = 32
 MOST_TURNS = 5  # times that radii are paired again: 32 channels are the fewest that a head has
 MOST_JOINED = 16  # heads that are rotated at once: the matrix is of all their channels
 LARGEST_SEED = (1 << 31) - 1
@@ -234,6 +237,12 @@ def outliers(place: str, value: Any) -> Iterator[Fault]:
         yield from count(8, 248, "channels")(place, value)
 
 
+def share(place: str, value: Any) -> Iterator[Fault]:
+    """A share of the numbers of a line."""
+    if type(value) is not float or not 0 < value <= 0.5:
+        yield Fault(place, f"{said(value)} is no share of a line's numbers", "use a float up to 0.5, as 0.01")
+
+
 def flag(place: str, value: Any) -> Iterator[Fault]:
     """True or False."""
     if not isinstance(value, bool):
@@ -329,6 +338,12 @@ KINDS: dict[type[Part], dict[str, Check]] = {
         "loops": count(1, MOST_LOOPS, "loops"),
         "seed": count(0, LARGEST_SEED, "seed"),
     },
+    Sparse: {
+        "share": share,
+        "line": one_of("Block() for a token's channels, or Block(64, 1) for a channel's tokens", Block),
+        "slots": count(1, MOST_SLOTS, "slots"),
+        "fill": word(Fill),
+    },
     PreRope: {"interleaved": flag},
     Rotate: {
         "kind": word(RotateKind),
@@ -345,7 +360,7 @@ KINDS: dict[type[Part], dict[str, Check]] = {
         "code": one_of("Uniform(bits=4) or Float('fp16')", Uniform, Float, Codebook, Sketch, Bands, LowRank),
         "scale": one_of("scale=per_token(channels=32)", Scale, optional=True),
         "transform": transforms,
-        "outliers": one_of("outliers=TopChannels(8, store=Store(...))", TopChannels, optional=True),
+        "outliers": one_of("TopChannels(8, store=Store(...)) or Sparse(0.01)", TopChannels, Sparse, optional=True),
         "residual": one_of("residual=Sketch(basis='gaussian')", Store, optional=True),
     },
     TopChannels: {

@@ -15,7 +15,7 @@ LEAST = 8  # channels: a row of one-bit codes is whole bytes
 @rule("~.code", "~.outliers", "~.transform")
 def _channels_are_split_off_a_vector(site: Site) -> Iterator[Fault]:
     store = site.store
-    if store.outliers is None and not site.apart:
+    if not isinstance(store.outliers, TopChannels) and not site.apart:
         return
     if store.outliers is not None and site.inner:
         yield site.fault("outliers", "outlier channels are those of a vector as it came", "leave outliers out")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses as dc
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 
@@ -88,3 +89,12 @@ def _changed(part: Any, name: str, value: Any) -> Part | None:
         return part.with_(**{name: value})
     except TypeError:
         return None
+
+
+@dataclass(frozen=True, repr=False)
+class Block(Part):
+    """The set of numbers that share one scale: `tokens` x `channels` x `heads`."""
+
+    tokens: Count = 1
+    channels: Count = ALL
+    heads: Count = 1

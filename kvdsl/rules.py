@@ -18,10 +18,12 @@ from . import (  # noqa: F401  (they enter their rules)
     residual_rules,
     rope_rules,
     rotation_rules,
+    sparse_rules,
 )
+from .codes import SLOT_TOKENS
 from .errors import Fault, SchemeError
 from .kinds import misfits
-from .scheme import ALL, SIDES, Band, Bands, ChannelScale, LowRank, Scheme, Sketch, Store, TopChannels
+from .scheme import ALL, SIDES, Band, Bands, ChannelScale, LowRank, Scheme, Sketch, Sparse, Store, TopChannels
 from .shape import Shape
 from .sites import RULES, Site, rule
 from .transforms import Pick
@@ -101,17 +103,23 @@ def _waiting_in(side: Store) -> int:
 
 
 def _waiting(store: Store) -> int:
-    """Tokens that wait for one another, under an online scale or to be of low rank: 1 where none do, and where a field
-    itself is wrong."""
-    scale, code = getattr(store, "scale", None), getattr(store, "code", None)
+    """Tokens that wait for one another, under an online scale, to be of low rank, or for those of a line: 1 where none
+    do, and where a field itself is wrong."""
+    scale, code, outliers = (getattr(store, name, None) for name in ("scale", "code", "outliers"))
     if isinstance(code, LowRank):
         return code.tokens if type(code.tokens) is int and code.tokens >= 1 else 1
     tokens = getattr(getattr(scale, "block", None), "tokens", 1)
-    return tokens if type(tokens) is int and tokens >= 1 and getattr(scale, "when", None) == "online" else 1
+    tokens = tokens if type(tokens) is int and tokens >= 1 and getattr(scale, "when", None) == "online" else 1
+    if not isinstance(outliers, Sparse):
+        return tokens
+    line = getattr(outliers.line, "tokens", 1)
+    return math.lcm(tokens, SLOT_TOKENS, line if type(line) is int and line >= 1 else 1)
 
 
 def _where(store: Store) -> str:
     """The field that says how many tokens wait."""
+    if isinstance(store.outliers, Sparse):
+        return "outliers"
     return "code.tokens" if isinstance(store.code, LowRank) else "scale.block.tokens"
 
 
@@ -134,7 +142,7 @@ def _an_online_block_is_finite(site: Site) -> Iterator[Fault]:
         yield site.fault("scale", fact, "use when='calibrated', or a group such as tokens=64")
 
 
-@rule("~.scale.block.tokens", "~.scale.when", "~.code.tokens", "recent")
+@rule("~.scale.block.tokens", "~.scale.when", "~.code.tokens", "~.outliers", "recent")
 def _a_block_leaves_the_window_whole(site: Site) -> Iterator[Fault]:
     tokens, recent = _waiting(site.store), site.scheme.recent
     if tokens == 1:
@@ -151,7 +159,7 @@ def _a_block_leaves_the_window_whole(site: Site) -> Iterator[Fault]:
         yield site.fault(at, fact, f"use Recent({-(-recent.tokens // group) * group})")
 
 
-@rule("~.scale.block.tokens", "~.scale.when", "~.code.tokens")
+@rule("~.scale.block.tokens", "~.scale.when", "~.code.tokens", "~.outliers")
 def _whole_blocks_fit_a_page(site: Site) -> Iterator[Fault]:
     keys, values = _waiting_in(site.scheme.keys), _waiting_in(site.scheme.values)
     page, tokens = math.lcm(64, keys, values), _waiting(site.store)
@@ -235,6 +243,7 @@ def layer_faults(scheme: Scheme, layers: int) -> tuple[Fault, ...]:
 def _shape(site: Site, shape: Shape) -> Iterator[Fault]:
     band, code = isinstance(site.store, Band), site.store.code
     yield from outlier_rules.shape_faults(site, shape)
+    yield from sparse_rules.shape_faults(site, shape)
     if site.head_dim(shape) < 1:
         return
     yield from rotation_rules.shape_faults(site, shape) if not band else ()

@@ -11,11 +11,10 @@ from dataclasses import KW_ONLY, InitVar, dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-from .codes import Bands, Code, Codebook, Float, FloatFormat, LowRank, Rounding, Sketch, Uniform
-from .part import ALL, Count, Part
+from .codes import Bands, Code, Codebook, Float, FloatFormat, LowRank, Rounding, Sketch, Sparse, Uniform
+from .part import ALL, Block, Count, Part
 from .store import (
     Band,
-    Block,
     MetaFormat,
     Range,
     Refit,
@@ -36,7 +35,7 @@ __all__ = [
     "ALL", "Band", "Bands", "Block", "ChannelScale", "ChannelShift", "Code", "Codebook", "Count", "Float",
     "FloatFormat", "Flush", "Layers", "LowRank", "MetaFormat", "PARTS", "Part", "Permute", "Polar", "Pick", "PreRope",
     "Prefill", "Range", "Recent", "Refit", "Rotate", "Rounding", "SIDES", "Scale", "Scheme", "Side", "Sinks", "Sketch",
-    "Store", "TopChannels", "Transform", "Uniform", "When", "Zero", "bands", "per_channel", "per_tensor", "per_token",
+    "Sparse", "Store", "TopChannels", "Transform", "Uniform", "When", "Zero", "bands", "per_channel", "per_tensor", "per_token",
 ]  # fmt: skip
 
 Flush = Literal["auto", "rolling", "whole"]

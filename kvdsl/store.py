@@ -10,8 +10,8 @@ from fractions import Fraction
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-from .codes import Bands, Code, Codebook, Float, LowRank, Sketch, Uniform
-from .part import ALL, Count, Part
+from .codes import Bands, Code, Codebook, Float, LowRank, Sketch, Sparse, Uniform
+from .part import ALL, Block, Count, Part
 from .transforms import ChannelScale, ChannelShift, Permute, Pick, Polar, PreRope, Rotate, Size, Transform
 
 Range = Literal["minmax", "minmax_zero", "absmax", "signed_absmax", "norm", "absmean"]
@@ -20,15 +20,6 @@ Refit = Literal["least_squares", "weighted_least_squares", "norm"]
 MetaFormat = Literal["fp32", "fp16", "bf16", "e4m3", "e8m0"]
 When = Literal["online", "calibrated"]
 Side = Literal["keys", "values"]
-
-
-@dataclass(frozen=True, repr=False)
-class Block(Part):
-    """The set of numbers that share one scale: `tokens` x `channels` x `heads`."""
-
-    tokens: Count = 1
-    channels: Count = ALL
-    heads: Count = 1
 
 
 @dataclass(frozen=True, repr=False)
@@ -83,7 +74,8 @@ _OWN_RANGE: dict[type[Part], Range] = {Uniform: "minmax", Float: "absmax", Codeb
 class Store(Part):
     """What is stored of a vector: it is transformed, in the order given, then coded under a scale.
 
-    outliers   channels that are split off first, and their store; this one is of the others
+    outliers   what is split off first: channels that have a store of their own, this one being of the others, or
+               single numbers that are kept as they are, this one being of what stands in for them
     residual   a store of its own for what is left, x - x^ of what is decoded; a Sketch or LowRank may stand for it.
                What is read is the sum of both
     """
@@ -93,7 +85,7 @@ class Store(Part):
     _: KW_ONLY
     scale: Scale | None = None
     transform: tuple[Transform, ...] | Transform = ()
-    outliers: TopChannels | None = None
+    outliers: TopChannels | Sparse | None = None
     residual: Store | Sketch | LowRank | None = None
 
     def __post_init__(self) -> None:
@@ -117,6 +109,9 @@ class Store(Part):
         rest = self.residual.placed(f"{place}.residual") if isinstance(self.residual, Store) else ()
         if self.outliers is None:
             return ((place, self), *rest)
+        if isinstance(self.outliers, Sparse):
+            own = dc.replace(self, outliers=None)
+            return ((place, own), (f"{place}.outliers", Store(self.outliers)), *rest)
         others, top = (
             dc.replace(store, transform=(Pick(self.outliers.n, taken), *store.transform), outliers=None)  # type: ignore
             for store, taken in ((self, False), (self.outliers.store, True))
@@ -188,7 +183,7 @@ class Store(Part):
         """Whether what is coded is a matrix times the vector, one for all tokens, behind rotary positions if they come
         off first."""
         linear = any(not isinstance(part, PreRope) for part in self.linear)
-        return linear or isinstance(self.code, Sketch) or self.outliers is not None
+        return linear or isinstance(self.code, Sketch) or isinstance(self.outliers, TopChannels)
 
     @property
     def channelwise(self) -> bool:
@@ -228,7 +223,7 @@ class Store(Part):
     @property
     def apart(self) -> bool:
         """Whether packed tokens meet another query, or add to another output, than exact ones."""
-        return self.mapped or self.rope is not None or self.residual is not None
+        return self.mapped or self.rope is not None or len(self.placed("")) > 1
 
     @property
     def shifted(self) -> bool:

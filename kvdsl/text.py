@@ -23,10 +23,10 @@ LONGEST_TEXT = 1 << 20  # characters
 DEEPEST = 12
 
 _WHERE = {"keys": "Store", "values": "Store", "both": "Store", "residual": "Store", "scale": "Scale"}
-_WHERE |= {"outliers": "TopChannels", "store": "Store"}
+_WHERE |= {"outliers": "TopChannels Sparse", "store": "Store"}
 _WHERE |= {"code": "Uniform Float Codebook Sketch Bands LowRank", "stores": "Store"}
 _WHERE |= {"transform": "PreRope Rotate ChannelScale ChannelShift Permute Polar"}
-_WHERE |= {"block": "Block", "sinks": "Sinks", "recent": "Recent", "scheme": "Scheme"}
+_WHERE |= {"block": "Block", "line": "Block", "sinks": "Sinks", "recent": "Recent", "scheme": "Scheme"}
 _TYPES = {field: tuple(names.split()) for field, names in _WHERE.items()}
 _COUNTS = ("tokens", "channels", "heads", "size", "dim")
 _LISTS = ("transform", "levels", "clip", "stores")

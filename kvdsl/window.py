@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .scheme import SIDES, LowRank, Scheme, Store
+from .scheme import SIDES, LowRank, Scheme, Sparse, Store
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ def windows(scheme: Scheme) -> dict[str, Window]:
 
 
 def token_block(store: Store) -> int:
-    """Tokens that share an online scale, or vectors of low rank."""
-    if isinstance(store.code, LowRank):
+    """Tokens that share an online scale, vectors of low rank, or slots for single numbers."""
+    if isinstance(store.code, (LowRank, Sparse)):
         return store.code.tokens
     scale = store.measure
     tokens = scale.block.tokens if scale is not None and scale.when == "online" else 1

@@ -22,6 +22,7 @@ from kvdsl.scheme import (
     Scheme,
     Sinks,
     Sketch,
+    Sparse,
     Store,
     Uniform,
     per_channel,
@@ -83,8 +84,21 @@ LOW_RANK = Scheme(
     sinks=Sinks(2),
 )
 """As a user would write it: what ternary keys leave; before what is left, two blocks a tile."""
+SPARSE = Scheme(
+    keys=Store(Uniform(3), scale=per_token(), transform=Rotate(), outliers=Sparse(0.04, Block(heads=ALL), fill="zero")),
+    values=Store(
+        Uniform(2),
+        scale=per_token(channels=16),
+        outliers=Sparse(0.05, fill="clamp"),
+        residual=LowRank(2),
+    ),
+    recent=Recent(64),
+    sinks=Sinks(3),
+)
+"""As a user would write it: single numbers beside rotated keys; values with more of them than slots, then what is left
+as vectors of low rank."""
 RARE = {"small blocks": SMALL_BLOCKS, "sums": SUMS, "bands": BANDS, "several heads": SEVERAL_HEADS}
-RARE |= {"low rank": LOW_RANK}
+RARE |= {"low rank": LOW_RANK, "single numbers": SPARSE}
 """What no shipped scheme has."""
 
 

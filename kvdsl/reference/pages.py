@@ -34,7 +34,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kvdsl.codes import Codebook, Float, LowRank, Uniform
+from kvdsl.codes import SLOT_TOKENS, Codebook, Float, LowRank, Sparse, Uniform
 from kvdsl.errors import ShapeError
 from kvdsl.scheme import SIDES, Band, Scale, Scheme, Side, Store
 
@@ -92,6 +92,9 @@ def pages(scheme: Scheme, shape: Shape, k: Tensor, v: Tensor, params: Params | N
         if coded.factors is not None:
             _put_factors(out, place, coded.factors, blob, size // _block_tokens(store), size)
             continue
+        if coded.slots is not None:
+            _put_slots(out, place, coded.slots, blob, size, side)
+            continue
         for t in range(tokens):
             page = out[:, t // size]
             for h in range(heads):
@@ -120,6 +123,10 @@ def _places(scheme: Scheme, shape: Shape) -> tuple[int, dict[tuple[Side, int], _
     codes: dict[tuple[Side, int], tuple[int, ...]] = {}
     for at, store in stores.items():
         starts = []
+        if isinstance(store.code, Sparse):
+            codes[at] = (end,)
+            end = _aligned(end + 2 * _slots(store, at[0], width[at], size))
+            continue
         for bits in _widths(store):
             starts.append(end)
             numbers = 1 if isinstance(store.code, LowRank) else width[at]
@@ -130,7 +137,8 @@ def _places(scheme: Scheme, shape: Shape) -> tuple[int, dict[tuple[Side, int], _
     for at, store in stores.items():
         metadata[at] = end if _has_metadata(store) else None
         if _has_metadata(store) and not _shares(store, shape.kv_heads):
-            end = _aligned(end + _metadata_bytes(store, 1, width[at], size))
+            bytes_ = _slots(store, at[0], width[at], size) if isinstance(store.code, Sparse) else None
+            end = _aligned(end + (bytes_ or _metadata_bytes(store, 1, width[at], size)))
     blob = end
     end = blob * shape.kv_heads
     for at, store in stores.items():
@@ -168,13 +176,13 @@ def _widths(store: Store) -> tuple[int, ...]:
 
 
 def _has_metadata(store: Store) -> bool:
-    if isinstance(store.code, LowRank):
-        return True  # the vectors of a block
+    if isinstance(store.code, (LowRank, Sparse)):
+        return True  # the vectors of a block, or places
     return not holds_numbers(store) and store.measure is not None and store.measure.when == "online"
 
 
 def _block_tokens(store: Store) -> int:
-    if isinstance(store.code, LowRank):
+    if isinstance(store.code, (LowRank, Sparse)):
         return store.code.tokens
     if not _has_metadata(store):
         return 1
@@ -189,7 +197,7 @@ def _heads(store: Store, heads: int) -> int:
 
 
 def _shares(store: Store, heads: int) -> bool:
-    return not isinstance(store.code, LowRank) and _has_metadata(store) and _heads(store, heads) > 1
+    return not isinstance(store.code, (LowRank, Sparse)) and _has_metadata(store) and _heads(store, heads) > 1
 
 
 def _groups(store: Store, d: int) -> int:
@@ -290,6 +298,31 @@ def _put_factors(
             for h in range(rows.shape[1]):
                 here = out[:, i // of_page, h * blob : (h + 1) * blob]
                 _put_floats(here, start, rows[:, h, i], i % of_page, Float("fp16"))
+
+
+def _slots(store: Store, side: Side, d: int, size: int) -> int:
+    """Single numbers of a page of one head: those of every token of keys, of every channel of 64 tokens of values."""
+    assert isinstance(store.code, Sparse)
+    return store.code.slots * (size if side == "keys" else size // SLOT_TOKENS * d)
+
+
+def _put_slots(out: Bytes, place: _Places, slots: tuple[Tensor, Tensor], blob: int, size: int, side: Side) -> None:
+    """Places and numbers of single numbers into pages (B, pages, bytes): of keys (B, H, T, slots), a row of the page's
+    tokens for every slot; of values (B, H, T / 64, slots, D), a row of channels for every slot of a block."""
+    assert place.metadata is not None
+    places, numbers = slots
+    batch, heads, rows, count = places.shape[:4]
+    of_page = size if side == "keys" else size // SLOT_TOKENS
+    for i in range(rows):
+        for h in range(heads):
+            here = out[:, i // of_page, h * blob : (h + 1) * blob]
+            for slot in range(count):
+                which = places[:, h, i, slot].reshape(batch, -1).numpy()
+                raw = _words(numbers[:, h, i, slot].reshape(batch, -1), "fp16").astype("<u2").view(np.uint8)
+                width = which.shape[1]
+                at = slot * size + i % size if side == "keys" else (i % of_page * count + slot) * width
+                here[:, place.metadata + at : place.metadata + at + width] = which
+                here[:, place.codes[0] + 2 * at : place.codes[0] + 2 * (at + width)] = raw
 
 
 def _words(numbers: Tensor, dtype: str) -> Any:

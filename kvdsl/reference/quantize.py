@@ -7,12 +7,14 @@ are counted from the first token given.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kvdsl.codes import Bands, Float, LowRank, Sketch
+from kvdsl.codes import Bands, Float, LowRank, Sketch, Sparse
 from kvdsl.errors import ShapeError
 from kvdsl.scheme import Band, Count, Scale, Store, bands
 
@@ -20,9 +22,12 @@ from .alphabets import Alphabet, alphabet, given_table, has_offset, holds_number
 from .low_rank import factors, multiplied
 from .measure import Measured, measure, refitted, shifted
 from .rounding import LARGEST_INPUT, MINIFLOATS, f32, ratio, sum64
+from .sparse import Picked, kept_numbers, pick, placed
 from .spaces import Params, cartesian, encoded, maps, polar, restored, widened, with_rope, without_rope
 
-__all__ = ["Params", "Quantized", "block_size", "encoded_rows", "level_count", "maps", "quantize", "widened"]
+__all__ = [
+    "Params", "Quantized", "block_size", "encoded_rows", "level_count", "links", "maps", "quantize", "widened",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class Quantized:
              `decoded` is the sum of both, in float32
     bands    the same of every stretch, whose numbers are those of the coded space; codes and scales are theirs
     factors  (B, H, T, rank) and (B, H, blocks, rank, D), of vectors of low rank: no codes
+    slots    of single numbers that are kept as they are: where they stand, int64, and what is kept of each
     """
 
     codes: Tensor | None
@@ -49,6 +55,7 @@ class Quantized:
     residual: Quantized | None = None
     bands: tuple[Quantized, ...] = ()
     factors: tuple[Tensor, Tensor] | None = None
+    slots: tuple[Tensor, Tensor] | None = None
 
     @property
     def terms(self) -> tuple[Quantized, ...]:
@@ -64,15 +71,42 @@ def quantize(store: Store, x: Tensor, params: Params | None = None, side: str = 
     `params` holds what is calibrated: `<side>.scale`, `<side>.scale.scale`, `<side>.code`, `<side>.transform[<i>]`.
     Raises ShapeError for a tensor that is no whole number of blocks and for params missing or of another shape.
     """
-    x, kept = widened(x, side), list[Quantized]()
-    rest = x
-    for place, term in store.placed(side):
-        kept.append(_alone(term, rest, params, place, at))
-        rest = left(rest, kept[-1].decoded)
+    kept = [one.kept for one in links(store, widened(x, side), params, side, at)]
     whole = kept.pop()
     for one in reversed(kept):
         whole = replace(one, decoded=f32(one.decoded + whole.decoded), residual=whole)
     return whole
+
+
+class Link(NamedTuple):
+    """One term of a store: what it is given of x (B, H, T, D), and what it keeps of that; of single numbers that are
+    kept as they are also which ones."""
+
+    store: Store
+    place: str
+    given: Tensor
+    kept: Quantized
+    picked: Picked | None
+
+
+def links(store: Store, x: Tensor, params: Params | None = None, side: str = "keys", at: int = 0) -> Iterator[Link]:
+    """The terms of a store, one after the other: each is given what those before it left of x, the first one x with
+    other numbers where single ones are taken out."""
+    picked = pick(x, store.outliers, side) if isinstance(store.outliers, Sparse) else None
+    rest = x
+    for position, (place, term) in enumerate(store.placed(side)):
+        if isinstance(term.code, Sparse):
+            assert picked is not None
+            numbers = kept_numbers(rest, picked, side)
+            decoded = placed(numbers, picked, side)
+            given = torch.where(picked.kept, rest, 0.0)
+            kept = Quantized(None, None, None, decoded, decoded, slots=(picked.places, numbers))
+            yield Link(term, place, given, kept, picked)
+        else:
+            given = rest if picked is None or position else picked.filled
+            kept = _alone(term, given, params, place, at)
+            yield Link(term, place, given, kept, None)
+        rest = left(rest, kept.decoded)
 
 
 def _alone(store: Store, x: Tensor, params: Params | None, side: str, at: int) -> Quantized:

@@ -4,7 +4,7 @@
     check       the same, raising LawBroken with the smallest case that breaks one
     schemes, shapes, cases, faulty_schemes   hypothesis strategies to test with
 
-A law is one function in `codes`, `extremes`, `polar`, `splits` (packed bytes), `attention`, `positions` (kernels) or
+A law is one function in `codes`, `extremes`, `low_rank`, `polar`, `sparse`, `splits` (packed bytes), `attention`, `positions` (kernels) or
 `caches` (caches over time); `LAWS` holds all of them by name, each with the number of the property it states.
 """
 
@@ -19,7 +19,17 @@ from typing import Any
 from kvdsl.kernels import Backend
 from kvdsl.scheme import Scheme
 
-from . import attention, caches, codes, extremes, low_rank, polar, positions, splits  # noqa: F401  (they enter their laws)
+from . import (  # noqa: F401  (they enter their laws)
+    attention,
+    caches,
+    codes,
+    extremes,
+    low_rank,
+    polar,
+    positions,
+    sparse,
+    splits,
+)
 from .cases import LAWS, Case, Law, LawBroken
 from .strategies import cases, faulty_schemes, schemes, shapes
 

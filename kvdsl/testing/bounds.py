@@ -45,7 +45,7 @@ from kvdsl.codes import width
 from kvdsl.kernels import Params
 from kvdsl.levels import table
 from kvdsl.reference.alphabets import Alphabet, alphabet, given_table
-from kvdsl.reference.quantize import encoded_rows, left, level_count, maps, quantize
+from kvdsl.reference.quantize import encoded_rows, level_count, maps, quantize
 from kvdsl.reference.rounding import MINIFLOATS
 from kvdsl.reference.spaces import applied, by_head
 from kvdsl.scheme import Band, Bands, Codebook, Float, LowRank, Polar, Scale, Sketch, Store, Uniform, bands
@@ -53,6 +53,7 @@ from kvdsl.spaces import apart
 
 from . import low_rank
 from .rotary import partners, spread_waves
+from .terms import terms_of
 
 FORMATS = {
     "fp16": (2.0**-11, 2.0**-25, 65504.0),
@@ -136,16 +137,18 @@ def bound(store: Store, x: Tensor, params: Params | None = None, side: str = "ke
 def _summed_bound(store: Store, x: Tensor, params: Params | None, side: str, at: int) -> Tensor:
     """What is left, x - x^, is coded itself, so that only its own error remains, of outlier channels on these alone;
     the difference and the sum round once each, numbers of up to |x| + |x^| and their errors."""
-    within = sizes = (rest := x.double()).abs()
-    for place, term in store.placed(side):
-        alone = term.with_(residual=None)
-        here = bound(alone, rest, params, place, at)
-        if term.pick is not None and term.pick.top:
+    within = sizes = x.double().abs()
+    for term in terms_of(store, x, params, side, at):
+        if term.single is not None:
+            numbers = term.x.abs().clamp(max=LARGEST)
+            here = torch.where(term.single, deviation(numbers, "fp16") + term.x.abs() - numbers, within)
+        else:
+            here = bound(term.store, term.x, params, term.place, at)
+        if term.store.pick is not None and term.store.pick.top:
             assert params is not None
             top = apart(params[f"{side}.outliers"].cpu(), x.shape[3])
             here = torch.where(top[:, None], here, within)
-        within, decoded = here, quantize(alone, rest, params, place, at).decoded
-        rest, sizes = left(rest, decoded), sizes + decoded.abs()
+        within, sizes = here, sizes + term.kept.decoded.abs()
     return within + 2.0**-22 * (sizes + within) + (x.double().abs() - LARGEST).clamp(min=0)
 
 

@@ -16,7 +16,7 @@ from kvdsl.codegen import build
 from kvdsl.fitting import without
 from kvdsl.kernels import Backend, KernelSet
 from kvdsl.reference.quantize import encoded_rows, quantize
-from kvdsl.scheme import SIDES, ChannelScale, ChannelShift, Codebook, Permute, PreRope, Scheme, Store
+from kvdsl.scheme import SIDES, ChannelScale, ChannelShift, Codebook, Permute, PreRope, Scheme, Store, TopChannels
 from kvdsl.shape import Shape
 from kvdsl.transforms import Pick
 from kvdsl.window import windows
@@ -115,7 +115,7 @@ def _transforms(store: Store, side: str, x: Tensor, seed: int) -> dict[str, Tens
     found: dict[str, Tensor] = {}
     generator = torch.Generator().manual_seed(seed)
     clean = x.float().nan_to_num(0.0).clamp(-65504, 65504)
-    if store.outliers is not None:
+    if isinstance(store.outliers, TopChannels):
         heads, channels = x.shape[1], x.shape[3]
         count = Pick(store.outliers.n, True).width(channels)
         top = torch.rand(heads, channels, generator=generator).argsort(-1)[:, :count]

@@ -19,7 +19,7 @@ from kvdsl.levels import table
 from kvdsl.reference.quantize import Quantized, encoded_rows, maps
 from kvdsl.reference.spaces import applied, by_head, cartesian, joined
 from kvdsl.reference.timeline import contents
-from kvdsl.scheme import Codebook, LowRank, Side, Store, Uniform
+from kvdsl.scheme import Codebook, LowRank, Side, Sparse, Store, Uniform
 
 from . import low_rank
 from .bounds import second, spread
@@ -130,6 +130,8 @@ def _sizes(term: TermOf, params: Params, largest: Largest, at: int) -> Tensor:
     store, found = term.store, term.kept.coded
     if isinstance(store.code, LowRank):
         return _met(store, low_rank.sizes(term.kept))
+    if isinstance(store.code, Sparse):
+        return found.abs()
     coded = encoded_rows(store, term.x, params, term.place, at).double()
     counted = isinstance(store.code, Uniform) or _step(store, coded.shape[-1]) is not None
     signed = _factors(store, term.kept, params, term.place)

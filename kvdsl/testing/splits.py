@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kvdsl.scheme import SIDES, Scheme, Side, Store
+from kvdsl.scheme import SIDES, Scheme, Side, Store, TopChannels
 from kvdsl.spaces import apart
 
 from .cases import Case, law, require_equal
@@ -12,7 +12,7 @@ from .trips import roundtrip
 
 
 def _split(store: Store) -> bool:
-    return store.outliers is not None and store.residual is None
+    return isinstance(store.outliers, TopChannels) and store.residual is None
 
 
 @law("P11", lambda s: _split(s.keys) or _split(s.values), ("normal", "outlier_channel"))
@@ -35,5 +35,5 @@ def outlier_channels_and_others_do_not_meet(case: Case) -> None:
 
 def _apart(scheme: Scheme, side: Side, params: dict[str, torch.Tensor], shape: torch.Size) -> torch.Tensor:
     """Which channels of the heads of numbers (B, H, T, D) stand apart: bool (H, T, D)."""
-    top = params[f"{side}.outliers"] if scheme.side(side).outliers is not None else torch.zeros(shape[1], 0)
+    top = params[f"{side}.outliers"] if isinstance(scheme.side(side).outliers, TopChannels) else torch.zeros(shape[1], 0)
     return apart(top, shape[3])[:, None].expand(shape[1:])

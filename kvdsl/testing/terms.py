@@ -8,17 +8,19 @@ from typing import NamedTuple
 from torch import Tensor
 
 from kvdsl.kernels import Params
-from kvdsl.reference.quantize import Quantized, left, quantize
+from kvdsl.reference.quantize import Quantized, links, widened
 from kvdsl.scheme import Bands, Store, bands
 
 
 class TermOf(NamedTuple):
-    """One term of a tensor: its store alone, the place of its parameters, what it codes (B, H, T, D), what it keeps."""
+    """One term of a tensor: its store alone, the place of its parameters, what it codes (B, H, T, D), what it keeps; of
+    single numbers that are kept as they are also whether each is one (B, H, T, D)."""
 
     store: Store
     place: str
     x: Tensor
     kept: Quantized
+    single: Tensor | None = None
 
 
 class Stretch(NamedTuple):
@@ -58,8 +60,6 @@ def stretches(store: Store, coded: Tensor) -> Iterator[Stretch]:
 
 def terms_of(store: Store, x: Tensor, params: Params | None, side: str, at: int = 0) -> Iterator[TermOf]:
     """The terms of x (B, H, T, D), whole blocks, the first token at position `at`."""
-    for place, term in store.placed(side):
-        alone = term.with_(residual=None)
-        kept = quantize(alone, x, params, place, at)
-        yield TermOf(alone, place, x, kept)
-        x = left(x.double(), kept.decoded)
+    for one in links(store, widened(x, side), params, side, at):
+        single = None if one.picked is None else one.picked.kept
+        yield TermOf(one.store.with_(residual=None), one.place, one.given, one.kept, single)

@@ -1,0 +1,147 @@
+"""Single numbers that are kept as they are, in Triton: x[t, d] = sum_i n[i] where slot i stands at (t, d).
+
+Of keys every token has its slots, and the query is gathered: a score is sum_i n[t, i] q[place[t, i]].  Of values every
+channel of 64 tokens has its slots, and the weights are gathered: an output is sum_i n[i, d] p[place[i, d]].  No number
+of a token that has no slot is made.
+"""
+
+from __future__ import annotations
+
+from kvdsl.codes import SLOT_TOKENS
+
+from .layout import Slots
+from .plan import Plan, SidePlan
+from .text import plus
+from .triton_keys import Keys
+from .triton_planes import Planes
+from .triton_values import Values
+
+
+def sections(side: SidePlan, page_bytes: int, head_bytes: int) -> list[str]:
+    """Where the numbers and the places of head h begin in a page."""
+    held = held_by(side)
+    halves = f"page * {page_bytes // 2} + h * {head_bytes // 2}{plus(held.offset // 2)}"
+    return [
+        f"{side.letter}_numbers = pool_fp16_ptr + {halves}",
+        f"{side.letter}_places = pool8_ptr + page * {page_bytes} + h * {head_bytes}{plus(held.places_offset)}",
+    ]
+
+
+def held_by(side: SidePlan) -> Slots:
+    """Where a term's single numbers stand."""
+    assert side.slots is not None
+    return side.slots
+
+
+class Slotted(Planes):
+    """Loading slots."""
+
+    @property
+    def held(self) -> Slots:
+        return held_by(self.side)
+
+    def slot(self, index: str, mask: str) -> list[str]:
+        """Lines that load what stands in slots, float32, and where."""
+        p, known = self.prefix, f", mask={mask}, other=0" if mask else ""
+        return [
+            f"{p}_number = tl.load({p}_numbers + {index}{known}).to(tl.float32)",
+            f"{p}_place = tl.load({p}_places + {index}{known}).to(tl.int32)",
+        ]
+
+    def of_tokens(self, slot: int, tokens: str) -> list[str]:
+        """A slot of the keys of these tokens of the page."""
+        return self.slot(f"{tokens}{plus(slot * self.held.width)}", "")
+
+    def of_channels(self, slot: int, plane: int, block: str) -> list[str]:
+        """A slot of a plane of the values of a block."""
+        start = plus(slot * self.held.width)
+        row = f"{block} * {self.held.count * self.held.width}{start} + " if block != "0" else f"{start[3:]} + "
+        row = row if row != " + " else ""
+        return self.slot(f"{row}{self.plane_lane(plane)}", self.inside(plane))
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of tokens of a page."""
+        return self.plan.layout.page_tokens // SLOT_TOKENS
+
+    def block(self, half: int) -> str:
+        """The block, within its page, of a tile."""
+        return "0" if self.blocks == 1 else f"(page_token // {SLOT_TOKENS})"
+
+
+class SlottedKeys(Slotted, Keys):
+    """Scores of single numbers of keys: products in float32."""
+
+    def lane_lines(self) -> list[str]:
+        return []
+
+    def loads(self, query: str) -> list[str]:
+        return []
+
+    def rows(self) -> list[str]:
+        return []
+
+    def operands(self) -> list[str]:
+        return []
+
+    def prepared(self) -> list[str]:
+        return []
+
+    def _scores(self, half: int, tokens: str) -> list[str]:
+        return self._met_by(tokens)
+
+    def tokens(self) -> list[str]:
+        return self.own(self._met_by("t"))
+
+    def _met_by(self, tokens: str) -> list[str]:
+        """The query's numbers at the places, each times what stands there."""
+        p, lines = self.prefix, list[str]()
+        query = f"turned{plus(self.side.first)}"
+        for i in range(self.held.count):
+            lines += self.of_tokens(i, tokens)
+            # of a token that was never packed a place is any
+            lines.append(f"{p}_place = tl.minimum({p}_place, {self.plan.shape.head_dim - 1})")
+            lines.append(f"{p}_met = tl.load({query} + {p}_place[:, None], mask=live[None, :], other=0.0)")
+            product = f"{p}_number[:, None] * {p}_met"
+            lines.append(f"s = s + {product}" if i else f"s = {product}")
+        return [*lines, "s = s * (scaling * inverse)[None, :]"]
+
+
+class SlottedValues(Slotted, Values):
+    """Sums of single numbers of values under their weights, in float32."""
+
+    @property
+    def in_planes(self) -> bool:
+        return False
+
+    def _accumulate(self, half: int, tokens: str) -> list[str]:
+        lines = [f"{name} = {name} * decay[None, :]" for name in self.accumulators()] if half == 0 else []
+        first, size = str(half * self.plan.half), self.plan.half
+        if self.plan.tile < SLOT_TOKENS:
+            first = f"page_token % {SLOT_TOKENS}"
+        return lines + self._add("p", self.block(half), first, size)
+
+    def tokens(self) -> list[str]:
+        p, edge = self.prefix, self.plan.edge_tile
+        lines = [f"{p}_weight = tl.where(coded[:, None], p, 0.0)"]
+        lines.append(f"{p}_first = tl.maximum(tile, 0) * {edge} % {self.plan.layout.page_tokens}")
+        block = "0" if self.blocks == 1 else f"({p}_first // {SLOT_TOKENS})"
+        first = f"{p}_first" if self.blocks == 1 else f"{p}_first % {SLOT_TOKENS}"
+        return self.own([*lines, *self._add(f"{p}_weight", block, first, edge)])
+
+    def _add(self, weight: str, block: str, first: str, size: int) -> list[str]:
+        """What stands in the slots of `size` tokens from `first` of the block on, under their weights."""
+        p, lines = self.prefix, list[str]()
+        for i in range(self.held.count):
+            for j in range(self.side.layout.planes):
+                lines += self.of_channels(i, j, block)
+                if size < SLOT_TOKENS:
+                    lines += [f"{p}_place = {p}_place - {first}"] * (first != "0")
+                    lines.append(f"{p}_here = ({p}_place >= 0) & ({p}_place < {size})")
+                    lines.append(f"{p}_number = tl.where({p}_here, {p}_number, 0.0)")
+                    lines.append(f"{p}_place = tl.where({p}_here, {p}_place, 0)")
+                else:
+                    lines.append(f"{p}_place = {p}_place & {SLOT_TOKENS - 1}")
+                lines.append(f"{p}_index = tl.broadcast_to({p}_place[:, None], [{self.lanes}, ROWS])")
+                lines.append(f"o{j} = o{j} + {p}_number[:, None] * tl.gather({weight}, {p}_index, 0)")
+        return lines

@@ -1,0 +1,23 @@
+"""What packs and unpacks each kind of term in Triton: codes, vectors of low rank, single numbers."""
+
+from __future__ import annotations
+
+from . import triton_slot_pages
+from .plan import Plan, SidePlan
+from .triton_factor_pages import FactoredPack, FactoredUnpack
+from .triton_pack import Pack
+from .triton_slot_pages import SlottedUnpack
+from .triton_unpack import Unpack
+
+
+def pack_of(plan: Plan, side: SidePlan) -> str:
+    """The text of what packs a term."""
+    if side.slots:
+        return triton_slot_pages.pack(plan, side)
+    return (FactoredPack if side.factors else Pack)(plan, side).text()
+
+
+def unpack_of(plan: Plan, side: SidePlan, addresses: list[str]) -> str:
+    """The text of what unpacks a term."""
+    kind = FactoredUnpack if side.factors else SlottedUnpack if side.slots else Unpack
+    return kind(plan, side).text(addresses)

@@ -1,0 +1,55 @@
+"""What is legal of single numbers that are kept as they are: lines that end, and codes that leave something of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from .codes import SLOT_TOKENS
+from .errors import Fault
+from .scheme import ALL, Float, Sparse
+from .shape import Shape
+from .sites import Site, rule
+
+
+@rule("~.code", "~.outliers", "~.transform")
+def _single_numbers_are_of_a_vector(site: Site) -> Iterator[Fault]:
+    store = site.store
+    if not isinstance(store.outliers, Sparse):
+        return
+    if site.inner:
+        fact = "single numbers are taken out of a vector as it came"
+        yield site.fault("outliers", fact, "move outliers to the outer store")
+    if isinstance(store.code, Float) and store.code.plain:
+        fact = f"{store.code.format} keeps every number as it is"
+        yield site.fault("outliers", fact, "leave outliers out, or lower the code's bits")
+    if store.rope is not None:
+        fact = "single numbers of keys without RoPE would have to be turned back on their own"
+        yield site.fault("outliers", fact, "leave it out, or leave out PreRope()")
+
+
+@rule("~.outliers")
+def _a_line_is_finite(site: Site) -> Iterator[Fault]:
+    sparse = site.store.outliers
+    if isinstance(sparse, Sparse) and sparse.line.tokens is ALL:
+        fact = "a line of all tokens cannot be appended to"
+        yield site.fault("outliers.line.tokens", fact, f"use a group, as {SLOT_TOKENS}")
+
+
+def shape_faults(site: Site, shape: Shape) -> Iterator[Fault]:
+    """Lines that do not fit the heads, or of which nothing is taken."""
+    sparse = site.store.outliers
+    if not isinstance(sparse, Sparse):
+        return
+    line, numbers = sparse.line, 1
+    for field, whole in (("channels", shape.head_dim), ("heads", shape.kv_heads)):
+        count = getattr(line, field)
+        length = count if isinstance(count, int) else whole
+        numbers *= length
+        if whole % length:
+            yield site.fault(f"outliers.line.{field}", f"{length} {field} do not divide {whole}", "use ALL")
+    numbers *= line.tokens if isinstance(line.tokens, int) else 1
+    if not sparse.taken(numbers):
+        fact = f"of the {numbers} numbers of a line none is the largest {sparse.share / 2:.3g} of them"
+        least = -(-20000 // numbers) / 10000
+        mend = f"use {least:g} or more, or a longer line, as Block(heads=ALL)"
+        yield site.fault("outliers.share", fact, mend if least <= 0.5 else "use a longer line, as Block(64, 1)")

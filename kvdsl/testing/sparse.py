@@ -1,0 +1,99 @@
+"""Single numbers that are kept as they are: what they do to other numbers, and the law that they are read as given."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from kvdsl.codes import SLOT_TOKENS, Sparse
+from kvdsl.reference.quantize import links
+from kvdsl.reference.sparse import Picked
+from kvdsl.scheme import SIDES, Block, Scheme, Side, Store
+
+from .bounds import LARGEST, blocks_of, deviation
+from .cases import Case, law, require, require_within
+from .trips import roundtrip
+
+LEAST = 2.0**-14  # of the normal numbers of float16
+OVER_BLOCK = (2, 4, 6)
+
+
+def _blocks(x: Tensor, block: Block) -> Tensor:
+    """x (B, H, T, D) by blocks: (B, H/bh, bh, T/bt, bt, D/bc, bc)."""
+    sizes = zip((block.heads, block.tokens, block.channels), x.shape[1:], strict=True)
+    heads, tokens, channels = (count if isinstance(count, int) else whole for count, whole in sizes)
+    return x.unflatten(1, (-1, heads)).unflatten(3, (-1, tokens)).unflatten(5, (-1, channels))
+
+
+def _slots(side: str) -> Block:
+    """What shares slots."""
+    return Block(1) if side == "keys" else Block(SLOT_TOKENS, 1)
+
+
+def _with_any(holds: Tensor, block: Block) -> Tensor:
+    """Whether something holds of any number of the block of each of (B, H, T, D)."""
+    found = _blocks(holds, block)
+    return found.any(2, keepdim=True).any(4, keepdim=True).any(6, keepdim=True).expand(found.shape).reshape(holds.shape)
+
+
+def moved(x: Tensor, code: Sparse, side: str) -> Tensor:
+    """Which numbers of x (B, H, T, D) may be taken out or not because of a NaN: those of its line, and those that share
+    slots with one of them."""
+    return _with_any(_with_any(x.isnan(), code.line), _slots(side))
+
+
+def usual(numbers: Tensor, factor: float) -> Tensor:
+    """Where what is kept is neither subnormal nor saturated in float16, before and after a factor."""
+    return ((numbers.abs() > LEAST) | (numbers == 0)) & (numbers.abs() * factor < LARGEST)
+
+
+def _has_last(scheme: Scheme, side: Side) -> bool:
+    """Whether single numbers are taken out, and nothing codes what is left behind them."""
+    return isinstance(scheme.side(side).placed("")[-1][1].code, Sparse)
+
+
+def _inside(store: Store, line: Block) -> bool:
+    """Whether every line lies inside one block of the store's own scale."""
+    if store.measure is None or store.turned or store.measure.when == "calibrated":
+        return False
+    pairs = ((getattr(line, axis), getattr(store.measure.block, axis)) for axis in ("tokens", "channels", "heads"))
+    return all(
+        not isinstance(outer, int) or isinstance(inner, int) and outer % inner == 0 for inner, outer in pairs
+    )
+
+
+@law("P21", lambda s: any(_has_last(s, side) for side in SIDES), ("normal", "outlier_channel", "constant"))
+def single_numbers_are_read_as_given(case: Case) -> None:
+    """P21: of every line as many numbers are taken as the share says, of which slots keep as many as there are; what has
+    a slot is read as it was, but for rounding; and the ranges of the codes are not larger than before."""
+    k, v = case.pair(case.whole)
+    params = case.params(k, v)
+    for side, x, got in zip(SIDES, (k, v), roundtrip(case, k, v, params), strict=True):
+        if not _has_last(case.scheme, side):
+            continue
+        store, given = case.scheme.side(side), x.double()
+        dense, single = links(store, given, params, side, case.sinks)
+        code, picked = single.store.code, single.picked
+        assert isinstance(code, Sparse) and picked is not None
+        _counted(code, picked, side)
+        numbers = given.clamp(-LARGEST, LARGEST)
+        off = deviation(single.given, "fp16") + 2.0**-22 * (numbers.abs() + dense.kept.decoded.abs())
+        off = off + (single.given.abs() - LARGEST).clamp(min=0) + (given - numbers).abs()
+        require_within(f"single numbers of {side}", got[picked.kept], given[picked.kept], off[picked.kept])
+        if code.fill != "zero" and _inside(dense.store, code.line):
+            before, after = (blocks_of(dense.store, part) for part in (numbers, dense.given))
+            low, high = before.amin(OVER_BLOCK), before.amax(OVER_BLOCK)
+            slack = 2.0**-23 * torch.maximum(low.abs(), high.abs())
+            lower = after.amin(OVER_BLOCK) >= low - slack
+            require(bool((lower & (after.amax(OVER_BLOCK) <= high + slack)).all()), f"a range of {side} grew")
+
+
+def _counted(code: Sparse, picked: Picked, side: str) -> None:
+    """As many are taken and kept as the spec says."""
+    taken = _blocks(picked.taken.double(), code.line)
+    size = math.prod(taken.shape[axis] for axis in OVER_BLOCK)
+    require(bool((taken.sum(OVER_BLOCK) == 2 * code.taken(size)).all()), f"{side}: another share of a line is taken")
+    held, wanted = (_blocks(part.double(), _slots(side)).sum(OVER_BLOCK) for part in (picked.kept, picked.taken))
+    require(bool((held == wanted.clamp(max=code.slots)).all()), f"{side}: slots are not used, or there are more of them")
