@@ -21,7 +21,7 @@ from kvdsl.window import token_block
 
 ALIGN = 16  # bytes: what one asynchronous copy moves
 PAIR = 32  # tokens t and t + 32 share a word where one token is too narrow for a tensor-core operand
-SUMMED = 32  # lanes of a plane of vectors of low rank, or of sums of single numbers: wider ones fill the registers
+FACTORED = 32  # lanes of a plane that vectors of low rank are read in: wider ones fill the registers
 NARROWEST = 16  # words a tensor-core operand wants along its inner side
 
 
@@ -263,8 +263,10 @@ def plane_width(store: Store, head_dim: int) -> int:
 def _common_width(store: Store, head_dim: int) -> int:
     if isinstance(store.code, Float) and store.code.plain:
         return min(64, head_dim & -head_dim)
-    if isinstance(store.code, (LowRank, Sparse)):
-        return min(SUMMED, head_dim & -head_dim)
+    if isinstance(store.code, LowRank):
+        return min(FACTORED, head_dim & -head_dim)
+    if isinstance(store.code, Sparse):
+        return head_dim & -head_dim
     if in_trits(store.code):
         return trit_bytes(head_dim)
     width = min(_natural(w, head_dim)[1] for w in widths(code_bits(store.code) or 0))

@@ -6,7 +6,7 @@ from .baseline import channel2, channel3, channel4, token2, token3, token4
 from .bitdecoding import bitdecoding2, bitdecoding4
 from .fp4 import mxfp4, nvfp4, nvfp4_4over6
 from .fp8 import fp8_tensor, fp8_token_head
-from .gear import gearl2, gearl4
+from .gear import gear2, gear4, gearl2, gearl4
 from .int8 import int8_tensor
 from .kivi import kivi2, kivi4
 from .kvquant import nuq2, nuq3, nuq4
@@ -53,7 +53,9 @@ ALL: dict[str, Scheme] = {
     "nuq4": nuq4,
     "nuq3": nuq3,
     "nuq2": nuq2,
+    "gear4": gear4,
     "gearl4": gearl4,
+    "gear2": gear2,
     "gearl2": gearl2,
     "turboquant4": turboquant4,
     "turboquant3": turboquant3,
@@ -110,6 +112,8 @@ __all__ = [
     "fp32",
     "fp8_tensor",
     "fp8_token_head",
+    "gear2",
+    "gear4",
     "gearl2",
     "gearl4",
     "int4_token_head",
