@@ -97,7 +97,7 @@ def page_lines(plan: Plan) -> list[str]:
             numbers = side.dim if side.band else layout.head_dim
             lines.append(f"  {part.float_offset:6d}  {side.title}: {side.floats} rows of {numbers}")
         if side.factors:
-            lines.append(f"  {side.factors.offset:6d}  {side.title}: fp16 rows of {side.factors.rank}")
+            lines.append(f"  {side.factors.offset:6d}  {side.title}: {side.factors.rank} fp16 rows of all tokens")
         for stream in part.streams:
             rows = "tokens t and t + 32 share a word" if stream.paired else "one token a row"
             planes = f"{part.plane_width} bytes of 5 ternary digits" if stream.digits else ""
