@@ -100,7 +100,7 @@ def page_lines(plan: Plan) -> list[str]:
             numbers = side.dim if side.band else layout.head_dim
             lines.append(f"  {part.float_offset:6d}  {side.title}: {side.floats} rows of {numbers}")
         if side.factors:
-            lines.append(f"  {side.factors.offset:6d}  {side.title}: fp16 rows of {side.factors.rank}")
+            lines.append(f"  {side.factors.offset:6d}  {side.title}: {side.factors.rank} fp16 rows of all tokens")
         if slots := side.slots:
             lines.append(f"  {slots.offset:6d}  {side.title}: {slots.rows} rows of {slots.width} fp16")
         for stream in part.streams:

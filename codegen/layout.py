@@ -135,8 +135,9 @@ class Span:
 
 @dataclass(frozen=True)
 class Factors:
-    """Vectors of low rank: `rank` numbers a token, a row each, and of every `tokens` tokens a block of as many vectors,
-    a row each; in fp16, offsets in bytes from the head blob's start."""
+    """Vectors of low rank: of every `tokens` tokens a block of `rank` vectors, a row each, and as many numbers a token.
+    What the page's tokens have of one vector is a row, too, so that tokens side by side are so in memory; in fp16,
+    offsets in bytes from the head blob's start."""
 
     rank: int
     tokens: int

@@ -164,7 +164,8 @@ class TorchModule:
             width = sections[0].shape[-1] // layout.page_tokens
             self._merge(blobs, size, sections[0], inside.repeat_interleave(width, -1)[:, None])
         if (held := part.factors) is not None:
-            self._merge(blobs, held.offset, sections[0], inside.repeat_interleave(2 * held.rank, -1)[:, None])
+            marks = inside.repeat(1, held.rank).repeat_interleave(2, -1)[:, None]
+            self._merge(blobs, held.offset, sections[0], marks)
             blocks = inside.unflatten(-1, (held.blocks, held.tokens)).any(-1)
             marks = blocks.repeat_interleave(2 * held.rank * part.dim, -1)[:, None]
             self._merge(blobs, held.vectors_offset, sections[1], marks)

@@ -64,7 +64,7 @@ def _sections(plan: Plan, side: SidePlan) -> list[dict[str, Any]]:
         rows.append(_row(side, part.float_offset, size, f"{layout.page_tokens} rows of {side.dim} {side.floats}"))
     if (held := side.factors) is not None:
         rows.append(_row(side, held.offset, 2 * layout.page_tokens * held.rank,
-                         f"{layout.page_tokens} rows of {held.rank} fp16"))  # fmt: skip
+                         f"{held.rank} rows of {layout.page_tokens} fp16"))  # fmt: skip
         vectors = f"{held.blocks} x {held.rank} vectors of {side.dim} fp16; as many for {held.tokens} tokens"
         rows.append(_row(side, held.vectors_offset, 2 * held.blocks * held.rank * side.dim, vectors))
     if (slots := side.slots) is not None:

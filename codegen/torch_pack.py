@@ -92,7 +92,7 @@ class TorchPack:
                 code = side.store.code
                 how = f"tokens={code.tokens}, loops={code.loops}, factor={code.factor}"
                 out.add(f"a, b = factors(x, start, {how})")
-                out.add("return bytes_of(a.flatten(-2)), bytes_of(b.flatten(-3))")
+                out.add("return bytes_of(a.mT.flatten(-2)), bytes_of(b.flatten(-3))")
                 return str(out)
             out.extend(self._given())
             under: list[str] = []

@@ -110,7 +110,8 @@ class TorchSide(TorchPack):
             if (held := side.factors) is not None:
                 a, b = (tokens * held.rank, held.blocks * held.rank * head_dim)
                 out.add(f"a = section(pages, {held.offset}, {a}, torch.float16)")
-                out.add(f"a = a.unflatten(-1, ({held.blocks}, {held.tokens}, {held.rank})).flatten(2, 3)")
+                out.add(f"a = a.unflatten(-1, ({held.rank}, {held.blocks}, {held.tokens}))")
+                out.add("a = a.movedim(3, -1).flatten(2, 3)")
                 out.add(f"b = section(pages, {held.vectors_offset}, {b}, torch.float16)")
                 out.add(f"b = b.unflatten(-1, ({held.blocks}, {held.rank}, {head_dim})).flatten(2, 3)")
                 out.add("return multiplied(a, b)")

@@ -19,7 +19,7 @@ class FactoredUnpack(Factored, Unpack):
         vectors = f"{self.prefix}_vectors{'' if self.held.blocks == 1 else f' + {self.block(half)} * {self._vectors}'}"
         lines = [f"n{j} = tl.zeros([{self.plan.half}, {self.lanes}], tl.float64)" for j in planes]
         lines += [f"vectors = {vectors}", f"for i in range({self.held.rank}):"]
-        loop = [f"number = tl.load({self.prefix}_rows + {tokens} * {self.held.rank} + i).to(tl.float64)"]
+        loop = [f"number = tl.load({self.prefix}_rows + i * {self.plan.layout.page_tokens} + {tokens}).to(tl.float64)"]
         for j in planes:
             mask = f", mask={self.inside(j)}, other=0.0" if self.inside(j) else ""
             loop.append(f"one = tl.load(vectors + i * {self.side.dim} + {self.plane_lane(j)}{mask}).to(tl.float64)")
@@ -73,11 +73,11 @@ class FactoredPack(Pack):
     def _stores(self, ranks: range, planes: range, factor: float) -> list[str]:
         side, held, plan = self.side, held_by(self.side), self.plan
         base = f"pool16_ptr + page * {plan.layout.page_bytes // 2} + h * {plan.layout.head_bytes // 2}"
-        lines = [f"rows = {base}{plus(held.offset // 2)} + t * {held.rank}"]
+        lines = [f"rows = {base}{plus(held.offset // 2)} + t"]
         for i in ranks:
             lines.append(f"word = bits_fp16((a{i} * {literal(factor)}).to(tl.float32))")
             lines.append("word = tl.where(spoilt > 0, 0x7E00, word)")
-            lines.append(f"tl.store(rows{plus(i)}, word.to(tl.int16), mask=inside)")
+            lines.append(f"tl.store(rows{plus(i * plan.layout.page_tokens)}, word.to(tl.int16), mask=inside)")
         block = f"step * {self.span} % {plan.layout.page_tokens} // {held.tokens}"
         start = f" + {block} * {held.rank * side.dim}" if held.blocks > 1 else ""
         lines.append(f"vectors = {base}{plus(held.vectors_offset // 2)}{start}")

@@ -1,4 +1,4 @@
-"""Vectors of low rank in Triton: x_t = sum_j a[t, j] b[j], rows a a token and vectors b a block of tokens.
+"""Vectors of low rank in Triton: x_t = sum_j a[t, j] b[j], rows a[., j] of a page and vectors b of a block.
 
 A score is sum_j a[t, j] (q . b[j]), an output sum_j (sum_t p_t a[t, j]) b[j]: the query meets the vectors once a tile,
 and tokens meet `rank` numbers, as weights do before their sums meet the vectors.  No channel of a token is made.  Ranks
@@ -62,7 +62,7 @@ class Factored(Planes):
         """The load of the tokens' numbers, [tokens, ranks], or `across` [ranks, tokens]."""
         rank, mask = self._ranks(":, None" if across else "None, :")
         token = f"{tokens}[None, :]" if across else f"{tokens}[:, None]"
-        return self._load(f"{self.prefix}_rows + {token} * {self.held.rank} + {rank}", [mask])
+        return self._load(f"{self.prefix}_rows + {token} + {rank} * {self.plan.layout.page_tokens}", [mask])
 
     def vectors_of(self, plane: int, block: str, *, across: bool) -> str:
         """The load of a plane of the block's vectors, [ranks, lanes], or `across` [lanes, ranks]."""

@@ -125,6 +125,18 @@ def test_the_page_holds_what_is_counted() -> None:
     assert counted.formula("values").startswith("16 x 5/64 + 16 x 5/32 = 3.75 bits; of what is left 3 + ")
 
 
+def test_numbers_of_a_vector_stand_side_by_side() -> None:
+    """Three rows of 64 numbers a page, whatever a block is; of the second page the first half is written."""
+    scheme = Scheme(keys=Store(LowRank(3, tokens=32)), values=Store(), recent=Recent(32))
+    x = torch.randn(1, 1, 96, 32, generator=torch.Generator().manual_seed(2))
+    kept = reference.quantize(scheme.keys, x).factors
+    assert kept is not None
+    first, second = torch.from_numpy(reference.pages(scheme, Shape(32, 1), x, x)[0, :, : 2 * 3 * 64]).view(torch.half)
+    assert torch.equal(first.reshape(3, 64).mT.double(), kept[0][0, 0, :64])
+    assert torch.equal(second.reshape(3, 64)[:, :32].mT.double(), kept[0][0, 0, 64:])
+    assert not bool(second.reshape(3, 64)[:, 32:].any())
+
+
 def test_every_law_holds() -> None:
     assert holds(LOW_RANK, "torch", examples=2) >= 40
 
@@ -138,13 +150,15 @@ def test_a_block_leaves_the_window_whole() -> None:
 
 
 def test_a_score_makes_no_channel_of_a_token() -> None:
-    """The query meets the vectors of a block, and tokens meet what that gives: of rows of two numbers."""
+    """The query meets the vectors of a block, and tokens meet what that gives: of two numbers each, one behind those of
+    all tokens of the page, so that those of neighbours are read at once."""
     text = render(plan_for(gearl2, Shape(128, 8, 32)), "triton", "gearl2")
     loop = text.partition("def decode(")[2].partition("    else:")[0]
     lines = [line.strip() for line in loop.splitlines() if "kr_" in line or "vr_" in line]
     dots = [line.partition(" = ")[0] for line in lines if "tl.dot(" in line]
     assert dots == [*4 * ["kr_met"], "sr", "vr_sums", "or0", "or1", "or2", "or3"]
-    assert "kr_rows + t[:, None] * 2 + kr_rank[None, :]" in loop
+    assert "kr_rows + t[:, None] + kr_rank[None, :] * 64" in loop
+    assert "vr_rows + t[None, :] + vr_rank[:, None] * 64" in loop
 
 
 def test_its_kernels_are_clean_text() -> None:

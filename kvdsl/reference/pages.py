@@ -10,7 +10,8 @@ holds channels w, w + W, ..., w + 4W as the digits d of a number 0.ddddd of base
 those beyond the last channel 0: the byte is the number of 256ths of it, rounded up.
 
 A side's codes are those of the space that is coded: M channels, head_dim but for a sketch.  A minifloat's code is its
-bits, a sketch's one bit; numbers in fp16 and fp32 stand as they are, row after row.
+bits, a sketch's one bit; numbers in fp16 and fp32 stand as they are, row after row.  Of low rank all is in fp16: where
+codes would be, one row a vector of the numbers that the page's tokens have of it; where metadata would be, the vectors.
 
 Codes are cut into streams of 8, 4, 2 or 1 bits, the widest with the top bits (3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2,
 7 = 4 + 2 + 1), each stream a section of 16-bit little-endian words.  A row of words is one token, or two tokens (32
@@ -169,7 +170,7 @@ def _digit_bytes(d: int) -> int:
 
 
 def _widths(store: Store) -> tuple[int, ...]:
-    """Bits of every code section, a number's own bits where numbers are kept; of low rank those of a whole row."""
+    """Bits of every code section, a number's own bits where numbers are kept; of low rank all of a token."""
     if isinstance(store.code, LowRank):
         return (16 * store.code.rank,)
     return (code_bits(store),) if holds_numbers(store) else STREAMS[code_bits(store)]
@@ -289,11 +290,11 @@ def _put_floats(blob: Bytes, start: int, numbers: Tensor, t: int, code: Float) -
 def _put_factors(
     out: Bytes, place: _Places, factors: tuple[Tensor, Tensor], blob: int, page_blocks: int, size: int
 ) -> None:
-    """Numbers a (B, H, T, rank), a row a token where codes would be, and vectors b (B, H, blocks, rank, D), a row a
+    """Numbers a (B, H, T, rank), a row a vector where codes would be, and vectors b (B, H, blocks, rank, D), a row a
     block where metadata would be, into pages (B, pages, bytes)."""
     assert place.metadata is not None
-    a, b = factors[0], factors[1].flatten(3)
-    for start, rows, of_page in ((place.codes[0], a, size), (place.metadata, b, page_blocks)):
+    sections = [(place.codes[0] + 2 * size * j, a[..., None], size) for j, a in enumerate(factors[0].unbind(-1))]
+    for start, rows, of_page in (*sections, (place.metadata, factors[1].flatten(3), page_blocks)):
         for i in range(rows.shape[2]):
             for h in range(rows.shape[1]):
                 here = out[:, i // of_page, h * blob : (h + 1) * blob]
