@@ -112,7 +112,7 @@ class TorchSide(TorchPack):
                 out.add(f"b = b.unflatten(-1, ({held.blocks}, {held.rank}, {head_dim})).flatten(2, 3)")
                 out.add("return multiplied(a, b)")
                 return str(out)
-            out.extend([*self._given(), *self._read()])
+            out.extend([*self._given("levels"), *self._read()])
             for j in self.planes:
                 out.extend(self._code(j))
             code = f"torch.cat(({listed(f'c{j}' for j in self.planes)}), -1)"
@@ -153,7 +153,7 @@ class TorchSide(TorchPack):
         """Lines that look up the levels l<plane> of every plane; none where codes are read as they are."""
         if not self.side.alphabet.looked_up:
             return []
-        lines = self._given()
+        lines = self._given("levels")
         for j in self.planes:
             lines += [*self._code(j), f"l{j} = {call(self.side, 'levels', [f'c{j}'])}"]
         return lines

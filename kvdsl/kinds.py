@@ -17,6 +17,7 @@ from .codes import (
     Grid,
     Law,
     LowRank,
+    Match,
     Rounding,
     Sketch,
     SketchBasis,
@@ -317,6 +318,7 @@ KINDS: dict[type[Part], dict[str, Check]] = {
         "bits": count(1, 4, "bits", optional=True),
         "levels": levels,
         "weights": word(Weights, optional=True),
+        "match": word(Match, optional=True),
     },
     Sketch: {
         "dim": count(8, LONGEST_SKETCH, "rows", whole_axis=True),
