@@ -64,12 +64,13 @@ SMALL = {
 class Alphabet:
     """The codes of one side.
 
-    kind    affine: level(c) = first + step*c; table: looked up; pattern: the bits of a small float
-    bits    of a code
-    count   codes that are ever stored
-    levels  of a table known now, float32 numbers, one for each of the 2**bits codes; () where there is no such table
-    unit    what a product reads is level * 2**-unit (affine: the printers' own)
-    lift    a scale is multiplied by 2**lift before it is rounded to float16, so that it is near the numbers themselves
+    kind     affine: level(c) = first + step*c; table: looked up; pattern: the bits of a small float
+    bits     of a code
+    count    codes that are ever stored
+    levels   of a table known now, float32 numbers, one for each of the 2**bits codes; () where there is no such table
+    matched  numbers are compared with other levels than codes are decoded at
+    unit     what a product reads is level * 2**-unit (affine: the printers' own)
+    lift     a scale is multiplied by 2**lift before it is rounded to float16, so that it is near the numbers themselves
     """
 
     kind: Literal["affine", "table", "pattern"]
@@ -79,6 +80,7 @@ class Alphabet:
     first: Fraction = Fraction(0)
     step: Fraction = Fraction(1)
     small: Small | None = None
+    matched: bool = False
     unit: int = 0
     lift: int = 0
 
@@ -148,7 +150,7 @@ def alphabet_of(store: Store, channels: int) -> Alphabet:
         return Alphabet("affine", bits, 2**bits)
     assert bits is not None
     if code.levels == "calibrated":
-        return Alphabet("table", bits, 2**bits)
+        return Alphabet("table", bits, 2**bits, matched=code.match is not None)
     from kvdsl.levels import table
 
     levels = tuple(single(level) for level in table(code, channels))

@@ -81,15 +81,18 @@ def words(side: SidePlan) -> list[str]:
     return ["word", *(["second"] if meta.kind == "words" else [])]
 
 
-def given(side: SidePlan) -> list[str]:
-    """What comes with the parameters and every function of the side takes last: a table's levels, the second level."""
-    table = [f"level{i}" for i in range(side.alphabet.count)] if side.alphabet.given else []
+def given(side: SidePlan, function: str) -> list[str]:
+    """What comes with the parameters and a function of the side takes last: a table's levels, the second level.  Of
+    levels that codes are decoded at, where they are others, `levels` takes these alone and `loss` both."""
+    kinds = {"levels": ["decoded"], "loss": ["level", "decoded"]} if side.alphabet.matched else {}
+    every = kinds.get(function, ["level"]) if side.alphabet.given else []
+    table = [f"{kind}{i}" for kind in every for i in range(side.alphabet.count)]
     return [*table, *(["outer"] if side.second is not None else [])]
 
 
 def call(side: SidePlan, name: str, takes: Sequence[str]) -> str:
     """A call of one of the side's functions."""
-    extra = [given_name(side, one) for one in given(side)] if name != "words" else []
+    extra = [given_name(side, one) for one in given(side, name)] if name != "words" else []
     return f"{name}_{side.label}({', '.join([*takes, *extra])})"
 
 

@@ -97,8 +97,8 @@ def levels_of(side: SidePlan, ns: Namespace) -> list[str]:
         line = f"to_float(c) * {literal(float(alphabet.step))}"
         out.add(f"return {line} + {literal(float(alphabet.first))}")
     else:
-        named = [f"level{min(i, alphabet.count - 1)}" for i in range(2**alphabet.bits)]
-        _selected(out, named if alphabet.given else [literal(level) for level in alphabet.levels], alphabet.bits, ns)
+        known = [literal(level) for level in alphabet.levels]
+        _selected(out, given(side, "levels")[: alphabet.count] if alphabet.given else known, alphabet.bits, ns)
     return out.lines
 
 
@@ -124,7 +124,7 @@ def _selected(out: Lines, leaves: list[str], bits: int, ns: Namespace) -> None:
 def products(side: SidePlan, ns: Namespace) -> list[str]:
     """What a second scale is fitted from, number by number: exact in float64, or nearly so."""
     out = Lines()
-    rest = ", ".join(["x", *numbers(side), *given(side)])
+    rest = ", ".join(["x", *numbers(side), *given(side, "encode")])
     out.add(f"level = wide({_level(side, f'encode_{side.label}({rest})')})", "x = wide(finite(x))")
     out.add({
         "least_squares": "return x * level, level * level",
@@ -135,13 +135,14 @@ def products(side: SidePlan, ns: Namespace) -> list[str]:
 
 
 def _level(side: SidePlan, code: str) -> str:
-    return f"levels_{side.label}({', '.join([code, *given(side)])})"
+    takes = [code, *given(side, "levels")]
+    return f"levels_{side.label}({', '.join(takes)})"
 
 
 def loss(side: SidePlan, ns: Namespace) -> list[str]:
     """(x - decoded)**2, number by number."""
     out = Lines()
-    rest = ", ".join(["x", *coding(side), *given(side)])
+    rest = ", ".join(["x", *coding(side), *given(side, "encode")])
     out.add(f"c = encode_{side.label}({rest})")
     out.add(f"c = {_level(side, 'c')}" if side.alphabet.looked_up else "c = to_float(c)")
     scale = "fitted" if side.scale.refit else "scale"

@@ -52,7 +52,7 @@ class _Function:
         out = Lines()
         out.extend(["@triton.jit"] if ns == "tl." else [])
         body = self.body(side, ns)
-        takes = [*self.takes, *(given(side) if self.takes_given else [])]
+        takes = [*self.takes, *(given(side, self.name) if self.takes_given else [])]
         out.extend(heading(f"{self.name}_{side.label}", takes))
         out.depth += 1
         out.add(f'"""{self.told}"""')

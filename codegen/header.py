@@ -79,7 +79,8 @@ def alphabet_lines(side: SidePlan) -> list[str]:
     if alphabet.small is not None:
         lines.append(f"l[t, d] = the number whose {alphabet.bits} bits are stored, {alphabet.small.name}")
     elif alphabet.given:
-        lines.append(f"l[t, d] = one of {alphabet.count} calibrated levels")
+        others = ", not those that numbers are compared with" * alphabet.matched
+        lines.append(f"l[t, d] = one of {alphabet.count} calibrated levels{others}")
     elif alphabet.looked_up:
         levels = ", ".join(f"{level:.9g}" for level in alphabet.levels[: alphabet.count])
         lines += textwrap.wrap(f"l[t, d] = level c of {levels}", 96, subsequent_indent="    ")

@@ -85,7 +85,7 @@ class Plan:
         rotated in the loop with levels of the parameters or a map beside them fill the registers at 8 rows.
         """
         shared = all(term.layout.plane_width >= 2 * NARROWEST for term in self.terms)
-        apart = self.keys.apart and self.values.apart
+        apart = all(side.apart or side.residual is not None for side in (self.keys, self.values))
         full = self.values.row > WIDEST or apart
         full = full or self.keys.rope is not None and (self.keys.alphabet.given or self.keys.mixed)
         full = full or self.keys.joined > 1 and self.keys.row > WIDEST

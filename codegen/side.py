@@ -245,8 +245,17 @@ class SidePlan:
 
     @property
     def apart(self) -> bool:
-        """Packed tokens meet another query, or add to another output, than exact ones."""
-        return self.store.apart or self.residual is not None
+        """Exact tokens meet another query, or add to another output, than any term of the packed ones."""
+        return self.plain is None
+
+    @property
+    def plain(self) -> SidePlan | None:
+        """The term whose numbers are the vector's own, as exact ones are: those meet its query, or add to its sums."""
+        if self.shifted:  # what reading adds is added to packed tokens alone
+            return None
+        own = (term for term in self.terms if not term.mapped and term.rope is None)
+        gathered = self.name == "keys"  # slots load no query
+        return next((term for term in own if not (gathered and term.slots)), None)
 
     @property
     def polar(self) -> bool:

@@ -65,13 +65,14 @@ class TorchPack:
         found += ["second"] if side.second is not None else []
         return found + (["table"] if side.alphabet.given else [])
 
-    def _given(self) -> list[str]:
-        """Lines that name the numbers of the parameters as the side's functions take them."""
-        side = self.side
-        named = [given_name(side, name) for name in given(side)]
-        levels = [name for name in named if "level" in name]
-        lines = [f"{unpacked(levels)} = table.unbind()"] if levels else []
-        return lines + ([f"{named[-1]} = second[:, None]"] if side.second is not None else [])
+    def _given(self, function: str) -> list[str]:
+        """Lines that name the numbers of the parameters as this one of the side's functions takes them."""
+        side, lines = self.side, list[str]()
+        for row, kind in enumerate(("level", "decoded")):
+            levels = [given_name(side, name) for name in given(side, function) if name.startswith(kind)]
+            table = f"table[{row}]" if side.alphabet.matched else "table"
+            lines += [f"{unpacked(levels)} = {table}.unbind()"] if levels else []
+        return lines + ([f"{given_name(side, 'outer')} = second[:, None]"] if side.second is not None else [])
 
     # ---- packing --------------------------------------------------------------------------------------------------
 
@@ -94,7 +95,7 @@ class TorchPack:
                 out.add(f"a, b = factors(x, start, {how})")
                 out.add("return bytes_of(a.mT.flatten(-2)), bytes_of(b.flatten(-3))")
                 return str(out)
-            out.extend(self._given())
+            out.extend(self._given("loss" if side.alphabet.matched and searched(side) else "encode"))
             under: list[str] = []
             if side.static:
                 out.add(*self._calibrated("scale", "start"))

@@ -128,7 +128,7 @@ class TorchSide(TorchPack):
                 out.add(f"x = in_places(numbers, places, {size})  # {'channels, tokens' if side.name == 'keys' else 'tokens, channels'}")
                 out.add(f"return x{'.mT' * (side.name == 'keys')}.flatten(2, 4)")
                 return str(out)
-            out.extend([*self._given(), *self._read()])
+            out.extend([*self._given("levels"), *self._read()])
             for j in self.planes:
                 out.extend(self._code(j))
             code = f"torch.cat(({listed(f'c{j}' for j in self.planes)}), -1)"
@@ -169,7 +169,7 @@ class TorchSide(TorchPack):
         """Lines that look up the levels l<plane> of every plane; none where codes are read as they are."""
         if not self.side.alphabet.looked_up:
             return []
-        lines = self._given()
+        lines = self._given("levels")
         for j in self.planes:
             lines += [*self._code(j), f"l{j} = {call(self.side, 'levels', [f'c{j}'])}"]
         return lines

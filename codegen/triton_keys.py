@@ -269,7 +269,7 @@ class Keys(Planes):
             load = f"tl.load({self.at('source', j)}, mask={self.mask('exact', j)}, other=0.0)"
             lines.append(f"k = {load}.to(tl.float32).to({self.exact})")
             lines.append(f"r = tl.dot(k, e{j}{', r' if j else ''}{self.precise})")
-        return lines
+        return self.own(lines)
 
 
 class KeySide:
@@ -328,7 +328,7 @@ class KeySide:
         """The operands for decoded numbers, and for exact ones."""
         rows = self.exact_rows
         if rows is None:
-            return [*self._rows(), *self.first.operands()]
+            return self._rows() + [line for term in self.terms for line in term.operands()]
         lines = [*rows.lanes(), *rows.queries(), *self._rows([f"r{j}" for j in rows.planes])]
         if self.positions is not None:
             lines += [*self.positions.fixed(), *self.positions.prologue()]
@@ -352,7 +352,10 @@ class KeySide:
     def either(self) -> list[str]:
         """s = scores of edge tokens: decoded where `coded`, from exact rows where `exact`."""
         tokens = self._summed([term.tokens() for term in self.terms])
-        rows = self.first.exact_scores() if self.exact_rows is None else self.exact_rows.scores()
+        if self.exact_rows is not None:
+            rows = self.exact_rows.scores()
+        else:
+            rows = next(term for term in self.terms if term.side is self.side.plain).exact_scores()
         rows.append("s = tl.where(coded[:, None], s, r)")
         start = f"s = tl.zeros([{self.plan.edge_tile}, ROWS], tl.float32)"
         return [start, *where_any(self.plan, "coded", tokens), *where_any(self.plan, "exact", rows)]

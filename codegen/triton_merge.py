@@ -46,20 +46,25 @@ part = tl.load(
 total = tl.sum(part * weight[:, None], 0) / tl.where(mass > 0.0, mass, 1.0)
 """
 
-# Sums over packed tokens are of coded numbers: they are mapped back here, once, and the exact tokens' sums added.
-TURNED_PLACE = """
+# Where exact tokens add to the output itself, they have sums of their own.
+APART_PLACE = """
 base = (b * $heads + h).to(tl.int64) * blocks + row // ROWS
 place = (base * splits + s) * ROWS + row % ROWS
 slot = (base * (splits - clean) + tl.maximum(s - clean, 0)) * ROWS + row % ROWS
 """
 
-TURNED_SUM = """
+APART_SUM = """
 exact = tl.load(
     exact_ptr + slot[:, None] * $head_dim + d[None, :],
     mask=((s >= clean) & (s < splits) & (weight > 0.0))[:, None] & (d < $head_dim)[None, :],
     other=0.0,
 )
 total = tl.sum(exact * weight[:, None], 0)
+"""
+
+# Sums over packed tokens are of coded numbers: they are mapped back here, once.
+TURNED_SUM = """
+$exact
 matrix = $matrix_ptr + h.to(tl.int64) * $stride
 for first in range(0, $dim, $step):
     i = first + tl.arange(0, $step)
@@ -89,15 +94,19 @@ def merge(plan: Plan) -> str:
     shape, values = plan.shape, plan.values
     holes: dict[str, str | int] = {"heads": shape.kv_heads, "head_dim": shape.head_dim}
     result = {"fp16": "total.to(tl.float16)", "fp32": "total", "bf16": "bits_bf16(total).to(tl.int16)"}[shape.dtype]
-    if values.apart:
+    if values.through:
         turned = {**holes, "dim": values.row, "step": min(MERGE_LANES, padded(values.row))}
         turned |= {"matrix_ptr": whole_map(values)[0], "stride": whole_map(values)[1]}
         shift = fill(SHIFT, head_dim=shape.head_dim).splitlines() if values.shifted else []
-        place, total = fill(TURNED_PLACE, **holes), fill(TURNED_SUM, **turned, shift=shift)
-        args = ["partial_ptr", "exact_ptr", *(["share_ptr"] if values.shifted else []), "lse_ptr"]
-        args += [*whole_arguments(values), "out_ptr", "out_lse_ptr", "queries", "blocks", "splits", "clean"]
+        exact = [f"total = tl.zeros([{padded(shape.head_dim)}], tl.float32)"]
+        exact = fill(APART_SUM, **holes).splitlines() if values.apart else exact
+        place = fill(APART_PLACE if values.apart else PLACE, **holes)
+        total = fill(TURNED_SUM, **turned, exact=exact, shift=shift)
+        args = ["partial_ptr", *(["exact_ptr"] if values.apart else []), *(["share_ptr"] if values.shifted else [])]
+        args += ["lse_ptr", *whole_arguments(values), "out_ptr", "out_lse_ptr", "queries", "blocks", "splits"]
+        args += ["clean"] if values.apart else []
         args = [f"{name}," for name in [*args, "ROWS: tl.constexpr", "SPLITS: tl.constexpr"]]
-        loose = '"queries", "splits", "blocks", "clean"'
+        loose = '"queries", "splits", "blocks"' + ', "clean"' * values.apart
     else:
         place, total = fill(PLACE, **holes), fill(SUM, **holes)
         args = ["partial_ptr, lse_ptr, out_ptr, out_lse_ptr, queries, blocks, splits, ROWS: tl.constexpr,"]

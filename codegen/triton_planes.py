@@ -104,12 +104,11 @@ class Planes:
     def given_lines(self) -> list[str]:
         """Lines that load what comes with the parameters for all tokens: a table's levels, the second level."""
         side, lines = self.side, []
-        for name in given(side):
+        for index, name in enumerate(given(side, "loss")):  # all levels there are
             if name == "outer":
                 lines += self._outer()
             else:
-                index = plus(int(name.removeprefix("level")))
-                lines.append(f"{self.prefix}_{name} = tl.load({side.label}_table_ptr{index}).to(tl.float32)")
+                lines.append(f"{self.prefix}_{name} = tl.load({side.label}_table_ptr{plus(index)}).to(tl.float32)")
         return lines + (self._registers() if side.alphabet.given else [])
 
     def _outer(self) -> list[str]:
@@ -124,7 +123,8 @@ class Planes:
         product reads, and the halves of the levels themselves."""
         lines = []
         count = 2**self.side.alphabet.bits
-        levels = [f"{self.prefix}_level{min(i, count - 1)}" for i in range(max(4, count))]
+        names = given(self.side, "levels")
+        levels = [f"{self.prefix}_{names[min(i, count - 1)]}" for i in range(max(4, count))]
         for name, bits, shifts in (
             ("half", "half_bits", (0, 8)),
             ("high", "as_int", (16, 24)),

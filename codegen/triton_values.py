@@ -160,7 +160,7 @@ class Values(Planes):
             load = f"tl.load({self.at('source', j)}, mask={self.mask('exact', j)}, other=0.0)"
             lines.append(f"v = {load}.to(tl.float32).to({self.exact})")
             lines.append(f"o{j} = tl.dot(v, weight, o{j}{self.precise})")
-        return lines
+        return self.own(lines)
 
     # ---- once per output ------------------------------------------------------------------------------------------
 
@@ -227,7 +227,10 @@ class ValueSide:
         lines += where_any(self.plan, "coded", [line for term in self.terms for line in term.tokens()])
         if self.side.shifted:
             lines.append("coded_mass = coded_mass * decay + tl.sum(tl.where(coded[:, None], p, 0.0), 0)")
-        rows = self.first.exact_tokens() if self.exact_rows is None else self.exact_rows.accumulate()
+        if self.exact_rows is not None:
+            rows = self.exact_rows.accumulate()
+        else:
+            rows = next(term for term in self.terms if term.side is self.side.plain).exact_tokens()
         if self.side.row > WIDEST:  # so many sums would be moved to memory and back at one more branch
             return lines + rows
         return lines + where_any(self.plan, "exact", rows)

@@ -29,7 +29,8 @@ def measured(store: Store, x: Tensor, side: str, gradient: Tensor | None = None)
         numbers, units = normalised(scale, x)
         # An error e of a number over its scale s costs the loss (g s e)^2 / 2.
         weights = None if gradient is None else (in_blocks(scale, gradient.double()) * units).square().flatten()
-        found[f"{side}.code"] = table(numbers, 2**code.bits, weights, centred=scale.range == "absmax")
+        levels = table(numbers, 2**code.bits, weights, centred=scale.range == "absmax")
+        found[f"{side}.code"] = levels if code.match is None else matched(levels, numbers)
     if scale is not None and scale.when == "calibrated":
         found[f"{side}.scale"] = _scale(store, x, side, found)
     if scale is not None and scale.scale is not None:
@@ -144,6 +145,17 @@ def table(numbers: Tensor, count: int, weights: Tensor | None = None, *, centred
     if centred:
         levels = levels / levels.abs().max().clamp(min=2.0**-24)
     return _rising(levels.sort().values.to(torch.float32))
+
+
+def matched(levels: Tensor, numbers: Tensor) -> Tensor:
+    """The levels that numbers are compared with, and those that codes are decoded at, float32 (2, levels): moved and
+    stretched so that mean and standard deviation stay those of the numbers; moved alone if they all get one code."""
+    numbers, exact = numbers.flatten().double().cpu(), levels.double()
+    nearest = exact[torch.bucketize(numbers, (exact[1:] + exact[:-1]) / 2)]
+    several = bool((nearest != nearest[0]).any())
+    stretch = numbers.std(correction=0) / nearest.std(correction=0) if several else 1.0
+    stretched = (exact - nearest.mean()) * stretch + numbers.mean()
+    return torch.stack([levels, _rising(stretched.to(torch.float32))])
 
 
 def _sums(x: Tensor) -> Tensor:

@@ -71,6 +71,20 @@ def _weights_are_of_data(site: Site) -> Iterator[Fault]:
         yield site.fault("code.weights", fact, "leave weights out, or use levels='calibrated'")
 
 
+@rule("~.code.levels", "~.code.match", "~.scale.refit")
+def _levels_match_data(site: Site) -> Iterator[Fault]:
+    code, scale = site.store.code, site.scale
+    if not isinstance(code, Codebook) or code.match is None:
+        return
+    if code.levels != "calibrated":
+        what = f"levels={code.levels!r} is fitted to none"
+        fact = f"{code.match!r} are those of the data that a table is fitted to, and {what}"
+        yield site.fault("code.match", fact, "leave match out, or use levels='calibrated'")
+    if scale is not None and scale.refit is not None:
+        fact = f"{scale.refit} fits the scale to the decoded levels once more, and their {code.match} match no longer"
+        yield site.fault("scale.refit", fact, "leave refit out, or match")
+
+
 def _bits(levels: int) -> int:
     return max(1, (levels - 1).bit_length())
 

@@ -16,6 +16,7 @@ Grid = Literal["ends", "cells"]
 FloatFormat = Literal["fp16", "fp32", "e4m3", "e5m2", "e2m1"]
 Law = Literal["normal", "beta", "angle", "calibrated"]
 Weights = Literal["fisher"]
+Match = Literal["moments"]
 SketchBasis = Literal["orthogonal", "gaussian", "hadamard"]
 Fill = Literal["mean", "clamp", "zero"]
 
@@ -69,12 +70,16 @@ class Codebook(Part):
     weights  of the squared errors that a calibrated table makes least.  None: all alike, of numbers over their scale.
              `fisher`: the diagonal of the Fisher information, the squared derivative of the model's loss by each
              number, so that the table costs the loss least (KVQuant, arXiv 2401.18079, section 3.3)
+    match    what decoded numbers agree in with those that they stand for, over calibration data: codes of a calibrated
+             table are then decoded at other levels than numbers are compared with.  None: nothing, they are the same.
+             `moments`: mean and standard deviation of numbers over their scale (Q-Norm of KVQuant)
     """
 
     bits: int | None = None
     levels: Law | tuple[float, ...] = "normal"
     _: KW_ONLY
     weights: Weights | None = None
+    match: Match | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.levels, list):

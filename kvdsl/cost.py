@@ -199,12 +199,12 @@ def _widths(scale: Scale) -> tuple[int, ...]:
 
 def _constants(store: Store, shape: Shape) -> int:
     """Bytes a layer of calibrated numbers: a scale, (kv heads or 1) x (groups of channels or 1), offsets too; a second
-    level, (kv heads or 1); the levels of a table."""
+    level, (kv heads or 1); the levels of a table, those that codes are decoded at if they are others."""
     scale, count = store.measure, 0
     if isinstance(store.outliers, TopChannels):
         count += shape.kv_heads * (shape.head_dim - store.own.width(shape.head_dim))
     if isinstance(store.code, Codebook) and store.code.levels == "calibrated":
-        count += 2 ** (width(store.code) or 0)
+        count += 2 ** (width(store.code) or 0) * (1 if store.code.match is None else 2)
     if scale is not None and scale.when == "calibrated":
         channels = store.own.width(shape.head_dim)
         groups = channels // _size(scale.block.channels, channels)

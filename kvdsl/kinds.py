@@ -18,6 +18,7 @@ from .codes import (
     Grid,
     Law,
     LowRank,
+    Match,
     Rounding,
     Sketch,
     SketchBasis,
@@ -326,6 +327,7 @@ KINDS: dict[type[Part], dict[str, Check]] = {
         "bits": count(1, 4, "bits", optional=True),
         "levels": levels,
         "weights": word(Weights, optional=True),
+        "match": word(Match, optional=True),
     },
     Sketch: {
         "dim": count(8, LONGEST_SKETCH, "rows", whole_axis=True),

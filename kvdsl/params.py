@@ -33,7 +33,8 @@ LONGEST_HEADER = 1 << 20  # bytes of a file's description that are read
 def wanted(scheme: Scheme, shape: Shape) -> dict[str, tuple[int, ...]]:
     """The names and shapes of the numbers a scheme needs beside its pages: of a scale (kv heads or 1, groups of
     channels or 1), and (2, ...) = scale, offset where the range has an offset; of a second level (kv heads or 1, 1); of
-    a table (levels,); of a transform (kv heads, head_dim); of PreRope (head_dim / 2) frequencies, or fewer where not
+    a table (levels,), or (2, levels) = those that numbers are compared with and those that codes are decoded at, where
+    these match data; of a transform (kv heads, head_dim); of PreRope (head_dim / 2) frequencies, or fewer where not
     all channels are rotated; of outlier channels (kv heads, so many), the others being the head's for scales and
     transforms.  Empty where nothing is calibrated."""
     found: dict[str, tuple[int, ...]] = {}
@@ -47,7 +48,7 @@ def wanted(scheme: Scheme, shape: Shape) -> dict[str, tuple[int, ...]]:
         if scale is not None and scale.scale is not None:
             found[f"{side}.scale.scale"] = (_blocks(scale.scale.block.heads, shape.kv_heads), 1)
         if isinstance(code, Codebook) and code.levels == "calibrated":
-            found[f"{side}.code"] = (2 ** (code.bits or 0),)
+            found[f"{side}.code"] = (2,) * (code.match is not None) + (2 ** (code.bits or 0),)
     return found
 
 
@@ -98,7 +99,7 @@ def checked(
             raise ShapeError(f"params[{name!r}]: {float(given.min())!r} is no scale to divide by; give numbers above 0")
         if name.endswith(".outliers"):
             _distinct(name, given, shape.head_dim)
-        if name.endswith(".code") and not bool((given[1:] > given[:-1]).all()):
+        if name.endswith(".code") and not bool((given.diff() > 0).all()):
             raise ShapeError(f"params[{name!r}]: the levels do not rise; sort them, each one different")
         taken[name] = given.detach().to("cpu" if rope else device, torch.float32).contiguous()
     for side in SIDES:

@@ -5,7 +5,9 @@ c = the nearest of 2^b levels l in -1..1 to (x - o)/s, one table for a layer's k
 o, s and o in fp16.  A table makes sum F (x - x^)^2 least over calibration data, F = (dL/dx)^2 of the model's loss L,
 the diagonal of the Fisher information.  Keys are coded as R_t^-1 k, before RoPE, and dL/dx is taken there.  The first
 token is exact.
-Left out: the sparse outliers, and for 2 bits the second normalization (Q-Norm).
+Of 2 bits, codes are then decoded as x^ = s*(a*l + m) + o, a and m of each table such that over calibration data mean
+and standard deviation of (x^ - o)/s are those of (x - o)/s (Q-Norm).
+Left out: the sparse outliers.
 The released code weighs the errors of (x - o)/s by F alone: not followed, a channel's s differs from another's.
 """
 
@@ -18,4 +20,4 @@ nuq4 = Scheme(
     source="arXiv 2401.18079, nuq without outliers",
 )
 nuq3 = nuq4.with_(bits=3)
-nuq2 = nuq4.with_(bits=2)
+nuq2 = nuq4.with_(bits=2, match="moments")

@@ -97,8 +97,18 @@ SPARSE = Scheme(
 )
 """As a user would write it: single numbers beside rotated keys; values with more of them than slots, then what is left
 as vectors of low rank."""
+MATCHED = Scheme(
+    keys=Store(
+        Codebook(2, "calibrated", match="moments"),
+        scale=per_token(channels=32, range="absmax", clip=(1.0, 0.8)),
+        residual=Store(Uniform(1), scale=per_token()),
+    ),
+    values=Store(Codebook(3, "calibrated", match="moments"), scale=per_channel(tokens=32, clip=(1.0, 0.9))),
+    recent=Recent(32),
+)
+"""Codes are tried with decoded levels that are not those they are chosen by; what is left is of the decoded ones."""
 RARE = {"small blocks": SMALL_BLOCKS, "sums": SUMS, "bands": BANDS, "several heads": SEVERAL_HEADS}
-RARE |= {"low rank": LOW_RANK, "single numbers": SPARSE}
+RARE |= {"low rank": LOW_RANK, "matched": MATCHED, "single numbers": SPARSE}
 """What no shipped scheme has."""
 
 

@@ -7,8 +7,8 @@ from itertools import combinations, pairwise
 import pytest
 import torch
 
-from kvdsl import api
-from kvdsl.calibration import table
+from kvdsl import api, reference
+from kvdsl.calibration import matched, normalised, table
 from kvdsl.errors import ShapeError
 from kvdsl.levels import optimal
 from kvdsl.params import ROPE, checked, wanted
@@ -131,6 +131,44 @@ def test_calibrated_levels_serve_better_than_those_of_another_law() -> None:
     assert errors[0] < 0.7 * errors[1]
 
 
+@pytest.mark.parametrize("weights", [None, "fisher"])
+@pytest.mark.parametrize(
+    "scale",
+    [
+        per_token(range="minmax", dtype="fp32"),
+        per_token(range="absmax", dtype="fp32"),
+        per_token(range="norm", dtype="fp32"),
+        per_channel(when="calibrated", dtype="fp32"),
+    ],
+    ids=["minmax", "absmax", "norm", "calibrated"],
+)
+def test_matched_levels_keep_mean_and_deviation(scale: Scale, weights: str | None) -> None:
+    """Of the numbers that they were calibrated on, over their scale; codes are those of the levels as they were."""
+    k = data() + 0.3 * data().square()
+    gradients = None if weights is None else (k.exp(), k.exp())
+    plain = Scheme(both=Store(Codebook(2, "calibrated", weights=weights), scale=scale))  # type: ignore[arg-type]
+    scheme = plain.with_(match="moments")
+    before, after = (api.calibrate(one, k, k, gradients=gradients) for one in (plain, scheme))
+    assert after["keys.code"].shape == (2, 4) and torch.equal(after["keys.code"][0], before["keys.code"])
+    bare, found = (reference.quantize(one.keys, k, p) for one, p in ((plain, before), (scheme, after)))
+    assert found.codes is not None and bare.codes is not None and torch.equal(bare.codes, found.codes)
+    right, _ = normalised(scheme.keys.measure, k)  # type: ignore[arg-type]
+    was, numbers = after["keys.code"].double()[:, found.codes]
+    assert float(numbers.mean()) == pytest.approx(float(right.mean()), abs=1e-6)
+    assert float(numbers.std()) == pytest.approx(float(right.std()), rel=1e-6)
+    assert float(was.std()) != pytest.approx(float(right.std()), rel=1e-2)
+    decoded, _ = api.roundtrip(scheme, k, k, backend="torch", params=after)
+    assert torch.equal(decoded.double(), found.decoded)
+
+
+def test_levels_match_numbers_that_have_no_deviation() -> None:
+    """All of one level: moved there.  What they are compared with stays, and both rise."""
+    levels = torch.tensor([-1.0, -0.5, 0.5, 1.0])
+    right = torch.tensor([-0.8, -0.3, 0.7, 1.2])
+    torch.testing.assert_close(matched(levels, torch.full((1001,), 0.7)), torch.stack([levels, right]))
+    torch.testing.assert_close(matched(levels, torch.tensor([0.67, 0.73])), torch.stack([levels, right]))
+
+
 def test_sinks_are_not_measured_and_positions_count_from_the_first_token() -> None:
     """A first token a thousand times larger leaves no trace; keys before RoPE are those of their own positions."""
     frequencies, k = 1e2 ** -(torch.arange(0, 64, 2) / 64), data()
@@ -157,6 +195,13 @@ def test_wrong_numbers_are_named() -> None:
     falling = torch.tensor([1.0, 0.5, 0.0, -1.0])
     with pytest.raises(ShapeError, match=r"params\['keys.code'\]: the levels do not rise"):
         checked(scheme, shape, {"keys.code": falling, "values.code": falling})
+    both = scheme.with_(match="moments")
+    assert wanted(both, shape) == {"keys.code": (2, 4), "values.code": (2, 4)}
+    twice = torch.stack([falling.flip(0), falling])
+    with pytest.raises(ShapeError, match=r"params\['keys.code'\]: the levels do not rise"):
+        checked(both, shape, {"keys.code": twice, "values.code": twice})
+    with pytest.raises(ShapeError, match=r"params\['keys.code'\]: shape \(4,\); the right one is \(2, 4\)"):
+        checked(both, shape, {"keys.code": falling, "values.code": falling})
     with pytest.raises(ShapeError, match=r"params\['keys.scale.scale'\]: 0.0 is no scale to divide by"):
         checked(ALL_HEADS, shape, dict.fromkeys(("keys.scale.scale", "values.scale.scale"), torch.zeros(1, 1)))
 

@@ -112,6 +112,16 @@ FAULTY: list[tuple[Callable[[], Scheme], str]] = [
         "keys.code.weights: 'hessian' is none of fisher; use 'fisher'",
     ),
     (
+        lambda: keys(Codebook(2, (-1, 1), match="moments"), per_token()),
+        "keys.code.match: 'moments' are those of the data that a table is fitted to, and levels=(-1, 1) is fitted to "
+        "none; leave match out, or use levels='calibrated'",
+    ),
+    (
+        lambda: keys(Codebook(2, "calibrated", match="moments"), per_token(range="absmax", refit="norm")),
+        "keys.scale.refit: norm fits the scale to the decoded levels once more, and their moments match no longer; "
+        "leave refit out, or match",
+    ),
+    (
         lambda: keys(Codebook(4, "calibrated"), per_token(zero="point")),
         "keys.scale.zero: an integer zero point counts levels that are evenly spaced, those of a table are not: "
         "'point'; leave zero out",
@@ -219,6 +229,7 @@ def test_a_faulty_measure_is_refused_in_these_words(build: Callable[[], Scheme],
         Store(Codebook(levels=(-1e-30, 0, 2e-30)), scale=per_token(range="absmax")),
         Store(Codebook(4, "calibrated"), scale=per_tensor(when="calibrated")),
         Store(Codebook(2, "calibrated", weights="fisher"), scale=per_token()),
+        Store(Codebook(2, "calibrated", match="moments"), scale=per_token(range="absmax", clip=(1.0, 0.9))),
         Store(Uniform(4, rounding="away"), scale=per_token(range="absmax", clip=1.2, dtype="e8m0")),
     ],
     ids=str,

@@ -274,6 +274,16 @@ def test_a_calibrated_table() -> None:
         reference.quantize(store, rows([1, 2]), params | {"keys.code": torch.ones(1)})
 
 
+def test_levels_that_match() -> None:
+    """Codes are of the first row, numbers of the second; the border stays where it was."""
+    store = Store(Codebook(1, "calibrated", match="moments"), scale=per_channel(when="calibrated"))
+    params = {"keys.code": torch.tensor([[-0.5, 1], [-1, 3]]), "keys.scale": torch.tensor([[[2.0, 1]], [[1, 0]]])}
+    got = reference.quantize(store, rows([1.5, 0.25], [1.75, 0.5]), params)
+    assert listed(got.codes) == [0, 0, 1, 1] and listed(got.decoded) == [-1, -1, 7, 3]
+    with pytest.raises(ShapeError, match=r"params\['keys.code'\]: shape \(2,\); the right one is \(2, 2\)"):
+        reference.quantize(store, rows([1, 2]), params | {"keys.code": torch.ones(2)})
+
+
 # ---- sketches
 
 

@@ -12,7 +12,7 @@ from published import SIDES, K, V, agree, fp32, published, same_codes
 from torch import Tensor
 
 from kvdsl import reference, schemes
-from kvdsl.calibration import table
+from kvdsl.calibration import matched, table
 from kvdsl.levels import optimal
 from kvdsl.matrices import excess, rotation
 from kvdsl.scheme import (
@@ -175,6 +175,32 @@ def test_kvquant(name: str) -> None:
     v_hat = reference.quantize(Store(code, scale=per_token(heads=ALL, dtype="fp32")), V, keys, "values").decoded
     agree(name, k_hat, arrays["K_hat"])
     agree(name, v_hat, arrays["V_hat"])
+
+
+def test_kvquant_with_matched_levels() -> None:
+    """Numbers within the thresholds: the others are kept exactly, and read here as what stands in their place, of a
+    token its median.  The released code takes the moments of either side from numbers over their channels' range."""
+    name, arrays = "kvquant/nuq2_1pct_norm", published("kvquant/nuq2_1pct_norm")
+    params, code = dict[str, Tensor](), Codebook(2, "calibrated", match="moments")
+    for side, words, x in SIDES:
+        stretch, shift = arrays[f"{side}_norm"]
+        levels = arrays[f"{side}_lut"].sort().values
+        params[f"{words}.code"] = torch.stack([levels, levels * stretch + shift])
+        low, high = (x.double().quantile(part, 2, keepdim=True) for part in (0.005, 0.995))
+        numbers = (x - (high + low) / 2) / ((high - low) / 2)
+        found = matched(levels, numbers[numbers.abs() <= 1 + 1e-9])
+        torch.testing.assert_close(found, params[f"{words}.code"], rtol=2e-5, atol=1e-6)
+    high, low = arrays["K_upper"].float(), arrays["K_lower"].float()
+    params["keys.scale"] = torch.stack([(high - low) / 2, (high + low) / 2]).half().float()
+    tokens = V[0].transpose(0, 1).flatten(1)
+    low_v, high_v = (tokens.quantile(part, 1, keepdim=True) for part in (0.005, 0.995))
+    kept = (tokens <= low_v) | (tokens >= high_v)
+    dense = torch.where(kept, tokens.median(1, keepdim=True).values, tokens).unflatten(1, (2, 64)).transpose(0, 1)[None]
+    exact = {"K": (high[:, None] < K) | (low[:, None] > K), "V": kept.unflatten(1, (2, 64)).transpose(0, 1)[None]}
+    k_hat = reference.quantize(Store(code, scale=per_channel(when="calibrated")), K, params).decoded
+    v_hat = reference.quantize(Store(code, scale=per_token(heads=ALL, dtype="fp32")), dense, params, "values").decoded
+    for side, x, got in (("K", K, k_hat), ("V", V, v_hat)):
+        agree(name, torch.where(exact[side], x.double(), got), arrays[f"{side}_hat"])
 
 
 def fisher(side: str) -> Tensor:

@@ -32,6 +32,7 @@ class Alphabet:
     lowest   the level of the code that `signed_absmax` puts the extreme on
     top      the largest level, on which `absmax` puts the largest number (None: a uniform code's range has its own)
     count    how many levels there are, of a uniform code
+    compared the levels of a table that numbers are compared with; None where there is no table
     """
 
     encode: Callable[[Tensor, Tensor], Tensor]
@@ -39,6 +40,7 @@ class Alphabet:
     lowest: float
     top: float
     count: int = 0
+    compared: Tensor | None = None
 
 
 def alphabet(store: Store, channels: int, given: Tensor | None) -> Alphabet:
@@ -53,8 +55,9 @@ def alphabet(store: Store, channels: int, given: Tensor | None) -> Alphabet:
         a = float(f32(torch.tensor(estimator(code, channels), dtype=torch.float64)))
         return _table(torch.tensor([-a, a], dtype=torch.float64))
     assert isinstance(code, Codebook)
-    levels = given if given is not None else torch.tensor(table(code, channels), dtype=torch.float64)
-    return _table(f32(levels))
+    if given is not None:
+        return _table(*given)
+    return _table(f32(torch.tensor(table(code, channels), dtype=torch.float64)))
 
 
 def level_count(store: Store) -> int:
@@ -90,7 +93,8 @@ def holds_numbers(store: Store) -> bool:
 
 
 def given_table(store: Store, params: Params | None, side: str) -> Tensor | None:
-    """The levels of a `calibrated` codebook, float32 numbers; None for every other code."""
+    """The levels of a `calibrated` codebook, float32 numbers (2, levels): those that numbers are compared with, and
+    those that codes are decoded at, the same where they match nothing; None for every other code."""
     if not isinstance(store.code, Codebook) or store.code.levels != "calibrated":
         return None
     name = f"{side}.code"
@@ -98,10 +102,10 @@ def given_table(store: Store, params: Params | None, side: str) -> Tensor | None
     if levels is None:
         raise ShapeError(f"params[{name!r}]: missing; the levels of the {side} are calibrated, give their numbers")
     assert store.code.bits is not None
-    if tuple(levels.shape) != (1 << store.code.bits,):
-        right = (1 << store.code.bits,)
+    right = (1 << store.code.bits,) if store.code.match is None else (2, 1 << store.code.bits)
+    if tuple(levels.shape) != right:
         raise ShapeError(f"params[{name!r}]: shape {tuple(levels.shape)}; the right one is {right}")
-    return f32(levels.detach().cpu())
+    return f32(levels.detach().cpu()).expand(2, -1)
 
 
 def _uniform(code: Uniform, scale: Scale, count: int) -> Alphabet:
@@ -122,15 +126,17 @@ def _uniform(code: Uniform, scale: Scale, count: int) -> Alphabet:
     return Alphabet(encode, level, -(count // 2), top, count)
 
 
-def _table(levels: Tensor) -> Alphabet:
-    """The nearest level, the lower one of two equally near; borders are the float32 numbers next to the middles."""
+def _table(levels: Tensor, decoded: Tensor | None = None) -> Alphabet:
+    """The nearest level, the lower one of two equally near; borders are the float32 numbers next to the middles.  Codes
+    stand for `decoded` levels where these are others."""
     borders = f32((levels[1:] + levels[:-1]) / 2)
 
     def encode(y: Tensor, z: Tensor) -> Tensor:
         return (y[..., None] > borders).sum(-1).to(torch.float64)
 
+    every = levels if decoded is None else decoded
     return Alphabet(
-        encode, lambda c, z: levels[c.to(torch.int64)], float(levels[0]), float(levels.abs().max()), len(levels)
+        encode, lambda c, z: every[c.to(torch.int64)], float(levels[0]), float(levels.abs().max()), len(levels), levels
     )
 
 

@@ -24,6 +24,7 @@ Levels of tables and small floats lie unevenly.  Under a stored scale s' in [s -
   first that is |x|*2^-(m+1), or s' times half the smallest number.
 - Outside of the levels it is off by what the nearest end, at the s' that reaches least far, leaves of it.
 - With an offset the same holds of x - o, and dev(o) is added.
+- Where codes are decoded at other levels than numbers are compared with, s' times the most that these are apart is.
 
 A second level S divides what is stored: dev(s) = S*dev(s/S), and dividing and multiplying round once each.
 
@@ -310,22 +311,25 @@ def _given(store: Store, numbers: Tensor, params: Params, side: str) -> Tensor:
 
 
 def _levelled(store: Store, letters: Alphabet, numbers: Tensor, step: Tensor, moved: Tensor) -> Tensor:
-    """|x - s'*level| for the nearest level, s' within `moved` of `step`, of the same sign."""
+    """|x - s'*level| for the nearest level, s' within `moved` of `step`, of the same sign, and how far from that level
+    its code is decoded."""
     if isinstance(store.code, Float):
         kind = MINIFLOATS[store.code.format]
         least = 2.0 ** (kind.lowest - kind.mantissa)
         half = numbers.abs() * 2.0 ** -(kind.mantissa + 1) + (step.abs() + moved) * least / 2
-        every = torch.tensor([-kind.top, kind.top], dtype=torch.float64)
+        every, away = torch.tensor([-kind.top, kind.top], dtype=torch.float64), 0.0
     else:
-        codes = torch.arange(letters.count, dtype=torch.float64)
-        every = letters.level(codes, torch.zeros((), dtype=torch.float64))
+        assert letters.compared is not None
+        codes, every = torch.arange(letters.count, dtype=torch.float64), letters.compared
         half = (step.abs() + moved) * float(every.diff().max()) / 2
+        away = float((letters.level(codes, torch.zeros((), dtype=torch.float64)) - every).abs().max())
     outside = torch.zeros_like(numbers)
     for size in ((step.abs() - moved).clamp(min=0), step.abs() + moved):
         ends = torch.stack([size * step.sign() * every[0], size * step.sign() * every[-1]])
         beyond = torch.maximum(numbers - ends.amax(0), ends.amin(0) - numbers)
         outside = torch.maximum(outside, beyond)
-    return torch.maximum(half.expand_as(numbers), outside) + torch.where(step == 0, numbers.abs(), 0.0)
+    within = torch.maximum(half.expand_as(numbers), outside) + away * (step.abs() + moved)
+    return within + torch.where(step == 0, numbers.abs(), 0.0)
 
 
 def _factor(code: Uniform, scale: Scale) -> float:

@@ -150,12 +150,14 @@ def static(store: Store) -> bool:
 
 
 def given_levels(store: Store) -> Tensor | None:
-    """Levels for a calibrated table, float32, uneven, from -1 to 1 or so; None for every other code."""
+    """Levels for a calibrated table, float32, uneven, from -1 to 1 or so, and others where codes are decoded at them;
+    None for every other code."""
     if not isinstance(store.code, Codebook) or store.code.levels != "calibrated":
         return None
     even = torch.linspace(-1, 1, 2 ** (store.code.bits or 0), dtype=torch.float64)
     wide = 1.0 if store.measure is not None and store.measure.range in ("minmax", "minmax_zero", "absmax") else 1.7
-    return (wide * even.sign() * even.abs() ** 1.25 + 0.01).float()
+    levels = (wide * even.sign() * even.abs() ** 1.25 + 0.01).float()
+    return levels if store.code.match is None else torch.stack([levels, 1.125 * levels - 0.03])
 
 
 def calibrated(store: Store, x: Tensor, share: float, side: str) -> dict[str, Tensor]:

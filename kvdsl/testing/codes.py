@@ -216,6 +216,8 @@ def _keeps_its_ends(store: Store) -> bool:
     if scale is None:
         return not isinstance(code, LowRank)
     fixed = scale.when == "calibrated"
+    if isinstance(code, Codebook) and code.match is not None:
+        return False  # a decoded level may be nearer to another one that numbers are compared with
     if not isinstance(code, Uniform):
         kept = scale.clip == 1 and scale.refit is None and scale.dtype != "e4m3" and _far_ends(store)
         return fixed or kept

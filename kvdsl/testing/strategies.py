@@ -227,8 +227,9 @@ def _tables(draw: Draw) -> tuple[Codebook, list[str]]:
         ranges = ["absmax", "signed_absmax", "norm", "absmean", *(["minmax", "minmax_zero"] if levels[0] >= -2 else [])]
         return Codebook(bits, levels), ranges
     ranges = ["norm", "norm", "absmean", "absmax"] + (["minmax"] * 2 if levels == "calibrated" else [])
-    weights = draw(st.sampled_from([None, "fisher"])) if levels == "calibrated" else None
-    return Codebook(draw(st.integers(1, 4)), levels, weights=weights), ranges
+    fitted = levels == "calibrated"
+    weights, match = (draw(st.sampled_from([None, word])) if fitted else None for word in ("fisher", "moments"))
+    return Codebook(draw(st.integers(1, 4)), levels, weights=weights, match=match), ranges
 
 
 @st.composite
@@ -252,7 +253,8 @@ def _scales(draw: Draw, code: Any, range_: str, longest: int) -> Scale:
     if online:
         clips.append((1.0, 0.8) if offset else (1.0, 1.5))
     refit, second = None, None
-    if online and not offset and dtype != "e8m0":
+    matched = isinstance(code, Codebook) and code.match is not None
+    if online and not offset and dtype != "e8m0" and not matched:
         refits = [None, None, None, "least_squares", "weighted_least_squares"]
         refit = draw(st.sampled_from(refits if range_ == "signed_absmax" else [*refits, "norm"]))
     if online and zero == "min" and dtype != "e8m0" and draw(st.integers(0, 3)) == 3:
@@ -320,6 +322,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "code.grid": ("end", "", None, 3),
     "code.rounding": ("up", "EVEN", None),
     "code.weights": ("hessian", "Fisher", 1),
+    "code.match": ("norm", "Moments", 1),
     "code.format": ("fp8", "float16", None),
     "scale.block.tokens": (0, -1, 513, 1.5, "32", None, False),
     "scale.block.channels": (0, -8, 257, 8.5, None),
