@@ -250,12 +250,15 @@ class SidePlan:
 
     @property
     def plain(self) -> SidePlan | None:
-        """The term whose numbers are the vector's own, as exact ones are: those meet its query, or add to its sums."""
-        if self.shifted:  # what reading adds is added to packed tokens alone
+        """The term whose numbers are the vector's own, as exact ones are: those meet its query, or add to its sums.  Of
+        several the one of the widest planes.  None where reading adds a vector to packed tokens alone, and where a
+        residual stands alone behind codes: more sums leave it fewer registers than exact rows of their own."""
+        if self.shifted or self.residual is not None and not any(term.slots for term in self.terms):
             return None
         own = (term for term in self.terms if not term.mapped and term.rope is None)
         gathered = self.name == "keys"  # slots load no query
-        return next((term for term in own if not (gathered and term.slots)), None)
+        fit = [term for term in own if not (gathered and term.slots)]
+        return max(fit, key=lambda term: term.layout.plane_width, default=None)
 
     @property
     def polar(self) -> bool:

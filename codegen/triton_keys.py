@@ -289,7 +289,10 @@ class KeySide:
         """The arguments that stand beside the query: the turned query, what it adds to a score, rotary positions."""
         if self.positions is not None:
             return self.positions.inputs()
-        return ["turned_ptr", *(["bias_ptr"] if self.side.shifted else [])] if self.side.through else []
+        if not self.side.through:
+            return []
+        slots = any(term.side.slots for term in self.terms)
+        return ["turned_ptr", *["bias_ptr"] * self.side.shifted, *["gathered_ptr"] * slots]
 
     def lane_lines(self) -> list[str]:
         return [line for term in self.terms for line in term.lane_lines()]

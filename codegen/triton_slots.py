@@ -73,7 +73,9 @@ class SlottedKeys(Slotted, Keys):
     """Scores of single numbers of keys: products in float32."""
 
     def lane_lines(self) -> list[str]:
-        return []
+        """The line that says where the query's numbers begin, channel by channel: a number of all rows is one read."""
+        size = self.plan.shape.head_dim * self.plan.shape.group
+        return [f"gathered = gathered_ptr + bh.to(tl.int64) * queries * {size} + row_index[None, :]"]
 
     def loads(self, query: str) -> list[str]:
         return []
@@ -96,12 +98,12 @@ class SlottedKeys(Slotted, Keys):
     def _met_by(self, tokens: str) -> list[str]:
         """The query's numbers at the places, each times what stands there."""
         p, lines = self.prefix, list[str]()
-        query = f"turned{plus(self.side.first)}"
+        row = f"(queries * {self.plan.shape.group})"
         for i in range(self.held.count):
             lines += self.of_tokens(i, tokens)
             # of a token that was never packed a place is any
-            lines.append(f"{p}_place = tl.minimum({p}_place, {self.plan.shape.head_dim - 1})")
-            lines.append(f"{p}_met = tl.load({query} + {p}_place[:, None], mask=live[None, :], other=0.0)")
+            lines.append(f"{p}_place = tl.minimum({p}_place, {self.plan.shape.head_dim - 1}) * {row}")
+            lines.append(f"{p}_met = tl.load(gathered + {p}_place[:, None], mask=live[None, :], other=0.0)")
             product = f"{p}_number[:, None] * {p}_met"
             lines.append(f"s = s + {product}" if i else f"s = {product}")
         return [*lines, "s = s * (scaling * inverse)[None, :]"]
