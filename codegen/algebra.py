@@ -216,7 +216,9 @@ def _slotted(side: Literal["keys", "values"], code: Sparse) -> NormalForm:
         cases += 1
     read = "q . x[t] = sum_i n[t, i]*q[m[t, i]]"
     read = read if side == "keys" else "sum_t p[t]*x[t, d] = sum_i n[i, d]*p[m[i, d]]"
-    return NormalForm(side, When.NEVER, definition, (term,), (ProofStep(read, f"exhaustive ({cases} cases)"),), over="i")
+    return NormalForm(
+        side, When.NEVER, definition, (term,), (ProofStep(read, f"exhaustive ({cases} cases)"),), over="i"
+    )
 
 
 def alphabet_proof(alphabet: Alphabet) -> tuple[ProofStep, ...]:

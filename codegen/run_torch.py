@@ -137,9 +137,7 @@ class TorchModule:
         """Write what stands in slots of x (pages, H, T, D) into pages, where blocks of tokens are inside."""
         slots = part.slots
         assert slots is not None
-        sections = getattr(self.module, f"pack_{part.label}")(
-            kept(x, taken, part.name), taken.places.to(torch.uint8)
-        )
+        sections = getattr(self.module, f"pack_{part.label}")(kept(x, taken, part.name), taken.places.to(torch.uint8))
         if part.name == "keys":
             marks = inside.repeat(1, slots.count)
         else:

@@ -125,7 +125,9 @@ class TorchSide(TorchPack):
                 ):
                     out.add(f"{name} = section(pages, {start}, {slots.entries}, torch.{kind})")
                     out.add(f"{name} = {name}.unflatten(-1, {(slots.entries // math.prod(row), *row)})")
-                out.add(f"x = in_places(numbers, places, {size})  # {'channels, tokens' if side.name == 'keys' else 'tokens, channels'}")
+                out.add(
+                    f"x = in_places(numbers, places, {size})  # {'channels, tokens' if side.name == 'keys' else 'tokens, channels'}"
+                )
                 out.add(f"return x{'.mT' * (side.name == 'keys')}.flatten(2, 4)")
                 return str(out)
             out.extend([*self._given("levels"), *self._read()])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from kvdsl.scheme import LowRank
 
-from .plan import Plan, SidePlan
 from .text import literal, plus
 from .triton_factors import Factored, held_by
 from .triton_pack import Pack

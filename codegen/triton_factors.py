@@ -8,7 +8,7 @@ up to 16 are one side of a tensor-core operand, zeros beyond them.
 from __future__ import annotations
 
 from .layout import Factors
-from .plan import Plan, SidePlan
+from .plan import SidePlan
 from .text import plus
 from .triton_keys import Keys
 from .triton_planes import Planes

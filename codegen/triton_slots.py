@@ -10,7 +10,7 @@ from __future__ import annotations
 from kvdsl.codes import SLOT_TOKENS
 
 from .layout import Slots
-from .plan import Plan, SidePlan
+from .plan import SidePlan
 from .text import plus
 from .triton_keys import Keys
 from .triton_planes import Planes

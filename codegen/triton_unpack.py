@@ -53,7 +53,10 @@ class Unpack(Planes):
             for j in range(side.layout.planes):
                 halves.add(f"tl.store({self.at('place', j)}, n{j}, mask={self.mask('inside', j)})")
         others = tuple(
-            f"{term.letter}_{name}" for term in plan.terms if term is not side for name in ("meta", "rows", "vectors", "numbers", "places")
+            f"{term.letter}_{name}"
+            for term in plan.terms
+            if term is not side
+            for name in ("meta", "rows", "vectors", "numbers", "places")
         )
         keep = [a for a in addresses if not a.startswith((*others, "page_token"))]
         text = "\n".join([*keep, *halves.lines])

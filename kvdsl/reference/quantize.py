@@ -22,8 +22,8 @@ from .alphabets import Alphabet, alphabet, given_table, has_offset, holds_number
 from .low_rank import factors, multiplied
 from .measure import Measured, measure, refitted, shifted
 from .rounding import LARGEST_INPUT, MINIFLOATS, f32, ratio, sum64
-from .sparse import Picked, kept_numbers, pick, placed
 from .spaces import Params, cartesian, encoded, maps, polar, restored, widened, with_rope, without_rope
+from .sparse import Picked, kept_numbers, pick, placed
 
 __all__ = [
     "Params", "Quantized", "block_size", "encoded_rows", "level_count", "links", "maps", "quantize", "widened",

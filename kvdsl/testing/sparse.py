@@ -59,9 +59,7 @@ def _inside(store: Store, line: Block) -> bool:
     if store.measure is None or store.turned or store.measure.when == "calibrated":
         return False
     pairs = ((getattr(line, axis), getattr(store.measure.block, axis)) for axis in ("tokens", "channels", "heads"))
-    return all(
-        not isinstance(outer, int) or isinstance(inner, int) and outer % inner == 0 for inner, outer in pairs
-    )
+    return all(not isinstance(outer, int) or isinstance(inner, int) and outer % inner == 0 for inner, outer in pairs)
 
 
 @law("P21", lambda s: any(_has_last(s, side) for side in SIDES), ("normal", "outlier_channel", "constant"))
@@ -96,4 +94,6 @@ def _counted(code: Sparse, picked: Picked, side: str) -> None:
     size = math.prod(taken.shape[axis] for axis in OVER_BLOCK)
     require(bool((taken.sum(OVER_BLOCK) == 2 * code.taken(size)).all()), f"{side}: another share of a line is taken")
     held, wanted = (_blocks(part.double(), _slots(side)).sum(OVER_BLOCK) for part in (picked.kept, picked.taken))
-    require(bool((held == wanted.clamp(max=code.slots)).all()), f"{side}: slots are not used, or there are more of them")
+    require(
+        bool((held == wanted.clamp(max=code.slots)).all()), f"{side}: slots are not used, or there are more of them"
+    )
