@@ -195,8 +195,8 @@ def _factored(side: Literal["keys", "values"], code: LowRank) -> NormalForm:
 
 
 def _slotted(side: Literal["keys", "values"], code: Sparse) -> NormalForm:
-    """The normal form of single numbers: what they meet is gathered where they stand, instead of a sum over numbers most
-    of which are 0."""
+    """The normal form of single numbers: what they meet is gathered where they stand, instead of a sum over numbers
+    most of which are 0."""
     slot = sp.Symbol("i", integer=True, positive=True)
     number, place = sp.IndexedBase("n"), sp.IndexedBase("m")
     if side == "keys":
@@ -216,9 +216,8 @@ def _slotted(side: Literal["keys", "values"], code: Sparse) -> NormalForm:
         cases += 1
     read = "q . x[t] = sum_i n[t, i]*q[m[t, i]]"
     read = read if side == "keys" else "sum_t p[t]*x[t, d] = sum_i n[i, d]*p[m[i, d]]"
-    return NormalForm(
-        side, When.NEVER, definition, (term,), (ProofStep(read, f"exhaustive ({cases} cases)"),), over="i"
-    )
+    proof = (ProofStep(read, f"exhaustive ({cases} cases)"),)
+    return NormalForm(side, When.NEVER, definition, (term,), proof, over="i")
 
 
 def alphabet_proof(alphabet: Alphabet) -> tuple[ProofStep, ...]:

@@ -150,8 +150,8 @@ class Factors:
 class Slots:
     """Single numbers in fp16 and their places, a byte each; offsets in bytes from the head blob's start.
 
-    Of keys every slot is a row of the page's tokens, and places are channels; of values every slot of every 64 tokens is
-    a row of channels, and places are tokens of the 64."""
+    Of keys every slot is a row of the page's tokens, and places are channels; of values every slot of every 64 tokens
+    is a row of channels, and places are tokens of the 64."""
 
     count: int
     rows: int
@@ -167,8 +167,9 @@ class Slots:
 @dataclass(frozen=True)
 class SideLayout:
     """One side of a page, `width` numbers a token.  `streams` is empty where the numbers themselves are stored
-    (`float_offset`), vectors of low rank (`factors`), or single numbers (`slots`).  Planes have `plane_width` lanes; of digits the last may have
-    fewer, and one that crosses groups of channels counts as several.  `rest`: where the side's next term stands."""
+    (`float_offset`), vectors of low rank (`factors`), or single numbers (`slots`).  Planes have `plane_width` lanes; of
+    digits the last may have fewer, and one that crosses groups of channels counts as several.  `rest`: where the side's
+    next term stands."""
 
     width: int
     streams: tuple[Stream, ...]

@@ -118,13 +118,13 @@ class TorchModule:
         x = torch.where(inside[:, None, :, None], x, 0.0)
         ids = table[b, page].long()
         pages = pool[ids]
-        first = self.plan.side(side)
-        taken = split(x, first.sparse, side) if first.sparse else None
-        for part in first.spaces:
+        whole = self.plan.side(side)
+        taken = split(x, whole.sparse, side) if whole.sparse else None
+        for part in whole.spaces:
             if taken is not None and part.slots:
                 self._write_slots(part, x, taken, inside, pages)
             else:
-                given = taken.filled if taken is not None and part is first else x
+                given = taken.filled if taken is not None and part is whole else x
                 turned = self._turned(part, given, u, params)
                 for term in part.parts:
                     numbers = turned[..., term.first : term.first + term.dim] if term.band else turned

@@ -12,7 +12,7 @@ from kvdsl.codes import SLOT_TOKENS
 
 from .codec import READ, call
 from .codec_text import functions
-from .layout import Stream
+from .layout import Slots, Stream
 from .placement import When
 from .text import Lines, bare, listed
 from .torch_pack import TorchPack, unpacked
@@ -117,18 +117,7 @@ class TorchSide(TorchPack):
                 out.add("return multiplied(a, b)")
                 return str(out)
             if (slots := side.slots) is not None:
-                row = slots.count, slots.width
-                size = head_dim if side.name == "keys" else SLOT_TOKENS
-                for name, start, kind in (
-                    ("numbers", slots.offset, "float16"),
-                    ("places", slots.places_offset, "uint8"),
-                ):
-                    out.add(f"{name} = section(pages, {start}, {slots.entries}, torch.{kind})")
-                    out.add(f"{name} = {name}.unflatten(-1, {(slots.entries // math.prod(row), *row)})")
-                out.add(
-                    f"x = in_places(numbers, places, {size})  # {'channels, tokens' if side.name == 'keys' else 'tokens, channels'}"
-                )
-                out.add(f"return x{'.mT' * (side.name == 'keys')}.flatten(2, 4)")
+                self._from_slots(out, slots)
                 return str(out)
             out.extend([*self._given("levels"), *self._read()])
             for j in self.planes:
@@ -143,6 +132,15 @@ class TorchSide(TorchPack):
                     out.add(f"{name} = spread({name}, {meta.tokens}, {meta.channels}, 1)")
             out.add(f"return {self.steps.number('code', 'scale', 'offset')}")
         return str(out)
+
+    def _from_slots(self, out: Lines, slots: Slots) -> None:
+        """Lines that put single numbers in their places."""
+        keys, row = self.side.name == "keys", (slots.count, slots.width)
+        for name, start, kind in (("numbers", slots.offset, "float16"), ("places", slots.places_offset, "uint8")):
+            found = f"section(pages, {start}, {slots.entries}, torch.{kind})"
+            out.add(f"{name} = {found}.unflatten(-1, {(slots.entries // math.prod(row), *row)})")
+        out.add(f"x = in_places(numbers, places, {self.side.dim if keys else SLOT_TOKENS})")
+        out.add(f"return x{'.mT' * keys}.flatten(2, 4)  # a row a token")
 
     def whole(self) -> str:
         """All bands decoded, one behind the other."""

@@ -52,12 +52,8 @@ class Unpack(Planes):
             halves.add(f"place = out + (u - begin)[:, None] * {side.stride} + {self.lane}[None, :]{first}")
             for j in range(side.layout.planes):
                 halves.add(f"tl.store({self.at('place', j)}, n{j}, mask={self.mask('inside', j)})")
-        others = tuple(
-            f"{term.letter}_{name}"
-            for term in plan.terms
-            if term is not side
-            for name in ("meta", "rows", "vectors", "numbers", "places")
-        )
+        own = ("meta", "rows", "vectors", "numbers", "places")
+        others = tuple(f"{term.letter}_{name}" for term in plan.terms if term is not side for name in own)
         keep = [a for a in addresses if not a.startswith((*others, "page_token"))]
         text = "\n".join([*keep, *halves.lines])
         args = [p for p in pools(plan) if p in text] + ["table_ptr"]

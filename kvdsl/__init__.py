@@ -10,8 +10,8 @@ from typing import Any
 
 _PLACES = {
     "scheme": ("ALL", "Block", "ChannelScale", "ChannelShift", "Codebook", "Float", "LowRank", "Part", "Permute",
-               "Polar", "PreRope", "Recent", "Rotate", "Scale", "Scheme", "Sinks", "Sketch", "Sparse", "Store", "TopChannels",
-               "Uniform", "per_channel", "per_tensor", "per_token"),
+               "Polar", "PreRope", "Recent", "Rotate", "Scale", "Scheme", "Sinks", "Sketch", "Sparse", "Store",
+               "TopChannels", "Uniform", "per_channel", "per_tensor", "per_token"),
     "shape": ("Shape",),
     "errors": ("BackendError", "CacheError", "Fault", "ProofError", "SchemeError", "ShapeError"),
     "registry": ("load", "name_of", "names"),

@@ -35,7 +35,8 @@ __all__ = [
     "ALL", "Band", "Bands", "Block", "ChannelScale", "ChannelShift", "Code", "Codebook", "Count", "Float",
     "FloatFormat", "Flush", "Layers", "LowRank", "MetaFormat", "PARTS", "Part", "Permute", "Polar", "Pick", "PreRope",
     "Prefill", "Range", "Recent", "Refit", "Rotate", "Rounding", "SIDES", "Scale", "Scheme", "Side", "Sinks", "Sketch",
-    "Sparse", "Store", "TopChannels", "Transform", "Uniform", "When", "Zero", "bands", "per_channel", "per_tensor", "per_token",
+    "Sparse", "Store", "TopChannels", "Transform", "Uniform", "When", "Zero", "bands", "per_channel", "per_tensor",
+    "per_token",
 ]  # fmt: skip
 
 Flush = Literal["auto", "rolling", "whole"]

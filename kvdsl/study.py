@@ -24,7 +24,7 @@ from .fisher import of_outputs, weighted
 from .kernels import Backend
 from .params import ROPE
 from .rope import turned, usual
-from .scheme import Rotate, Scheme, Sketch, Store
+from .scheme import Rotate, Scheme, Sketch, Store, TopChannels
 
 HEADS, Q_HEADS, TOKENS, QUERIES, CHANNELS = 2, 8, 1024, 32, 128
 OUTLIERS = 4  # channels of a head
@@ -100,7 +100,7 @@ def _reseeded(store: Store, seed: int) -> Store:
     code = store.code.with_(seed=seed) if isinstance(store.code, Sketch) else store.code
     rest, top = store.residual, store.outliers
     rest = _reseeded(rest, seed + 1) if isinstance(rest, Store) else rest
-    top = replace(top, store=_reseeded(top.store, seed + 1)) if top is not None else top
+    top = replace(top, store=_reseeded(top.store, seed + 1)) if isinstance(top, TopChannels) else top
     return replace(store, code=code, transform=parts, outliers=top, residual=rest)
 
 

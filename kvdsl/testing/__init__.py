@@ -4,8 +4,9 @@
     check       the same, raising LawBroken with the smallest case that breaks one
     schemes, shapes, cases, faulty_schemes   hypothesis strategies to test with
 
-A law is one function in `codes`, `extremes`, `low_rank`, `polar`, `sparse`, `splits` (packed bytes), `attention`, `positions` (kernels) or
-`caches` (caches over time); `LAWS` holds all of them by name, each with the number of the property it states.
+A law is one function in `codes`, `extremes`, `low_rank`, `polar`, `sparse`, `splits` (packed bytes), `attention`,
+`positions` (kernels) or `caches` (caches over time); `LAWS` holds all of them by name, each with the number of the
+property it states.
 """
 
 from __future__ import annotations

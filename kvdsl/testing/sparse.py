@@ -64,8 +64,8 @@ def _inside(store: Store, line: Block) -> bool:
 
 @law("P21", lambda s: any(_has_last(s, side) for side in SIDES), ("normal", "outlier_channel", "constant"))
 def single_numbers_are_read_as_given(case: Case) -> None:
-    """P21: of every line as many numbers are taken as the share says, of which slots keep as many as there are; what has
-    a slot is read as it was, but for rounding; and the ranges of the codes are not larger than before."""
+    """P21: of every line as many numbers are taken as the share says, of which slots keep as many as there are; what
+    has a slot is read as it was, but for rounding; and the ranges of the codes are not larger than before."""
     k, v = case.pair(case.whole)
     params = case.params(k, v)
     for side, x, got in zip(SIDES, (k, v), roundtrip(case, k, v, params), strict=True):

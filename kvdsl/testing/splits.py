@@ -35,7 +35,6 @@ def outlier_channels_and_others_do_not_meet(case: Case) -> None:
 
 def _apart(scheme: Scheme, side: Side, params: dict[str, torch.Tensor], shape: torch.Size) -> torch.Tensor:
     """Which channels of the heads of numbers (B, H, T, D) stand apart: bool (H, T, D)."""
-    top = (
-        params[f"{side}.outliers"] if isinstance(scheme.side(side).outliers, TopChannels) else torch.zeros(shape[1], 0)
-    )
+    there = isinstance(scheme.side(side).outliers, TopChannels)
+    top = params[f"{side}.outliers"] if there else torch.zeros(shape[1], 0)
     return apart(top, shape[3])[:, None].expand(shape[1:])
