@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .errors import ShapeError
 from .fisher import Gradients, coded, weighted
-from .fitting import fitted
+from .fitting import fitted, without_single
 from .inputs import DTYPES, refuse_tensor
 from .kernels import AttentionState, Backend, KernelSet, Params, Side
 from .params import ROPE, checked, wanted
@@ -151,6 +151,7 @@ def calibrate(
         found[ROPE] = (params or {})[ROPE]
     for side, x in zip(SIDES, (k, v), strict=True):
         store, x = scheme.side(side), x[:, :, sinks:].detach().cpu()
+        x = without_single(store, side, x)
         found |= fitted(store, side, x, None if q is None else q.detach().cpu(), found, sinks)
         store = store.own
         y = encoded_rows(store, x, found, side, sinks) if store.turned else x

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .errors import ShapeError
-from .scheme import ChannelScale, ChannelShift, Permute, Side, Store, TopChannels
+from .scheme import ChannelScale, ChannelShift, Permute, Side, Sparse, Store, TopChannels
 from .spaces import apart, applied, maps
 from .transforms import Pick
 
@@ -47,6 +47,18 @@ def fitted(
             found[name] = size.argsort(dim=-1, stable=True).to(torch.float32)
         seen = (*seen, part)
     return {name: numbers.to(torch.float32) for name, numbers in found.items()}
+
+
+def without_single(store: Store, side: Side, x: Tensor) -> Tensor:
+    """x (B, H, T, D) as the store's transforms and codes see it: with other numbers in the places of single ones, in
+    all whole blocks of tokens; float32."""
+    if not isinstance(store.outliers, Sparse):
+        return x
+    from .reference.sparse import pick
+
+    whole = x.shape[2] // store.outliers.tokens * store.outliers.tokens
+    filled = pick(x[:, :, :whole].double(), store.outliers, side).filled if whole else x[:, :, :0]
+    return torch.cat([filled.to(torch.float32), x[:, :, whole:].to(torch.float32)], 2)
 
 
 def largest(part: TopChannels, x: Tensor) -> Tensor:

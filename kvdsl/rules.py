@@ -106,14 +106,12 @@ def _waiting(store: Store) -> int:
     """Tokens that wait for one another, under an online scale, to be of low rank, or for those of a line: 1 where none
     do, and where a field itself is wrong."""
     scale, code, outliers = (getattr(store, name, None) for name in ("scale", "code", "outliers"))
-    if isinstance(code, LowRank):
-        return code.tokens if type(code.tokens) is int and code.tokens >= 1 else 1
-    tokens = getattr(getattr(scale, "block", None), "tokens", 1)
-    tokens = tokens if type(tokens) is int and tokens >= 1 and getattr(scale, "when", None) == "online" else 1
-    if not isinstance(outliers, Sparse):
-        return tokens
-    line = getattr(outliers.line, "tokens", 1)
-    return math.lcm(tokens, SLOT_TOKENS, line if type(line) is int and line >= 1 else 1)
+    found = [code.tokens] if isinstance(code, LowRank) else []
+    if getattr(scale, "when", None) == "online":
+        found.append(getattr(getattr(scale, "block", None), "tokens", 1))
+    if isinstance(outliers, Sparse):
+        found += [SLOT_TOKENS, getattr(outliers.line, "tokens", 1)]
+    return math.lcm(*(tokens for tokens in found if type(tokens) is int and tokens >= 1))
 
 
 def _where(store: Store) -> str:

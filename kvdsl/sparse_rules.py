@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from .codes import SLOT_TOKENS
 from .errors import Fault
-from .scheme import ALL, Float, Sparse
+from .scheme import ALL, Bands, Float, Sparse
 from .shape import Shape
 from .sites import Site, rule
 
@@ -22,6 +22,9 @@ def _single_numbers_are_of_a_vector(site: Site) -> Iterator[Fault]:
     if isinstance(store.code, Float) and store.code.plain:
         fact = f"{store.code.format} keeps every number as it is"
         yield site.fault("outliers", fact, "leave outliers out, or lower the code's bits")
+    if isinstance(store.code, Bands):
+        fact = "bands are all that is kept of a vector"
+        yield site.fault("outliers", fact, "leave it out, or use one code for all numbers, as Uniform(bits=4)")
     if store.rope is not None:
         fact = "single numbers of keys without RoPE would have to be turned back on their own"
         yield site.fault("outliers", fact, "leave it out, or leave out PreRope()")

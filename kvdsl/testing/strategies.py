@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses as dc
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 from hypothesis import strategies as st
 
-from kvdsl.codes import in_trits
+from kvdsl.codes import SLOT_TOKENS, Fill, in_trits
 from kvdsl.rules import shape_faults
 from kvdsl.scheme import (
     ALL,
@@ -31,6 +31,7 @@ from kvdsl.scheme import (
     Scheme,
     Sinks,
     Sketch,
+    Sparse,
     Store,
     TopChannels,
     Transform,
@@ -94,13 +95,17 @@ def _tokens(side: Store) -> int:
 
 @st.composite
 def stores(draw: Draw, longest: int) -> Store:
-    """A legal store; one in six also codes what it leaves, one in six has outlier channels."""
+    """A legal store; one in six also codes what it leaves, one in six has outlier channels, one in twelve single
+    numbers that are kept as they are."""
     store: Store = draw(_single(longest))
     if draw(st.integers(0, 5)) == 5 and _parts(store):
         top: Store = draw(_single(longest))
         if _parts(top) and _measured_online(top, plain=True):
             store = store.with_(outliers=TopChannels(draw(st.sampled_from([8, 32, 0.25, 0.5])), store=top))
-    whole = isinstance(store.code, Bands) or isinstance(store.code, Float) and store.code.plain
+    plain = isinstance(store.code, Float) and store.code.plain
+    whole = isinstance(store.code, Bands) or plain
+    if store.outliers is None and not whole and longest >= SLOT_TOKENS and draw(st.integers(0, 11)) == 11:
+        store = store.with_(outliers=draw(_sparse()))
     if whole or draw(st.integers(0, 5)) < 5:
         return store
     rest: Store = draw(_single(longest))
@@ -113,6 +118,13 @@ def _low_rank(longest: int) -> st.SearchStrategy[LowRank]:
     """Vectors of low rank of blocks of up to `longest` tokens."""
     blocks = [tokens for tokens in (32, 64, 96) if tokens <= longest]
     return st.builds(LowRank, st.integers(1, 6), tokens=st.sampled_from(blocks), loops=st.integers(1, 4))
+
+
+def _sparse() -> st.SearchStrategy[Sparse]:
+    """Single numbers of lines of one token or several, of which some are taken in heads of 32 channels."""
+    lines = [Block(), Block(heads=ALL), Block(SLOT_TOKENS, 1), Block(16, 4)]
+    shares, fills = st.sampled_from([0.07, 0.15]), st.sampled_from(get_args(Fill))
+    return st.builds(Sparse, shares, st.sampled_from(lines), slots=st.integers(1, 4), fill=fills)
 
 
 def _parts(store: Store) -> bool:
