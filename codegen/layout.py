@@ -267,7 +267,7 @@ def _common_width(store: Store, head_dim: int) -> int:
         return head_dim & -head_dim
     if isinstance(store.code, LowRank):
         return min(FACTORED, head_dim & -head_dim)
-    if isinstance(store.code, Sparse):
+    if isinstance(store.code, Sparse):  # elementwise sums: the wider the fewer moves between registers
         return head_dim & -head_dim
     if in_trits(store.code):
         return trit_bytes(head_dim)

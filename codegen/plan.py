@@ -118,12 +118,12 @@ def plan_for(scheme: Scheme, shape: Shape) -> Plan:
 
 def _planned(name: Side, store: Store, part: SideLayout, shape: Shape, depth: int = 0, first: int = 0) -> SidePlan:
     """A term of a store and those behind it."""
-    term, rest = store.terms[depth], None
+    term, row, rest = store.terms[depth], store.rows(name)[depth], None
     if part.rest is not None:
-        rest = _planned(name, store, part.rest, shape, depth + 1, first + part.width * term.joined)
+        rest = _planned(name, store, part.rest, shape, depth + 1, first + row * part.width * term.joined)
     alphabet = alphabet_of(term, _channels(term, shape))
     home = name if isinstance(term, Band) else store.placed(name)[depth][0]
-    return SidePlan(name, term, part, place(term, part), alphabet, shape.head_dim, rest, depth, first, home)
+    return SidePlan(name, term, part, place(term, part), alphabet, shape.head_dim, rest, depth, first, row, home)
 
 
 def _channels(store: Store, shape: Shape) -> int:

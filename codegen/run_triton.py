@@ -243,13 +243,18 @@ class TritonModule:
         query = query.contiguous()
         if keys.rope is not None:
             return {"query_ptr": query, **self._positions(end, query.device, params)}
-        if not keys.through:
-            return {"query_ptr": query}
-        batch, heads, queries, _ = query.shape
-        given = {"query_ptr": query, "turned_ptr": query.new_empty(*query.shape[:3], keys.row, dtype=torch.float32)}
+        gathered = {}
         if keys.sparse:  # of every channel the numbers of all rows
             rows = query.unflatten(1, (shape.kv_heads, shape.group)).permute(0, 1, 4, 3, 2)
-            given["gathered_ptr"] = rows.flatten(3).to(torch.float32).contiguous()
+            gathered["gathered_ptr"] = rows.flatten(3).to(torch.float32).contiguous()
+        if not keys.through:
+            return {"query_ptr": query, **gathered}
+        batch, heads, queries, _ = query.shape
+        given = {
+            "query_ptr": query,
+            **gathered,
+            "turned_ptr": query.new_empty(*query.shape[:3], keys.row, dtype=torch.float32),
+        }
         if keys.shifted:
             given["bias_ptr"] = query.new_empty(query.shape[:3], dtype=torch.float32)
         blocks = -(-queries * shape.group // QUERY_ROWS)

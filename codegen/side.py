@@ -40,7 +40,9 @@ class SidePlan:
     depth: int = 0
     """How many terms stand before this one."""
     first: int = 0
-    """Where the numbers of this term begin in the side's row."""
+    """Where the numbers of this term begin in the side's row, see `Store.rows`."""
+    in_row: bool = True
+    """Whether it has a place there."""
     home: str = ""
     """Where its store stands in the spec: the beginning of the names of the map of its row."""
 
@@ -125,8 +127,8 @@ class SidePlan:
 
     @property
     def row(self) -> int:
-        """Numbers of a vector that are coded, of all terms and of all heads that are rotated together."""
-        return sum(term.dim * term.joined for term in self.terms)
+        """Numbers of a row, of all terms that have a place of their own and of all heads that are rotated together."""
+        return sum(term.dim * term.joined for term in self.terms if term.in_row)
 
     @property
     def joined(self) -> int:
@@ -173,7 +175,7 @@ class SidePlan:
     @property
     def through(self) -> bool:
         """Packed tokens meet the query, or add to the output, through one map of all terms."""
-        return self.hoisted or self.residual is not None
+        return self.hoisted or not self.band and any(term.in_row for term in self.terms[1:])
 
     @property
     def scale(self) -> Scale:
@@ -255,7 +257,8 @@ class SidePlan:
         residual stands alone behind codes: more sums leave it fewer registers than exact rows of their own."""
         if self.shifted or self.residual is not None and not any(term.slots for term in self.terms):
             return None
-        own = (term for term in self.terms if not term.mapped and term.rope is None)
+        terms = (self,) if self.band else self.terms
+        own = (term for term in terms if not term.mapped and term.rope is None)
         gathered = self.name == "keys"  # slots load no query
         fit = [term for term in own if not (gathered and term.slots)]
         return max(fit, key=lambda term: term.layout.plane_width, default=None)

@@ -289,10 +289,8 @@ class KeySide:
         """The arguments that stand beside the query: the turned query, what it adds to a score, rotary positions."""
         if self.positions is not None:
             return self.positions.inputs()
-        if not self.side.through:
-            return []
-        slots = any(term.side.slots for term in self.terms)
-        return ["turned_ptr", *["bias_ptr"] * self.side.shifted, *["gathered_ptr"] * slots]
+        slots = ["gathered_ptr"] * any(term.side.slots is not None for term in self.terms)
+        return ["turned_ptr", *["bias_ptr"] * self.side.shifted, *slots] if self.side.through else slots
 
     def lane_lines(self) -> list[str]:
         return [line for term in self.terms for line in term.lane_lines()]

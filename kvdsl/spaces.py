@@ -64,9 +64,10 @@ def maps(
 
 
 def _side_by_side(store: Store, side: Side, head_dim: int, found: Params, device: torch.device | str) -> Tensor:
-    """What takes the coded numbers of all terms, one behind the other, to a vector."""
+    """What takes a row, the coded numbers of terms one behind the other, to a vector."""
     same = torch.eye(head_dim, device=device)[None]
-    parts = [found.get(f"{place}.decode", same) for place, _ in store.placed(side)]
+    rows = zip(store.placed(side), store.rows(side), strict=True)
+    parts = [found.get(f"{place}.decode", same) for (place, _), row in rows if row]
     heads = max(len(part) for part in parts)
     return torch.cat([part.expand(heads, -1, -1) for part in parts], -1).contiguous()
 

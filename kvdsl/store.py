@@ -118,6 +118,11 @@ class Store(Part):
         )
         return ((place, others), (f"{place}.outliers.store", top), *rest)
 
+    def rows(self, side: Side) -> tuple[bool, ...]:
+        """Whether each term has numbers in a row: in what the query becomes for packed keys, one term behind the other,
+        or in what sums of packed values are.  Single numbers of keys gather the query itself."""
+        return tuple(side == "values" or not isinstance(term.code, Sparse) for term in self.terms)
+
     @property
     def own(self) -> Store:
         """This store as one of the channels that are not split off."""
