@@ -35,6 +35,7 @@ def warps(kernel: str, plan: Plan) -> int:
     """Warps of a program: one where tiles stay in one warp's tensor cores or numbers are exchanged within it, two where
     16 rows, sums of many numbers, tiles most of whose lanes are idle, or codes of 4 bits beside vectors of low rank on
     both sides would not fit its registers, four or more where a page is rewritten, products are of float32 numbers,
+    values are sums of codes, single numbers and vectors of low rank,
     keys are rotated, or radii and angles become channels level by level."""
     exact = plan.shape.dtype == "fp32" or any(term.floats == "fp32" for term in plan.terms)
     if kernel.startswith("pack"):
@@ -51,6 +52,8 @@ def warps(kernel: str, plan: Plan) -> int:
         return 4
     if plan.keys.rope is not None or any(term.band for term in plan.terms):
         return 4  # decoded numbers, waves and two queries a plane: one warp moves hundreds of them to memory
+    if plan.values.sparse and any(term.factors for term in plan.values.terms):
+        return 4  # sums of three kinds
     narrow = any(term.store.pick and 2 * term.layout.plane_width <= NARROWEST for term in plan.terms)
     beside = all(any(term.factors for term in side.terms) for side in (plan.keys, plan.values))
     wide = plan.values.row > WIDEST or narrow or beside and any(term.alphabet.bits >= 4 for term in plan.terms)
