@@ -58,6 +58,11 @@ def kept(rest: Tensor, taken: Split, side: Side) -> Tensor:
     return torch.where(taken.used, words, 0).to(torch.int16)
 
 
+def by_channel(query: Tensor, heads: int) -> Tensor:
+    """A query (B, Hq, Q, D) as the numbers of all rows of every channel of a kv head, float32 (B, H, D, Q * group)."""
+    return query.unflatten(1, (heads, -1)).permute(0, 1, 4, 3, 2).flatten(3).to(torch.float32).contiguous()
+
+
 def in_places(numbers: Tensor, places: Tensor, length: int) -> Tensor:
     """Numbers (..., slots, W) in their places among `length`, 0 elsewhere: float32 (..., length, W)."""
     whole = torch.zeros(*numbers.shape[:-2], length, numbers.shape[-1], device=numbers.device)

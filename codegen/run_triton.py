@@ -20,7 +20,7 @@ from kvdsl.rope import NEAR, in_order, near, table
 
 from .assembling import fewest_spills
 from .host import cartesian, polar, saturated
-from .host_slots import Split, kept, split
+from .host_slots import Split, by_channel, kept, split
 from .launch import DEPTH, assembled
 from .launches import ASSEMBLER, GIVEN_POINTERS, arguments, fused, stages, warps
 from .plan import Plan, SidePlan
@@ -243,18 +243,13 @@ class TritonModule:
         query = query.contiguous()
         if keys.rope is not None:
             return {"query_ptr": query, **self._positions(end, query.device, params)}
-        gathered = {}
-        if keys.sparse:  # of every channel the numbers of all rows
-            rows = query.unflatten(1, (shape.kv_heads, shape.group)).permute(0, 1, 4, 3, 2)
-            gathered["gathered_ptr"] = rows.flatten(3).to(torch.float32).contiguous()
+        given = {"query_ptr": query}
+        if keys.sparse:
+            given["gathered_ptr"] = by_channel(query, shape.kv_heads)
         if not keys.through:
-            return {"query_ptr": query, **gathered}
-        batch, heads, queries, _ = query.shape
-        given = {
-            "query_ptr": query,
-            **gathered,
-            "turned_ptr": query.new_empty(*query.shape[:3], keys.row, dtype=torch.float32),
-        }
+            return given
+        batch, _, queries, _ = query.shape
+        given["turned_ptr"] = query.new_empty(*query.shape[:3], keys.row, dtype=torch.float32)
         if keys.shifted:
             given["bias_ptr"] = query.new_empty(query.shape[:3], dtype=torch.float32)
         blocks = -(-queries * shape.group // QUERY_ROWS)

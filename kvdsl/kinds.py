@@ -230,18 +230,18 @@ def stores(place: str, value: Any) -> Iterator[Fault]:
 
 def outliers(place: str, value: Any) -> Iterator[Fault]:
     """A count of channels, or a share of a head's."""
-    if type(value) is float and 0 < value < 1:
-        return
-    if isinstance(value, float):
-        yield Fault(place, f"{said(value)} is no share of channels", "use a share below 1, as 0.125, or a count, as 8")
-    else:
-        yield from count(8, 248, "channels")(place, value)
+    check = share("channels", 1, "0.125, or a count, as 8") if isinstance(value, float) else count(8, 248, "channels")
+    yield from check(place, value)
 
 
-def share(place: str, value: Any) -> Iterator[Fault]:
-    """A share of the numbers of a line."""
-    if type(value) is not float or not 0 < value <= 0.5:
-        yield Fault(place, f"{said(value)} is no share of a line's numbers", "use a float up to 0.5, as 0.01")
+def share(what: str, most: float, example: str) -> Check:
+    """A float below `most`."""
+
+    def check(place: str, value: Any) -> Iterator[Fault]:
+        if type(value) is not float or not 0 < value < most:
+            yield Fault(place, f"{said(value)} is no share of {what}", f"use a share below {most}, as {example}")
+
+    return check
 
 
 def flag(place: str, value: Any) -> Iterator[Fault]:
@@ -341,7 +341,7 @@ KINDS: dict[type[Part], dict[str, Check]] = {
         "seed": count(0, LARGEST_SEED, "seed"),
     },
     Sparse: {
-        "share": share,
+        "share": share("a line's numbers", 0.5, "0.01"),
         "line": one_of("Block() for a token's channels, or Block(64, 1) for a channel's tokens", Block),
         "slots": count(1, MOST_SLOTS, "slots"),
         "fill": word(Fill),
