@@ -356,7 +356,8 @@ class KeySide:
         if self.exact_rows is not None:
             rows = self.exact_rows.scores()
         else:
-            rows = next(term for term in self.terms if term.side is self.side.plain).exact_scores()
+            plain = (term for term in self.terms if term.side is self.side.plain)
+            rows = next(plain, self.first).exact_scores()  # of bands the one that has all
         rows.append("s = tl.where(coded[:, None], s, r)")
         start = f"s = tl.zeros([{self.plan.edge_tile}, ROWS], tl.float32)"
         return [start, *where_any(self.plan, "coded", tokens), *where_any(self.plan, "exact", rows)]

@@ -230,7 +230,8 @@ class ValueSide:
         if self.exact_rows is not None:
             rows = self.exact_rows.accumulate()
         else:
-            rows = next(term for term in self.terms if term.side is self.side.plain).exact_tokens()
+            plain = (term for term in self.terms if term.side is self.side.plain)
+            rows = next(plain, self.first).exact_tokens()  # of bands the one that has all
         if self.side.row > WIDEST:  # so many sums would be moved to memory and back at one more branch
             return lines + rows
         return lines + where_any(self.plan, "exact", rows)

@@ -69,7 +69,6 @@ LONGEST_SKETCH = 1024  # rows
 MOST_RANK = 16  # vectors, and what is read of them, are operands of one product
 MOST_LOOPS = 32
 LEAST_FACTORED = 32  # tokens of low rank: a sub-tile is of one block
-MOST_SLOTS = 32
 MOST_TURNS = 5  # times that radii are paired again: 32 channels are the fewest that a head has
 MOST_JOINED = 16  # heads that are rotated at once: the matrix is of all their channels
 LARGEST_SEED = (1 << 31) - 1
@@ -230,8 +229,8 @@ def stores(place: str, value: Any) -> Iterator[Fault]:
 
 def outliers(place: str, value: Any) -> Iterator[Fault]:
     """A count of channels, or a share of a head's."""
-    check = share("channels", 1, "0.125, or a count, as 8") if isinstance(value, float) else count(8, 248, "channels")
-    yield from check(place, value)
+    whole = isinstance(value, float)
+    yield from (share("channels", 1, "0.125, or a count, as 8") if whole else count(8, 248, "channels"))(place, value)
 
 
 def share(what: str, most: float, example: str) -> Check:
@@ -343,7 +342,7 @@ KINDS: dict[type[Part], dict[str, Check]] = {
     Sparse: {
         "share": share("a line's numbers", 0.5, "0.01"),
         "line": one_of("Block() for a token's channels, or Block(64, 1) for a channel's tokens", Block),
-        "slots": count(1, MOST_SLOTS, "slots"),
+        "slots": count(1, 32, "slots"),
         "fill": word(Fill),
     },
     PreRope: {"interleaved": flag},
