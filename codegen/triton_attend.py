@@ -264,7 +264,8 @@ class Attend:
         values = self.values
         edge_tile, sinks = plan.edge_tile, plan.sinks
         sink_tiles = -(-sinks // edge_tile)
-        args = ["query_ptr", *self.keys.inputs(), *self.pools, "table_ptr", *parameters(plan)]
+        itself = self.keys.exact_rows is not None or not plan.keys.through
+        args = [*["query_ptr"] * itself, *self.keys.inputs(), *self.pools, "table_ptr", *parameters(plan)]
         args += ["packed_keys_ptr", "packed_values_ptr", "length_ptr", "start_ptr", "first_ptr"]
         args += ["key_rows_ptr", "value_rows_ptr", "partial_ptr"]
         args += [*values.outputs(), "lse_ptr", "queries", "table_width", "ring", "window"]
@@ -282,7 +283,7 @@ class Attend:
             args=[f"{arg}," for arg in args],
             lanes=[*self.keys.lane_lines(), *values.lane_lines()],
             query=self._query(self.keys.query),
-            exact_query=self._query("query") if plan.keys.through else [],
+            exact_query=self._query("query") if plan.keys.through and itself else [],
             prologue=[*self.keys.prologue(), *size],
             accumulators=values.prologue(),
             addresses=self.addresses(),
