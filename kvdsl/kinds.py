@@ -361,9 +361,7 @@ KINDS: dict[type[Part], dict[str, Check]] = {
         "code": one_of("Uniform(bits=4) or Float('fp16')", Uniform, Float, Codebook, Sketch, Bands, LowRank),
         "scale": one_of("scale=per_token(channels=32)", Scale, optional=True),
         "transform": transforms,
-        "outliers": one_of(
-            "outliers=Sparse(0.01), or TopChannels(8, store=Store(...))", TopChannels, Sparse, optional=True
-        ),
+        "outliers": one_of("outliers=TopChannels(8, store=Store(...))", TopChannels, Sparse, optional=True),
         "residual": one_of("residual=Sketch(basis='gaussian')", Store, optional=True),
     },
     TopChannels: {

@@ -56,8 +56,7 @@ FAULTY: list[tuple[Callable[[], Scheme], str]] = [
     ),
     (
         lambda: of_keys(TWO.with_(outliers=8)),
-        "keys.outliers: 8 is an int, not a TopChannels or a Sparse; "
-        "write outliers=Sparse(0.01), or TopChannels(8, store=Store(...))",
+        "keys.outliers: 8 is an int, not a TopChannels or a Sparse; write outliers=TopChannels(8, store=Store(...))",
     ),
     (
         lambda: of_keys(Store(Sketch(64), outliers=TOP)),
