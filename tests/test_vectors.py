@@ -13,8 +13,10 @@ from published import ORIGINS, SIDES, K, Q, V, agree, both_sides, fp32, publishe
 from kvdsl import reference, schemes
 from kvdsl.reference.low_rank import factors, multiplied
 from kvdsl.reference.quantize import encoded_rows
+from kvdsl.reference.sparse import pick
 from kvdsl.scheme import (
     ALL,
+    Block,
     ChannelScale,
     LowRank,
     Permute,
@@ -22,6 +24,7 @@ from kvdsl.scheme import (
     Rotate,
     Scheme,
     Sinks,
+    Sparse,
     Store,
     Uniform,
     per_channel,
@@ -112,13 +115,13 @@ def test_zipcache_plain(bits: int) -> None:
     agree(name, reference.quantize(values, V, given, "values").decoded, arrays["V_hat"])
 
 
-@pytest.mark.parametrize(
-    ("name", "keys", "values"),
-    [
-        ("gear/gear_kcvt4", fp32(4, per_channel(256)), fp32(4, per_token(heads=ALL))),
-        ("gear/gear2", fp32(2, per_channel(64)), fp32(2, per_token(64))),
-    ],
-)
+GEAR = [
+    ("gear/gear_kcvt4", fp32(4, per_channel(256)), fp32(4, per_token(heads=ALL))),
+    ("gear/gear2", fp32(2, per_channel(64)), fp32(2, per_token(64))),
+]
+
+
+@pytest.mark.parametrize(("name", "keys", "values"), GEAR)
 def test_gear_backbone(name: str, keys: Store, values: Store) -> None:
     """The uniform backbone: outliers are put at their vector's mean before, back after, and the sum rounded to fp16.
 
@@ -130,6 +133,26 @@ def test_gear_backbone(name: str, keys: Store, values: Store) -> None:
         filled = torch.where(mask, x.mean(vector, keepdim=True), x)
         got = torch.where(mask, x.double(), reference.quantize(store, filled).decoded)
         agree(name, got.half().double(), arrays[f"{side}_hat_no_lowrank"])
+
+
+@pytest.mark.parametrize(("name", "keys", "values"), GEAR)
+def test_gear_single_numbers(name: str, keys: Store, values: Store) -> None:
+    """The same numbers are taken out, the largest and the smallest of 256 tokens of a channel and of a token over both
+    heads, but for the choice among equal ones; where these are the same, what is read is."""
+    arrays = published(name)
+    lines = ("K", "keys", keys, K, Sparse(0.008, Block(256, 1), slots=32), (2,))
+    rows = ("V", "values", values, V, Sparse(0.02, Block(heads=ALL), slots=32), (1, 3))
+    for side, words, store, x, sparse, line in (lines, rows):
+        mask = torch.from_numpy(np.unpackbits(arrays[f"{side}_outlier_bits"].numpy())).reshape(x.shape).bool()
+        taken = pick(x.double(), sparse, words).taken
+        for extreme, other in ((torch.amax, -torch.inf), (torch.amin, torch.inf)):
+            assert torch.equal(*(extreme(torch.where(found, x, other), line) for found in (mask, taken)))
+        same = (mask == taken).all(line, keepdim=True).expand(x.shape)
+        assert (~same).double().mean() < 0.01
+        right = arrays[f"{side}_hat_no_lowrank"]
+        got = reference.quantize(store.with_(outliers=sparse), x, None, words).decoded[:, :, : right.shape[2]]
+        same = same[:, :, : right.shape[2]]
+        agree(name, got[same], right[same])
 
 
 def test_gear_low_rank() -> None:
