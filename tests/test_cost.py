@@ -43,7 +43,7 @@ DIFFERENT: dict[str, tuple[tuple[float, float], tuple[float, float], str]] = {
 
 # No account is published: of bits chosen here, of other bits than the paper's, of baselines.
 OWN = {"kvtq_2bit", "quarot2", "rotatekv4", "rotatekv3", "rotatekv2", "smoothquant8", "omniquant4", "wkvquant4"}
-OWN |= {"gearl4", "gearl2"}  # the paper has one block for a prompt of any length
+OWN |= {"gear4", "gearl4", "gear2", "gearl2"}  # the paper has one block for a prompt of any length
 OWN |= {"token2", "token3", "token4", "channel2", "channel3", "channel4"}
 
 

@@ -28,7 +28,9 @@ ERRORS: dict[str, tuple[float, float]] = {
     "qjl_kv": (0.1412, 0.1412),
     "kvtq": (0.187, 0.187),
     "kvtq_2bit": (0.187, 0.187),
-    # of 16 or 4 levels, less what two of 64 vectors have of it
+    # of 16 or 4 levels, less what two of 64 vectors have of it; of ranges without their ends
+    "gear4": (0.00590, 0.00693),
+    "gear2": (0.1495, 0.1495),
     "gearl4": (0.00748, 0.00934),
     "gearl2": (0.1898, 0.1892),
     "turboquant4": (0.00933, 0.00933),
