@@ -17,7 +17,7 @@ def _channels_are_split_off_a_vector(site: Site) -> Iterator[Fault]:
     store = site.store
     if not isinstance(store.outliers, TopChannels) and not site.apart:
         return
-    if store.outliers is not None and site.inner:
+    if isinstance(store.outliers, TopChannels) and (site.inner or site.band is not None):
         yield site.fault("outliers", "outlier channels are those of a vector as it came", "leave outliers out")
     if isinstance(store.code, (Bands, Sketch)):
         fact = f"{type(store.code).__name__} is of a whole vector, and outlier channels part it"

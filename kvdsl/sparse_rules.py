@@ -16,9 +16,9 @@ def _single_numbers_are_of_a_vector(site: Site) -> Iterator[Fault]:
     store = site.store
     if not isinstance(store.outliers, Sparse):
         return
-    if site.inner:
+    if site.inner or site.band is not None:
         fact = "single numbers are taken out of a vector as it came"
-        yield site.fault("outliers", fact, "move outliers to the outer store")
+        yield site.fault("outliers", fact, "leave outliers out" if site.apart else "move outliers to the outer store")
     if isinstance(store.code, Float) and store.code.plain:
         fact = f"{store.code.format} keeps every number as it is"
         yield site.fault("outliers", fact, "leave outliers out, or lower the code's bits")
@@ -50,6 +50,7 @@ def shape_faults(site: Site, shape: Shape) -> Iterator[Fault]:
         numbers *= length
         if whole % length:
             yield site.fault(f"outliers.line.{field}", f"{length} {field} do not divide {whole}", "use ALL")
+            return
     numbers *= line.tokens if isinstance(line.tokens, int) else 1
     if not sparse.taken(numbers):
         fact = f"of the {numbers} numbers of a line none is the largest {sparse.share / 2:.3g} of them"

@@ -17,7 +17,7 @@ from kvdsl.codegen.show import View, show
 from kvdsl.codes import SLOT_TOKENS, Fill
 from kvdsl.errors import SchemeError
 from kvdsl.reference.sparse import kept_numbers, pick, placed
-from kvdsl.scheme import ALL, SIDES, Side
+from kvdsl.scheme import ALL, SIDES, Bands, Polar, Side, TopChannels
 from kvdsl.schemes import gear2, kivi2
 from kvdsl.shape import Shape
 
@@ -43,6 +43,10 @@ FAULTY: list[tuple[Store, Recent | None, str]] = [
      "outliers: fp16 keeps every number as it is; leave outliers out, or lower the code's bits"),
     (TWO.with_(residual=taken()), NEW,
      "residual.outliers: single numbers are taken out of a vector as it came; move outliers to the outer store"),
+    (Store(Bands((taken(), TWO)), transform=Polar()), NEW,
+     "code.stores[0].outliers: single numbers are taken out of a vector as it came; move outliers to the outer store"),
+    (TWO.with_(outliers=TopChannels(8, store=taken())), NEW,
+     "outliers.store.outliers: single numbers are taken out of a vector as it came; leave outliers out"),
     (taken(0.6), NEW, "outliers.share: 0.6 is no share of a line's numbers; use a share below 0.5, as 0.01"),
     (taken(), None, "outliers: a group of 64 tokens must wait until it is full; add recent=Recent(64)"),
     (taken(), Recent(64, "rolling"),
