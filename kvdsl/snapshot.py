@@ -28,7 +28,7 @@ from .scheme import SIDES
 if TYPE_CHECKING:
     from .quantized_cache import QuantizedCache
 
-FORMAT = 1
+FORMAT = 2  # raise it when bytes of a page mean something else
 Document = dict[str, Any]
 FIELDS = ("length", "keys", "values", "gone", "start")
 

@@ -146,7 +146,7 @@ def test_claims_are_checked_before_allocation(tmp_path: Path) -> None:
         told(members=members[:2]),
         told(window=0),
         told(draft=-1),
-        told(format=2),
+        told(format=1),
         told(page_bytes=16),
         told(more=1),
         told(params="0" * 64),
