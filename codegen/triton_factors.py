@@ -9,22 +9,11 @@ from __future__ import annotations
 
 from .layout import Factors
 from .plan import SidePlan
-from .text import plus
 from .triton_keys import Keys
 from .triton_planes import Planes
 from .triton_values import Values
 
 RANKS = 16  # lanes of a tensor-core operand
-
-
-def sections(side: SidePlan, page_bytes: int, head_bytes: int) -> list[str]:
-    """Where the rows and the vectors of head h begin in a page."""
-    base = f"page * {page_bytes // 2} + h * {head_bytes // 2}"
-    held = held_by(side)
-    return [
-        f"{side.letter}_rows = pool_fp16_ptr + {base}{plus(held.offset // 2)}",
-        f"{side.letter}_vectors = pool_fp16_ptr + {base}{plus(held.vectors_offset // 2)}",
-    ]
 
 
 def held_by(side: SidePlan) -> Factors:

@@ -17,16 +17,6 @@ from .triton_planes import Planes
 from .triton_values import Values
 
 
-def sections(side: SidePlan, page_bytes: int, head_bytes: int) -> list[str]:
-    """Where the numbers and the places of head h begin in a page."""
-    held = held_by(side)
-    halves = f"page * {page_bytes // 2} + h * {head_bytes // 2}{plus(held.offset // 2)}"
-    return [
-        f"{side.letter}_numbers = pool_fp16_ptr + {halves}",
-        f"{side.letter}_places = pool8_ptr + page * {page_bytes} + h * {head_bytes}{plus(held.places_offset)}",
-    ]
-
-
 def held_by(side: SidePlan) -> Slots:
     """Where a term's single numbers stand."""
     assert side.slots is not None
@@ -54,10 +44,9 @@ class Slotted(Planes):
 
     def of_channels(self, slot: int, plane: int, block: str) -> list[str]:
         """A slot of a plane of the values of a block."""
-        start = plus(slot * self.held.width)
-        row = f"{block} * {self.held.count * self.held.width}{start} + " if block != "0" else f"{start[3:]} + "
-        row = row if row != " + " else ""
-        return self.slot(f"{row}{self.plane_lane(plane)}", self.inside(plane))
+        parts = [f"{block} * {self.held.count * self.held.width}"] if block != "0" else []
+        parts += [str(slot * self.held.width)] if slot else []
+        return self.slot(" + ".join([*parts, self.plane_lane(plane)]), self.inside(plane))
 
     @property
     def blocks(self) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from . import triton_factors, triton_slots
 from .plan import Plan, SidePlan
+from .text import plus
 from .triton_factors import FactoredKeys, FactoredValues
 from .triton_keys import Keys
 from .triton_slots import SlottedKeys, SlottedValues
@@ -23,8 +23,14 @@ def values_of(plan: Plan, side: SidePlan, head: int | None = None) -> Values:
 
 
 def sections_of(plan: Plan, side: SidePlan) -> list[str]:
-    """Lines that say where what is no code and no scale begins in a page."""
-    if not side.factors and not side.slots:
-        return []
-    kind = triton_factors if side.factors else triton_slots
-    return kind.sections(side, plan.layout.page_bytes, plan.layout.head_bytes)
+    """Lines that say where what is no code and no scale of head h begins in a page."""
+    layout, parts = plan.layout, list[tuple[str, str, int, int]]()  # name, pool, bytes of an element, offset
+    if held := side.factors:
+        parts = [("rows", "pool_fp16_ptr", 2, held.offset), ("vectors", "pool_fp16_ptr", 2, held.vectors_offset)]
+    if slots := side.slots:
+        parts = [("numbers", "pool_fp16_ptr", 2, slots.offset), ("places", "pool8_ptr", 1, slots.places_offset)]
+    lines = list[str]()
+    for name, pool, size, offset in parts:
+        start = f"page * {layout.page_bytes // size} + h * {layout.head_bytes // size}{plus(offset // size)}"
+        lines.append(f"{side.letter}_{name} = {pool} + {start}")
+    return lines

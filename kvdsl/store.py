@@ -228,7 +228,7 @@ class Store(Part):
     @property
     def apart(self) -> bool:
         """Whether packed tokens meet another query, or add to another output, than exact ones."""
-        return self.mapped or self.rope is not None or len(self.placed("")) > 1
+        return self.mapped or self.rope is not None or self.residual is not None or self.outliers is not None
 
     @property
     def shifted(self) -> bool:

@@ -16,18 +16,17 @@ from torch import Tensor
 
 from kvdsl.codes import Bands, Float, LowRank, Sketch, Sparse
 from kvdsl.errors import ShapeError
-from kvdsl.scheme import Band, Count, Scale, Store, bands
+from kvdsl.scheme import Band, Scale, Store, bands
 
 from .alphabets import Alphabet, alphabet, given_table, has_offset, holds_numbers, level_count
+from .blocks import block_size, cut, join
 from .low_rank import factors, multiplied
 from .measure import Measured, measure, refitted, shifted
 from .rounding import LARGEST_INPUT, MINIFLOATS, f32, ratio, sum64
 from .spaces import Params, cartesian, encoded, maps, polar, restored, widened, with_rope, without_rope
 from .sparse import Picked, kept_numbers, pick, placed
 
-__all__ = [
-    "Params", "Quantized", "block_size", "encoded_rows", "level_count", "links", "maps", "quantize", "widened",
-]  # fmt: skip
+__all__ = ["Params", "Quantized", "encoded_rows", "level_count", "links", "maps", "quantize", "widened"]
 
 
 @dataclass(frozen=True)
@@ -157,9 +156,9 @@ def _coded(store: Store, x: Tensor, y: Tensor, params: Params | None, side: str)
         return None, None, None, _number(y, code)
     if scale is None:
         return _unscaled(y, store)
-    size = block_size(scale, y.shape, side)
+    size = block_size(scale.block, y.shape, side)
     letters = alphabet(store, x.shape[3] if isinstance(code, Sketch) else size[2], given_table(store, params, side))
-    numbers = _cut(y, size)
+    numbers = cut(y, size)
     invalid = numbers.isnan().any(-1)
     numbers = _finite(numbers)
     if isinstance(code, Sketch):
@@ -176,7 +175,7 @@ def _coded(store: Store, x: Tensor, y: Tensor, params: Params | None, side: str)
     if scale.when == "online":
         final = torch.where(invalid, torch.full_like(found.scale, float("nan")), found.scale)
         spoiled = torch.where(invalid[..., None], torch.full_like(decoded, float("nan")), decoded)
-    return _join(c, y.shape, size).to(torch.int64), final, found.offset, _join(spoiled, y.shape, size)
+    return join(c, y.shape, size).to(torch.int64), final, found.offset, join(spoiled, y.shape, size)
 
 
 def _best(
@@ -246,36 +245,6 @@ def _unscaled(y: Tensor, store: Store) -> Coded:
     decoded = letters.level(c, none)
     kept = isinstance(code, Float) and MINIFLOATS[code.format].nan
     return c.to(torch.int64), None, None, torch.where(y.isnan(), y, decoded) if kept else decoded
-
-
-def block_size(scale: Scale, shape: torch.Size | tuple[int, ...], side: str) -> tuple[int, int, int]:
-    """(heads, tokens, channels) of a block of a tensor of `shape`; ShapeError where blocks do not fill an axis."""
-    _, heads, tokens, channels = shape
-    block = scale.block
-    size = (_count(block.heads, heads), _count(block.tokens, tokens), _count(block.channels, channels))
-    for axis, count, length in zip(("heads", "tokens", "channels"), size, (heads, tokens, channels), strict=True):
-        if length % count:
-            fact = f"{side}: shape {tuple(shape)} has {length} {axis}, no whole number of blocks of {count}"
-            raise ShapeError(f"{fact}; give a multiple of {count}")
-    return size
-
-
-def _count(count: Count, length: int) -> int:
-    return count if isinstance(count, int) else max(length, 1)
-
-
-def _cut(x: Tensor, size: tuple[int, int, int]) -> Tensor:
-    """(B, H, T, D) as (B, H / heads, T / tokens, D / channels, numbers of a block)."""
-    (b, h, t, d), (bh, bt, bc) = x.shape, size
-    x = x.reshape(b, h // bh, bh, t // bt, bt, d // bc, bc)
-    return x.permute(0, 1, 3, 5, 2, 4, 6).reshape(b, h // bh, t // bt, d // bc, bh * bt * bc)
-
-
-def _join(blocks: Tensor, shape: torch.Size, size: tuple[int, int, int]) -> Tensor:
-    """The inverse of `_cut`."""
-    (b, h, t, d), (bh, bt, bc) = shape, size
-    blocks = blocks.reshape(b, h // bh, t // bt, d // bc, bh, bt, bc)
-    return blocks.permute(0, 1, 4, 2, 5, 3, 6).reshape(b, h, t, d)
 
 
 def _given(store: Store, shape: torch.Size, size: tuple[int, int, int], params: Params | None, side: str) -> Measured:

@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from kvdsl.codes import SLOT_TOKENS, Sparse
-from kvdsl.scheme import Block
 
+from .blocks import block_size, cut, join
 from .rounding import LARGEST_INPUT, f32, sum64
-
-Size = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,8 @@ def pick(x: Tensor, code: Sparse, side: str) -> Picked:
     """The picked numbers of x (B, H, T, D), whole blocks of tokens, float64.  A NaN is none of them."""
     clean = x.clamp(-LARGEST_INPUT, LARGEST_INPUT)
     known = clean.nan_to_num(0.0)
-    lines, size = _lines(known, code.line)
+    size = block_size(code.line, x.shape, side)
+    lines = cut(known, size)
     count = lines.shape[-1]
     number = code.taken(count)
     order = lines.argsort(dim=-1, stable=True)
@@ -54,8 +53,8 @@ def pick(x: Tensor, code: Sparse, side: str) -> Picked:
         fill = torch.where(low, rising[..., number, None], rising[..., count - number - 1, None])
     else:
         fill = torch.zeros_like(lines)
-    taken = _whole(low | high, x.shape, size) & ~x.isnan()
-    fill = _whole(fill, x.shape, size)
+    taken = join(low | high, x.shape, size) & ~x.isnan()
+    fill = join(fill, x.shape, size)
     far = torch.where(taken, f32((known - fill).abs()), -1.0)
     rows, held = (_slot_lines(part, side) for part in (far, taken))
     best = rows.argsort(dim=-1, descending=True, stable=True)[..., : code.slots]
@@ -86,20 +85,6 @@ def placed(numbers: Tensor, picked: Picked, side: str) -> Tensor:
     else:
         rows = rows.scatter_add(-1, picked.places, numbers)
     return _from_slot_lines(rows, shape, side)
-
-
-def _lines(x: Tensor, line: Block) -> tuple[Tensor, Size]:
-    """x as lines (..., numbers), and (heads, tokens, channels) of one."""
-    b, h, t, d = x.shape
-    sizes = zip((line.heads, line.tokens, line.channels), (h, t, d), strict=True)
-    heads, tokens, channels = (count if isinstance(count, int) else whole for count, whole in sizes)
-    cut = x.reshape(b, h // heads, heads, t // tokens, tokens, d // channels, channels)
-    return cut.permute(0, 1, 3, 5, 2, 4, 6).flatten(4), (heads, tokens, channels)
-
-
-def _whole(lines: Tensor, shape: torch.Size, size: Size) -> Tensor:
-    """The inverse of `_lines`."""
-    return lines.unflatten(-1, size).permute(0, 1, 4, 2, 5, 3, 6).reshape(shape)
 
 
 def _slot_lines(x: Tensor, side: str) -> Tensor:

@@ -49,7 +49,7 @@ from kvdsl.reference.alphabets import Alphabet, alphabet, given_table
 from kvdsl.reference.quantize import encoded_rows, level_count, maps, quantize
 from kvdsl.reference.rounding import MINIFLOATS
 from kvdsl.reference.spaces import applied, by_head
-from kvdsl.scheme import Band, Bands, Codebook, Float, LowRank, Polar, Scale, Sketch, Store, Uniform, bands
+from kvdsl.scheme import Band, Bands, Block, Codebook, Float, LowRank, Polar, Scale, Sketch, Store, Uniform, bands
 from kvdsl.spaces import apart
 
 from . import low_rank
@@ -77,10 +77,14 @@ def deviation(value: Tensor, dtype: str, spare: int = 0) -> Tensor:
 
 
 def blocks_of(store: Store, x: Tensor) -> Tensor:
-    """x (B, H, T, D) as (B, H/bh, bh, T/bt, bt, D/bc, bc)."""
+    """x (B, H, T, D) by the blocks that share a scale."""
     assert store.measure is not None
+    return by_block(store.measure.block, x)
+
+
+def by_block(block: Block, x: Tensor) -> Tensor:
+    """x (B, H, T, D) as (B, H/bh, bh, T/bt, bt, D/bc, bc)."""
     batch, heads, tokens, channels = x.shape
-    block = store.measure.block
     bh, bt, bc = (
         size if isinstance(size, int) else length
         for size, length in zip((block.heads, block.tokens, block.channels), (heads, tokens, channels), strict=True)

@@ -12,19 +12,11 @@ from kvdsl.reference.quantize import links
 from kvdsl.reference.sparse import Picked
 from kvdsl.scheme import SIDES, Block, Scheme, Side, Store
 
-from .bounds import LARGEST, blocks_of, deviation
+from .bounds import LARGEST, OVER_BLOCK, blocks_of, by_block, deviation
 from .cases import Case, law, require, require_within
 from .trips import roundtrip
 
 LEAST = 2.0**-14  # of the normal numbers of float16
-OVER_BLOCK = (2, 4, 6)
-
-
-def _blocks(x: Tensor, block: Block) -> Tensor:
-    """x (B, H, T, D) by blocks: (B, H/bh, bh, T/bt, bt, D/bc, bc)."""
-    sizes = zip((block.heads, block.tokens, block.channels), x.shape[1:], strict=True)
-    heads, tokens, channels = (count if isinstance(count, int) else whole for count, whole in sizes)
-    return x.unflatten(1, (-1, heads)).unflatten(3, (-1, tokens)).unflatten(5, (-1, channels))
 
 
 def _slots(side: str) -> Block:
@@ -34,7 +26,7 @@ def _slots(side: str) -> Block:
 
 def _with_any(holds: Tensor, block: Block) -> Tensor:
     """Whether something holds of any number of the block of each of (B, H, T, D)."""
-    found = _blocks(holds, block)
+    found = by_block(block, holds)
     return found.any(2, keepdim=True).any(4, keepdim=True).any(6, keepdim=True).expand(found.shape).reshape(holds.shape)
 
 
@@ -92,10 +84,10 @@ def single_numbers_are_read_as_given(case: Case) -> None:
 
 def _counted(code: Sparse, picked: Picked, side: str) -> None:
     """As many are taken and kept as the spec says."""
-    taken = _blocks(picked.taken.double(), code.line)
+    taken = by_block(code.line, picked.taken.double())
     size = math.prod(taken.shape[axis] for axis in OVER_BLOCK)
     require(bool((taken.sum(OVER_BLOCK) == 2 * code.taken(size)).all()), f"{side}: another share of a line is taken")
-    held, wanted = (_blocks(part.double(), _slots(side)).sum(OVER_BLOCK) for part in (picked.kept, picked.taken))
+    held, wanted = (by_block(_slots(side), part.double()).sum(OVER_BLOCK) for part in (picked.kept, picked.taken))
     require(
         bool((held == wanted.clamp(max=code.slots)).all()), f"{side}: slots are not used, or there are more of them"
     )
