@@ -264,7 +264,7 @@ def plane_width(store: Store, head_dim: int) -> int:
 
 def _common_width(store: Store, head_dim: int) -> int:
     if isinstance(store.code, Float) and store.code.plain:
-        return head_dim & -head_dim
+        return min(64, head_dim & -head_dim)
     if isinstance(store.code, LowRank):
         return min(FACTORED, head_dim & -head_dim)
     if isinstance(store.code, Sparse):  # elementwise sums: the wider the fewer moves between registers
