@@ -15,9 +15,11 @@ from typing import Literal
 
 from kvdsl.codes import SLOT_TOKENS, in_trits, trit_bytes
 from kvdsl.codes import width as code_bits
-from kvdsl.scheme import ALL, SIDES, Band, Float, LowRank, MetaFormat, Scheme, Sparse, Store
+from kvdsl.scheme import ALL, SIDES, Band, Chosen, Float, LowRank, MetaFormat, Scheme, Sparse, Store
 from kvdsl.shape import Shape
-from kvdsl.window import token_block
+from kvdsl.window import token_block, waiting
+
+from .sections import Beside, Channels, Factors, Slots
 
 ALIGN = 16  # bytes: what one asynchronous copy moves
 PAIR = 32  # tokens t and t + 32 share a word where one token is too narrow for a tensor-core operand
@@ -134,42 +136,12 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Factors:
-    """Vectors of low rank: of every `tokens` tokens a block of `rank` vectors, a row each, and as many numbers a token.
-    What the page's tokens have of one vector is a row, too, so that tokens side by side are so in memory; in fp16,
-    offsets in bytes from the head blob's start."""
-
-    rank: int
-    tokens: int
-    blocks: int
-    offset: int
-    vectors_offset: int = 0
-
-
-@dataclass(frozen=True)
-class Slots:
-    """Single numbers in fp16 and their places, a byte each; offsets in bytes from the head blob's start.
-
-    Of keys every slot is a row of the page's tokens, and places are channels; of values every slot of every 64 tokens
-    is a row of channels, and places are tokens of the 64."""
-
-    count: int
-    rows: int
-    width: int
-    offset: int
-    places_offset: int = 0
-
-    @property
-    def entries(self) -> int:
-        return self.rows * self.width
-
-
-@dataclass(frozen=True)
 class SideLayout:
     """One side of a page, `width` numbers a token.  `streams` is empty where the numbers themselves are stored
-    (`float_offset`), vectors of low rank (`factors`), or single numbers (`slots`).  Planes have `plane_width` lanes; of
-    digits the last may have fewer, and one that crosses groups of channels counts as several.  `rest`: where the side's
-    next term stands."""
+    (`float_offset`), vectors of low rank (`factors`), single numbers (`slots`), or those of chosen channels (`beside`),
+    which `channels` tells.  Planes have `plane_width` lanes; of digits the last may have fewer, and one that crosses
+    groups of channels counts as several.  `rest`: where the side's next term stands."""
+
 
     width: int
     streams: tuple[Stream, ...]
@@ -179,6 +151,8 @@ class SideLayout:
     float_offset: int = 0
     factors: Factors | None = None
     slots: Slots | None = None
+    beside: Beside | None = None
+    channels: Channels | None = None
     rest: SideLayout | None = None
 
     @property
@@ -267,6 +241,8 @@ def _common_width(store: Store, head_dim: int) -> int:
         return min(64, head_dim & -head_dim)
     if isinstance(store.code, LowRank):
         return min(FACTORED, head_dim & -head_dim)
+    if isinstance(store.code, Chosen):  # few: one plane
+        return head_dim
     if isinstance(store.code, Sparse):  # elementwise sums: the wider the fewer moves between registers
         return head_dim & -head_dim
     if in_trits(store.code):
@@ -328,7 +304,7 @@ def lay_out(scheme: Scheme, shape: Shape) -> Layout:
     is of what a store left behind its own, and stretches one behind the other."""
     stores = {(side, depth): store for side in SIDES for depth, store in enumerate(scheme.side(side).terms)}
     dims = {at: store.coded(shape.head_dim) for at, store in stores.items()}
-    tokens = math.lcm(2 * PAIR, *(token_block(store) for store in stores.values()))
+    tokens = math.lcm(2 * PAIR, *map(waiting, stores.values()))
     offset, codes = 0, {}
     for at, store in stores.items():
         dim, width = dims[at], plane_width(store, dims[at])
@@ -345,6 +321,10 @@ def lay_out(scheme: Scheme, shape: Shape) -> Layout:
             rows, row = (count, tokens) if at[0] == "keys" else (count * (tokens // SLOT_TOKENS), dim)
             codes[at] = SideLayout(dim, (), width, spans, None, slots=Slots(count, rows, row, offset))
             offset = aligned(offset + 2 * rows * row)
+        elif isinstance(store.code, Chosen):
+            beside = Beside(dim, store.code.bits, offset)
+            codes[at] = SideLayout(dim, (), width, spans, None, beside=beside)
+            offset = aligned(offset + tokens * dim * store.code.bits // 8)
         else:
             bits = code_bits(store.code)
             assert bits is not None
@@ -364,6 +344,10 @@ def lay_out(scheme: Scheme, shape: Shape) -> Layout:
         if (slots := codes[at].slots) is not None:
             codes[at] = replace(codes[at], slots=replace(slots, places_offset=offset))
             offset = aligned(offset + slots.entries)
+        if (choice := stores[at].chosen) is not None:
+            count, blocks = choice.count(shape.head_dim), tokens // choice.tokens
+            codes[at] = replace(codes[at], channels=Channels(count, choice.tokens, blocks, offset))
+            offset = aligned(offset + count * blocks)
     head_bytes = offset
     offset = head_bytes * shape.kv_heads
     for at, meta in metas.items():

@@ -108,6 +108,7 @@ def plan_for(scheme: Scheme, shape: Shape) -> Plan:
     paired = any(term.layout.paired for term in terms)
     blocked = [term for term in terms if term.when is When.ONCE_PER_TILE or term.factors]
     narrow = any(token_block(term.store) % (2 * PAIR) for term in blocked)
+    narrow = narrow or any(term.chosen and term.chosen.tokens % (2 * PAIR) for term in terms)
     # two planes at once are decoded, with what they become, or looked up
     narrow = narrow or any(term.polar or term.alphabet.looked_up and term.alphabet.small is None for term in terms)
     tile, halves = 2 * PAIR, 2 if paired or narrow else 1

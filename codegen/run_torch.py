@@ -16,7 +16,9 @@ from kvdsl.params import ROPE
 from kvdsl.rope import table
 from kvdsl.spaces import applied
 
-from .host import cartesian, mapped, polar, rotated, rows_of_bytes, saturated
+from .host import cartesian, mapped, polar, rotated, rows_of_bytes, saturated, section
+from .host_channels import among, choose, queries
+from .host_channels import given as beside
 from .host_slots import Split, kept, split
 from .plan import Plan, SidePlan
 
@@ -71,7 +73,11 @@ class TorchModule:
     def _decoded(self, part: SidePlan, pages: Tensor, params: Params, span: slice, begin: int) -> Tensor:
         """Tokens `span` of pages (B, pages, page_bytes), the first at u = begin, decoded: one term, (B, H, T, D)."""
         whole: Tensor = getattr(self.module, f"unpack_{part.space}")(*self._inputs(part, pages, params))
-        return self._restored(part, whole[:, :, span], begin, params)
+        found = self._restored(part, whole[:, :, span], begin, params)
+        if not part.masked:
+            return found
+        theirs = among(self._channels(part, pages), part.choice.tokens, found.shape[3])[:, :, span]
+        return torch.where(theirs == part.store.gathers, found, 0.0)
 
     def _restored(self, part: SidePlan, coded: Tensor, begin: int, params: Params) -> Tensor:
         """Decoded numbers (B, H, T, M) of the tokens from u = begin on as the head's vectors (B, H, T, D)."""
@@ -120,11 +126,14 @@ class TorchModule:
         pages = pool[ids]
         whole = self.plan.side(side)
         taken = split(x, whole.sparse, side) if whole.sparse else None
+        theirs = self._choose(whole, x, inside, pages) if whole.parted else None
         for part in whole.spaces:
             if taken is not None and part.slots:
                 self._write_slots(part, x, taken, inside, pages)
             else:
                 given = taken.filled if taken is not None and part is whole else x
+                if theirs is not None and part.parted:
+                    given = beside(part.parted, x, theirs)
                 turned = self._turned(part, given, u, params)
                 for term in part.parts:
                     numbers = turned[..., term.first : term.first + term.dim] if term.band else turned
@@ -132,6 +141,21 @@ class TorchModule:
             if part.residual is not None:
                 x = saturated(x) - self._decoded(part, pages[:, None], params, slice(None), 0)
         pool[ids] = pages
+
+    def _choose(self, part: SidePlan, x: Tensor, inside: Tensor, pages: Tensor) -> Tensor:
+        """Choose channels of x (pages, H, T, D) and write which ones they are; whether each number is of one."""
+        assert part.parted is not None
+        held, channels = part.choice, choose(x, part.parted.choice)
+        marks = inside.unflatten(-1, (held.blocks, held.tokens)).any(-1).repeat_interleave(held.count, -1)
+        self._merge(self._blobs(pages)[0], held.offset, channels.to(torch.uint8).flatten(-2), marks[:, None])
+        return among(channels, held.tokens, x.shape[3])
+
+    def _channels(self, part: SidePlan, pages: Tensor) -> Tensor:
+        """Which channels are chosen in pages (B, pages, page_bytes): uint8 (B, H, blocks, count)."""
+        held, blobs = part.choice, self._blobs(pages)[0].movedim(2, 1)
+        return section(blobs, held.offset, held.blocks * held.count, torch.uint8).reshape(
+            *blobs.shape[:2], -1, held.count
+        )
 
     def _write_slots(self, part: SidePlan, x: Tensor, taken: Split, inside: Tensor, pages: Tensor) -> None:
         """Write what stands in slots of x (pages, H, T, D) into pages, where blocks of tokens are inside."""
@@ -236,6 +260,10 @@ class TorchModule:
         return sum(others, first_score)
 
     def _term_scores(self, term: SidePlan, columns: Tensor, pages: Tensor, params: Params) -> Tensor:
+        if term.masked:
+            decode, channels = params[f"{term.home}.decode"], self._channels(term, pages)
+            met = queries(columns, decode, channels, top=term.store.gathers)
+            return getattr(self.module, term.product)(met, *self._inputs(term, pages, params))
         met = params[f"{term.home}.decode"].mT @ columns if term.mapped else columns
         met = _by_stored(met, term.joined)
         score: Tensor = getattr(self.module, term.product)(met, *self._inputs(term, pages, params))

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
-from kvdsl.scheme import Band, Float, PreRope, Scale, Sketch, Sparse, Store, Uniform
+from kvdsl.scheme import Band, Float, Parted, PreRope, Scale, Sketch, Sparse, Store, Uniform
 from kvdsl.window import token_block
 
 from .alphabet import Alphabet
-from .layout import PAIR, Factors, Place, SideLayout, Slots, Stream
+from .layout import PAIR, Place, SideLayout, Stream
 from .placement import When
+from .sections import Beside, Channels, Factors, Slots
 
 if TYPE_CHECKING:
     from .absorb import Absorbed
@@ -94,7 +95,8 @@ class SidePlan:
     @property
     def outliers(self) -> bool:
         """Whether this term is of outliers: channels, or single numbers."""
-        return self.slots is not None or self.store.pick is not None and self.store.pick.top
+        picked = self.store.pick is not None and self.store.pick.top
+        return self.slots is not None or self.chosen is not None or picked
 
     @property
     def title(self) -> str:
@@ -255,12 +257,12 @@ class SidePlan:
         """The term whose numbers are the vector's own, as exact ones are: those meet its query, or add to its sums.  Of
         several the one of the widest planes.  None where reading adds a vector to packed tokens alone, and where a
         residual stands alone behind codes: more sums leave it fewer registers than exact rows of their own."""
-        if self.shifted or self.residual is not None and not any(term.slots for term in self.terms):
+        if self.shifted or self.residual is not None and not any(term.store.gathers for term in self.terms):
             return None
         terms = (self,) if self.band else self.terms
         own = (term for term in terms if not term.mapped and term.rope is None)
         gathered = self.name == "keys"  # slots load no query
-        fit = [term for term in own if not (gathered and term.slots)]
+        fit = [term for term in own if not (gathered and term.store.gathers)]
         return max(fit, key=lambda term: term.layout.plane_width, default=None)
 
     @property
@@ -303,6 +305,31 @@ class SidePlan:
         return self.layout.slots
 
     @property
+    def beside(self) -> Beside | None:
+        """Where numbers of channels that are chosen anew stand, if they are what is stored."""
+        return self.layout.beside
+
+    @property
+    def chosen(self) -> Channels | None:
+        """Which channels this term is of, where they are chosen anew."""
+        return self.layout.channels
+
+    @property
+    def parted(self) -> Parted | None:
+        """This term's store, where it stands beside one of channels that are chosen anew."""
+        return self.store if isinstance(self.store, Parted) else None
+
+    @property
+    def masked(self) -> bool:
+        """Vectors have zeros where the other store of these two looks."""
+        return self.parted is not None and self.parted.masked
+
+    @property
+    def choice(self) -> Channels:
+        """Where it is told which channels are chosen, of this term or one behind it."""
+        return next(term.chosen for term in self.terms if term.chosen is not None)
+
+    @property
     def sparse(self) -> Sparse | None:
         """Which single numbers are taken out of the vectors that this term, the first of its side, is of."""
         first = self.residual
@@ -310,8 +337,9 @@ class SidePlan:
 
     @property
     def coded(self) -> bool:
-        """Whether there are codes: not the numbers themselves, nor vectors of low rank, nor single numbers."""
-        return not (self.floats or self.factors or self.slots)
+        """Whether there are codes in planes: not the numbers themselves, nor vectors of low rank, nor single numbers or
+        those of chosen channels."""
+        return not (self.floats or self.factors or self.slots or self.beside)
 
     @property
     def second(self) -> Scale | None:

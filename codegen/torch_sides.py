@@ -12,7 +12,8 @@ from kvdsl.codes import SLOT_TOKENS
 
 from .codec import READ, call
 from .codec_text import functions
-from .layout import Slots, Stream
+from .layout import Stream
+from .sections import Slots
 from .placement import When
 from .text import Lines, bare, listed
 from .torch_pack import TorchPack, unpacked
@@ -204,6 +205,12 @@ class TorchSide(TorchPack):
         """Scores of packed keys."""
         side, out = self.side, Lines()
         with out.deeper(f"def {side.product}({', '.join(['query', *self.inputs_of_all()])}):"):
+            if side.masked:
+                held = side.choice
+                out.add('"""q.k of every packed token: queries float32 (B, H, blocks, M, rows), those of a block."""')
+                out.add(f"blocks = unpack_{side.space}({', '.join(self.inputs_of_all())}).unflatten(2, (-1, {held.tokens}))")
+                out.add("return (blocks @ query).flatten(2, 3)")
+                return str(out)
             out.add('"""q.k of every packed token: query float32 (B, H, D, rows) -> (B, H, tokens, rows)."""')
             if side.when in (When.NEVER, When.IN_LOOP):
                 out.add(f"return {self._channels_of(f'unpack_{side.space}')} @ query")

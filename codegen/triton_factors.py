@@ -7,7 +7,7 @@ up to 16 are one side of a tensor-core operand, zeros beyond them.
 
 from __future__ import annotations
 
-from .layout import Factors
+from .sections import Factors
 from .plan import SidePlan
 from .triton_keys import Keys
 from .triton_planes import Planes

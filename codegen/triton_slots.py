@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from kvdsl.codes import SLOT_TOKENS
 
-from .layout import Slots
+from .sections import Slots
 from .plan import SidePlan
 from .text import plus
 from .triton_keys import Keys

@@ -6,6 +6,7 @@ from . import triton_slot_pages
 from .plan import Plan, SidePlan
 from .triton_factor_pages import FactoredPack, FactoredUnpack
 from .triton_pack import Pack
+from .triton_put import put
 from .triton_slot_pages import SlottedUnpack
 from .triton_unpack import Unpack
 
@@ -14,7 +15,11 @@ def pack_of(plan: Plan, side: SidePlan) -> str:
     """The text of what packs a term."""
     if side.slots:
         return triton_slot_pages.pack(plan, side)
-    return (FactoredPack if side.factors else Pack)(plan, side).text()
+    texts = [(FactoredPack if side.factors else Pack)(plan, side).text()]
+    if side.parted and not side.store.gathers:
+        held = side.choice
+        texts.append(put(plan, f"put_{side.space}_channels", held.tokens, held.count, held.offset))
+    return "\n\n".join(texts)
 
 
 def unpack_of(plan: Plan, side: SidePlan, addresses: list[str]) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from .part import ALL, Block, Count, Part
 
 if TYPE_CHECKING:
-    from .scheme import Store
+    from .scheme import Store, TopChannels
 
 Rounding = Literal["even", "half_up", "away", "floor"]
 Grid = Literal["ends", "cells"]
@@ -175,13 +175,35 @@ class Sparse(Part):
         return math.lcm(SLOT_TOKENS, self.line.tokens)
 
 
-Code = Uniform | Float | Codebook | Sketch | Bands | LowRank | Sparse
+@dataclass(frozen=True, repr=False)
+class Chosen(Part):
+    """Numbers of the outlier channels that are chosen anew every few tokens, beside codes of all channels: no part of a
+    spec.
+
+    choice   which channels
+    bits     of each: 16 where what is left of them is kept in fp16, else those of a code above its lowest ones
+    below    how many of these stand among the codes of all channels
+    """
+
+    choice: TopChannels
+    bits: int = 16
+    below: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that a choice is of."""
+        return self.choice.tokens
+
+
+Code = Uniform | Float | Codebook | Sketch | Bands | LowRank | Sparse | Chosen
 
 
 def width(code: Code) -> int | None:
     """Bits of one code on its own; None where the code says neither bits nor numbers."""
     if isinstance(code, Float):
         return FLOAT_BITS[code.format]
+    if isinstance(code, Chosen):
+        return code.bits
     if isinstance(code, (Bands, LowRank, Sparse)):
         return None
     if isinstance(code, Codebook) and code.bits is None and isinstance(code.levels, tuple):

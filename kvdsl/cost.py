@@ -9,7 +9,7 @@ from fractions import Fraction
 from .codes import SLOT_TOKENS, in_trits, trit_bytes, width
 from .errors import SchemeError, ShapeError
 from .rules import layer_faults, refuse_for
-from .scheme import ALL, SIDES, Codebook, LowRank, Scale, Scheme, Side, Sparse, Store, TopChannels
+from .scheme import ALL, SIDES, Chosen, Codebook, LowRank, Scale, Scheme, Side, Sparse, Store, TopChannels
 from .shape import Shape
 from .window import windows
 
@@ -153,6 +153,11 @@ def _stored(store: Store, shape: Shape, tokens: int, side: Side) -> tuple[Fracti
     if isinstance(store.code, LowRank):
         numbers = EXACT * store.code.rank  # bits of a token's, and of all vectors in one channel
         return Fraction(numbers, shape.head_dim), Fraction(numbers, store.code.tokens), Fraction(0)
+    if isinstance(store.code, Chosen):
+        numbers = tokens * store.coded(shape.head_dim)
+        padding = Fraction(8 * (-numbers * store.code.bits // 8 % ALIGN), tokens * shape.head_dim)
+        which, more = _choice(store.code.choice, shape, tokens)
+        return Fraction(store.code.bits * numbers, tokens * shape.head_dim), which, padding + more
     elements = tokens * shape.head_dim * shape.kv_heads
     section, copies = 0, 1
     if (scale := _online(store)) is not None:
@@ -164,7 +169,16 @@ def _stored(store: Store, shape: Shape, tokens: int, side: Side) -> tuple[Fracti
             section, copies = section * copies, 1
     padded = -(-section // ALIGN) * ALIGN
     metadata, padding = (Fraction(8 * size * copies, elements) for size in (section, padded - section))
+    if store.chosen is not None:
+        which, more = _choice(store.chosen, shape, tokens)
+        metadata, padding = metadata + which, padding + more
     return _code(store, store.coded(shape.head_dim)) / shape.head_dim, metadata, padding
+
+
+def _choice(choice: TopChannels, shape: Shape, tokens: int) -> tuple[Fraction, Fraction]:
+    """Bits per element that tell which channels are chosen, a byte each, and of their padding."""
+    size = tokens // choice.tokens * choice.count(shape.head_dim)  # bytes of a head
+    return Fraction(8 * size, tokens * shape.head_dim), Fraction(8 * (-size % ALIGN), tokens * shape.head_dim)
 
 
 def _code(store: Store, numbers: int) -> Fraction:
@@ -201,7 +215,7 @@ def _constants(store: Store, shape: Shape) -> int:
     """Bytes a layer of calibrated numbers: a scale, (kv heads or 1) x (groups of channels or 1), offsets too; a second
     level, (kv heads or 1); the levels of a table, those that codes are decoded at if they are others."""
     scale, count = store.measure, 0
-    if isinstance(store.outliers, TopChannels):
+    if store.split is not None:
         count += shape.kv_heads * (shape.head_dim - store.own.width(shape.head_dim))
     if isinstance(store.code, Codebook) and store.code.levels == "calibrated":
         count += 2 ** (width(store.code) or 0) * (1 if store.code.match is None else 2)
@@ -241,6 +255,9 @@ def _formula_of(store: Store, shape: Shape, tokens: int, side: Side) -> str:
         lane = shape.head_dim if side == "keys" else SLOT_TOKENS
         padded = f" + {float(padding):g} of padding" if padding else ""
         return f"{store.code.slots} x ({EXACT} + {PLACE})/{lane}{padded} = {total:g} bits"
+    if isinstance(store.code, Chosen):
+        count, told = store.coded(shape.head_dim), f" + {float(padding):g} of padding" if padding else ""
+        return f"{count}/{shape.head_dim} x ({store.code.bits} + {PLACE}/{store.code.tokens}){told} = {total:g} bits"
     part = f"{channels}/{shape.head_dim} x " if store.pick else ""
     code = code * shape.head_dim / channels
     if (scale := _online(store)) is None:
@@ -249,4 +266,6 @@ def _formula_of(store: Store, shape: Shape, tokens: int, side: Side) -> str:
     share = f"({' + '.join(map(str, widths))})" if len(widths) > 1 else str(widths[0])
     padded = f" + {float(padding):g} of padding" if padding else ""
     number = f"{float(code):g} + {share}/{_block(store, scale, shape)}"
+    if (top := store.chosen) is not None:
+        padded = f" + {PLACE} x {top.count(shape.head_dim)}/({shape.head_dim} x {top.tokens}){padded}"
     return f"{f'{part}({number})' if part else number}{padded} = {total:g} bits"

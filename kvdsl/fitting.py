@@ -27,8 +27,8 @@ def fitted(
     from .reference.quantize import encoded_rows
 
     found: dict[str, Tensor] = dict(given or {})
-    if isinstance(store.outliers, TopChannels):
-        top = largest(store.outliers, x)
+    if store.split is not None:
+        top = largest(store.split, x)
         x, q = without(top, x), None if q is None else without(top, q)
         rest = fitted(store.with_(outliers=None), side, x, q, found, at)
         return {f"{side}.outliers": top.to(torch.float32), **rest}

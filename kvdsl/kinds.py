@@ -230,7 +230,7 @@ def stores(place: str, value: Any) -> Iterator[Fault]:
 def outliers(place: str, value: Any) -> Iterator[Fault]:
     """A count of channels, or a share of a head's."""
     whole = isinstance(value, float)
-    yield from (share("channels", 1, "0.125, or a count, as 8") if whole else count(8, 248, "channels"))(place, value)
+    yield from (share("channels", 1, "0.125, or a count, as 8") if whole else count(1, 248, "channels"))(place, value)
 
 
 def share(what: str, most: float, example: str) -> Check:
@@ -366,9 +366,10 @@ KINDS: dict[type[Part], dict[str, Check]] = {
     },
     TopChannels: {
         "n": outliers,
+        "per": count(1, LONGEST_BLOCK, "tokens", whole_axis=True),
         "by": word(Size),
         "store": _store,
-        "when": word(Literal["calibrated"]),
+        "when": word(When, optional=True),
     },
     Recent: {"tokens": count(1, LONGEST_WINDOW, "tokens"), "flush": word(Flush)},
     Sinks: {"tokens": count(1, LONGEST_WINDOW, "tokens")},

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from .errors import Fault
 from .kinds import LEAST_FACTORED
-from .scheme import LowRank, TopChannels
+from .scheme import LowRank
 from .sites import Site, rule
 
 
@@ -20,7 +20,7 @@ def _low_rank_is_of_the_vectors_themselves(site: Site) -> Iterator[Fault]:
     if store.transform:
         fact = "of rotated vectors the best ones of low rank are the same, rotated"
         yield site.fault("transform", fact, "leave transform out")
-    if site.apart or isinstance(store.outliers, TopChannels):
+    if site.apart or store.split is not None:
         fact = "low rank is of a whole vector, and outlier channels part it"
         yield site.fault("code", fact, "use Uniform(bits=2) under a scale, and residual=LowRank(4) of the outer store")
     if site.band is not None:

@@ -15,10 +15,10 @@ LEAST = 8  # channels: a row of one-bit codes is whole bytes
 @rule("~.code", "~.outliers", "~.transform")
 def _channels_are_split_off_a_vector(site: Site) -> Iterator[Fault]:
     store = site.store
-    if not isinstance(store.outliers, TopChannels) and not site.apart:
-        return
     if isinstance(store.outliers, TopChannels) and (site.inner or site.band is not None):
         yield site.fault("outliers", "outlier channels are those of a vector as it came", "leave outliers out")
+    if store.split is None and not (site.apart and site.pick):
+        return
     if isinstance(store.code, (Bands, Sketch)):
         fact = f"{type(store.code).__name__} is of a whole vector, and outlier channels part it"
         yield site.fault("code", fact, "use Uniform(bits=2) under a scale")
@@ -40,7 +40,7 @@ def _what_outlier_channels_leave_is_left_of_the_vector(site: Site) -> Iterator[F
 
 def shape_faults(site: Site, shape: Shape) -> Iterator[Fault]:
     """Counts of channels that do not fit a head."""
-    if not isinstance(site.store.outliers, TopChannels) or site.pick is None:
+    if site.store.split is None or site.pick is None:
         return
     others = site.head_dim(shape)
     top = shape.head_dim - others

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from . import (  # noqa: F401  (they enter their rules)
     band_rules,
+    chosen_rules,
     code_rules,
     low_rank_rules,
     measure_rules,
@@ -75,11 +76,12 @@ def _within(store: Store, place: str, scheme: Scheme, pick: Pick | None = None) 
     """A store where it stands, and those inside it, as they stand in the spec."""
     found = getattr(store, "outliers", None)
     top = found if isinstance(found, TopChannels) and isinstance(found.n, (int, float)) else None
-    yield Site(place, store, scheme, Pick(top.n, False) if top else pick)
+    parted = top is not None and not top.online
+    yield Site(place, store, scheme, Pick(top.n, False) if top and parted else pick)
     for position, band in enumerate(_bands(store)):
         yield Site(f"{place}.code.stores[{position}]", band, scheme)
     if top and isinstance(top.store, Store):
-        yield from _within(top.store, f"{place}.outliers.store", scheme, Pick(top.n, True))
+        yield from _within(top.store, f"{place}.outliers.store", scheme, Pick(top.n, True) if parted else None)
     if isinstance(rest := getattr(store, "residual", None), Store):
         yield from _within(rest, f"{place}.residual", scheme)
 
@@ -111,6 +113,8 @@ def _waiting(store: Store) -> int:
         found.append(getattr(getattr(scale, "block", None), "tokens", 1))
     if isinstance(outliers, Sparse):
         found += [SLOT_TOKENS, getattr(outliers.line, "tokens", 1)]
+    if isinstance(outliers, TopChannels) and type(outliers.per) is int:
+        found.append(outliers.per)
     return math.lcm(*(tokens for tokens in found if type(tokens) is int and tokens >= 1))
 
 
@@ -118,6 +122,8 @@ def _where(store: Store) -> str:
     """The field that says how many tokens wait."""
     if isinstance(store.outliers, Sparse):
         return "outliers"
+    if isinstance(store.outliers, TopChannels) and store.outliers.online:
+        return "outliers.per"
     return "code.tokens" if isinstance(store.code, LowRank) else "scale.block.tokens"
 
 
@@ -242,6 +248,7 @@ def _shape(site: Site, shape: Shape) -> Iterator[Fault]:
     band, code = isinstance(site.store, Band), site.store.code
     yield from outlier_rules.shape_faults(site, shape)
     yield from sparse_rules.shape_faults(site, shape)
+    yield from chosen_rules.shape_faults(site, shape)
     if site.head_dim(shape) < 1:
         return
     yield from rotation_rules.shape_faults(site, shape) if not band else ()

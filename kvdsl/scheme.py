@@ -11,11 +11,12 @@ from dataclasses import KW_ONLY, InitVar, dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-from .codes import Bands, Code, Codebook, Float, FloatFormat, LowRank, Rounding, Sketch, Sparse, Uniform
+from .codes import Bands, Chosen, Code, Codebook, Float, FloatFormat, LowRank, Rounding, Sketch, Sparse, Uniform
 from .part import ALL, Block, Count, Part
 from .store import (
     Band,
     MetaFormat,
+    Parted,
     Range,
     Refit,
     Scale,
@@ -32,11 +33,11 @@ from .store import (
 from .transforms import ChannelScale, ChannelShift, Permute, Pick, Polar, PreRope, Rotate, Transform
 
 __all__ = [
-    "ALL", "Band", "Bands", "Block", "ChannelScale", "ChannelShift", "Code", "Codebook", "Count", "Float",
-    "FloatFormat", "Flush", "Layers", "LowRank", "MetaFormat", "PARTS", "Part", "Permute", "Polar", "Pick", "PreRope",
-    "Prefill", "Range", "Recent", "Refit", "Rotate", "Rounding", "SIDES", "Scale", "Scheme", "Side", "Sinks", "Sketch",
-    "Sparse", "Store", "TopChannels", "Transform", "Uniform", "When", "Zero", "bands", "per_channel", "per_tensor",
-    "per_token",
+    "ALL", "Band", "Bands", "Block", "ChannelScale", "ChannelShift", "Chosen", "Code", "Codebook", "Count", "Float",
+    "FloatFormat", "Flush", "Layers", "LowRank", "MetaFormat", "PARTS", "Part", "Parted", "Permute", "Polar", "Pick",
+    "PreRope", "Prefill", "Range", "Recent", "Refit", "Rotate", "Rounding", "SIDES", "Scale", "Scheme", "Side", "Sinks",
+    "Sketch", "Sparse", "Store", "TopChannels", "Transform", "Uniform", "When", "Zero", "bands", "per_channel",
+    "per_tensor", "per_token",
 ]  # fmt: skip
 
 Flush = Literal["auto", "rolling", "whole"]
@@ -168,7 +169,7 @@ def _ordered(rows: Iterable[Any]) -> list[Any]:
 
 
 SIDES: tuple[Side, Side] = ("keys", "values")
-_CODES: tuple[type[Part], ...] = get_args(Code)
+_CODES: tuple[type[Part], ...] = tuple(code for code in get_args(Code) if code is not Chosen)
 _TRANSFORMS: tuple[type[Part], ...] = get_args(Transform)
 _PARTS = (Block, Scale, *_CODES, *_TRANSFORMS, TopChannels, Store, Recent, Sinks, Scheme)
 PARTS: dict[str, type[Part]] = {c.__name__: c for c in _PARTS}

@@ -10,7 +10,7 @@ from fractions import Fraction
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-from .codes import Bands, Code, Codebook, Float, LowRank, Sketch, Sparse, Uniform
+from .codes import Bands, Chosen, Code, Codebook, Float, LowRank, Sketch, Sparse, Uniform
 from .part import ALL, Block, Count, Part
 from .transforms import ChannelScale, ChannelShift, Permute, Pick, Polar, PreRope, Rotate, Size, Transform
 
@@ -91,9 +91,16 @@ class Store(Part):
     def __post_init__(self) -> None:
         if isinstance(self.residual, (Sketch, LowRank)):
             object.__setattr__(self, "residual", Store(self.residual))
+        if self.outliers is not None and isinstance(code := getattr(self.outliers, "store", None), get_args(Code)):
+            object.__setattr__(self, "outliers", self.outliers.with_(store=self._beside(code)))
         if isinstance(self.transform, (list, *get_args(Transform))):
             one = self.transform if isinstance(self.transform, list) else [self.transform]
             object.__setattr__(self, "transform", tuple(one))
+
+    def _beside(self, code: Code) -> Store:
+        """The store of outlier channels that a code alone stands for: under this store's scale, if it needs one."""
+        bare = isinstance(code, Sketch) or isinstance(code, Float) and code.plain
+        return Store(code) if bare else Store(code, scale=self.scale)
 
     @property
     def terms(self) -> tuple[Store, ...]:
@@ -112,16 +119,43 @@ class Store(Part):
         if isinstance(self.outliers, Sparse):
             own = dc.replace(self, outliers=None)
             return ((place, own), (f"{place}.outliers", Store(self.outliers)), *rest)
+        if self.outliers.online:
+            return (*self._beside_chosen(self.outliers, place), *rest)
         others, top = (
             dc.replace(store, transform=(Pick(self.outliers.n, taken), *store.transform), outliers=None)  # type: ignore
             for store, taken in ((self, False), (self.outliers.store, True))
         )
         return ((place, others), (f"{place}.outliers.store", top), *rest)
 
+    def _beside_chosen(self, choice: TopChannels, place: str) -> tuple[tuple[str, Store], ...]:
+        """The same where outlier channels are chosen anew every few tokens: two sketches, of vectors that have zeros
+        where the other one looks; or this store, of all channels, and numbers of the chosen ones beside it."""
+        own = Parted(self.code, scale=self.scale, transform=self.transform, residual=self.residual, choice=choice)
+        match choice.store.code:
+            case Sketch() as code:
+                return ((place, own), (f"{place}.outliers.store", Parted(code, choice=choice, top=True)))
+            case Uniform(bits=int() as bits):
+                below = own.code.bits if isinstance(own.code, Uniform) else None
+                numbers = Chosen(choice, bits - (below or 0), below or 0)
+            case _:
+                numbers = Chosen(choice)
+        return ((place, own), (f"{place}.outliers", Store(numbers)))
+
     def rows(self, side: Side) -> tuple[bool, ...]:
         """Whether each term has numbers in a row: in what the query becomes for packed keys, one term behind the other,
-        or in what sums of packed values are.  Single numbers of keys gather the query itself."""
-        return tuple(side == "values" or not isinstance(term.code, Sparse) for term in self.terms)
+        or in what sums of packed values are.  What is of single numbers of keys, or of channels that are chosen anew,
+        gathers the query itself."""
+        return tuple(side == "values" or not term.gathers for term in self.terms)
+
+    @property
+    def gathers(self) -> bool:
+        """Whether keys of this term meet some of the query's channels, others for every token or few tokens."""
+        return isinstance(self.code, (Sparse, Chosen))
+
+    @property
+    def chosen(self) -> TopChannels | None:
+        """Which channels this term is of, where they are chosen anew every few tokens."""
+        return self.code.choice if isinstance(self.code, Chosen) else None
 
     @property
     def own(self) -> Store:
@@ -151,6 +185,8 @@ class Store(Part):
         """How many numbers a head's vector of `head_dim` channels is coded as."""
         if isinstance(self.code, Sketch) and isinstance(self.code.dim, int):
             return self.code.dim
+        if isinstance(self.code, Chosen):
+            return self.code.choice.count(head_dim)
         return self.width(head_dim)
 
     def measured(self, head_dim: int) -> int:
@@ -188,7 +224,12 @@ class Store(Part):
         """Whether what is coded is a matrix times the vector, one for all tokens, behind rotary positions if they come
         off first."""
         linear = any(not isinstance(part, PreRope) for part in self.linear)
-        return linear or isinstance(self.code, Sketch) or isinstance(self.outliers, TopChannels)
+        return linear or isinstance(self.code, Sketch) or self.split is not None
+
+    @property
+    def split(self) -> TopChannels | None:
+        """The outlier channels that another store is of, once and for all tokens."""
+        return self.outliers if isinstance(self.outliers, TopChannels) and not self.outliers.online else None
 
     @property
     def channelwise(self) -> bool:
@@ -248,18 +289,72 @@ class Store(Part):
 
 @dataclass(frozen=True, repr=False)
 class TopChannels(Part):
-    """The largest channels of every kv head, which have a store of their own; neither store sees the other's channels.
+    """The largest channels of every kv head, which are coded apart from the others.
 
-    n     how many, or their share of the head's channels
-    by    what is large in calibration data: the `norm` of a channel, the mean of its sizes, or the largest
+    n      how many, or their share of the head's channels
+    per    ALL: the same ones for all tokens, found in calibration data; a store of them sees no other channels, nor the
+           others theirs.  Of keys a count: the largest of every so many tokens, chosen anew when these are packed
+    by     what is large: the `norm` of a channel, the mean of its sizes, or the largest
+    store  what codes them; a code alone is under the scale of the store that they are split off.  Of channels that are
+           chosen anew: fp16, beside codes of what is left without them; Uniform of more bits under the same scale,
+           the lowest of which stand among the codes of the others (Kitty, arXiv 2511.18643, section 3); or, beside a
+           Sketch, another one, each of vectors that have zeros where the other one looks (QJL, arXiv 2406.03482,
+           section 4)
+    when   None: `calibrated` if `per` is ALL, else `online`
     """
 
     inner = ("store",)
     n: int | float = 8
     _: KW_ONLY
+    per: Count = ALL
     by: Size = "norm"
     store: Store = Store()
-    when: Literal["calibrated"] = "calibrated"
+    when: When | None = None
+
+    @property
+    def online(self) -> bool:
+        """Whether channels are chosen anew, every `per` tokens."""
+        return isinstance(self.per, int)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that a choice is of."""
+        assert isinstance(self.per, int)
+        return self.per
+
+    def count(self, head_dim: int) -> int:
+        """How many of a head's `head_dim` channels."""
+        return Pick(self.n, True).width(head_dim)
+
+
+@dataclass(frozen=True, repr=False)
+class Parted(Store):
+    """A store beside that of outlier channels which are chosen anew every few tokens: no part of a spec.
+
+    choice   which channels these are
+    top      whether it is the one of them
+    """
+
+    choice: TopChannels = TopChannels()
+    top: bool = False
+
+    @property
+    def gathers(self) -> bool:
+        return self.top
+
+    @property
+    def chosen(self) -> TopChannels | None:
+        return self.choice if self.top else None
+
+    @property
+    def masked(self) -> bool:
+        """Whether it is of vectors that have zeros where the other store looks, and is read as one."""
+        return isinstance(self.choice.store.code, Sketch)
+
+    @property
+    def raised(self) -> Store | None:
+        """What codes outlier channels with more bits, of which the lowest stand among the codes of this store."""
+        return self.choice.store if isinstance(self.choice.store.code, Uniform) else None
 
 
 @dataclass(frozen=True, repr=False)

@@ -28,7 +28,7 @@ _WHERE |= {"code": "Uniform Float Codebook Sketch Bands LowRank", "stores": "Sto
 _WHERE |= {"transform": "PreRope Rotate ChannelScale ChannelShift Permute Polar"}
 _WHERE |= {"block": "Block", "line": "Block", "sinks": "Sinks", "recent": "Recent", "scheme": "Scheme"}
 _TYPES = {field: tuple(names.split()) for field, names in _WHERE.items()}
-_COUNTS = ("tokens", "channels", "heads", "size", "dim")
+_COUNTS = ("tokens", "per", "channels", "heads", "size", "dim")
 _LISTS = ("transform", "levels", "clip", "stores")
 _SHOWN = {"code", "format"}  # worth reading even where they are the default
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .scheme import SIDES, LowRank, Scheme, Sparse, Store
+from .scheme import SIDES, Chosen, LowRank, Scheme, Sparse, Store
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,19 @@ def windows(scheme: Scheme) -> dict[str, Window]:
     flush = scheme.recent.flush if scheme.recent else "rolling"
     policies: dict[str, Window] = {}
     for side in SIDES:
-        block = math.lcm(*map(token_block, scheme.side(side).terms))
+        block = math.lcm(*map(waiting, scheme.side(side).terms))
         policies[side] = Window(sinks, recent, flush == "whole" or (flush == "auto" and block > 1), block)
     return policies
 
 
+def waiting(store: Store) -> int:
+    """Tokens that are packed together: those of a token block, and those that outlier channels are chosen for."""
+    return math.lcm(token_block(store), store.chosen.tokens if store.chosen else 1)
+
+
 def token_block(store: Store) -> int:
-    """Tokens that share an online scale, vectors of low rank, or slots for single numbers."""
-    if isinstance(store.code, (LowRank, Sparse)):
+    """Tokens that share an online scale, vectors of low rank, slots for single numbers, or chosen channels alone."""
+    if isinstance(store.code, (LowRank, Sparse, Chosen)):
         return store.code.tokens
     scale = store.measure
     tokens = scale.block.tokens if scale is not None and scale.when == "online" else 1

@@ -24,7 +24,7 @@ from kvdsl.codegen.lint import faults_in
 from kvdsl.errors import BackendError
 
 pytest.importorskip("triton")
-run_triton = pytest.importorskip("kvdsl.codegen.run_triton")
+run_kernels = pytest.importorskip("kvdsl.codegen.run_kernels")
 
 CACHE = Path(__file__).resolve().parent.parent / "build" / "aot"
 TOKENS, WIDTH = 64, 32
@@ -194,12 +194,12 @@ def test_a_kernel_runs_under_the_setting_that_was_found(alone: bool, monkeypatch
             raise BackendError("no assembler")
         return settings[2], None
 
-    monkeypatch.setattr(run_triton, "fewest_spills", found)
-    assert run_triton._setting(launch) == (ASSEMBLER[2], 0)
+    monkeypatch.setattr(run_kernels, "fewest_spills", found)
+    assert run_kernels._setting(launch) == (ASSEMBLER[2], 0)
     assert launched == ([None, ASSEMBLER[2]] if alone else list(ASSEMBLER[:3]))
     spills[None] = 0
     launched.clear()
-    assert run_triton._setting(launch) == (None, 0) and launched == [None]
+    assert run_kernels._setting(launch) == (None, 0) and launched == [None]
 
 
 def test_the_pipeline_is_as_deep_as_shared_memory_lets_it(small: Path) -> None:

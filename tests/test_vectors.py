@@ -26,6 +26,7 @@ from kvdsl.scheme import (
     Sinks,
     Sparse,
     Store,
+    TopChannels,
     Uniform,
     per_channel,
     per_token,
@@ -196,15 +197,11 @@ def test_quarot() -> None:
 @pytest.mark.parametrize(("name", "share"), [("kitty/prefill", 0.25), ("kitty/decode", 0.125)])
 def test_kitty(name: str, share: float) -> None:
     """32 sinks, a page of 128 keys, values beyond the newest 128.  Of a page's key channels the `share` with the
-    largest mean have 4 bits, the others 2: two schemes, and the choice between them made here."""
-    arrays = published(name)
-    low = Scheme(keys=fp32(2, per_channel(64)), values=fp32(2, per_token(64)), recent=Recent(128), sinks=Sinks(32))
-    low_keys, values = reference.roundtrip(low, K, V)
-    high_keys, _ = reference.roundtrip(low.with_(keys=fp32(4, per_channel(64))), K, V)
-    chosen = K[:, :, 32:160].abs().mean(2, keepdim=True).topk(int(64 * share), -1).indices
-    promoted = torch.zeros(1, 2, 1, 64, dtype=torch.bool).scatter(3, chosen, True)
-    agree(name, torch.where(promoted, high_keys, low_keys), arrays["K_hat"])
-    agree(name, values, arrays["V_hat"])
+    largest mean have 4 bits, the others 2."""
+    more = TopChannels(share, per=128, by="absmean", store=fp32(4, per_channel(64)))
+    keys = fp32(2, per_channel(64)).with_(outliers=more)
+    scheme = Scheme(keys=keys, values=fp32(2, per_token(64)), recent=Recent(128), sinks=Sinks(32))
+    both_sides(name, scheme, window=True)
 
 
 def test_every_vector_is_used() -> None:

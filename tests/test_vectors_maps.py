@@ -24,6 +24,7 @@ from kvdsl.scheme import (
     Rotate,
     Sketch,
     Store,
+    TopChannels,
     Uniform,
     per_channel,
     per_token,
@@ -41,25 +42,27 @@ def signs(packed: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("name", "basis"), [("qjl/gauss", "gaussian"), ("qjl/rht", "orthogonal")])
 def test_qjl(name: str, basis: Any) -> None:
-    """All signs equal; norms are fp16 here.  Each group's largest channels are sketched apart, as masked vectors.
+    """All signs and channels equal; norms are fp16 here, each sketch's own instead of the whole vector's and one's.
 
     Their estimate of orthogonal rows takes the constant of independent ones and is c_d too large: not followed, here
     multiplied for the comparison.  Their sketch has the seed of a generator that nobody seeds: their matrix is used.
     """
     arrays = published(name)
-    mask = torch.zeros(1, 2, 8, 64, dtype=torch.bool).scatter(3, arrays["outlier_idx"].long(), True)
-    mask = mask.repeat_interleave(32, 2)
     matrix = arrays["S_score"].T
-    store = Store(Sketch(len(matrix), basis=basis))
-    parts = {"in": ~mask, "out": mask}
-    got = {part: reference.quantize(store, K * which, whole(matrix)) for part, which in parts.items()}
+    sketch = Sketch(len(matrix), basis=basis)
+    store = Store(sketch, outliers=TopChannels(4, per=32, store=sketch))  # type: ignore[arg-type]
+    given = {**whole(matrix), **whole(matrix, "keys.outliers.store")}
+    quantized = reference.quantize(store, K, given)
+    got = dict(zip(("in", "out"), quantized.terms, strict=True))
+    channels = got["out"].channels
+    assert channels is not None and torch.equal(channels, arrays["outlier_idx"].long().sort().values)
     for part, coded in got.items():
         same_codes(name, coded.codes, signs(arrays[f"signs_{part}"]))
     norms = {part: coded.scale[..., 0] * 8 for part, coded in got.items() if coded.scale is not None}
     assert torch.allclose(norms["out"], arrays["norm_out"].reshape(1, 2, 256).double(), rtol=2**-11)
     both = (norms["in"] ** 2 + norms["out"] ** 2).sqrt()
     assert torch.allclose(both, arrays["norm"].reshape(1, 2, 256).double(), rtol=2**-11)
-    k_hat = torch.where(mask, got["out"].decoded, got["in"].decoded).repeat_interleave(4, 1)
+    k_hat = quantized.decoded.repeat_interleave(4, 1)
     scores = published("qjl/gauss")["q"].double() @ k_hat.transpose(2, 3)
     agree(name, scores * excess(basis, 64), arrays["scores"])
 

@@ -12,6 +12,7 @@ those beyond the last channel 0: the byte is the number of 256ths of it, rounded
 A side's codes are those of the space that is coded: M channels, head_dim but for a sketch.  A minifloat's code is its
 bits, a sketch's one bit; numbers in fp16 and fp32 stand as they are, row after row.  Of low rank all is in fp16: where
 codes would be, one row a vector of the numbers that the page's tokens have of it; where metadata would be, the vectors.
+Of channels that are chosen anew numbers stand where codes would be, and which they are, rising, behind the metadata.
 
 Codes are cut into streams of 8, 4, 2 or 1 bits, the widest with the top bits (3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2,
 7 = 4 + 2 + 1), each stream a section of 16-bit little-endian words.  A row of words is one token, or two tokens (32
@@ -31,26 +32,23 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kvdsl.codes import SLOT_TOKENS, Codebook, Float, LowRank, Sparse, Uniform
+from kvdsl.codes import Chosen, Codebook, Float, LowRank, Sparse, Uniform
 from kvdsl.errors import ShapeError
 from kvdsl.scheme import SIDES, Band, Scale, Scheme, Side, Store
 
 from .alphabets import code_bits, has_offset, holds_numbers
+from .page_parts import Bytes, put, put_channels, put_chosen, put_factors, put_floats, put_slots, slots_of, words
 from .quantize import Params, Quantized, quantize
-from .rounding import BIAS, FORMATS, MINIFLOATS, exponent, minifloat_bits
 from .spaces import channels_of
 
 if TYPE_CHECKING:
     from kvdsl.shape import Shape
 
-Bytes = npt.NDArray[np.uint8]
 STREAMS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "e4m3": 1, "e8m0": 1}
-NAN = {"fp16": 0x7E00, "bf16": 0x7FC0, "fp32": 0x7FC00000}
 
 
 @dataclass(frozen=True)
@@ -60,11 +58,14 @@ class _Places:
     codes: tuple[int, ...]
     metadata: int | None
     shared: bool
+    channels: int | None = None
 
 
 def page_tokens(scheme: Scheme) -> int:
     """Tokens a page holds: whole rows of words, and whole blocks of both sides."""
-    return math.lcm(64, *map(_block_tokens, _stores(scheme).values()))
+    stores = _stores(scheme).values()
+    choices = (store.chosen.tokens for store in stores if store.chosen is not None)
+    return math.lcm(64, *map(_block_tokens, stores), *choices)
 
 
 def page_bytes(scheme: Scheme, shape: Shape) -> int:
@@ -90,11 +91,18 @@ def pages(scheme: Scheme, shape: Shape, k: Tensor, v: Tensor, params: Params | N
             for side, x in zip(SIDES, (k, v), strict=True)}  # fmt: skip
     for (side, depth), store in _stores(scheme).items():
         coded, place = kept[side].terms[depth], places[side, depth]
+        if place.channels is not None and coded.channels is not None and store.chosen is not None:
+            put_channels(out, place.channels, coded.channels, blob, size // store.chosen.tokens)
+        if isinstance(store.code, Chosen):
+            numbers = coded.coded if coded.codes is None else coded.codes
+            put_chosen(out, place.codes[0], numbers, store.code, blob, size)
+            continue
+        starts = place.codes[0], place.metadata or 0
         if coded.factors is not None:
-            _put_factors(out, place, coded.factors, blob, size // _block_tokens(store), size)
+            put_factors(out, starts, coded.factors, blob, size // _block_tokens(store), size)
             continue
         if coded.slots is not None:
-            _put_slots(out, place, coded.slots, blob, size, side)
+            put_slots(out, starts, coded.slots, blob, size, side)
             continue
         for t in range(tokens):
             page = out[:, t // size]
@@ -102,7 +110,7 @@ def pages(scheme: Scheme, shape: Shape, k: Tensor, v: Tensor, params: Params | N
                 here = page[:, h * blob : (h + 1) * blob]
                 if holds_numbers(store):
                     assert isinstance(store.code, Float)
-                    _put_floats(here, place.codes[0], coded.coded[:, h, t], t % size, store.code)
+                    put_floats(here, place.codes[0], coded.coded[:, h, t], t % size, store.code)
                 else:
                     assert coded.codes is not None
                     _put_codes(here, place.codes, coded.codes[:, h, t].numpy(), t % size, store, size)
@@ -126,7 +134,11 @@ def _places(scheme: Scheme, shape: Shape) -> tuple[int, dict[tuple[Side, int], _
         starts = []
         if isinstance(store.code, Sparse):
             codes[at] = (end,)
-            end = _aligned(end + 2 * _slots(store, at[0], width[at], size))
+            end = _aligned(end + 2 * slots_of(store, at[0], width[at], size))
+            continue
+        if isinstance(store.code, Chosen):
+            codes[at] = (end,)
+            end = _aligned(end + size * width[at] * store.code.bits // 8)
             continue
         for bits in _widths(store):
             starts.append(end)
@@ -135,11 +147,15 @@ def _places(scheme: Scheme, shape: Shape) -> tuple[int, dict[tuple[Side, int], _
             end = _aligned(end + size * row_bits // 8)
         codes[at] = tuple(starts)
     metadata: dict[tuple[Side, int], int | None] = {}
+    channels: dict[tuple[Side, int], int] = {}
     for at, store in stores.items():
         metadata[at] = end if _has_metadata(store) else None
         if _has_metadata(store) and not _shares(store, shape.kv_heads):
-            bytes_ = _slots(store, at[0], width[at], size) if isinstance(store.code, Sparse) else None
+            bytes_ = slots_of(store, at[0], width[at], size) if isinstance(store.code, Sparse) else None
             end = _aligned(end + (bytes_ or _metadata_bytes(store, 1, width[at], size)))
+        if store.chosen is not None:
+            channels[at] = end
+            end = _aligned(end + size // store.chosen.tokens * store.chosen.count(shape.head_dim))
     blob = end
     end = blob * shape.kv_heads
     for at, store in stores.items():
@@ -147,7 +163,10 @@ def _places(scheme: Scheme, shape: Shape) -> tuple[int, dict[tuple[Side, int], _
             metadata[at] = end
             groups = shape.kv_heads // _heads(store, shape.kv_heads)
             end = _aligned(end + _metadata_bytes(store, groups, width[at], size))
-    places = {at: _Places(codes[at], metadata[at], _shares(store, shape.kv_heads)) for at, store in stores.items()}
+    places = {
+        at: _Places(codes[at], metadata[at], _shares(store, shape.kv_heads), channels.get(at))
+        for at, store in stores.items()
+    }
     return blob, places, end
 
 
@@ -179,6 +198,8 @@ def _widths(store: Store) -> tuple[int, ...]:
 def _has_metadata(store: Store) -> bool:
     if isinstance(store.code, (LowRank, Sparse)):
         return True  # the vectors of a block, or places
+    if isinstance(store.code, Chosen):
+        return False
     return not holds_numbers(store) and store.measure is not None and store.measure.when == "online"
 
 
@@ -280,75 +301,17 @@ def _put_digits(blob: Bytes, start: int, digits: Any, t: int) -> None:
     blob[:, first : first + 2 * row : 2] = np.ceil(of_243 * 256 / 243)
 
 
-def _put_floats(blob: Bytes, start: int, numbers: Tensor, t: int, code: Float) -> None:
-    """Numbers (B, D) of token t of the page into blobs (B, bytes), in the code's float format."""
-    words = _words(numbers, code.format)
-    raw = words.astype("<u2" if code.format == "fp16" else "<u4").view(np.uint8)
-    blob[:, start + t * raw.shape[1] : start + (t + 1) * raw.shape[1]] = raw
-
-
-def _put_factors(
-    out: Bytes, place: _Places, factors: tuple[Tensor, Tensor], blob: int, page_blocks: int, size: int
-) -> None:
-    """Numbers a (B, H, T, rank), a row a vector where codes would be, and vectors b (B, H, blocks, rank, D), a row a
-    block where metadata would be, into pages (B, pages, bytes)."""
-    assert place.metadata is not None
-    sections = [(place.codes[0] + 2 * size * j, a[..., None], size) for j, a in enumerate(factors[0].unbind(-1))]
-    for start, rows, of_page in (*sections, (place.metadata, factors[1].flatten(3), page_blocks)):
-        for i in range(rows.shape[2]):
-            for h in range(rows.shape[1]):
-                here = out[:, i // of_page, h * blob : (h + 1) * blob]
-                _put_floats(here, start, rows[:, h, i], i % of_page, Float("fp16"))
-
-
-def _slots(store: Store, side: Side, d: int, size: int) -> int:
-    """Single numbers of a page of one head: those of every token of keys, of every channel of 64 tokens of values."""
-    assert isinstance(store.code, Sparse)
-    return store.code.slots * (size if side == "keys" else size // SLOT_TOKENS * d)
-
-
-def _put_slots(out: Bytes, place: _Places, slots: tuple[Tensor, Tensor], blob: int, size: int, side: Side) -> None:
-    """Places and numbers of single numbers into pages (B, pages, bytes): of keys (B, H, T, slots), a row of the page's
-    tokens for every slot; of values (B, H, T / 64, slots, D), a row of channels for every slot of a block."""
-    assert place.metadata is not None
-    places, numbers = slots
-    batch, heads, rows, count = places.shape[:4]
-    of_page = size if side == "keys" else size // SLOT_TOKENS
-    for i in range(rows):
-        for h in range(heads):
-            here = out[:, i // of_page, h * blob : (h + 1) * blob]
-            for slot in range(count):
-                which = places[:, h, i, slot].reshape(batch, -1).numpy()
-                raw = _words(numbers[:, h, i, slot].reshape(batch, -1), "fp16").astype("<u2").view(np.uint8)
-                width = which.shape[1]
-                at = slot * size + i % size if side == "keys" else (i % of_page * count + slot) * width
-                here[:, place.metadata + at : place.metadata + at + width] = which
-                here[:, place.codes[0] + 2 * at : place.codes[0] + 2 * (at + width)] = raw
-
-
-def _words(numbers: Tensor, dtype: str) -> Any:
-    """Bit patterns of float64 numbers that the format holds exactly, int64; one NaN for all."""
-    if dtype in MINIFLOATS:
-        return minifloat_bits(numbers, MINIFLOATS[dtype]).numpy()
-    if dtype == "e8m0":
-        return torch.where(numbers.isnan(), 255, exponent(numbers.nan_to_num(1.0)).to(torch.int64) + BIAS).numpy()
-    narrow = numbers.to(FORMATS[dtype]).contiguous()  # type: ignore[index]
-    bits = narrow.view(torch.int32 if dtype == "fp32" else torch.int16).to(torch.int64)
-    bits = bits & (0xFFFFFFFF if dtype == "fp32" else 0xFFFF)
-    return torch.where(numbers.isnan(), torch.full_like(bits, NAN[dtype]), bits).numpy()
-
-
 def _put_metadata(
     out: Bytes, place: _Places, coded: Quantized, scale: Scale, store: Store, heads: int, blob: int, size: int
 ) -> None:
     """Scale and offset of every block, (B, head groups, token blocks, channel groups), into pages (B, pages, bytes)."""
     assert coded.scale is not None and place.metadata is not None
-    s = _words(coded.scale, scale.dtype)
+    s = words(coded.scale, scale.dtype)
     o = None
     if scale.zero == "in_scale" and coded.offset is not None:
         s = s | coded.offset.to(torch.int64).numpy()
     elif coded.offset is not None:
-        o = _words(coded.offset, scale.dtype)
+        o = words(coded.offset, scale.dtype)
     _, head_groups, blocks, groups = s.shape
     page_blocks = size // _block_tokens(store)
     entries = page_blocks * groups
@@ -364,15 +327,9 @@ def _put_metadata(
                 target = out[:, page]
                 width = BYTES[scale.dtype]
                 if offsets is None:
-                    _put(target, base + width * index, scales, width)
+                    put(target, base + width * index, scales, width)
                 elif scale.dtype == "fp32":
-                    _put(target, base + 4 * index, scales, 4)
-                    _put(target, base + 4 * (count + index), offsets, 4)
+                    put(target, base + 4 * index, scales, 4)
+                    put(target, base + 4 * (count + index), offsets, 4)
                 else:
-                    _put(target, base + 2 * width * index, scales | offsets << 8 * width, 2 * width)
-
-
-def _put(target: Bytes, address: int, words: Any, count: int) -> None:
-    """Little-endian words (B,) at an address of every row."""
-    for i in range(count):
-        target[:, address + i] = (words >> (8 * i) & 0xFF).astype(np.uint8)
+                    put(target, base + 2 * width * index, scales | offsets << 8 * width, 2 * width)

@@ -14,10 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvdsl.codes import Bands, Float, LowRank, Sketch, Sparse
+from kvdsl.codes import Bands, Chosen, Float, LowRank, Sketch, Sparse
 from kvdsl.errors import ShapeError
-from kvdsl.scheme import Band, Scale, Store, bands
+from kvdsl.scheme import Band, Parted, Scale, Store, TopChannels, Uniform, bands
 
+from . import chosen
 from .alphabets import Alphabet, alphabet, given_table, has_offset, holds_numbers, level_count
 from .blocks import block_size, cut, join
 from .low_rank import factors, multiplied
@@ -44,6 +45,8 @@ class Quantized:
     bands    the same of every stretch, whose numbers are those of the coded space; codes and scales are theirs
     factors  (B, H, T, rank) and (B, H, blocks, rank, D), of vectors of low rank: no codes
     slots    of single numbers that are kept as they are: where they stand, int64, and what is kept of each
+    channels int64 (B, H, T / per, n), rising: which channels these numbers are of, where they are chosen anew; then
+             codes and coded numbers of codes beside those of all channels are (B, H, T, n)
     """
 
     codes: Tensor | None
@@ -55,6 +58,7 @@ class Quantized:
     bands: tuple[Quantized, ...] = ()
     factors: tuple[Tensor, Tensor] | None = None
     slots: tuple[Tensor, Tensor] | None = None
+    channels: Tensor | None = None
 
     @property
     def terms(self) -> tuple[Quantized, ...]:
@@ -94,7 +98,13 @@ def links(store: Store, x: Tensor, params: Params | None = None, side: str = "ke
     picked = pick(x, store.outliers, side) if isinstance(store.outliers, Sparse) else None
     rest = x
     for position, (place, term) in enumerate(store.placed(side)):
-        if isinstance(term.code, Sparse):
+        if isinstance(term, Parted):
+            given, kept = _beside_chosen(term, x, rest, params, place)
+            yield Link(term, place, given, kept, None)
+        elif isinstance(term.code, Chosen):
+            kept = _of_chosen(term.code, store, x, rest, params, side)
+            yield Link(term, place, torch.where(_chosen_of(x, term.code.choice), rest, 0.0), kept, None)
+        elif isinstance(term.code, Sparse):
             assert picked is not None
             numbers = kept_numbers(rest, picked, side)
             decoded = placed(numbers, picked, side)
@@ -106,6 +116,68 @@ def links(store: Store, x: Tensor, params: Params | None = None, side: str = "ke
             kept = _alone(term, given, params, place, at)
             yield Link(term, place, given, kept, None)
         rest = left(rest, kept.decoded)
+
+
+def _chosen_of(x: Tensor, choice: TopChannels) -> Tensor:
+    """Whether each number of x is of a channel that is chosen anew."""
+    return chosen.among(chosen.choose(x, choice), choice, x.shape[3])
+
+
+def _beside_chosen(
+    store: Parted, x: Tensor, rest: Tensor, params: Params | None, place: str
+) -> tuple[Tensor, Quantized]:
+    """What a store beside that of chosen channels, or that one, is given of x or of what is left, and what it keeps."""
+    channels = chosen.choose(x, store.choice)
+    theirs = chosen.among(channels, store.choice, x.shape[3])
+    if store.masked:
+        given = torch.where(theirs == store.top, rest, 0.0)
+        kept = _alone(store, given, params, place, 0)
+        decoded = torch.where(theirs == store.top, kept.decoded, 0.0)
+        return given, replace(kept, decoded=decoded, channels=channels if store.top else None)
+    if store.raised is None:
+        given = torch.where(theirs, 0.0, x)
+        return given, _alone(store, given, params, place, 0)
+    return x, _both(store, x, theirs, params, place)[0]
+
+
+def _of_chosen(code: Chosen, store: Store, x: Tensor, rest: Tensor, params: Params | None, side: str) -> Quantized:
+    """What is kept of chosen channels beside codes of all channels: what these left of them, or higher bits."""
+    channels = chosen.choose(x, code.choice)
+    if not code.below:
+        numbers = chosen.kept(rest, channels, code)
+        decoded = chosen.placed(numbers, channels, code.choice, x.shape[3])
+        return Quantized(None, None, None, decoded, numbers, channels=channels)
+    own = store.placed(side)[0][1]
+    assert isinstance(own, Parted)
+    theirs = chosen.among(channels, code.choice, x.shape[3])
+    high = _both(own, x, theirs, params, side)[1]
+    assert high.codes is not None
+    codes, coded = (chosen.gathered(part, channels, code.choice) for part in (high.codes, high.decoded))
+    return Quantized(codes, None, None, high.decoded, coded, channels=channels)
+
+
+def _both(store: Parted, x: Tensor, theirs: Tensor, params: Params | None, place: str) -> tuple[Quantized, Quantized]:
+    """Codes of all channels, of the chosen ones (`theirs`, as x) their lowest bits under scales of more levels; and the
+    bits above these, times their worth, 0 of the other channels."""
+    assert store.raised is not None and isinstance(store.code, Uniform) and store.code.bits is not None
+    few, many = (_alone(Store(one.code, scale=one.scale), x, params, place, 0) for one in (store, store.raised))
+    assert few.codes is not None and many.codes is not None and few.scale is not None and many.scale is not None
+    worth = 2**store.code.bits
+    scale_of_theirs = theirs[:, :, :: x.shape[2] // few.scale.shape[2]]
+    scale = torch.where(scale_of_theirs, many.scale, few.scale)
+    offset = None
+    if few.offset is not None and many.offset is not None:
+        offset = torch.where(scale_of_theirs, many.offset, few.offset)
+    codes = torch.where(theirs, many.codes % worth, few.codes)
+    assert store.measure is not None
+    size = block_size(store.measure.block, x.shape, place)
+    low, point = shifted(Measured(scale, offset, scale, offset), store.measure)
+    numbers = f32(scale[..., None] * alphabet(store, 1, None).level(cut(codes.double(), size), point))
+    decoded = join(numbers if isinstance(low, float) else f32(numbers + low), x.shape, size)
+    above = torch.where(theirs, many.codes // worth, 0)
+    more = join(f32(scale[..., None] * worth * cut(above.double(), size)), x.shape, size)
+    more = torch.where(theirs, more, 0.0)
+    return Quantized(codes, scale, offset, decoded, decoded), Quantized(above, None, None, more, more)
 
 
 def _alone(store: Store, x: Tensor, params: Params | None, side: str, at: int) -> Quantized:

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from kvdsl.codes import Sketch
+from kvdsl.codes import Chosen, Sketch
 from kvdsl.errors import ShapeError
 from kvdsl.matrices import product, rotation, sketch
 from kvdsl.rope import waves
@@ -45,6 +45,8 @@ def channels_of(store: Store, head_dim: int) -> int:
         return int(head_dim * store.share)
     if isinstance(store.code, Sketch) and isinstance(store.code.dim, int):
         return store.code.dim
+    if isinstance(store.code, Chosen):
+        return store.code.choice.count(head_dim)
     return store.width(head_dim)
 
 

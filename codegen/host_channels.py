@@ -1,0 +1,49 @@
+"""Outlier channels that are chosen anew, in torch: which ones they are, and their bytes, for both backends.
+
+Choosing them takes sorting and is done when tokens are packed, not when they are read.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvdsl.scheme import Parted, TopChannels
+
+from .host import finite
+
+
+def choose(x: Tensor, choice: TopChannels) -> Tensor:
+    """The largest channels of every head and `per` tokens of x (n, H, T, D), rising: int64 (n, H, T / per, count)."""
+    size = finite(x.to(torch.float32)).abs().to(torch.float64).unflatten(2, (-1, choice.tokens))
+    if choice.by == "absmax":
+        size = size.amax(3)
+    else:
+        size = size.mean(3) if choice.by == "absmean" else size.square().sum(3)
+    order = size.sort(dim=-1, descending=True, stable=True).indices
+    return order[..., : choice.count(x.shape[3])].sort(-1).values
+
+
+def among(channels: Tensor, tokens: int, head_dim: int) -> Tensor:
+    """Whether numbers of D channels are of chosen ones, (n, H, blocks, count) of `tokens` tokens each: (n, H, T, D)."""
+    found = torch.zeros(*channels.shape[:3], head_dim, dtype=torch.bool, device=channels.device)
+    there = channels.to(torch.int64).clamp(max=head_dim - 1)  # of a page that was never written they are any
+    return found.scatter(-1, there, True).repeat_interleave(tokens, 2)
+
+
+def given(store: Parted, rest: Tensor, theirs: Tensor) -> Tensor:
+    """What a store is given of vectors (n, H, T, D) where it stands beside that of chosen channels, `theirs`, or is
+    that one."""
+    if store.masked:
+        return torch.where(theirs == store.top, rest, 0.0)
+    return rest if store.raised else torch.where(theirs, 0.0, rest)
+
+
+def queries(query: Tensor, decode: Tensor, channels: Tensor, *, top: bool) -> Tensor:
+    """What codes of every block meet: query (B, H, D, rows) by the map (H or 1, D, M) of the chosen channels, (B, H,
+    blocks, count), or of the others: (B, H, blocks, M, rows)."""
+    there = channels.to(torch.int64).clamp(max=query.shape[2] - 1)
+    heads = torch.arange(query.shape[1], device=query.device)[:, None, None]
+    met = query[torch.arange(len(query), device=query.device)[:, None, None, None], heads, there]
+    theirs = decode.expand(query.shape[1], -1, -1)[heads, there].mT @ met
+    return theirs if top else (decode.mT @ query)[:, :, None] - theirs

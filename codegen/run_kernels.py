@@ -1,0 +1,126 @@
+"""Launching generated Triton kernels: their arguments, and the depth and assembler settings that spill least."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+from triton.runtime.errors import OutOfResources
+
+from kvdsl.errors import BackendError
+from kvdsl.kernels import Params
+
+from .assembling import fewest_spills
+from .launch import DEPTH, assembled
+from .launches import ASSEMBLER, GIVEN_POINTERS, arguments, fused, stages, warps
+from .plan import Plan
+
+VIEWS = {
+    "pool8_ptr": torch.uint8, "pool16_ptr": torch.int16, "pool32_ptr": torch.int32,
+    "pool_fp16_ptr": torch.float16, "pool_fp32_ptr": torch.float32,
+}  # fmt: skip
+COLUMNS = WeakTensorKeyDictionary()
+"""Maps -> the same by columns, float64: made once for those that are used again in every step."""
+INNER = {"outliers_": ".outliers.store", "residual_": ".residual"}
+"""How an argument's name goes on behind a side's -> its term's place behind the side's."""
+Setting = tuple[int, str | None]
+"""Depth of the pipeline, setting of the assembler."""
+
+
+class KernelModule:
+    """The kernels of one generated module."""
+
+    def __init__(self, plan: Plan, module: ModuleType, source: str) -> None:
+        self.plan, self.module = plan, module
+        self.arguments = arguments(source)
+        self.settings: dict[str, Setting] = {}  # kernel -> those found best
+
+    def _run(
+        self, kernel: str, grid: tuple[int, ...], given: Mapping[str, Any], pool: Tensor | None, params: Params
+    ) -> None:
+        if 0 in grid:
+            return
+        values = dict(given)
+        for name in self.arguments[kernel]:
+            if name in VIEWS:
+                assert pool is not None
+                values[name] = pool.view(VIEWS[name])
+            elif name in GIVEN_POINTERS:
+                values[name] = params[GIVEN_POINTERS[name]]
+            elif name not in values and name.startswith(("keys_", "values_")):
+                values[name] = _parameter(name, params)
+        function = getattr(self.module, kernel)[grid]
+        options = {"num_warps": warps(kernel, self.plan), "enable_fp_fusion": fused(kernel)}
+
+        def launch(depth: int, setting: str | None) -> Any:
+            """Run the kernel; gives what Triton compiled."""
+            given = {name: depth if name == DEPTH else values[name] for name in self.arguments[kernel]}
+            return function(**given, **options, num_stages=depth, **assembled(setting))
+
+        if kernel in self.settings:
+            launch(*self.settings[kernel])
+            return
+        refused, found = None, dict[Setting, int]()
+        for depth in stages(kernel, self.plan):
+            try:
+                setting, spills = _setting(partial(launch, depth))
+            except OutOfResources as error:
+                refused = error
+                continue
+            found[depth, setting] = spills
+            if not spills:
+                break
+        if not found:
+            raise BackendError(f"{kernel} does not fit this GPU: {refused}")
+        self.settings[kernel] = min(found, key=lambda one: found[one])
+
+
+def _setting(launch: Callable[[str | None], Any]) -> tuple[str | None, int]:
+    """The setting of the assembler to launch a kernel under, which was launched under it, and what it spills.
+
+    Where the assembler does not run alone, Triton compiles the kernel under one setting after another.
+    """
+    compiled = launch(ASSEMBLER[0])
+    spills: dict[str | None, int] = {ASSEMBLER[0]: _spills(compiled)}
+    if not spills[ASSEMBLER[0]]:
+        return ASSEMBLER[0], 0
+    try:
+        settings: tuple[str | None, ...] = (fewest_spills(compiled, ASSEMBLER)[0],)
+    except BackendError:
+        settings = ASSEMBLER[1:]
+    for setting in settings:
+        spills[setting] = _spills(launch(setting))
+        if not spills[setting]:
+            break
+    best = settings[0] if len(settings) == 1 else min(spills, key=lambda one: spills[one])
+    return best, spills[best]
+
+
+def _spills(compiled: Any) -> int:
+    """Numbers that a kernel keeps in memory for want of registers; none where it was interpreted."""
+    return getattr(compiled, "n_spills", 0) or 0
+
+
+def _parameter(name: str, params: Params) -> Tensor | int:
+    """A kernel's argument that comes from the parameters: `keys_scale_ptr`, `keys_encode_ptr`, or how far apart one
+    head's map (`keys_stride`) or shift (`keys_shifts`) is from the next; 0 where heads share it."""
+    side, _, what = name.removesuffix("_ptr").partition("_")
+    while inner := next(filter(what.startswith, INNER), None):
+        side, what = side + INNER[inner], what.removeprefix(inner)
+    if what.endswith("stride"):
+        matrix = params[f"{side}.{'read' if what == 'read_stride' else 'encode'}"]
+        return matrix.shape[1] * matrix.shape[2] if matrix.shape[0] > 1 else 0
+    if what == "shifts":
+        return int(params[f"{side}.encode_shift"].shape[0] > 1)
+    if what.endswith("_columns"):
+        matrix = params[f"{side}.{what.removesuffix('_columns')}"]
+        if matrix not in COLUMNS:
+            COLUMNS[matrix] = matrix.mT.to(torch.float64).contiguous()
+        columns: Tensor = COLUMNS[matrix]
+        return columns
+    return params[f"{side}.{what}"]
