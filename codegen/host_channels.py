@@ -10,7 +10,9 @@ from torch import Tensor
 
 from kvdsl.scheme import Parted, TopChannels
 
+from .algebra import query_of_dirty
 from .host import finite
+from .side import SidePlan
 
 
 def choose(x: Tensor, choice: TopChannels) -> Tensor:
@@ -47,3 +49,18 @@ def queries(query: Tensor, decode: Tensor, channels: Tensor, *, top: bool) -> Te
     met = query[torch.arange(len(query), device=query.device)[:, None, None, None], heads, there]
     theirs = decode.expand(query.shape[1], -1, -1)[heads, there].mT @ met
     return theirs if top else (decode.mT @ query)[:, :, None] - theirs
+
+
+def ready_rows(side: SidePlan, matrix: Tensor, beside: int) -> Tensor:
+    """A map (heads or 1, D, M) of single channels to coded numbers, as queries whose surplus of lower bits in a word is
+    taken off, and behind each its sum: float32 (heads or 1, D, M + beside)."""
+    width, (stream,) = side.layout.plane_width, side.operands
+    planes = matrix.to(torch.float32).split(width, -1)
+    found = []
+    for place in stream.places:
+        position = place.bit // stream.width
+        steps = query_of_dirty(stream.width, position, side.run(stream, place.plane))
+        found.append(sum(planes[place.plane + step - position] * float(factor) for step, factor in steps))
+    last = matrix.new_zeros(*matrix.shape[:2], beside, dtype=torch.float32)
+    last[..., 0] = matrix.to(torch.float32).sum(-1)
+    return torch.cat((*found, last), -1)

@@ -16,6 +16,7 @@ POINTERS = {
     "value_rows_ptr": "input",
     "pool8_ptr": "*u8", "pool16_ptr": "*i16", "pool32_ptr": "*i32", "pool_fp16_ptr": "*fp16", "pool_fp32_ptr": "*fp32",
     "squares_ptr": "*fp64", "numbers_ptr": "*i16", "places_ptr": "*u8",
+    "bytes_ptr": "*u8",
     "first_ptr": "*i32", "begin_ptr": "*i32", "end_ptr": "*i32", "table_ptr": "*i32", "packed_keys_ptr": "*i32",
     "packed_values_ptr": "*i32", "length_ptr": "*i32", "start_ptr": "*i32",
 }  # fmt: skip
@@ -88,6 +89,8 @@ def loop_bytes(plan: Plan, *, repeated: bool = False) -> int:
             size += 2 * held.rank * (layout.page_tokens + held.blocks * side.dim)
         if (slots := side.slots) is not None:
             size += 3 * slots.entries
+        if side.chosen:
+            size += side.chosen.count * side.chosen.blocks
         if side.layout.meta is not None:
             meta = side.layout.meta
             size += meta.size // (meta.head_groups if meta.shared else 1)
@@ -115,7 +118,7 @@ def _type(name: str, kernel: str, plan: Plan) -> str:
         return {"fp16": "*fp16", "bf16": "*i16", "fp32": "*fp32"}[plan.shape.dtype] if kernel == "merge" else "*fp32"
     if name == "keys_order_ptr":
         return "*i32"
-    if name == "keys_inner_ptr":
+    if name == "keys_inner_ptr" or name.endswith("_rows_ptr") and name.startswith("keys_"):
         return "*fp32" if plan.exact_keys else "*fp16"
     if name.endswith("_columns_ptr"):  # a map, of rows
         return "*fp64"

@@ -7,12 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from kvdsl.kernels import AttentionState, Params
 
+from .host_channels import ready_rows
 from .host_slots import by_channel
+from .plan import SidePlan
 from .run_pages import PageModule
 from .text import padded
+from .triton_masked import BESIDE
 from .triton_turn import QUERY_LANES, QUERY_ROWS
 
 NO_WINDOW = 1 << 30
@@ -20,6 +24,8 @@ LOG2E = 1.4426950408889634
 # Programs that share a sequence, as measured on an H100 from 1x8x1024 to 8x8x131072 (batch, kv heads, tokens)
 FEW_SPLITS, MOST_SPLITS, MOST_EDGES = 24, 128, 32
 PAGES_A_SPLIT = 8
+ROWS = WeakTensorKeyDictionary()
+"""Maps of sketches -> their rows, ready for codes: made once for those that are used again in every step."""
 
 
 class TritonModule(PageModule):
@@ -32,8 +38,11 @@ class TritonModule(PageModule):
         if keys.rope is not None:
             return {"query_ptr": query, **self._positions(end, query.device, params)}
         given = {"query_ptr": query}
-        if keys.sparse:
+        if any(term.store.gathers for term in keys.terms):
             given["gathered_ptr"] = by_channel(query, shape.kv_heads)
+        if keys.masked:
+            rows = {f"{term.space}_rows_ptr": self._rows_of_map(term, params) for term in keys.terms if term.masked}
+            given.update(rows)
         if not keys.through:
             return given
         batch, _, queries, _ = query.shape
@@ -44,6 +53,16 @@ class TritonModule(PageModule):
         grid = (batch * shape.kv_heads, -(-keys.row // QUERY_LANES), blocks)
         self._run("turn_query", grid, {**given, "queries": queries}, None, params)
         return given
+
+    def _rows_of_map(self, term: SidePlan, params: Params) -> Tensor:
+        """The rows of a sketch's map, a channel each, as queries that are ready for codes, each with its sum behind it:
+        (H or 1, D, M + 8); made once."""
+        matrix = params[f"{term.home}.decode"]
+        if matrix not in ROWS:
+            dtype = torch.float32 if self.plan.exact_keys else torch.float16
+            ROWS[matrix] = ready_rows(term, matrix, BESIDE).to(dtype).contiguous()
+        rows: Tensor = ROWS[matrix]
+        return rows
 
     def scores(self, query: Tensor, pool: Tensor, table: Tensor, tokens: int, params: Params) -> Tensor:
         shape = self.plan.shape

@@ -351,7 +351,7 @@ def pools(plan: Plan) -> list[str]:
     names = set()
     for side in plan.terms:
         floats = "fp16" if side.factors or side.slots else side.floats
-        names |= {"pool8_ptr"} if side.slots else set()
+        names |= {"pool8_ptr"} if side.slots or side.chosen else set()
         names.add(f"pool_{floats}_ptr" if floats else "pool16_ptr")
         if side.layout.meta is not None:
             names.add(f"pool{8 * side.layout.meta.element}_ptr")

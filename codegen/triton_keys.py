@@ -29,6 +29,10 @@ class Keys(Planes):
         self.readers: list[Planes] = [Planes(plan, side, i) for i in range(side.joined)] if several else [self]
         """Of the heads whose decoded numbers are mapped back together."""
 
+    def inputs(self) -> list[str]:
+        """The arguments of this term alone that stand beside the query."""
+        return []
+
     def lane_lines(self) -> list[str]:
         others = [line for reader in self.readers if reader is not self for line in reader.head_lines()]
         return super().lane_lines() + others
@@ -289,8 +293,9 @@ class KeySide:
         """The arguments that stand beside the query: the turned query, what it adds to a score, rotary positions."""
         if self.positions is not None:
             return self.positions.inputs()
-        slots = ["gathered_ptr"] * any(term.side.slots is not None for term in self.terms)
-        return ["turned_ptr", *["bias_ptr"] * self.side.shifted, *slots] if self.side.through else slots
+        given = ["gathered_ptr"] * any(term.side.store.gathers for term in self.terms)
+        given += [name for term in self.terms for name in term.inputs()]
+        return ["turned_ptr", *["bias_ptr"] * self.side.shifted, *given] if self.side.through else given
 
     def lane_lines(self) -> list[str]:
         return [line for term in self.terms for line in term.lane_lines()]

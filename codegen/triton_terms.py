@@ -6,12 +6,15 @@ from .plan import Plan, SidePlan
 from .text import plus
 from .triton_factors import FactoredKeys, FactoredValues
 from .triton_keys import Keys
+from .triton_masked import MaskedKeys
 from .triton_slots import SlottedKeys, SlottedValues
 from .triton_values import Values
 
 
 def keys_of(plan: Plan, side: SidePlan, head: int | None = None) -> Keys:
     """What reads a term of the keys."""
+    if side.masked and side.store.gathers:
+        return MaskedKeys(plan, side, head)
     kind = FactoredKeys if side.factors else SlottedKeys if side.slots else Keys
     return kind(plan, side, head)
 
@@ -29,6 +32,8 @@ def sections_of(plan: Plan, side: SidePlan) -> list[str]:
         parts = [("rows", "pool_fp16_ptr", 2, held.offset), ("vectors", "pool_fp16_ptr", 2, held.vectors_offset)]
     if slots := side.slots:
         parts = [("numbers", "pool_fp16_ptr", 2, slots.offset), ("places", "pool8_ptr", 1, slots.places_offset)]
+    if chosen := side.chosen:
+        parts.append(("channels", "pool8_ptr", 1, chosen.offset))
     lines = list[str]()
     for name, pool, size, offset in parts:
         start = f"page * {layout.page_bytes // size} + h * {layout.head_bytes // size}{plus(offset // size)}"
