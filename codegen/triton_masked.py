@@ -22,6 +22,12 @@ def rows_of(side: SidePlan) -> str:
     return f"{side.space}_rows"
 
 
+def alike(plan: Plan) -> bool:
+    """Whether both sketches are of one map."""
+    others, own = plan.keys.terms[:2]
+    return others.store.code == own.store.code
+
+
 class MaskedKeys(Keys):
     """Scores of the chosen channels."""
 
@@ -36,9 +42,19 @@ class MaskedKeys(Keys):
         """Where the chosen channels stand."""
         return self.side.choice
 
+    @property
+    def sketches(self) -> tuple[tuple[Keys, str], ...]:
+        """Both sketches, with the name of what each says of the chosen channels, [tokens, channels]."""
+        return ((self, f"{self.prefix}_theirs"), (self.others, f"{self.prefix}_others"))
+
+    @property
+    def maps(self) -> tuple[Keys, ...]:
+        """The sketches whose rows are read: one for both if they are alike."""
+        return (self.others,) if alike(self.plan) else (self.others, self)
+
     def inputs(self) -> list[str]:
-        """Arguments beside the query: the maps of both sketches, and how far one head's are apart."""
-        spaces = (self.others.side.space, self.side.space)
+        """Arguments beside the query: the maps of the sketches, and how far one head's are apart."""
+        spaces = [reader.side.space for reader in self.maps]
         return [name for space in spaces for name in (f"{space}_rows_ptr", f"{space}_decode_ptr", f"{space}_stride")]
 
     def lane_lines(self) -> list[str]:
@@ -46,7 +62,7 @@ class MaskedKeys(Keys):
         size, dim = self.plan.shape.head_dim * self.plan.shape.group, self.plan.shape.head_dim
         lines = [*super().lane_lines(), f"{self.prefix}_at = tl.arange(0, {self.width_of_choice})"]
         lines.append(f"gathered = gathered_ptr + bh.to(tl.int64) * queries * {size} + row_index[None, :]")
-        for side in (self.others.side, self.side):
+        for side in (reader.side for reader in self.maps):
             heads = f"h * (({side.space}_stride > 0) * {dim * (side.dim + BESIDE)})"
             lines.append(f"{rows_of(side)} = {rows_of(side)}_ptr + {heads}")
             lines.append(f"{side.space}_decode = {side.space}_decode_ptr + h * {side.space}_stride")
@@ -85,20 +101,22 @@ class MaskedKeys(Keys):
     def _scores(self, half: int, tokens: str) -> list[str]:
         block = "0" if self.held.blocks == 1 else f"(page_token{plus(half * self.plan.half)}) // {self.held.tokens}"
         lines = [*self._chosen(block), *self.load(half, tokens)]
-        for reader, name in self._readers():
-            start = f"{rows_of(reader.side)} + {self.prefix}_channel"
-            size = reader.side.dim + BESIDE
-            if reader is self:
-                lines += read(self.side, self.meta, token_entry(self.side, tokens, 0), self.scale, self.offset)
-            operands = ((stream, j) for stream in reader.side.operands for j in range(reader.side.layout.planes))
-            for i, (stream, j) in enumerate(operands):
-                address = f"{start}[None, :] * {size} + {reader.plane_lane(j)}[:, None]"
-                lines.append(f"{self.prefix}_row = tl.load({address}{self._lanes_known(reader, j)})")
-                so_far = f", {name}" if i else ""
-                lines.append(f"{name} = tl.dot({reader.operand(stream, j, half)}, {self.prefix}_row{so_far}{self.precise})")
-            total = f"{self.prefix}_sum"
-            lines.append(f"{total} = tl.load({start} * {size} + {reader.side.dim}).to(tl.float32)")
-            lines.append(f"{name} = {reader.steps.assembled(name, total, reader.scale, reader.offset)}")
+        lines += read(self.side, self.meta, token_entry(self.side, tokens, 0), self.scale, self.offset)
+        row, total = f"{self.prefix}_row", f"{self.prefix}_sum"
+        for one in self.maps:
+            readers = [pair for pair in self.sketches if pair[0] is one or len(self.maps) == 1]
+            start, size = f"{rows_of(one.side)} + {self.prefix}_channel", one.side.dim + BESIDE
+            (stream,) = one.side.operands
+            for j in range(one.side.layout.planes):
+                address = f"{start}[None, :] * {size} + {one.plane_lane(j)}[:, None]"
+                lines.append(f"{row} = tl.load({address}{self._lanes_known(one, j)})")
+                for reader, name in readers:
+                    so_far = f", {name}" if j else ""
+                    operand = reader.operand(reader.side.operands[0], j, half)
+                    lines.append(f"{name} = tl.dot({operand}, {row}{so_far}{self.precise})")
+            lines.append(f"{total} = tl.load({start} * {size} + {one.side.dim}).to(tl.float32)")
+            for reader, name in readers:
+                lines.append(f"{name} = {reader.steps.assembled(name, total, reader.scale, reader.offset)}")
         return [*lines, self._met()]
 
     def tokens(self) -> list[str]:
@@ -107,24 +125,18 @@ class MaskedKeys(Keys):
         if self.held.blocks > 1:
             first = f"tl.maximum(tile, 0) * {self.plan.edge_tile} % {self.plan.layout.page_tokens}"
             block = f"({first} // {self.held.tokens})"
-        lines, decoded = [*self._chosen(block), *self.load_tokens("t")], list[str]()
-        for reader, name in self._readers():
-            start = f"{reader.side.space}_decode + {self.prefix}_channel[None, :] * {reader.side.dim}"
+        lines = self.own([*self._chosen(block), *self.load_tokens("t")])
+        for reader, name in self.sketches:
+            one = reader if reader in self.maps else self.others
+            start = f"{one.side.space}_decode + {self.prefix}_channel[None, :] * {one.side.dim}"
             for j in range(reader.side.layout.planes):
-                if reader is self:
-                    decoded += self.own([*lines, *self.decode_token(j, "t")])
-                    lines = []
-                number = reader.own([f"n{j}"])[0]
+                lines += self.own(self.decode_token(j, "t")) if reader is self else []
                 address = f"{start} + {reader.plane_lane(j)}[:, None]"
-                decoded.append(f"{self.prefix}_row = tl.load({address}{self._lanes_known(reader, j)})")
+                lines.append(f"{self.prefix}_row = tl.load({address}{self._lanes_known(reader, j)}).to({self.exact})")
+                number = f"{reader.own([f'n{j}'])[0]}.to({self.exact})"
                 so_far = f", {name}" if j else ""
-                product = f"{number}.to({self.exact}), {self.prefix}_row.to({self.exact}){so_far}{self.precise}"
-                decoded.append(f"{name} = tl.dot({product})")
-        return [*decoded, *self.own([self._met()])]
-
-    def _readers(self) -> tuple[tuple[Keys, str], ...]:
-        """Both sketches, with the name of what each says of the chosen channels, [tokens, channels]."""
-        return ((self, f"{self.prefix}_theirs"), (self.others, f"{self.prefix}_others"))
+                lines.append(f"{name} = tl.dot({number}, {self.prefix}_row{so_far}{self.precise})")
+        return [*lines, *self.own([self._met()])]
 
     def _lanes_known(self, reader: Keys, plane: int) -> str:
         """The mask of a load of rows, where a plane's lanes are not all numbers."""

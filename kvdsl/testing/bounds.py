@@ -49,7 +49,21 @@ from kvdsl.reference.alphabets import Alphabet, alphabet, given_table
 from kvdsl.reference.quantize import encoded_rows, level_count, maps, quantize
 from kvdsl.reference.rounding import MINIFLOATS
 from kvdsl.reference.spaces import applied, by_head
-from kvdsl.scheme import Band, Bands, Block, Codebook, Float, LowRank, Polar, Scale, Sketch, Store, Uniform, bands
+from kvdsl.scheme import (
+    Band,
+    Bands,
+    Block,
+    Codebook,
+    Float,
+    LowRank,
+    Polar,
+    Scale,
+    Sketch,
+    Sparse,
+    Store,
+    Uniform,
+    bands,
+)
 from kvdsl.spaces import apart
 
 from . import low_rank
@@ -144,11 +158,12 @@ def _summed_bound(store: Store, x: Tensor, params: Params | None, side: str, at:
     the difference and the sum round once each, numbers of up to |x| + |x^| and their errors."""
     within = sizes = x.double().abs()
     for term in terms_of(store, x, params, side, at):
-        if term.single is not None:
+        if isinstance(term.store.code, Sparse):
             numbers = term.x.abs().clamp(max=LARGEST)
-            here = torch.where(term.single, deviation(numbers, "fp16") + term.x.abs() - numbers, within)
+            here = deviation(numbers, "fp16") + term.x.abs() - numbers
         else:
             here = bound(term.store, term.x, params, term.place, at)
+        here = here if term.mine is None else torch.where(term.mine, here, within)
         if term.store.pick is not None and term.store.pick.top:
             assert params is not None
             top = apart(params[f"{side}.outliers"].cpu(), x.shape[3])

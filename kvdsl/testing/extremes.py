@@ -7,9 +7,21 @@ from torch import Tensor
 
 from kvdsl.kernels import Params
 from kvdsl.reference.quantize import encoded_rows, quantize
-from kvdsl.scheme import SIDES, ChannelShift, Codebook, Float, LowRank, Scale, Scheme, Sketch, Sparse, Store
+from kvdsl.scheme import (
+    SIDES,
+    ChannelShift,
+    Codebook,
+    Float,
+    LowRank,
+    Scale,
+    Scheme,
+    Sketch,
+    Sparse,
+    Store,
+    TopChannels,
+)
 
-from . import low_rank, sparse
+from . import low_rank, sparse, splits
 from .bounds import FORMATS, LARGEST, blocks_of, spread
 from .cases import METADATA, Case, law, require, require_equal, static
 from .terms import Stretch, TermOf, stretches, terms_of
@@ -50,7 +62,8 @@ def a_constant_block_is_itself(case: Case) -> None:
 @law("P4", kinds=("normal", "outlier_channel"))
 def a_nan_spoils_its_block_only(case: Case) -> None:
     """A NaN makes its own block NaN (a calibrated scale codes it as 0) and leaves every other number as it was; where
-    vectors are mapped it stands in every number of its vector, and it is none of the largest numbers of a line."""
+    vectors are mapped it stands in every number of its vector, and it is none of the largest numbers of a line, or of
+    a channel."""
     k, v = case.pair(case.whole)
     params = case.params(k, v)
     at = tuple(case.random.randrange(n) for n in k.shape)
@@ -60,8 +73,10 @@ def a_nan_spoils_its_block_only(case: Case) -> None:
     for side, x, before, got in zip(SIDES, (k, v), clean, roundtrip(case, k, v, params), strict=True):
         store, bad = case.scheme.side(side), torch.zeros(x.shape, dtype=torch.bool)
         other = bad | sparse.moved(x, store.outliers, side) if isinstance(store.outliers, Sparse) else bad
+        other = other | splits.moved(x, store) if isinstance(store.outliers, TopChannels) else other
         for term in terms_of(store, x, params, side, case.sinks):
-            bad = bad | _spoilt(term.store, term.x, params, term.place, case.sinks)
+            mine = torch.ones_like(bad) if term.mine is None else term.mine
+            bad = bad | mine & _spoilt(term.store, term.x, params, term.place, case.sinks)
             given = torch.where(other, torch.nan, term.x)
             other = other | _spoilt(term.store, given, params, term.place, case.sinks)
         require_equal(f"decoded {side}", got[~(bad | other)], before[~(bad | other)])

@@ -9,18 +9,18 @@ from torch import Tensor
 
 from kvdsl.kernels import Params
 from kvdsl.reference.quantize import Quantized, links, widened
-from kvdsl.scheme import Bands, Store, bands
+from kvdsl.scheme import Bands, Parted, Store, bands
 
 
 class TermOf(NamedTuple):
     """One term of a tensor: its store alone, the place of its parameters, what it codes (B, H, T, D), what it keeps; of
-    single numbers that are kept as they are also whether each is one (B, H, T, D)."""
+    which numbers alone it is, bool (B, H, T, D), where not of all."""
 
     store: Store
     place: str
     x: Tensor
     kept: Quantized
-    single: Tensor | None = None
+    mine: Tensor | None = None
 
 
 class Stretch(NamedTuple):
@@ -61,5 +61,5 @@ def stretches(store: Store, coded: Tensor) -> Iterator[Stretch]:
 def terms_of(store: Store, x: Tensor, params: Params | None, side: str, at: int = 0) -> Iterator[TermOf]:
     """The terms of x (B, H, T, D), whole blocks, the first token at position `at`."""
     for one in links(store, widened(x, side), params, side, at):
-        single = None if one.picked is None else one.picked.kept
-        yield TermOf(one.store.with_(residual=None), one.place, one.given, one.kept, single)
+        store = one.store.alone if isinstance(one.store, Parted) else one.store
+        yield TermOf(store.with_(residual=None), one.place, one.given, one.kept, one.mine)
