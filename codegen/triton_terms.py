@@ -13,8 +13,8 @@ from .triton_values import Values
 
 def keys_of(plan: Plan, side: SidePlan, head: int | None = None) -> Keys:
     """What reads a term of the keys."""
-    if side.masked and side.store.gathers:
-        return MaskedKeys(plan, side, head)
+    if side.masked:
+        return MaskedKeys(plan, side)
     kind = FactoredKeys if side.factors else SlottedKeys if side.slots else Keys
     return kind(plan, side, head)
 
