@@ -162,7 +162,8 @@ def refuse_others(store: Store, side: Side, head_dim: int, made: Params) -> None
             right = right * encode.gather(1, first[None, None, :].expand(len(encode), 1, -1)).sign()
         if not same or not torch.equal(encode, right.expand_as(encode)):
             raise ShapeError(_other(f"{place}.decode", rotate))
-    if isinstance(store.outliers, TopChannels) and store.outliers.store.code == store.code:
+    top = store.outliers if isinstance(store.outliers, TopChannels) and store.outliers.online else None
+    if top is not None and isinstance(store.code, Sketch) and top.store.code == store.code:
         one, other = (made.get(f"{side}{place}.decode") for place in ("", ".outliers.store"))
         if one is not None and other is not None and not torch.equal(one, other):
             fact = f"params['{side}.outliers.store.decode']: another matrix than that of the others, {store.code!r}"

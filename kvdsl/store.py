@@ -8,7 +8,7 @@ import math
 from dataclasses import KW_ONLY, dataclass
 from fractions import Fraction
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from .codes import Bands, Chosen, Code, Codebook, Float, LowRank, Sketch, Sparse, Uniform
 from .part import ALL, Block, Count, Part
@@ -310,6 +310,18 @@ class TopChannels(Part):
     by: Size = "norm"
     store: Store = Store()
     when: When | None = None
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            n: int | float = 8,
+            *,
+            per: Count = ALL,
+            by: Size = "norm",
+            store: Store | Code = Store(),  # noqa: B008  (a frozen value)
+            when: When | None = None,
+        ) -> None: ...  # a code becomes a store where this becomes part of one
 
     @property
     def online(self) -> bool:

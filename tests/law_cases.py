@@ -24,6 +24,7 @@ from kvdsl.scheme import (
     Sketch,
     Sparse,
     Store,
+    TopChannels,
     Uniform,
     per_channel,
     per_token,
@@ -107,8 +108,19 @@ MATCHED = Scheme(
     recent=Recent(32),
 )
 """Codes are tried with decoded levels that are not those they are chosen by; what is left is of the decoded ones."""
+CHOSEN = Scheme(
+    keys=Store(
+        Sketch(136, "gaussian"),
+        outliers=TopChannels(3, per=64, by="absmax", store=Sketch(64, "gaussian", seed=1)),
+        residual=Store(Uniform(2), scale=per_token()),
+    ),
+    values=Store(Uniform(2), scale=per_token(), residual=LowRank(2)),
+    recent=Recent(64),
+    sinks=Sinks(2),
+)
+"""Two sketches of unlike rows, of a few channels of every 64 tokens; what both leave is coded behind them."""
 RARE = {"small blocks": SMALL_BLOCKS, "sums": SUMS, "bands": BANDS, "several heads": SEVERAL_HEADS}
-RARE |= {"low rank": LOW_RANK, "matched": MATCHED, "single numbers": SPARSE}
+RARE |= {"low rank": LOW_RANK, "matched": MATCHED, "single numbers": SPARSE, "chosen channels": CHOSEN}
 """What no shipped scheme has."""
 
 

@@ -50,7 +50,7 @@ def test_qjl(name: str, basis: Any) -> None:
     arrays = published(name)
     matrix = arrays["S_score"].T
     sketch = Sketch(len(matrix), basis=basis)
-    store = Store(sketch, outliers=TopChannels(4, per=32, store=sketch))  # type: ignore[arg-type]
+    store = Store(sketch, outliers=TopChannels(4, per=32, store=sketch))
     given = {**whole(matrix), **whole(matrix, "keys.outliers.store")}
     quantized = reference.quantize(store, K, given)
     got = dict(zip(("in", "out"), quantized.terms, strict=True))
