@@ -70,6 +70,9 @@ def _sections(plan: Plan, side: SidePlan) -> list[dict[str, Any]]:
     if (slots := side.slots) is not None:
         rows.append(_row(side, slots.offset, 2 * slots.entries, f"{slots.rows} rows of {slots.width} fp16"))
         rows.append(_row(side, slots.places_offset, slots.entries, f"{slots.rows} rows of {slots.width} places"))
+    if (chosen := side.chosen) is not None:
+        which = f"{chosen.blocks} rows of {chosen.count} channels; as many for {chosen.tokens} tokens"
+        rows.append(_row(side, chosen.offset, chosen.blocks * chosen.count, which))
     for stream in part.streams:
         last = stream.shift + stream.width - 1
         bits = f"bits {stream.shift} to {last}" if last > stream.shift else f"bit {last}"
