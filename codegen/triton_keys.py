@@ -287,9 +287,9 @@ class KeySide:
 
     def inputs(self) -> list[str]:
         """The arguments that stand beside the query: the turned query, what it adds to a score, rotary positions."""
-        if self.positions is not None:
-            return self.positions.inputs()
         slots = ["gathered_ptr"] * any(term.side.slots is not None for term in self.terms)
+        if self.positions is not None:
+            return [*self.positions.inputs(), *slots]
         return ["turned_ptr", *["bias_ptr"] * self.side.shifted, *slots] if self.side.through else slots
 
     def lane_lines(self) -> list[str]:

@@ -10,7 +10,7 @@ from fractions import Fraction
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-from .codes import Bands, Code, Codebook, Float, LowRank, Sketch, Sparse, Uniform
+from .codes import Bands, Code, Codebook, Float, LowRank, Sketch, Sparse, Uniform, When
 from .part import ALL, Block, Count, Part
 from .transforms import ChannelScale, ChannelShift, Permute, Pick, Polar, PreRope, Rotate, Size, Transform
 
@@ -18,7 +18,6 @@ Range = Literal["minmax", "minmax_zero", "absmax", "signed_absmax", "norm", "abs
 Zero = Literal["min", "point", "in_scale"]
 Refit = Literal["least_squares", "weighted_least_squares", "norm"]
 MetaFormat = Literal["fp32", "fp16", "bf16", "e4m3", "e8m0"]
-When = Literal["online", "calibrated"]
 Side = Literal["keys", "values"]
 
 

@@ -97,6 +97,24 @@ SPARSE = Scheme(
 )
 """As a user would write it: single numbers beside rotated keys; values with more of them than slots, then what is left
 as vectors of low rank."""
+THRESHOLDS = Scheme(
+    keys=Store(
+        Uniform(3),
+        scale=per_token(channels=32),
+        transform=(PreRope(interleaved=True), Rotate("orthogonal", seed=0)),
+        outliers=Sparse(0.06, Block(ALL, 1), slots=3, fill="zero", when="calibrated"),
+    ),
+    values=Store(
+        Uniform(2),
+        scale=per_channel(tokens=32),
+        outliers=Sparse(0.04, Block(ALL, 1), when="calibrated"),
+        residual=Store(Uniform(1), scale=per_token()),
+    ),
+    recent=Recent(64),
+    sinks=Sinks(2),
+)
+"""As a user would write it: single numbers beyond thresholds, of keys before RoPE beside a map that stays in the loop;
+of values before what is left."""
 MATCHED = Scheme(
     keys=Store(
         Codebook(2, "calibrated", match="moments"),
@@ -108,7 +126,7 @@ MATCHED = Scheme(
 )
 """Codes are tried with decoded levels that are not those they are chosen by; what is left is of the decoded ones."""
 RARE = {"small blocks": SMALL_BLOCKS, "sums": SUMS, "bands": BANDS, "several heads": SEVERAL_HEADS}
-RARE |= {"low rank": LOW_RANK, "matched": MATCHED, "single numbers": SPARSE}
+RARE |= {"low rank": LOW_RANK, "matched": MATCHED, "single numbers": SPARSE, "thresholds": THRESHOLDS}
 """What no shipped scheme has."""
 
 

@@ -74,12 +74,12 @@ def quantize(store: Store, x: Tensor, params: Params | None = None, side: str = 
     whole = kept.pop()
     for one in reversed(kept):
         whole = replace(one, decoded=f32(one.decoded + whole.decoded), residual=whole)
-    return whole
+    return replace(whole, decoded=with_rope(store, whole.decoded, params, side, at))
 
 
 class Link(NamedTuple):
-    """One term of a store: what it is given of x (B, H, T, D), and what it keeps of that; of single numbers that are
-    kept as they are also which ones."""
+    """One term of a store: what it is given of x (B, H, T, D) without positions, where they come off, and what it keeps
+    of that, without them, too; of single numbers that are kept as they are also which ones."""
 
     store: Store
     place: str
@@ -91,8 +91,10 @@ class Link(NamedTuple):
 def links(store: Store, x: Tensor, params: Params | None = None, side: str = "keys", at: int = 0) -> Iterator[Link]:
     """The terms of a store, one after the other: each is given what those before it left of x, the first one x with
     other numbers where single ones are taken out."""
-    picked = pick(x, store.outliers, side) if isinstance(store.outliers, Sparse) else None
-    rest = x
+    x = rest = without_rope(store, x, params, side, at)
+    picked = None
+    if isinstance(store.outliers, Sparse):
+        picked = pick(x, store.outliers, side, _thresholds(store.outliers, x, params, side))
     for position, (place, term) in enumerate(store.placed(side)):
         if isinstance(term.code, Sparse):
             assert picked is not None
@@ -103,25 +105,33 @@ def links(store: Store, x: Tensor, params: Params | None = None, side: str = "ke
             yield Link(term, place, given, kept, picked)
         else:
             given = rest if picked is None or position else picked.filled
-            kept = _alone(term, given, params, place, at)
+            kept = _alone(term, given, params, place)
             yield Link(term, place, given, kept, None)
         rest = left(rest, kept.decoded)
 
 
-def _alone(store: Store, x: Tensor, params: Params | None, side: str, at: int) -> Quantized:
-    """The same of a store without what it leaves."""
+def _thresholds(code: Sparse, x: Tensor, params: Params | None, side: str) -> Tensor | None:
+    """Those of single numbers of x (B, H, T, D), (2, H, D), where they are calibrated."""
+    if code.when == "online":
+        return None
+    what = f"the thresholds of the {side} are calibrated, give their numbers"
+    return _calibrated(params, f"{side}.outliers", (2, x.shape[1], x.shape[3]), what)
+
+
+def _alone(store: Store, x: Tensor, params: Params | None, side: str) -> Quantized:
+    """The same of a store without what it leaves, of x without positions."""
     if isinstance(store.code, LowRank):
         found = factors(x, store.code)
         decoded = multiplied(*found)
         return Quantized(None, None, None, decoded, decoded, factors=found)
     mapped = maps(store, x.shape[3], x.shape[1], params, side)
-    y = polar(store, encoded(without_rope(store, x, params, side, at), mapped))
+    y = polar(store, encoded(x, mapped))
     bands = _banded(store, x, y, params, side)
     if bands:
         codes, scale, offset, coded = None, None, None, torch.cat([band.coded for band in bands], -1)
     else:
         codes, scale, offset, coded = _coded(store, x, y, params, side)
-    decoded = with_rope(store, restored(cartesian(store, coded), mapped), params, side, at)
+    decoded = restored(cartesian(store, coded), mapped)
     return Quantized(codes, scale, offset, decoded, coded, None, bands)
 
 
