@@ -90,21 +90,16 @@ class SlottedKeys(Slotted, Keys):
 
     def _met_by(self, tokens: str, u: str) -> list[str]:
         """The query's numbers at the places of `tokens` of the page, those at u, each times what stands there."""
-        p, dim, lines = self.prefix, self.plan.shape.head_dim, list[str]()
-        if self.rope is not None:
+        p, dim, rope, lines = self.prefix, self.plan.shape.head_dim, self.side.rope, list[str]()
+        if rope is not None:
             lines.append(f"{p}_wave = rope_ptr + ({u}{plus(self.plan.sinks)}).to(tl.int64) * {dim}")
         for i in range(self.held.count):
             lines += self.of_tokens(i, tokens)
             place = f"tl.minimum({p}_place, {dim - 1})"  # of a token that was never packed it is any
-            lines += self._query(place) if self.rope is None else self._turned_query(place, self.rope)
+            lines += self._query(place) if rope is None else self._turned_query(place, rope)
             product = f"{p}_number[:, None] * {p}_met"
             lines.append(f"s = s + {product}" if i else f"s = {product}")
         return [*lines, "s = s * (scaling * inverse)[None, :]"]
-
-    @property
-    def rope(self) -> PreRope | None:
-        """How rotary positions are put back on what stands in slots, where they are: those of the side."""
-        return self.plan.keys.rope
 
     def _query(self, place: str) -> list[str]:
         """Lines that gather the query at the places."""

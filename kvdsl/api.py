@@ -155,7 +155,8 @@ def calibrate(
         store = store.own
         y = encoded_rows(store, x, own, side, sinks) if store.turned else x
         dy = _gradient(store, x, single, gradients, own | given, side, sinks) if weighted(store) else None
-        found |= own | measured(store.with_(transform=()), y, side, dy)
+        single = None if store.mapped or store.polar else single  # what is coded is other numbers
+        found |= own | measured(store.with_(transform=()), y, side, dy, single)
     ready = checked(scheme, shape, found | given)
     return {name: ready[name] for name in wanted(scheme, shape)}
 

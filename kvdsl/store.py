@@ -104,13 +104,15 @@ class Store(Part):
 
     def placed(self, place: str) -> tuple[tuple[str, Store], ...]:
         """This store, that of its outlier channels and the stores of what is left, each a space of its own, with their
-        places in a spec where this store stands at `place`.  Channels are picked by the first of the transforms."""
+        places in a spec where this store stands at `place`.  Channels are picked by the first of the transforms; single
+        numbers are of the vector itself, or of keys without their positions."""
         rest = self.residual.placed(f"{place}.residual") if isinstance(self.residual, Store) else ()
         if self.outliers is None:
             return ((place, self), *rest)
         if isinstance(self.outliers, Sparse):
             own = dc.replace(self, outliers=None)
-            return ((place, own), (f"{place}.outliers", Store(self.outliers)), *rest)
+            single = Store(self.outliers, transform=(self.rope,) if self.rope else ())
+            return ((place, own), (f"{place}.outliers", single), *rest)
         others, top = (
             dc.replace(store, transform=(Pick(self.outliers.n, taken), *store.transform), outliers=None)  # type: ignore
             for store, taken in ((self, False), (self.outliers.store, True))

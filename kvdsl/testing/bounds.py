@@ -141,8 +141,8 @@ def bound(store: Store, x: Tensor, params: Params | None = None, side: str = "ke
 
 def _summed_bound(store: Store, x: Tensor, params: Params | None, side: str, at: int) -> Tensor:
     """What is left, x - x^, is coded itself, so that only its own error remains, of outlier channels on these alone;
-    the difference and the sum round once each, numbers of up to |x| + |x^| and their errors.  What is left may be larger
-    than x and saturates, too."""
+    the difference and the sum round once each, numbers of up to |x| + |x^| and their errors.  What is left may be
+    larger than x and saturates, too."""
     within = sizes = x.double().abs()
     lost = torch.zeros_like(within)
     for term in terms_of(store, x, params, side, at):
