@@ -113,11 +113,14 @@ class SlottedKeys(Slotted, Keys):
         return [
             f"{p}_place = {place}",
             f"{p}_pair = {pair(rope, *lanes)}",
-            f"{p}_other = {other(rope, *lanes)}",
             f"{p}_cosine = tl.load({p}_wave + {p}_pair)",
-            f"{p}_sine = tl.load({p}_wave{plus(dim // 2)} + {p}_pair) * {sign(rope, *lanes)}",
-            f"{p}_met = {self._gathered(f'({p}_place * {self._row})')} * {p}_cosine[:, None]",
-            f"{p}_met = {p}_met - {self._gathered(f'({p}_other * {self._row})')} * {p}_sine[:, None]",
+            f"{p}_sine = tl.load({p}_wave{plus(dim // 2)} + {p}_pair)",
+            f"{p}_sine = {p}_sine * {sign(rope, *lanes)}",
+            f"{p}_other = ({other(rope, *lanes)}) * {self._row}",
+            f"{p}_place = {p}_place * {self._row}",
+            f"{p}_met = {self._gathered(f'{p}_place')}",
+            f"{p}_pair_met = {self._gathered(f'{p}_other')}",
+            f"{p}_met = {p}_met * {p}_cosine[:, None] - {p}_pair_met * {p}_sine[:, None]",
         ]
 
     @property
