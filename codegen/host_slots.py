@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvdsl.codes import SLOT_TOKENS, Sparse
+from kvdsl.rope import pairs as partners
 from kvdsl.scheme import Side
 
 from .host import blocks, finite, saturated
@@ -78,6 +79,15 @@ def kept(rest: Tensor, taken: Split, side: Side) -> Tensor:
 def by_channel(query: Tensor, heads: int) -> Tensor:
     """A query (B, Hq, Q, D) as the numbers of all rows of every channel of a kv head, float32 (B, H, D, Q * group)."""
     return query.unflatten(1, (heads, -1)).permute(0, 1, 4, 3, 2).flatten(3).to(torch.float32).contiguous()
+
+
+def by_turned_channel(query: Tensor, heads: int, pairs: int, interleaved: bool) -> Tensor:
+    """The same, and behind the numbers of every channel those of the query a quarter turn on, q'' = (q[b], -q[a]) of
+    each rotated pair (a, b), else 0: float32 (B, H, D, 2 * Q * group)."""
+    _, partner, first = partners(query.shape[3], 2 * pairs, interleaved)
+    sign = torch.where(torch.arange(query.shape[3]) < 2 * pairs, torch.where(first, 1.0, -1.0), 0.0)
+    turned = query[..., partner.to(query.device)].to(torch.float32) * sign.to(query.device)
+    return torch.cat((by_channel(query, heads), by_channel(turned, heads)), -1)
 
 
 def in_places(numbers: Tensor, places: Tensor, length: int) -> Tensor:

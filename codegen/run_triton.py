@@ -21,7 +21,7 @@ from kvdsl.rope import NEAR, in_order, near, table
 from .assembling import fewest_spills
 from .chunks import mapping, rows_of
 from .host import cartesian, polar, saturated
-from .host_slots import Split, by_channel, kept, split
+from .host_slots import Split, by_channel, by_turned_channel, kept, split
 from .launch import DEPTH, assembled
 from .launches import ASSEMBLER, GIVEN_POINTERS, arguments, fused, stages, warps
 from .plan import Plan, SidePlan
@@ -250,10 +250,13 @@ class TritonModule:
         keys, shape = self.plan.keys, self.plan.shape
         query = query.contiguous()
         given = {"query_ptr": query}
+        if keys.rope is not None:
+            if keys.sparse:
+                gathered = by_turned_channel(query, shape.kv_heads, len(params[ROPE]), keys.rope.interleaved)
+                given["gathered_ptr"] = gathered
+            return given | self._positions(end, query.device, params)
         if keys.sparse:
             given["gathered_ptr"] = by_channel(query, shape.kv_heads)
-        if keys.rope is not None:
-            return given | self._positions(end, query.device, params)
         if not keys.through:
             return given
         batch, _, queries, _ = query.shape

@@ -1,9 +1,9 @@
 """Single numbers that are kept as they are, in Triton: x[t, d] = sum_i n[i] where slot i stands at (t, d).
 
 Of keys every token has its slots, and the query is gathered: a score is sum_i n[t, i] q[place[t, i]].  Behind rotary
-positions it is gathered at the place and at the other channel of its pair, by the cosine and the sine of the token's
-position.  Of values every channel of 64 tokens has its slots, and the weights are gathered: an output is
-sum_i n[i, d] p[place[i, d]].  No number of a token that has no slot is made.
+positions the query a quarter turn on is, too, and both meet the wave of the token's position.  Of values every channel
+of 64 tokens has its slots, and the weights are gathered: an output is sum_i n[i, d] p[place[i, d]].  No number of a
+token that has no slot is made.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .plan import SidePlan
 from .text import plus
 from .triton_keys import Keys
 from .triton_planes import Planes
-from .triton_rope import other, pair, sign
+from .triton_rope import pair
 from .triton_values import Values
 
 
@@ -66,8 +66,13 @@ class SlottedKeys(Slotted, Keys):
 
     def lane_lines(self) -> list[str]:
         """The line that says where the query's numbers begin, channel by channel: a number of all rows is one read."""
-        size = self.plan.shape.head_dim * self.plan.shape.group
-        return [f"gathered = gathered_ptr + bh.to(tl.int64) * queries * {size} + row_index[None, :]"]
+        if self.side.rope is None:
+            size = self.plan.shape.head_dim * self.plan.shape.group
+            return [f"gathered = gathered_ptr + bh.to(tl.int64) * queries * {size} + row_index[None, :]"]
+        # rows that are not there read those of the first: a mask of each load is kept through the loop
+        size = 2 * self.plan.shape.head_dim * self.plan.shape.group
+        start = f"gathered = gathered_ptr + bh.to(tl.int64) * queries * {size}"
+        return [f"{start} + tl.where(live, row_index, 0)[None, :]"]
 
     def loads(self, query: str) -> list[str]:
         return []
@@ -103,34 +108,25 @@ class SlottedKeys(Slotted, Keys):
 
     def _query(self, place: str) -> list[str]:
         """Lines that gather the query at the places."""
-        p = self.prefix
-        return [f"{p}_place = {place} * {self._row}", f"{p}_met = {self._gathered(f'{p}_place')}"]
+        p, group = self.prefix, self.plan.shape.group
+        return [
+            f"{p}_place = {place} * (queries * {group})",
+            f"{p}_met = tl.load(gathered + {p}_place[:, None], mask=live[None, :], other=0.0)",
+        ]
 
     def _turned_query(self, place: str, rope: PreRope) -> list[str]:
         """The same of the query turned back by each token's position: R_t e_m . q for the channel m of a place."""
-        p, dim = self.prefix, self.plan.shape.head_dim
-        lanes = (f"{p}_place", 0, dim)
+        p, dim, group = self.prefix, self.plan.shape.head_dim, self.plan.shape.group
         return [
             f"{p}_place = {place}",
-            f"{p}_pair = {pair(rope, *lanes)}",
+            f"{p}_pair = {pair(rope, f'{p}_place', 0, dim)}",
             f"{p}_cosine = tl.load({p}_wave + {p}_pair)",
             f"{p}_sine = tl.load({p}_wave{plus(dim // 2)} + {p}_pair)",
-            f"{p}_sine = {p}_sine * {sign(rope, *lanes)}",
-            f"{p}_other = ({other(rope, *lanes)}) * {self._row}",
-            f"{p}_place = {p}_place * {self._row}",
-            f"{p}_met = {self._gathered(f'{p}_place')}",
-            f"{p}_pair_met = {self._gathered(f'{p}_other')}",
-            f"{p}_met = {p}_met * {p}_cosine[:, None] - {p}_pair_met * {p}_sine[:, None]",
+            f"{p}_place = {p}_place * (queries * {2 * group})",
+            f"{p}_met = tl.load(gathered + {p}_place[:, None])",
+            f"{p}_turned = tl.load(gathered + ({p}_place + queries * {group})[:, None])",
+            f"{p}_met = {p}_met * {p}_cosine[:, None] + {p}_turned * {p}_sine[:, None]",
         ]
-
-    @property
-    def _row(self) -> str:
-        """How far one channel of the gathered query is from the next."""
-        return f"(queries * {self.plan.shape.group})"
-
-    def _gathered(self, start: str) -> str:
-        """The load of what the query's rows have of the channels that begin there [tokens], [tokens, rows]."""
-        return f"tl.load(gathered + {start}[:, None], mask=live[None, :], other=0.0)"
 
 
 class SlottedValues(Slotted, Values):
