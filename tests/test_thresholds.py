@@ -95,7 +95,7 @@ def test_codes_are_fitted_to_what_lies_within() -> None:
     assert torch.equal(found[ROPE], FREQUENCIES[ROPE])
     bare = reference.quantize(Store(Float("fp32"), transform=PreRope()), k, FREQUENCIES).coded
     low, high = found["keys.outliers"]
-    assert torch.equal(found["keys.outliers"], thresholds(KEYS.keys.outliers, bare))  # type: ignore[arg-type]
+    assert torch.equal(found["keys.outliers"], thresholds(KEYS.keys.outliers, bare))
     right = torch.stack([high - low, high + low]) / 2
     assert torch.equal(found["keys.scale"], right.half().float())
     inside = (bare >= low[:, None]) & (bare <= high[:, None])
@@ -128,7 +128,7 @@ def test_what_is_given_has_to_fit() -> None:
     ):
         rest = {name: x for name, x in params.items() if name != "keys.outliers"}
         with pytest.raises(ShapeError, match=said):
-            kvdsl.roundtrip(KEYS, k, k, params=rest | given, **asked)  # type: ignore[arg-type]
+            kvdsl.roundtrip(KEYS, k, k, params=rest | given, **asked)
 
 
 def test_positions_go_back_on_the_sum() -> None:
