@@ -18,7 +18,20 @@ from dataclasses import dataclass
 import sympy as sp
 
 from kvdsl.errors import ProofError
-from kvdsl.scheme import ALL, ChannelScale, ChannelShift, Parted, Permute, Pick, Polar, PreRope, Rotate, Sketch, Store
+from kvdsl.scheme import (
+    ALL,
+    ChannelScale,
+    ChannelShift,
+    Parted,
+    Permute,
+    Pick,
+    Polar,
+    PreRope,
+    Rotate,
+    Sketch,
+    Sparse,
+    Store,
+)
 
 CHANNELS, NUMBERS, TOKENS = 3, 2, 2  # of the proof: the statement is linear in every factor
 
@@ -79,7 +92,7 @@ def absorb(side: str, store: Store, letter: str) -> Absorbed | None:
     """What becomes of one side's sums, or of those of a term whose numbers are called by a letter; None where the
     vector itself is coded.  Raises ProofError if it is not so."""
     if store.rope is not None:
-        return _rope(store)
+        return _gathered(store, letter) if isinstance(store.code, Sparse) else _rope(store)
     if not store.mapped:
         return _polar(side, store, letter) if store.polar else None
     read = f"{letter}[t, d] = sum_i W[d, i]*y[t, i]" + (f" + {letter}0[d]" if store.shifted else "")
@@ -202,6 +215,26 @@ def _rope(store: Store) -> Absorbed:
         f"q . k[t0 + i] = {told.terms} with q' = R_t0^-1 q, q'' = (q'[b], -q'[a]) for every pair (a, b){told.onto}",
         "symbolic, for one pair: a score is a sum over pairs",
         f"R_t0 is applied to the query, once per tile{told.once}; {told.loop} to decoded numbers, in the loop",
+    )
+
+
+def _gathered(store: Store, letter: str) -> Absorbed:
+    """What a single number adds to a score: the query is gathered at its channel and at the other one of its pair."""
+    angle, number = sp.symbols("a n", real=True)
+    q, quarter = sp.Matrix(sp.symbols("qa qb")), sp.Matrix([[0, 1], [-1, 0]])
+    cos, sin = sp.cos(angle), sp.sin(angle)
+    turned, other = sp.Matrix([[cos, -sin], [sin, cos]]), quarter * q
+    for place in range(2):
+        alone = sp.Matrix([number if place == 0 else 0, number if place == 1 else 0])
+        if sp.expand(q.dot(turned * alone) - number * (cos * q[place] + sin * other[place])) != 0:
+            raise ProofError("keys: a single number at its position does not meet both channels of its pair")
+    return Absorbed(
+        steps(store),
+        f"{letter}[t] = R_t y[t]",
+        f"q . {letter}[t] = sum_d q[t, d]*y[t, d] with q[t] = R_t^-1 q, "
+        "q[t, d] = cos(t*f[d])*q[d] + sin(t*f[d])*q''[d], q'' = (q[b], -q[a]) for every pair (a, b)",
+        "symbolic, for one pair and a number in either place",
+        "R_t^-1 q is made where a number stands, of the query at both channels of a pair",
     )
 
 

@@ -101,7 +101,8 @@ def _where(side: SidePlan, term: Term) -> str:
         return "the weights meet the numbers of each token, what that gives meets the block's vectors once a tile"
     if side.slots:
         what, them = ("the query", "channels") if side.name == "keys" else ("the weights", "tokens")
-        return f"{what} gathered at the {them} m, times what stands there"
+        turned = ", turned back by the position of each token," if side.rope is not None else ""
+        return f"{what}{turned} gathered at the {them} m, times what stands there"
     if form.when is When.IN_LOOP:
         again = ", mapped back" if side.mixed else ""
         again += ", and turned back to its position" if side.rope is not None else ""

@@ -98,6 +98,24 @@ SPARSE = Scheme(
 )
 """As a user would write it: single numbers beside rotated keys; values with more of them than slots, then what is left
 as vectors of low rank."""
+THRESHOLDS = Scheme(
+    keys=Store(
+        Uniform(3),
+        scale=per_token(channels=32),
+        transform=(PreRope(interleaved=True), Rotate("orthogonal", seed=0)),
+        outliers=Sparse(0.06, Block(ALL, 1), slots=3, fill="zero", when="calibrated"),
+    ),
+    values=Store(
+        Uniform(2),
+        scale=per_channel(tokens=32),
+        outliers=Sparse(0.04, Block(ALL, 1), when="calibrated"),
+        residual=Store(Uniform(1), scale=per_token()),
+    ),
+    recent=Recent(64),
+    sinks=Sinks(2),
+)
+"""As a user would write it: single numbers beyond thresholds, of keys before RoPE beside a map that stays in the loop;
+of values before what is left."""
 MATCHED = Scheme(
     keys=Store(
         Codebook(2, "calibrated", match="moments"),
@@ -120,7 +138,8 @@ CHOSEN = Scheme(
 )
 """Two sketches of unlike rows, of a few channels of every 64 tokens; what both leave is coded behind them."""
 RARE = {"small blocks": SMALL_BLOCKS, "sums": SUMS, "bands": BANDS, "several heads": SEVERAL_HEADS}
-RARE |= {"low rank": LOW_RANK, "matched": MATCHED, "single numbers": SPARSE, "chosen channels": CHOSEN}
+RARE |= {"low rank": LOW_RANK, "matched": MATCHED, "single numbers": SPARSE, "thresholds": THRESHOLDS}
+RARE |= {"chosen channels": CHOSEN}
 """What no shipped scheme has."""
 
 

@@ -40,6 +40,10 @@ DIFFERENT: dict[str, tuple[tuple[float, float], tuple[float, float], str]] = {
     "nuq3": ((3, 3), (3, 3 + 32 / 1024), "a token's scale and offset are counted, which the paper leaves out"),
     "nuq2": ((2, 2), (2, 2 + 32 / 1024), "a token's scale and offset are counted, which the paper leaves out"),
 }
+SLOTS = "slots, so many for every token or channel, of 24 bits, where the paper counts 32 for each that is kept"
+DIFFERENT |= {
+    f"kvquant{b}": ((b + 0.32, b + 0.32), (b + 2 * 24 / 128, b + 24 / 64 + 32 / 1024), SLOTS) for b in (2, 3, 4)
+}
 
 # No account is published: of bits chosen here, of other bits than the paper's, of baselines.
 OWN = {"kvtq_2bit", "quarot2", "rotatekv4", "rotatekv3", "rotatekv2", "smoothquant8", "omniquant4", "wkvquant4"}

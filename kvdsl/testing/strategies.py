@@ -57,7 +57,8 @@ def schemes(*, longest: int = 64) -> st.SearchStrategy[Scheme]:
 def _schemes(draw: Draw, longest: int) -> Scheme:
     keys = draw(stores(longest))
     values = draw(st.one_of(st.just(keys), stores(longest)))
-    plain = len(keys.placed("")) == 1 and not keys.polar and not isinstance(keys.code, (LowRank, Sketch))
+    plain = keys.residual is None and not isinstance(keys.outliers, TopChannels)
+    plain = plain and not keys.polar and not isinstance(keys.code, (LowRank, Sketch))
     if plain and draw(st.integers(0, 4)) == 4:
         keys = keys.with_(transform=(PreRope(draw(st.booleans())), *keys.transform))
     if longest >= 32 and keys.outliers is None and draw(st.integers(0, 7)) == 7:
@@ -151,10 +152,13 @@ def _low_rank(longest: int) -> st.SearchStrategy[LowRank]:
 
 
 def _sparse() -> st.SearchStrategy[Sparse]:
-    """Single numbers of lines of one token or several, of which some are taken in heads of 32 channels."""
-    lines = [Block(), Block(heads=ALL), Block(SLOT_TOKENS, 1), Block(16, 4)]
-    shares, fills = st.sampled_from([0.07, 0.15]), st.sampled_from(get_args(Fill))
-    return st.builds(Sparse, shares, st.sampled_from(lines), slots=st.integers(1, 4), fill=fills)
+    """Single numbers of lines of one token or several, of which some are taken in heads of 32 channels, or beyond
+    thresholds, one in three."""
+    lines = st.sampled_from([Block(), Block(heads=ALL), Block(SLOT_TOKENS, 1), Block(16, 4)])
+    shares, slots, fills = st.sampled_from([0.07, 0.15]), st.integers(1, 4), st.sampled_from(get_args(Fill))
+    online = st.builds(Sparse, shares, lines, slots=slots, fill=fills)
+    whole = st.builds(Sparse, shares, st.just(Block(ALL, 1)), slots=slots, fill=fills, when=st.just("calibrated"))
+    return st.one_of(online, online, whole)
 
 
 def _parts(store: Store) -> bool:
