@@ -100,7 +100,8 @@ def _reseeded(store: Store, seed: int) -> Store:
     code = store.code.with_(seed=seed) if isinstance(store.code, Sketch) else store.code
     rest, top = store.residual, store.outliers
     rest = _reseeded(rest, seed + 1) if isinstance(rest, Store) else rest
-    top = replace(top, store=_reseeded(top.store, seed + 1)) if isinstance(top, TopChannels) else top
+    if isinstance(top, TopChannels):  # of two sketches of masked vectors one map is read for both
+        top = replace(top, store=_reseeded(top.store, seed if top.online else seed + 1))
     return replace(store, code=code, transform=parts, outliers=top, residual=rest)
 
 
