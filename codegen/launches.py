@@ -16,7 +16,7 @@ POINTERS = {
     "value_rows_ptr": "input",
     "pool8_ptr": "*u8", "pool16_ptr": "*i16", "pool32_ptr": "*i32", "pool_fp16_ptr": "*fp16", "pool_fp32_ptr": "*fp32",
     "squares_ptr": "*fp64", "numbers_ptr": "*i16", "places_ptr": "*u8",
-    "bytes_ptr": "*u8",
+    "bytes_ptr": "*u8", "above_ptr": "*u8",
     "first_ptr": "*i32", "begin_ptr": "*i32", "end_ptr": "*i32", "table_ptr": "*i32", "packed_keys_ptr": "*i32",
     "packed_values_ptr": "*i32", "length_ptr": "*i32", "start_ptr": "*i32",
 }  # fmt: skip
@@ -89,6 +89,8 @@ def loop_bytes(plan: Plan, *, repeated: bool = False) -> int:
             size += 2 * held.rank * (layout.page_tokens + held.blocks * side.dim)
         if (slots := side.slots) is not None:
             size += 3 * slots.entries
+        if (beside := side.beside) is not None:
+            size += layout.page_tokens * beside.count * beside.bits // 8
         if side.chosen:
             size += side.chosen.count * side.chosen.blocks
         if side.layout.meta is not None:

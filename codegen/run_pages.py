@@ -15,12 +15,14 @@ from kvdsl.params import ROPE
 from kvdsl.rope import NEAR, in_order, near, table
 
 from .host import cartesian, polar, saturated
+from .host_beside import Taken, kept_there, level_counts, placed, together
 from .host_channels import among, choose
 from .host_channels import given as beside
 from .host_slots import Split, kept, split
 from .plan import SidePlan
 from .run_kernels import KernelModule
 from .text import padded
+from .triton_beside_pages import PUT_TOKENS
 from .triton_rope import ROTATE_ROWS
 from .triton_turn import TURN_LANES, turn_rows
 
@@ -39,24 +41,30 @@ class PageModule(KernelModule):
             self._pack(part, rows, first, offset, begin, end, reach, pool, table, params)
             return
         for low, high in self._chunks(part, *reach, rows.shape[0]):
-            at, source, start, taken, theirs = first, rows, offset, None, None
+            at, source, start, taken, chosen, above = first, rows, offset, None, None, None
             if part.sparse or part.parted:
                 source, at, start = _taken(rows, first, offset, low, high), torch.full_like(first, low), 0
             if part.sparse:
                 taken = split(source, part.sparse, side)
             if part.parted:
                 channels = choose(source, part.parted.choice)
-                theirs = among(channels, part.choice.tokens, source.shape[3])
+                chosen = Taken(channels, among(channels, part.choice.tokens, source.shape[3]))
                 put = channels.to(torch.uint8), begin, end, low, pool, table
                 self._put(f"put_{part.space}_channels", *put)
             for term in part.spaces:
                 if taken is not None and term.slots:
                     self._pack_slots(term, source, taken, begin, end, (low, high), pool, table)
+                elif chosen is not None and term.beside:
+                    kept_rows = _beside_rows(term, source if above is None else above, chosen.channels)
+                    self._put(f"put_{term.space}", kept_rows, begin, end, low, pool, table)
                 else:
-                    given = taken.filled if taken is not None and term is part else source
-                    if theirs is not None and term.parted:
-                        given = beside(term.parted, source, theirs)
-                    self._pack_term(term, given, at, start, begin, end, (low, high), pool, table, params)
+                    given, raised = taken.filled if taken is not None and term is part else source, {}
+                    if chosen is not None and term.parted:
+                        given = beside(term.parted, source, chosen.theirs)
+                    if chosen is not None and term.raised:
+                        above = torch.empty(given.shape, dtype=torch.uint8, device=given.device)
+                        raised = {"counts_ptr": level_counts(term, chosen.theirs), "above_ptr": above}
+                    self._pack_term(term, given, at, start, begin, end, (low, high), pool, table, params, raised)
                 if term.residual is not None:
                     # what is left of the chunk's tokens, in rows of their own
                     source = saturated(_taken(source, at, start, low, high)) - self._decoded(
@@ -75,15 +83,15 @@ class PageModule(KernelModule):
         }  # fmt: skip
         self._run(kernel, (blocks, batch * heads), given, pool, {})
 
-    def _theirs(self, term: SidePlan, pool: Tensor, table: Tensor, low: int, high: int) -> Tensor:
-        """Whether numbers of tokens u in [low, high) are of chosen channels, bool (B, H, high - low, D)."""
+    def _chosen(self, term: SidePlan, pool: Tensor, table: Tensor, low: int, high: int) -> Tensor:
+        """Which channels are chosen for each of the tokens u in [low, high): uint8 (B, H, high - low, count)."""
         layout, held = self.plan.layout, term.choice
         first, last = low // layout.page_tokens, -(-high // layout.page_tokens)
         blobs = pool[:, : layout.head_bytes * layout.kv_heads].unflatten(1, (layout.kv_heads, layout.head_bytes))
         section = blobs[:, :, held.offset : held.offset + held.blocks * held.count]
         channels = section[table[:, first:last].long()].unflatten(-1, (held.blocks, held.count))
-        theirs = among(channels.movedim(2, 1).flatten(2, 3), held.tokens, self.plan.shape.head_dim)
-        return theirs[:, :, low - first * layout.page_tokens :][:, :, : high - low]
+        of_tokens = channels.movedim(2, 1).flatten(2, 3).repeat_interleave(held.tokens, 2)
+        return of_tokens[:, :, low - first * layout.page_tokens :][:, :, : high - low]
 
     def _pack_slots(self, term: SidePlan, rows: Tensor, taken: Split, begin: Tensor, end: Tensor,
                     reach: tuple[int, int], pool: Tensor, table: Tensor) -> None:  # fmt: skip
@@ -98,10 +106,11 @@ class PageModule(KernelModule):
         self._run(f"pack_{term.label}", (blocks, batch * heads), given, pool, {})
 
     def _pack_term(self, term: SidePlan, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor,
-                   reach: tuple[int, int], pool: Tensor, table: Tensor, params: Params) -> None:  # fmt: skip
-        """Write one term, or all bands, of a chunk's tokens u in `reach`."""
+                   reach: tuple[int, int], pool: Tensor, table: Tensor, params: Params,
+                   raised: Mapping[str, Tensor]) -> None:  # fmt: skip
+        """Write one term, or all bands, of a chunk's tokens u in `reach`; `raised`: of channels with more bits."""
         if not term.turned:
-            self._pack(term, rows, first, offset, begin, end, reach, pool, table, params)
+            self._pack(term, rows, first, offset, begin, end, reach, pool, table, params, raised)
             return
         (low, high), (batch, heads, total, _) = reach, rows.shape
         coded = torch.empty(batch, heads, high - low, term.stride, dtype=torch.float32, device=rows.device)
@@ -169,6 +178,8 @@ class PageModule(KernelModule):
         """One term, or all bands, of tokens u in [low, high), float32 (B, H, high - low, D)."""
         batch, dim = table.shape[0], self.plan.shape.head_dim
         coded = self._unpack(term, pool, table, low, high, term.stride, params)
+        if term.beside:
+            return placed(coded, self._chosen(term, pool, table, low, high), 1, dim)
         coded = cartesian(coded, term.store.levels) if term.polar else coded
         given: dict[str, Any] = {"low": low, "count": high - low}
         if term.mapped:
@@ -176,7 +187,7 @@ class PageModule(KernelModule):
             grid = self._turn_grid(term, high - low, batch, dim)
             self._run(f"restore_{term.space}", grid, {**given, "out_ptr": coded}, None, params)
         if term.masked:
-            here = self._theirs(term, pool, table, low, high) == term.store.gathers
+            here = among(self._chosen(term, pool, table, low, high), 1, dim) == term.store.gathers
             coded = torch.where(here, coded, 0.0)
         if term.rope is not None:
             given |= {"coded_ptr": coded, **self._positions(high, pool.device, params)}
@@ -214,6 +225,14 @@ def _taken(rows: Tensor, first: Tensor, offset: int, low: int, high: int) -> Ten
     place = offset + torch.remainder(u - first[:, None], rows.shape[2] - offset)
     index = place[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3])
     return rows.gather(2, index).to(torch.float32)
+
+
+def _beside_rows(term: SidePlan, rows: Tensor, channels: Tensor) -> Tensor:
+    """What is kept of rows (B, H, T, D), numbers or codes, at chosen channels: bytes (B, H, T / 32, size)."""
+    held, tokens = term.beside, term.choice.tokens
+    assert held is not None
+    found = together(rows, channels, tokens, held.bits) if held.below else kept_there(rows, channels, tokens)
+    return found.unflatten(2, (-1, PUT_TOKENS // held.together)).flatten(3)
 
 
 def _in_order(first: Tensor, order: Tensor) -> Tensor:

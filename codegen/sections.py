@@ -38,11 +38,13 @@ class Slots:
 
 @dataclass(frozen=True)
 class Beside:
-    """Numbers of channels that are chosen anew, beside codes of all channels, `count` a token: in fp16, or `bits` each,
-    those of as many tokens as fill a byte in one, the first token's lowest.  Bytes from the head blob's start."""
+    """Numbers of channels that are chosen anew, beside codes of all channels, `count` a token: in fp16, or `bits` of
+    codes whose lowest `below` stand among the others', those of as many tokens as fill a byte in one, the first token's
+    lowest.  Bytes from the head blob's start."""
 
     count: int
     bits: int
+    below: int
     offset: int
 
     @property

@@ -95,7 +95,9 @@ class MaskedKeys(Keys):
                 address = f"{start}[None, :] * {size} + {reader.plane_lane(j)}[:, None]"
                 lines.append(f"{self.prefix}_row = tl.load({address}{self._lanes_known(reader, j)})")
                 so_far = f", {name}" if i else ""
-                lines.append(f"{name} = tl.dot({reader.operand(stream, j, half)}, {self.prefix}_row{so_far}{self.precise})")
+                lines.append(
+                    f"{name} = tl.dot({reader.operand(stream, j, half)}, {self.prefix}_row{so_far}{self.precise})"
+                )
             total = f"{self.prefix}_sum"
             lines.append(f"{total} = tl.load({start} * {size} + {reader.side.dim}).to(tl.float32)")
             lines.append(f"{name} = {reader.steps.assembled(name, total, reader.scale, reader.offset)}")

@@ -19,7 +19,7 @@ from kvdsl.levels import table
 from kvdsl.reference.quantize import Quantized, encoded_rows, maps
 from kvdsl.reference.spaces import applied, by_head, cartesian, joined
 from kvdsl.reference.timeline import contents
-from kvdsl.scheme import Codebook, LowRank, Side, Sparse, Store, Uniform
+from kvdsl.scheme import Chosen, Codebook, LowRank, Side, Sparse, Store, Uniform
 
 from . import low_rank
 from .bounds import second, spread
@@ -54,6 +54,8 @@ def _row(store: Store, channels: int) -> int:
 
 
 def _numbers(term: Store, channels: int) -> int:
+    if isinstance(term.code, Chosen):  # of some channels, others for every few tokens: counted as all
+        return channels
     return term.coded(channels) * (term.joined if term.hoisted else 1)
 
 
@@ -67,6 +69,8 @@ def _met(store: Store, numbers: Tensor) -> Tensor:
 def _factors(store: Store, numbers: Quantized, params: Params, side: str) -> Tensor:
     """Code (or level) times scale: what remains of coded numbers without their offset.  Evenly spaced levels are codes,
     counted from the lowest."""
+    if isinstance(store.code, Chosen):
+        return numbers.decoded
     if store.measure is None or store.polar:
         return cartesian(store, numbers.coded)
     assert numbers.codes is not None and numbers.scale is not None
@@ -132,6 +136,8 @@ def _sizes(term: TermOf, params: Params, largest: Largest, at: int) -> Tensor:
         return _met(store, low_rank.sizes(term.kept))
     if isinstance(store.code, Sparse):
         return found.abs()
+    if isinstance(store.code, Chosen):  # n = s*c, or a float16 number, whose query is rounded once
+        return term.kept.decoded.abs()
     coded = encoded_rows(store, term.x, params, term.place, at).double()
     counted = isinstance(store.code, Uniform) or _step(store, coded.shape[-1]) is not None
     signed = _factors(store, term.kept, params, term.place)
