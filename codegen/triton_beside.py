@@ -58,6 +58,7 @@ class Gathered(Planes):
         p, held = self.prefix, self.held
         lane, mask = f"{self.lane}[None, :]", f", mask={self.known('[None, :]')}, other=0" if self.ragged else ""
         if not held.below:
+            mask = mask.replace("other=0", "other=0.0")
             return [f"{p}_number = tl.load({p}_numbers + {tokens}[:, None] * {held.count} + {lane}{mask})"]
         row = f"({tokens} // {held.together})[:, None] * {held.count}"
         shift = f"({tokens} % {held.together} * {held.bits})[:, None]"
@@ -133,7 +134,7 @@ class BesideKeys(Gathered, Keys):
         met = f"tl.load(gathered + ({p}_channel * {self._row})[:, None], mask={live}, other=0.0)"
         lines = [*self.channel(first), f"{p}_met = {met}", f"{p}_met = {p}_met * (scaling * inverse)[None, :]"]
         lines += self.numbers(tokens)
-        number = f"{p}_number.to({self.exact})"
+        number = f"{p}_number" if not self.held.below and self.exact == "tl.float16" else f"{p}_number.to({self.exact})"
         if self.held.below:
             loads, axes = self.scales(tokens, first, size)
             lines += loads

@@ -49,12 +49,27 @@ from kvdsl.reference.alphabets import Alphabet, alphabet, given_table
 from kvdsl.reference.quantize import encoded_rows, level_count, maps, quantize
 from kvdsl.reference.rounding import MINIFLOATS
 from kvdsl.reference.spaces import applied, by_head
-from kvdsl.scheme import Band, Bands, Block, Codebook, Float, LowRank, Polar, Scale, Sketch, Store, Uniform, bands
+from kvdsl.scheme import (
+    Band,
+    Bands,
+    Block,
+    Chosen,
+    Codebook,
+    Float,
+    LowRank,
+    Parted,
+    Polar,
+    Scale,
+    Sketch,
+    Store,
+    Uniform,
+    bands,
+)
 from kvdsl.spaces import apart
 
 from . import low_rank
 from .rotary import partners, spread_waves
-from .terms import terms_of
+from .terms import TermOf, terms_of
 
 FORMATS = {
     "fp16": (2.0**-11, 2.0**-25, 65504.0),
@@ -141,20 +156,50 @@ def bound(store: Store, x: Tensor, params: Params | None = None, side: str = "ke
 
 def _summed_bound(store: Store, x: Tensor, params: Params | None, side: str, at: int) -> Tensor:
     """What is left, x - x^, is coded itself, so that only its own error remains, of outlier channels on these alone;
-    the difference and the sum round once each, numbers of up to |x| + |x^| and their errors."""
+    the difference and the sum round once each, numbers of up to |x| + |x^| and their errors.  Channels that are chosen
+    anew and have more bits have the error of a store of so many."""
     within = sizes = x.double().abs()
     for term in terms_of(store, x, params, side, at):
         if term.single is not None:
             numbers = term.x.abs().clamp(max=LARGEST)
             here = torch.where(term.single, deviation(numbers, "fp16") + term.x.abs() - numbers, within)
+        elif isinstance(term.store.code, Chosen):
+            here = _chosen_bound(term, x, params)
+        elif isinstance(term.store, Parted) and term.store.raised is not None:
+            few = Store(term.store.code, scale=term.store.scale)
+            here = bound(few, term.x, params, term.place, at)
         else:
             here = bound(term.store, term.x, params, term.place, at)
         if term.store.pick is not None and term.store.pick.top:
             assert params is not None
             top = apart(params[f"{side}.outliers"].cpu(), x.shape[3])
             here = torch.where(top[:, None], here, within)
+        if term.theirs is not None:
+            here = _beside(term, here, within)
         within, sizes = here, sizes + term.kept.decoded.abs()
     return within + 2.0**-22 * (sizes + within) + (x.double().abs() - LARGEST).clamp(min=0)
+
+
+def _chosen_bound(term: TermOf, x: Tensor, params: Params | None) -> Tensor:
+    """The bound at chosen channels: of float16 numbers, or of the codes of more bits that x has there."""
+    assert isinstance(term.store.code, Chosen)
+    if term.store.code.below:
+        many = term.store.code.choice.store
+        return bound(Store(many.code, scale=many.scale), x, params, term.place)
+    numbers = term.x.abs().clamp(max=LARGEST)
+    return deviation(numbers, "fp16") + term.x.abs() - numbers
+
+
+def _beside(term: TermOf, here: Tensor, within: Tensor) -> Tensor:
+    """What bounds the error behind a term beside chosen channels: a term of some channels leaves the others as they
+    were, and one of all channels says of chosen ones what it does of a number of 0, or of the lowest bits alone."""
+    assert term.theirs is not None
+    store = term.store
+    if isinstance(store.code, Chosen) or isinstance(store, Parted) and store.masked:
+        return torch.where(term.theirs == store.gathers, here, within)
+    if isinstance(store, Parted):
+        return torch.where(term.theirs, within + term.kept.decoded.abs(), here)
+    return torch.where(term.theirs, within + here, here)
 
 
 def _mapped_bound(store: Store, x: Tensor, params: Params | None, side: str) -> Tensor:

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from kvdsl.kernels import Params
 from kvdsl.reference.quantize import encoded_rows, quantize
-from kvdsl.scheme import SIDES, ChannelShift, Codebook, Float, LowRank, Scale, Scheme, Sketch, Sparse, Store
+from kvdsl.scheme import (
+    SIDES,
+    ChannelShift,
+    Chosen,
+    Codebook,
+    Float,
+    LowRank,
+    Parted,
+    Scale,
+    Scheme,
+    Sketch,
+    Sparse,
+    Store,
+    TopChannels,
+)
 
 from . import low_rank, sparse
 from .bounds import FORMATS, LARGEST, blocks_of, spread
 from .cases import METADATA, Case, law, require, require_equal, static
-from .terms import Stretch, TermOf, stretches, terms_of
+from .terms import Stretch, TermOf, chosen_of, stretches, terms_of
 from .trips import bare, roundtrip
 
 LEAST = {"fp16": -14, "bf16": -126, "fp32": -126, "e4m3": -6, "e5m2": -14, "e8m0": -126}  # exponents of normal numbers
@@ -60,6 +76,7 @@ def a_nan_spoils_its_block_only(case: Case) -> None:
     for side, x, before, got in zip(SIDES, (k, v), clean, roundtrip(case, k, v, params), strict=True):
         store, bad = case.scheme.side(side), torch.zeros(x.shape, dtype=torch.bool)
         other = bad | sparse.moved(x, store.outliers, side) if isinstance(store.outliers, Sparse) else bad
+        other = other | _chosen_otherwise(store, x)
         for term in terms_of(store, x, params, side, case.sinks):
             bad = bad | _spoilt(term.store, term.x, params, term.place, case.sinks)
             given = torch.where(other, torch.nan, term.x)
@@ -69,6 +86,15 @@ def a_nan_spoils_its_block_only(case: Case) -> None:
             require_equal(f"decoded {side}", got[bad], quantize(store, x, params, side, case.sinks).decoded[bad])
         else:
             require(bool(got[bad].isnan().all()), f"decoded {side}: a number beside the NaN at {at} is {got[bad]}")
+
+
+def _chosen_otherwise(store: Store, x: Tensor) -> Tensor:
+    """Which numbers of x (B, H, T, D) may be of a chosen channel or not because of a NaN of their head and tokens."""
+    if chosen_of(store, x) is None:
+        return torch.zeros(x.shape, dtype=torch.bool)
+    assert isinstance(store.outliers, TopChannels)
+    found = x.isnan().any(-1).unflatten(2, (-1, store.outliers.tokens)).any(-1)
+    return found.repeat_interleave(store.outliers.tokens, 2)[..., None].expand(x.shape)
 
 
 def _spoilt(store: Store, x: Tensor, params: Params, side: str, at: int) -> Tensor:
@@ -124,13 +150,22 @@ def _everywhere(store: Store, holds: Tensor, x: Tensor) -> Tensor:
     return spread(store, holds, coded).all(-1, keepdim=True).expand(x.shape)
 
 
+def _clipped(store: Store, clip: float) -> Store:
+    """The store with one clip, which chosen channels with more bits have, too."""
+    one = store.with_(**{"scale.clip": clip})
+    if not isinstance(one, Parted) or one.raised is None:
+        return one
+    many = Store(one.raised.code, scale=one.scale)
+    return replace(one, choice=replace(one.choice, store=many))
+
+
 def _tried(store: Store) -> list[Store]:
     """The store with each of its clips alone, with and without its second fit: their scales are all that decides its
     codes, which clip is chosen, and what is stored."""
     if store.scale is None:
         return [store]
     clips = store.scale.clip if isinstance(store.scale.clip, tuple) else (store.scale.clip,)
-    alone = [store.with_(**{"scale.clip": clip}) for clip in clips]
+    alone = [_clipped(store, clip) for clip in clips]
     return alone if store.scale.refit is None else [*alone, *(one.with_(**{"scale.refit": None}) for one in alone)]
 
 
@@ -168,7 +203,9 @@ def _usual_part(
     usual = torch.ones(x.shape, dtype=torch.bool)
     if isinstance(store.code, LowRank):
         return low_rank.usual(one, more, store.code, factor)
-    if isinstance(store.code, Sparse):
+    if isinstance(store.code, Chosen) and store.code.below:  # codes alone, under scales of the term of all channels
+        return usual
+    if isinstance(store.code, (Sparse, Chosen)):
         return sparse.usual(x, factor)
     if store.measure is None:
         if isinstance(store.code, Codebook):  # angles do not grow
@@ -208,7 +245,8 @@ def powers_of_two_go_through(case: Case) -> None:
     twice = roundtrip(case, k * factor, v * factor, bigger)
     for side, x, first, second in zip(SIDES, (k, v), once, twice, strict=True):
         usual = torch.ones_like(first, dtype=torch.bool)
-        if isinstance(case.scheme.side(side).outliers, Sparse):  # saturated numbers are alike, whatever they were
+        picked = isinstance(case.scheme.side(side).outliers, Sparse) or chosen_of(case.scheme.side(side), x) is not None
+        if picked:  # saturated numbers are alike, whatever they were
             usual &= bool((x.double().abs() * factor < LARGEST).all())
         terms = (
             terms_of(case.scheme.side(side), y, p, side, case.sinks) for y, p in ((x, params), (x * factor, bigger))
