@@ -90,7 +90,7 @@ def loop_bytes(plan: Plan, *, repeated: bool = False) -> int:
         if (slots := side.slots) is not None:
             size += 3 * slots.entries
         if (beside := side.beside) is not None:
-            size += layout.page_tokens * beside.count * beside.bits // 8
+            size += beside.size(layout.page_tokens)
         if side.chosen:
             size += side.chosen.count * side.chosen.blocks
         if side.layout.meta is not None:

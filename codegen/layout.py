@@ -323,7 +323,7 @@ def lay_out(scheme: Scheme, shape: Shape) -> Layout:
         elif isinstance(store.code, Chosen):
             beside = Beside(dim, store.code.bits, store.code.below, offset)
             codes[at] = SideLayout(dim, (), width, spans, None, beside=beside)
-            offset = aligned(offset + tokens * dim * store.code.bits // 8)
+            offset = aligned(offset + beside.size(tokens))
         else:
             bits = code_bits(store.code)
             assert bits is not None

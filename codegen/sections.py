@@ -52,6 +52,15 @@ class Beside:
         """Tokens that share a byte."""
         return max(1, 8 // self.bits)
 
+    def size(self, tokens: int) -> int:
+        """Bytes of so many tokens."""
+        return tokens * self.count * self.bits // 8
+
+    def rows_of(self, tokens: int) -> str:
+        """What the section of so many tokens holds, in words."""
+        each = f"bytes, {self.bits} bits of {self.together} tokens each" if self.below else "fp16"
+        return f"{tokens // self.together} rows of {self.count} {each}"
+
 
 @dataclass(frozen=True)
 class Channels:

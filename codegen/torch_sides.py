@@ -156,7 +156,7 @@ class TorchSide(TorchPack):
             out.add(f"x = section(pages, {held.offset}, {tokens * size}, torch.float16)")
             out.add(f"return x.reshape({lead}, {size}).to(torch.float32)")
             return
-        rows, which = tokens // held.together * size, self.side.choice
+        rows, which = held.size(tokens), self.side.choice
         whole = self.plan.side(self.side.name)
         assert whole.layout.meta is not None
         out.add(f"rows = section(pages, {held.offset}, {rows}, torch.uint8).reshape({lead}, {size})")

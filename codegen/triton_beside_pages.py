@@ -13,8 +13,7 @@ PUT_TOKENS = 32  # of what is put at a time: a choice is of a multiple
 def pack(plan: Plan, side: SidePlan) -> str:
     """The text of what puts the bytes of 32 tokens into their rows."""
     held = held_by(side)
-    size = PUT_TOKENS // held.together * held.count * (1 if held.below else 2)
-    return put(plan, f"put_{side.space}", PUT_TOKENS, size, held.offset)
+    return put(plan, f"put_{side.space}", PUT_TOKENS, held.size(PUT_TOKENS), held.offset)
 
 
 class BesideUnpack(Gathered, Unpack):

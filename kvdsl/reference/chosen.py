@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvdsl.codes import Chosen
-from kvdsl.store import TopChannels
+from kvdsl.scheme import TopChannels
 
 from .rounding import LARGEST_INPUT
 

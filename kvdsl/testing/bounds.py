@@ -38,6 +38,7 @@ the least level is at most the largest size A, and codes are the nearest to it.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -49,46 +50,17 @@ from kvdsl.reference.alphabets import Alphabet, alphabet, given_table
 from kvdsl.reference.quantize import encoded_rows, level_count, maps, quantize
 from kvdsl.reference.rounding import MINIFLOATS
 from kvdsl.reference.spaces import applied, by_head
-from kvdsl.scheme import (
-    Band,
-    Bands,
-    Block,
-    Chosen,
-    Codebook,
-    Float,
-    LowRank,
-    Parted,
-    Polar,
-    Scale,
-    Sketch,
-    Store,
-    Uniform,
-    bands,
-)
+from kvdsl.scheme import Band, Bands, Block, Codebook, Float, LowRank, Polar, Scale, Sketch, Store, Uniform, bands
 from kvdsl.spaces import apart
 
 from . import low_rank
+from .chosen import beside
+from .formats import FORMATS, LARGEST, deviation
 from .rotary import partners, spread_waves
-from .terms import TermOf, terms_of
+from .terms import terms_of
 
-FORMATS = {
-    "fp16": (2.0**-11, 2.0**-25, 65504.0),
-    "bf16": (2.0**-8, 2.0**-134, 3.3895e38),
-    "fp32": (2.0**-24, 2.0**-150, 3.4028e38),
-    "e4m3": (2.0**-4, 2.0**-10, 448.0),
-    "e5m2": (2.0**-3, 2.0**-17, 57344.0),
-    "e8m0": (0.0, 0.0, 2.0**127),
-}
 OVER_BLOCK = (2, 4, 6)
 SLACK = 12 * 2.0**-24
-LARGEST = 65504.0
-
-
-def deviation(value: Tensor, dtype: str, spare: int = 0) -> Tensor:
-    """dev(value): how far storing moves it; `spare` last bits of the number are not its own."""
-    unit, least, largest = FORMATS[dtype]
-    factor = 1 << spare
-    return (value.abs() * unit * factor).clamp(min=least * factor) + (value.abs() - largest).clamp(min=0)
 
 
 def blocks_of(store: Store, x: Tensor) -> Tensor:
@@ -163,43 +135,16 @@ def _summed_bound(store: Store, x: Tensor, params: Params | None, side: str, at:
         if term.single is not None:
             numbers = term.x.abs().clamp(max=LARGEST)
             here = torch.where(term.single, deviation(numbers, "fp16") + term.x.abs() - numbers, within)
-        elif isinstance(term.store.code, Chosen):
-            here = _chosen_bound(term, x, params)
-        elif isinstance(term.store, Parted) and term.store.raised is not None:
-            few = Store(term.store.code, scale=term.store.scale)
-            here = bound(few, term.x, params, term.place, at)
+        elif term.theirs is not None:
+            here = beside(term, x, within, partial(bound, params=params, side=term.place, at=at))
         else:
             here = bound(term.store, term.x, params, term.place, at)
         if term.store.pick is not None and term.store.pick.top:
             assert params is not None
             top = apart(params[f"{side}.outliers"].cpu(), x.shape[3])
             here = torch.where(top[:, None], here, within)
-        if term.theirs is not None:
-            here = _beside(term, here, within)
         within, sizes = here, sizes + term.kept.decoded.abs()
     return within + 2.0**-22 * (sizes + within) + (x.double().abs() - LARGEST).clamp(min=0)
-
-
-def _chosen_bound(term: TermOf, x: Tensor, params: Params | None) -> Tensor:
-    """The bound at chosen channels: of float16 numbers, or of the codes of more bits that x has there."""
-    assert isinstance(term.store.code, Chosen)
-    if term.store.code.below:
-        many = term.store.code.choice.store
-        return bound(Store(many.code, scale=many.scale), x, params, term.place)
-    numbers = term.x.abs().clamp(max=LARGEST)
-    return deviation(numbers, "fp16") + term.x.abs() - numbers
-
-
-def _beside(term: TermOf, here: Tensor, within: Tensor) -> Tensor:
-    """What bounds the error behind a term beside chosen channels: a term of some channels leaves the others as they
-    were, and one of all channels says of chosen ones what it does of a number of 0, or of the lowest bits alone."""
-    assert term.theirs is not None
-    store = term.store
-    if isinstance(store.code, Chosen) or isinstance(store, Parted) and store.masked:
-        return torch.where(term.theirs == store.gathers, here, within)
-    if isinstance(store, Parted):
-        return torch.where(term.theirs, within + term.kept.decoded.abs(), here)
-    return torch.where(term.theirs, within + here, here)
 
 
 def _mapped_bound(store: Store, x: Tensor, params: Params | None, side: str) -> Tensor:

@@ -26,8 +26,9 @@ from kvdsl.scheme import (
 )
 
 from . import low_rank, sparse
-from .bounds import FORMATS, LARGEST, blocks_of, spread
+from .bounds import blocks_of, spread
 from .cases import METADATA, Case, law, require, require_equal, static
+from .formats import FORMATS, LARGEST
 from .terms import Stretch, TermOf, chosen_of, stretches, terms_of
 from .trips import bare, roundtrip
 

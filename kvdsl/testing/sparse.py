@@ -12,8 +12,9 @@ from kvdsl.reference.quantize import links
 from kvdsl.reference.sparse import Picked
 from kvdsl.scheme import SIDES, Block, Scheme, Side, Store
 
-from .bounds import LARGEST, OVER_BLOCK, blocks_of, by_block, deviation
+from .bounds import OVER_BLOCK, blocks_of, by_block
 from .cases import Case, law, require, require_within
+from .formats import LARGEST, deviation
 from .trips import roundtrip
 
 LEAST = 2.0**-14  # of the normal numbers of float16

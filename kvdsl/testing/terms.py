@@ -10,7 +10,7 @@ from torch import Tensor
 from kvdsl.kernels import Params
 from kvdsl.reference.chosen import among, choose
 from kvdsl.reference.quantize import Quantized, links, widened
-from kvdsl.scheme import Bands, Parted, Store, TopChannels, bands
+from kvdsl.scheme import Bands, Chosen, Parted, Store, TopChannels, bands
 
 
 class TermOf(NamedTuple):
@@ -69,7 +69,8 @@ def terms_of(store: Store, x: Tensor, params: Params | None, side: str, at: int 
         alone = one.store.with_(residual=None)
         if isinstance(alone, Parted) and not (alone.masked or alone.raised):  # it has the others alone already
             alone = Store(alone.code, scale=alone.scale, transform=alone.transform)
-        yield TermOf(alone, one.place, one.given, one.kept, single, theirs)
+        beside = isinstance(one.store, Parted) or isinstance(one.store.code, Chosen)
+        yield TermOf(alone, one.place, one.given, one.kept, single, theirs if beside else None)
 
 
 def chosen_of(store: Store, x: Tensor) -> Tensor | None:
