@@ -1,4 +1,4 @@
-"""Packing into pages and unpacking, with generated Triton kernels: what every term is given, scratch, rotary positions."""
+"""Packing into pages and unpacking, with generated Triton kernels: what terms are given, scratch, rotary positions."""
 
 from __future__ import annotations
 

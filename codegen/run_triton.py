@@ -16,7 +16,7 @@ from .host_slots import by_channel
 from .plan import SidePlan
 from .run_pages import PageModule
 from .text import padded
-from .triton_masked import BESIDE
+from .triton_masked import BESIDE, alike
 from .triton_turn import QUERY_LANES, QUERY_ROWS
 
 NO_WINDOW = 1 << 30
@@ -41,8 +41,8 @@ class TritonModule(PageModule):
         if any(term.store.gathers for term in keys.terms):
             given["gathered_ptr"] = by_channel(query, shape.kv_heads)
         if keys.masked:
-            rows = {f"{term.space}_rows_ptr": self._rows_of_map(term, params) for term in keys.terms if term.masked}
-            given.update(rows)
+            maps = keys.terms[: 1 if alike(self.plan) else 2]
+            given.update({f"{term.space}_rows_ptr": self._rows_of_map(term, params) for term in maps})
         if not keys.through:
             return given
         batch, _, queries, _ = query.shape

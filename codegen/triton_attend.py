@@ -141,7 +141,8 @@ class Attend:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        keys = [keys_of(plan, term, head) for term in plan.keys.terms for head in term.heads]
+        alone = (term for term in plan.keys.terms if not (term.masked and term.store.gathers))  # else read with another
+        keys = [keys_of(plan, term, head) for term in alone for head in term.heads]
         keys = [FoldedKeys(plan, plan.keys)] if plan.keys.band else keys
         values = [values_of(plan, term, head) for term in plan.values.terms for head in term.heads]
         values = [FoldedValues(plan, plan.values)] if plan.values.band else values

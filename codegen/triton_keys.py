@@ -293,7 +293,7 @@ class KeySide:
         """The arguments that stand beside the query: the turned query, what it adds to a score, rotary positions."""
         if self.positions is not None:
             return self.positions.inputs()
-        given = ["gathered_ptr"] * any(term.side.store.gathers for term in self.terms)
+        given = ["gathered_ptr"] * any(term.store.gathers for term in self.side.terms)
         given += [name for term in self.terms for name in term.inputs()]
         return ["turned_ptr", *["bias_ptr"] * self.side.shifted, *given] if self.side.through else given
 

@@ -14,8 +14,8 @@ from .triton_values import Values
 
 def keys_of(plan: Plan, side: SidePlan, head: int | None = None) -> Keys:
     """What reads a term of the keys."""
-    if side.masked and side.store.gathers:
-        return MaskedKeys(plan, side, head)
+    if side.masked:
+        return MaskedKeys(plan, side)
     if side.beside:
         return BesideKeys(plan, side, head)
     kind = FactoredKeys if side.factors else SlottedKeys if side.slots else Keys

@@ -21,7 +21,20 @@ from torch import Tensor
 
 from .errors import ShapeError
 from .matrices import product, rotation, sketch, start
-from .scheme import ALL, ChannelScale, ChannelShift, LowRank, Permute, Pick, PreRope, Rotate, Side, Sketch, Store
+from .scheme import (
+    ALL,
+    ChannelScale,
+    ChannelShift,
+    LowRank,
+    Permute,
+    Pick,
+    PreRope,
+    Rotate,
+    Side,
+    Sketch,
+    Store,
+    TopChannels,
+)
 
 Params = Mapping[str, Tensor]
 Map = tuple[Tensor, Tensor]  # matrix (heads or 1, out, in) and shift (heads or 1, out), float64
@@ -149,6 +162,11 @@ def refuse_others(store: Store, side: Side, head_dim: int, made: Params) -> None
             right = right * encode.gather(1, first[None, None, :].expand(len(encode), 1, -1)).sign()
         if not same or not torch.equal(encode, right.expand_as(encode)):
             raise ShapeError(_other(f"{place}.decode", rotate))
+    if isinstance(store.outliers, TopChannels) and store.outliers.store.code == store.code:
+        one, other = (made.get(f"{side}{place}.decode") for place in ("", ".outliers.store"))
+        if one is not None and other is not None and not torch.equal(one, other):
+            fact = f"params['{side}.outliers.store.decode']: another matrix than that of the others, {store.code!r}"
+            raise ShapeError(f"{fact}, which is one sketch; give the same, or another seed")
 
 
 def _other(name: str, transform: object) -> str:

@@ -347,6 +347,13 @@ class Parted(Store):
         return self.choice if self.top else None
 
     @property
+    def alone(self) -> Store:
+        """The same as a store of what it is given: with higher bits of some codes it is none but this."""
+        if self.raised:
+            return self
+        return Store(self.code, scale=self.scale, transform=self.transform, residual=self.residual)
+
+    @property
     def masked(self) -> bool:
         """Whether it is of vectors that have zeros where the other store looks, and is read as one."""
         return isinstance(self.choice.store.code, Sketch)

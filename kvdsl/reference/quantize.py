@@ -82,14 +82,15 @@ def quantize(store: Store, x: Tensor, params: Params | None = None, side: str = 
 
 
 class Link(NamedTuple):
-    """One term of a store: what it is given of x (B, H, T, D), and what it keeps of that; of single numbers that are
-    kept as they are also which ones."""
+    """One term of a store: what it is given of x (B, H, T, D), and what it keeps of that; of which numbers alone it is,
+    bool as x, where not of all; of single numbers that are kept as they are also how they were picked."""
 
     store: Store
     place: str
     given: Tensor
     kept: Quantized
-    picked: Picked | None
+    mine: Tensor | None = None
+    picked: Picked | None = None
 
 
 def links(store: Store, x: Tensor, params: Params | None = None, side: str = "keys", at: int = 0) -> Iterator[Link]:
@@ -99,22 +100,23 @@ def links(store: Store, x: Tensor, params: Params | None = None, side: str = "ke
     rest = x
     for position, (place, term) in enumerate(store.placed(side)):
         if isinstance(term, Parted):
-            given, kept = _beside_chosen(term, x, rest, params, place)
-            yield Link(term, place, given, kept, None)
+            given, mine, kept = _beside_chosen(term, x, rest, params, place)
+            yield Link(term, place, given, kept, mine)
         elif isinstance(term.code, Chosen):
             kept = _of_chosen(term.code, store, x, rest, params, side)
-            yield Link(term, place, torch.where(_chosen_of(x, term.code.choice), rest, 0.0), kept, None)
+            mine = _chosen_of(x, term.code.choice)
+            yield Link(term, place, torch.where(mine, rest, 0.0), kept, mine)
         elif isinstance(term.code, Sparse):
             assert picked is not None
             numbers = kept_numbers(rest, picked, side)
             decoded = placed(numbers, picked, side)
             given = torch.where(picked.kept, rest, 0.0)
             kept = Quantized(None, None, None, decoded, decoded, slots=(picked.places, numbers))
-            yield Link(term, place, given, kept, picked)
+            yield Link(term, place, given, kept, picked.kept, picked)
         else:
             given = rest if picked is None or position else picked.filled
             kept = _alone(term, given, params, place, at)
-            yield Link(term, place, given, kept, None)
+            yield Link(term, place, given, kept)
         rest = left(rest, kept.decoded)
 
 
@@ -125,19 +127,21 @@ def _chosen_of(x: Tensor, choice: TopChannels) -> Tensor:
 
 def _beside_chosen(
     store: Parted, x: Tensor, rest: Tensor, params: Params | None, place: str
-) -> tuple[Tensor, Quantized]:
-    """What a store beside that of chosen channels, or that one, is given of x or of what is left, and what it keeps."""
+) -> tuple[Tensor, Tensor | None, Quantized]:
+    """What a store beside that of chosen channels, or that one, is given of x or of what is left, of which numbers it
+    is alone, and what it keeps."""
     channels = chosen.choose(x, store.choice)
     theirs = chosen.among(channels, store.choice, x.shape[3])
     if store.masked:
-        given = torch.where(theirs == store.top, rest, 0.0)
+        mine = theirs == store.top
+        given = torch.where(mine, rest, 0.0)
         kept = _alone(store, given, params, place, 0)
-        decoded = torch.where(theirs == store.top, kept.decoded, 0.0)
-        return given, replace(kept, decoded=decoded, channels=channels if store.top else None)
+        decoded = torch.where(mine, kept.decoded, 0.0)
+        return given, mine, replace(kept, decoded=decoded, channels=channels if store.top else None)
     if store.raised is None:
         given = torch.where(theirs, 0.0, x)
-        return given, _alone(store, given, params, place, 0)
-    return x, _both(store, x, theirs, params, place)[0]
+        return given, None, _alone(store, given, params, place, 0)
+    return x, None, _both(store, x, theirs, params, place)[0]
 
 
 def _of_chosen(code: Chosen, store: Store, x: Tensor, rest: Tensor, params: Params | None, side: str) -> Quantized:

@@ -38,7 +38,6 @@ the least level is at most the largest size A, and codes are the nearest to it.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -50,11 +49,25 @@ from kvdsl.reference.alphabets import Alphabet, alphabet, given_table
 from kvdsl.reference.quantize import encoded_rows, level_count, maps, quantize
 from kvdsl.reference.rounding import MINIFLOATS
 from kvdsl.reference.spaces import applied, by_head
-from kvdsl.scheme import Band, Bands, Block, Codebook, Float, LowRank, Polar, Scale, Sketch, Store, Uniform, bands
+from kvdsl.scheme import (
+    Band,
+    Bands,
+    Block,
+    Chosen,
+    Codebook,
+    Float,
+    LowRank,
+    Polar,
+    Scale,
+    Sketch,
+    Sparse,
+    Store,
+    Uniform,
+    bands,
+)
 from kvdsl.spaces import apart
 
 from . import low_rank
-from .chosen import beside
 from .formats import FORMATS, LARGEST, deviation
 from .rotary import partners, spread_waves
 from .terms import terms_of
@@ -127,18 +140,19 @@ def bound(store: Store, x: Tensor, params: Params | None = None, side: str = "ke
 
 
 def _summed_bound(store: Store, x: Tensor, params: Params | None, side: str, at: int) -> Tensor:
-    """What is left, x - x^, is coded itself, so that only its own error remains, of outlier channels on these alone;
-    the difference and the sum round once each, numbers of up to |x| + |x^| and their errors.  Channels that are chosen
-    anew and have more bits have the error of a store of so many."""
+    """What is left, x - x^, is coded itself, so that only its own error remains, of outlier channels on these alone, with
+    more bits that of so many; the difference and the sum round once, numbers of up to |x| + |x^| and their errors."""
     within = sizes = x.double().abs()
     for term in terms_of(store, x, params, side, at):
-        if term.single is not None:
+        code = term.store.code
+        if isinstance(code, Chosen) and code.below:
+            here = bound(code.choice.store, x, params, term.place, at)
+        elif isinstance(code, (Sparse, Chosen)):
             numbers = term.x.abs().clamp(max=LARGEST)
-            here = torch.where(term.single, deviation(numbers, "fp16") + term.x.abs() - numbers, within)
-        elif term.theirs is not None:
-            here = beside(term, x, within, partial(bound, params=params, side=term.place, at=at))
+            here = deviation(numbers, "fp16") + term.x.abs() - numbers
         else:
             here = bound(term.store, term.x, params, term.place, at)
+        here = here if term.mine is None else torch.where(term.mine, here, within)
         if term.store.pick is not None and term.store.pick.top:
             assert params is not None
             top = apart(params[f"{side}.outliers"].cpu(), x.shape[3])

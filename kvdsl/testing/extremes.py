@@ -25,11 +25,11 @@ from kvdsl.scheme import (
     TopChannels,
 )
 
-from . import low_rank, sparse
+from . import low_rank, sparse, splits
 from .bounds import blocks_of, spread
 from .cases import METADATA, Case, law, require, require_equal, static
 from .formats import FORMATS, LARGEST
-from .terms import Stretch, TermOf, chosen_of, stretches, terms_of
+from .terms import Stretch, TermOf, stretches, terms_of
 from .trips import bare, roundtrip
 
 LEAST = {"fp16": -14, "bf16": -126, "fp32": -126, "e4m3": -6, "e5m2": -14, "e8m0": -126}  # exponents of normal numbers
@@ -67,7 +67,8 @@ def a_constant_block_is_itself(case: Case) -> None:
 @law("P4", kinds=("normal", "outlier_channel"))
 def a_nan_spoils_its_block_only(case: Case) -> None:
     """A NaN makes its own block NaN (a calibrated scale codes it as 0) and leaves every other number as it was; where
-    vectors are mapped it stands in every number of its vector, and it is none of the largest numbers of a line."""
+    vectors are mapped it stands in every number of its vector, and it is none of the largest numbers of a line, or of
+    a channel."""
     k, v = case.pair(case.whole)
     params = case.params(k, v)
     at = tuple(case.random.randrange(n) for n in k.shape)
@@ -77,9 +78,10 @@ def a_nan_spoils_its_block_only(case: Case) -> None:
     for side, x, before, got in zip(SIDES, (k, v), clean, roundtrip(case, k, v, params), strict=True):
         store, bad = case.scheme.side(side), torch.zeros(x.shape, dtype=torch.bool)
         other = bad | sparse.moved(x, store.outliers, side) if isinstance(store.outliers, Sparse) else bad
-        other = other | _chosen_otherwise(store, x)
+        other = other | splits.moved(x, store) if isinstance(store.outliers, TopChannels) else other
         for term in terms_of(store, x, params, side, case.sinks):
-            bad = bad | _spoilt(term.store, term.x, params, term.place, case.sinks)
+            mine = torch.ones_like(bad) if term.mine is None else term.mine
+            bad = bad | mine & _spoilt(term.store, term.x, params, term.place, case.sinks)
             given = torch.where(other, torch.nan, term.x)
             other = other | _spoilt(term.store, given, params, term.place, case.sinks)
         require_equal(f"decoded {side}", got[~(bad | other)], before[~(bad | other)])
@@ -87,15 +89,6 @@ def a_nan_spoils_its_block_only(case: Case) -> None:
             require_equal(f"decoded {side}", got[bad], quantize(store, x, params, side, case.sinks).decoded[bad])
         else:
             require(bool(got[bad].isnan().all()), f"decoded {side}: a number beside the NaN at {at} is {got[bad]}")
-
-
-def _chosen_otherwise(store: Store, x: Tensor) -> Tensor:
-    """Which numbers of x (B, H, T, D) may be of a chosen channel or not because of a NaN of their head and tokens."""
-    if chosen_of(store, x) is None:
-        return torch.zeros(x.shape, dtype=torch.bool)
-    assert isinstance(store.outliers, TopChannels)
-    found = x.isnan().any(-1).unflatten(2, (-1, store.outliers.tokens)).any(-1)
-    return found.repeat_interleave(store.outliers.tokens, 2)[..., None].expand(x.shape)
 
 
 def _spoilt(store: Store, x: Tensor, params: Params, side: str, at: int) -> Tensor:
@@ -246,8 +239,9 @@ def powers_of_two_go_through(case: Case) -> None:
     twice = roundtrip(case, k * factor, v * factor, bigger)
     for side, x, first, second in zip(SIDES, (k, v), once, twice, strict=True):
         usual = torch.ones_like(first, dtype=torch.bool)
-        picked = isinstance(case.scheme.side(side).outliers, Sparse) or chosen_of(case.scheme.side(side), x) is not None
-        if picked:  # saturated numbers are alike, whatever they were
+        outliers = case.scheme.side(side).outliers
+        # saturated numbers are alike, whatever they were
+        if isinstance(outliers, Sparse) or isinstance(outliers, TopChannels) and outliers.online:
             usual &= bool((x.double().abs() * factor < LARGEST).all())
         terms = (
             terms_of(case.scheme.side(side), y, p, side, case.sinks) for y, p in ((x, params), (x * factor, bigger))

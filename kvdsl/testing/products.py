@@ -19,7 +19,7 @@ from kvdsl.levels import table
 from kvdsl.reference.quantize import Quantized, encoded_rows, maps
 from kvdsl.reference.spaces import applied, by_head, cartesian, joined
 from kvdsl.reference.timeline import contents
-from kvdsl.scheme import Chosen, Codebook, LowRank, Side, Sparse, Store, Uniform
+from kvdsl.scheme import Chosen, Codebook, LowRank, Parted, Side, Sketch, Sparse, Store, Uniform
 
 from . import low_rank
 from .bounds import second, spread
@@ -35,28 +35,29 @@ def sides_of(store: Store, x: Tensor, span: tuple[int, int], params: Params, sid
     first, end = span
     whole = contents(store, x, span, params, side)
     exact = whole.clone()
-    part = x.new_zeros(*x.shape[:3], _row(store, x.shape[3]), dtype=torch.float64)
+    part = x.new_zeros(*x.shape[:3], sum(_widths(store, x.shape[3])), dtype=torch.float64)
     if end > first:
         found = []
         for term in terms_of(store, x[:, :, first:end], params, side, first):
             of_rope = term.store.rope is not None
             one = term.kept.decoded if of_rope else _factors(term.store, term.kept, params, term.place)
-            found.append(_met(term.store, one))
+            found.append(_met(term.store, one) if not _masked(term) else _unmapped(term, one, params))
         factors = torch.cat(found, -1)
         part[:, :, first:end] = factors
         exact[:, :, first:end] = 0 if store.apart else factors
     return whole, torch.cat((part, exact), -1) if store.apart else exact
 
 
-def _row(store: Store, channels: int) -> int:
-    """Numbers that a vector of `channels` is coded as, by all terms, with those of heads that are rotated together."""
-    return sum(_numbers(term, channels) for _, term in store.placed(""))
-
-
-def _numbers(term: Store, channels: int) -> int:
-    if isinstance(term.code, Chosen):  # of some channels, others for every few tokens: counted as all
-        return channels
-    return term.coded(channels) * (term.joined if term.hoisted else 1)
+def _widths(store: Store, channels: int, *, sizes: bool = False) -> list[int]:
+    """Numbers that a vector of `channels` is coded as, by each term, with those of heads that are rotated together; of
+    masked vectors its channels, to bound products (`sizes`) beside what it is coded as."""
+    found = []
+    for _, term in store.placed(""):
+        masked, coded = isinstance(term, Parted) and term.masked, term.coded(channels)
+        coded = channels + (coded if sizes else 0) if masked else coded
+        coded = channels if isinstance(term.code, Chosen) else coded  # of some, others for every few tokens
+        found.append(coded * (term.joined if term.hoisted else 1))
+    return found
 
 
 def _met(store: Store, numbers: Tensor) -> Tensor:
@@ -112,6 +113,8 @@ def sizes_of(
       they are of either sign, and n is A for all codes, half of which lie in the lower half.)
     - Where 32 tokens or more share an fp16 scale, q is rounded, then its products with s and with the offset o:
       2 * 2^-11 of each, n = s*c + |o|.
+    - Two sketches of masked vectors: of the others' codes as if they were of all channels, and what either says at the
+      chosen ones, whose map is rounded, then it itself, and the query: n = 2 |W| |s*level| there, and the query's own.
     - Levels of tables, s*level, are rounded to float16 as q is, 2 * 2^-11: n = s*|level|, without an offset.
     - Decoded numbers are rounded as q is: n = |x^|.  So are exact ones.  What is in polar
       coordinates counts as its radius.
@@ -119,7 +122,7 @@ def sizes_of(
     first, end = span
     x = x.double()
     exact = x.abs()
-    part = x.new_zeros(*x.shape[:3], _row(store, x.shape[3]))
+    part = x.new_zeros(*x.shape[:3], sum(_widths(store, x.shape[3], sizes=True)))
     if end > first:
         rows = x[:, :, first:end]
         parts = [_sizes(term, params, largest, at + first) for term in terms_of(store, rows, params, side, at + first)]
@@ -141,6 +144,8 @@ def _sizes(term: TermOf, params: Params, largest: Largest, at: int) -> Tensor:
     coded = encoded_rows(store, term.x, params, term.place, at).double()
     counted = isinstance(store.code, Uniform) or _step(store, coded.shape[-1]) is not None
     signed = _factors(store, term.kept, params, term.place)
+    if _masked(term):
+        return _masked_sizes(term, found.abs(), params)
     factors = signed.abs() / (2 if counted else 1)
     if counted and _rescaled(store):
         factors = signed.abs() + (found - signed).abs()
@@ -149,6 +154,28 @@ def _sizes(term: TermOf, params: Params, largest: Largest, at: int) -> Tensor:
         turns = 2**store.levels
         size = size[..., : size.shape[-1] // turns].repeat(1, 1, 1, turns)
     return _carried(store, size, found, term.x.shape[3], params) if store.rope is not None else _met(store, size)
+
+
+def _masked(term: TermOf) -> bool:
+    """Whether it is a sketch of vectors that have zeros where another one looks."""
+    return isinstance(term.store.code, Sketch) and term.mine is not None
+
+
+def _unmapped(term: TermOf, numbers: Tensor, params: Params) -> Tensor:
+    """Coded numbers (1, H, T, M) of a masked vector as those of its channels (1, H, T, D)."""
+    assert term.mine is not None
+    found = maps(term.store, term.x.shape[3], term.x.shape[1], params, term.place)
+    assert found is not None
+    return torch.where(term.mine, applied(found[2], numbers), 0.0)
+
+
+def _masked_sizes(term: TermOf, levels: Tensor, params: Params) -> Tensor:
+    """`sizes_of` of a sketch of masked vectors: of its codes, if it is that of the others, and of chosen channels."""
+    found = maps(term.store, term.x.shape[3], term.x.shape[1], params, term.place)
+    assert found is not None and term.mine is not None
+    top = term.kept.channels is not None
+    there = torch.where(term.mine == top, 2 * applied(found[2].abs(), levels), 0.0)
+    return torch.cat((levels * (0 if top else 1), there), -1)
 
 
 def _rescaled(store: Store) -> bool:
@@ -171,21 +198,21 @@ def _carried(store: Store, size: Tensor, coded: Tensor, head_dim: int, params: P
     return applied(w.abs() + 2.0**-15, size) + before
 
 
-def mapped_query(store: Store, q: Tensor, heads: int, params: Params) -> Tensor:
+def mapped_query(store: Store, q: Tensor, heads: int, params: Params, *, sizes: bool = False) -> Tensor:
     """What multiplies the factors of keys: q (B, Hq, Q, D), or with W^T q before it (q again where positions are put
-    back on decoded keys)."""
+    back on decoded keys, or vectors are masked); or their `sizes`."""
     if store.rope is not None:
         return torch.cat((q.double(), q.double()), -1)
     if not store.apart:
         return q.double()
     met = []
     for place, term in store.placed("keys"):
-        found = maps(term, q.shape[3], heads, params, place)
-        if found is None:
+        found, masked = maps(term, q.shape[3], heads, params, place), isinstance(term, Parted) and term.masked
+        if found is not None and (sizes or not masked):
+            decode = by_head(found[2], heads, term.joined).expand(heads, -1, -1)
+            met.append(q.double() @ decode.repeat_interleave(q.shape[1] // heads, 0))
+        if found is None or masked:
             met.append(q.double())
-            continue
-        decode = by_head(found[2], heads, term.joined).expand(heads, -1, -1)
-        met.append(q.double() @ decode.repeat_interleave(q.shape[1] // heads, 0))
     return torch.cat((*met, q.double()), -1)
 
 
@@ -194,7 +221,7 @@ def query_sizes(store: Store, q: Tensor, heads: int, params: Params) -> Tensor:
 
     Of keys whose positions were taken off, the length of the query's rotary pair, since a product is with R_t^T q or
     with the same split into cosines and sines: |q_a cos| + |q_b sin| is at most |(q_a, q_b)|."""
-    mapped = mapped_query(store, q, heads, params).abs()
+    mapped = mapped_query(store, q, heads, params, sizes=True).abs()
     if store.rope is None:
         return mapped
     coded, exact = mapped.chunk(2, -1)
@@ -206,7 +233,7 @@ def mapped_back(store: Store, part: Tensor, head_dim: int, params: Params) -> Te
     if not store.apart:
         return part
     spaces = store.placed("values")
-    *coded, total = part.split([*(_numbers(term, head_dim) for _, term in spaces), head_dim], -1)
+    *coded, total = part.split([*_widths(store, head_dim), head_dim], -1)
     for (place, term), numbers in zip(spaces, coded, strict=True):
         found = maps(term, head_dim, part.shape[1], params, place)
         total = total + (numbers if found is None else numbers @ by_head(found[2], part.shape[1], term.joined).mT)

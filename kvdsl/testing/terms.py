@@ -8,22 +8,19 @@ from typing import NamedTuple
 from torch import Tensor
 
 from kvdsl.kernels import Params
-from kvdsl.reference.chosen import among, choose
 from kvdsl.reference.quantize import Quantized, links, widened
-from kvdsl.scheme import Bands, Chosen, Parted, Store, TopChannels, bands
+from kvdsl.scheme import Bands, Parted, Store, bands
 
 
 class TermOf(NamedTuple):
     """One term of a tensor: its store alone, the place of its parameters, what it codes (B, H, T, D), what it keeps; of
-    single numbers that are kept as they are also whether each is one (B, H, T, D), and beside channels that are chosen
-    anew whether each is of one."""
+    which numbers alone it is, bool (B, H, T, D), where not of all."""
 
     store: Store
     place: str
     x: Tensor
     kept: Quantized
-    single: Tensor | None = None
-    theirs: Tensor | None = None
+    mine: Tensor | None = None
 
 
 class Stretch(NamedTuple):
@@ -63,19 +60,6 @@ def stretches(store: Store, coded: Tensor) -> Iterator[Stretch]:
 
 def terms_of(store: Store, x: Tensor, params: Params | None, side: str, at: int = 0) -> Iterator[TermOf]:
     """The terms of x (B, H, T, D), whole blocks, the first token at position `at`."""
-    theirs = chosen_of(store, x)
     for one in links(store, widened(x, side), params, side, at):
-        single = None if one.picked is None else one.picked.kept
-        alone = one.store.with_(residual=None)
-        if isinstance(alone, Parted) and not (alone.masked or alone.raised):  # it has the others alone already
-            alone = Store(alone.code, scale=alone.scale, transform=alone.transform)
-        beside = isinstance(one.store, Parted) or isinstance(one.store.code, Chosen)
-        yield TermOf(alone, one.place, one.given, one.kept, single, theirs if beside else None)
-
-
-def chosen_of(store: Store, x: Tensor) -> Tensor | None:
-    """Whether each number of x (B, H, T, D) is of a channel that is chosen anew; None where none is."""
-    choice = store.outliers
-    if not isinstance(choice, TopChannels) or not choice.online:
-        return None
-    return among(choose(x, choice), choice, x.shape[3])
+        store = one.store.alone if isinstance(one.store, Parted) else one.store
+        yield TermOf(store.with_(residual=None), one.place, one.given, one.kept, one.mine)
