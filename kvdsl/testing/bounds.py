@@ -140,8 +140,8 @@ def bound(store: Store, x: Tensor, params: Params | None = None, side: str = "ke
 
 
 def _summed_bound(store: Store, x: Tensor, params: Params | None, side: str, at: int) -> Tensor:
-    """What is left, x - x^, is coded itself, so that only its own error remains, of outlier channels on these alone, with
-    more bits that of so many; the difference and the sum round once, numbers of up to |x| + |x^| and their errors."""
+    """What is left, x - x^, is coded itself, so that only its own error remains, of outlier channels on these alone,
+    with more bits that of so many; difference and sum round once each, numbers of up to |x| + |x^| and their errors."""
     within = sizes = x.double().abs()
     for term in terms_of(store, x, params, side, at):
         code = term.store.code
