@@ -12,12 +12,26 @@ Polar coordinates stay in the loop, too: a score is linear in r cos a and r sin 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import sympy as sp
 
 from kvdsl.errors import ProofError
-from kvdsl.scheme import ALL, ChannelScale, ChannelShift, Permute, Pick, Polar, PreRope, Rotate, Sketch, Store
+from kvdsl.scheme import (
+    ALL,
+    ChannelScale,
+    ChannelShift,
+    Parted,
+    Permute,
+    Pick,
+    Polar,
+    PreRope,
+    Rotate,
+    Sketch,
+    Sparse,
+    Store,
+)
 
 CHANNELS, NUMBERS, TOKENS = 3, 2, 2  # of the proof: the statement is linear in every factor
 
@@ -36,6 +50,11 @@ class Absorbed:
 def steps(store: Store) -> tuple[str, ...]:
     """The chain of maps, in the order in which they are applied."""
     found = [_said(part) for part in store.transform]  # type: ignore[union-attr]
+    if isinstance(store, Parted) and store.masked:
+        top = store.choice
+        count = f"{top.n}" if isinstance(top.n, int) else f"{100 * top.n:g} % of all"
+        found.append(f"m[b], the {count} channels of largest {top.by} in the {top.tokens} tokens of block b")
+        found.append("x = k at the channels m[b], 0 elsewhere" if store.top else "x = k, 0 at the channels m[b]")
     if isinstance(store.code, Sketch):
         code = store.code
         rows = "as many rows as channels" if code.dim is ALL else f"{code.dim} rows"
@@ -73,7 +92,7 @@ def absorb(side: str, store: Store, letter: str) -> Absorbed | None:
     """What becomes of one side's sums, or of those of a term whose numbers are called by a letter; None where the
     vector itself is coded.  Raises ProofError if it is not so."""
     if store.rope is not None:
-        return _rope(store)
+        return _gathered(store, letter) if isinstance(store.code, Sparse) else _rope(store)
     if not store.mapped:
         return _polar(side, store, letter) if store.polar else None
     read = f"{letter}[t, d] = sum_i W[d, i]*y[t, i]" + (f" + {letter}0[d]" if store.shifted else "")
@@ -98,7 +117,28 @@ def absorb(side: str, store: Store, letter: str) -> Absorbed | None:
         raise ProofError(f"{side}: the map does not leave the sum over tokens")
     method = f"symbolic, with {CHANNELS} channels of {NUMBERS} numbers and {TOKENS} tokens: it is linear in each"
     mapped = Absorbed(steps(store), read, statement, method, where)
+    if isinstance(store, Parted) and store.masked:
+        return _masked(store, mapped)
     return _behind(mapped, _polar(side, store, letter)) if store.polar else mapped
+
+
+def _masked(store: Parted, whole: Absorbed) -> Absorbed:
+    """The same of one of two sketches, each of vectors with zeros where the other one looks: a score of what either
+    says of its channels is one of all channels of the first, and what the second says of its own instead."""
+    q, first, second = (sp.symbols(f"{name}:{CHANNELS}") for name in ("q", "k", "o"))
+    for chosen in itertools.product((False, True), repeat=CHANNELS):
+        parted = sum(a * (c if m else b) for a, b, c, m in zip(q, first, second, chosen, strict=True))
+        whole_first = sum(a * b for a, b in zip(q, first, strict=True))
+        instead = sum(a * (c - b) for a, b, c, m in zip(q, first, second, chosen, strict=True) if m)
+        if sp.expand(parted - whole_first - instead) != 0:
+            raise ProofError(f"keys: chosen channels {chosen} are not parted")
+    statement = "q . k[t] = sum_d q[d]*k[t, d] + sum_(m in m[b]) q[m]*(o[t, m] - k[t, m])"
+    where, read = whole.where, f"{whole.read}, of the channels m[b] alone"
+    if store.top:
+        where = "W of the channels m[b] meets the codes of either sketch, what that gives the query there, in the loop"
+    else:
+        read = f"{whole.read}, of the others alone"
+    return Absorbed(whole.steps, read, statement, f"symbolic ({2**CHANNELS} choices of {CHANNELS} channels)", where)
 
 
 def _of_all(store: Store) -> str:
@@ -175,6 +215,26 @@ def _rope(store: Store) -> Absorbed:
         f"q . k[t0 + i] = {told.terms} with q' = R_t0^-1 q, q'' = (q'[b], -q'[a]) for every pair (a, b){told.onto}",
         "symbolic, for one pair: a score is a sum over pairs",
         f"R_t0 is applied to the query, once per tile{told.once}; {told.loop} to decoded numbers, in the loop",
+    )
+
+
+def _gathered(store: Store, letter: str) -> Absorbed:
+    """What a single number adds to a score: the query is gathered at its channel and at the other one of its pair."""
+    angle, number = sp.symbols("a n", real=True)
+    q, quarter = sp.Matrix(sp.symbols("qa qb")), sp.Matrix([[0, 1], [-1, 0]])
+    cos, sin = sp.cos(angle), sp.sin(angle)
+    turned, other = sp.Matrix([[cos, -sin], [sin, cos]]), quarter * q
+    for place in range(2):
+        alone = sp.Matrix([number if place == 0 else 0, number if place == 1 else 0])
+        if sp.expand(q.dot(turned * alone) - number * (cos * q[place] + sin * other[place])) != 0:
+            raise ProofError("keys: a single number at its position does not meet both channels of its pair")
+    return Absorbed(
+        steps(store),
+        f"{letter}[t] = R_t y[t]",
+        f"q . {letter}[t] = sum_d q[t, d]*y[t, d] with q[t] = R_t^-1 q, "
+        "q[t, d] = cos(t*f[d])*q[d] + sin(t*f[d])*q''[d], q'' = (q[b], -q[a]) for every pair (a, b)",
+        "symbolic, for one pair and a number in either place",
+        "R_t^-1 q is made where a number stands, of the query at both channels of a pair",
     )
 
 

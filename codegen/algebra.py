@@ -122,7 +122,7 @@ def derive(side: Literal["keys", "values"], store: Store, when: When, alphabet: 
     if isinstance(store.code, LowRank):
         return _factored(side, store.code)
     if isinstance(store.code, Sparse):
-        return _slotted(side, store.code)
+        return _slotted(side, store.code, turned=store.rope is not None)
     if isinstance(store.code, Chosen):
         return _of_chosen(store.code)
     indices = _INDICES[when]
@@ -196,14 +196,15 @@ def _factored(side: Literal["keys", "values"], code: LowRank) -> NormalForm:
     return NormalForm(side, When.NEVER, definition, (term,), (ProofStep(swapped, "symbolic"),), over="j")
 
 
-def _slotted(side: Literal["keys", "values"], code: Sparse) -> NormalForm:
+def _slotted(side: Literal["keys", "values"], code: Sparse, *, turned: bool) -> NormalForm:
     """The normal form of single numbers: what they meet is gathered where they stand, instead of a sum over numbers
-    most of which are 0."""
+    most of which are 0.  `turned`: the query is turned back by the position of each token, before it is gathered."""
     slot = sp.Symbol("i", integer=True, positive=True)
     number, place = sp.IndexedBase("n"), sp.IndexedBase("m")
     if side == "keys":
         there = sp.KroneckerDelta(channel, place[token, slot])
-        term = Term(number[token, slot], query * there, False)
+        met = sp.IndexedBase("q")[token, channel] if turned else query
+        term = Term(number[token, slot], met * there, False)
         definition = sp.Sum(number[token, slot] * there, (slot, 1, code.slots))
     else:
         there = sp.KroneckerDelta(token, place[slot, channel])
@@ -216,7 +217,7 @@ def _slotted(side: Literal["keys", "values"], code: Sparse) -> NormalForm:
         if sp.expand(whole - gathered) != 0:
             raise ProofError(f"{side}: numbers at {places} are not gathered")
         cases += 1
-    read = "q . x[t] = sum_i n[t, i]*q[m[t, i]]"
+    read = "q . x[t] = sum_i n[t, i]*q[t, m[t, i]]" if turned else "q . x[t] = sum_i n[t, i]*q[m[t, i]]"
     read = read if side == "keys" else "sum_t p[t]*x[t, d] = sum_i n[i, d]*p[m[i, d]]"
     proof = (ProofStep(read, f"exhaustive ({cases} cases)"),)
     return NormalForm(side, When.NEVER, definition, (term,), proof, over="i")

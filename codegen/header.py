@@ -31,13 +31,14 @@ def _term_lines(whole: SidePlan, side: SidePlan) -> list[str]:
         lines.append(
             f"{side.title}: o[t, d] = {what} of k[t, d] in {held.count} channels, 0 in the others; both are added up"
         )
-    elif side.outliers:
+    elif side.outliers and not side.masked:
         lines.append(f"{side.title}: o[t, d] = {whole.number}[t, d] of these, 0 of the others; both are added up")
-    elif side.depth:
+    elif side.depth and not side.masked:
         lines.append(f"{side.title}: r[t, d] = {whole.number}[t, d] - all that is decoded before it; both are added up")
     if side.absorbed is not None:
         coded = _coded_lines(side, "y")
         read = f"{side.absorbed.read}; {side.absorbed.where}"
+        coded += [side.absorbed.statement] if side.masked and side.depth else []
         return lines + [f"{side.title}: {step}" for step in side.absorbed.steps] + [read, *coded]
     return lines + _coded_lines(side, side.number)
 
@@ -139,8 +140,6 @@ def page_lines(plan: Plan) -> list[str]:
             lines.append(f"  {held.vectors_offset:6d}  {side.title}: {vectors}")
         if slots := side.slots:
             lines.append(f"  {slots.places_offset:6d}  {side.title}: {slots.rows} rows of {slots.width} places")
-        if chosen := side.chosen:
-            lines.append(f"  {chosen.offset:6d}  {side.title}: {chosen.blocks} x {chosen.count} channels")
         meta = side.layout.meta
         if meta is not None:
             what = {
@@ -153,6 +152,9 @@ def page_lines(plan: Plan) -> list[str]:
             }
             where = "after the heads" if meta.shared else ""
             lines.append(f"  {meta.offset:6d}  {side.title}: {meta.entries} {what[meta.kind]} {where}".rstrip())
+        if chosen := side.chosen:
+            which = f"{chosen.blocks} x {chosen.count} channels, those of {chosen.tokens} tokens"
+            lines.append(f"  {chosen.offset:6d}  {side.title}: {which}")
     return lines
 
 

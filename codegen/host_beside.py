@@ -35,6 +35,13 @@ def level_counts(part: SidePlan, theirs: Tensor) -> Tensor:
     return torch.where(theirs[:, :, :: part.span], many, few)
 
 
+def rows_there(part: SidePlan, x: Tensor, channels: Tensor) -> Tensor:
+    """What is kept of x (n, H, T, D), of codes their bits, at chosen channels: bytes (n, H, rows, size of a row)."""
+    held, tokens = part.beside, part.choice.tokens
+    assert held is not None
+    return together(x, channels, tokens, held.bits) if held.below else kept_there(x, channels, tokens)
+
+
 def kept_there(rest: Tensor, channels: Tensor, tokens: int) -> Tensor:
     """What is kept of `rest` (n, H, T, D) at chosen channels (n, H, T / tokens, count): bytes (n, H, T, 2 count) of
     float16 numbers, whose zeros have no sign."""

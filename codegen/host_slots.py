@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvdsl.codes import SLOT_TOKENS, Sparse
+from kvdsl.rope import pairs as partners
 from kvdsl.scheme import Side
 
 from .host import blocks, finite, saturated
@@ -28,9 +29,23 @@ class Split(NamedTuple):
     used: Tensor
 
 
-def split(x: Tensor, code: Sparse, side: Side) -> Split:
-    """Take the largest and smallest numbers of every line out of x (n, H, T, D), whole blocks; a NaN stays."""
-    lines = _lines(finite(x.to(torch.float32)), code)
+def split(x: Tensor, code: Sparse, side: Side, thresholds: Tensor | None) -> Split:
+    """Take the largest and smallest numbers of every line, or those beyond thresholds (2, H, D), out of x (n, H, T, D),
+    whole blocks; a NaN stays."""
+    clean = finite(x.to(torch.float32))
+    extreme, fill = _sorted(clean, code) if thresholds is None else _beyond(clean, code, thresholds)
+    far = torch.where(extreme & ~torch.isnan(x), (clean - fill).abs(), -1.0)
+    found = slotted(far, side).sort(dim=-2, descending=True, stable=True)
+    used = found.values[..., : code.slots, :] >= 0
+    places = torch.where(used, found.indices[..., : code.slots, :], 0)
+    taken = torch.zeros_like(found.indices).scatter_add_(-2, places, used.to(torch.int64))
+    filled = torch.where(_unslotted(taken, side) > 0, fill, saturated(x.to(torch.float32)))
+    return Split(filled.contiguous(), places, used)  # kernels take rows; sorting keeps the strides of its lines
+
+
+def _sorted(x: Tensor, code: Sparse) -> tuple[Tensor, Tensor]:
+    """Which numbers of x are the largest and smallest of their lines, and what stands in for each."""
+    lines = _lines(x, code)
     count, number = lines.shape[-1], code.taken(lines.shape[-1])
     rising, order = lines.sort(dim=-1, stable=True)
     rank = torch.empty_like(order).scatter_(-1, order, torch.arange(count, device=x.device).expand_as(order))
@@ -41,14 +56,17 @@ def split(x: Tensor, code: Sparse, side: Side) -> Split:
         fill = torch.where(low, rising[..., number, None], rising[..., count - number - 1, None])
     else:
         fill = torch.zeros_like(lines)
-    far = torch.where(low | high, (lines - fill).abs(), -1.0)
-    fill, far = (_back(part, x, code) for part in (fill, far))
-    far = torch.where(torch.isnan(x), -1.0, far)
-    found = slotted(far, side).sort(dim=-2, descending=True, stable=True)
-    used = found.values[..., : code.slots, :] >= 0
-    places = torch.where(used, found.indices[..., : code.slots, :], 0)
-    taken = torch.zeros_like(found.indices).scatter_add_(-2, places, used.to(torch.int64))
-    return Split(torch.where(_unslotted(taken, side) > 0, fill, saturated(x.to(torch.float32))), places, used)
+    return _back(low | high, x, code), _back(fill, x, code)
+
+
+def _beyond(x: Tensor, code: Sparse, thresholds: Tensor) -> tuple[Tensor, Tensor]:
+    """Which numbers of x are beyond the thresholds of their channel, and what stands in for each."""
+    low, high = thresholds[:, :, None]
+    if code.fill == "mean":
+        fill = ((low.to(torch.float64) + high) / 2).to(torch.float32).expand_as(x)
+    else:
+        fill = torch.zeros_like(x) if code.fill == "zero" else torch.where(x < low, low, high)
+    return (x < low) | (x > high), fill
 
 
 def kept(rest: Tensor, taken: Split, side: Side) -> Tensor:
@@ -61,6 +79,15 @@ def kept(rest: Tensor, taken: Split, side: Side) -> Tensor:
 def by_channel(query: Tensor, heads: int) -> Tensor:
     """A query (B, Hq, Q, D) as the numbers of all rows of every channel of a kv head, float32 (B, H, D, Q * group)."""
     return query.unflatten(1, (heads, -1)).permute(0, 1, 4, 3, 2).flatten(3).to(torch.float32).contiguous()
+
+
+def by_turned_channel(query: Tensor, heads: int, pairs: int, interleaved: bool) -> Tensor:
+    """The same, and behind the numbers of every channel those of the query a quarter turn on, q'' = (q[b], -q[a]) of
+    each rotated pair (a, b), else 0: float32 (B, H, D, 2 * Q * group)."""
+    _, partner, first = partners(query.shape[3], 2 * pairs, interleaved)
+    sign = torch.where(torch.arange(query.shape[3]) < 2 * pairs, torch.where(first, 1.0, -1.0), 0.0)
+    turned = query[..., partner.to(query.device)].to(torch.float32) * sign.to(query.device)
+    return torch.cat((by_channel(query, heads), by_channel(turned, heads)), -1)
 
 
 def in_places(numbers: Tensor, places: Tensor, length: int) -> Tensor:

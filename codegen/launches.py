@@ -34,10 +34,10 @@ ASSEMBLER = (None, "--register-usage-level=10", "--register-usage-level=0", "max
 
 def warps(kernel: str, plan: Plan) -> int:
     """Warps of a program: one where tiles stay in one warp's tensor cores or numbers are exchanged within it, two where
-    16 rows, sums of many numbers, tiles most of whose lanes are idle, or codes of 4 bits beside vectors of low rank on
-    both sides would not fit its registers, four or more where a page is rewritten, products are of float32 numbers,
-    values are sums of codes, single numbers and vectors of low rank,
-    keys are rotated, or radii and angles become channels level by level."""
+    16 rows, sums of many numbers, tiles most of whose lanes are idle, two sketches, one of many rows, or codes of 4
+    bits beside vectors of low rank on both sides would not fit its registers, four or more where a page is rewritten,
+    products are of float32 numbers, values are sums of codes, single numbers and vectors of low rank, keys are rotated,
+    or radii and angles become channels level by level."""
     exact = plan.shape.dtype == "fp32" or any(term.floats == "fp32" for term in plan.terms)
     if kernel.startswith("pack"):
         name = kernel.removeprefix("pack_")
@@ -57,6 +57,7 @@ def warps(kernel: str, plan: Plan) -> int:
         return 4  # sums of three kinds
     narrow = any(term.store.pick and 2 * term.layout.plane_width <= NARROWEST for term in plan.terms)
     beside = all(any(term.factors for term in side.terms) for side in (plan.keys, plan.values))
+    narrow = narrow or plan.keys.masked and plan.keys.row > WIDEST
     wide = plan.values.row > WIDEST or narrow or beside and any(term.alphabet.bits >= 4 for term in plan.terms)
     return 1 if plan.rows(many=kernel != "decode") == DECODE_ROWS and not wide else 2
 
@@ -71,6 +72,8 @@ def stages(kernel: str, plan: Plan) -> tuple[int, ...]:
     some GPUs, the waves of positions with it, which take several times what the codes do."""
     if kernel not in ATTEND:
         return (1,)
+    if plan.keys.masked:  # rows of a map, of channels that a page names: none can be asked for before the page is there
+        return (1, 2, 3)
     return (3, 2, 1) if plan.keys.rope is None else (2, 3, 1)
 
 

@@ -14,8 +14,9 @@ from kvdsl.kernels import Params, Side
 from kvdsl.params import ROPE
 from kvdsl.rope import NEAR, in_order, near, table
 
+from .chunks import mapping, rows_of
 from .host import cartesian, polar, saturated
-from .host_beside import Taken, kept_there, level_counts, placed, together
+from .host_beside import Taken, level_counts, placed, rows_there
 from .host_channels import among, choose
 from .host_channels import given as beside
 from .host_slots import Split, kept, split
@@ -42,10 +43,14 @@ class PageModule(KernelModule):
             return
         for low, high in self._chunks(part, *reach, rows.shape[0]):
             at, source, start, taken, chosen, above = first, rows, offset, None, None, None
-            if part.sparse or part.parted:
-                source, at, start = _taken(rows, first, offset, low, high), torch.full_like(first, low), 0
+            if part.rope is not None:
+                source = self._without_positions(rows, first, offset, begin, end, (low, high), params)
+            elif part.sparse or part.parted:
+                source = rows_of(rows, first, offset, low, high)
+            if source is not rows:
+                at, start = torch.full_like(first, low), 0
             if part.sparse:
-                taken = split(source, part.sparse, side)
+                taken = split(source, part.sparse, side, params.get(f"{side}.outliers"))
             if part.parted:
                 channels = choose(source, part.parted.choice)
                 chosen = Taken(channels, among(channels, part.choice.tokens, source.shape[3]))
@@ -67,7 +72,7 @@ class PageModule(KernelModule):
                     self._pack_term(term, given, at, start, begin, end, (low, high), pool, table, params, raised)
                 if term.residual is not None:
                     # what is left of the chunk's tokens, in rows of their own
-                    source = saturated(_taken(source, at, start, low, high)) - self._decoded(
+                    source = saturated(rows_of(source, at, start, low, high)) - self._decoded(
                         term, pool, table, low, high, params
                     )
                     at, start = torch.full_like(first, low), 0
@@ -108,36 +113,34 @@ class PageModule(KernelModule):
     def _pack_term(self, term: SidePlan, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor,
                    reach: tuple[int, int], pool: Tensor, table: Tensor, params: Params,
                    raised: Mapping[str, Tensor]) -> None:  # fmt: skip
-        """Write one term, or all bands, of a chunk's tokens u in `reach`; `raised`: of channels with more bits."""
-        if not term.turned:
+        """Write one term, or all bands, of a chunk's tokens u in `reach`, without their positions; `raised`: of
+        channels with more bits."""
+        if not term.mapped and not term.polar:
             self._pack(term, rows, first, offset, begin, end, reach, pool, table, params, raised)
             return
-        (low, high), (batch, heads, total, _) = reach, rows.shape
-        coded = torch.empty(batch, heads, high - low, term.stride, dtype=torch.float32, device=rows.device)
-        given = {
-            "rows_ptr": rows, "source_ptr": rows, "first_ptr": first, "begin_ptr": begin, "end_ptr": end,
-            "out_ptr": coded, "total_rows": total, "offset": offset, "ring": total - offset, "low": low,
-            "count": high - low,
-        }  # fmt: skip
-        beside = {}
+        low, high = reach
+        given, beside = mapping(rows, first, offset, begin, end, reach, term.stride), {}
+        coded = given["out_ptr"]
         if term.sketched:
             beside["squares_ptr"] = torch.empty(coded.shape[:3], dtype=torch.float64, device=rows.device)
-        at = torch.full_like(first, low)
-        if term.rope is not None:
-            given |= self._positions(high, rows.device, params)
-            self._run("unrope_keys", (-(-(high - low) // ROTATE_ROWS), batch * heads), given, None, params)
-            if term.mapped:
-                before, coded = coded, torch.empty_like(coded)
-                given |= {"coded_ptr": before, "out_ptr": coded, "first_ptr": at, "total_rows": high - low}
-                given |= {"offset": 0, "ring": high - low}
         if term.mapped:
-            grid = self._turn_grid(term, high - low, batch, term.stride)
+            grid = self._turn_grid(term, high - low, len(rows), term.stride)
             self._run(f"turn_{term.space}", grid, given | beside, None, params)
-        elif term.rope is None:
-            coded = _taken(rows, first, offset, low, high)
+        else:
+            coded = rows_of(rows, first, offset, low, high)
         coded = polar(coded, term.store.levels) if term.polar else coded
+        at = torch.full_like(first, low)
         for band in term.parts:
             self._pack(band, coded, at, 0, begin, end, reach, pool, table, params, beside)
+
+    def _without_positions(self, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor,
+                           reach: tuple[int, int], params: Params) -> Tensor:  # fmt: skip
+        """Keys of a chunk's tokens u in `reach`, as far as they are in [begin, end), float32 (B, H, tokens, D)."""
+        given = mapping(rows, first, offset, begin, end, reach, rows.shape[3])
+        grid = (-(-(reach[1] - reach[0]) // ROTATE_ROWS), rows.shape[0] * rows.shape[1])
+        self._run("unrope_keys", grid, given | self._positions(reach[1], rows.device, params), None, params)
+        found: Tensor = given["out_ptr"]
+        return found
 
     def _chunks(self, part: SidePlan, low: int, high: int, batch: int) -> list[tuple[int, int]]:
         """Spans of tokens whose mapped rows fit SCRATCH, cut at whole programs of `pack`."""
@@ -171,30 +174,35 @@ class PageModule(KernelModule):
         found = []
         for low, high in self._chunks(part, begin, end, table.shape[0]):
             *others, last = (self._decoded(term, pool, table, low, high, params) for term in part.spaces)
-            found.append(sum(reversed(others), last))  # each store's number plus that of all that it left
+            whole = sum(reversed(others), last)  # each store's number plus that of all that it left
+            found.append(whole if part.rope is None else self._at_positions(whole, low, params))
         return found[0] if len(found) == 1 else torch.cat(found, 2)
 
+    def _at_positions(self, x: Tensor, low: int, params: Params) -> Tensor:
+        """Keys (B, H, tokens, D) of the tokens from u = low on, with their positions."""
+        batch, heads, count, _ = x.shape
+        out = torch.empty_like(x)
+        given = {"coded_ptr": x, "low": low, "count": count, "out_ptr": out}
+        given |= self._positions(low + count, x.device, params)
+        self._run("rope_keys", (-(-count // ROTATE_ROWS), batch * heads), given, None, params)
+        return out
+
     def _decoded(self, term: SidePlan, pool: Tensor, table: Tensor, low: int, high: int, params: Params) -> Tensor:
-        """One term, or all bands, of tokens u in [low, high), float32 (B, H, high - low, D)."""
+        """One term, or all bands, of tokens u in [low, high) without positions, float32 (B, H, high - low, D)."""
         batch, dim = table.shape[0], self.plan.shape.head_dim
         coded = self._unpack(term, pool, table, low, high, term.stride, params)
         if term.beside:
             return placed(coded, self._chosen(term, pool, table, low, high), 1, dim)
         coded = cartesian(coded, term.store.levels) if term.polar else coded
-        given: dict[str, Any] = {"low": low, "count": high - low}
-        if term.mapped:
-            given["coded_ptr"], coded = coded, coded.new_empty(*coded.shape[:3], dim)
-            grid = self._turn_grid(term, high - low, batch, dim)
-            self._run(f"restore_{term.space}", grid, {**given, "out_ptr": coded}, None, params)
+        if not term.mapped:
+            return coded
+        out = coded.new_empty(*coded.shape[:3], dim)
+        given = {"coded_ptr": coded, "count": high - low, "out_ptr": out}
+        self._run(f"restore_{term.space}", self._turn_grid(term, high - low, batch, dim), given, None, params)
         if term.masked:
             here = among(self._chosen(term, pool, table, low, high), 1, dim) == term.store.gathers
-            coded = torch.where(here, coded, 0.0)
-        if term.rope is not None:
-            given |= {"coded_ptr": coded, **self._positions(high, pool.device, params)}
-            coded = torch.empty_like(coded)
-            at = (-(-(high - low) // ROTATE_ROWS), batch * self.plan.shape.kv_heads)
-            self._run("rope_keys", at, {**given, "out_ptr": coded}, None, params)
-        return coded
+            return torch.where(here, out, 0.0)
+        return out
 
     def _unpack(
         self, term: SidePlan, pool: Tensor, table: Tensor, begin: int, end: int, dim: int, params: Params
@@ -218,21 +226,10 @@ class PageModule(KernelModule):
         return {"rope_ptr": rows, "near_ptr": first, "PAIRS": len(frequencies)}
 
 
-def _taken(rows: Tensor, first: Tensor, offset: int, low: int, high: int) -> Tensor:
-    """Tokens u in [low, high) of every sequence of rows (B, H, total, D), float32 (B, H, high - low, D); those that are
-    not there are any."""
-    u = torch.arange(low, high, device=rows.device)
-    place = offset + torch.remainder(u - first[:, None], rows.shape[2] - offset)
-    index = place[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3])
-    return rows.gather(2, index).to(torch.float32)
-
-
 def _beside_rows(term: SidePlan, rows: Tensor, channels: Tensor) -> Tensor:
     """What is kept of rows (B, H, T, D), numbers or codes, at chosen channels: bytes (B, H, T / 32, size)."""
-    held, tokens = term.beside, term.choice.tokens
-    assert held is not None
-    found = together(rows, channels, tokens, held.bits) if held.below else kept_there(rows, channels, tokens)
-    return found.unflatten(2, (-1, PUT_TOKENS // held.together)).flatten(3)
+    assert term.beside is not None
+    return rows_there(term, rows, channels).unflatten(2, (-1, PUT_TOKENS // term.beside.together)).flatten(3)
 
 
 def _in_order(first: Tensor, order: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from kvdsl.rope import table
 from kvdsl.spaces import applied
 
 from .host import cartesian, mapped, polar, rotated, rows_of_bytes, saturated, section
-from .host_beside import Taken, kept_there, level_counts, met_at, placed, together
+from .host_beside import Taken, level_counts, met_at, placed, rows_there
 from .host_channels import among, choose, queries
 from .host_channels import given as beside
 from .host_slots import Split, kept, split
@@ -59,38 +59,34 @@ class TorchModule:
         wanted = (part.static, "scale"), (part.second is not None, "scale.scale"), (part.alphabet.given, "code")
         return [params[f"{part.path}.{name}"] for takes, name in wanted if takes]
 
-    def _turned(self, part: SidePlan, rows: Tensor, u: Tensor, params: Params) -> Tensor:
-        """The numbers to be coded of rows (n, H, T, D) of the tokens at u (n, T), float32."""
+    def _turned(self, part: SidePlan, rows: Tensor, params: Params) -> Tensor:
+        """The numbers to be coded of rows (n, H, T, D) without positions, float32."""
         if not part.turned:
             return rows
-        clean = saturated(rows)
-        if part.rope is not None:
-            clean = self._rotated(clean, u, params, torch.float64, -1)
-            clean = saturated(clean) if part.mapped else clean
+        clean = saturated(rows) if part.rope is None or part.mapped else rows
         if part.mapped:
             clean = mapped(clean, params[f"{part.home}.encode"], params.get(f"{part.home}.encode_shift"))
         return polar(clean, part.store.levels) if part.polar else clean
 
-    def _decoded(self, part: SidePlan, pages: Tensor, params: Params, span: slice, begin: int) -> Tensor:
-        """Tokens `span` of pages (B, pages, page_bytes), the first at u = begin, decoded: one term, (B, H, T, D)."""
+    def _decoded(self, part: SidePlan, pages: Tensor, params: Params, span: slice) -> Tensor:
+        """Tokens `span` of pages (B, pages, page_bytes) decoded, without positions: one term, (B, H, T, D)."""
         whole: Tensor = getattr(self.module, f"unpack_{part.space}")(*self._inputs(part, pages, params))
         if part.beside:
             whole = placed(whole, self._channels(part, pages), part.choice.tokens, self.plan.shape.head_dim)
-        found = self._restored(part, whole[:, :, span], begin, params)
+        coded = whole[:, :, span]
+        coded = cartesian(coded, part.store.levels) if part.polar else coded
+        if not part.mapped:
+            return coded
+        found = mapped(coded, params[f"{part.home}.decode"], params.get(f"{part.home}.decode_shift"))
         if not part.masked:
             return found
         theirs = among(self._channels(part, pages), part.choice.tokens, found.shape[3])[:, :, span]
         return torch.where(theirs == part.store.gathers, found, 0.0)
 
-    def _restored(self, part: SidePlan, coded: Tensor, begin: int, params: Params) -> Tensor:
-        """Decoded numbers (B, H, T, M) of the tokens from u = begin on as the head's vectors (B, H, T, D)."""
-        coded = cartesian(coded, part.store.levels) if part.polar else coded
-        if part.mapped:
-            coded = mapped(coded, params[f"{part.home}.decode"], params.get(f"{part.home}.decode_shift"))
-        if part.rope is None:
-            return coded
-        u = torch.arange(begin, begin + coded.shape[2], device=coded.device)[None]
-        return self._rotated(coded, u, params, torch.float64, 1)
+    def _placed(self, x: Tensor, begin: int, params: Params, dtype: torch.dtype) -> Tensor:
+        """x (B, H, T, D) at the positions of the tokens from u = begin on."""
+        u = torch.arange(begin, begin + x.shape[2], device=x.device)[None]
+        return self._rotated(x, u, params, dtype, 1)
 
     def _rotated(self, x: Tensor, u: Tensor, params: Params, dtype: torch.dtype, sign: int) -> Tensor:
         """Rotary positions put on x (n, H, T, D) of the tokens at u (n or 1, T), or with sign -1 taken off.
@@ -128,7 +124,9 @@ class TorchModule:
         ids = table[b, page].long()
         pages = pool[ids]
         whole = self.plan.side(side)
-        taken = split(x, whole.sparse, side) if whole.sparse else None
+        if whole.rope is not None:
+            x = self._rotated(saturated(x), u, params, torch.float64, -1)
+        taken = split(x, whole.sparse, side, params.get(f"{side}.outliers")) if whole.sparse else None
         chosen, above = self._choose(whole, x, inside, pages) if whole.parted else None, None
         for part in whole.spaces:
             if taken is not None and part.slots:
@@ -139,13 +137,12 @@ class TorchModule:
                 given = taken.filled if taken is not None and part is whole else x
                 if chosen is not None and part.parted:
                     given = beside(part.parted, x, chosen.theirs)
-                turned = self._turned(part, given, u, params)
+                turned = self._turned(part, given, params)
                 for term in part.parts:
                     numbers = turned[..., term.first : term.first + term.dim] if term.band else turned
-                    rest = self._write(term, given, numbers, inside, pages, params, chosen)
-                    above = rest if term.raised else above
+                    above = self._write(term, given, numbers, inside, pages, params, chosen)
             if part.residual is not None:
-                x = saturated(x) - self._decoded(part, pages[:, None], params, slice(None), 0)
+                x = saturated(x) - self._decoded(part, pages[:, None], params, slice(None))
         pool[ids] = pages
 
     def _choose(self, part: SidePlan, x: Tensor, inside: Tensor, pages: Tensor) -> Taken:
@@ -179,9 +176,8 @@ class TorchModule:
 
     def _write_beside(self, part: SidePlan, x: Tensor, channels: Tensor, inside: Tensor, pages: Tensor) -> None:
         """Write what is kept of x (pages, H, T, D), numbers or codes, at chosen channels, where tokens are inside."""
-        held, tokens = part.beside, part.choice.tokens
+        held, rows = part.beside, rows_there(part, x, channels)
         assert held is not None
-        rows = together(x, channels, tokens, held.bits) if held.below else kept_there(x, channels, tokens)
         marks = inside[:, :: held.together].repeat_interleave(rows.shape[-1], -1)
         self._merge(self._blobs(pages)[0], held.offset, rows.flatten(-2), marks[:, None])
 
@@ -240,8 +236,10 @@ class TorchModule:
             return torch.empty(table.shape[0], shape.kv_heads, 0, shape.head_dim, device=pool.device)
         low, high = begin // tokens, -(-end // tokens)
         pages, span = self._gather(pool, table, low, high), slice(begin - low * tokens, end - low * tokens)
-        *others, last = (self._decoded(part, pages, params, span, begin) for part in self.plan.side(side).spaces)
-        return sum(reversed(others), last)  # each store's number plus that of all that it left
+        whole = self.plan.side(side)
+        *others, last = (self._decoded(part, pages, params, span) for part in whole.spaces)
+        found = sum(reversed(others), last)  # each store's number plus that of all that it left
+        return found if whole.rope is None else self._placed(found, begin, params, torch.float64)
 
     # ---- attention ------------------------------------------------------------------------------------------------
 
@@ -267,13 +265,15 @@ class TorchModule:
         """q.k of the tokens of pages (B, pages, page_bytes), packed from u = first on, for queries (B, H, D, rows): the
         query is mapped, not the keys, but for rotary positions and what is behind them."""
         if self.plan.keys.rope is not None:
-            decoded = self.module.unpack_keys(*self._inputs(self.plan.keys, pages, params))
+            decoded, *others = (
+                getattr(self.module, f"unpack_{part.space}")(*self._inputs(part, pages, params))
+                for part in self.plan.keys.spaces
+            )
             if self.plan.keys.mapped:
                 decoded = applied(params["keys.decode"], decoded)
             if self.plan.keys.shifted:
                 decoded = decoded + params["keys.decode_shift"][:, None]
-            u = torch.arange(first, first + decoded.shape[2], device=decoded.device)[None]
-            return self._rotated(decoded, u, params, torch.float32, 1) @ columns
+            return self._placed(sum(others, decoded), first, params, torch.float32) @ columns
         first_score, *others = (self._term_scores(term, columns, pages, params) for term in self.plan.keys.spaces)
         return sum(others, first_score)
 

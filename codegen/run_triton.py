@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from kvdsl.kernels import AttentionState, Params
+from kvdsl.params import ROPE
 
 from .host_channels import ready_rows
-from .host_slots import by_channel
+from .host_slots import by_channel, by_turned_channel
 from .plan import SidePlan
 from .run_pages import PageModule
 from .text import padded
@@ -35,9 +36,12 @@ class TritonModule(PageModule):
         """The query, and where keys are mapped what it becomes for packed tokens, u below `end`."""
         keys, shape = self.plan.keys, self.plan.shape
         query = query.contiguous()
-        if keys.rope is not None:
-            return {"query_ptr": query, **self._positions(end, query.device, params)}
         given = {"query_ptr": query}
+        if keys.rope is not None:
+            if keys.sparse:
+                gathered = by_turned_channel(query, shape.kv_heads, len(params[ROPE]), keys.rope.interleaved)
+                given["gathered_ptr"] = gathered
+            return given | self._positions(end, query.device, params)
         if any(term.store.gathers for term in keys.terms):
             given["gathered_ptr"] = by_channel(query, shape.kv_heads)
         if keys.masked:

@@ -101,7 +101,8 @@ def _where(side: SidePlan, term: Term) -> str:
         return "the weights meet the numbers of each token, what that gives meets the block's vectors once a tile"
     if side.slots:
         what, them = ("the query", "channels") if side.name == "keys" else ("the weights", "tokens")
-        return f"{what} gathered at the {them} m, times what stands there"
+        turned = ", turned back by the position of each token," if side.rope is not None else ""
+        return f"{what}{turned} gathered at the {them} m, times what stands there"
     if side.beside:
         times = " times their scales" if side.beside.below else ""
         return f"the query gathered at the channels m{times}, once per tile, times what stands there"

@@ -74,7 +74,7 @@ def _sections(plan: Plan, side: SidePlan) -> list[dict[str, Any]]:
         size = beside.size(layout.page_tokens)
         rows.append(_row(side, beside.offset, size, beside.rows_of(layout.page_tokens)))
     if (chosen := side.chosen) is not None:
-        which = f"{chosen.blocks} x {chosen.count} channels, chosen every {chosen.tokens} tokens"
+        which = f"{chosen.blocks} rows of {chosen.count} channels; as many for {chosen.tokens} tokens"
         rows.append(_row(side, chosen.offset, chosen.blocks * chosen.count, which))
     for stream in part.streams:
         last = stream.shift + stream.width - 1

@@ -291,10 +291,10 @@ class KeySide:
 
     def inputs(self) -> list[str]:
         """The arguments that stand beside the query: the turned query, what it adds to a score, rotary positions."""
-        if self.positions is not None:
-            return self.positions.inputs()
         given = ["gathered_ptr"] * any(term.store.gathers for term in self.side.terms)
         given += [name for term in self.terms for name in term.inputs()]
+        if self.positions is not None:
+            return [*self.positions.inputs(), *given]
         return ["turned_ptr", *["bias_ptr"] * self.side.shifted, *given] if self.side.through else given
 
     def lane_lines(self) -> list[str]:

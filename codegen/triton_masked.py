@@ -72,11 +72,11 @@ class MaskedKeys(Keys):
         dim = self.plan.shape.head_dim
         lane = f"tl.arange(0, {padded(dim)})"
         mask = "live[None, :]" + (f" & ({lane} < {dim})[:, None]" if padded(dim) > dim else "")
-        load = f"tl.load(gathered + ({lane} * {self.row})[:, None], mask={mask}, other=0.0) * scaling"
-        return [*super().loads(query), f"{self.p}_all = {load}"]
+        load = f"tl.load(gathered + ({lane} * {self.row})[:, None], mask={mask}, other=0.0)"
+        return [f"{self.p}_most = tl.max(tl.abs({load} * scaling), 0)[None, :]", *super().loads(query)]
 
     def rows(self) -> list[str]:
-        return [*super().rows(), f"{self.p}_all"]
+        return [*super().rows(), f"{self.p}_most"]
 
     # ---- once per tile --------------------------------------------------------------------------------------------
 

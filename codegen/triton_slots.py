@@ -1,19 +1,22 @@
 """Single numbers that are kept as they are, in Triton: x[t, d] = sum_i n[i] where slot i stands at (t, d).
 
-Of keys every token has its slots, and the query is gathered: a score is sum_i n[t, i] q[place[t, i]].  Of values every
-channel of 64 tokens has its slots, and the weights are gathered: an output is sum_i n[i, d] p[place[i, d]].  No number
-of a token that has no slot is made.
+Of keys every token has its slots, and the query is gathered: a score is sum_i n[t, i] q[place[t, i]].  Behind rotary
+positions the query a quarter turn on is, too, and both meet the wave of the token's position.  Of values every channel
+of 64 tokens has its slots, and the weights are gathered: an output is sum_i n[i, d] p[place[i, d]].  No number of a
+token that has no slot is made.
 """
 
 from __future__ import annotations
 
 from kvdsl.codes import SLOT_TOKENS
+from kvdsl.scheme import PreRope
 
 from .plan import SidePlan
 from .sections import Slots
 from .text import plus
 from .triton_keys import Keys
 from .triton_planes import Planes
+from .triton_rope import pair
 from .triton_values import Values
 
 
@@ -63,8 +66,13 @@ class SlottedKeys(Slotted, Keys):
 
     def lane_lines(self) -> list[str]:
         """The line that says where the query's numbers begin, channel by channel: a number of all rows is one read."""
-        size = self.plan.shape.head_dim * self.plan.shape.group
-        return [f"gathered = gathered_ptr + bh.to(tl.int64) * queries * {size} + row_index[None, :]"]
+        if self.side.rope is None:
+            size = self.plan.shape.head_dim * self.plan.shape.group
+            return [f"gathered = gathered_ptr + bh.to(tl.int64) * queries * {size} + row_index[None, :]"]
+        # rows that are not there read those of the first: a mask of each load is kept through the loop
+        size = 2 * self.plan.shape.head_dim * self.plan.shape.group
+        start = f"gathered = gathered_ptr + bh.to(tl.int64) * queries * {size}"
+        return [f"{start} + tl.where(live, row_index, 0)[None, :]"]
 
     def loads(self, query: str) -> list[str]:
         return []
@@ -79,23 +87,46 @@ class SlottedKeys(Slotted, Keys):
         return []
 
     def _scores(self, half: int, tokens: str) -> list[str]:
-        return self._met_by(tokens)
+        first = f"tile * {self.plan.tile}{plus(half * self.plan.half)}"
+        return self._met_by(tokens, f"{first} + tl.arange(0, {self.plan.half})")
 
     def tokens(self) -> list[str]:
-        return self.own(self._met_by("t"))
+        return self.own(self._met_by("t", "tl.where(coded, u, 0)"))
 
-    def _met_by(self, tokens: str) -> list[str]:
-        """The query's numbers at the places, each times what stands there."""
-        p, lines = self.prefix, list[str]()
-        row = f"(queries * {self.plan.shape.group})"
+    def _met_by(self, tokens: str, u: str) -> list[str]:
+        """The query's numbers at the places of `tokens` of the page, those at u, each times what stands there."""
+        p, dim, rope, lines = self.prefix, self.plan.shape.head_dim, self.side.rope, list[str]()
+        if rope is not None:
+            lines.append(f"{p}_wave = rope_ptr + ({u}{plus(self.plan.sinks)}).to(tl.int64) * {dim}")
         for i in range(self.held.count):
             lines += self.of_tokens(i, tokens)
-            # of a token that was never packed a place is any
-            lines.append(f"{p}_place = tl.minimum({p}_place, {self.plan.shape.head_dim - 1}) * {row}")
-            lines.append(f"{p}_met = tl.load(gathered + {p}_place[:, None], mask=live[None, :], other=0.0)")
+            place = f"tl.minimum({p}_place, {dim - 1})"  # of a token that was never packed it is any
+            lines += self._query(place) if rope is None else self._turned_query(place, rope)
             product = f"{p}_number[:, None] * {p}_met"
             lines.append(f"s = s + {product}" if i else f"s = {product}")
         return [*lines, "s = s * (scaling * inverse)[None, :]"]
+
+    def _query(self, place: str) -> list[str]:
+        """Lines that gather the query at the places."""
+        p, group = self.prefix, self.plan.shape.group
+        return [
+            f"{p}_place = {place} * (queries * {group})",
+            f"{p}_met = tl.load(gathered + {p}_place[:, None], mask=live[None, :], other=0.0)",
+        ]
+
+    def _turned_query(self, place: str, rope: PreRope) -> list[str]:
+        """The same of the query turned back by each token's position: R_t e_m . q for the channel m of a place."""
+        p, dim, group = self.prefix, self.plan.shape.head_dim, self.plan.shape.group
+        return [
+            f"{p}_place = {place}",
+            f"{p}_pair = {pair(rope, f'{p}_place', 0, dim)}",
+            f"{p}_cosine = tl.load({p}_wave + {p}_pair)",
+            f"{p}_sine = tl.load({p}_wave{plus(dim // 2)} + {p}_pair)",
+            f"{p}_place = {p}_place * (queries * {2 * group})",
+            f"{p}_met = tl.load(gathered + {p}_place[:, None])",
+            f"{p}_turned = tl.load(gathered + ({p}_place + queries * {group})[:, None])",
+            f"{p}_met = {p}_met * {p}_cosine[:, None] + {p}_turned * {p}_sine[:, None]",
+        ]
 
 
 class SlottedValues(Slotted, Values):

@@ -202,8 +202,14 @@ class ValueSide:
         return [line for term in self.terms for line in term.prologue()]
 
     def accumulate(self, half: int, tokens: str) -> list[str]:
-        """Add a sub-tile's packed values under weights p."""
-        return [line for term in self.terms for line in term.accumulate(half, tokens)]
+        """Add a sub-tile's packed values under weights p.
+
+        Beside keys that are turned in the loop registers are few: single numbers, which gather p, come first, while
+        nothing else is made of it."""
+        terms = list(self.terms)
+        if self.plan.keys.rope is not None:
+            terms.sort(key=lambda term: term.side.slots is None)
+        return [line for term in terms for line in term.accumulate(half, tokens)]
 
     def epilogue(self) -> list[str]:
         return [line for term in self.terms for line in term.epilogue()]

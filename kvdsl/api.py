@@ -128,8 +128,8 @@ def calibrate(
     gradients: Gradients | None = None,
 ) -> dict[str, Tensor]:
     """What the scheme takes from data, measured over k and v (B, H, T, D), and over queries q (B, Hq, Q, D) where keys
-    are balanced against them: transforms, calibrated scales, rounded as the scheme stores them, second levels, tables
-    of levels; float32 on the CPU.  Empty where nothing is calibrated.
+    are balanced against them: thresholds of single numbers, transforms, calibrated scales, rounded as the scheme stores
+    them, second levels, tables of levels; float32 on the CPU.  Empty where nothing is calibrated.
 
     The first token stands at position 0: those that the scheme keeps as sinks are not measured.  `params` holds what no
     data tells, the frequencies `keys.transform[0]` of PreRope, which are returned too.  `gradients`, for tables with
@@ -147,24 +147,30 @@ def calibrate(
     if not k[:, :, sinks:].numel():
         beside = f" beside {sinks} sinks" if sinks else ""
         raise ShapeError(f"k: shape {tuple(k.shape)} holds no token{beside}; give typical keys and values")
-    if scheme.keys.rope is not None and ROPE in (params or {}):
-        found[ROPE] = (params or {})[ROPE]
+    given = {ROPE: (params or {})[ROPE]} if scheme.keys.rope is not None and ROPE in (params or {}) else {}
     for side, x in zip(SIDES, (k, v), strict=True):
         store, x = scheme.side(side), x[:, :, sinks:].detach().cpu()
-        x = without_single(store, side, x)
-        found |= fitted(store, side, x, None if q is None else q.detach().cpu(), found, sinks)
+        x, single, own = without_single(store, side, x, given, sinks)
+        own = fitted(store, side, x, None if q is None else q.detach().cpu(), own, sinks)
         store = store.own
-        y = encoded_rows(store, x, found, side, sinks) if store.turned else x
-        dy = _gradient(store, x, gradients, found, side, sinks) if weighted(store) else None
-        found |= measured(store.with_(transform=()), y, side, dy)
-    ready = checked(scheme, shape, found)
+        y = encoded_rows(store, x, own, side, sinks) if store.turned else x
+        dy = _gradient(store, x, single, gradients, own | given, side, sinks) if weighted(store) else None
+        single = None if store.mapped or store.polar else single  # what is coded is other numbers
+        found |= own | measured(store.with_(transform=()), y, side, dy, single)
+    ready = checked(scheme, shape, found | given)
     return {name: ready[name] for name in wanted(scheme, shape)}
 
 
 def _gradient(
-    store: Store, x: Tensor, gradients: Gradients | None, params: dict[str, Tensor], side: Side, sinks: int
+    store: Store,
+    x: Tensor,
+    single: Tensor | None,
+    gradients: Gradients | None,
+    params: dict[str, Tensor],
+    side: Side,
+    sinks: int,
 ) -> Tensor:
-    """The loss's derivative by what is coded of x, the tokens behind the sinks."""
+    """The loss's derivative by what is coded of x, the tokens behind the sinks, without single numbers."""
     if gradients is None:
         raise ShapeError(
             f"gradients: missing; {side}.code has weights='fisher', give gradients=(dk, dv), the derivatives of the "
@@ -174,7 +180,7 @@ def _gradient(
     if not isinstance(given, Tensor) or tuple(given.shape) != right:
         what = f"shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"{type(given).__name__} is no tensor"
         raise ShapeError(f"gradients[{side!r}]: {what}; the right shape is {right}, that of {side[0]}")
-    return coded(store, x, given[:, :, sinks:].detach().cpu(), params, side, sinks)
+    return coded(store, x, given[:, :, sinks:].detach().cpu(), params, side, sinks, single)
 
 
 @dataclass(frozen=True)

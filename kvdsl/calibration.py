@@ -20,15 +20,21 @@ LEAST_MASS = 2.0**-900
 SMALL_TOPS = {"e4m3": 448.0, "e5m2": 57344.0, "e2m1": 6.0}
 
 
-def measured(store: Store, x: Tensor, side: str, gradient: Tensor | None = None) -> dict[str, Tensor]:
+def measured(
+    store: Store, x: Tensor, side: str, gradient: Tensor | None = None, single: Tensor | None = None
+) -> dict[str, Tensor]:
     """What a store wants beside its pages, measured over all tokens of x (B, H, T, D): float32 by the names of
-    `kvdsl.params`.  `gradient`: the loss's by x, of the same shape, where the table is weighted."""
+    `kvdsl.params`.  `gradient`: the loss's by x, of the same shape, where the table is weighted.  `single`: which
+    numbers stand in for others, that are read whatever their code is: a table is not fitted to them."""
     code, scale, found = store.code, store.measure, dict[str, Tensor]()
     if isinstance(code, Codebook) and code.levels == "calibrated":
         assert scale is not None and code.bits is not None
         numbers, units = normalised(scale, x)
         # An error e of a number over its scale s costs the loss (g s e)^2 / 2.
         weights = None if gradient is None else (in_blocks(scale, gradient.double()) * units).square().flatten()
+        if single is not None:
+            coded = ~in_blocks(scale, single).flatten()
+            numbers, weights = numbers[coded], None if weights is None else weights[coded]
         levels = table(numbers, 2**code.bits, weights, centred=scale.range == "absmax")
         found[f"{side}.code"] = levels if code.match is None else matched(levels, numbers)
     if scale is not None and scale.when == "calibrated":

@@ -19,6 +19,7 @@ Weights = Literal["fisher"]
 Match = Literal["moments"]
 SketchBasis = Literal["orthogonal", "gaussian", "hadamard"]
 Fill = Literal["mean", "clamp", "zero"]
+When = Literal["online", "calibrated"]
 
 FLOAT_BITS: dict[FloatFormat, int] = {"fp16": 16, "fp32": 32, "e4m3": 8, "e5m2": 8, "e2m1": 4}
 SLOT_TOKENS = 64  # of a block of single numbers that are kept as they are: those of one tile
@@ -143,18 +144,21 @@ class LowRank(Part):
 @dataclass(frozen=True, repr=False)
 class Sparse(Part):
     """The largest and the smallest numbers of every line, which are kept in fp16, each with its place (KVQuant, arXiv
-    2401.18079, section 3.4; GEAR, arXiv 2403.05527, section 3).
+    2401.18079, section 3.4; GEAR, arXiv 2403.05527, section 3).  Of keys behind PreRope they are numbers without
+    positions.
 
     The store's own codes and ranges are of a vector that has another number in their places.  What is kept is what
     these leave of them, so that they are read as they are, but for rounding.
 
     share   of a line's n numbers floor(share n / 2) are taken as the largest and as many as the smallest
     line    the numbers that are compared: Block() a token's channels, Block(heads=ALL) those of all heads,
-            Block(64, 1) a channel's 64 tokens
+            Block(64, 1) a channel's 64 tokens, Block(ALL, 1) all of a channel's, of calibration data
     slots   how many are kept at most: of keys of every token of a head, whose query is gathered; of values of every
             channel of 64 tokens, whose weights are gathered.  Where more are taken, the least of them stay in the codes
     fill    what stands in for them: the `mean` of the line, its largest or smallest number that is not taken (`clamp`),
-            or `zero`
+            or `zero`.  Of thresholds, their middle, the one that is exceeded, or 0
+    when    `online`: each line is sorted.  `calibrated`: what is below the one or above the other of two thresholds of
+            its channel is taken, that share of calibration data
     """
 
     inner = ("line",)
@@ -163,16 +167,16 @@ class Sparse(Part):
     _: KW_ONLY
     slots: int = 2
     fill: Fill = "mean"
+    when: When = "online"
 
     def taken(self, numbers: int) -> int:
-        """How many of a line's numbers are taken as the largest, and as the smallest."""
+        """How many of a line's numbers are taken as the largest, and as the smallest, without thresholds."""
         return math.floor(self.share * numbers / 2)
 
     @property
     def tokens(self) -> int:
         """Tokens that wait for one another: those of whole lines, and of a block of slots."""
-        assert isinstance(self.line.tokens, int)
-        return math.lcm(SLOT_TOKENS, self.line.tokens)
+        return math.lcm(SLOT_TOKENS, self.line.tokens) if isinstance(self.line.tokens, int) else SLOT_TOKENS
 
 
 @dataclass(frozen=True, repr=False)

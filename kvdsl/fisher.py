@@ -17,9 +17,18 @@ def weighted(part: Scheme | Store) -> bool:
     return any(isinstance(code, Codebook) and code.weights is not None for _, code in part.walk())
 
 
-def coded(store: Store, x: Tensor, gradient: Tensor, params: dict[str, Tensor], side: Side, at: int) -> Tensor:
+def coded(
+    store: Store,
+    x: Tensor,
+    gradient: Tensor,
+    params: dict[str, Tensor],
+    side: Side,
+    at: int,
+    single: Tensor | None = None,
+) -> Tensor:
     """The loss's derivative by what is coded of x (B, H, T, D), float64 of that shape: through what reading undoes,
-    from the derivative by x.  `at`: the position of the first token.
+    from the derivative by x.  `at`: the position of the first token.  `single`: which numbers are read as they were,
+    whatever is coded in their places.
 
     Raises ShapeError for derivatives that are not finite, or all 0.
     """
@@ -32,10 +41,11 @@ def coded(store: Store, x: Tensor, gradient: Tensor, params: dict[str, Tensor], 
     if not bool(gradient.any()):
         raise ShapeError(f"{name}: all are 0, so that every table is as good as another; give a loss that depends on x")
     if not store.turned:
-        return gradient.double()
+        return gradient.double() if single is None else gradient.double().masked_fill(single, 0)
     with torch.enable_grad():
         y = encoded_rows(store, x, params, side, at).double().requires_grad_()
         vectors = restored(cartesian(store, y), maps(store, x.shape[3], x.shape[1], params, side))
+        vectors = vectors if single is None else vectors.masked_fill(single, 0)
         (found,) = torch.autograd.grad(with_rope(store, vectors, params, side, at), y, gradient.double())
     return found
 

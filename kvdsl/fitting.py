@@ -3,6 +3,9 @@ they are applied."""
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -49,16 +52,60 @@ def fitted(
     return {name: numbers.to(torch.float32) for name, numbers in found.items()}
 
 
-def without_single(store: Store, side: Side, x: Tensor) -> Tensor:
-    """x (B, H, T, D) as the store's transforms and codes see it: with other numbers in the places of single ones, in
-    all whole blocks of tokens; float32."""
-    if not isinstance(store.outliers, Sparse):
-        return x
-    from .reference.sparse import pick
+class Seen(NamedTuple):
+    """What a store's transforms and codes see of x (B, H, T, D): x itself, or with other numbers in the places of
+    single ones, float32.
 
-    whole = x.shape[2] // store.outliers.tokens * store.outliers.tokens
-    filled = pick(x[:, :, :whole].double(), store.outliers, side).filled if whole else x[:, :, :0]
-    return torch.cat([filled.to(torch.float32), x[:, :, whole:].to(torch.float32)], 2)
+    single   which those are, bool of x's shape, where any are taken out
+    given    the parameters, with the thresholds of single numbers; behind PreRope x is without positions then, and
+             frequencies of 0 take none off again
+    """
+
+    x: Tensor
+    single: Tensor | None
+    given: dict[str, Tensor]
+
+
+def without_single(store: Store, side: Side, x: Tensor, given: dict[str, Tensor], at: int = 0) -> Seen:
+    """x (B, H, T, D), its first token at position `at`, as the store's transforms and codes see it.
+
+    Online, all whole blocks of tokens are without single numbers that have a slot.  Of calibrated thresholds none are
+    left, so that what the codes are fitted to ends at them: those without a slot saturate.
+    """
+    code = store.outliers
+    if not isinstance(code, Sparse):
+        return Seen(x, None, given)
+    from .reference.quantize import encoded_rows
+    from .reference.sparse import beyond, pick
+
+    x, given = x.to(torch.float32), dict(given)
+    if store.rope is not None:
+        x = encoded_rows(Store(transform=store.rope), x, given, side, at)
+        name = f"{side}.transform[0]"
+        given[name] = torch.zeros_like(given[name])
+    if code.when == "calibrated":
+        given[f"{side}.outliers"] = thresholds(code, x)
+        single, fill = beyond(x.double(), code, given[f"{side}.outliers"])
+        return Seen(torch.where(single, fill, x.double()).to(torch.float32), single, given)
+    whole = x.shape[2] // code.tokens * code.tokens
+    single = torch.zeros_like(x, dtype=torch.bool)
+    if whole:
+        picked = pick(x[:, :, :whole].double(), code, side)
+        x = torch.cat([picked.filled.to(torch.float32), x[:, :, whole:]], 2)
+        single[:, :, :whole] = picked.kept
+    return Seen(x, single, given)
+
+
+def thresholds(code: Sparse, x: Tensor) -> Tensor:
+    """Those numbers of every channel of x (B, H, T, D) beyond which its share lies, half of it at either end, between
+    two of them in proportion: float32 (2, H, D), rounded to float16."""
+    rising = x.float().clamp(-65504, 65504).transpose(0, 1).flatten(1, 2).sort(1).values.double()
+    last = rising.shape[1] - 1
+    place = code.share / 2 * last
+    inner, outer = math.ceil(place), math.floor(place)
+    ends = (rising[:, outer].lerp(rising[:, inner], place - outer),
+            rising[:, last - outer].lerp(rising[:, last - inner], place - outer))  # fmt: skip
+    return torch.stack(ends).to(torch.float16).to(torch.float32).cpu()
 
 
 def largest(part: TopChannels, x: Tensor) -> Tensor:

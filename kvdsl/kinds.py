@@ -25,6 +25,7 @@ from .codes import (
     Sparse,
     Uniform,
     Weights,
+    When,
 )
 from .errors import Fault
 from .part import ALL, Part
@@ -41,7 +42,6 @@ from .scheme import (
     Sinks,
     Store,
     TopChannels,
-    When,
     Zero,
 )
 from .transforms import (
@@ -255,9 +255,8 @@ def text(place: str, value: Any) -> Iterator[Fault]:
         yield Fault(place, f"{said(value)} is {_type(value)}, not a str", 'write source="arXiv 2402.02750, section 3"')
         return
     if len(value) > LONGEST_SOURCE:
-        yield Fault(
-            place, f"{len(value)} characters are more than {LONGEST_SOURCE}", "name the source, do not quote it"
-        )
+        fact = f"{len(value)} characters are more than {LONGEST_SOURCE}"
+        yield Fault(place, fact, "name the source, do not quote it")
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -344,6 +343,7 @@ KINDS: dict[type[Part], dict[str, Check]] = {
         "line": one_of("Block() for a token's channels, or Block(64, 1) for a channel's tokens", Block),
         "slots": count(1, 32, "slots"),
         "fill": word(Fill),
+        "when": word(When),
     },
     PreRope: {"interleaved": flag},
     Rotate: {

@@ -1,9 +1,9 @@
 """Numbers of a scheme beside its pages: which it wants, whether they fit, and the file they are kept in.
 
 Names are the parts' places in the spec: `keys.scale`, `keys.scale.scale` (a second level), `keys.code` (the levels of a
-table), `values.transform[1]`, `keys.outliers` (which channels have a store of their own); in a file for a whole model
-each stands behind `layers.<i>.`.  Kernels take them made ready: with the maps of the spaces that keys and values are
-coded in, `keys.encode` and so on (see spaces.py).
+table), `values.transform[1]`, `keys.outliers` (which channels have a store of their own, or beyond which numbers of a
+channel single ones are kept); in a file for a whole model each stands behind `layers.<i>.`.  Kernels take them made
+ready: with the maps of the spaces that keys and values are coded in, `keys.encode` and so on (see spaces.py).
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def wanted(scheme: Scheme, shape: Shape) -> dict[str, tuple[int, ...]]:
     a table (levels,), or (2, levels) = those that numbers are compared with and those that codes are decoded at, where
     these match data; of a transform (kv heads, head_dim); of PreRope (head_dim / 2) frequencies, or fewer where not
     all channels are rotated; of outlier channels (kv heads, so many), the others being the head's for scales and
-    transforms.  Empty where nothing is calibrated."""
+    transforms; of single numbers (2, kv heads, head_dim) = lower and upper thresholds.  Empty where nothing is
+    calibrated."""
     found: dict[str, tuple[int, ...]] = {}
     for side in SIDES:
         store = scheme.side(side)
@@ -97,8 +98,10 @@ def checked(
             )
         if name.endswith(".scale.scale") and not bool((given > 0).all()):
             raise ShapeError(f"params[{name!r}]: {float(given.min())!r} is no scale to divide by; give numbers above 0")
-        if name.endswith(".outliers"):
+        if name.endswith(".outliers") and given.dim() == 2:
             _distinct(name, given, shape.head_dim)
+        elif name.endswith(".outliers") and bool((given[0] > given[1]).any()):
+            raise ShapeError(f"params[{name!r}]: a lower threshold is above the upper one; give (lower, upper)")
         if name.endswith(".code") and not bool((given.diff() > 0).all()):
             raise ShapeError(f"params[{name!r}]: the levels do not rise; sort them, each one different")
         taken[name] = given.detach().to("cpu" if rope else device, torch.float32).contiguous()

@@ -11,7 +11,7 @@ from dataclasses import KW_ONLY, InitVar, dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-from .codes import Bands, Chosen, Code, Codebook, Float, FloatFormat, LowRank, Rounding, Sketch, Sparse, Uniform
+from .codes import Bands, Chosen, Code, Codebook, Float, FloatFormat, LowRank, Rounding, Sketch, Sparse, Uniform, When
 from .part import ALL, Block, Count, Part
 from .store import (
     Band,
@@ -23,7 +23,6 @@ from .store import (
     Side,
     Store,
     TopChannels,
-    When,
     Zero,
     bands,
     per_channel,

@@ -32,6 +32,7 @@ from .scheme import (
     Rotate,
     Side,
     Sketch,
+    Sparse,
     Store,
     TopChannels,
 )
@@ -42,8 +43,11 @@ Map = tuple[Tensor, Tensor]  # matrix (heads or 1, out, in) and shift (heads or 
 
 def calibrated(store: Store, side: Side, heads: int, head_dim: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the transforms' numbers that come with the parameters: (kv heads, head_dim) each, of PreRope
-    the model's (head_dim / 2) frequencies, or fewer; which channels are outliers, (kv heads, so many), comes before."""
+    the model's (head_dim / 2) frequencies, or fewer; which channels are outliers, (kv heads, so many), or the
+    thresholds of single numbers, (2, kv heads, head_dim), come before."""
     found: dict[str, tuple[int, ...]] = {}
+    if isinstance(store.outliers, Sparse) and store.outliers.when == "calibrated":
+        found[f"{side}.outliers"] = (2, heads, head_dim)
     for name, part in store.own.numbered(side):
         if isinstance(part, Pick):
             others = part.width(head_dim)
@@ -162,7 +166,8 @@ def refuse_others(store: Store, side: Side, head_dim: int, made: Params) -> None
             right = right * encode.gather(1, first[None, None, :].expand(len(encode), 1, -1)).sign()
         if not same or not torch.equal(encode, right.expand_as(encode)):
             raise ShapeError(_other(f"{place}.decode", rotate))
-    if isinstance(store.outliers, TopChannels) and store.outliers.store.code == store.code:
+    top = store.outliers if isinstance(store.outliers, TopChannels) and store.outliers.online else None
+    if top is not None and isinstance(store.code, Sketch) and top.store.code == store.code:
         one, other = (made.get(f"{side}{place}.decode") for place in ("", ".outliers.store"))
         if one is not None and other is not None and not torch.equal(one, other):
             fact = f"params['{side}.outliers.store.decode']: another matrix than that of the others, {store.code!r}"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from .codes import SLOT_TOKENS
 from .errors import Fault
-from .scheme import ALL, Bands, Float, Sparse
+from .scheme import ALL, Bands, Block, Float, Sparse
 from .shape import Shape
 from .sites import Site, rule
 
@@ -25,23 +25,27 @@ def _single_numbers_are_of_a_vector(site: Site) -> Iterator[Fault]:
     if isinstance(store.code, Bands):
         fact = "bands are all that is kept of a vector"
         yield site.fault("outliers", fact, "leave it out, or use one code for all numbers, as Uniform(bits=4)")
-    if store.rope is not None:
-        fact = "single numbers of keys without RoPE would have to be turned back on their own"
-        yield site.fault("outliers", fact, "leave it out, or leave out PreRope()")
 
 
 @rule("~.outliers")
-def _a_line_is_finite(site: Site) -> Iterator[Fault]:
+def _a_line_is_finite_or_has_thresholds(site: Site) -> Iterator[Fault]:
     sparse = site.store.outliers
-    if isinstance(sparse, Sparse) and sparse.line.tokens is ALL:
+    if not isinstance(sparse, Sparse):
+        return
+    channel = Block(ALL, 1)
+    if sparse.when == "calibrated" and sparse.line != channel:
+        fact = "calibrated thresholds are a channel's, for all of its tokens"
+        yield site.fault("outliers.line", fact, "use Block(ALL, 1), or when='online'")
+    elif sparse.when == "online" and sparse.line.tokens is ALL:
         fact = "a line of all tokens cannot be appended to"
-        yield site.fault("outliers.line.tokens", fact, f"use a group, as {SLOT_TOKENS}")
+        other = ", or when='calibrated'" if sparse.line == channel else ""
+        yield site.fault("outliers.line.tokens", fact, f"use a group, as {SLOT_TOKENS}{other}")
 
 
 def shape_faults(site: Site, shape: Shape) -> Iterator[Fault]:
     """Lines that do not fit the heads, or of which nothing is taken."""
     sparse = site.store.outliers
-    if not isinstance(sparse, Sparse):
+    if not isinstance(sparse, Sparse) or sparse.when == "calibrated":
         return
     line, numbers = sparse.line, 1
     for field, whole in (("channels", shape.head_dim), ("heads", shape.kv_heads)):

@@ -8,9 +8,9 @@ import math
 from dataclasses import KW_ONLY, dataclass
 from fractions import Fraction
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from .codes import Bands, Chosen, Code, Codebook, Float, LowRank, Sketch, Sparse, Uniform
+from .codes import Bands, Chosen, Code, Codebook, Float, LowRank, Sketch, Sparse, Uniform, When
 from .part import ALL, Block, Count, Part
 from .transforms import ChannelScale, ChannelShift, Permute, Pick, Polar, PreRope, Rotate, Size, Transform
 
@@ -18,7 +18,6 @@ Range = Literal["minmax", "minmax_zero", "absmax", "signed_absmax", "norm", "abs
 Zero = Literal["min", "point", "in_scale"]
 Refit = Literal["least_squares", "weighted_least_squares", "norm"]
 MetaFormat = Literal["fp32", "fp16", "bf16", "e4m3", "e8m0"]
-When = Literal["online", "calibrated"]
 Side = Literal["keys", "values"]
 
 
@@ -112,13 +111,15 @@ class Store(Part):
 
     def placed(self, place: str) -> tuple[tuple[str, Store], ...]:
         """This store, that of its outlier channels and the stores of what is left, each a space of its own, with their
-        places in a spec where this store stands at `place`.  Channels are picked by the first of the transforms."""
+        places in a spec where this store stands at `place`.  Channels are picked by the first of the transforms; single
+        numbers are of the vector itself, or of keys without their positions."""
         rest = self.residual.placed(f"{place}.residual") if isinstance(self.residual, Store) else ()
         if self.outliers is None:
             return ((place, self), *rest)
         if isinstance(self.outliers, Sparse):
             own = dc.replace(self, outliers=None)
-            return ((place, own), (f"{place}.outliers", Store(self.outliers)), *rest)
+            single = Store(self.outliers, transform=(self.rope,) if self.rope else ())
+            return ((place, own), (f"{place}.outliers", single), *rest)
         if self.outliers.online:
             return (*self._beside_chosen(self.outliers, place), *rest)
         others, top = (
@@ -310,6 +311,18 @@ class TopChannels(Part):
     by: Size = "norm"
     store: Store = Store()
     when: When | None = None
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            n: int | float = 8,
+            *,
+            per: Count = ALL,
+            by: Size = "norm",
+            store: Store | Code = Store(),  # noqa: B008  (a frozen value)
+            when: When | None = None,
+        ) -> None: ...  # a code becomes a store where this becomes part of one
 
     @property
     def online(self) -> bool:

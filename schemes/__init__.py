@@ -10,7 +10,7 @@ from .gear import gear2, gear4, gearl2, gearl4
 from .int8 import int8_tensor
 from .kitty import kitty, kitty_pro
 from .kivi import kivi2, kivi4
-from .kvquant import nuq2, nuq3, nuq4
+from .kvquant import kvquant2, kvquant3, kvquant4, nuq2, nuq3, nuq4
 from .kvtq import kvtq, kvtq_2bit
 from .llama_cpp import iq4_nl, q4_0, q4_1, q5_0, q5_1, q8_0
 from .omniquant import omniquant4
@@ -54,6 +54,9 @@ ALL: dict[str, Scheme] = {
     "nuq4": nuq4,
     "nuq3": nuq3,
     "nuq2": nuq2,
+    "kvquant4": kvquant4,
+    "kvquant3": kvquant3,
+    "kvquant2": kvquant2,
     "gear4": gear4,
     "gearl4": gearl4,
     "gear2": gear2,
@@ -127,6 +130,9 @@ __all__ = [
     "kitty_pro",
     "kivi2",
     "kivi4",
+    "kvquant2",
+    "kvquant3",
+    "kvquant4",
     "kvtq",
     "kvtq_2bit",
     "mxfp4",

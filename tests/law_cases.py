@@ -24,6 +24,7 @@ from kvdsl.scheme import (
     Sketch,
     Sparse,
     Store,
+    TopChannels,
     Uniform,
     per_channel,
     per_token,
@@ -97,6 +98,24 @@ SPARSE = Scheme(
 )
 """As a user would write it: single numbers beside rotated keys; values with more of them than slots, then what is left
 as vectors of low rank."""
+THRESHOLDS = Scheme(
+    keys=Store(
+        Uniform(3),
+        scale=per_token(channels=32),
+        transform=(PreRope(interleaved=True), Rotate("orthogonal", seed=0)),
+        outliers=Sparse(0.06, Block(ALL, 1), slots=3, fill="zero", when="calibrated"),
+    ),
+    values=Store(
+        Uniform(2),
+        scale=per_channel(tokens=32),
+        outliers=Sparse(0.04, Block(ALL, 1), when="calibrated"),
+        residual=Store(Uniform(1), scale=per_token()),
+    ),
+    recent=Recent(64),
+    sinks=Sinks(2),
+)
+"""As a user would write it: single numbers beyond thresholds, of keys before RoPE beside a map that stays in the loop;
+of values before what is left."""
 MATCHED = Scheme(
     keys=Store(
         Codebook(2, "calibrated", match="moments"),
@@ -107,8 +126,20 @@ MATCHED = Scheme(
     recent=Recent(32),
 )
 """Codes are tried with decoded levels that are not those they are chosen by; what is left is of the decoded ones."""
+CHOSEN = Scheme(
+    keys=Store(
+        Sketch(136, "gaussian"),
+        outliers=TopChannels(3, per=64, by="absmax", store=Sketch(64, "gaussian", seed=1)),
+        residual=Store(Uniform(2), scale=per_token()),
+    ),
+    values=Store(Uniform(2), scale=per_token(), residual=LowRank(2)),
+    recent=Recent(64),
+    sinks=Sinks(2),
+)
+"""Two sketches of unlike rows, of a few channels of every 64 tokens; what both leave is coded behind them."""
 RARE = {"small blocks": SMALL_BLOCKS, "sums": SUMS, "bands": BANDS, "several heads": SEVERAL_HEADS}
-RARE |= {"low rank": LOW_RANK, "matched": MATCHED, "single numbers": SPARSE}
+RARE |= {"low rank": LOW_RANK, "matched": MATCHED, "single numbers": SPARSE, "thresholds": THRESHOLDS}
+RARE |= {"chosen channels": CHOSEN}
 """What no shipped scheme has."""
 
 

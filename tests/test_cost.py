@@ -10,7 +10,7 @@ from kvdsl.errors import SchemeError, ShapeError
 from kvdsl.rules import shape_faults
 from kvdsl.scheme import Block, Recent, Scale, Scheme, Sinks, Sketch, Store, Uniform, per_channel, per_token
 from kvdsl.schemes import ALL as SHIPPED
-from kvdsl.schemes import fp16, int8_tensor, int8_token_head, kivi2, qjl
+from kvdsl.schemes import fp16, int8_tensor, int8_token_head, kivi2, qjl, qjl_gauss
 from kvdsl.shape import Shape
 
 # Keys and values at 128 channels, by the papers' or the projects' own accounts.
@@ -26,7 +26,7 @@ PUBLISHED: dict[str, tuple[float, float]] = {
         "q4_1": 5, "q4_0": 4.5, "iq4_nl": 4.5,
     }.items()
 }  # fmt: skip
-PUBLISHED |= {"qjl": (2.125, 3), "qjl_gauss": (2.125, 16), "qjl_kv": (4.125, 4.125)}
+PUBLISHED |= {"qjl": (4.265625, 3), "qjl_gauss": (2.125, 16), "qjl_kv": (4.125, 4.125)}
 PUBLISHED |= {"vllm_k8v4": (8, 4.25), "vllm_4bit_nc": (4.125, 4.25), "vllm_k3v4_nc": (3.125, 4.25)}
 PUBLISHED |= {"vllm_3bit_nc": (3.125, 3.25)}
 PUBLISHED |= {"skvq2": (2.5, 2.5)}
@@ -41,6 +41,10 @@ DIFFERENT: dict[str, tuple[tuple[float, float], tuple[float, float], str]] = {
     "nuq4": ((4, 4), (4, 4 + 32 / 1024), "a token's scale and offset are counted, which the paper leaves out"),
     "nuq3": ((3, 3), (3, 3 + 32 / 1024), "a token's scale and offset are counted, which the paper leaves out"),
     "nuq2": ((2, 2), (2, 2 + 32 / 1024), "a token's scale and offset are counted, which the paper leaves out"),
+}
+SLOTS = "slots, so many for every token or channel, of 24 bits, where the paper counts 32 for each that is kept"
+DIFFERENT |= {
+    f"kvquant{b}": ((b + 0.32, b + 0.32), (b + 2 * 24 / 128, b + 24 / 64 + 32 / 1024), SLOTS) for b in (2, 3, 4)
 }
 
 # No account is published: of bits chosen here, of other bits than the paper's, of baselines.
@@ -73,7 +77,7 @@ def test_figures_of_settings_that_are_not_shipped() -> None:
         changed = kivi2.with_(**{"keys.scale.block.tokens": tokens, "values.scale.block.channels": tokens})
         assert (bits(changed).keys, bits(changed).values) == (count, count)
     for rows, count in ((128, 1.125), (256, 2.125), (512, 4.125)):
-        assert bits(qjl.with_(layers=(), dim=rows)).keys == count
+        assert bits(qjl_gauss.with_(**{"keys.code.dim": rows})).keys == count
         assert bits(Scheme(both=Store(Sketch(rows)))).values == count
 
 
@@ -142,7 +146,8 @@ def test_calibrated_numbers_are_constants() -> None:
 def test_layers_are_averaged() -> None:
     assert bits(kivi2.with_(layers={0: fp16, -1: fp16}), layers=32).mean == (2 * 16 + 30 * 3) / 32
     assert bits(kivi2.with_(layers={0: fp16})).mean == 3
-    assert bits(qjl, layers=32).keys == (15 * (512 + 16) / 128 + 17 * (256 + 16) / 128) / 32
+    each = [(dim + more + 2 * 16 + 8 * 8 / 32) / 128 for dim, more in ((512, 128), (256, 256))]
+    assert bits(qjl, layers=32).keys == (15 * each[0] + 17 * each[1]) / 32
 
 
 def test_formulas_say_what_is_divided_by_what() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from law_cases import LAW_NAMES, fixed, holds
+from law_cases import LAW_NAMES, THRESHOLDS, fixed, holds
 
 from kvdsl.errors import SchemeError
 from kvdsl.scheme import Block, Codebook, PreRope, Recent, Rotate, Scale, Scheme, Store, Uniform, per_token
@@ -50,6 +50,12 @@ FOUND: dict[str, tuple[str, Scheme, Shape, dict[str, Any]]] = {
         Scheme(both=Store(Codebook(2, levels=(-0.9, 0.4)), scale=SIGNED), recent=Recent(64)),
         Shape(88, 2, 4),
         {"tokens": 168, "seed": 8001},
+    ),
+    "what is left is larger than the vector": (
+        "errors_stay_within_the_bound",
+        THRESHOLDS,
+        Shape(32, 1, 1),
+        {"tokens": 1, "kind": "huge"},
     ),
 }
 

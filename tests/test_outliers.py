@@ -48,7 +48,7 @@ FAULTY: list[tuple[Callable[[], Scheme], str]] = [
     ),
     (
         lambda: of_keys(TWO.with_(outliers=TopChannels("8"))),  # type: ignore[arg-type]
-        "keys.outliers.n: '8' is no number of channels; use an int from 8 to 248",
+        "keys.outliers.n: '8' is no number of channels; use an int from 1 to 248",
     ),
     (
         lambda: of_keys(TWO.with_(outliers=TOP.with_(by="size"))),

@@ -35,10 +35,16 @@ def of_keys(store: Store, recent: Recent | None = NEW) -> Scheme:
 
 FAULTY: list[tuple[Store, Recent | None, str]] = [
     (taken(line=Block(ALL, 1)), NEW,
+     "outliers.line.tokens: a line of all tokens cannot be appended to; use a group, as 64, or when='calibrated'"),
+    (taken(line=Block(ALL)), NEW,
      "outliers.line.tokens: a line of all tokens cannot be appended to; use a group, as 64"),
-    (taken().with_(transform=PreRope()), NEW,
-     "outliers: single numbers of keys without RoPE would have to be turned back on their own; leave it out, or leave "
-     "out PreRope()"),
+    (taken(line=Block(64, 1), when="calibrated"), NEW,
+     "outliers.line: calibrated thresholds are a channel's, for all of its tokens; use Block(ALL, 1), or "
+     "when='online'"),
+    (taken(when="calibrate"), NEW, "outliers.when: 'calibrate' is none of online, calibrated; use 'calibrated'"),
+    (taken().with_(transform=PreRope(), residual=TWO), NEW,
+     "residual: what is left of keys without RoPE would have to be turned back token by token, too; leave it out, or "
+     "leave out PreRope()"),
     (Store(Float("fp16"), outliers=Sparse()), NEW,
      "outliers: fp16 keeps every number as it is; leave outliers out, or lower the code's bits"),
     (TWO.with_(residual=taken()), NEW,
@@ -147,7 +153,7 @@ def test_what_is_packed_is_what_is_defined(line: Block, fill: Fill, side: Side) 
     x = torch.where(odd < 2e-3, float("nan"), torch.where(odd > 0.999, float("inf"), x - 4))
     for slots in (2, 20):
         code = Sparse(0.2, line, slots=slots, fill=fill)
-        right, got = pick(x.double(), code, side), host_slots.split(x, code, side)
+        right, got = pick(x.double(), code, side), host_slots.split(x, code, side, None)
         found = (right.places, right.used, kept_numbers(rest.double() / 3, right, side))
         if side == "keys":
             found = tuple(part.unflatten(2, (-1, SLOT_TOKENS)).mT for part in found)

@@ -13,16 +13,19 @@ from torch import Tensor
 
 from kvdsl import reference, schemes
 from kvdsl.calibration import matched, table
+from kvdsl.fitting import thresholds
 from kvdsl.levels import optimal
 from kvdsl.matrices import excess, rotation
 from kvdsl.scheme import (
     ALL,
+    Block,
     ChannelScale,
     Codebook,
     Permute,
     Polar,
     Rotate,
     Sketch,
+    Sparse,
     Store,
     TopChannels,
     Uniform,
@@ -50,7 +53,7 @@ def test_qjl(name: str, basis: Any) -> None:
     arrays = published(name)
     matrix = arrays["S_score"].T
     sketch = Sketch(len(matrix), basis=basis)
-    store = Store(sketch, outliers=TopChannels(4, per=32, store=sketch))  # type: ignore[arg-type]
+    store = Store(sketch, outliers=TopChannels(4, per=32, store=sketch))
     given = {**whole(matrix), **whole(matrix, "keys.outliers.store")}
     quantized = reference.quantize(store, K, given)
     got = dict(zip(("in", "out"), quantized.terms, strict=True))
@@ -180,30 +183,53 @@ def test_kvquant(name: str) -> None:
     agree(name, v_hat, arrays["V_hat"])
 
 
-def test_kvquant_with_matched_levels() -> None:
-    """Numbers within the thresholds: the others are kept exactly, and read here as what stands in their place, of a
-    token its median.  The released code takes the moments of either side from numbers over their channels' range."""
-    name, arrays = "kvquant/nuq2_1pct_norm", published("kvquant/nuq2_1pct_norm")
-    params, code = dict[str, Tensor](), Codebook(2, "calibrated", match="moments")
-    for side, words, x in SIDES:
-        stretch, shift = arrays[f"{side}_norm"]
-        levels = arrays[f"{side}_lut"].sort().values
-        params[f"{words}.code"] = torch.stack([levels, levels * stretch + shift])
+def test_kvquant_matched_levels() -> None:
+    """Of numbers within the thresholds.  The released code takes the moments of either side from numbers over their
+    channels' range."""
+    arrays = published("kvquant/nuq2_1pct_norm")
+    for side, _, x in SIDES:
+        levels, given = kvquant_levels(arrays, side)
         low, high = (x.double().quantile(part, 2, keepdim=True) for part in (0.005, 0.995))
         numbers = (x - (high + low) / 2) / ((high - low) / 2)
         found = matched(levels, numbers[numbers.abs() <= 1 + 1e-9])
-        torch.testing.assert_close(found, params[f"{words}.code"], rtol=2e-5, atol=1e-6)
-    high, low = arrays["K_upper"].float(), arrays["K_lower"].float()
-    params["keys.scale"] = torch.stack([(high - low) / 2, (high + low) / 2]).half().float()
-    tokens = V[0].transpose(0, 1).flatten(1)
-    low_v, high_v = (tokens.quantile(part, 1, keepdim=True) for part in (0.005, 0.995))
-    kept = (tokens <= low_v) | (tokens >= high_v)
-    dense = torch.where(kept, tokens.median(1, keepdim=True).values, tokens).unflatten(1, (2, 64)).transpose(0, 1)[None]
-    exact = {"K": (high[:, None] < K) | (low[:, None] > K), "V": kept.unflatten(1, (2, 64)).transpose(0, 1)[None]}
-    k_hat = reference.quantize(Store(code, scale=per_channel(when="calibrated")), K, params).decoded
-    v_hat = reference.quantize(Store(code, scale=per_token(heads=ALL, dtype="fp32")), dense, params, "values").decoded
-    for side, x, got in (("K", K, k_hat), ("V", V, v_hat)):
-        agree(name, torch.where(exact[side], x.double(), got), arrays[f"{side}_hat"])
+        torch.testing.assert_close(found, given, rtol=2e-5, atol=1e-6)
+
+
+def kvquant_levels(arrays: dict[str, Tensor], side: str) -> tuple[Tensor, Tensor]:
+    """The levels that numbers are compared with, and those beside what codes are decoded at, where these are others."""
+    levels = arrays[f"{side}_lut"].sort().values
+    if f"{side}_norm" not in arrays:
+        return levels, levels
+    stretch, shift = arrays[f"{side}_norm"]
+    return levels, torch.stack([levels, levels * stretch + shift])
+
+
+@pytest.mark.parametrize(
+    ("name", "exact"), [("kvquant/nuq3_1pct", 0), ("kvquant/nuq2_1pct_norm", 0), ("kvquant/nuq3_1pct_sink5", 5)]
+)
+def test_kvquant_single_numbers(name: str, exact: int) -> None:
+    """Beyond thresholds of a channel's keys, as calibration finds them, and beyond quantiles of a token's values: of
+    128 numbers the largest and the smallest.  With slots for all of them every number is theirs.
+
+    Their thresholds are of all tokens, also where the first are kept exactly; those of a scheme are of the others.
+    """
+    arrays = published(name)
+    high, low = arrays["K_upper"], arrays["K_lower"]
+    match: Any = "moments" if "norm" in name else None
+    code = Codebook(len(arrays["K_lut"]).bit_length() - 1, "calibrated", match=match)
+    beyond = Sparse(0.01, Block(ALL, 1), slots=32, fill="clamp", when="calibrated")
+    params = {"keys.outliers": torch.stack([low, high]).float()}
+    assert torch.equal(thresholds(beyond, K), params["keys.outliers"])
+    params["keys.scale"] = torch.stack([(high - low) / 2, (high + low) / 2]).float()
+    params |= {f"{words}.code": kvquant_levels(arrays, side)[1] for side, words, _ in SIDES}
+    extreme = Sparse(0.016, Block(heads=ALL), slots=32, fill="clamp")
+    stores = {
+        "K": Store(code, scale=per_channel(when="calibrated"), outliers=beyond),
+        "V": Store(code, scale=per_token(heads=ALL, dtype="fp32"), outliers=extreme),
+    }
+    for side, words, x in SIDES:
+        got = reference.quantize(stores[side], x, params, words).decoded
+        agree(name, torch.cat([x[:, :, :exact], got[:, :, exact:]], 2).half().double(), arrays[f"{side}_hat"])
 
 
 def fisher(side: str) -> Tensor:

@@ -78,12 +78,13 @@ def quantize(store: Store, x: Tensor, params: Params | None = None, side: str = 
     whole = kept.pop()
     for one in reversed(kept):
         whole = replace(one, decoded=f32(one.decoded + whole.decoded), residual=whole)
-    return whole
+    return replace(whole, decoded=with_rope(store, whole.decoded, params, side, at))
 
 
 class Link(NamedTuple):
-    """One term of a store: what it is given of x (B, H, T, D), and what it keeps of that; of which numbers alone it is,
-    bool as x, where not of all; of single numbers that are kept as they are also how they were picked."""
+    """One term of a store: what it is given of x (B, H, T, D) without positions, where they come off, and what it keeps
+    of that, without them, too; of which numbers alone it is, bool as x, where not of all; of single numbers that are
+    kept as they are also how they were picked."""
 
     store: Store
     place: str
@@ -96,8 +97,10 @@ class Link(NamedTuple):
 def links(store: Store, x: Tensor, params: Params | None = None, side: str = "keys", at: int = 0) -> Iterator[Link]:
     """The terms of a store, one after the other: each is given what those before it left of x, the first one x with
     other numbers where single ones are taken out."""
-    picked = pick(x, store.outliers, side) if isinstance(store.outliers, Sparse) else None
-    rest = x
+    x = rest = without_rope(store, x, params, side, at)
+    picked = None
+    if isinstance(store.outliers, Sparse):
+        picked = pick(x, store.outliers, side, _thresholds(store.outliers, x, params, side))
     for position, (place, term) in enumerate(store.placed(side)):
         if isinstance(term, Parted):
             given, mine, kept = _beside_chosen(term, x, rest, params, place)
@@ -115,9 +118,17 @@ def links(store: Store, x: Tensor, params: Params | None = None, side: str = "ke
             yield Link(term, place, given, kept, picked.kept, picked)
         else:
             given = rest if picked is None or position else picked.filled
-            kept = _alone(term, given, params, place, at)
+            kept = _alone(term, given, params, place)
             yield Link(term, place, given, kept)
         rest = left(rest, kept.decoded)
+
+
+def _thresholds(code: Sparse, x: Tensor, params: Params | None, side: str) -> Tensor | None:
+    """Those of single numbers of x (B, H, T, D), (2, H, D), where they are calibrated."""
+    if code.when == "online":
+        return None
+    what = f"the thresholds of the {side} are calibrated, give their numbers"
+    return _calibrated(params, f"{side}.outliers", (2, x.shape[1], x.shape[3]), what)
 
 
 def _chosen_of(x: Tensor, choice: TopChannels) -> Tensor:
@@ -135,12 +146,12 @@ def _beside_chosen(
     if store.masked:
         mine = theirs == store.top
         given = torch.where(mine, rest, 0.0)
-        kept = _alone(store, given, params, place, 0)
+        kept = _alone(store, given, params, place)
         decoded = torch.where(mine, kept.decoded, 0.0)
         return given, mine, replace(kept, decoded=decoded, channels=channels if store.top else None)
     if store.raised is None:
         given = torch.where(theirs, 0.0, x)
-        return given, None, _alone(store, given, params, place, 0)
+        return given, None, _alone(store, given, params, place)
     return x, None, _both(store, x, theirs, params, place)[0]
 
 
@@ -164,7 +175,7 @@ def _both(store: Parted, x: Tensor, theirs: Tensor, params: Params | None, place
     """Codes of all channels, of the chosen ones (`theirs`, as x) their lowest bits under scales of more levels; and the
     bits above these, times their worth, 0 of the other channels."""
     assert store.raised is not None and isinstance(store.code, Uniform) and store.code.bits is not None
-    few, many = (_alone(Store(one.code, scale=one.scale), x, params, place, 0) for one in (store, store.raised))
+    few, many = (_alone(Store(one.code, scale=one.scale), x, params, place) for one in (store, store.raised))
     assert few.codes is not None and many.codes is not None and few.scale is not None and many.scale is not None
     worth = 2**store.code.bits
     scale_of_theirs = theirs[:, :, :: x.shape[2] // few.scale.shape[2]]
@@ -184,20 +195,20 @@ def _both(store: Parted, x: Tensor, theirs: Tensor, params: Params | None, place
     return Quantized(codes, scale, offset, decoded, decoded), Quantized(above, None, None, more, more)
 
 
-def _alone(store: Store, x: Tensor, params: Params | None, side: str, at: int) -> Quantized:
-    """The same of a store without what it leaves."""
+def _alone(store: Store, x: Tensor, params: Params | None, side: str) -> Quantized:
+    """The same of a store without what it leaves, of x without positions."""
     if isinstance(store.code, LowRank):
         found = factors(x, store.code)
         decoded = multiplied(*found)
         return Quantized(None, None, None, decoded, decoded, factors=found)
     mapped = maps(store, x.shape[3], x.shape[1], params, side)
-    y = polar(store, encoded(without_rope(store, x, params, side, at), mapped))
+    y = polar(store, encoded(x, mapped))
     bands = _banded(store, x, y, params, side)
     if bands:
         codes, scale, offset, coded = None, None, None, torch.cat([band.coded for band in bands], -1)
     else:
         codes, scale, offset, coded = _coded(store, x, y, params, side)
-    decoded = with_rope(store, restored(cartesian(store, coded), mapped), params, side, at)
+    decoded = restored(cartesian(store, coded), mapped)
     return Quantized(codes, scale, offset, decoded, coded, None, bands)
 
 

@@ -21,7 +21,7 @@ from .rounding import LARGEST_INPUT, f32, sum64
 class Picked:
     """Which numbers of x (B, H, T, D) are kept as they are.
 
-    taken    bool, as x: the largest and smallest of their lines
+    taken    bool, as x: the largest and smallest of their lines, or those beyond the thresholds of their channel
     kept     bool, as x: those of them that have a slot
     filled   x with other numbers in the places of `kept`
     places   int64: where those of a line of slots stand in it, the largest deviation first, unused slots at 0; of keys
@@ -35,12 +35,30 @@ class Picked:
     used: Tensor
 
 
-def pick(x: Tensor, code: Sparse, side: str) -> Picked:
-    """The picked numbers of x (B, H, T, D), whole blocks of tokens, float64.  A NaN is none of them."""
+def pick(x: Tensor, code: Sparse, side: str, thresholds: Tensor | None = None) -> Picked:
+    """The picked numbers of x (B, H, T, D), whole blocks of tokens, float64.  A NaN is none of them.
+
+    thresholds   (2, H, D), the lower and the upper one of every channel, where they are calibrated
+    """
     clean = x.clamp(-LARGEST_INPUT, LARGEST_INPUT)
     known = clean.nan_to_num(0.0)
+    extreme, fill = _sorted(known, code, side) if thresholds is None else beyond(known, code, thresholds)
+    taken = extreme & ~x.isnan()
+    far = torch.where(taken, f32((known - fill).abs()), -1.0)
+    rows, held = (_slot_lines(part, side) for part in (far, taken))
+    best = rows.argsort(dim=-1, descending=True, stable=True)[..., : code.slots]
+    used = held.gather(-1, best)
+    kept = _from_slot_lines(torch.zeros_like(held).scatter(-1, best, used), x.shape, side)
+    places = torch.where(used, best, 0)
+    if side == "values":
+        places, used = places.transpose(-1, -2), used.transpose(-1, -2)
+    return Picked(taken, kept, torch.where(kept, fill, clean), places, used)
+
+
+def _sorted(x: Tensor, code: Sparse, side: str) -> tuple[Tensor, Tensor]:
+    """Which numbers of x are the largest and smallest of their lines, and what stands in for each."""
     size = block_size(code.line, x.shape, side)
-    lines = cut(known, size)
+    lines = cut(x, size)
     count = lines.shape[-1]
     number = code.taken(count)
     order = lines.argsort(dim=-1, stable=True)
@@ -53,17 +71,17 @@ def pick(x: Tensor, code: Sparse, side: str) -> Picked:
         fill = torch.where(low, rising[..., number, None], rising[..., count - number - 1, None])
     else:
         fill = torch.zeros_like(lines)
-    taken = join(low | high, x.shape, size) & ~x.isnan()
-    fill = join(fill, x.shape, size)
-    far = torch.where(taken, f32((known - fill).abs()), -1.0)
-    rows, held = (_slot_lines(part, side) for part in (far, taken))
-    best = rows.argsort(dim=-1, descending=True, stable=True)[..., : code.slots]
-    used = held.gather(-1, best)
-    kept = _from_slot_lines(torch.zeros_like(held).scatter(-1, best, used), x.shape, side)
-    places = torch.where(used, best, 0)
-    if side == "values":
-        places, used = places.transpose(-1, -2), used.transpose(-1, -2)
-    return Picked(taken, kept, torch.where(kept, fill, clean), places, used)
+    return join(low | high, x.shape, size), join(fill, x.shape, size)
+
+
+def beyond(x: Tensor, code: Sparse, thresholds: Tensor) -> tuple[Tensor, Tensor]:
+    """Which numbers of x are beyond the thresholds of their channel, and what stands in for each."""
+    low, high = f32(thresholds.detach().cpu())[:, :, None]
+    if code.fill == "mean":
+        fill = f32((low + high) / 2).expand_as(x)
+    else:
+        fill = torch.zeros_like(x) if code.fill == "zero" else torch.where(x < low, low, high)
+    return (x < low) | (x > high), fill
 
 
 def kept_numbers(rest: Tensor, picked: Picked, side: str) -> Tensor:

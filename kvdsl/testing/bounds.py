@@ -48,7 +48,7 @@ from kvdsl.levels import table
 from kvdsl.reference.alphabets import Alphabet, alphabet, given_table
 from kvdsl.reference.quantize import encoded_rows, level_count, maps, quantize
 from kvdsl.reference.rounding import MINIFLOATS
-from kvdsl.reference.spaces import applied, by_head
+from kvdsl.reference.spaces import applied
 from kvdsl.scheme import (
     Band,
     Bands,
@@ -70,7 +70,7 @@ from kvdsl.spaces import apart
 from . import low_rank
 from .formats import FORMATS, LARGEST, deviation
 from .rotary import partners, spread_waves
-from .terms import terms_of
+from .terms import behind, terms_of
 
 OVER_BLOCK = (2, 4, 6)
 SLACK = 12 * 2.0**-24
@@ -101,10 +101,10 @@ def spread(store: Store, number: Tensor, x: Tensor) -> Tensor:
 def bound(store: Store, x: Tensor, params: Params | None = None, side: str = "keys", at: int = 0) -> Tensor:
     """The largest legal |x - x^|, float64 (B, H, T, D), for finite x (B, H, T, D) of whole blocks; `at` is the position
     of the first token."""
-    if len(store.placed(side)) > 1:
-        return _summed_bound(store, x, params, side, at)
     if store.rope is not None:
         return _roped_bound(store, x, params, side, at)
+    if len(store.placed(side)) > 1:
+        return _summed_bound(store, x, params, side, at)
     if store.mapped:
         return _mapped_bound(store, x, params, side)
     if store.polar:
@@ -141,8 +141,10 @@ def bound(store: Store, x: Tensor, params: Params | None = None, side: str = "ke
 
 def _summed_bound(store: Store, x: Tensor, params: Params | None, side: str, at: int) -> Tensor:
     """What is left, x - x^, is coded itself, so that only its own error remains, of outlier channels on these alone,
-    with more bits that of so many; difference and sum round once each, numbers of up to |x| + |x^| and their errors."""
+    with more bits that of so many; difference and sum round once each, numbers of up to |x| + |x^| and their errors.
+    What is left may be larger than x and saturates, too."""
     within = sizes = x.double().abs()
+    lost = torch.zeros_like(within)
     for term in terms_of(store, x, params, side, at):
         code = term.store.code
         if isinstance(code, Chosen) and code.below:
@@ -158,7 +160,8 @@ def _summed_bound(store: Store, x: Tensor, params: Params | None, side: str, at:
             top = apart(params[f"{side}.outliers"].cpu(), x.shape[3])
             here = torch.where(top[:, None], here, within)
         within, sizes = here, sizes + term.kept.decoded.abs()
-    return within + 2.0**-22 * (sizes + within) + (x.double().abs() - LARGEST).clamp(min=0)
+        lost = lost + (term.x.abs() - LARGEST).clamp(min=0)
+    return within + 2.0**-22 * (sizes + within) + lost + (x.double().abs() - LARGEST).clamp(min=0)
 
 
 def _mapped_bound(store: Store, x: Tensor, params: Params | None, side: str) -> Tensor:
@@ -209,25 +212,12 @@ def _roped_bound(store: Store, x: Tensor, params: Params | None, side: str, at: 
     """
     assert params is not None
     inside = x.double().abs().clamp(max=LARGEST)
-    before = encoded_rows(store.with_(transform=store.rope), x, params, side, at)
-    behind, given = _behind(store, x, params)
-    within = bound(behind, before, given, side)
+    without, before, given = behind(store, x, params, at)
+    within = bound(without, before, given, side)
     size = inside + partners(store, inside, params)
     cos, sin = (wave.double().abs() for wave in spread_waves(store, params, at, x.shape[2], x.shape[3]))
     carried = within * cos + partners(store, within, params) * sin
     return carried + 2.0**-21 * (size + within) + (x.double().abs() - LARGEST).clamp(min=0)
-
-
-def _behind(store: Store, x: Tensor, params: Params) -> tuple[Store, Params]:
-    """The store behind rotary positions of keys x, and its parameters: its maps stand for the rest of the chain."""
-    behind = store.with_(transform=store.transform[1:])  # type: ignore[index]
-    found = maps(store, x.shape[3], x.shape[1], params, "keys")
-    if found is None:
-        return behind, params
-    _, moved, _, shift = found
-    encode, decode = (by_head(matrix, x.shape[1], store.joined) for matrix in found[::2])
-    given = {"encode": encode, "encode_shift": -moved, "decode": decode, "decode_shift": shift}
-    return behind, {**params, **{f"keys.{name}": numbers for name, numbers in given.items()}}
 
 
 def second(store: Store, params: Params | None, side: str) -> Tensor | float:

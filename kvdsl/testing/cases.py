@@ -13,10 +13,22 @@ from torch import Tensor
 
 from kvdsl.calibration import second_level
 from kvdsl.codegen import build
-from kvdsl.fitting import without
+from kvdsl.fitting import thresholds, without
 from kvdsl.kernels import Backend, KernelSet
 from kvdsl.reference.quantize import encoded_rows, quantize
-from kvdsl.scheme import SIDES, ChannelScale, ChannelShift, Codebook, Permute, PreRope, Scheme, Store, TopChannels
+from kvdsl.reference.spaces import without_rope
+from kvdsl.scheme import (
+    SIDES,
+    ChannelScale,
+    ChannelShift,
+    Codebook,
+    Permute,
+    PreRope,
+    Scheme,
+    Sparse,
+    Store,
+    TopChannels,
+)
 from kvdsl.shape import Shape
 from kvdsl.transforms import Pick
 from kvdsl.window import windows
@@ -132,6 +144,8 @@ def _transforms(store: Store, side: str, x: Tensor, seed: int) -> dict[str, Tens
         else:
             continue
         found[f"{side}.transform[{position}]"] = numbers
+    if isinstance(store.outliers, Sparse) and store.outliers.when == "calibrated":
+        found[f"{side}.outliers"] = thresholds(store.outliers, without_rope(store, clean.double(), found, side, 0))
     return found
 
 

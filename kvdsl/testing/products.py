@@ -17,7 +17,7 @@ from torch import Tensor
 from kvdsl.kernels import Params
 from kvdsl.levels import table
 from kvdsl.reference.quantize import Quantized, encoded_rows, maps
-from kvdsl.reference.spaces import applied, by_head, cartesian, joined
+from kvdsl.reference.spaces import applied, by_head, cartesian, joined, with_rope
 from kvdsl.reference.timeline import contents
 from kvdsl.scheme import Chosen, Codebook, LowRank, Parted, Side, Sketch, Sparse, Store, Uniform
 
@@ -39,8 +39,10 @@ def sides_of(store: Store, x: Tensor, span: tuple[int, int], params: Params, sid
     if end > first:
         found = []
         for term in terms_of(store, x[:, :, first:end], params, side, first):
-            of_rope = term.store.rope is not None
-            one = term.kept.decoded if of_rope else _factors(term.store, term.kept, params, term.place)
+            if store.rope is not None:
+                found.append(with_rope(store, term.kept.decoded, params, side, first))
+                continue
+            one = _factors(term.store, term.kept, params, term.place)
             found.append(_met(term.store, one) if not _masked(term) else _unmapped(term, one, params))
         factors = torch.cat(found, -1)
         part[:, :, first:end] = factors
@@ -125,35 +127,37 @@ def sizes_of(
     part = x.new_zeros(*x.shape[:3], sum(_widths(store, x.shape[3], sizes=True)))
     if end > first:
         rows = x[:, :, first:end]
-        parts = [_sizes(term, params, largest, at + first) for term in terms_of(store, rows, params, side, at + first)]
+        terms = terms_of(store, rows, params, side, at + first)
+        parts = [_sizes(term, largest, roped=store.rope is not None) for term in terms]
         size = torch.cat(parts, -1)
         part[:, :, first:end] = size
         exact[:, :, first:end] = 0 if store.apart else size
     return torch.cat((part, exact), -1) if store.apart else exact
 
 
-def _sizes(term: TermOf, params: Params, largest: Largest, at: int) -> Tensor:
-    """`sizes_of` of one term, the first token at position `at`."""
-    store, found = term.store, term.kept.coded
+def _sizes(term: TermOf, largest: Largest, *, roped: bool) -> Tensor:
+    """`sizes_of` of one term; `roped`: of keys whose positions were taken off."""
+    store, found, params = term.store, term.kept.coded, term.params
+    assert params is not None
     if isinstance(store.code, LowRank):
         return _met(store, low_rank.sizes(term.kept))
     if isinstance(store.code, Sparse):
         return found.abs()
     if isinstance(store.code, Chosen):  # n = s*c, or a float16 number, whose query is rounded once
         return term.kept.decoded.abs()
-    coded = encoded_rows(store, term.x, params, term.place, at).double()
+    coded = encoded_rows(store, term.x, params, term.place).double()
     counted = isinstance(store.code, Uniform) or _step(store, coded.shape[-1]) is not None
     signed = _factors(store, term.kept, params, term.place)
     if _masked(term):
         return _masked_sizes(term, found.abs(), params)
     factors = signed.abs() / (2 if counted else 1)
-    if counted and _rescaled(store):
+    if counted and not roped and _rescaled(store):
         factors = signed.abs() + (found - signed).abs()
     size = torch.stack((largest(store, coded, params), found.abs(), factors)).amax(0)
     if store.polar:
         turns = 2**store.levels
         size = size[..., : size.shape[-1] // turns].repeat(1, 1, 1, turns)
-    return _carried(store, size, found, term.x.shape[3], params) if store.rope is not None else _met(store, size)
+    return _carried(store, size, found, term.x.shape[3], params) if roped else _met(store, size)
 
 
 def _masked(term: TermOf) -> bool:
@@ -181,7 +185,7 @@ def _masked_sizes(term: TermOf, levels: Tensor, params: Params) -> Tensor:
 def _rescaled(store: Store) -> bool:
     """Whether a query is multiplied by scales, in float16, once for the tokens that share them."""
     scale = store.measure
-    if scale is None or scale.when == "calibrated" or store.rope is not None or store.polar:
+    if scale is None or scale.when == "calibrated" or store.polar:
         return False
     tokens = scale.block.tokens
     return isinstance(tokens, int) and tokens % 32 == 0 and scale.dtype == "fp16" and scale.scale is None
@@ -199,10 +203,10 @@ def _carried(store: Store, size: Tensor, coded: Tensor, head_dim: int, params: P
 
 
 def mapped_query(store: Store, q: Tensor, heads: int, params: Params, *, sizes: bool = False) -> Tensor:
-    """What multiplies the factors of keys: q (B, Hq, Q, D), or with W^T q before it (q again where positions are put
-    back on decoded keys, or vectors are masked); or their `sizes`."""
+    """What multiplies the factors of keys: q (B, Hq, Q, D), or with W^T q before it (q again for every term where
+    positions are put back on decoded keys, or vectors are masked); or their `sizes`."""
     if store.rope is not None:
-        return torch.cat((q.double(), q.double()), -1)
+        return q.double().repeat(1, 1, 1, len(store.terms) + 1)
     if not store.apart:
         return q.double()
     met = []
@@ -224,8 +228,9 @@ def query_sizes(store: Store, q: Tensor, heads: int, params: Params) -> Tensor:
     mapped = mapped_query(store, q, heads, params, sizes=True).abs()
     if store.rope is None:
         return mapped
-    coded, exact = mapped.chunk(2, -1)
-    return torch.cat(((coded.square() + partners(store, coded, params).square()).sqrt(), exact), -1)
+    *coded, exact = mapped.split(q.shape[3], -1)
+    lengths = [(one.square() + partners(store, one, params).square()).sqrt() for one in coded]
+    return torch.cat((*lengths, exact), -1)
 
 
 def mapped_back(store: Store, part: Tensor, head_dim: int, params: Params) -> Tensor:

@@ -8,13 +8,16 @@ import torch
 from torch import Tensor
 
 from kvdsl.codes import SLOT_TOKENS, Sparse
+from kvdsl.kernels import Params
 from kvdsl.reference.quantize import links
+from kvdsl.reference.spaces import without_rope
 from kvdsl.reference.sparse import Picked
 from kvdsl.scheme import SIDES, Block, Scheme, Side, Store
 
 from .bounds import OVER_BLOCK, blocks_of, by_block
 from .cases import Case, law, require, require_within
 from .formats import LARGEST, deviation
+from .rotary import partners
 from .trips import roundtrip
 
 LEAST = 2.0**-14  # of the normal numbers of float16
@@ -32,9 +35,10 @@ def _with_any(holds: Tensor, block: Block) -> Tensor:
 
 
 def moved(x: Tensor, code: Sparse, side: str) -> Tensor:
-    """Which numbers of x (B, H, T, D) may be taken out or not because of a NaN: those of its line, and those that share
-    slots with one of them."""
-    return _with_any(_with_any(x.isnan(), code.line), _slots(side))
+    """Which numbers of x (B, H, T, D) may be taken out or not because of a NaN: those of its line, unless that has
+    thresholds, and those that share slots with one of them."""
+    compared = x.isnan() if code.when == "calibrated" else _with_any(x.isnan(), code.line)
+    return _with_any(compared, _slots(side))
 
 
 def usual(numbers: Tensor, factor: float) -> Tensor:
@@ -57,9 +61,9 @@ def _inside(store: Store, line: Block) -> bool:
 
 @law("P21", lambda s: any(_sparse(s, side) for side in SIDES), ("normal", "outlier_channel", "constant"))
 def single_numbers_are_read_as_given(case: Case) -> None:
-    """P21: of every line as many numbers are taken as the share says, of which slots keep as many as there are; what
-    has a slot is read as it was, but for rounding, where nothing codes what is left behind it; and the ranges of the
-    codes are not larger than before."""
+    """P21: of every line as many numbers are taken as the share says, or those beyond its thresholds, of which slots
+    keep as many as there are; what has a slot is read as it was, but for rounding, where nothing codes what is left
+    behind it; and the ranges of the codes are not larger than before."""
     k, v = case.pair(case.whole)
     params = case.params(k, v)
     for side, x, got in zip(SIDES, (k, v), roundtrip(case, k, v, params), strict=True):
@@ -69,9 +73,13 @@ def single_numbers_are_read_as_given(case: Case) -> None:
         dense, single, *behind = links(store, given, params, side, case.sinks)
         code, picked = single.store.code, single.picked
         assert isinstance(code, Sparse) and picked is not None
-        _counted(code, picked, side)
+        given, got = (without_rope(store, part.double(), params, side, case.sinks) for part in (given, got))
+        _counted(code, picked, given, params, side)
         numbers = given.clamp(-LARGEST, LARGEST)
-        off = deviation(single.given, "fp16") + 2.0**-22 * (numbers.abs() + dense.kept.decoded.abs())
+        size = numbers.abs() + dense.kept.decoded.abs()
+        if store.rope is not None:  # what is read is turned to its position and back
+            size = 2 * (size + partners(store, size, params))
+        off = deviation(single.given, "fp16") + 2.0**-22 * size
         off = off + (single.given.abs() - LARGEST).clamp(min=0) + (given - numbers).abs()
         if not behind:
             require_within(f"single numbers of {side}", got[picked.kept], given[picked.kept], off[picked.kept])
@@ -83,11 +91,16 @@ def single_numbers_are_read_as_given(case: Case) -> None:
             require(bool((lower & (after.amax(OVER_BLOCK) <= high + slack)).all()), f"a range of {side} grew")
 
 
-def _counted(code: Sparse, picked: Picked, side: str) -> None:
-    """As many are taken and kept as the spec says."""
-    taken = by_block(code.line, picked.taken.double())
-    size = math.prod(taken.shape[axis] for axis in OVER_BLOCK)
-    require(bool((taken.sum(OVER_BLOCK) == 2 * code.taken(size)).all()), f"{side}: another share of a line is taken")
+def _counted(code: Sparse, picked: Picked, x: Tensor, params: Params, side: str) -> None:
+    """As many are taken of x and kept as the spec says."""
+    if code.when == "calibrated":
+        low, high = params[f"{side}.outliers"].cpu().double()[:, :, None]
+        require(torch.equal(picked.taken, (x < low) | (x > high)), f"{side}: others are taken than thresholds say")
+    else:
+        taken = by_block(code.line, picked.taken.double())
+        size = math.prod(taken.shape[axis] for axis in OVER_BLOCK)
+        right = bool((taken.sum(OVER_BLOCK) == 2 * code.taken(size)).all())
+        require(right, f"{side}: another share of a line is taken")
     held, wanted = (by_block(_slots(side), part.double()).sum(OVER_BLOCK) for part in (picked.kept, picked.taken))
     require(
         bool((held == wanted.clamp(max=code.slots)).all()), f"{side}: slots are not used, or there are more of them"

@@ -8,18 +8,20 @@ from typing import NamedTuple
 from torch import Tensor
 
 from kvdsl.kernels import Params
-from kvdsl.reference.quantize import Quantized, links, widened
+from kvdsl.reference.quantize import Quantized, links, maps, widened
+from kvdsl.reference.spaces import by_head, without_rope
 from kvdsl.scheme import Bands, Parted, Store, bands
 
 
 class TermOf(NamedTuple):
-    """One term of a tensor: its store alone, the place of its parameters, what it codes (B, H, T, D), what it keeps; of
-    which numbers alone it is, bool (B, H, T, D), where not of all."""
+    """One term of a tensor: its store alone, the place of its parameters, what it codes (B, H, T, D), what it keeps,
+    and the parameters; of which numbers alone it is, bool (B, H, T, D), where not of all."""
 
     store: Store
     place: str
     x: Tensor
     kept: Quantized
+    params: Params | None
     mine: Tensor | None = None
 
 
@@ -59,7 +61,26 @@ def stretches(store: Store, coded: Tensor) -> Iterator[Stretch]:
 
 
 def terms_of(store: Store, x: Tensor, params: Params | None, side: str, at: int = 0) -> Iterator[TermOf]:
-    """The terms of x (B, H, T, D), whole blocks, the first token at position `at`."""
-    for one in links(store, widened(x, side), params, side, at):
-        store = one.store.alone if isinstance(one.store, Parted) else one.store
-        yield TermOf(store.with_(residual=None), one.place, one.given, one.kept, one.mine)
+    """The terms of x (B, H, T, D), whole blocks, the first token at position `at`; without positions where they come
+    off."""
+    x = widened(x, side)
+    if store.rope is not None:
+        assert params is not None
+        store, x, params = behind(store, x, params, at)
+    for one in links(store, x, params, side, at):
+        alone = one.store.alone if isinstance(one.store, Parted) else one.store
+        yield TermOf(alone.with_(residual=None), one.place, one.given, one.kept, params, one.mine)
+
+
+def behind(store: Store, x: Tensor, params: Params, at: int) -> tuple[Store, Tensor, Params]:
+    """Of keys x (B, H, T, D) what stands behind rotary positions: the store, x, and the parameters, whose maps stand
+    for the rest of the chain."""
+    without = store.with_(transform=store.transform[1:])  # type: ignore[index]
+    found = maps(store, x.shape[3], x.shape[1], params, "keys")
+    x = without_rope(store, widened(x, "keys"), params, "keys", at)
+    if found is None:
+        return without, x, params
+    _, moved, _, shift = found
+    encode, decode = (by_head(matrix, x.shape[1], store.joined) for matrix in found[::2])
+    given = {"encode": encode, "encode_shift": -moved, "decode": decode, "decode_shift": shift}
+    return without, x, {**params, **{f"keys.{name}": numbers for name, numbers in given.items()}}

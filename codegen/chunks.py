@@ -1,0 +1,29 @@
+"""Rows of the tokens of a chunk that are made ready to be packed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def rows_of(rows: Tensor, first: Tensor, offset: int, low: int, high: int) -> Tensor:
+    """Tokens u in [low, high) of every sequence of rows (B, H, total, D), float32 (B, H, high - low, D); those that are
+    not there are any."""
+    u = torch.arange(low, high, device=rows.device)
+    place = offset + torch.remainder(u - first[:, None], rows.shape[2] - offset)
+    index = place[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3])
+    return rows.gather(2, index).to(torch.float32)
+
+
+def mapping(rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor, reach: tuple[int, int],
+            numbers: int) -> dict[str, Any]:  # fmt: skip
+    """What a kernel takes that makes so many numbers each of rows (B, H, total, D) of the tokens u in `reach`, as far
+    as they are in [begin, end); `out_ptr` is where these will be, float32 (B, H, tokens, numbers)."""
+    total, (low, high) = rows.shape[2], reach
+    out = torch.empty(*rows.shape[:2], high - low, numbers, dtype=torch.float32, device=rows.device)
+    return {
+        "rows_ptr": rows, "source_ptr": rows, "coded_ptr": rows, "first_ptr": first, "begin_ptr": begin, "end_ptr": end,
+        "out_ptr": out, "total_rows": total, "offset": offset, "ring": total - offset, "low": low, "count": high - low,
+    }  # fmt: skip
