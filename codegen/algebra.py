@@ -17,7 +17,7 @@ import sympy as sp
 
 from kvdsl.codes import in_trits
 from kvdsl.errors import ProofError
-from kvdsl.scheme import Band, LowRank, Sparse, Store, Uniform
+from kvdsl.scheme import Band, Chosen, LowRank, Sparse, Store, Uniform
 
 from .alphabet import Alphabet, alphabet_of, prove
 from .bijection import prove_digits
@@ -123,6 +123,8 @@ def derive(side: Literal["keys", "values"], store: Store, when: When, alphabet: 
         return _factored(side, store.code)
     if isinstance(store.code, Sparse):
         return _slotted(side, store.code, turned=store.rope is not None)
+    if isinstance(store.code, Chosen):
+        return _of_chosen(store.code)
     indices = _INDICES[when]
     stored = [sp.IndexedBase(name)[indices] if indices else sp.Integer(0) for name in ("s", "z")]
     alphabet = alphabet or alphabet_of(store, 128)
@@ -219,6 +221,33 @@ def _slotted(side: Literal["keys", "values"], code: Sparse, *, turned: bool) -> 
     read = read if side == "keys" else "sum_t p[t]*x[t, d] = sum_i n[i, d]*p[m[i, d]]"
     proof = (ProofStep(read, f"exhaustive ({cases} cases)"),)
     return NormalForm(side, When.NEVER, definition, (term,), proof, over="i")
+
+
+def _of_chosen(code: Chosen) -> NormalForm:
+    """The normal form of numbers of channels that are chosen anew every few tokens: a query is gathered there once for
+    these, and so are scales where the numbers are bits of codes above those that stand among the others'."""
+    slot, number, place = sp.Symbol("i", integer=True, positive=True), sp.IndexedBase("n"), sp.IndexedBase("m")
+    there = sp.KroneckerDelta(channel, place[block, slot])
+    scale = 2**code.below * sp.IndexedBase("s")[block, channel] if code.below else sp.Integer(1)
+    definition = sp.Sum(scale * number[token, slot] * there, (slot, 1, sp.Symbol("N", integer=True)))
+    term = Term(number[token, slot], query * scale * there, False)
+    outer, numbers = sp.symbols("q:4"), sp.symbols("n:2")
+    scales = [2**code.below * s for s in sp.symbols("s:4")] if code.below else [sp.Integer(1)] * 4
+    cases = tuple(itertools.permutations(range(4), 2))
+    for places in cases:
+        vector = [sum(scales[d] * n for n, m in zip(numbers, places, strict=True) if m == d) for d in range(4)]
+        gathered = sum(n * (scales[m] * outer[m]) for n, m in zip(numbers, places, strict=True))
+        if sp.expand(sum(q * x for q, x in zip(outer, vector, strict=True)) - gathered) != 0:
+            raise ProofError(f"keys: numbers of channels {places} are not gathered")
+    met = f"({2**code.below}*s[b, m[b, i]]*q[m[b, i]])" if code.below else "q[m[b, i]]"
+    proof = [ProofStep(f"q . o[t] = sum_i n[t, i]*{met}", f"exhaustive ({len(cases)} cases)")]
+    if code.below:
+        bits = code.below + code.bits
+        if any(c % 2**code.below + 2**code.below * (c >> code.below) != c for c in range(2**bits)):
+            raise ProofError(f"keys: the lowest {code.below} bits and those above them are no code of {bits} bits")
+        whole = f"code of {bits} bits = its lowest {code.below} + {2**code.below}*n"
+        proof.append(ProofStep(whole, f"exhaustive ({2**bits} codes)"))
+    return NormalForm("keys", When.NEVER, definition, (term,), tuple(proof), over="i")
 
 
 def alphabet_proof(alphabet: Alphabet) -> tuple[ProofStep, ...]:

@@ -61,7 +61,12 @@ def stored_numbers(side: SidePlan) -> list[str]:
 
 def coding(side: SidePlan) -> list[str]:
     """The numbers that codes are taken with."""
-    return [] if side.sketched else numbers(side)
+    return [] if side.sketched else [*numbers(side), *counted(side)]
+
+
+def counted(side: SidePlan) -> list[str]:
+    """How many levels a block has, where outlier channels have more than others."""
+    return ["count"] if side.raised else []
 
 
 def tried(side: SidePlan) -> list[str]:

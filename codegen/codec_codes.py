@@ -9,7 +9,7 @@ import sympy as sp
 
 from .alphabet import Alphabet, single
 from .codec import Namespace, coding, given, numbers, quotient
-from .codec_scales import WHOLE
+from .codec_scales import WHOLE, below_count
 from .placement import centre, levels
 from .plan import SidePlan
 from .steps import Steps
@@ -54,12 +54,17 @@ def _counted(out: Lines, side: SidePlan, point: bool, ns: Namespace) -> None:
     rounding = "floor" if code.grid == "cells" else code.rounding
     # bounds of whole numbers: clamping before rounding gives the same code
     least, most = (-WHOLE, WHOLE) if point else (float(-mid), float(count - 1 - mid))
-    out.add(f"y = {ns}clamp(y, {literal(least)}, {literal(most)})")
+    if side.raised and not point:
+        out.add(f"y = {below_count('y', ns)}")
+    else:
+        out.add(f"y = {ns}clamp(y, {literal(least)}, {literal(most)})")
     rounded = {"even": "nearest", "half_up": "nearest_half_up", "away": "nearest_away", "floor": f"{ns}floor"}
     out.add(f"y = {rounded[rounding]}(y)")
     if point or mid:
         out.add(f"y = y + {'start' if point else literal(mid)}")
-    if point or rounding != "even":
+    if side.raised and (point or rounding != "even"):
+        out.add(f"y = {below_count('y', ns)}")
+    elif point or rounding != "even":
         out.add(f"y = {ns}clamp(y, 0.0, {literal(count - 1)})")
     out.add("return to_int(y)")
 

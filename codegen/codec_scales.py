@@ -98,7 +98,9 @@ def _affine(out: Lines, side: SidePlan, clip: str, ns: Namespace) -> None:
         return
     count = levels(code, side.scale)
     steps = count if code.grid == "cells" else count - 1
-    if steps != 1:
+    if side.raised:
+        out.add(f"scale = exact_quotient(scale, {'count' if code.grid == 'cells' else 'count - 1.0'})")
+    elif steps != 1:
         out.add(f"scale = over(scale, {literal(steps)})")
     if side.scale.zero == "point":
         out.add("constant = scale == 0.0", f"scale = {ns}where(constant, {ns}abs(low), scale)")
@@ -121,6 +123,11 @@ def _rounded(dtype: str, name: str, ns: Namespace) -> str:
     return f"{back}({_bits(dtype, name, ns)})"
 
 
+def below_count(name: str, ns: Namespace) -> str:
+    """A number brought among the codes of a block, where blocks have more levels or fewer."""
+    return f"{ns}minimum({ns}clamp({name}, 0.0, {literal(WHOLE)}), count - 1.0)"
+
+
 def _offset(out: Lines, side: SidePlan, ns: Namespace) -> None:
     """The offset, or the integer zero point, beside the scale."""
     scale = side.scale
@@ -132,7 +139,10 @@ def _offset(out: Lines, side: SidePlan, ns: Namespace) -> None:
     widened = scale.range == "minmax_zero" or scale.zero == "in_scale"
     least, most = (0.0, float(levels(side.uniform, scale) - 1)) if widened else (-WHOLE, WHOLE)
     out.add(f"start = {quotient(side, '-low', f'{ns}where(scale == 0.0, 1.0, scale)')}")
-    out.add(f"start = nearest({ns}clamp(start, {literal(least)}, {literal(most)}))")
+    if side.raised and widened:
+        out.add(f"start = nearest({below_count('start', ns)})")
+    else:
+        out.add(f"start = nearest({ns}clamp(start, {literal(least)}, {literal(most)}))")
     out.add(f"start = {ns}where(scale == 0.0, 0.0, start)")
     if scale.zero == "point":
         out.add(f"start = {ns}where(constant, {ns}where(low < 0.0, 1.0, 0.0), start)")

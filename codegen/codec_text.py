@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .codec import Body, Namespace, given, numbers, searched, statistics, stored_numbers, sums, tried
+from .codec import Body, Namespace, coding, counted, given, numbers, searched, statistics, stored_numbers, sums, tried
 from .codec_codes import encode, levels_of, loss, products
 from .codec_scales import measure, refit, word_lines
 from .plan import SidePlan
@@ -13,7 +13,7 @@ from .text import WIDTH, Lines
 
 def functions(side: SidePlan, ns: Namespace) -> list[str]:
     """The texts of a side's functions, those that something calls."""
-    under = numbers(side) if side.store.measure is not None and not side.sketched else []
+    under = coding(side) if side.store.measure is not None else []
     made = [_Function("encode", ["x", *under], "The codes of x, int32.", encode)]
     if _names_levels(side, ns):
         made.append(_Function("levels", ["c"], "What codes stand for, float32.", levels_of))
@@ -21,13 +21,17 @@ def functions(side: SidePlan, ns: Namespace) -> list[str]:
         stored = " and ".join(numbers(side))
         clip = ["clip"] if searched(side) else []
         told = f"The stored {stored} of blocks with these statistics."
-        made.append(_Function("measure", [*statistics(side), *clip], told, measure))
+        made.append(_Function("measure", [*statistics(side), *counted(side), *clip], told, measure))
         if side.scale.refit:
             told = "What is summed over a block to fit its scale to its codes."
             made.append(_Function("products", ["x", *numbers(side)], told, products))
             made.append(_Function("refit", ["scale", *sums(side)], "The stored scale that fits these sums.", refit))
         if searched(side):
-            made.append(_Function("loss", ["x", *tried(side)], "Squares of what coding takes off x, or adds.", loss))
+            made.append(
+                _Function(
+                    "loss", ["x", *tried(side), *counted(side)], "Squares of what coding takes off x, or adds.", loss
+                )
+            )
         told = f"Stored {stored} as words: NaN where a block is spoilt."
         made.append(_Function("words", [*stored_numbers(side), "spoilt"], told, word_lines, takes_given=False))
     return [function.text(side, ns) for function in made]

@@ -7,6 +7,7 @@ import textwrap
 import sympy as sp
 
 from kvdsl import cost
+from kvdsl.codes import width
 
 from .placement import When
 from .plan import Plan, SidePlan
@@ -25,7 +26,12 @@ def formula_lines(side: SidePlan) -> list[str]:
 
 def _term_lines(whole: SidePlan, side: SidePlan) -> list[str]:
     lines = []
-    if side.outliers and not side.masked:
+    if (held := side.beside) is not None:
+        what = "the bits above those" if held.below else "what they leave"
+        lines.append(
+            f"{side.title}: o[t, d] = {what} of k[t, d] in {held.count} channels, 0 in the others; both are added up"
+        )
+    elif side.outliers and not side.masked:
         lines.append(f"{side.title}: o[t, d] = {whole.number}[t, d] of these, 0 of the others; both are added up")
     elif side.depth and not side.masked:
         lines.append(f"{side.title}: r[t, d] = {whole.number}[t, d] - all that is decoded before it; both are added up")
@@ -58,7 +64,14 @@ def _coded_lines(side: SidePlan, letter: str) -> list[str]:
         front = "" if out == 1 else f"{sp.sstr(out)} * "
         ranks = f"sum_{side.form.over} " if side.form.over else ""
         texts.append(f"{ranks}{front}sum_{over} {sp.sstr(inner)}{tail}")
-    return [*lines, outer + " + ".join(texts).replace("+ -", "- "), f"           {side.when.value}"]
+    return [*lines, outer + " + ".join(texts).replace("+ -", "- "), f"           {applied(side)}"]
+
+
+def applied(side: SidePlan) -> str:
+    """Where the scale of a term is applied."""
+    if side.beside is not None and side.beside.below:
+        return "that of the channel among all, once per tile of tokens that share it"
+    return side.when.value
 
 
 def _number_lines(side: SidePlan, letter: str) -> list[str]:
@@ -72,11 +85,20 @@ def _number_lines(side: SidePlan, letter: str) -> list[str]:
 def alphabet_lines(side: SidePlan) -> list[str]:
     """What a code stands for, where it is no whole number; what a stored scale is multiplied by."""
     alphabet, lines = side.alphabet, []
-    if held := side.factors:
-        lines.append(f"a[t, j], u[b, j, d] fp16; {held.tokens} tokens share {held.rank} vectors u[b, j]")
+    if factors := side.factors:
+        lines.append(f"a[t, j], u[b, j, d] fp16; {factors.tokens} tokens share {factors.rank} vectors u[b, j]")
     if slots := side.slots:
         which = "n[t, i] fp16 at channel m[t, i]" if side.name == "keys" else "n[i, d] fp16 at token m[i, d] of each 64"
         lines.append(f"{which}, {slots.count} slots i")
+    if held := side.beside:
+        kept = f"the {held.bits} bits above c" if held.below else "fp16"
+        lines.append(
+            f"n[t, i] {kept} at channel m[b, i], {held.count} of them chosen every {side.choice.tokens} tokens"
+        )
+    if side.raised is not None:
+        lines.append(f"c of chosen channels the lowest {alphabet.bits} of {width(side.raised.code)} bits")
+    elif side.parted is not None and not side.masked:
+        lines.append("c of chosen channels that of 0")
     if alphabet.small is not None:
         lines.append(f"l[t, d] = the number whose {alphabet.bits} bits are stored, {alphabet.small.name}")
     elif alphabet.given:
@@ -105,6 +127,8 @@ def page_lines(plan: Plan) -> list[str]:
             lines.append(f"  {side.factors.offset:6d}  {side.title}: {side.factors.rank} fp16 rows of all tokens")
         if slots := side.slots:
             lines.append(f"  {slots.offset:6d}  {side.title}: {slots.rows} rows of {slots.width} fp16")
+        if beside := side.beside:
+            lines.append(f"  {beside.offset:6d}  {side.title}: {beside.rows_of(layout.page_tokens)}")
         for stream in part.streams:
             rows = "tokens t and t + 32 share a word" if stream.paired else "one token a row"
             planes = f"{part.plane_width} bytes of 5 ternary digits" if stream.digits else ""

@@ -16,7 +16,7 @@ POINTERS = {
     "value_rows_ptr": "input",
     "pool8_ptr": "*u8", "pool16_ptr": "*i16", "pool32_ptr": "*i32", "pool_fp16_ptr": "*fp16", "pool_fp32_ptr": "*fp32",
     "squares_ptr": "*fp64", "numbers_ptr": "*i16", "places_ptr": "*u8",
-    "bytes_ptr": "*u8",
+    "bytes_ptr": "*u8", "above_ptr": "*u8",
     "first_ptr": "*i32", "begin_ptr": "*i32", "end_ptr": "*i32", "table_ptr": "*i32", "packed_keys_ptr": "*i32",
     "packed_values_ptr": "*i32", "length_ptr": "*i32", "start_ptr": "*i32",
 }  # fmt: skip
@@ -34,10 +34,10 @@ ASSEMBLER = (None, "--register-usage-level=10", "--register-usage-level=0", "max
 
 def warps(kernel: str, plan: Plan) -> int:
     """Warps of a program: one where tiles stay in one warp's tensor cores or numbers are exchanged within it, two where
-    16 rows, sums of many numbers, tiles most of whose lanes are idle, two sketches, one of many rows, or codes of 4 bits beside vectors of low rank on
-    both sides would not fit its registers, four or more where a page is rewritten, products are of float32 numbers,
-    values are sums of codes, single numbers and vectors of low rank,
-    keys are rotated, or radii and angles become channels level by level."""
+    16 rows, sums of many numbers, tiles most of whose lanes are idle, two sketches, one of many rows, or codes of 4
+    bits beside vectors of low rank on both sides would not fit its registers, four or more where a page is rewritten,
+    products are of float32 numbers, values are sums of codes, single numbers and vectors of low rank, keys are rotated,
+    or radii and angles become channels level by level."""
     exact = plan.shape.dtype == "fp32" or any(term.floats == "fp32" for term in plan.terms)
     if kernel.startswith("pack"):
         name = kernel.removeprefix("pack_")
@@ -92,6 +92,8 @@ def loop_bytes(plan: Plan, *, repeated: bool = False) -> int:
             size += 2 * held.rank * (layout.page_tokens + held.blocks * side.dim)
         if (slots := side.slots) is not None:
             size += 3 * slots.entries
+        if (beside := side.beside) is not None:
+            size += beside.size(layout.page_tokens)
         if side.chosen:
             size += side.chosen.count * side.chosen.blocks
         if side.layout.meta is not None:

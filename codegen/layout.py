@@ -142,7 +142,6 @@ class SideLayout:
     which `channels` tells.  Planes have `plane_width` lanes; of digits the last may have fewer, and one that crosses
     groups of channels counts as several.  `rest`: where the side's next term stands."""
 
-
     width: int
     streams: tuple[Stream, ...]
     plane_width: int
@@ -322,9 +321,9 @@ def lay_out(scheme: Scheme, shape: Shape) -> Layout:
             codes[at] = SideLayout(dim, (), width, spans, None, slots=Slots(count, rows, row, offset))
             offset = aligned(offset + 2 * rows * row)
         elif isinstance(store.code, Chosen):
-            beside = Beside(dim, store.code.bits, offset)
+            beside = Beside(dim, store.code.bits, store.code.below, offset)
             codes[at] = SideLayout(dim, (), width, spans, None, beside=beside)
-            offset = aligned(offset + tokens * dim * store.code.bits // 8)
+            offset = aligned(offset + beside.size(tokens))
         else:
             bits = code_bits(store.code)
             assert bits is not None

@@ -56,6 +56,11 @@ def multiplications(plan: Plan, side: SidePlan) -> Multiplications:
     if slots := side.slots:  # each number meets one of the query, or of the weights, once
         alone = Fraction(slots.count + 1, side.dim) if side.name == "keys" else Fraction(slots.count, SLOT_TOKENS)
         return Multiplications(zero, alone, zero)
+    if beside := side.beside:  # the query in units of its row, and times the scales where these are of whole sub-tiles
+        meta = plan.side(side.name).layout.meta
+        apart = bool(beside.below) and meta is not None and meta.tokens % plan.half > 0
+        once = 1 + (bool(beside.below) and not apart)
+        return Multiplications(Fraction(int(apart)), Fraction(once, plan.half), zero)
     scaled = _of_keys(plan, side) if side.name == "keys" else _of_values(plan, side)
     return Multiplications(zero, scaled, unpacking)
 

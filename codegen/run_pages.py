@@ -1,4 +1,4 @@
-"""Packing into pages and unpacking, with generated Triton kernels: what every term is given, scratch, rotary positions."""
+"""Packing into pages and unpacking, with generated Triton kernels: what terms are given, scratch, rotary positions."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from kvdsl.rope import NEAR, in_order, near, table
 
 from .chunks import mapping, rows_of
 from .host import cartesian, polar, saturated
+from .host_beside import Taken, level_counts, placed, rows_there
 from .host_channels import among, choose
 from .host_channels import given as beside
 from .host_slots import Split, kept, split
 from .plan import SidePlan
 from .run_kernels import KernelModule
 from .text import padded
+from .triton_beside_pages import PUT_TOKENS
 from .triton_rope import ROTATE_ROWS
 from .triton_turn import TURN_LANES, turn_rows
 
@@ -40,7 +42,7 @@ class PageModule(KernelModule):
             self._pack(part, rows, first, offset, begin, end, reach, pool, table, params)
             return
         for low, high in self._chunks(part, *reach, rows.shape[0]):
-            at, source, start, taken, theirs = first, rows, offset, None, None
+            at, source, start, taken, chosen, above = first, rows, offset, None, None, None
             if part.rope is not None:
                 source = self._without_positions(rows, first, offset, begin, end, (low, high), params)
             elif part.sparse or part.parted:
@@ -51,17 +53,23 @@ class PageModule(KernelModule):
                 taken = split(source, part.sparse, side, params.get(f"{side}.outliers"))
             if part.parted:
                 channels = choose(source, part.parted.choice)
-                theirs = among(channels, part.choice.tokens, source.shape[3])
+                chosen = Taken(channels, among(channels, part.choice.tokens, source.shape[3]))
                 put = channels.to(torch.uint8), begin, end, low, pool, table
                 self._put(f"put_{part.space}_channels", *put)
             for term in part.spaces:
                 if taken is not None and term.slots:
                     self._pack_slots(term, source, taken, begin, end, (low, high), pool, table)
+                elif chosen is not None and term.beside:
+                    kept_rows = _beside_rows(term, source if above is None else above, chosen.channels)
+                    self._put(f"put_{term.space}", kept_rows, begin, end, low, pool, table)
                 else:
-                    given = taken.filled if taken is not None and term is part else source
-                    if theirs is not None and term.parted:
-                        given = beside(term.parted, source, theirs)
-                    self._pack_term(term, given, at, start, begin, end, (low, high), pool, table, params)
+                    given, raised = taken.filled if taken is not None and term is part else source, {}
+                    if chosen is not None and term.parted:
+                        given = beside(term.parted, source, chosen.theirs)
+                    if chosen is not None and term.raised:
+                        above = torch.empty(given.shape, dtype=torch.uint8, device=given.device)
+                        raised = {"counts_ptr": level_counts(term, chosen.theirs), "above_ptr": above}
+                    self._pack_term(term, given, at, start, begin, end, (low, high), pool, table, params, raised)
                 if term.residual is not None:
                     # what is left of the chunk's tokens, in rows of their own
                     source = saturated(rows_of(source, at, start, low, high)) - self._decoded(
@@ -80,15 +88,15 @@ class PageModule(KernelModule):
         }  # fmt: skip
         self._run(kernel, (blocks, batch * heads), given, pool, {})
 
-    def _theirs(self, term: SidePlan, pool: Tensor, table: Tensor, low: int, high: int) -> Tensor:
-        """Whether numbers of tokens u in [low, high) are of chosen channels, bool (B, H, high - low, D)."""
+    def _chosen(self, term: SidePlan, pool: Tensor, table: Tensor, low: int, high: int) -> Tensor:
+        """Which channels are chosen for each of the tokens u in [low, high): uint8 (B, H, high - low, count)."""
         layout, held = self.plan.layout, term.choice
         first, last = low // layout.page_tokens, -(-high // layout.page_tokens)
         blobs = pool[:, : layout.head_bytes * layout.kv_heads].unflatten(1, (layout.kv_heads, layout.head_bytes))
         section = blobs[:, :, held.offset : held.offset + held.blocks * held.count]
         channels = section[table[:, first:last].long()].unflatten(-1, (held.blocks, held.count))
-        theirs = among(channels.movedim(2, 1).flatten(2, 3), held.tokens, self.plan.shape.head_dim)
-        return theirs[:, :, low - first * layout.page_tokens :][:, :, : high - low]
+        of_tokens = channels.movedim(2, 1).flatten(2, 3).repeat_interleave(held.tokens, 2)
+        return of_tokens[:, :, low - first * layout.page_tokens :][:, :, : high - low]
 
     def _pack_slots(self, term: SidePlan, rows: Tensor, taken: Split, begin: Tensor, end: Tensor,
                     reach: tuple[int, int], pool: Tensor, table: Tensor) -> None:  # fmt: skip
@@ -103,10 +111,12 @@ class PageModule(KernelModule):
         self._run(f"pack_{term.label}", (blocks, batch * heads), given, pool, {})
 
     def _pack_term(self, term: SidePlan, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor,
-                   reach: tuple[int, int], pool: Tensor, table: Tensor, params: Params) -> None:  # fmt: skip
-        """Write one term, or all bands, of a chunk's tokens u in `reach`, without their positions."""
+                   reach: tuple[int, int], pool: Tensor, table: Tensor, params: Params,
+                   raised: Mapping[str, Tensor]) -> None:  # fmt: skip
+        """Write one term, or all bands, of a chunk's tokens u in `reach`, without their positions; `raised`: of
+        channels with more bits."""
         if not term.mapped and not term.polar:
-            self._pack(term, rows, first, offset, begin, end, reach, pool, table, params)
+            self._pack(term, rows, first, offset, begin, end, reach, pool, table, params, raised)
             return
         low, high = reach
         given, beside = mapping(rows, first, offset, begin, end, reach, term.stride), {}
@@ -181,6 +191,8 @@ class PageModule(KernelModule):
         """One term, or all bands, of tokens u in [low, high) without positions, float32 (B, H, high - low, D)."""
         batch, dim = table.shape[0], self.plan.shape.head_dim
         coded = self._unpack(term, pool, table, low, high, term.stride, params)
+        if term.beside:
+            return placed(coded, self._chosen(term, pool, table, low, high), 1, dim)
         coded = cartesian(coded, term.store.levels) if term.polar else coded
         if not term.mapped:
             return coded
@@ -188,7 +200,8 @@ class PageModule(KernelModule):
         given = {"coded_ptr": coded, "count": high - low, "out_ptr": out}
         self._run(f"restore_{term.space}", self._turn_grid(term, high - low, batch, dim), given, None, params)
         if term.masked:
-            return torch.where(self._theirs(term, pool, table, low, high) == term.store.gathers, out, 0.0)
+            here = among(self._chosen(term, pool, table, low, high), 1, dim) == term.store.gathers
+            return torch.where(here, out, 0.0)
         return out
 
     def _unpack(
@@ -211,6 +224,12 @@ class PageModule(KernelModule):
         if self.plan.keys.ordered:
             first = _in_order(first, params["keys.order"])
         return {"rope_ptr": rows, "near_ptr": first, "PAIRS": len(frequencies)}
+
+
+def _beside_rows(term: SidePlan, rows: Tensor, channels: Tensor) -> Tensor:
+    """What is kept of rows (B, H, T, D), numbers or codes, at chosen channels: bytes (B, H, T / 32, size)."""
+    assert term.beside is not None
+    return rows_there(term, rows, channels).unflatten(2, (-1, PUT_TOKENS // term.beside.together)).flatten(3)
 
 
 def _in_order(first: Tensor, order: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from kvdsl.rope import table
 from kvdsl.spaces import applied
 
 from .host import cartesian, mapped, polar, rotated, rows_of_bytes, saturated, section
+from .host_beside import Taken, level_counts, met_at, placed, rows_there
 from .host_channels import among, choose, queries
 from .host_channels import given as beside
 from .host_slots import Split, kept, split
@@ -70,6 +71,8 @@ class TorchModule:
     def _decoded(self, part: SidePlan, pages: Tensor, params: Params, span: slice) -> Tensor:
         """Tokens `span` of pages (B, pages, page_bytes) decoded, without positions: one term, (B, H, T, D)."""
         whole: Tensor = getattr(self.module, f"unpack_{part.space}")(*self._inputs(part, pages, params))
+        if part.beside:
+            whole = placed(whole, self._channels(part, pages), part.choice.tokens, self.plan.shape.head_dim)
         coded = whole[:, :, span]
         coded = cartesian(coded, part.store.levels) if part.polar else coded
         if not part.mapped:
@@ -124,29 +127,31 @@ class TorchModule:
         if whole.rope is not None:
             x = self._rotated(saturated(x), u, params, torch.float64, -1)
         taken = split(x, whole.sparse, side, params.get(f"{side}.outliers")) if whole.sparse else None
-        theirs = self._choose(whole, x, inside, pages) if whole.parted else None
+        chosen, above = self._choose(whole, x, inside, pages) if whole.parted else None, None
         for part in whole.spaces:
             if taken is not None and part.slots:
                 self._write_slots(part, x, taken, inside, pages)
+            elif chosen is not None and part.beside:
+                self._write_beside(part, x if above is None else above, chosen.channels, inside, pages)
             else:
                 given = taken.filled if taken is not None and part is whole else x
-                if theirs is not None and part.parted:
-                    given = beside(part.parted, x, theirs)
+                if chosen is not None and part.parted:
+                    given = beside(part.parted, x, chosen.theirs)
                 turned = self._turned(part, given, params)
                 for term in part.parts:
                     numbers = turned[..., term.first : term.first + term.dim] if term.band else turned
-                    self._write(term, given, numbers, inside, pages, params)
+                    above = self._write(term, given, numbers, inside, pages, params, chosen)
             if part.residual is not None:
                 x = saturated(x) - self._decoded(part, pages[:, None], params, slice(None))
         pool[ids] = pages
 
-    def _choose(self, part: SidePlan, x: Tensor, inside: Tensor, pages: Tensor) -> Tensor:
-        """Choose channels of x (pages, H, T, D) and write which ones they are; whether each number is of one."""
+    def _choose(self, part: SidePlan, x: Tensor, inside: Tensor, pages: Tensor) -> Taken:
+        """Choose channels of x (pages, H, T, D) and write which ones they are."""
         assert part.parted is not None
         held, channels = part.choice, choose(x, part.parted.choice)
         marks = inside.unflatten(-1, (held.blocks, held.tokens)).any(-1).repeat_interleave(held.count, -1)
         self._merge(self._blobs(pages)[0], held.offset, channels.to(torch.uint8).flatten(-2), marks[:, None])
-        return among(channels, held.tokens, x.shape[3])
+        return Taken(channels, among(channels, held.tokens, x.shape[3]))
 
     def _channels(self, part: SidePlan, pages: Tensor) -> Tensor:
         """Which channels are chosen in pages (B, pages, page_bytes): uint8 (B, H, blocks, count)."""
@@ -169,13 +174,23 @@ class TorchModule:
         self._merge(blobs, slots.offset, sections[0], marks.repeat_interleave(2, -1)[:, None])
         self._merge(blobs, slots.places_offset, sections[1], marks[:, None])
 
-    def _write(self, part: SidePlan, x: Tensor, turned: Tensor, inside: Tensor, pages: Tensor, params: Params) -> None:
+    def _write_beside(self, part: SidePlan, x: Tensor, channels: Tensor, inside: Tensor, pages: Tensor) -> None:
+        """Write what is kept of x (pages, H, T, D), numbers or codes, at chosen channels, where tokens are inside."""
+        held, rows = part.beside, rows_there(part, x, channels)
+        assert held is not None
+        marks = inside[:, :: held.together].repeat_interleave(rows.shape[-1], -1)
+        self._merge(self._blobs(pages)[0], held.offset, rows.flatten(-2), marks[:, None])
+
+    def _write(self, part: SidePlan, x: Tensor, turned: Tensor, inside: Tensor, pages: Tensor, params: Params,
+               chosen: Taken | None = None) -> Tensor | None:  # fmt: skip
         """Write one term of x (pages, H, T, D), whose numbers to be coded are given, into pages, where tokens are
-        inside."""
+        inside; the bits of codes above those that stand among the others', where some have more."""
         layout = self.plan.layout
         given = [turned]
         if part.sketched:  # one sum a token, before the vector is mapped: (pages, H, T, 1)
             given.append(saturated(x).to(torch.float64).square().sum(-1, keepdim=True))
+        if chosen is not None and part.raised:
+            given.append(level_counts(part, chosen.theirs))
         more = [params[f"{part.home}.start"]] if part.factors else []
         sections = list(getattr(self.module, f"pack_{part.label}")(*given, *self._given(part, params), *more))
         blobs, shared = self._blobs(pages)
@@ -207,6 +222,7 @@ class TorchModule:
                 self._merge(shared, meta.offset - layout.head_bytes * layout.kv_heads, sections.pop(0), marks)
             else:
                 self._merge(blobs, meta.offset, sections.pop(0), marks[:, None])
+        return sections[0] if part.raised else None
 
     @staticmethod
     def _merge(target: Tensor, offset: int, new: Tensor, marks: Tensor) -> None:
@@ -265,6 +281,9 @@ class TorchModule:
         if term.masked:
             decode, channels = params[f"{term.home}.decode"], self._channels(term, pages)
             met = queries(columns, decode, channels, top=term.store.gathers)
+            return getattr(self.module, term.product)(met, *self._inputs(term, pages, params))
+        if term.beside:
+            met = met_at(columns, self._channels(term, pages))
             return getattr(self.module, term.product)(met, *self._inputs(term, pages, params))
         met = params[f"{term.home}.decode"].mT @ columns if term.mapped else columns
         met = _by_stored(met, term.joined)

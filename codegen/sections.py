@@ -38,17 +38,28 @@ class Slots:
 
 @dataclass(frozen=True)
 class Beside:
-    """Numbers of channels that are chosen anew, beside codes of all channels, `count` a token: in fp16, or `bits` each,
-    those of as many tokens as fill a byte in one, the first token's lowest.  Bytes from the head blob's start."""
+    """Numbers of channels that are chosen anew, beside codes of all channels, `count` a token: in fp16, or `bits` of
+    codes whose lowest `below` stand among the others', those of as many tokens as fill a byte in one, the first token's
+    lowest.  Bytes from the head blob's start."""
 
     count: int
     bits: int
+    below: int
     offset: int
 
     @property
     def together(self) -> int:
         """Tokens that share a byte."""
         return max(1, 8 // self.bits)
+
+    def size(self, tokens: int) -> int:
+        """Bytes of so many tokens."""
+        return tokens * self.count * self.bits // 8
+
+    def rows_of(self, tokens: int) -> str:
+        """What the section of so many tokens holds, in words."""
+        each = f"bytes, {self.bits} bits of {self.together} tokens each" if self.below else "fp16"
+        return f"{tokens // self.together} rows of {self.count} {each}"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 import sympy as sp
 
 from .algebra import NormalForm, ProofStep, Term
-from .header import alphabet_lines
+from .header import alphabet_lines, applied
 from .placement import When
 from .plan import Plan, SidePlan
 
@@ -38,7 +38,7 @@ def _side(side: SidePlan) -> dict[str, Any]:
         "definition": f"{_name(side)} = {_definition(side)}",
         "lowered": f"{_outcome(side)} = {_joined([_sum(form, term) for term in form.terms])}",
         "numbers": alphabet_lines(side),
-        "applied": side.when.value,
+        "applied": applied(side),
         "terms": [_term(side, term) for term in form.terms],
         "proof": [{"statement": step.statement, "method": step.method} for step in steps],
     }
@@ -103,6 +103,9 @@ def _where(side: SidePlan, term: Term) -> str:
         what, them = ("the query", "channels") if side.name == "keys" else ("the weights", "tokens")
         turned = ", turned back by the position of each token," if side.rope is not None else ""
         return f"{what}{turned} gathered at the {them} m, times what stands there"
+    if side.beside:
+        times = " times their scales" if side.beside.below else ""
+        return f"the query gathered at the channels m{times}, once per tile, times what stands there"
     if form.when is When.IN_LOOP:
         again = ", mapped back" if side.mixed else ""
         again += ", and turned back to its position" if side.rope is not None else ""

@@ -70,6 +70,9 @@ def _sections(plan: Plan, side: SidePlan) -> list[dict[str, Any]]:
     if (slots := side.slots) is not None:
         rows.append(_row(side, slots.offset, 2 * slots.entries, f"{slots.rows} rows of {slots.width} fp16"))
         rows.append(_row(side, slots.places_offset, slots.entries, f"{slots.rows} rows of {slots.width} places"))
+    if (beside := side.beside) is not None:
+        size = beside.size(layout.page_tokens)
+        rows.append(_row(side, beside.offset, size, beside.rows_of(layout.page_tokens)))
     if (chosen := side.chosen) is not None:
         which = f"{chosen.blocks} rows of {chosen.count} channels; as many for {chosen.tokens} tokens"
         rows.append(_row(side, chosen.offset, chosen.blocks * chosen.count, which))

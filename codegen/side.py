@@ -201,7 +201,7 @@ class SidePlan:
 
     @property
     def sketched(self) -> bool:
-        """Codes are signs: a scale is measured on the vector itself, before it is mapped."""
+        """Codes are signs, under a scale of the vector itself, before it is mapped."""
         return isinstance(self.store.code, Sketch)
 
     @property
@@ -325,6 +325,11 @@ class SidePlan:
         return self.parted is not None and self.parted.masked
 
     @property
+    def raised(self) -> Store | None:
+        """What codes chosen channels with more bits, of which the lowest stand among this term's own."""
+        return self.parted.raised if self.parted is not None else None
+
+    @property
     def choice(self) -> Channels:
         """Where it is told which channels are chosen, of this term or one behind it."""
         return next(term.chosen for term in self.terms if term.chosen is not None)
@@ -337,8 +342,7 @@ class SidePlan:
 
     @property
     def coded(self) -> bool:
-        """Whether there are codes in planes: not the numbers themselves, nor vectors of low rank, nor single numbers or
-        those of chosen channels."""
+        """Whether there are codes in planes, not numbers, vectors of low rank, or bits of chosen channels alone."""
         return not (self.floats or self.factors or self.slots or self.beside)
 
     @property

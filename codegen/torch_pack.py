@@ -12,6 +12,7 @@ from .codec import (
     call,
     clips,
     coding,
+    counted,
     given,
     given_name,
     numbers,
@@ -81,7 +82,8 @@ class TorchPack:
         side, meta, out = self.side, self.side.layout.meta, Lines()
         if side.slots:
             return self._slots()
-        takes = ["x", *(["squares"] if side.sketched else []), *self.given(), *(["start"] if side.factors else [])]
+        takes = ["x", *(["squares"] if side.sketched else []), *counted(side), *self.given()]
+        takes += ["start"] if side.factors else []
         with out.deeper(f"def pack_{side.label}({', '.join(takes)}):"):
             out.add(f'"""Bytes of every section that float32 x (pages, H, {self.plan.layout.page_tokens}, D) fills."""')
             if side.floats:
@@ -104,6 +106,8 @@ class TorchPack:
                 self._measured(out)
                 under = [self._spread(name) for name in coding(side)]
             out.add(f"code = {call(side, 'encode', ['x', *under])}.to(torch.uint8)")
+            if side.raised:
+                out.add(f"above, code = code >> {side.alphabet.bits}, code & {2**side.alphabet.bits - 1}")
             if not side.layout.digits:
                 out.add(f"{unpacked(f'c{j}' for j in self.planes)} = code.split({self.sizes}, -1)")
             sections = [self._stream(out, stream) for stream in side.layout.streams]
@@ -111,7 +115,8 @@ class TorchPack:
                 sections.append(self._metadata())
             for i, text in enumerate(sections):
                 out.add(f"section{i} = {text}")
-            out.add(f"return {unpacked(f'section{i}' for i in range(len(sections)))}")
+            names = [*(f"section{i}" for i in range(len(sections))), *(["above"] if side.raised else [])]
+            out.add(f"return {unpacked(names)}")
         return str(out)
 
     def _slots(self) -> str:
@@ -143,7 +148,8 @@ class TorchPack:
             out.add(*(f"{name} = {taken[name].format(block)}" for name in statistics(side)))
             out.add(f"spoilt = nan_in(x, {block})")
         for i, clip in enumerate(clips(side)):
-            measure = call(side, "measure", [*statistics(side), *([repr(float(clip))] if searched(side) else [])])
+            under = [*statistics(side), *counted(side), *([repr(float(clip))] if searched(side) else [])]
+            measure = call(side, "measure", under)
             out.add(f"{', '.join(numbers(side))} = {measure}")
             if side.scale.refit:
                 under = ["x", *(self._spread(name) for name in numbers(side))]
@@ -152,7 +158,7 @@ class TorchPack:
                 out.add(f"fitted = {call(side, 'refit', ['scale', *sums(side)])}")
             if not searched(side):
                 continue
-            under = ["x", *(self._spread(name) for name in tried(side))]
+            under = ["x", *(self._spread(name) for name in (*tried(side), *counted(side)))]
             out.add(f"error = narrow(summed({call(side, 'loss', under)}, {block}))")
             if i == 0:
                 out.add("least = error", *(f"best_{name} = {name}" for name in tried(side)))

@@ -13,8 +13,8 @@ from kvdsl.codes import SLOT_TOKENS
 from .codec import READ, call
 from .codec_text import functions
 from .layout import Stream
-from .sections import Slots
 from .placement import When
+from .sections import Beside, Slots
 from .text import Lines, bare, listed
 from .torch_pack import TorchPack, unpacked
 
@@ -24,7 +24,7 @@ class TorchSide(TorchPack):
 
     def functions(self) -> list[str]:
         texts = functions(self.side, "torch.") if self.side.coded else []
-        texts.append(self.pack())
+        texts += [] if self.side.beside else [self.pack()]  # what is kept of chosen channels is bytes when it comes
         if self.side.layout.meta is not None:
             texts.append(self.numbers())
         texts.append(self.unpack())
@@ -100,7 +100,10 @@ class TorchSide(TorchPack):
         """Decoded numbers, one by one."""
         side, out = self.side, Lines()
         with out.deeper(f"def unpack_{side.label}({', '.join(self.inputs())}):"):
-            out.add('"""Every token of the pages decoded: float32 (B, H, tokens, D)."""')
+            what = f"The {side.dim} chosen channels of every" if side.beside else "Every"
+            out.add(
+                f'"""{what} token of the pages decoded: float32 (B, H, tokens, {side.dim if side.beside else "D"})."""'
+            )
             head_dim, tokens = side.dim, self.plan.layout.page_tokens
             if side.floats:
                 kind = {"fp16": "float16", "fp32": "float32"}[side.floats]
@@ -119,6 +122,9 @@ class TorchSide(TorchPack):
                 return str(out)
             if (slots := side.slots) is not None:
                 self._from_slots(out, slots)
+                return str(out)
+            if (beside := side.beside) is not None:
+                self._from_channels(out, beside)
                 return str(out)
             out.extend([*self._given("levels"), *self._read()])
             for j in self.planes:
@@ -142,6 +148,24 @@ class TorchSide(TorchPack):
             out.add(f"{name} = {found}.unflatten(-1, {(slots.entries // math.prod(row), *row)})")
         out.add(f"x = in_places(numbers, places, {self.side.dim if keys else SLOT_TOKENS})")
         out.add(f"return x{'.mT' * keys}.flatten(2, 4)  # a row a token")
+
+    def _from_channels(self, out: Lines, held: Beside) -> None:
+        """Lines that read what is kept of chosen channels."""
+        size, tokens, lead = held.count, self.plan.layout.page_tokens, "*pages.shape[:2], -1"
+        if not held.below:
+            out.add(f"x = section(pages, {held.offset}, {tokens * size}, torch.float16)")
+            out.add(f"return x.reshape({lead}, {size}).to(torch.float32)")
+            return
+        rows, which = held.size(tokens), self.side.choice
+        whole = self.plan.side(self.side.name)
+        assert whole.layout.meta is not None
+        out.add(f"rows = section(pages, {held.offset}, {rows}, torch.uint8).reshape({lead}, {size})")
+        out.add(f"channel = section(pages, {which.offset}, {which.blocks * size}, torch.uint8).reshape({lead}, {size})")
+        often = which.tokens // whole.layout.meta.tokens
+        spread = f"channel.repeat_interleave({often}, 2)" if often > 1 else "channel"
+        out.add(f"scale = at_channels(numbers_{whole.label}(pages)[0], {spread})")
+        out.add(f"code = codes_of(rows, {held.bits}).to(torch.float32) * {2.0**held.below}")
+        out.add(f"return code * scale.repeat_interleave({whole.layout.meta.tokens}, 2)")
 
     def whole(self) -> str:
         """All bands decoded, one behind the other."""
@@ -205,10 +229,12 @@ class TorchSide(TorchPack):
         """Scores of packed keys."""
         side, out = self.side, Lines()
         with out.deeper(f"def {side.product}({', '.join(['query', *self.inputs_of_all()])}):"):
-            if side.masked:
+            if side.masked or side.beside:
                 held = side.choice
                 out.add('"""q.k of every packed token: queries float32 (B, H, blocks, M, rows), those of a block."""')
-                out.add(f"blocks = unpack_{side.space}({', '.join(self.inputs_of_all())}).unflatten(2, (-1, {held.tokens}))")
+                out.add(
+                    f"blocks = unpack_{side.space}({', '.join(self.inputs_of_all())}).unflatten(2, (-1, {held.tokens}))"
+                )
                 out.add("return (blocks @ query).flatten(2, 3)")
                 return str(out)
             out.add('"""q.k of every packed token: query float32 (B, H, D, rows) -> (B, H, tokens, rows)."""')

@@ -351,7 +351,7 @@ def pools(plan: Plan) -> list[str]:
     """The pool, once for every element type that is read from it."""
     names = set()
     for side in plan.terms:
-        floats = "fp16" if side.factors or side.slots else side.floats
+        floats = "fp16" if side.factors or side.slots or side.beside and not side.beside.below else side.floats
         names |= {"pool8_ptr"} if side.slots or side.chosen else set()
         names.add(f"pool_{floats}_ptr" if floats else "pool16_ptr")
         if side.layout.meta is not None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .codec import call, clips, numbers, searched, statistics, sums, tried
+from .codec import call, clips, counted, numbers, searched, statistics, sums, tried
 from .plan import SidePlan
 from .text import Lines, literal
 
@@ -193,7 +193,7 @@ def measured(side: SidePlan, block: Block) -> list[str]:
         return out.lines
     for i, clip in enumerate(clips(side)):
         out.extend(_candidate(side, block, literal(clip)))
-        out.extend(block.fold(_masked(side, block, "loss", tried(side), ["error"])))
+        out.extend(block.fold(_masked(side, block, "loss", [*tried(side), *counted(side)], ["error"])))
         error = "narrow(error)"
         if i == 0:
             out.add(f"least = {error}", *(f"best_{name} = {name}" for name in tried(side)))
@@ -206,7 +206,7 @@ def measured(side: SidePlan, block: Block) -> list[str]:
 
 def _candidate(side: SidePlan, block: Block, clip: str) -> list[str]:
     """Lines that measure blocks under one clip, and fit a second scale where there is one."""
-    measure = call(side, "measure", [*statistics(side), *([clip] if clip else [])])
+    measure = call(side, "measure", [*statistics(side), *counted(side), *([clip] if clip else [])])
     lines = [f"{', '.join(numbers(side))} = {measure}"]
     if side.scale.refit:
         lines += block.fold(_masked(side, block, "products", numbers(side), sums(side)))

@@ -7,8 +7,8 @@ up to 16 are one side of a tensor-core operand, zeros beyond them.
 
 from __future__ import annotations
 
-from .sections import Factors
 from .plan import SidePlan
+from .sections import Factors
 from .triton_keys import Keys
 from .triton_planes import Planes
 from .triton_values import Values

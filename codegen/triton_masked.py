@@ -1,5 +1,5 @@
-"""Two sketches of keys in Triton, one of channels that are chosen anew every few tokens, each of vectors that have zeros
-where the other one looks.
+"""Two sketches of keys in Triton, one of channels that are chosen anew every few tokens, each of vectors that have
+zeros where the other one looks.
 
 A score is q . k' of the sketch of the others, as if it were of all channels, plus sum_m q[m] (k''[m] - k'[m]) over the
 chosen channels m: what their own sketch says there instead of the other one.  So no query is made for every choice: a

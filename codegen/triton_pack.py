@@ -89,8 +89,9 @@ class Pack(Planes):
         pool_args = sorted({*pools(plan), "pool8_ptr", "pool16_ptr"})
         params = [p for p in parameters(plan) if p.startswith(f"{side.label}_")]
         text = "\n".join(body)
+        beside = ["counts_ptr", "above_ptr"] if side.raised else []  # how many levels, and codes above the lowest bits
         rows = "coded_ptr" if side.turned or side.depth else "rows_ptr"  # mapped by `turn_<side>`, or what is left
-        args = [rows, *(["squares_ptr"] if side.sketched else []), "first_ptr", "begin_ptr", "end_ptr"]
+        args = [rows, *(["squares_ptr"] if side.sketched else []), *beside, "first_ptr", "begin_ptr", "end_ptr"]
         args += [f"{side.space}_start_ptr"] if side.factors else []
         args += [p for p in pool_args if p in text] + ["table_ptr", *params]
         args += ["total_rows", "offset", "ring", "table_width", "first_step"]
@@ -130,6 +131,8 @@ class Pack(Planes):
         assert meta is not None
         size, base = section(side, self.plan.layout.page_bytes, self.plan.layout.head_bytes)
         body.add(f"meta = pool{8 * size}_ptr + {base}")
+        if side.raised:
+            self._raised(body)
         if side.sketched:
             self._block(body, "0", Given(self), planes)
         elif meta.heads > 1:
@@ -153,6 +156,9 @@ class Pack(Planes):
         """Measure, store the numbers of channel group `group` where `only` holds, encode the member planes."""
         for j in members if block.in_registers else []:
             self._load(body, j)
+        if self.side.raised:
+            mask = f", mask={inside}, other=2.0" if (inside := self.inside(members[0])) else ""
+            body.add(f"count = tl.load({self.at('counts', members[0])}{mask})")
         body.extend(measured(self.side, block))
         for j in members if not block.in_registers else []:
             self._load(body, j)
@@ -191,13 +197,24 @@ class Pack(Planes):
                 self._add_digit(body, stream, plane)
                 continue
             bits = f"(c >> {stream.shift})" if stream.shift else "c"
-            if self.side.alphabet.bits != stream.width + stream.shift or len(self.side.layout.streams) > 1:
+            whole = self.side.alphabet.bits == stream.width + stream.shift and not self.side.raised
+            if not whole or len(self.side.layout.streams) > 1:
                 bits = f"({bits} & {2**stream.width - 1})"
             shift = 8 * place.byte + place.bit
             word = self._word(stream, place.tile)
             begun = any(other.tile == place.tile for other in stream.places[:plane])
             moved = f"({bits} << {shift})" if shift else bits
             body.add(f"{word} = {word} | {moved}" if begun else f"{word} = {bare(moved)}")
+        if self.side.raised:
+            higher = f"(c >> {self.side.alphabet.bits}).to(tl.uint8)"
+            body.add(f"tl.store({self.at('above', plane)}, {higher}, mask={self.mask('inside', plane)})")
+
+    def _raised(self, body: Lines) -> None:
+        """How many levels every channel has, and where the bits above those of all channels go, a byte each."""
+        dim = self.side.dim
+        blocks = f"(bh.to(tl.int64) * (total_rows // {self.span}) + (step * {self.span} - first) // {self.span})"
+        body.add(f"counts = counts_ptr + {blocks} * {dim} + {self.lane}")
+        body.add(f"above = above_ptr + (bh.to(tl.int64) * total_rows + row)[:, None] * {dim} + {self.lane}[None, :]")
 
     def _add_digit(self, body: Lines, stream: Stream, plane: int) -> None:
         """Sum the digits of a byte, each times its power of 3; lanes without a channel have none."""

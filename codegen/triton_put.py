@@ -32,7 +32,8 @@ def put(plan: Plan, name: str, tokens: int, size: int, offset: int) -> str:
         lane = f"tl.arange(0, {padded(count)})"
         copies.append(f"lane = {lane} + {start}" if start else f"lane = {lane}")
         mask = f", mask=lane < {start + count}" if padded(count) > count else ""
-        copies.append(f"tl.store(out + lane, tl.load(source + lane{mask}){mask})")
+        found = f"tl.load(source + lane{mask}{', other=0' * bool(mask)})"
+        copies.append(f"tl.store(out + lane, {found}{mask})")
     return fill(
         PUT, name=name, heads=plan.shape.kv_heads, tokens=tokens, page=layout.page_tokens, size=size, offset=offset,
         page_bytes=layout.page_bytes, head_bytes=layout.head_bytes, copies=copies,

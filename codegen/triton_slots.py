@@ -11,8 +11,8 @@ from __future__ import annotations
 from kvdsl.codes import SLOT_TOKENS
 from kvdsl.scheme import PreRope
 
-from .sections import Slots
 from .plan import SidePlan
+from .sections import Slots
 from .text import plus
 from .triton_keys import Keys
 from .triton_planes import Planes

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from . import triton_slot_pages
+from . import triton_beside_pages, triton_slot_pages
 from .plan import Plan, SidePlan
+from .triton_beside_pages import BesideUnpack
 from .triton_factor_pages import FactoredPack, FactoredUnpack
 from .triton_pack import Pack
 from .triton_put import put
@@ -15,6 +16,8 @@ def pack_of(plan: Plan, side: SidePlan) -> str:
     """The text of what packs a term."""
     if side.slots:
         return triton_slot_pages.pack(plan, side)
+    if side.beside:
+        return triton_beside_pages.pack(plan, side)
     texts = [(FactoredPack if side.factors else Pack)(plan, side).text()]
     if side.parted and not side.store.gathers:
         held = side.choice
@@ -25,4 +28,5 @@ def pack_of(plan: Plan, side: SidePlan) -> str:
 def unpack_of(plan: Plan, side: SidePlan, addresses: list[str]) -> str:
     """The text of what unpacks a term."""
     kind = FactoredUnpack if side.factors else SlottedUnpack if side.slots else Unpack
+    kind = BesideUnpack if side.beside else kind
     return kind(plan, side).text(addresses)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .plan import Plan, SidePlan
 from .text import plus
+from .triton_beside import BesideKeys
 from .triton_factors import FactoredKeys, FactoredValues
 from .triton_keys import Keys
 from .triton_masked import MaskedKeys
@@ -15,6 +16,8 @@ def keys_of(plan: Plan, side: SidePlan, head: int | None = None) -> Keys:
     """What reads a term of the keys."""
     if side.masked:
         return MaskedKeys(plan, side)
+    if side.beside:
+        return BesideKeys(plan, side, head)
     kind = FactoredKeys if side.factors else SlottedKeys if side.slots else Keys
     return kind(plan, side, head)
 
@@ -32,6 +35,10 @@ def sections_of(plan: Plan, side: SidePlan) -> list[str]:
         parts = [("rows", "pool_fp16_ptr", 2, held.offset), ("vectors", "pool_fp16_ptr", 2, held.vectors_offset)]
     if slots := side.slots:
         parts = [("numbers", "pool_fp16_ptr", 2, slots.offset), ("places", "pool8_ptr", 1, slots.places_offset)]
+    if beside := side.beside:
+        parts.append(
+            ("numbers", "pool8_ptr" if beside.below else "pool_fp16_ptr", 1 if beside.below else 2, beside.offset)
+        )
     if chosen := side.chosen:
         parts.append(("channels", "pool8_ptr", 1, chosen.offset))
     lines = list[str]()

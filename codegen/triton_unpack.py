@@ -34,6 +34,11 @@ class Unpack(Planes):
         """n0, n1, ... of the tokens of sub-tile `half`, decoded."""
         return [*self.load(half, tokens), *self.decode(half, tokens)]
 
+    def foreign(self) -> tuple[str, ...]:
+        """How addresses of other terms begin."""
+        own = ("meta", "rows", "vectors", "numbers", "places", "channels")
+        return tuple(f"{term.letter}_{name}" for term in self.plan.terms if term is not self.side for name in own)
+
     def text(self, addresses: list[str]) -> str:
         plan, side, halves = self.plan, self.side, Lines()
         for half in range(plan.halves):
@@ -52,9 +57,7 @@ class Unpack(Planes):
             halves.add(f"place = out + (u - begin)[:, None] * {side.stride} + {self.lane}[None, :]{first}")
             for j in range(side.layout.planes):
                 halves.add(f"tl.store({self.at('place', j)}, n{j}, mask={self.mask('inside', j)})")
-        own = ("meta", "rows", "vectors", "numbers", "places")
-        others = tuple(f"{term.letter}_{name}" for term in plan.terms if term is not side for name in own)
-        keep = [a for a in addresses if not a.startswith((*others, "page_token"))]
+        keep = [a for a in addresses if not a.startswith((*self.foreign(), "page_token"))]
         text = "\n".join([*keep, *halves.lines])
         args = [p for p in pools(plan) if p in text] + ["table_ptr"]
         args += [p for p in parameters(plan) if p.startswith(f"{side.label}_")]

@@ -8,6 +8,7 @@ from .fp4 import mxfp4, nvfp4, nvfp4_4over6
 from .fp8 import fp8_tensor, fp8_token_head
 from .gear import gear2, gear4, gearl2, gearl4
 from .int8 import int8_tensor
+from .kitty import kitty, kitty_pro
 from .kivi import kivi2, kivi4
 from .kvquant import kvquant2, kvquant3, kvquant4, nuq2, nuq3, nuq4
 from .kvtq import kvtq, kvtq_2bit
@@ -60,6 +61,8 @@ ALL: dict[str, Scheme] = {
     "gearl4": gearl4,
     "gear2": gear2,
     "gearl2": gearl2,
+    "kitty_pro": kitty_pro,
+    "kitty": kitty,
     "turboquant4": turboquant4,
     "turboquant3": turboquant3,
     "turboquant2": turboquant2,
@@ -123,6 +126,8 @@ __all__ = [
     "int8_tensor",
     "int8_token_head",
     "iq4_nl",
+    "kitty",
+    "kitty_pro",
     "kivi2",
     "kivi4",
     "kvquant2",

@@ -36,6 +36,8 @@ PUBLISHED |= {f"turboquant_prod{b}": (b + 0.25, b + 0.25) for b in (2, 3, 4)}
 DIFFERENT: dict[str, tuple[tuple[float, float], tuple[float, float], str]] = {
     "kvtq": ((1.85, 1.85), (1.875, 1.875), "a row of digits is whole 16-bit words: 26 bytes for 128, not 25.6"),
     "skvq_k2v1p5": ((2.5, 2), (2.5, 2.125), "three levels count as 1.5 bits there, five of them take a byte here"),
+    "kitty": ((2.5625, 2.25), (2.5078125, 2.25), "which channels are chosen is listed, not told of every channel"),
+    "kitty_pro": ((2.8125, 2.25), (2.765625, 2.25), "which channels are chosen is listed, not told of every channel"),
     "nuq4": ((4, 4), (4, 4 + 32 / 1024), "a token's scale and offset are counted, which the paper leaves out"),
     "nuq3": ((3, 3), (3, 3 + 32 / 1024), "a token's scale and offset are counted, which the paper leaves out"),
     "nuq2": ((2, 2), (2, 2 + 32 / 1024), "a token's scale and offset are counted, which the paper leaves out"),

@@ -53,6 +53,7 @@ from kvdsl.scheme import (
     Band,
     Bands,
     Block,
+    Chosen,
     Codebook,
     Float,
     LowRank,
@@ -67,27 +68,12 @@ from kvdsl.scheme import (
 from kvdsl.spaces import apart
 
 from . import low_rank
+from .formats import FORMATS, LARGEST, deviation
 from .rotary import partners, spread_waves
 from .terms import behind, terms_of
 
-FORMATS = {
-    "fp16": (2.0**-11, 2.0**-25, 65504.0),
-    "bf16": (2.0**-8, 2.0**-134, 3.3895e38),
-    "fp32": (2.0**-24, 2.0**-150, 3.4028e38),
-    "e4m3": (2.0**-4, 2.0**-10, 448.0),
-    "e5m2": (2.0**-3, 2.0**-17, 57344.0),
-    "e8m0": (0.0, 0.0, 2.0**127),
-}
 OVER_BLOCK = (2, 4, 6)
 SLACK = 12 * 2.0**-24
-LARGEST = 65504.0
-
-
-def deviation(value: Tensor, dtype: str, spare: int = 0) -> Tensor:
-    """dev(value): how far storing moves it; `spare` last bits of the number are not its own."""
-    unit, least, largest = FORMATS[dtype]
-    factor = 1 << spare
-    return (value.abs() * unit * factor).clamp(min=least * factor) + (value.abs() - largest).clamp(min=0)
 
 
 def blocks_of(store: Store, x: Tensor) -> Tensor:
@@ -154,13 +140,16 @@ def bound(store: Store, x: Tensor, params: Params | None = None, side: str = "ke
 
 
 def _summed_bound(store: Store, x: Tensor, params: Params | None, side: str, at: int) -> Tensor:
-    """What is left, x - x^, is coded itself, so that only its own error remains, of outlier channels on these alone;
-    the difference and the sum round once each, numbers of up to |x| + |x^| and their errors.  What is left may be
-    larger than x and saturates, too."""
+    """What is left, x - x^, is coded itself, so that only its own error remains, of outlier channels on these alone,
+    with more bits that of so many; difference and sum round once each, numbers of up to |x| + |x^| and their errors.
+    What is left may be larger than x and saturates, too."""
     within = sizes = x.double().abs()
     lost = torch.zeros_like(within)
     for term in terms_of(store, x, params, side, at):
-        if isinstance(term.store.code, Sparse):
+        code = term.store.code
+        if isinstance(code, Chosen) and code.below:
+            here = bound(code.choice.store, x, params, term.place, at)
+        elif isinstance(code, (Sparse, Chosen)):
             numbers = term.x.abs().clamp(max=LARGEST)
             here = deviation(numbers, "fp16") + term.x.abs() - numbers
         else:

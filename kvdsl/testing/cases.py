@@ -127,7 +127,7 @@ def _transforms(store: Store, side: str, x: Tensor, seed: int) -> dict[str, Tens
     found: dict[str, Tensor] = {}
     generator = torch.Generator().manual_seed(seed)
     clean = x.float().nan_to_num(0.0).clamp(-65504, 65504)
-    if isinstance(store.outliers, TopChannels):
+    if isinstance(store.outliers, TopChannels) and not store.outliers.online:
         heads, channels = x.shape[1], x.shape[3]
         count = Pick(store.outliers.n, True).width(channels)
         top = torch.rand(heads, channels, generator=generator).argsort(-1)[:, :count]

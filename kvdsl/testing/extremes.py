@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -9,9 +11,11 @@ from kvdsl.reference.quantize import encoded_rows, quantize
 from kvdsl.scheme import (
     SIDES,
     ChannelShift,
+    Chosen,
     Codebook,
     Float,
     LowRank,
+    Parted,
     Scale,
     Scheme,
     Sketch,
@@ -21,8 +25,9 @@ from kvdsl.scheme import (
 )
 
 from . import low_rank, sparse, splits
-from .bounds import FORMATS, LARGEST, blocks_of, spread
+from .bounds import blocks_of, spread
 from .cases import METADATA, Case, law, require, require_equal, static
+from .formats import FORMATS, LARGEST
 from .terms import Stretch, TermOf, stretches, terms_of
 from .trips import bare, roundtrip
 
@@ -139,13 +144,22 @@ def _everywhere(store: Store, holds: Tensor, x: Tensor) -> Tensor:
     return spread(store, holds, coded).all(-1, keepdim=True).expand(x.shape)
 
 
+def _clipped(store: Store, clip: float) -> Store:
+    """The store with one clip, which chosen channels with more bits have, too."""
+    one = store.with_(**{"scale.clip": clip})
+    if not isinstance(one, Parted) or one.raised is None:
+        return one
+    many = Store(one.raised.code, scale=one.scale)
+    return replace(one, choice=replace(one.choice, store=many))
+
+
 def _tried(store: Store) -> list[Store]:
     """The store with each of its clips alone, with and without its second fit: their scales are all that decides its
     codes, which clip is chosen, and what is stored."""
     if store.scale is None:
         return [store]
     clips = store.scale.clip if isinstance(store.scale.clip, tuple) else (store.scale.clip,)
-    alone = [store.with_(**{"scale.clip": clip}) for clip in clips]
+    alone = [_clipped(store, clip) for clip in clips]
     return alone if store.scale.refit is None else [*alone, *(one.with_(**{"scale.refit": None}) for one in alone)]
 
 
@@ -181,7 +195,9 @@ def _usual_part(part: Stretch, one: TermOf, more: TermOf, factor: float) -> Tens
     usual = torch.ones(x.shape, dtype=torch.bool)
     if isinstance(store.code, LowRank):
         return low_rank.usual(one, more, store.code, factor)
-    if isinstance(store.code, Sparse):
+    if isinstance(store.code, Chosen) and store.code.below:  # codes alone, under scales of the term of all channels
+        return usual
+    if isinstance(store.code, (Sparse, Chosen)):
         return sparse.usual(x, factor)
     if store.measure is None:
         if isinstance(store.code, Codebook):  # angles do not grow
@@ -218,7 +234,9 @@ def powers_of_two_go_through(case: Case) -> None:
     twice = roundtrip(case, k * factor, v * factor, bigger)
     for side, x, first, second in zip(SIDES, (k, v), once, twice, strict=True):
         usual = torch.ones_like(first, dtype=torch.bool)
-        if isinstance(case.scheme.side(side).outliers, Sparse):  # saturated numbers are alike, whatever they were
+        outliers = case.scheme.side(side).outliers
+        # saturated numbers are alike, whatever they were
+        if isinstance(outliers, Sparse) or isinstance(outliers, TopChannels) and outliers.online:
             usual &= bool((x.double().abs() * factor < LARGEST / 2).all())  # a pair without positions is longer
         terms = (
             terms_of(case.scheme.side(side), y, p, side, case.sinks) for y, p in ((x, params), (x * factor, bigger))

@@ -19,7 +19,7 @@ from kvdsl.levels import table
 from kvdsl.reference.quantize import Quantized, encoded_rows, maps
 from kvdsl.reference.spaces import applied, by_head, cartesian, joined, with_rope
 from kvdsl.reference.timeline import contents
-from kvdsl.scheme import Codebook, LowRank, Parted, Side, Sketch, Sparse, Store, Uniform
+from kvdsl.scheme import Chosen, Codebook, LowRank, Parted, Side, Sketch, Sparse, Store, Uniform
 
 from . import low_rank
 from .bounds import second, spread
@@ -57,6 +57,7 @@ def _widths(store: Store, channels: int, *, sizes: bool = False) -> list[int]:
     for _, term in store.placed(""):
         masked, coded = isinstance(term, Parted) and term.masked, term.coded(channels)
         coded = channels + (coded if sizes else 0) if masked else coded
+        coded = channels if isinstance(term.code, Chosen) else coded  # of some, others for every few tokens
         found.append(coded * (term.joined if term.hoisted else 1))
     return found
 
@@ -71,6 +72,8 @@ def _met(store: Store, numbers: Tensor) -> Tensor:
 def _factors(store: Store, numbers: Quantized, params: Params, side: str) -> Tensor:
     """Code (or level) times scale: what remains of coded numbers without their offset.  Evenly spaced levels are codes,
     counted from the lowest."""
+    if isinstance(store.code, Chosen):
+        return numbers.decoded
     if store.measure is None or store.polar:
         return cartesian(store, numbers.coded)
     assert numbers.codes is not None and numbers.scale is not None
@@ -140,6 +143,8 @@ def _sizes(term: TermOf, largest: Largest, *, roped: bool) -> Tensor:
         return _met(store, low_rank.sizes(term.kept))
     if isinstance(store.code, Sparse):
         return found.abs()
+    if isinstance(store.code, Chosen):  # n = s*c, or a float16 number, whose query is rounded once
+        return term.kept.decoded.abs()
     coded = encoded_rows(store, term.x, params, term.place).double()
     counted = isinstance(store.code, Uniform) or _step(store, coded.shape[-1]) is not None
     signed = _factors(store, term.kept, params, term.place)

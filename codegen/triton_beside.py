@@ -1,0 +1,145 @@
+"""Numbers of channels that are chosen anew every few tokens, beside codes of all channels, in Triton.
+
+A score is sum_i n[t, i] q[m[i]] over the chosen channels m of the tokens' block: the query is gathered there once a
+tile.  Of codes with more bits than the others' n is what stands above their lowest bits, and q[m[i]] is multiplied by
+the channel's scale, which stands among those of all channels.
+"""
+
+from __future__ import annotations
+
+from .plan import SidePlan
+from .sections import Beside
+from .text import padded
+from .triton_keys import Keys
+from .triton_meta import entry, pointer, read
+from .triton_planes import Planes
+
+
+def held_by(side: SidePlan) -> Beside:
+    """Where what is kept of a term's chosen channels stands."""
+    assert side.beside is not None
+    return side.beside
+
+
+class Gathered(Planes):
+    """Loading which channels are chosen, their scales, and what is kept of them."""
+
+    @property
+    def held(self) -> Beside:
+        return held_by(self.side)
+
+    @property
+    def whole(self) -> SidePlan:
+        """The term of all channels, under whose scales the lowest bits stand."""
+        return self.plan.side(self.side.name)
+
+    def known(self, index: str = "") -> str:
+        """The mask of lanes that are chosen channels; nothing where all are."""
+        return f"{self.lane}_in{index}" if self.ragged else ""
+
+    def first(self, half: int) -> str:
+        """The first token, within the page, of sub-tile `half`."""
+        return f"(page_token + {half * self.plan.half})" if half else "page_token"
+
+    def channel(self, first: str) -> list[str]:
+        """Lines that load which channels are chosen for the tokens of the page from `first` on."""
+        p, held = self.prefix, self.side.choice
+        start = f"{first} // {held.tokens} * {held.count} + " if held.blocks > 1 else ""
+        mask = f", mask={self.known()}, other=0" if self.ragged else ""
+        return [
+            f"{p}_channel = tl.load({p}_channels + {start}{self.lane}{mask}).to(tl.int32)",
+            # of a page that was never written it is any
+            f"{p}_channel = tl.minimum({p}_channel, {self.plan.shape.head_dim - 1})",
+        ]
+
+    def numbers(self, tokens: str) -> list[str]:
+        """The line that loads what is kept of these tokens of the page, [tokens, channels]: float16, or whole
+        numbers."""
+        p, held = self.prefix, self.held
+        lane, mask = f"{self.lane}[None, :]", f", mask={self.known('[None, :]')}, other=0" if self.ragged else ""
+        if not held.below:
+            mask = mask.replace("other=0", "other=0.0")
+            return [f"{p}_number = tl.load({p}_numbers + {tokens}[:, None] * {held.count} + {lane}{mask})"]
+        row = f"({tokens} // {held.together})[:, None] * {held.count}"
+        shift = f"({tokens} % {held.together} * {held.bits})[:, None]"
+        worth = f"(({p}_bits << {held.below}) >> {shift})"
+        return [
+            f"{p}_bits = tl.load({p}_numbers + {row} + {lane}{mask}).to(tl.int32)",
+            f"{p}_number = {worth} & {(2**held.bits - 1) << held.below}",
+        ]
+
+    def scales(self, tokens: str, first: str, size: int) -> tuple[list[str], str]:
+        """Lines that load the scales of the chosen channels for `size` tokens of the page from `first` on, and which
+        axes these have: one for all tokens, or one for each."""
+        whole, meta = self.whole, self.whole.layout.meta
+        assert meta is not None
+        channel, together = f"{self.prefix}_channel", meta.tokens % size == 0
+        block = f"{first} // {meta.tokens}" if meta.blocks > 1 else "0"
+        if not together:
+            block, channel = f"({tokens}[:, None] // {meta.tokens})", f"{channel}[None, :]"
+        index = entry(whole, block, channel)
+        base, mask = f"{pointer(whole)} + {whole.letter}_meta", self.known("" if together else "[None, :]")
+        return read(whole, base, index, self.scale, self.offset, mask=mask), "channels" if together else "all"
+
+
+class BesideKeys(Gathered, Keys):
+    """Scores of the chosen channels."""
+
+    def lane_lines(self) -> list[str]:
+        """Also where the query's numbers begin, channel by channel: a number of all rows is one read."""
+        size = self.plan.shape.head_dim * self.plan.shape.group
+        start = f"gathered = gathered_ptr + bh.to(tl.int64) * queries * {size} + row_index[None, :]"
+        return [*super().lane_lines(), start]
+
+    def loads(self, query: str) -> list[str]:
+        """The whole query, where it is not what the codes meet: its largest number is among those that rows are divided
+        by."""
+        if not self.whole.mapped:
+            return []
+        dim, row = self.plan.shape.head_dim, self._row
+        lane, lanes = f"tl.arange(0, {self._dims})", f"(tl.arange(0, {self._dims}) * {row})[:, None]"
+        mask = "live[None, :]" + (f" & ({lane} < {dim})[:, None]" if self._dims > dim else "")
+        return self.own([f"x0 = tl.load(gathered + {lanes}, mask={mask}, other=0.0) * scaling"])
+
+    def rows(self) -> list[str]:
+        return self.own(["x0"]) if self.whole.mapped else []
+
+    def operands(self) -> list[str]:
+        return []
+
+    def prepared(self) -> list[str]:
+        return []
+
+    @property
+    def _row(self) -> str:
+        """How far the query's numbers of a channel are from those of the next."""
+        return f"(queries * {self.plan.shape.group})"
+
+    @property
+    def _dims(self) -> int:
+        return padded(self.plan.shape.head_dim)
+
+    def _scores(self, half: int, tokens: str) -> list[str]:
+        return self._met_by(tokens, self.first(half), self.plan.half)
+
+    def tokens(self) -> list[str]:
+        p, edge, page = self.prefix, self.plan.edge_tile, self.plan.layout.page_tokens
+        first = f"{p}_first = tl.maximum(tile, 0) * {edge} % {page}"
+        return self.own([first, *self._met_by("t", f"{p}_first", edge)])
+
+    def _met_by(self, tokens: str, first: str, size: int) -> list[str]:
+        """The query at the chosen channels of `size` tokens from `first` on, times what stands there."""
+        p = self.prefix
+        live = "live[None, :]" + (f" & {self.known('[:, None]')}" if self.ragged else "")
+        met = f"tl.load(gathered + ({p}_channel * {self._row})[:, None], mask={live}, other=0.0)"
+        lines = [*self.channel(first), f"{p}_met = {met}", f"{p}_met = {p}_met * (scaling * inverse)[None, :]"]
+        lines += self.numbers(tokens)
+        number = f"{p}_number" if not self.held.below and self.exact == "tl.float16" else f"{p}_number.to({self.exact})"
+        if self.held.below:
+            loads, axes = self.scales(tokens, first, size)
+            lines += loads
+            if axes == "channels":
+                lines.append(f"{p}_met = {p}_met * {self.scale}[:, None]")
+            else:
+                number = f"({p}_number.to(tl.float32) * {self.scale}).to({self.exact})"
+        return [*lines, f"s = tl.dot({number}, {p}_met.to({self.exact}){self.precise})"]
