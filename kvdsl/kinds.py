@@ -29,21 +29,8 @@ from .codes import (
 )
 from .errors import Fault
 from .part import ALL, Part
-from .scheme import (
-    Block,
-    Flush,
-    MetaFormat,
-    Prefill,
-    Range,
-    Recent,
-    Refit,
-    Scale,
-    Scheme,
-    Sinks,
-    Store,
-    TopChannels,
-    Zero,
-)
+from .scale import MetaFormat, Range, Refit, Zero
+from .scheme import Block, Flush, Prefill, Recent, Scale, Scheme, Sinks, Store, TopChannels
 from .transforms import (
     ChannelScale,
     ChannelShift,

@@ -13,22 +13,8 @@ from typing import Any, Literal, get_args
 
 from .codes import Bands, Chosen, Code, Codebook, Float, FloatFormat, LowRank, Rounding, Sketch, Sparse, Uniform, When
 from .part import ALL, Block, Count, Part
-from .store import (
-    Band,
-    MetaFormat,
-    Parted,
-    Range,
-    Refit,
-    Scale,
-    Side,
-    Store,
-    TopChannels,
-    Zero,
-    bands,
-    per_channel,
-    per_tensor,
-    per_token,
-)
+from .scale import MetaFormat, Range, Refit, Scale, Zero, per_channel, per_tensor, per_token
+from .store import Band, Parted, Side, Store, TopChannels, bands
 from .transforms import ChannelScale, ChannelShift, Permute, Pick, Polar, PreRope, Rotate, Transform
 
 __all__ = [

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses as dc
 import math
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 from hypothesis import strategies as st
 
-from kvdsl.codes import SLOT_TOKENS, Fill, in_trits
+from kvdsl.codes import SLOT_TOKENS, in_trits
 from kvdsl.rules import shape_faults
 from kvdsl.scheme import (
     ALL,
@@ -31,7 +31,6 @@ from kvdsl.scheme import (
     Scheme,
     Sinks,
     Sketch,
-    Sparse,
     Store,
     TopChannels,
     Transform,
@@ -44,6 +43,7 @@ from kvdsl.window import waiting, windows
 
 from .cases import Case
 from .data import KINDS
+from .outliers import chosen, sparse
 
 Draw = Callable[..., Any]
 
@@ -62,7 +62,7 @@ def _schemes(draw: Draw, longest: int) -> Scheme:
     if plain and draw(st.integers(0, 4)) == 4:
         keys = keys.with_(transform=(PreRope(draw(st.booleans())), *keys.transform))
     if longest >= 32 and keys.outliers is None and draw(st.integers(0, 7)) == 7:
-        keys = keys.with_(outliers=draw(_chosen(keys)))
+        keys = keys.with_(outliers=draw(chosen(keys)))
     group = math.lcm(_tokens(keys), _tokens(values))
     sinks = draw(st.sampled_from([None, None, Sinks(1), Sinks(4), Sinks(5)]))
     if group > 1:
@@ -108,7 +108,7 @@ def stores(draw: Draw, longest: int) -> Store:
     plain = isinstance(store.code, Float) and store.code.plain
     whole = isinstance(store.code, Bands) or plain
     if store.outliers is None and not whole and longest >= SLOT_TOKENS and draw(st.integers(0, 11)) == 11:
-        store = store.with_(outliers=draw(_sparse()))
+        store = store.with_(outliers=draw(sparse()))
     if whole or draw(st.integers(0, 5)) < 5:
         return store
     rest: Store = draw(_single(longest))
@@ -117,48 +117,10 @@ def stores(draw: Draw, longest: int) -> Store:
     return store.with_(residual=rest if _measured_online(rest) else Store(Sketch(64, "gaussian")))
 
 
-@st.composite
-def _chosen(draw: Draw, keys: Store) -> TopChannels | None:
-    """Outlier channels of every 32 or 64 tokens of keys, in one of the ways that stand beside their code; None where
-    nothing can."""
-    if keys.rope is not None or isinstance(keys.code, Bands) or isinstance(keys.code, Float) and keys.code.plain:
-        return None
-    per, store = draw(st.sampled_from([32, 64])), Store()
-    if isinstance(keys.code, Sketch):
-        other = st.builds(Sketch, st.sampled_from([8, 64, 136]), st.just("gaussian"), st.integers(0, 1))
-        store = draw(st.sampled_from([store, Store(keys.code), Store(draw(other))]))
-    elif _raisable(keys) and draw(st.booleans()):
-        assert isinstance(keys.code, Uniform) and keys.code.bits is not None and keys.scale is not None
-        assert isinstance(keys.scale.block.tokens, int)
-        bits = keys.code.bits + draw(st.sampled_from([more for more in (1, 2, 4) if keys.code.bits + more <= 8]))
-        store, per = keys.with_(bits=bits, residual=None), math.lcm(per, keys.scale.block.tokens)
-    count = draw(st.sampled_from([1, 3, 8, 0.25]))
-    return TopChannels(count, per=per, by=draw(st.sampled_from(["norm", "absmean", "absmax"])), store=store)
-
-
-def _raisable(store: Store) -> bool:
-    """Whether codes of more bits may stand beside the store's, under the same scale."""
-    code, scale = store.code, store.scale
-    whole = isinstance(code, Uniform) and code.levels is None and code.bits is not None and code.bits < 8
-    if not whole or store.transform or scale is None or scale.when == "calibrated" or scale.scale is not None:
-        return False
-    return scale.block.channels == 1 and scale.range in ("minmax", "minmax_zero") and scale.zero != "in_scale"
-
-
 def _low_rank(longest: int) -> st.SearchStrategy[LowRank]:
     """Vectors of low rank of blocks of up to `longest` tokens."""
     blocks = [tokens for tokens in (32, 64, 96) if tokens <= longest]
     return st.builds(LowRank, st.integers(1, 6), tokens=st.sampled_from(blocks), loops=st.integers(1, 4))
-
-
-def _sparse() -> st.SearchStrategy[Sparse]:
-    """Single numbers of lines of one token or several, of which some are taken in heads of 32 channels, or beyond
-    thresholds, one in three."""
-    lines = st.sampled_from([Block(), Block(heads=ALL), Block(SLOT_TOKENS, 1), Block(16, 4)])
-    shares, slots, fills = st.sampled_from([0.07, 0.15]), st.integers(1, 4), st.sampled_from(get_args(Fill))
-    online = st.builds(Sparse, shares, lines, slots=slots, fill=fills)
-    whole = st.builds(Sparse, shares, st.just(Block(ALL, 1)), slots=slots, fill=fills, when=st.just("calibrated"))
-    return st.one_of(online, online, whole)
 
 
 def _parts(store: Store) -> bool:
