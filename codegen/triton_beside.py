@@ -158,11 +158,11 @@ class BesideKeys(Gathered, Keys):
         place = f"tl.arange(0, {size}) % {held.together} * {held.bits}"
         exponent = 127 + 24 + held.below
         return [
-            f"{p}_met = ({p}_met * {self.scale}[:, None]).to(tl.float16)",
+            f"{p}_met = {p}_met * {self.scale}[:, None]",
             *self.bits(tokens, "tl.int16"),
             f"{p}_place = {place}",
             f"{p}_mask = ({2**held.bits - 1} << {p}_place).to(tl.int16)",
-            f"{p}_number = common({p}_bits, {p}_mask[:, None]).to(tl.float16, bitcast=True)",
+            f"{p}_number = common({p}_bits, {p}_mask[:, None])",
             f"{p}_worth = (({exponent} - {p}_place) << 23).to(tl.float32, bitcast=True)",
-            f"s = tl.dot({p}_number, {p}_met) * {p}_worth[:, None]",
+            f"s = tl.dot({p}_number.to(tl.float16, bitcast=True), {p}_met.to(tl.float16)) * {p}_worth[:, None]",
         ]
