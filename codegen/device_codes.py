@@ -31,6 +31,11 @@ if INTERPRETED:
         return words | others
 
     @triton.jit
+    def common(words, others):
+        """The bits that two 16-bit fields have in common."""
+        return words & others
+
+    @triton.jit
     def with_nan(halves):
         """e4m3 numbers moved into float16 bits, the one that stands for NaN made one."""
         return halves | (((halves & 0x3F80) + 128) & 0x4000)
@@ -100,6 +105,13 @@ else:
         """The bits of two fields together."""
         return tl.inline_asm_elementwise(
             "or.b32 $0, $1, $2;", "=r,r,r", [words, others], dtype=tl.int16, is_pure=True, pack=2
+        )
+
+    @triton.jit
+    def common(words, others):
+        """The bits that two 16-bit fields have in common."""
+        return tl.inline_asm_elementwise(
+            "and.b32 $0, $1, $2;", "=r,r,r", [words, others], dtype=tl.int16, is_pure=True, pack=2
         )
 
     @triton.jit

@@ -60,13 +60,16 @@ class Gathered(Planes):
         if not held.below:
             mask = mask.replace("other=0", "other=0.0")
             return [f"{p}_number = tl.load({p}_numbers + {tokens}[:, None] * {held.count} + {lane}{mask})"]
-        row = f"({tokens} // {held.together})[:, None] * {held.count}"
         shift = f"({tokens} % {held.together} * {held.bits})[:, None]"
         worth = f"(({p}_bits << {held.below}) >> {shift})"
-        return [
-            f"{p}_bits = tl.load({p}_numbers + {row} + {lane}{mask}).to(tl.int32)",
-            f"{p}_number = {worth} & {(2**held.bits - 1) << held.below}",
-        ]
+        return [*self.bits(tokens, "tl.int32"), f"{p}_number = {worth} & {(2**held.bits - 1) << held.below}"]
+
+    def bits(self, tokens: str, kind: str) -> list[str]:
+        """The line that loads the bytes of these tokens of the page, each with the bits of its neighbours."""
+        p, held = self.prefix, self.held
+        mask = f", mask={self.known('[None, :]')}, other=0" if self.ragged else ""
+        row = f"({tokens} // {held.together})[:, None] * {held.count}"
+        return [f"{p}_bits = tl.load({p}_numbers + {row} + {self.lane}[None, :]{mask}).to({kind})"]
 
     def scales(self, tokens: str, first: str, size: int) -> tuple[list[str], str]:
         """Lines that load the scales of the chosen channels for `size` tokens of the page from `first` on, and which
@@ -133,6 +136,10 @@ class BesideKeys(Gathered, Keys):
         live = "live[None, :]" + (f" & {self.known('[:, None]')}" if self.ragged else "")
         met = f"tl.load(gathered + ({p}_channel * {self._row})[:, None], mask={live}, other=0.0)"
         lines = [*self.channel(first), f"{p}_met = {met}", f"{p}_met = {p}_met * (scaling * inverse)[None, :]"]
+        if self.held.below and not self.precise:
+            loads, axes = self.scales(tokens, first, size)
+            if axes == "channels":
+                return [*lines, *loads, *self._met_in_place(tokens, size)]
         lines += self.numbers(tokens)
         number = f"{p}_number" if not self.held.below and self.exact == "tl.float16" else f"{p}_number.to({self.exact})"
         if self.held.below:
@@ -143,3 +150,19 @@ class BesideKeys(Gathered, Keys):
             else:
                 number = f"({p}_number.to(tl.float32) * {self.scale}).to({self.exact})"
         return [*lines, f"s = tl.dot({number}, {p}_met.to({self.exact}){self.precise})"]
+
+    def _met_in_place(self, tokens: str, size: int) -> list[str]:
+        """The same of bits where they stand in their bytes, read as float16 as planes of codes are: what their places
+        make of them is taken off behind the product, with what they are worth."""
+        p, held = self.prefix, self.held
+        place = f"tl.arange(0, {size}) % {held.together} * {held.bits}"
+        exponent = 127 + 24 + held.below
+        return [
+            f"{p}_met = {p}_met * {self.scale}[:, None]",
+            *self.bits(tokens, "tl.int16"),
+            f"{p}_place = {place}",
+            f"{p}_mask = ({2**held.bits - 1} << {p}_place).to(tl.int16)",
+            f"{p}_number = common({p}_bits, {p}_mask[:, None])",
+            f"{p}_worth = (({exponent} - {p}_place) << 23).to(tl.float32, bitcast=True)",
+            f"s = tl.dot({p}_number.to(tl.float16, bitcast=True), {p}_met.to(tl.float16)) * {p}_worth[:, None]",
+        ]
