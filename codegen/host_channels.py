@@ -10,7 +10,6 @@ from torch import Tensor
 
 from kvdsl.scheme import Parted, TopChannels
 
-from .algebra import query_of_dirty
 from .host import finite
 from .side import SidePlan
 
@@ -54,6 +53,8 @@ def queries(query: Tensor, decode: Tensor, channels: Tensor, *, top: bool) -> Te
 def ready_rows(side: SidePlan, matrix: Tensor, beside: int) -> Tensor:
     """A map (heads or 1, D, M) of single channels to coded numbers, as queries whose surplus of lower bits in a word is
     taken off, and behind each its sum: float32 (heads or 1, D, M + beside)."""
+    from .algebra import query_of_dirty
+
     width, (stream,) = side.layout.plane_width, side.operands
     planes = matrix.to(torch.float32).split(width, -1)
     found = []

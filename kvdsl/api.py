@@ -17,7 +17,7 @@ from .inputs import DTYPES, refuse_tensor
 from .kernels import AttentionState, Backend, KernelSet, Params, Side
 from .params import ROPE, checked, wanted
 from .quantized_cache import QuantizedCache
-from .scheme import SIDES, Scheme, Store
+from .scheme import SIDES, Scheme, Store, TopChannels
 from .shape import InputFormat, Shape
 from .window import windows
 
@@ -151,6 +151,8 @@ def calibrate(
     for side, x in zip(SIDES, (k, v), strict=True):
         store, x = scheme.side(side), x[:, :, sinks:].detach().cpu()
         x, single, own = without_single(store, side, x, given, sinks)
+        if isinstance(store.outliers, TopChannels) and store.outliers.online:  # x is without them
+            store = store.with_(outliers=None)
         own = fitted(store, side, x, None if q is None else q.detach().cpu(), own, sinks)
         store = store.own
         y = encoded_rows(store, x, own, side, sinks) if store.turned else x

@@ -69,10 +69,13 @@ class Seen(NamedTuple):
 def without_single(store: Store, side: Side, x: Tensor, given: dict[str, Tensor], at: int = 0) -> Seen:
     """x (B, H, T, D), its first token at position `at`, as the store's transforms and codes see it.
 
-    Online, all whole blocks of tokens are without single numbers that have a slot.  Of calibrated thresholds none are
-    left, so that what the codes are fitted to ends at them: those without a slot saturate.
+    Online, all whole blocks of tokens are without single numbers that have a slot, and without chosen channels that are
+    kept in fp16.  Of calibrated thresholds none are left, so that what the codes are fitted to ends at them: those
+    without a slot saturate.
     """
     code = store.outliers
+    if isinstance(code, TopChannels) and code.online:
+        return Seen(*_without_chosen(code, x.to(torch.float32)), given)
     if not isinstance(code, Sparse):
         return Seen(x, None, given)
     from .reference.quantize import encoded_rows
@@ -94,6 +97,18 @@ def without_single(store: Store, side: Side, x: Tensor, given: dict[str, Tensor]
         x = torch.cat([picked.filled.to(torch.float32), x[:, :, whole:]], 2)
         single[:, :, :whole] = picked.kept
     return Seen(x, single, given)
+
+
+def _without_chosen(code: TopChannels, x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (B, H, T, D) with 0 in the channels that are chosen in its whole blocks of tokens, and which numbers these
+    are."""
+    from .reference.chosen import among, choose
+
+    whole = x.shape[2] // code.tokens * code.tokens
+    theirs = torch.zeros_like(x, dtype=torch.bool)
+    if whole:
+        theirs[:, :, :whole] = among(choose(x[:, :, :whole].double(), code), code, x.shape[3])
+    return torch.where(theirs, 0.0, x), theirs
 
 
 def thresholds(code: Sparse, x: Tensor) -> Tensor:

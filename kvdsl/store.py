@@ -111,7 +111,8 @@ class Store(Part):
     @property
     def own(self) -> Store:
         """This store as one of the channels that are not split off."""
-        return self.placed("")[0][1]
+        first = self.placed("")[0][1]
+        return first.alone if isinstance(first, Parted) else first
 
     @property
     def pick(self) -> Pick | None:

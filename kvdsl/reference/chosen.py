@@ -40,13 +40,13 @@ def gathered(x: Tensor, channels: Tensor, choice: TopChannels) -> Tensor:
     return x.gather(-1, channels.repeat_interleave(choice.tokens, 2))
 
 
-def placed(numbers: Tensor, channels: Tensor, choice: TopChannels, head_dim: int) -> Tensor:
+def put_back(numbers: Tensor, channels: Tensor, choice: TopChannels, head_dim: int) -> Tensor:
     """Numbers (B, H, T, n) of the chosen channels, 0 elsewhere: (B, H, T, D)."""
     whole = torch.zeros(*numbers.shape[:3], head_dim, dtype=numbers.dtype)
     return whole.scatter(-1, channels.repeat_interleave(choice.tokens, 2), numbers)
 
 
-def kept(rest: Tensor, channels: Tensor, code: Chosen) -> Tensor:
+def kept_of(rest: Tensor, channels: Tensor, code: Chosen) -> Tensor:
     """What is kept of `rest` (B, H, T, D) at the chosen channels, float64 holding float16 numbers: (B, H, T, n)."""
     numbers = gathered(rest, channels, code.choice)
     return numbers.clamp(-LARGEST_INPUT, LARGEST_INPUT).to(torch.float16).to(torch.float64) + 0.0

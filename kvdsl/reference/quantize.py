@@ -18,9 +18,9 @@ from kvdsl.codes import Bands, Chosen, Float, LowRank, Sketch, Sparse
 from kvdsl.errors import ShapeError
 from kvdsl.scheme import Band, Parted, Scale, Store, TopChannels, Uniform, bands
 
-from . import chosen
 from .alphabets import Alphabet, alphabet, given_table, has_offset, holds_numbers, level_count
 from .blocks import block_size, cut, join
+from .chosen import among, choose, gathered, kept_of, put_back
 from .low_rank import factors, multiplied
 from .measure import Measured, measure, refitted, shifted
 from .rounding import LARGEST_INPUT, MINIFLOATS, f32, ratio, sum64
@@ -133,7 +133,7 @@ def _thresholds(code: Sparse, x: Tensor, params: Params | None, side: str) -> Te
 
 def _chosen_of(x: Tensor, choice: TopChannels) -> Tensor:
     """Whether each number of x is of a channel that is chosen anew."""
-    return chosen.among(chosen.choose(x, choice), choice, x.shape[3])
+    return among(choose(x, choice), choice, x.shape[3])
 
 
 def _beside_chosen(
@@ -141,8 +141,8 @@ def _beside_chosen(
 ) -> tuple[Tensor, Tensor | None, Quantized]:
     """What a store beside that of chosen channels, or that one, is given of x or of what is left, of which numbers it
     is alone, and what it keeps."""
-    channels = chosen.choose(x, store.choice)
-    theirs = chosen.among(channels, store.choice, x.shape[3])
+    channels = choose(x, store.choice)
+    theirs = among(channels, store.choice, x.shape[3])
     if store.masked:
         mine = theirs == store.top
         given = torch.where(mine, rest, 0.0)
@@ -157,17 +157,17 @@ def _beside_chosen(
 
 def _of_chosen(code: Chosen, store: Store, x: Tensor, rest: Tensor, params: Params | None, side: str) -> Quantized:
     """What is kept of chosen channels beside codes of all channels: what these left of them, or higher bits."""
-    channels = chosen.choose(x, code.choice)
+    channels = choose(x, code.choice)
     if not code.below:
-        numbers = chosen.kept(rest, channels, code)
-        decoded = chosen.placed(numbers, channels, code.choice, x.shape[3])
+        numbers = kept_of(rest, channels, code)
+        decoded = put_back(numbers, channels, code.choice, x.shape[3])
         return Quantized(None, None, None, decoded, numbers, channels=channels)
     own = store.placed(side)[0][1]
     assert isinstance(own, Parted)
-    theirs = chosen.among(channels, code.choice, x.shape[3])
+    theirs = among(channels, code.choice, x.shape[3])
     high = _both(own, x, theirs, params, side)[1]
     assert high.codes is not None
-    codes, coded = (chosen.gathered(part, channels, code.choice) for part in (high.codes, high.decoded))
+    codes, coded = (gathered(part, channels, code.choice) for part in (high.codes, high.decoded))
     return Quantized(codes, None, None, high.decoded, coded, channels=channels)
 
 
