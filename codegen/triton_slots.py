@@ -72,7 +72,7 @@ class SlottedKeys(Slotted, Keys):
         # rows that are not there read those of the first: a mask of each load is kept through the loop
         size = 2 * self.plan.shape.head_dim * self.plan.shape.group
         start = f"gathered = gathered_ptr + bh.to(tl.int64) * queries * {size}"
-        return [f"{start} + tl.where(live, row_index, 0)[None, :]"]
+        return [start, f"{self.prefix}_rows = tl.where(live, row_index, 0)[None, :]"]
 
     def loads(self, query: str) -> list[str]:
         return []
@@ -97,7 +97,7 @@ class SlottedKeys(Slotted, Keys):
         """The query's numbers at the places of `tokens` of the page, those at u, each times what stands there."""
         p, dim, rope, lines = self.prefix, self.plan.shape.head_dim, self.side.rope, list[str]()
         if rope is not None:
-            lines.append(f"{p}_wave = rope_ptr + ({u}{plus(self.plan.sinks)}).to(tl.int64) * {dim}")
+            lines.append(f"{p}_wave = ({u}{plus(self.plan.sinks)}) * {dim}")
         for i in range(self.held.count):
             lines += self.of_tokens(i, tokens)
             place = f"tl.minimum({p}_place, {dim - 1})"  # of a token that was never packed it is any
@@ -120,11 +120,12 @@ class SlottedKeys(Slotted, Keys):
         return [
             f"{p}_place = {place}",
             f"{p}_pair = {pair(rope, f'{p}_place', 0, dim)}",
-            f"{p}_cosine = tl.load({p}_wave + {p}_pair)",
-            f"{p}_sine = tl.load({p}_wave{plus(dim // 2)} + {p}_pair)",
+            f"{p}_wave_at = rope_ptr + ({p}_wave + {p}_pair)",
+            f"{p}_cosine = tl.load({p}_wave_at)",
+            f"{p}_sine = tl.load({p}_wave_at{plus(dim // 2)})",
             f"{p}_place = {p}_place * (queries * {2 * group})",
-            f"{p}_met = tl.load(gathered + {p}_place[:, None])",
-            f"{p}_turned = tl.load(gathered + ({p}_place + queries * {group})[:, None])",
+            f"{p}_met = tl.load(gathered + ({p}_place[:, None] + {p}_rows))",
+            f"{p}_turned = tl.load(gathered + ({p}_place + queries * {group})[:, None] + {p}_rows)",
             f"{p}_met = {p}_met * {p}_cosine[:, None] + {p}_turned * {p}_sine[:, None]",
         ]
 
