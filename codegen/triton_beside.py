@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from .plan import SidePlan
 from .sections import Beside
-from .text import padded
+from .triton_gather import at_channels, chosen, where_gathered, whole
 from .triton_keys import Keys
 from .triton_meta import entry, pointer, read
 from .triton_planes import Planes
@@ -43,14 +43,7 @@ class Gathered(Planes):
 
     def channel(self, first: str) -> list[str]:
         """Lines that load which channels are chosen for the tokens of the page from `first` on."""
-        p, held = self.prefix, self.side.choice
-        start = f"{first} // {held.tokens} * {held.count} + " if held.blocks > 1 else ""
-        mask = f", mask={self.known()}, other=0" if self.ragged else ""
-        return [
-            f"{p}_channel = tl.load({p}_channels + {start}{self.lane}{mask}).to(tl.int32)",
-            # of a page that was never written it is any
-            f"{p}_channel = tl.minimum({p}_channel, {self.plan.shape.head_dim - 1})",
-        ]
+        return chosen(self.plan, self.side, f"{self.prefix}_channel", first, self.lane, self.known())
 
     def numbers(self, tokens: str) -> list[str]:
         """The line that loads what is kept of these tokens of the page, [tokens, channels]: float16, or whole
@@ -89,20 +82,12 @@ class BesideKeys(Gathered, Keys):
     """Scores of the chosen channels."""
 
     def lane_lines(self) -> list[str]:
-        """Also where the query's numbers begin, channel by channel: a number of all rows is one read."""
-        size = self.plan.shape.head_dim * self.plan.shape.group
-        start = f"gathered = gathered_ptr + bh.to(tl.int64) * queries * {size} + row_index[None, :]"
-        return [*super().lane_lines(), start]
+        return [*super().lane_lines(), where_gathered(self.plan)]
 
     def loads(self, query: str) -> list[str]:
         """The whole query, where it is not what the codes meet: its largest number is among those that rows are divided
         by."""
-        if not self.whole.mapped:
-            return []
-        dim, row = self.plan.shape.head_dim, self._row
-        lane, lanes = f"tl.arange(0, {self._dims})", f"(tl.arange(0, {self._dims}) * {row})[:, None]"
-        mask = "live[None, :]" + (f" & ({lane} < {dim})[:, None]" if self._dims > dim else "")
-        return self.own([f"x0 = tl.load(gathered + {lanes}, mask={mask}, other=0.0) * scaling"])
+        return self.own([f"x0 = {whole(self.plan)} * scaling"]) if self.whole.mapped else []
 
     def rows(self) -> list[str]:
         return self.own(["x0"]) if self.whole.mapped else []
@@ -112,15 +97,6 @@ class BesideKeys(Gathered, Keys):
 
     def prepared(self) -> list[str]:
         return []
-
-    @property
-    def _row(self) -> str:
-        """How far the query's numbers of a channel are from those of the next."""
-        return f"(queries * {self.plan.shape.group})"
-
-    @property
-    def _dims(self) -> int:
-        return padded(self.plan.shape.head_dim)
 
     def _scores(self, half: int, tokens: str) -> list[str]:
         return self._met_by(tokens, self.first(half), self.plan.half)
@@ -133,8 +109,7 @@ class BesideKeys(Gathered, Keys):
     def _met_by(self, tokens: str, first: str, size: int) -> list[str]:
         """The query at the chosen channels of `size` tokens from `first` on, times what stands there."""
         p = self.prefix
-        live = "live[None, :]" + (f" & {self.known('[:, None]')}" if self.ragged else "")
-        met = f"tl.load(gathered + ({p}_channel * {self._row})[:, None], mask={live}, other=0.0)"
+        met = at_channels(self.plan, f"{p}_channel", self.known("[:, None]"))
         lines = [*self.channel(first), f"{p}_met = {met}", f"{p}_met = {p}_met * (scaling * inverse)[None, :]"]
         if self.held.below and not self.precise:
             loads, axes = self.scales(tokens, first, size)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from .plan import Plan, SidePlan
 from .sections import Channels
-from .text import padded, plus
+from .text import padded
+from .triton_gather import at_channels, chosen, where_gathered, whole
 from .triton_keys import Keys
 from .triton_meta import read, token_entry
 from .triton_planes import Planes
@@ -39,7 +40,6 @@ class MaskedKeys(Keys):
         self.top = Keys(plan, side.rest)
         self.readers: list[Planes] = [self, self.top]
         self.maps = (self,) if alike(plan) else (self, self.top)
-        self.row = f"(queries * {plan.shape.group})"
         self.lanes_chosen = max(8, padded(self.held.count))
         self.p = self.top.prefix
 
@@ -56,11 +56,11 @@ class MaskedKeys(Keys):
         return [name for space in spaces for name in (f"{space}_rows_ptr", f"{space}_decode_ptr", f"{space}_stride")]
 
     def lane_lines(self) -> list[str]:
-        """Also where the query's numbers begin, channel by channel: a number of all rows is one read."""
-        size, dim = self.plan.shape.head_dim * self.plan.shape.group, self.plan.shape.head_dim
+        """Also where the maps of the head begin."""
+        dim = self.plan.shape.head_dim
         lines = [*super().lane_lines(), *self.top.lane_lines()]
         lines.append(f"{self.p}_at = tl.arange(0, {self.lanes_chosen})")
-        lines.append(f"gathered = gathered_ptr + bh.to(tl.int64) * queries * {size} + row_index[None, :]")
+        lines.append(where_gathered(self.plan))
         for side in (reader.side for reader in self.maps):
             heads = f"h * (({side.space}_stride > 0) * {dim * (side.dim + BESIDE)})"
             lines.append(f"{rows_of(side)} = {rows_of(side)}_ptr + {heads}")
@@ -69,37 +69,27 @@ class MaskedKeys(Keys):
 
     def loads(self, query: str) -> list[str]:
         """Also the query itself: its largest number is among those that rows are divided by."""
-        dim = self.plan.shape.head_dim
-        lane = f"tl.arange(0, {padded(dim)})"
-        mask = "live[None, :]" + (f" & ({lane} < {dim})[:, None]" if padded(dim) > dim else "")
-        load = f"tl.load(gathered + ({lane} * {self.row})[:, None], mask={mask}, other=0.0)"
-        return [f"{self.p}_most = tl.max(tl.abs({load} * scaling), 0)[None, :]", *super().loads(query)]
+        return [f"{self.p}_most = tl.max(tl.abs({whole(self.plan)} * scaling), 0)[None, :]", *super().loads(query)]
 
     def rows(self) -> list[str]:
         return [*super().rows(), f"{self.p}_most"]
 
     # ---- once per tile --------------------------------------------------------------------------------------------
 
-    def _chosen(self, block: str) -> list[str]:
-        """Lines that load which channels are chosen in a block, and the query there, 0 in lanes beyond them.
+    def _chosen(self, first: str) -> list[str]:
+        """Lines that load which channels are chosen for the tokens of the page from `first` on, and the query there, 0
+        in lanes beyond them.
 
         A product is of 16 numbers or more: of fewer channels each stands in two lanes, for either sketch."""
-        p, count, lanes, start = self.p, self.held.count, self.lanes_chosen, f"{block} * {self.held.count} + "
-        start = "" if block == "0" else start
-        known = f", mask={p}_at < {count}, other=0" if lanes > count else ""
-        lines = [f"{p}_channel = tl.load({p}_channels + {start}{p}_at{known}).to(tl.int32)"]
-        # of a page that was never written it is any
-        lines.append(f"{p}_channel = tl.minimum({p}_channel, {self.plan.shape.head_dim - 1})")
-        at, channel = f"{p}_at", f"{p}_channel"
+        p, count, lanes = self.p, self.held.count, self.lanes_chosen
+        at, channel, found = f"{p}_at", f"{p}_channel", list[str]()
+        found += chosen(self.plan, self.top.side, channel, first, at, f"{at} < {count}" * (lanes > count))
         if lanes < DEPTH:
             at, channel = f"{p}_twice", f"{p}_channel_twice"
-            lines.append(f"{at} = tl.arange(0, {2 * lanes}) // 2")
-            known = known.replace(f"{p}_at", at)
-            lines.append(f"{channel} = tl.load({p}_channels + {start}{at}{known}).to(tl.int32)")
-            lines.append(f"{channel} = tl.minimum({channel}, {self.plan.shape.head_dim - 1})")
-        live = f"live[None, :] & ({at} < {count})[:, None]" if lanes > count else "live[None, :]"
-        lines.append(f"{p}_met = tl.load(gathered + ({channel} * {self.row})[:, None], mask={live}, other=0.0)")
-        return [*lines, f"{p}_met = ({p}_met * (scaling * inverse)[None, :]).to({self.exact})"]
+            found.append(f"{at} = tl.arange(0, {2 * lanes}) // 2")
+            found += chosen(self.plan, self.top.side, channel, first, at, f"{at} < {count}" * (lanes > count))
+        met = at_channels(self.plan, channel, f"({at} < {count})[:, None]" * (lanes > count))
+        return [*found, f"{p}_met = {met}", f"{p}_met = ({p}_met * (scaling * inverse)[None, :]).to({self.exact})"]
 
     def _met(self) -> str:
         """What both sketches say of the chosen channels, [tokens, channels], under the query there."""
@@ -111,8 +101,8 @@ class MaskedKeys(Keys):
         return f"s = tl.dot({both}.to({self.exact}), {self.p}_met, s{self.precise})"
 
     def _scores(self, half: int, tokens: str) -> list[str]:
-        block = "0" if self.held.blocks == 1 else f"(page_token{plus(half * self.plan.half)}) // {self.held.tokens}"
-        lines = [*self._chosen(block), *self.load(half, tokens), *self.top.load(half, tokens)]
+        first = f"(page_token + {half * self.plan.half})" if half else "page_token"
+        lines = [*self._chosen(first), *self.load(half, tokens), *self.top.load(half, tokens)]
         theirs, others, row, total = (f"{self.p}_{name}" for name in ("theirs", "others", "row", "sum"))
         for one in self.maps:
             start, size = f"{rows_of(one.side)} + {self.p}_channel", one.side.dim + BESIDE
@@ -149,11 +139,9 @@ class MaskedKeys(Keys):
 
     def tokens(self) -> list[str]:
         """s = scores of edge tokens, whose numbers are decoded."""
-        block = "0"
-        if self.held.blocks > 1:
-            first = f"tl.maximum(tile, 0) * {self.plan.edge_tile} % {self.plan.layout.page_tokens}"
-            block = f"({first} // {self.held.tokens})"
-        lines = self._chosen(block)
+        first = f"{self.p}_first"
+        lines = [f"{first} = tl.maximum(tile, 0) * {self.plan.edge_tile} % {self.plan.layout.page_tokens}"]
+        lines += self._chosen(first)
         for reader, name in ((self, f"{self.p}_others"), (self.top, f"{self.p}_theirs")):
             one = self.top if len(self.maps) > 1 and reader is self.top else self
             start = f"{one.side.space}_decode + {self.p}_channel[None, :] * {one.side.dim}"

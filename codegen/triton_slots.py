@@ -14,6 +14,7 @@ from kvdsl.scheme import PreRope
 from .plan import SidePlan
 from .sections import Slots
 from .text import plus
+from .triton_gather import where_gathered
 from .triton_keys import Keys
 from .triton_planes import Planes
 from .triton_rope import pair
@@ -67,8 +68,7 @@ class SlottedKeys(Slotted, Keys):
     def lane_lines(self) -> list[str]:
         """The line that says where the query's numbers begin, channel by channel: a number of all rows is one read."""
         if self.side.rope is None:
-            size = self.plan.shape.head_dim * self.plan.shape.group
-            return [f"gathered = gathered_ptr + bh.to(tl.int64) * queries * {size} + row_index[None, :]"]
+            return [where_gathered(self.plan)]
         # rows that are not there read those of the first: a mask of each load is kept through the loop
         size = 2 * self.plan.shape.head_dim * self.plan.shape.group
         start = f"gathered = gathered_ptr + bh.to(tl.int64) * queries * {size}"
