@@ -17,7 +17,7 @@ from .triton_meta import read, token_entry
 from .triton_planes import Planes
 
 BESIDE = 8  # numbers behind a row of a map, the first of which is its sum
-DEPTH = 16  # of a product
+DEPTH = 16  # of a product, at least
 
 
 def rows_of(side: SidePlan) -> str:
@@ -78,27 +78,22 @@ class MaskedKeys(Keys):
 
     def _chosen(self, first: str) -> list[str]:
         """Lines that load which channels are chosen for the tokens of the page from `first` on, and the query there, 0
-        in lanes beyond them.
+        in lanes beyond them."""
+        p, count = self.p, self.held.count
+        known = f"{p}_at < {count}" * (self.lanes_chosen > count)
+        met = at_channels(self.plan, f"{p}_channel", f"({known})[:, None]" if known else "")
+        return [
+            *chosen(self.plan, self.top.side, f"{p}_channel", first, f"{p}_at", known),
+            f"{p}_met = {met} * (scaling * inverse)[None, :]",
+        ]
 
-        A product is of 16 numbers or more: of fewer channels each stands in two lanes, for either sketch."""
-        p, count, lanes = self.p, self.held.count, self.lanes_chosen
-        at, channel, found = f"{p}_at", f"{p}_channel", list[str]()
-        found += chosen(self.plan, self.top.side, channel, first, at, f"{at} < {count}" * (lanes > count))
-        if lanes < DEPTH:
-            at, channel = f"{p}_twice", f"{p}_channel_twice"
-            found.append(f"{at} = tl.arange(0, {2 * lanes}) // 2")
-            found += chosen(self.plan, self.top.side, channel, first, at, f"{at} < {count}" * (lanes > count))
-        met = at_channels(self.plan, channel, f"({at} < {count})[:, None]" * (lanes > count))
-        return [*found, f"{p}_met = {met}", f"{p}_met = ({p}_met * (scaling * inverse)[None, :]).to({self.exact})"]
-
-    def _met(self) -> str:
-        """What both sketches say of the chosen channels, [tokens, channels], under the query there."""
-        theirs, others = f"{self.p}_theirs", f"{self.p}_others"
+    def _met(self) -> list[str]:
+        """What both sketches say of the chosen channels, [tokens, channels], under the query there.  A tensor core's
+        product is of 16 numbers or more: those of fewer are added up one by one."""
+        difference, met = f"{self.p}_theirs - {self.p}_others", f"{self.p}_met"
         if self.lanes_chosen < DEPTH:
-            both = f"tl.join({theirs}, -{others}).reshape([{theirs}.shape[0], {2 * self.lanes_chosen}])"
-        else:
-            both = f"({theirs} - {others})"
-        return f"s = tl.dot({both}.to({self.exact}), {self.p}_met, s{self.precise})"
+            return [f"{met} = tl.sum(({difference})[:, :, None] * {met}[None, :, :], 1)", f"s = s + {met}"]
+        return [f"s = tl.dot(({difference}).to({self.exact}), {met}.to({self.exact}), s{self.precise})"]
 
     def _scores(self, half: int, tokens: str) -> list[str]:
         first = f"(page_token + {half * self.plan.half})" if half else "page_token"
@@ -125,7 +120,7 @@ class MaskedKeys(Keys):
                 lines += self._assembled(self, tokens, {"s": "total0", others: total})
             if of_top:
                 lines += self._assembled(self.top, tokens, {theirs: total})
-        return [*lines, self._met()]
+        return [*lines, *self._met()]
 
     def _assembled(self, reader: Keys, tokens: str, totals: dict[str, str]) -> list[str]:
         """Lines that put the tokens' scales behind sums of a sketch's codes: name -> that of what its query adds."""
@@ -154,7 +149,7 @@ class MaskedKeys(Keys):
                 lines.append(f"{self.p}_row = tl.load({address}{self._lanes_known(reader, j)}).to({self.exact})")
                 so_far = f", {name}" if j else ""
                 lines.append(f"{name} = tl.dot(n{j}.to({self.exact}), {self.p}_row{so_far}{self.precise})")
-        return [*lines, self._met()]
+        return [*lines, *self._met()]
 
     def _lanes_known(self, reader: Keys, plane: int) -> str:
         """The mask of a load of rows, where a plane's lanes are not all numbers."""

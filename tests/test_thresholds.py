@@ -163,9 +163,9 @@ def test_a_score_gathers_the_query_twice(interleaved: bool) -> None:
     text = render(plan_for(scheme, Shape(128, 8, 32)), "triton", "mine")
     loop = text.partition("def decode(")[2].partition("for tile in")[2].partition("    else:")[0]
     own = [line.strip() for line in loop.splitlines() if line.strip().startswith(("ko_", "so "))]
-    assert sum("tl.load(gathered + ko_place[" in line for line in own) == 2 * 2
+    assert sum("tl.load(gathered + (ko_place[" in line for line in own) == 2 * 2
     assert sum("tl.load(gathered + (ko_place + queries" in line for line in own) == 2 * 2
-    assert sum("tl.load(ko_wave" in line for line in own) == 2 * 2 * 2
+    assert sum("tl.load(ko_wave_at" in line for line in own) == 2 * 2 * 2
     assert not any(word in line for line in own for word in ("tl.dot(", "==", "tl.zeros("))
 
 

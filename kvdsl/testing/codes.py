@@ -222,7 +222,8 @@ def _keeps_its_ends(store: Store) -> bool:
         kept = scale.clip == 1 and scale.refit is None and scale.dtype != "e4m3" and _far_ends(store)
         return fixed or kept
     nearest = code.rounding != "floor" and code.grid == "ends" and scale.zero == "min"
-    fits = {"fp16": 8, "bf16": 6, "fp32": 8, "e4m3": 3, "e8m0": 0}[scale.dtype] >= (width(code) or 0)
+    small = 2 if scale.range in ("minmax", "minmax_zero") else 3  # an offset is rounded beside the scale
+    fits = {"fp16": 8, "bf16": 6, "fp32": 8, "e4m3": small, "e8m0": 0}[scale.dtype] >= (width(code) or 0)
     return nearest and (fixed or (scale.clip == 1 and fits and scale.refit is None))
 
 
