@@ -150,7 +150,7 @@ class Sparse(Part):
     The store's own codes and ranges are of a vector that has another number in their places.  What is kept is what
     these leave of them, so that they are read as they are, but for rounding.
 
-    share   of a line's n numbers floor(share n / 2) are taken as the largest and as many as the smallest
+    share   of a line's n numbers floor(share n / 2), one at least, are taken as the largest and as many as the smallest
     line    the numbers that are compared: Block() a token's channels, Block(heads=ALL) those of all heads,
             Block(64, 1) a channel's 64 tokens, Block(ALL, 1) all of a channel's, of calibration data
     slots   how many are kept at most: of keys of every token of a head, whose query is gathered; of values of every
@@ -171,7 +171,7 @@ class Sparse(Part):
 
     def taken(self, numbers: int) -> int:
         """How many of a line's numbers are taken as the largest, and as the smallest, without thresholds."""
-        return math.floor(self.share * numbers / 2)
+        return max(1, math.floor(self.share * numbers / 2))
 
     @property
     def tokens(self) -> int:

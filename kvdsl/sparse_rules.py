@@ -43,7 +43,7 @@ def _a_line_is_finite_or_has_thresholds(site: Site) -> Iterator[Fault]:
 
 
 def shape_faults(site: Site, shape: Shape) -> Iterator[Fault]:
-    """Lines that do not fit the heads, or of which nothing is taken."""
+    """Lines that do not fit the heads, or of which nothing is left."""
     sparse = site.store.outliers
     if not isinstance(sparse, Sparse) or sparse.when == "calibrated":
         return
@@ -56,8 +56,6 @@ def shape_faults(site: Site, shape: Shape) -> Iterator[Fault]:
             yield site.fault(f"outliers.line.{field}", f"{length} {field} do not divide {whole}", "use ALL")
             return
     numbers *= line.tokens if isinstance(line.tokens, int) else 1
-    if not sparse.taken(numbers):
-        fact = f"of the {numbers} numbers of a line none is the largest {sparse.share / 2:.3g} of them"
-        least = -(-20000 // numbers) / 10000
-        mend = f"use {least:g} or more, or a longer line, as Block(heads=ALL)"
-        yield site.fault("outliers.share", fact, mend if least <= 0.5 else "use a longer line, as Block(64, 1)")
+    if 2 * sparse.taken(numbers) >= numbers:
+        fact = f"of the {numbers} number{'s' * (numbers > 1)} of a line none is left"
+        yield site.fault("outliers.line", fact, "use a longer line, as Block() or Block(64, 1)")

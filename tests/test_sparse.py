@@ -68,14 +68,12 @@ def test_what_is_refused(store: Store, recent: Recent | None, said: str) -> None
     assert str(error.value) == f"keys.{said}"
 
 
-def test_a_line_of_which_nothing_is_taken_does_not_fit() -> None:
-    """128 numbers, a share of 0.01: the mend's share is the least that takes one, and a longer line takes some."""
-    with pytest.raises(
-        SchemeError, match="outliers.share: of the 128 numbers of a line none is .*; use 0.0157 or more"
-    ):
-        plan_for(of_keys(taken(0.01)), Shape(128, 8))
-    assert [Sparse(share).taken(128) for share in (0.01, 0.0156, 0.0157)] == [0, 0, 1]
-    assert plan_for(of_keys(taken(0.01, Block(heads=ALL))), Shape(128, 8)).keys.sparse
+def test_of_every_line_one_is_taken_at_either_end_and_some_are_left() -> None:
+    """However few numbers a small head has.  A line of one or two would have none left."""
+    assert [Sparse(share).taken(128) for share in (0.01, 0.0313, 0.0469)] == [1, 2, 3]
+    with pytest.raises(SchemeError, match="outliers.line: of the 2 numbers of a line none is left; use a longer line"):
+        plan_for(of_keys(taken(0.01, Block(2, 1))), Shape(128, 8))
+    assert plan_for(of_keys(taken(0.01, Block(1, 4))), Shape(128, 8)).keys.sparse
 
 
 def test_every_text_holds_them() -> None:
