@@ -12,12 +12,11 @@ every channel, of which this one lists the chosen: 2.508 and 2.766.
 
 from kvdsl.scheme import Recent, Scheme, Sinks, Store, TopChannels, Uniform, per_channel, per_token
 
-PAGE = per_channel(tokens=128)
 kitty = Scheme(
     keys=Store(
         Uniform(2),
-        scale=PAGE,
-        outliers=TopChannels(0.125, per=128, by="absmean", store=Store(Uniform(4), scale=PAGE)),
+        scale=per_channel(tokens=128),
+        outliers=TopChannels(0.125, per=128, by="absmean", store=Uniform(4)),
     ),
     values=Store(Uniform(2), scale=per_token()),
     sinks=Sinks(32),
