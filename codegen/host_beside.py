@@ -9,11 +9,9 @@ from torch import Tensor
 
 from kvdsl.scheme import Uniform
 
-from .host import bytes_of, saturated
+from .host import bits_fp16, bytes_of, saturated, to_int16
 from .placement import levels
 from .side import SidePlan
-
-NAN = 0x7E00
 
 
 class Taken(NamedTuple):
@@ -45,8 +43,8 @@ def rows_there(part: SidePlan, x: Tensor, channels: Tensor) -> Tensor:
 def kept_there(rest: Tensor, channels: Tensor, tokens: int) -> Tensor:
     """What is kept of `rest` (n, H, T, D) at chosen channels (n, H, T / tokens, count): bytes (n, H, T, 2 count) of
     float16 numbers, whose zeros have no sign."""
-    numbers = saturated(at_channels(rest, channels.repeat_interleave(tokens, 2))).to(torch.float16) + 0.0
-    return bytes_of(torch.where(torch.isnan(numbers), NAN, numbers.view(torch.int16)).to(torch.int16))
+    words = bits_fp16(saturated(at_channels(rest, channels.repeat_interleave(tokens, 2))))
+    return bytes_of(to_int16(words))
 
 
 def together(above: Tensor, channels: Tensor, tokens: int, bits: int) -> Tensor:

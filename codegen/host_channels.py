@@ -11,6 +11,7 @@ from torch import Tensor
 from kvdsl.scheme import Parted, TopChannels
 
 from .host import finite
+from .host_beside import met_at
 from .side import SidePlan
 
 
@@ -45,8 +46,7 @@ def queries(query: Tensor, decode: Tensor, channels: Tensor, *, top: bool) -> Te
     blocks, count), or of the others: (B, H, blocks, M, rows)."""
     there = channels.to(torch.int64).clamp(max=query.shape[2] - 1)
     heads = torch.arange(query.shape[1], device=query.device)[:, None, None]
-    met = query[torch.arange(len(query), device=query.device)[:, None, None, None], heads, there]
-    theirs = decode.expand(query.shape[1], -1, -1)[heads, there].mT @ met
+    theirs = decode.expand(query.shape[1], -1, -1)[heads, there].mT @ met_at(query, channels)
     return theirs if top else (decode.mT @ query)[:, :, None] - theirs
 
 

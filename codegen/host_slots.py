@@ -15,9 +15,7 @@ from kvdsl.codes import SLOT_TOKENS, Sparse
 from kvdsl.rope import pairs as partners
 from kvdsl.scheme import Side
 
-from .host import blocks, finite, saturated
-
-NAN = 0x7E00
+from .host import bits_fp16, blocks, finite, saturated, to_int16
 
 
 class Split(NamedTuple):
@@ -71,9 +69,8 @@ def _beyond(x: Tensor, code: Sparse, thresholds: Tensor) -> tuple[Tensor, Tensor
 
 def kept(rest: Tensor, taken: Split, side: Side) -> Tensor:
     """What is kept of `rest` (n, H, T, D) in the slots, as bits of float16, int16: 0 where they are not used."""
-    numbers = saturated(slotted(rest, side).gather(-2, taken.places)).to(torch.float16) + 0.0
-    words = torch.where(torch.isnan(numbers), NAN, numbers.view(torch.int16))
-    return torch.where(taken.used, words, 0).to(torch.int16)
+    words = bits_fp16(saturated(slotted(rest, side).gather(-2, taken.places)))
+    return to_int16(torch.where(taken.used, words, 0))
 
 
 def by_channel(query: Tensor, heads: int) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from .errors import Fault
-from .scheme import ALL, Bands, Float, Sketch, Store, TopChannels, Uniform
+from .outlier_rules import nothing_left
+from .scheme import ALL, Float, Sketch, Store, TopChannels, Uniform
 from .shape import Shape
 from .sites import Site, rule
 
@@ -54,12 +55,7 @@ def _what_can_code_chosen_channels(site: Site) -> Iterator[Fault]:
     if store.rope is not None:
         fact = "channels of keys without RoPE would have to be turned back on their own"
         yield site.fault("outliers", fact, "leave it out, or leave out PreRope()")
-    if isinstance(store.code, Float) and store.code.plain:
-        fact = f"{store.code.format} keeps every number as it is"
-        yield site.fault("outliers", fact, "leave outliers out, or lower the code's bits")
-    if isinstance(store.code, Bands):
-        fact = "bands are all that is kept of a vector"
-        yield site.fault("outliers", fact, "leave it out, or use one code for all numbers, as Uniform(bits=4)")
+    yield from nothing_left(site)
     match top.store.code:
         case Sketch():
             if not isinstance(store.code, Sketch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from .errors import Fault
-from .scheme import Bands, Rotate, Sketch, TopChannels
+from .scheme import Bands, Float, Rotate, Sketch, TopChannels
 from .shape import Shape
 from .sites import Site, rule
 
@@ -36,6 +36,17 @@ def _what_outlier_channels_leave_is_left_of_the_vector(site: Site) -> Iterator[F
     if site.apart and site.store.residual is not None:
         fact = "what outlier channels leave is left of the whole vector"
         yield site.fault("residual", fact, "move residual to the outer store")
+
+
+def nothing_left(site: Site) -> Iterator[Fault]:
+    """The faults of codes beside which nothing of a vector is left to be kept."""
+    code = site.store.code
+    if isinstance(code, Float) and code.plain:
+        fact = f"{code.format} keeps every number as it is"
+        yield site.fault("outliers", fact, "leave outliers out, or lower the code's bits")
+    if isinstance(code, Bands):
+        fact = "bands are all that is kept of a vector"
+        yield site.fault("outliers", fact, "leave it out, or use one code for all numbers, as Uniform(bits=4)")
 
 
 def shape_faults(site: Site, shape: Shape) -> Iterator[Fault]:

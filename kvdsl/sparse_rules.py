@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from .codes import SLOT_TOKENS
 from .errors import Fault
-from .scheme import ALL, Bands, Block, Float, Sparse
+from .outlier_rules import nothing_left
+from .scheme import ALL, Block, Sparse
 from .shape import Shape
 from .sites import Site, rule
 
@@ -19,12 +20,7 @@ def _single_numbers_are_of_a_vector(site: Site) -> Iterator[Fault]:
     if site.inner or site.band is not None:
         fact = "single numbers are taken out of a vector as it came"
         yield site.fault("outliers", fact, "leave outliers out" if site.apart else "move outliers to the outer store")
-    if isinstance(store.code, Float) and store.code.plain:
-        fact = f"{store.code.format} keeps every number as it is"
-        yield site.fault("outliers", fact, "leave outliers out, or lower the code's bits")
-    if isinstance(store.code, Bands):
-        fact = "bands are all that is kept of a vector"
-        yield site.fault("outliers", fact, "leave it out, or use one code for all numbers, as Uniform(bits=4)")
+    yield from nothing_left(site)
 
 
 @rule("~.outliers")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvdsl.codes import Bands, Chosen, Float, LowRank, Sketch, Sparse
 from kvdsl.errors import ShapeError
-from kvdsl.scheme import Band, Parted, Scale, Store, TopChannels, Uniform, bands
+from kvdsl.scheme import Band, Parted, Scale, Store, Uniform, bands
 
 from .alphabets import Alphabet, alphabet, given_table, has_offset, holds_numbers, level_count
 from .blocks import block_size, cut, join
@@ -101,13 +101,18 @@ def links(store: Store, x: Tensor, params: Params | None = None, side: str = "ke
     picked = None
     if isinstance(store.outliers, Sparse):
         picked = pick(x, store.outliers, side, _thresholds(store.outliers, x, params, side))
-    for position, (place, term) in enumerate(store.placed(side)):
+    terms, above = store.placed(side), None
+    own = terms[0][1]
+    channels = choose(x, own.choice) if isinstance(own, Parted) else None
+    for position, (place, term) in enumerate(terms):
         if isinstance(term, Parted):
-            given, mine, kept = _beside_chosen(term, x, rest, params, place)
+            assert channels is not None
+            given, mine, kept, above = _beside_chosen(term, x, rest, channels, params, place)
             yield Link(term, place, given, kept, mine)
         elif isinstance(term.code, Chosen):
-            kept = _of_chosen(term.code, store, x, rest, params, side)
-            mine = _chosen_of(x, term.code.choice)
+            assert channels is not None
+            mine = among(channels, term.code.choice, x.shape[3])
+            kept = _of_chosen(term.code, rest, channels, above)
             yield Link(term, place, torch.where(mine, rest, 0.0), kept, mine)
         elif isinstance(term.code, Sparse):
             assert picked is not None
@@ -131,44 +136,33 @@ def _thresholds(code: Sparse, x: Tensor, params: Params | None, side: str) -> Te
     return _calibrated(params, f"{side}.outliers", (2, x.shape[1], x.shape[3]), what)
 
 
-def _chosen_of(x: Tensor, choice: TopChannels) -> Tensor:
-    """Whether each number of x is of a channel that is chosen anew."""
-    return among(choose(x, choice), choice, x.shape[3])
-
-
 def _beside_chosen(
-    store: Parted, x: Tensor, rest: Tensor, params: Params | None, place: str
-) -> tuple[Tensor, Tensor | None, Quantized]:
+    store: Parted, x: Tensor, rest: Tensor, channels: Tensor, params: Params | None, place: str
+) -> tuple[Tensor, Tensor | None, Quantized, Quantized | None]:
     """What a store beside that of chosen channels, or that one, is given of x or of what is left, of which numbers it
-    is alone, and what it keeps."""
-    channels = choose(x, store.choice)
+    is alone, and what it keeps; the bits above its own, where chosen channels have more."""
     theirs = among(channels, store.choice, x.shape[3])
     if store.masked:
         mine = theirs == store.top
         given = torch.where(mine, rest, 0.0)
         kept = _alone(store, given, params, place)
         decoded = torch.where(mine, kept.decoded, 0.0)
-        return given, mine, replace(kept, decoded=decoded, channels=channels if store.top else None)
+        return given, mine, replace(kept, decoded=decoded, channels=channels if store.top else None), None
     if store.raised is None:
         given = torch.where(theirs, 0.0, x)
-        return given, None, _alone(store, given, params, place)
-    return x, None, _both(store, x, theirs, params, place)[0]
+        return given, None, _alone(store, given, params, place), None
+    return x, None, *_both(store, x, theirs, params, place)
 
 
-def _of_chosen(code: Chosen, store: Store, x: Tensor, rest: Tensor, params: Params | None, side: str) -> Quantized:
-    """What is kept of chosen channels beside codes of all channels: what these left of them, or higher bits."""
-    channels = choose(x, code.choice)
-    if not code.below:
+def _of_chosen(code: Chosen, rest: Tensor, channels: Tensor, above: Quantized | None) -> Quantized:
+    """What is kept of chosen channels beside codes of all channels: what these left of them, or bits `above`."""
+    if above is None:
         numbers = kept_of(rest, channels, code)
-        decoded = put_back(numbers, channels, code.choice, x.shape[3])
+        decoded = put_back(numbers, channels, code.choice, rest.shape[3])
         return Quantized(None, None, None, decoded, numbers, channels=channels)
-    own = store.placed(side)[0][1]
-    assert isinstance(own, Parted)
-    theirs = among(channels, code.choice, x.shape[3])
-    high = _both(own, x, theirs, params, side)[1]
-    assert high.codes is not None
-    codes, coded = (gathered(part, channels, code.choice) for part in (high.codes, high.decoded))
-    return Quantized(codes, None, None, high.decoded, coded, channels=channels)
+    assert above.codes is not None
+    codes, coded = (gathered(part, channels, code.choice) for part in (above.codes, above.decoded))
+    return Quantized(codes, None, None, above.decoded, coded, channels=channels)
 
 
 def _both(store: Parted, x: Tensor, theirs: Tensor, params: Params | None, place: str) -> tuple[Quantized, Quantized]:
