@@ -54,14 +54,16 @@ class PageModule(KernelModule):
             if part.parted:
                 channels = choose(source, part.parted.choice)
                 chosen = Taken(channels, among(channels, part.choice.tokens, source.shape[3]))
-                put = channels.to(torch.uint8), begin, end, low, pool, table
-                self._put(f"put_{part.space}_channels", *put)
+                which = {"bytes_ptr": channels.to(torch.uint8)}
+                self._put(f"put_{part.space}_channels", which, begin, end, low, pool, table)
             for term in part.spaces:
                 if taken is not None and term.slots:
-                    self._pack_slots(term, source, taken, begin, end, (low, high), pool, table)
+                    numbers = kept(source, taken, side)
+                    slots = {"numbers_ptr": numbers, "places_ptr": taken.places.to(torch.uint8)}
+                    self._put(f"pack_{term.label}", slots, begin, end, low, pool, table)
                 elif chosen is not None and term.beside:
-                    kept_rows = _beside_rows(term, source if above is None else above, chosen.channels)
-                    self._put(f"put_{term.space}", kept_rows, begin, end, low, pool, table)
+                    there = {"bytes_ptr": _beside_rows(term, source if above is None else above, chosen.channels)}
+                    self._put(f"put_{term.space}", there, begin, end, low, pool, table)
                 else:
                     given, raised = taken.filled if taken is not None and term is part else source, {}
                     if chosen is not None and term.parted:
@@ -77,16 +79,14 @@ class PageModule(KernelModule):
                     )
                     at, start = torch.full_like(first, low), 0
 
-    def _put(
-        self, kernel: str, rows: Tensor, begin: Tensor, end: Tensor, low: int, pool: Tensor, table: Tensor
-    ) -> None:
-        """Write bytes (B, H, blocks, size) of tokens from u = low on."""
-        batch, heads, blocks, _ = rows.shape
-        given = {
-            "bytes_ptr": rows.contiguous(), "begin_ptr": begin, "end_ptr": end, "table_ptr": table,
-            "table_width": table.shape[1], "low": low, "blocks": blocks,
-        }  # fmt: skip
-        self._run(kernel, (blocks, batch * heads), given, pool, {})
+    def _put(self, kernel: str, rows: Mapping[str, Tensor], begin: Tensor, end: Tensor, low: int, pool: Tensor,
+             table: Tensor) -> None:  # fmt: skip
+        """Write rows, each (B, H, blocks, ...), of tokens from u = low on."""
+        batch, heads, blocks = next(iter(rows.values())).shape[:3]
+        given = {name: tensor.contiguous() for name, tensor in rows.items()}
+        given |= {"begin_ptr": begin, "end_ptr": end, "table_ptr": table}
+        sizes = {"table_width": table.shape[1], "low": low, "blocks": blocks}
+        self._run(kernel, (blocks, batch * heads), given | sizes, pool, {})
 
     def _chosen(self, term: SidePlan, pool: Tensor, table: Tensor, low: int, high: int) -> Tensor:
         """Which channels are chosen for each of the tokens u in [low, high): uint8 (B, H, high - low, count)."""
@@ -97,18 +97,6 @@ class PageModule(KernelModule):
         channels = section[table[:, first:last].long()].unflatten(-1, (held.blocks, held.count))
         of_tokens = channels.movedim(2, 1).flatten(2, 3).repeat_interleave(held.tokens, 2)
         return of_tokens[:, :, low - first * layout.page_tokens :][:, :, : high - low]
-
-    def _pack_slots(self, term: SidePlan, rows: Tensor, taken: Split, begin: Tensor, end: Tensor,
-                    reach: tuple[int, int], pool: Tensor, table: Tensor) -> None:  # fmt: skip
-        """Write what stands in slots of a chunk's tokens u in `reach`, given in rows."""
-        batch, heads = rows.shape[:2]
-        blocks = taken.places.shape[2]
-        given = {
-            "numbers_ptr": kept(rows, taken, term.name).contiguous(),
-            "places_ptr": taken.places.to(torch.uint8).contiguous(), "begin_ptr": begin, "end_ptr": end,
-            "table_ptr": table, "table_width": table.shape[1], "low": reach[0], "blocks": blocks,
-        }  # fmt: skip
-        self._run(f"pack_{term.label}", (blocks, batch * heads), given, pool, {})
 
     def _pack_term(self, term: SidePlan, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor,
                    reach: tuple[int, int], pool: Tensor, table: Tensor, params: Params,

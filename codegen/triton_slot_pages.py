@@ -5,30 +5,10 @@ from __future__ import annotations
 from kvdsl.codes import SLOT_TOKENS
 
 from .plan import Plan, SidePlan
-from .text import fill, padded, plus
+from .text import padded, plus
+from .triton_put import of_blocks
 from .triton_slots import Slotted, held_by
 from .triton_unpack import Unpack
-
-PACK = """
-@triton.jit(do_not_specialize=["low", "blocks"])
-def pack_$side(
-    numbers_ptr, places_ptr, begin_ptr, end_ptr, pool16_ptr, pool8_ptr, table_ptr, table_width, low, blocks
-):
-    block = tl.program_id(0)
-    bh = tl.program_id(1)
-    b = bh // $heads
-    h = bh % $heads
-    u = low + block * $tokens
-    if (u >= tl.load(begin_ptr + b)) & (u < tl.load(end_ptr + b)):
-        page = tl.load(table_ptr + b.to(tl.int64) * table_width + u // $page).to(tl.int64)
-        lane = tl.arange(0, $lanes)
-        source = (bh.to(tl.int64) * blocks + block) * $numbers + lane
-        first = $first + lane
-        numbers = pool16_ptr + page * $page_words + h * $head_words$numbers_offset + first
-        places = pool8_ptr + page * $page_bytes + h * $head_bytes$places_offset + first
-        $slots
-"""
-
 
 def pack(plan: Plan, side: SidePlan) -> str:
     """The text of `pack_<side>`: numbers, float16 bits, and places (B, H, blocks, slots, 64 or D) of tokens from `low`
@@ -37,19 +17,23 @@ def pack(plan: Plan, side: SidePlan) -> str:
     width = SLOT_TOKENS if keys else held.width
     lanes = padded(width)
     mask = f", mask=lane < {width}" if lanes > width else ""
-    slots = []
+    page = layout.page_tokens
+    row = f"u % {page} // {SLOT_TOKENS} * {held.count * held.width}" if page > SLOT_TOKENS else "0"
+    numbers = f"page * {layout.page_bytes // 2} + h * {layout.head_bytes // 2}{plus(held.offset // 2)}"
+    places = f"page * {layout.page_bytes} + h * {layout.head_bytes}{plus(held.places_offset)}"
+    body = [
+        f"lane = tl.arange(0, {lanes})",
+        f"source = (bh.to(tl.int64) * blocks + block) * {held.count * width} + lane",
+        f"first = {f'u % {page}' if keys else row} + lane",
+        f"numbers = pool16_ptr + {numbers} + first",
+        f"places = pool8_ptr + {places} + first",
+    ]
     for i in range(held.count):
         for name in ("numbers", "places"):
             found = f"tl.load({name}_ptr + source{plus(i * width)}{mask})"
-            slots.append(f"tl.store({name}{plus(i * held.width)}, {found}{mask})")
-    page = layout.page_tokens
-    row = f"u % {page} // {SLOT_TOKENS} * {held.count * held.width}" if page > SLOT_TOKENS else "0"
-    return fill(
-        PACK, side=side.label, heads=plan.shape.kv_heads, tokens=SLOT_TOKENS, page=page, lanes=lanes,
-        numbers=held.count * width, first=f"u % {page}" if keys else row, page_words=layout.page_bytes // 2,
-        head_words=layout.head_bytes // 2, page_bytes=layout.page_bytes, head_bytes=layout.head_bytes,
-        numbers_offset=plus(held.offset // 2), places_offset=plus(held.places_offset), slots=slots,
-    )  # fmt: skip
+            body.append(f"tl.store({name}{plus(i * held.width)}, {found}{mask})")
+    given, pools = "numbers_ptr, places_ptr", "pool16_ptr, pool8_ptr"
+    return of_blocks(plan, f"pack_{side.label}", given, pools, SLOT_TOKENS, body)
 
 
 class SlottedUnpack(Slotted, Unpack):
