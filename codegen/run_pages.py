@@ -19,7 +19,7 @@ from .host import cartesian, polar, saturated
 from .host_beside import Taken, level_counts, placed, rows_there
 from .host_channels import among, choose
 from .host_channels import given as beside
-from .host_slots import Split, kept, split
+from .host_slots import kept, split
 from .plan import SidePlan
 from .run_kernels import KernelModule
 from .text import padded

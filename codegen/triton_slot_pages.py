@@ -10,6 +10,7 @@ from .triton_put import of_blocks
 from .triton_slots import Slotted, held_by
 from .triton_unpack import Unpack
 
+
 def pack(plan: Plan, side: SidePlan) -> str:
     """The text of `pack_<side>`: numbers, float16 bits, and places (B, H, blocks, slots, 64 or D) of tokens from `low`
     on, of the blocks of 64 tokens in [begin, end)."""
