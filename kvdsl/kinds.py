@@ -31,6 +31,7 @@ from .errors import Fault
 from .part import ALL, Part
 from .scale import MetaFormat, Range, Refit, Zero
 from .scheme import Block, Flush, Prefill, Recent, Scale, Scheme, Sinks, Store, TopChannels
+from .tiers import Router
 from .transforms import (
     ChannelScale,
     ChannelShift,
@@ -339,7 +340,7 @@ KINDS: dict[type[Part], dict[str, Check]] = {
         "heads": count(1, MOST_JOINED, "kv heads"),
         "seed": count(0, LARGEST_SEED, "seed", optional=True),
     },
-    ChannelScale: {"by": word(ScaleRule), "when": word(Literal["calibrated"])},
+    ChannelScale: {"by": word(ScaleRule), "when": word(Literal["calibrated", "online", "prompt"])},
     ChannelShift: {"by": word(ShiftRule), "when": word(Literal["calibrated"])},
     Permute: {"by": word(Order), "when": word(Literal["calibrated"])},
     Polar: {"levels": count(1, MOST_TURNS, "levels")},
@@ -374,7 +375,7 @@ KINDS: dict[type[Part], dict[str, Check]] = {
 
 def misfits(part: Part, path: str = "") -> Iterator[Fault]:
     """The faults of every field of this part and of the parts inside it."""
-    for field, check in KINDS[type(part)].items():
+    for field, check in ({} if _own(part) else KINDS[type(part)]).items():
         value = getattr(part, field)
         place = f"{path}.{field}".lstrip(".")
         found = tuple(check(place, value))
@@ -383,6 +384,11 @@ def misfits(part: Part, path: str = "") -> Iterator[Fault]:
             continue
         if isinstance(value, Part):
             yield from misfits(value, place)
-        elif field in ("transform", "stores"):
+        elif field in ("transform", "stores", "tiers"):
             for position, item in enumerate(value):
                 yield from misfits(item, f"{place}[{position}]")
+
+
+def _own(part: Part) -> bool:
+    """Whether the part is a router of a user's: its class checks its fields itself."""
+    return isinstance(part, Router) and type(part) not in KINDS

@@ -20,11 +20,13 @@ from . import (  # noqa: F401  (they enter their rules)
     rope_rules,
     rotation_rules,
     sparse_rules,
+    tier_rules,
 )
 from .codes import SLOT_TOKENS
 from .errors import Fault, SchemeError
 from .kinds import misfits
 from .scheme import ALL, SIDES, Band, Bands, ChannelScale, LowRank, Scheme, Sketch, Sparse, Store, TopChannels
+from .segments import segments
 from .shape import Shape
 from .sites import RULES, Site, rule
 from .transforms import Pick
@@ -38,7 +40,9 @@ def faults(scheme: Scheme) -> tuple[Fault, ...]:
     if scheme.keys is scheme.values:
         found = [fault for fault in found if fault.place.partition(".")[0] != "values"]
     bad = {fault.place for fault in found}
-    for site in _sites(scheme):
+    if scheme.routed:
+        found += tier_rules.faults(scheme) if not bad else ()
+    for site in () if scheme.routed else _sites(scheme):
         for reads, check in RULES:
             if not any(_touch(read.replace("~", site.place), wrong) for read in reads for wrong in bad):
                 found += check(site)
@@ -56,6 +60,9 @@ def refuse(scheme: Scheme, given: tuple[str, ...] = ()) -> None:
 
 def shape_faults(scheme: Scheme, shape: Shape) -> tuple[Fault, ...]:
     """Every mistake of a legal spec that shows only at a shape."""
+    if scheme.routed:
+        parts = [shape_faults(one.scheme, shape) for one in segments(scheme) if one.scheme is not None]
+        return tuple(dict.fromkeys(fault for part in parts for fault in part))
     whole = (site for site in _sites(scheme) if site.band is None)
     return tuple(fault for site in whole for one in (site, *_stretches(site)) for fault in _shape(one, shape))
 

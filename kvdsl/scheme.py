@@ -15,14 +15,15 @@ from .codes import Bands, Chosen, Code, Codebook, Float, FloatFormat, LowRank, R
 from .part import ALL, Block, Count, Part
 from .scale import MetaFormat, Range, Refit, Scale, Zero, per_channel, per_tensor, per_token
 from .store import Band, Parted, Side, Store, TopChannels, bands
+from .tiers import DROP, ROUTERS, Largest, Origin, Probes, Requantize, Router, Saliency, Tier
 from .transforms import ChannelScale, ChannelShift, Permute, Pick, Polar, PreRope, Rotate, Transform
 
 __all__ = [
-    "ALL", "Band", "Bands", "Block", "ChannelScale", "ChannelShift", "Chosen", "Code", "Codebook", "Count", "Float",
-    "FloatFormat", "Flush", "Layers", "LowRank", "MetaFormat", "PARTS", "Part", "Parted", "Permute", "Polar", "Pick",
-    "PreRope", "Prefill", "Range", "Recent", "Refit", "Rotate", "Rounding", "SIDES", "Scale", "Scheme", "Side", "Sinks",
-    "Sketch", "Sparse", "Store", "TopChannels", "Transform", "Uniform", "When", "Zero", "bands", "per_channel",
-    "per_tensor", "per_token",
+    "ALL", "Band", "Bands", "Block", "ChannelScale", "ChannelShift", "Chosen", "Code", "Codebook", "Count", "DROP",
+    "Float", "FloatFormat", "Flush", "Largest", "Layers", "LowRank", "MetaFormat", "Origin", "PARTS", "Part", "Parted",
+    "Permute", "Polar", "Pick", "PreRope", "Prefill", "Probes", "Range", "Recent", "Refit", "Requantize", "Rotate",
+    "Rounding", "Router", "SIDES", "Saliency", "Scale", "Scheme", "Side", "Sinks", "Sketch", "Sparse", "Store", "Tier",
+    "TopChannels", "Transform", "Uniform", "When", "Zero", "bands", "per_channel", "per_tensor", "per_token",
 ]  # fmt: skip
 
 Flush = Literal["auto", "rolling", "whole"]
@@ -54,7 +55,11 @@ Layers = tuple[tuple[tuple[int, ...], "Scheme"], ...]
 @dataclass(frozen=True, repr=False)
 class Scheme(Part):
     """A way to store a KV cache.  `both=` gives keys and values one store; `layers` maps layer indices (negative: from
-    the end) to schemes of their own.  Raises SchemeError naming every fault, its place and its mend."""
+    the end) to schemes of their own.  Raises SchemeError naming every fault, its place and its mend.
+
+    tiers       what is neither a sink nor recent goes to one of them, as `router` says; one alone takes all
+    requantize  `on_flush`: whenever tokens leave the window, all that is stored is decoded and quantized anew
+    """
 
     inner = ("keys", "values")
     keys: Store = None  # type: ignore[assignment]
@@ -63,6 +68,9 @@ class Scheme(Part):
     both: InitVar[Store | None] = None
     sinks: Sinks | None = None
     recent: Recent | None = None
+    tiers: tuple[Tier, ...] = ()
+    router: Router | None = None
+    requantize: Requantize = "never"
     prefill: Prefill = "exact"
     layers: Layers | Mapping[Any, Scheme] = ()
     source: str = ""
@@ -70,7 +78,8 @@ class Scheme(Part):
     def __post_init__(self, both: Store | None) -> None:
         given = tuple(side for side in SIDES if both is not None and getattr(self, side) is not None)
         stores = {} if both is None else {"keys": both, "values": both}
-        for field, value in {**stores, "layers": _table(self.layers)}.items():
+        tiers = tuple(self.tiers) if isinstance(self.tiers, list) else self.tiers
+        for field, value in {**stores, "layers": _table(self.layers), "tiers": tiers}.items():
             object.__setattr__(self, field, value)
         from .rules import refuse
 
@@ -79,6 +88,11 @@ class Scheme(Part):
     def side(self, name: Side) -> Store:
         """The store of one side."""
         return self.keys if name == "keys" else self.values
+
+    @property
+    def routed(self) -> bool:
+        """Whether tokens go to tiers, or are quantized anew: a cache of segments, see segments.py."""
+        return bool(self.tiers) or self.requantize != "never"
 
     def for_layer(self, index: int, layers: int) -> Scheme:
         """The scheme of layer `index` in a model of `layers` layers."""
@@ -156,5 +170,5 @@ def _ordered(rows: Iterable[Any]) -> list[Any]:
 SIDES: tuple[Side, Side] = ("keys", "values")
 _CODES: tuple[type[Part], ...] = tuple(code for code in get_args(Code) if code is not Chosen)
 _TRANSFORMS: tuple[type[Part], ...] = get_args(Transform)
-_PARTS = (Block, Scale, *_CODES, *_TRANSFORMS, TopChannels, Store, Recent, Sinks, Scheme)
+_PARTS = (Block, Scale, *_CODES, *_TRANSFORMS, TopChannels, Store, Recent, Sinks, Tier, Probes, Scheme)
 PARTS: dict[str, type[Part]] = {c.__name__: c for c in _PARTS}

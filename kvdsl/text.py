@@ -16,7 +16,7 @@ from typing import Any
 from .errors import Fault, SchemeError
 from .kinds import closest, listed, said
 from .part import ALL, Part
-from .scheme import PARTS, Block, Scale, Scheme
+from .scheme import PARTS, ROUTERS, Block, Scale, Scheme
 
 LANGUAGE = 1  # enters every hash: raise it when a default or a meaning changes
 LONGEST_TEXT = 1 << 20  # characters
@@ -27,9 +27,10 @@ _WHERE |= {"outliers": "TopChannels Sparse", "store": "Store"}
 _WHERE |= {"code": "Uniform Float Codebook Sketch Bands LowRank", "stores": "Store"}
 _WHERE |= {"transform": "PreRope Rotate ChannelScale ChannelShift Permute Polar"}
 _WHERE |= {"block": "Block", "line": "Block", "sinks": "Sinks", "recent": "Recent", "scheme": "Scheme"}
+_WHERE |= {"tiers": "Tier", "probes": "Probes"}
 _TYPES = {field: tuple(names.split()) for field, names in _WHERE.items()}
 _COUNTS = ("tokens", "per", "channels", "heads", "size", "dim")
-_LISTS = ("transform", "levels", "clip", "stores")
+_LISTS = ("transform", "levels", "clip", "stores", "tiers")
 _SHOWN = {"code", "format"}  # worth reading even where they are the default
 
 
@@ -150,7 +151,7 @@ def _read(tree: Any, path: str, types: tuple[str, ...], found: list[Fault], dept
         near = closest(name, types)
         found.append(Fault(f"{path}.part".lstrip("."), fact, f"use {near or listed(types)}"))
         return None
-    kind = PARTS[name]
+    kind = PARTS.get(name) or ROUTERS[name]
     known = [f.name for f in dc.fields(kind)] + ["both"] * (kind is Scheme)  # type: ignore[arg-type]
     fields = dict[str, Any]()
     for key, value in tree.items():
@@ -167,14 +168,19 @@ def _read(tree: Any, path: str, types: tuple[str, ...], found: list[Fault], dept
             many = isinstance(value, (list, tuple)) and key in _LISTS
             if many:
                 items = enumerate(value)
-                fields[key] = tuple(_read(v, f"{here}[{i}]", _TYPES.get(key, ()), found, depth + 1) for i, v in items)
+                fields[key] = tuple(_read(v, f"{here}[{i}]", _types(key), found, depth + 1) for i, v in items)
             else:
-                fields[key] = ALL if whole else _read(value, here, _TYPES.get(key, ()), found, depth + 1)
+                fields[key] = ALL if whole else _read(value, here, _types(key), found, depth + 1)
     if name == "Recent" or name == "Sinks":
         fields.setdefault("tokens", None)
     if kind is Scheme and found:
         fields = {key: value for key, value in fields.items() if value is not None}
     return kind(**fields)
+
+
+def _types(field: str) -> tuple[str, ...]:
+    """The parts that may stand in a field; routers may be a user's own, once their class is defined."""
+    return tuple(ROUTERS) if field == "router" else _TYPES.get(field, ())
 
 
 def _rows(rows: Any, found: list[Fault], depth: int) -> Iterator[tuple[Any, Any]]:
@@ -219,7 +225,7 @@ def to_toml(scheme: Scheme) -> str:
 
 def _toml(value: Any, field: str) -> str:
     if isinstance(value, dict):
-        skip = "part" if len(_TYPES.get(field, ())) == 1 else ""
+        skip = "part" if len(_types(field)) == 1 else ""
         inner = ", ".join(f"{key} = {_toml(inner, key)}" for key, inner in value.items() if key != skip)
         return f"{{ {inner} }}" if inner else "{}"
     if isinstance(value, (list, tuple)):

@@ -42,11 +42,13 @@ class ChannelScale(Part):
     """y_i = x_i / n_i for every channel of every kv head.
 
     by   `absmax`: n = max|x|; `sqrt_absmax`: its square root; `balance`: sqrt(max|k|/max|q|), keys against queries;
-         `learned`: as given.  Measured on calibration data.
+         `learned`: as given
+    when `calibrated`: measured on calibration data; in a scheme with tiers also `online`, on the tokens of a tier
+         whenever they are quantized, or `prompt`, on the prompt's
     """
 
     by: ScaleRule = "sqrt_absmax"
-    when: Literal["calibrated"] = "calibrated"
+    when: Literal["calibrated", "online", "prompt"] = "calibrated"
 
 
 @dataclass(frozen=True, repr=False)

@@ -1,0 +1,89 @@
+"""A scheme with tiers as schemes without: what each tier stores, and what is measured anew whenever all is quantized.
+
+A number that is one for all tokens of a tier, and is measured on them, cannot stand in a page: it belongs to a sequence
+and changes at every flush.  Where it is a factor or a shift of each channel it leaves the products altogether: what is
+packed is y = (x - shift) / factor, keys meet q * factor with q . shift added to their scores, and outputs are
+multiplied and shifted once.
+"""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+from .part import ALL
+from .scheme import SIDES, ChannelScale, Recent, Scheme, Side, Sinks, Store, Tier, Uniform
+from .window import waiting
+
+
+class Measured(NamedTuple):
+    """What is measured of each channel, for all tokens: the `range` of a code's, or sizes that a ChannelScale divides
+    by; `once`: from the prompt's tokens alone, else at every flush."""
+
+    by: str
+    once: bool = False
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One tier of a scheme.
+
+    tier      what the scheme says of it; of one without tiers, all that it stores
+    scheme    how its tokens are stored, a scheme without tiers; None where they are dropped
+    measured  of each side what is measured of all tokens, and divided out before they are coded
+    """
+
+    tier: Tier
+    scheme: Scheme | None
+    measured: tuple[Measured | None, Measured | None] = (None, None)
+
+    def of(self, side: Side) -> Measured | None:
+        """What is measured of a side."""
+        return self.measured[SIDES.index(side)]
+
+
+@lru_cache(maxsize=1024)
+def segments(scheme: Scheme) -> tuple[Segment, ...]:
+    """The tiers of a routed scheme in order.  Raises SchemeError, as any Scheme does, where one of them is illegal."""
+    return tuple(segment(scheme, tier) for tier in scheme.tiers or (Tier(),))
+
+
+def front(scheme: Scheme) -> Scheme:
+    """What holds the exact tokens of a routed scheme: it never packs."""
+    return Scheme(both=Store(), sinks=Sinks(scheme.sinks.tokens) if scheme.sinks else None)
+
+
+def segment(scheme: Scheme, tier: Tier) -> Segment:
+    """One tier of a scheme.  Raises SchemeError where what it stores is illegal."""
+    if tier.drops:
+        return Segment(tier, None)
+    keys, measured_keys = _peeled(tier.store("keys", scheme.keys))
+    values, measured_values = _peeled(tier.store("values", scheme.values))
+    block = math.lcm(*(waiting(term) for store in (keys, values) for term in store.terms))
+    recent = Recent(block, "whole") if block > 1 else None
+    return Segment(tier, Scheme(keys, values, recent=recent), (measured_keys, measured_values))
+
+
+def _peeled(store: Store) -> tuple[Store, Measured | None]:
+    """A store without what is measured at every flush, which stands outermost; and what that is."""
+    first = store.transform[:1]  # type: ignore[index]
+    if first and isinstance(first[0], ChannelScale) and first[0].when != "calibrated":
+        measured = Measured(first[0].by, first[0].when == "prompt")
+        return dc.replace(store, transform=store.transform[1:]), measured  # type: ignore[index]
+    if spans_all(store):
+        assert store.scale is not None
+        return store.with_(scale=store.scale.with_(when="calibrated", dtype="fp32")), Measured("range")
+    return store, None
+
+
+def spans_all(store: Store) -> bool:
+    """Whether one scale of each channel is of all tokens, measured on them."""
+    scale = store.scale
+    if scale is None or scale.when != "online" or scale.block.tokens is not ALL:
+        return False
+    plain = isinstance(store.code, Uniform) and scale.range in (None, "minmax") and scale.zero == "min"
+    alone = not store.transform and store.outliers is None and store.residual is None
+    return plain and alone and scale.block.channels == 1 and scale.block.heads == 1
