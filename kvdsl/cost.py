@@ -9,14 +9,18 @@ from fractions import Fraction
 from .codes import SLOT_TOKENS, in_trits, trit_bytes, width
 from .errors import SchemeError, ShapeError
 from .rules import layer_faults, refuse_for
+from .segments import segments
 from .scheme import ALL, SIDES, Chosen, Codebook, LowRank, Scale, Scheme, Side, Sparse, Store, TopChannels
 from .shape import Shape
+from .tier_shares import shares
+from .tiers import Saliency
 from .window import windows
 
 ALIGN = 16  # bytes: every section of a page begins at a multiple
 PAGE = 64  # tokens: a page holds whole words and whole blocks, at least these
 EXACT = 16  # bits of a number that a window or a sink keeps as it came
 PLACE = 8  # bits that say where a single number stands: which channel of a token, or which token of a block
+POSITION = 32  # bits that say where a token of a tier stood, and of each sum that is carried on
 CONSTANT = 4  # bytes of a calibrated number: float32, once a layer
 WIDTH = {"fp32": 32, "fp16": 16, "bf16": 16, "e4m3": 8, "e8m0": 8}
 
@@ -105,7 +109,8 @@ def bits(
     for one in several:
         if one.hash not in seen:
             refuse_for(one, shape)
-            seen[one.hash] = _sides(one, shape, tokens), sum(_constants(one.side(side), shape) for side in SIDES)
+            stores = [plain.side(side) for plain in _plain(one) for side in SIDES]
+            seen[one.hash] = _sides(one, shape, tokens), sum(_constants(store, shape) for store in stores)
     counted = [seen[one.hash] for one in several]
     keys, values = (_mean([pair[i] for pair, _ in counted]) for i in range(2))
     constants = sum(constant for _, constant in counted) / len(counted)
@@ -114,8 +119,13 @@ def bits(
 
 
 def page_tokens(scheme: Scheme) -> int:
-    """Tokens of a page: whole words and whole blocks of both sides."""
+    """Tokens of a page of a scheme without tiers: whole words and whole blocks of both sides."""
     return math.lcm(PAGE, *(window.block for window in windows(scheme).values()))
+
+
+def _plain(scheme: Scheme) -> list[Scheme]:
+    """The scheme, or what its tiers store."""
+    return [one.scheme for one in segments(scheme) if one.scheme] if scheme.routed else [scheme]
 
 
 def _mean(parts: list[SideBits]) -> SideBits:
@@ -129,10 +139,30 @@ def _sides(scheme: Scheme, shape: Shape, tokens: int | None) -> tuple[SideBits, 
 
 
 def _side(scheme: Scheme, side: Side, shape: Shape, tokens: int | None) -> SideBits:
+    if scheme.routed:
+        return _of_tiers(scheme, side, shape, tokens)
     code, metadata, padding = _of_side(scheme, side, shape)
     exact = 0.0 if tokens is None else 1 - windows(scheme)[side].packed(tokens) / tokens
     packed = 1 - exact
     return SideBits(float(code) * packed, float(metadata) * packed, float(padding) * packed, EXACT * exact, exact)
+
+
+def _of_tiers(scheme: Scheme, side: Side, shape: Shape, tokens: int | None) -> SideBits:
+    """The mean over tiers, each weighed by its share of the tokens, those that are dropped at 0 bits; of tokens that are
+    kept in tiers also where they stood, and the sums that are carried on, in halves for both sides."""
+    parts, rest = shares(scheme, tokens)
+    code = metadata = padding = kept = 0.0
+    for part, one in zip(parts, segments(scheme), strict=True):
+        if one.scheme is None:
+            continue
+        of_code, of_scales, of_padding = map(float, _of_side(one.scheme, side, shape))
+        code, metadata, padding = code + part * of_code, metadata + part * of_scales, padding + part * of_padding
+        kept += part
+        if (measured := one.of(side)) is not None and tokens is not None and part:
+            metadata += EXACT * (2 if measured.by == "range" else 1) / tokens
+    carried = scheme.router.carried if isinstance(scheme.router, Saliency) else 0
+    metadata += kept * POSITION * (1 + carried) / (2 * shape.head_dim)
+    return SideBits(code, metadata, padding, EXACT * rest, rest)
 
 
 def _of_side(scheme: Scheme, side: Side, shape: Shape) -> tuple[Fraction, Fraction, Fraction]:
@@ -234,7 +264,12 @@ def _heads(scale: Scale, shape: Shape) -> int:
 
 
 def _formula(scheme: Scheme, side: Side, shape: Shape) -> str:
-    """Bits of a packed number in words; of several stores one behind the other, then their sum."""
+    """Bits of a packed number in words; of several stores, or tiers, one behind the other, then their sum."""
+    if scheme.routed:
+        parts, _ = shares(scheme, None)
+        told = [_formula(one.scheme, side, shape) if one.scheme else "0 bits" for one in segments(scheme)]
+        told = [f"{part:.3g} x ({text})" for part, text in zip(parts, told, strict=True)]
+        return " + ".join(told) + f" and places = {_of_tiers(scheme, side, shape, None).total:g} bits"
     tokens, store = page_tokens(scheme), scheme.side(side)
     first, *others = (_formula_of(term, shape, tokens, side) for term in store.terms)
     names = ["angles" if store.levels > 1 else "what is left"] * len(others)
