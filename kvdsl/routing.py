@@ -1,7 +1,6 @@
 """Which tokens a decision sends where: counts on the host, places on the device, so that nothing waits for it.
 
-All tiers of a cache hold as many tokens of one kv head of a sequence as of another, though not the same ones.  Index
-tensors are (B, H, K) and right aligned: of sequence b the last k_b entries count.
+All tiers of a cache hold as many tokens of one kv head of a sequence as of another, though not the same ones.
 """
 
 from __future__ import annotations
@@ -16,6 +15,10 @@ from .pages import upload
 from .scheme import Scheme
 from .tier_rules import decides_by_position
 from .tier_shares import targets
+
+
+FAR = 1 << 30
+"""A position behind every token."""
 
 
 class Due(NamedTuple):
@@ -74,51 +77,26 @@ def grown(scheme: Scheme, one: Due, held: Sequence[int]) -> tuple[int, ...]:
     return (*found[:-1], found[-1] + left)
 
 
-def by_position(scheme: Scheme, dues: Sequence[Due], device: torch.device) -> list[Tensor]:
-    """For each tier the new tokens that go there, counted from the first new one: int64 (B, 1, K)."""
-    labels = [labels_of(scheme, one.begin, one.end, one.prompt) for one in dues]
-    found = []
-    for tier in range(max(1, len(scheme.tiers))):
-        picked = [(x == tier).nonzero()[:, 0].tolist() for x in labels]
-        most = max(map(len, picked), default=0)
-        rows = [[0] * (most - len(row)) + row for row in picked]
-        found.append(upload(rows, device, torch.int64).view(len(rows), 1, most))
-    return found
+def top(worth: Tensor, candidates: Tensor, counts: Sequence[int]) -> Tensor:
+    """The counts_b candidates of each head that are worth most, of equal ones the earlier: bool like worth (B, H, L).
+    A NaN is worth least."""
+    worth = torch.nan_to_num(worth, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    order = worth.sort(dim=2, descending=True, stable=True).indices
+    among = candidates.gather(2, order)
+    chosen = among & (among.cumsum(2) <= column(counts, worth.device)[..., None])
+    return torch.zeros_like(candidates).scatter(2, order, chosen)
 
 
-def ranked(importance: Tensor, counts: Sequence[int]) -> Tensor:
-    """Places of the most important tokens first, of equal ones the earlier: int64 like importance (B, H, M), of which
-    the first counts_b are tokens of sequence b.  A NaN is the least."""
-    valid = torch.arange(importance.shape[2], device=importance.device) < column(counts, importance.device)[..., None]
-    importance = torch.nan_to_num(importance, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    worst = torch.where(valid, importance, -torch.inf)
-    order = worst.sort(dim=2, descending=True, stable=True).indices
-    # A token may be worth -inf itself: those that are none go behind all of them.
-    return order.gather(2, (~valid.expand_as(order).gather(2, order)).to(torch.int8).sort(dim=2, stable=True).indices)
-
-
-def stretch(order: Tensor, starts: Sequence[int], counts: Sequence[int]) -> Tensor:
-    """The entries [start_b, start_b + count_b) of order (B, H, M), in ascending order: int64 (B, H, K)."""
+def listed(chosen: Tensor, position: Tensor, counts: Sequence[int]) -> Tensor:
+    """The places of chosen tokens (B, H, L), counts_b of each head, by rising position: int64 (B, H, K), right aligned,
+    so that of sequence b the last counts_b entries are places, and those before are 0."""
     most = max(counts, default=0)
-    place = torch.arange(most, device=order.device) - (most - column(counts, order.device))[..., None]
-    at = (place + column(starts, order.device)[..., None]).clamp(0, max(0, order.shape[2] - 1))
-    picked = order.gather(2, at.expand(*order.shape[:2], most))
-    return torch.where(place >= 0, picked, -1).sort(dim=2).values.clamp(min=0)
+    order = torch.where(chosen, position, FAR).sort(dim=2, stable=True).indices
+    place = torch.arange(most, device=position.device) - (most - column(counts, position.device))[..., None]
+    picked = order.gather(2, place.clamp(min=0).expand(*order.shape[:2], -1))
+    return torch.where(place >= 0, picked, 0)
 
 
 def column(values: Sequence[int], device: torch.device) -> Tensor:
     """Host integers as int64 (B, 1) on the device."""
     return upload(list(values), device, torch.int64)[:, None]
-
-
-def by_importance(importance: Tensor, dues: Sequence[Due], counts: Sequence[Sequence[int]]) -> list[Tensor]:
-    """For each tier the new tokens that go there, by the importance (B, H, M) of the new ones: int64 (B, H, K).
-
-    counts[b][i] tokens of sequence b go to tier i, the most important ones to the first."""
-    order = ranked(importance, [one.tokens for one in dues])
-    found, starts = [], [0] * len(dues)
-    for tier in range(len(counts[0])):
-        taken = [row[tier] for row in counts]
-        found.append(stretch(order, starts, taken))
-        starts = [start + k for start, k in zip(starts, taken, strict=True)]
-    return found

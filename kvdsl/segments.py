@@ -20,11 +20,15 @@ from .window import waiting
 
 
 class Measured(NamedTuple):
-    """What is measured of each channel, for all tokens: the `range` of a code's, or sizes that a ChannelScale divides
-    by; `once`: from the prompt's tokens alone, else at every flush."""
+    """What is measured of each channel, for all tokens of a tier, and stored in `dtype`: the `range` that evenly spaced
+    levels cover, `intervals` of them, times `clip`; or sizes that a ChannelScale divides by.  `once`: of the prompt's
+    tokens alone, else at every flush."""
 
     by: str
     once: bool = False
+    dtype: str = "fp16"
+    intervals: int = 1
+    clip: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,11 @@ def _peeled(store: Store) -> tuple[Store, Measured | None]:
         measured = Measured(first[0].by, first[0].when == "prompt")
         return dc.replace(store, transform=store.transform[1:]), measured  # type: ignore[index]
     if spans_all(store):
-        assert store.scale is not None
-        return store.with_(scale=store.scale.with_(when="calibrated", dtype="fp32")), Measured("range")
+        assert store.scale is not None and isinstance(store.code, Uniform) and isinstance(store.scale.clip, (int, float))
+        levels = store.code.levels or 2 ** (store.code.bits or 0)
+        intervals = levels - (store.code.grid == "ends")
+        measured = Measured("range", False, store.scale.dtype, intervals, float(store.scale.clip))
+        return store.with_(scale=store.scale.with_(when="calibrated", dtype="fp32", clip=1.0)), measured
     return store, None
 
 
@@ -85,5 +92,6 @@ def spans_all(store: Store) -> bool:
     if scale is None or scale.when != "online" or scale.block.tokens is not ALL:
         return False
     plain = isinstance(store.code, Uniform) and scale.range in (None, "minmax") and scale.zero == "min"
+    plain = plain and isinstance(scale.clip, (int, float)) and scale.refit is None and scale.dtype != "e8m0"
     alone = not store.transform and store.outliers is None and store.residual is None
     return plain and alone and scale.block.channels == 1 and scale.block.heads == 1

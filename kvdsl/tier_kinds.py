@@ -34,7 +34,7 @@ def queries(place: str, value: Any) -> Iterator[Fault]:
 
 def _amount(what: str, least: int, place: str, value: Any) -> Iterator[Fault]:
     if isinstance(value, float):
-        yield from share(what, 1, f"0.6, or a count, as 1024")(place, value)
+        yield from share(what, 1, "0.6, or a count, as 1024")(place, value)
     else:
         yield from count(least, LONGEST_WINDOW, what)(place, value)
 
@@ -78,6 +78,7 @@ KINDS |= {
         "pool": neighbours,
         "per": word(Literal["kv_head", "layer"]),
         "later": word(Metric, optional=True),
+        "scope": share("tokens", 1, "0.7"),
     },
 }
 KINDS[Scheme] |= {

@@ -147,8 +147,8 @@ class Saliency(Router):
 
     metric   `accumulated`: the column's sum (H2O, arXiv 2306.14048); `normalized`: the same over the number of queries
              that can see the token (ZipCache, arXiv 2405.14256, equation 8), `mean`: the same with every query so far;
-             `last`: the newest query's row; `mean_std`: the mean, among tokens whose weights vary least, the others
-             being kept (RoCo, arXiv 2402.06262)
+             `last`: the newest query's row; `mean_std`: the mean, but tokens whose weights vary most come first (RoCo,
+             arXiv 2402.06262): all but as many as are a `scope` share of those that the first tier and the window hold
     probes   the queries whose rows are computed, of those since the last decision; None: all of them, so that sums are
              carried on from step to step
     every    how many tokens are decided on together; None: those of the prompt alone
@@ -156,6 +156,7 @@ class Saliency(Router):
     pool     a token's importance is the largest of so many neighbours' (SnapKV, arXiv 2404.14469)
     per      whether tokens are chosen for each kv head, or once for a layer, by the sum over its heads
     later    the metric of decisions behind the prompt, where it is another
+    scope    see mean_std
     """
 
     metric: Metric = "normalized"
@@ -166,6 +167,7 @@ class Saliency(Router):
     pool: int = 1
     per: Literal["kv_head", "layer"] = "kv_head"
     later: Metric | None = None
+    scope: float = 0.7
 
     @property
     def carried(self) -> int:

@@ -1,0 +1,244 @@
+"""One decision of a router, carried out: which tokens go to which tier, and the moving of them.
+
+The tokens that a decision is about stand side by side in a pool: those of tiers, tier by tier in the order of their
+places there, where they may move or are quantized anew, then the new ones.  All of it is index arithmetic on the
+device; how many tokens go where is known on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .routing import FAR, Due, column, grown, labels_of, listed, top
+from .saliency import Read, chosen_rows, deviation, importance, pooled, reach, received
+from .scheme import SIDES, Saliency
+from .segment_cache import SegmentCache, Tokens
+from .tier_rules import decides_by_position
+
+if TYPE_CHECKING:
+    from .tiered_cache import TieredCache
+
+NONE, NEW = -1, -2
+"""Where no token of the pool stands, and where a new one does."""
+
+
+class Decision:
+    """The tokens due of each sequence, and the pool (B, H, L): `where` each stands, and its `position` behind the
+    sinks."""
+
+    def __init__(self, cache: TieredCache, dues: Sequence[Due], reads: Sequence[Read]) -> None:
+        self.cache, self.dues, self.reads = cache, dues, reads
+        self.scheme, self.router, self.device = cache.kernels.scheme, cache.kernels.scheme.router, cache.device
+        self.front, self.tiers = cache.front, cache.tiers
+        self.moves = "new" if self.router is None else self.router.moves
+        self.anew = self.scheme.requantize == "on_flush"
+        self.due = [one.tokens > 0 for one in dues]
+        self.held = [tuple(cache.counts(number)[b] for number in range(len(self.tiers))) for b in range(len(dues))]
+        self.more = [
+            grown(self.scheme, one, has) if one.tokens else (0,) * len(has)
+            for one, has in zip(dues, self.held, strict=True)
+        ]
+        self.kept = [
+            (number, tier, max(tier.counts))
+            for number, tier in enumerate(self.tiers)
+            if tier is not None and any(tier.counts) and (self.anew or self.moves != "new")
+        ]
+        self.new = max(one.tokens for one in dues)
+        self.places = self.front.places(self.new)
+        self.where, self.position = self._pool()
+
+    def send(self) -> None:
+        """Carry it out."""
+        labels = self._labels()
+        for number, tier in reversed(tuple(enumerate(self.tiers))):  # tokens that go down are read where they stand still
+            if tier is None:
+                continue
+            if self.anew:
+                self._quantize_anew(number, tier, labels)
+            elif self.moves == "down" and any(tier.counts):
+                self._take_places(number, tier, labels)
+            else:
+                self._join(number, tier, labels)
+
+    def _pool(self) -> tuple[Tensor, Tensor]:
+        heads, where, position = self.front.keys.shape[1], list[Tensor](), list[Tensor]()
+        for number, tier, width in self.kept:
+            valid = torch.arange(width, device=self.device) < column(tier.counts, self.device)
+            where.append(torch.where(valid, number, NONE)[:, None].expand(-1, heads, -1))
+            position.append(tier.beside.positions[:, :, :width].long())
+        place = torch.arange(self.new, device=self.device)
+        valid = place < column([one.tokens for one in self.dues], self.device)
+        where.append(torch.where(valid, NEW, NONE)[:, None].expand(-1, heads, -1))
+        begin = column([one.begin for one in self.dues], self.device)
+        position.append((place + begin)[:, None].expand(-1, heads, -1))
+        where, position = torch.cat(where, 2), torch.cat(position, 2)
+        waits = torch.tensor(self.due, device=self.device)[:, None, None]
+        return torch.where(waits, where, NONE), position
+
+    # -- which tokens -------------------------------------------------------------------------------------------------
+
+    def _labels(self) -> Tensor:
+        """The tier that each token of the pool goes to, int64 (B, H, L); NONE of none."""
+        held = torch.where(self.where == NEW, NONE, self.where)
+        if decides_by_position(self.router):
+            rows = [labels_of(self.scheme, one.begin, one.end, one.prompt) for one in self.dues]
+            new = torch.stack([torch.nn.functional.pad(x, (0, self.new - len(x)), value=NONE) for x in rows])
+            out = held.clone()
+            out[:, :, out.shape[2] - self.new :] = new.to(self.device, non_blocking=True)[:, None]
+            return out
+        worth, out = self._worth(), torch.full_like(self.where, NONE)
+        left = self.where != NONE if self.moves == "any" else self.where == NEW
+        for number in range(len(self.tiers)):
+            stays = self.where == number
+            candidates = left | stays if self.moves == "down" else left
+            takes = [more[number] + (0 if self.moves == "new" else held[number])
+                     for more, held in zip(self.more, self.held, strict=True)]  # fmt: skip
+            chosen = top(worth, candidates, takes)
+            out = torch.where(chosen | (stays & (self.moves == "new")), number, out)
+            left = candidates & ~chosen
+        return out
+
+    def _worth(self) -> Tensor:
+        """How much each token of the pool matters: float32 (B, H, L)."""
+        heads, router = self.front.keys.shape[1], self.router
+        if not isinstance(router, Saliency):
+            assert router is not None
+            index = self.places[:, None].expand(-1, heads, -1)
+            new = router.importance(*(picked(self.front.rows(side), index) for side in SIDES)).float()
+            return torch.nn.functional.pad(new, (self.where.shape[2] - self.new, 0))
+        first = all(p is None for p, due in zip(self.cache.prompts, self.due, strict=True) if due)
+        metric, lengths = self.cache.watch.metric(first), self.cache.lengths
+        one, two, queries = self._sums(router, metric)
+        t = self.position + self.front.sinks
+        worth = importance(metric, one, t, lengths, queries)
+        if metric == "mean_std":
+            worth = self._protected(worth, deviation(one, two, t, lengths), router.scope)
+        if router.pool > 1:
+            real = self.where[:, :, -self.new :] == NEW
+            new = torch.where(real, worth[:, :, -self.new :], -torch.inf)
+            worth = torch.cat([worth[:, :, : -self.new], pooled(new, router.pool)], 2)
+        return worth.sum(1, keepdim=True).expand(-1, heads, -1) if router.per == "layer" else worth
+
+    def _sums(self, router: Saliency, metric: str) -> tuple[Tensor, Tensor, Sequence[int]]:
+        """Sums of the weights that the pool's tokens receive, and of their squares, and how many queries there were."""
+        if router.carried:
+            parts = [tier.beside.sums[..., :width] for _, tier, width in self.kept]
+            index = self.places[:, None].expand(-1, self.front.keys.shape[1], -1)
+            new = self.front.sums.gather(3, index.expand(router.carried, *index.shape))
+            found = torch.cat([*parts, new], 3)
+            return found[0], found[-1], self.cache.lengths
+        watch, front = self.cache.watch, self.front
+        rows = chosen_rows(router, metric, watch.query(), watch.at_hand, front.lengths, front.gone)
+        exact, *tiers = self.reads
+        lse = reach(rows, self.reads)
+        sinks = column([min(front.sinks, n) for n in front.lengths], self.device)
+        index = (torch.arange(self.new, device=self.device) + sinks).clamp(max=max(0, exact.state.longest - 1))
+        by_tier = dict(zip((i for i, tier in enumerate(self.tiers) if tier is not None), tiers, strict=True))
+        found = [received(rows, lse, by_tier[number]) for number, _, _ in self.kept]
+        new = received(rows, lse, exact)
+        found.append(tuple(x.gather(2, index[:, None].expand(-1, x.shape[1], -1)) for x in new))
+        one, two = (torch.cat(parts, 2) for parts in zip(*found, strict=True))
+        return one, two, watch.at_hand
+
+    def _protected(self, mean: Tensor, spread: Tensor, scope: float) -> Tensor:
+        """Means, but of tokens whose weights vary most infinity: all but a share of those that the first tier and the
+        window hold."""
+        window = self.scheme.recent.tokens if self.scheme.recent else 0
+        kept = [held[0] + more[0] + window for held, more in zip(self.held, self.more, strict=True)]
+        steady = top(-spread, self.where != NONE, [n - int((1 - scope) * n) for n in kept])
+        return torch.where(steady, mean, torch.inf)
+
+    # -- moving them --------------------------------------------------------------------------------------------------
+
+    def _join(self, number: int, tier: SegmentCache, labels: Tensor) -> None:
+        """New tokens are appended to a tier."""
+        counts = [more[number] for more in self.more]
+        if not any(counts):
+            return
+        index = listed((labels == number) & (self.where == NEW), self.position, counts)
+        tokens = self._rows(index)
+        if tier.beside.affine and not any(tier.counts):
+            tier.measured(tokens, counts, self.due, self.cache.prompt_query)
+        tier.append(tokens, counts, self.position.gather(2, index), self._sums_of(index))
+
+    def _quantize_anew(self, number: int, tier: SegmentCache, labels: Tensor) -> None:
+        """All that a tier holds from now on is quantized, what is packed from what it decodes to."""
+        counts = self._totals(number)
+        index = listed(labels == number, self.position, counts)
+        tokens: Tokens = {side: picked(self._numbers[side], index) for side in SIDES}
+        sums = self._sums_of(index)
+        tier.rebuild(tokens, counts, self.position.gather(2, index), sums, self.due, self.cache.prompt_query)
+        self.cache.requantized += 2 * sum(
+            held[number] for held, due in zip(self.held, self.due, strict=True) if due
+        )
+
+    def _totals(self, number: int) -> list[int]:
+        """How many tokens of each due sequence stand in a tier behind the decision."""
+        rows = zip(self.more, self.held, self.due, strict=True)
+        return [more[number] + held[number] if due else 0 for more, held, due in rows]
+
+    @cached_property
+    def _numbers(self) -> Tokens:
+        """The numbers of the whole pool (B, H, L, D), float32, as they were before any tier changed."""
+        index = self.places[:, None].expand(-1, self.front.keys.shape[1], -1)
+        return {
+            side: torch.cat([*(tier.numbers(side) for _, tier, _ in self.kept), picked(self.front.rows(side), index).float()], 2)
+            for side in SIDES
+        }
+
+    @cached_property
+    def _sums_of_pool(self) -> Tensor:
+        """The sums that are carried on of the whole pool (sums, B, H, L)."""
+        index = self.places[:, None].expand(-1, self.front.keys.shape[1], -1)
+        new = self.front.sums.gather(3, index.expand(len(self.front.sums), *index.shape))
+        return torch.cat([*(tier.beside.sums[..., :width] for _, tier, width in self.kept), new], 3)
+
+    def _sums_of(self, index: Tensor) -> Tensor:
+        """Those of tokens of the pool, by places (B, H, K)."""
+        return self._sums_of_pool.gather(3, index.expand(len(self.front.sums), *index.shape))
+
+    def _take_places(self, number: int, tier: SegmentCache, labels: Tensor) -> None:
+        """Tokens that come to a tier take the places of those that leave it, and as many more as it grows by."""
+        more = [one[number] for one in self.more]
+        arrives = (labels == number) & (self.where != number)
+        leaves = (self.where == number) & (labels != number)
+        index = self._first(arrives)
+        free = self._first(leaves) - self._offset(number)
+        place = torch.arange(self.new, device=self.device)
+        left = leaves.sum(2, keepdim=True)
+        slots = torch.where(place < left, free, place - left + column(tier.counts, self.device)[..., None])
+        live = place < arrives.sum(2, keepdim=True)
+        tokens = self._rows(index)
+        tier.reserve(more)
+        tier.put(slots.where(live, 0), live, tokens, self.position.gather(2, index), self._sums_of(index))
+
+    def _first(self, chosen: Tensor) -> Tensor:
+        """The places in the pool of chosen tokens, by rising position: as many as there are new ones (B, H, M)."""
+        return torch.where(chosen, self.position, FAR).sort(dim=2, stable=True).indices[:, :, : self.new]
+
+    def _offset(self, number: int) -> int:
+        """Where the tokens of a tier begin in the pool."""
+        return sum(width for other, _, width in self.kept if other < number)
+
+    def _rows(self, index: Tensor) -> Tokens:
+        """Tokens of the pool by their places (B, H, K): exact rows of new ones, others decoded."""
+        behind = (index - (self.where.shape[2] - self.new)).clamp(min=0)
+        places = self.places[:, None].expand(-1, index.shape[1], -1).gather(2, behind)
+        tokens: Tokens = {side: picked(self.front.rows(side), places) for side in SIDES}
+        stands = self.where.gather(2, index)
+        for number, tier, width in self.kept:
+            slots = (index - self._offset(number)).clamp(0, width - 1)
+            here = (stands == number)[..., None]
+            for side in SIDES:
+                tokens[side] = torch.where(here, tier.fetch(side, slots).to(tokens[side].dtype), tokens[side])
+        return tokens
+
+
+def picked(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of x (B, H, N, D) by places (B, H, K): (B, H, K, D)."""
+    return x.gather(2, index[..., None].expand(*index.shape, x.shape[3]))

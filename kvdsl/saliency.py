@@ -1,0 +1,115 @@
+"""How much attention tokens receive: sums over rows of the softmax matrix, which is nowhere held.
+
+Two kernels find them from what is stored (see KernelSet): `reach` the log-sum-exp of each row over all that its query
+sees, `received` the sums of a token's weights, and of their squares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .kernels import AttentionState, KernelSet, Params
+from .measuring import Affine
+from .pages import upload
+from .probes import probe_rows
+from .routing import column
+from .tiers import Metric, Saliency
+
+EVERYWHERE = 1 << 30
+"""The position of a query that sees all tokens of a tier."""
+
+
+class Read(NamedTuple):
+    """Something that a query reads: the exact tokens, of which it sees those up to its own, or those of a tier."""
+
+    kernels: KernelSet
+    state: AttentionState
+    params: Params
+    keys: Affine | None = None
+    causal: bool = False
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Queries (B, Hq, P, D) and, of each, its place among the exact tokens, int32 (B, P): -1 where it counts for
+    nothing."""
+
+    query: Tensor
+    position: Tensor
+
+    def met(self, read: Read) -> tuple[Tensor, Tensor, Tensor | float]:
+        """The query as the keys of `read` meet it, its positions there, and what is added to scaled scores."""
+        position = self.position if read.causal else torch.where(self.position < 0, -1, EVERYWHERE)
+        if read.keys is None:
+            return self.query, position, 0.0
+        turned, shift = read.keys.met(self.query)
+        return turned, position, 0.0 if shift is None else shift * read.state.scaling
+
+
+def reach(rows: Rows, reads: Sequence[Read]) -> Tensor:
+    """The log-sum-exp of each row over everything that is read: float32 (B, Hq, P)."""
+    found: Tensor | None = None
+    for read in reads:
+        if read.state.longest:
+            query, position, shift = rows.met(read)
+            lse = read.kernels.reach(query, position, read.state, read.params) + shift
+            found = lse if found is None else torch.logaddexp(found, lse)
+    assert found is not None
+    return found
+
+
+def received(rows: Rows, lse: Tensor, read: Read) -> tuple[Tensor, Tensor]:
+    """The sums of the weights, and of their squares, that each token of `read` receives: float32 (B, H, tokens)."""
+    query, position, shift = rows.met(read)
+    return read.kernels.received(query, position, lse - shift, read.state, read.params)
+
+
+def chosen_rows(
+    router: Saliency, metric: Metric, query: Tensor, at_hand: Sequence[int], lengths: Sequence[int], gone: Sequence[int]
+) -> Rows:
+    """The rows that a decision asks for, of query (B, Hq, N, D) whose last at_hand_b are those of sequence b since its
+    last decision; lengths_b tokens so far, gone_b of which stand in tiers."""
+    probes, total = router.probes, query.shape[2]
+    places, positions = list[list[int]](), list[list[int]]()
+    for n, length, left in zip(at_hand, lengths, gone, strict=True):
+        rows = [n - 1] * min(1, n) if metric == "last" else probe_rows(probes, n, length)
+        places.append([total - n + row for row in rows])
+        positions.append([length - n + row - left for row in rows])
+    most = max(map(len, places), default=0)
+    places = [[0] * (most - len(row)) + row for row in places]
+    positions = [[-1] * (most - len(row)) + row for row in positions]
+    index = upload(places, query.device, torch.int64).view(len(places), most)
+    picked = query.gather(2, index[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
+    return Rows(picked, upload(positions, query.device).view(len(positions), most))
+
+
+def importance(
+    metric: Metric, first: Tensor, second: Tensor | None, positions: Tensor, lengths: Sequence[int], queries: Sequence[int]
+) -> Tensor:
+    """How much tokens matter, float32 like first (B, H, T), the sums of their weights (and `second` of the squares),
+    by their positions t int (B, 1 or H, T) in sequences of lengths_b tokens, `queries_b` of whose queries are at hand.
+    """
+    if metric in ("accumulated", "last"):
+        return first
+    seen = (column(lengths, first.device)[..., None] - positions).clamp(min=1)
+    if metric == "normalized":
+        seen = torch.minimum(seen, column(queries, first.device)[..., None].clamp(min=1))
+    return first / seen
+
+
+def deviation(first: Tensor, second: Tensor, positions: Tensor, lengths: Sequence[int]) -> Tensor:
+    """The standard deviation of a token's weights over the queries that could see it, float32 like first (B, H, T)."""
+    seen = (column(lengths, first.device)[..., None] - positions).clamp(min=1)
+    return (second / seen - (first / seen).square()).clamp(min=0).sqrt()
+
+
+def pooled(importance: Tensor, neighbours: int) -> Tensor:
+    """The largest importance among so many neighbouring tokens (B, H, T)."""
+    if neighbours == 1 or not importance.numel():
+        return importance
+    return torch.nn.functional.max_pool1d(importance, neighbours, 1, neighbours // 2)

@@ -1,0 +1,183 @@
+"""One tier of a cache: which tokens it holds, in a packed cache of their own, and what is kept beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .kernels import KernelSet, Params, Side
+from .measuring import Affine, measure, nothing
+from .quantized_cache import QuantizedCache
+from .routing import column
+from .saliency import Read
+from .scheme import SIDES
+from .segments import Segment
+from .tier_kernels import TierSet
+
+Tokens = dict[Side, Tensor]
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What stands beside the pages at one moment: factors and shifts of either side; of the token in place j of a
+    sequence and head its position behind the sinks, int32 (B, H, room), and its sums, float32 (sums, B, H, room)."""
+
+    affine: dict[Side, Affine]
+    positions: Tensor
+    sums: Tensor
+
+
+class SegmentCache:
+    """The tokens of one tier, of all sequences; each head has its own, and as many as the others."""
+
+    def __init__(
+        self, segment: Segment, kernels: TierSet, params: Params, batch: int, sums: int, device: torch.device,
+        capacity: int,
+    ) -> None:  # fmt: skip
+        self.segment, self.kernels, self.params = segment, kernels, params
+        self.cache = QuantizedCache(kernels.packing, batch, device=device, params=params, capacity=capacity)
+        shape, about = kernels.packing.shape, {side: segment.of(side) for side in SIDES}
+        sizes = (batch, shape.kv_heads, shape.head_dim)
+        affine = {side: nothing(one, sizes, device) for side, one in about.items() if one is not None}
+        positions = torch.zeros(batch, shape.kv_heads, 0, dtype=torch.int32, device=device)
+        self.beside = Beside(affine, positions, torch.zeros(sums, batch, shape.kv_heads, 0, device=device))
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Tokens of each sequence."""
+        return self.cache.lengths
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of pages, exact rows, tables, places, sums, and what is measured."""
+        beside = self.beside
+        affine = sum(one.nbytes for one in beside.affine.values())
+        return self.cache.nbytes + beside.positions.nbytes + beside.sums.nbytes + affine
+
+    # -- changing -----------------------------------------------------------------------------------------------------
+
+    def append(self, tokens: Tokens, counts: Sequence[int], positions: Tensor, sums: Tensor) -> None:
+        """The last counts_b of the K tokens (B, H, K, D) of each side join, with their positions (B, H, K) and sums
+        (sums, B, H, K)."""
+        if not any(counts):
+            return
+        before = self.counts
+        self._note(before, counts, positions, sums)
+        self.cache.append(*self._coded(tokens), counts=counts)
+
+    def rebuild(self, tokens: Tokens, counts: Sequence[int], positions: Tensor, sums: Tensor, due: Sequence[bool],
+                query: Tensor | None) -> None:  # fmt: skip
+        """Of sequences that are due these tokens take the place of all; what is measured of them is measured anew, of
+        the last counts_b of K.  The other sequences have a count of 0."""
+        self.cache.crop([0 if one else n for one, n in zip(due, self.counts, strict=True)])
+        self.measured(tokens, counts, due, query)
+        self.append(tokens, counts, positions, sums)
+
+    def measured(self, tokens: Tokens, counts: Sequence[int], due: Sequence[bool], query: Tensor | None) -> None:
+        """Measure the last counts_b of K tokens, of sequences that are due."""
+        affine = dict(self.beside.affine)
+        for side, old in affine.items():
+            about, x = self.segment.of(side), tokens[side]
+            assert about is not None
+            place = torch.arange(x.shape[2], device=x.device)
+            valid = place >= x.shape[2] - column(counts, x.device)
+            if x.shape[2]:
+                which = torch.tensor(due, device=x.device)
+                affine[side] = old.where(which, measure(about, x, valid, query))
+        self.beside = replace(self.beside, affine=affine)
+
+    def _coded(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """Keys and values as they are packed, in the dtype of the packing kernels."""
+        affine = self.beside.affine
+        keys, values = (affine[side].taken(tokens[side]) if side in affine else tokens[side] for side in SIDES)
+        dtype = self.cache.rows("keys").dtype
+        return keys.to(dtype).contiguous(), values.to(dtype).contiguous()
+
+    def _note(self, before: Sequence[int], counts: Sequence[int], positions: Tensor, sums: Tensor) -> None:
+        """Write where the new tokens stood, and their sums, behind those of the old ones."""
+        beside, device = self.beside, positions.device
+        room, needed = beside.positions.shape[2], max(n + c for n, c in zip(before, counts, strict=True)) + 1
+        if needed > room:
+            more = max(needed, 2 * room) - room
+            grown = [torch.nn.functional.pad(x, (0, more)) for x in (beside.positions, beside.sums)]
+            self.beside = beside = replace(beside, positions=grown[0], sums=grown[1])
+            room += more
+        place = torch.arange(positions.shape[2], device=device) - (positions.shape[2] - column(counts, device))
+        # The last place is nobody's: what does not count goes there.
+        at = torch.where(place < 0, room - 1, place + column(before, device))[:, None].expand_as(positions)
+        beside.positions.scatter_(2, at, positions.to(torch.int32))
+        beside.sums.scatter_(3, at.expand_as(sums), sums)
+
+    def reserve(self, counts: Sequence[int]) -> None:
+        """Places for counts_b more tokens, each still a vector of zeros; all pages become the cache's own."""
+        heads, most = self.beside.positions.shape[1], max(counts, default=0)
+        if most:
+            like = self.cache.rows("keys")
+            zeros = like.new_zeros(like.shape[0], heads, most, like.shape[3])
+            nowhere = torch.zeros(like.shape[0], heads, most, dtype=torch.int64, device=like.device)
+            self.append({"keys": zeros, "values": zeros}, counts, nowhere, self.beside.sums.new_zeros(len(self.beside.sums), *nowhere.shape))
+        self.cache.own()
+
+    def put(self, slots: Tensor, live: Tensor, tokens: Tokens, positions: Tensor, sums: Tensor) -> None:
+        """Tokens (B, H, K, D) take the places `slots` (B, H, K) of each head, where they are live."""
+        single, size = self._single(), self._single().page_tokens
+        for k in range(slots.shape[2]):
+            (pool, table), at = self._pages(slots[:, :, k : k + 1]), (slots[:, :, k].flatten() % size).to(torch.int32)
+            end = at + live[:, :, k].flatten().to(torch.int32)
+            for side in SIDES:
+                rows = tokens[side][:, :, k].to(self.cache.rows("keys").dtype).flatten(0, 1)[:, None, None].contiguous()
+                single.pack(side, rows, at, 0, at, end, (0, size), pool, table, self.params)
+        room = self.beside.positions.shape[2]
+        at = torch.where(live, slots, room - 1)
+        self.beside.positions.scatter_(2, at, positions.to(torch.int32))
+        self.beside.sums.scatter_(3, at.expand_as(sums), sums)
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def read(self) -> Read:
+        """What a query that sees all tokens reads."""
+        return Read(self.kernels.reading, self.cache.state(), self.params, self.beside.affine.get("keys"))
+
+    def numbers(self, side: Side) -> Tensor:
+        """All tokens decoded, token j in place j: (B, H, most, D), float32."""
+        found, most = self.cache.dense(side), max(self.counts, default=0)
+        shift = most - column(self.counts, found.device)
+        at = (torch.arange(most, device=found.device) + shift).clamp(max=max(0, most - 1))
+        found = found.gather(2, at[:, None, :, None].expand_as(found)).float()
+        affine = self.beside.affine.get(side)
+        return found if affine is None else affine.given_back(found)
+
+    def fetch(self, side: Side, slots: Tensor) -> Tensor:
+        """Single tokens decoded, by their places int64 (B, H, K): (B, H, K, D), float32.  A page is decoded for each."""
+        single, (pool, table), slots_flat = self._single(), self._pages(slots), slots.flatten()
+        numbers = single.unpack(side, pool, table, 0, single.page_tokens, self.params)[:, 0]
+        at = (slots_flat % single.page_tokens)[:, None, None].expand(-1, 1, numbers.shape[2])
+        return numbers.gather(1, at).view(*slots.shape, -1)
+
+    def _single(self) -> KernelSet:
+        assert self.kernels.single is not None
+        return self.kernels.single
+
+    def _pages(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """The pool as pages of one head each, and the page of each place (B, H, K): int32 (B H K, 2), the second of
+        nothing."""
+        table, pool = self.cache.pages()
+        heads, single = slots.shape[1], self._single()
+        at = (slots // single.page_tokens).flatten(1)
+        page = table.long().gather(1, at.clamp(max=table.shape[1] - 1)).view_as(slots)
+        page = page * heads + torch.arange(heads, device=slots.device)[:, None]
+        both = torch.stack([page.flatten(), torch.zeros_like(page.flatten())], 1)
+        return pool.view(-1, single.page_bytes), both.to(torch.int32)
+
+    # -- moving -------------------------------------------------------------------------------------------------------
+
+    def reorder(self, index: Sequence[int]) -> None:
+        """Chosen sequences, in that order."""
+        at = torch.tensor(index, device=self.beside.positions.device)
+        beside = self.beside
+        affine = {side: one.chosen(at) for side, one in beside.affine.items()}
+        self.cache.reorder(list(index))
+        self.beside = Beside(affine, beside.positions.index_select(0, at), beside.sums.index_select(1, at))
