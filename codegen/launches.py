@@ -25,6 +25,7 @@ GIVEN_POINTERS = {f"{side}_{name}_ptr": f"{side}.{path}" for side in SIDES for n
 POINTERS |= dict.fromkeys(GIVEN_POINTERS, "*fp32")
 FLOATS = ("scaling", "softcap")
 ATTEND = ("decode", "extend")
+ENDS = ("merge", "unite")  # they store outputs
 
 # Settings of NVIDIA's assembler, tried in this order until a kernel keeps its numbers in registers: just above a count
 # that allows one program more it would rather move a few to memory, and where all are in use its schedule is what
@@ -120,7 +121,7 @@ def _type(name: str, kernel: str, plan: Plan) -> str:
     if name in FLOATS:
         return "fp32"
     if name == "out_ptr":
-        return {"fp16": "*fp16", "bf16": "*i16", "fp32": "*fp32"}[plan.shape.dtype] if kernel == "merge" else "*fp32"
+        return {"fp16": "*fp16", "bf16": "*i16", "fp32": "*fp32"}[plan.shape.dtype] if kernel in ENDS else "*fp32"
     if name == "keys_order_ptr":
         return "*i32"
     if name == "keys_inner_ptr" or name.endswith("_rows_ptr") and name.startswith("keys_"):
@@ -137,8 +138,9 @@ def launches(plan: Plan, source: str) -> tuple[Launch, ...]:
     """One launch record a kernel, as it runs on a GPU."""
     records = []
     for kernel, names in arguments(source).items():
+        rows = plan.rows(many=False)
         # of models whose rotary positions turn all channels
-        constants = {"ROWS": plan.rows(many=False), "SPLITS": 16, "PAIRS": plan.shape.head_dim // 2}
+        constants = {"ROWS": rows, "TO_ROWS": rows, "SPLITS": 16, "PAIRS": plan.shape.head_dim // 2}
         records.append(
             Launch(
                 kernel,

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from kvdsl.kernels import AttentionState, Params
+from kvdsl.kernels import AttentionState, Params, Segments
 from kvdsl.params import ROPE
 
 from .host_channels import ready_rows
 from .host_slots import by_channel, by_turned_channel
 from .plan import SidePlan
 from .run_pages import PageModule
+from .run_parts import Part, Scratch, within
 from .text import padded
 from .triton_masked import BESIDE, alike
 from .triton_turn import QUERY_LANES, QUERY_ROWS
@@ -106,40 +107,74 @@ class TritonModule(PageModule):
     def attend(
         self, query: Tensor, state: AttentionState, params: Params, splits: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        shape, plan = self.plan.shape, self.plan
-        batch, heads, queries, dim = query.shape
-        kernel = "decode" if queries == 1 else "extend"
-        rows = plan.rows(many=queries > 1)
-        blocks = -(-queries * shape.group // rows)
-        programs = batch * shape.kv_heads
-        if splits is None:
-            clean, edges = self.splits(programs * blocks, state.longest), self.edge_splits(programs * blocks, state)
-        else:  # a fixed plan: what a sequence gets must not depend on who else is in the batch
-            clean = edges = splits
-        count = clean + edges
-        floats = partial(torch.empty, dtype=torch.float32, device=query.device)
-        results = {"partial_ptr": floats(programs * blocks * count * rows * plan.values.row)}
-        results["lse_ptr"] = floats(programs * blocks * count * rows)
-        if plan.values.apart:  # sums over exact rows, which the map of the values does not touch
-            results["exact_ptr"] = floats(programs * blocks * edges * rows * dim)
-            results["share_ptr"] = floats(programs * blocks * edges * rows)
+        return self.union(query, [(self, state, params)], splits)
+
+    def union(self, query: Tensor, segments: Segments, splits: int | None = None) -> tuple[Tensor, Tensor]:
+        parts = _parts(query, segments, splits)
+        end = next((part for part in parts if part.plain), parts[0])
+        if len(parts) == 1:
+            scratch = end.own()
+            self._attend(end, scratch)
+            return self._output("merge", end, scratch, end.count)
+        among = [part.plain and part.rows == end.rows for part in parts]
+        counts = [part.count if direct else 1 for part, direct in zip(parts, among, strict=True)]
+        scratch, before = end.shared(sum(counts)), 0
+        for part, direct, count in zip(parts, among, counts, strict=True):
+            into = end.behind(scratch, before)
+            if direct:
+                part.module._attend(part, into)
+            else:
+                part.module._collect(part, into, end)
+            before += count
+        return end.module._output("merge" if end.plain else "unite", end, scratch, before)
+
+    def _attend(self, part: Part, into: Scratch) -> None:
+        """Write the partials of a segment of this scheme."""
+        query, state, queries = part.query, part.state, part.query.shape[2]
         capped = state.softcap is not None
         given = {
-            **self._query(query, state.longest, params), "table_ptr": state.table, "packed_keys_ptr": state.packed_keys,
-            "packed_values_ptr": state.packed_values, "length_ptr": state.length, "start_ptr": state.start,
-            "first_ptr": state.first, "key_rows_ptr": state.key_rows, "value_rows_ptr": state.value_rows,
-            **results, "queries": queries, "table_width": state.table.shape[1],
-            "ring": state.key_rows.shape[2] - plan.sinks,
-            "window": NO_WINDOW if state.window is None else state.window, "splits": clean, "edge_splits": edges,
+            **self._query(query, state.longest, part.params), "table_ptr": state.table,
+            "packed_keys_ptr": state.packed_keys, "packed_values_ptr": state.packed_values,
+            "length_ptr": state.length, "start_ptr": state.start, "first_ptr": state.first,
+            "key_rows_ptr": state.key_rows, "value_rows_ptr": state.value_rows, **into, "queries": queries,
+            "table_width": state.table.shape[1], "ring": state.key_rows.shape[2] - self.plan.sinks,
+            "window": NO_WINDOW if state.window is None else state.window, "ahead": state.ahead,
+            "splits": part.clean, "edge_splits": part.edges,
             "scaling": state.scaling * (1.0 if capped else LOG2E), "softcap": state.softcap if capped else 1.0,
         }  # fmt: skip
-        self._run(kernel, (programs, count, blocks), given, state.pool, params)
-        out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        out_lse = floats(batch, heads, queries)
-        as_words = out.view(torch.int16) if query.dtype == torch.bfloat16 else out
+        grid = (part.programs, part.count, part.blocks)
+        self._run("decode" if queries == 1 else "extend", grid, given, state.pool, part.params)
+
+    def _collect(self, part: Part, into: Scratch, like: Part) -> None:
+        """Write one partial of every row, of the head's own numbers, at its place among those of another segment."""
+        own = part.own()
+        self._attend(part, own)
+        to = {"to_ptr": into["partial_ptr"], "to_lse_ptr": into["lse_ptr"], "to_blocks": like.blocks}
+        self._merge("collect", part, own, part.count, **to, TO_ROWS=like.rows)
+
+    def _output(self, kernel: str, part: Part, scratch: Scratch, count: int) -> tuple[Tensor, Tensor]:
+        """(out like the query, lse (B, Hq, Q) float32) of `count` partials."""
+        out = torch.empty_like(part.query, memory_format=torch.contiguous_format)
+        lse = part.floats(*out.shape[:3])
+        as_words = out.view(torch.int16) if out.dtype == torch.bfloat16 else out
+        self._merge(kernel, part, scratch, count, out_ptr=as_words, out_lse_ptr=lse)
+        return out, lse
+
+    def _merge(self, kernel: str, part: Part, scratch: Scratch, count: int, **more: Any) -> None:
+        batch, heads, queries, _ = part.query.shape
         given = {
-            **results, "out_ptr": as_words, "out_lse_ptr": out_lse, "queries": queries, "blocks": blocks,
-            "splits": count, "clean": clean, "ROWS": rows, "SPLITS": padded(count),
+            **scratch, **more, "queries": queries, "blocks": part.blocks, "splits": count, "clean": part.clean,
+            "ROWS": part.rows, "SPLITS": padded(count),
         }  # fmt: skip
-        self._run("merge", (batch * heads, queries), given, None, params)
-        return out, out_lse
+        self._run(kernel, (batch * heads, queries), given, None, part.params)
+
+
+def _parts(query: Tensor, segments: Segments, splits: int | None) -> list[Part]:
+    """Segments with the programs that share a sequence's tokens in each: `splits`, or as many as are worthwhile."""
+    parts = [Part(module, query, state, params) for module, state, params in segments]
+    if splits is not None:  # a fixed plan: what a sequence gets must not depend on who else is in the batch
+        return [replace(part, clean=splits, edges=splits) for part in parts]
+    clean = [part.module.splits(part.programs * part.blocks, part.state.longest) for part in parts]
+    edges = [part.module.edge_splits(part.programs * part.blocks, part.state) for part in parts]
+    shares = zip(parts, within(clean, MOST_SPLITS), within(edges, MOST_EDGES), strict=True)
+    return [replace(part, clean=few, edges=others) for part, few, others in shares]

@@ -6,6 +6,7 @@ Glossary of the attention skeleton (for maintainers; not emitted):
   clean pages   visible to every row and packed on both sides: the main loop, no masks
   edge tiles    sinks, the first page when it is partly visible, and everything from the last clean page on: one more
                 program (or several) decodes what is packed, takes exact rows for the rest, and masks
+  asked         position behind the last query's: the sequence's length, and more where newer tokens stand elsewhere
   size          power of two that a row of the query was divided by; scores and maxima are in its units
   turned        the query mapped into the space that keys are coded in; exact rows meet the query itself
 """
@@ -22,7 +23,7 @@ from .triton_values import ValueSide
 
 LOG2E = 1.4426950408889634
 ATTEND = """
-@triton.jit(do_not_specialize=["queries", "ring", "window", "splits", "edge_splits"])
+@triton.jit(do_not_specialize=["queries", "ring", "window", "ahead", "splits", "edge_splits"])
 def $name(
     $args
 ):
@@ -36,6 +37,7 @@ def $name(
     packed_values = tl.load(packed_values_ptr + b)
     length = tl.load(length_ptr + b)
     start = tl.load(start_ptr + b)
+    asked = length + ahead
     table = table_ptr + b.to(tl.int64) * table_width
 
     # which rows: (query token, head of the group)
@@ -48,11 +50,11 @@ def $name(
     mass = tl.zeros([ROWS], tl.float32)
 
     # clean pages: every row sees all of their tokens, and both sides are packed
-    newest_start = tl.maximum(start, length - window) - $sinks
+    newest_start = tl.maximum(start, asked - window) - $sinks
     low = (tl.maximum(newest_start, 0) + $page_less) // $page
-    high = tl.minimum(tl.minimum(packed_keys, packed_values), length - queries + 1 - $sinks)
+    high = tl.minimum(tl.minimum(packed_keys, packed_values), asked - queries + 1 - $sinks)
     high = tl.maximum(high, 0) // $page
-    oldest_start = tl.maximum(start, length - queries - window + 1) - $sinks
+    oldest_start = tl.maximum(start, asked - queries - window + 1) - $sinks
     edge = tl.maximum(oldest_start, 0) // $page
     clean = high > low
     low = tl.where(clean, low, edge)
@@ -77,8 +79,8 @@ def $name(
         first = tl.load(first_ptr + b)
         key_rows = key_rows_ptr + bh.to(tl.int64) * ($sinks + ring) * $head_dim
         value_rows = value_rows_ptr + bh.to(tl.int64) * ($sinks + ring) * $head_dim
-        last = length - queries + token - $sinks  # [rows]
-        oldest = tl.maximum(start, length - queries + token - window + 1) - $sinks  # [rows]
+        last = tl.minimum(asked - queries + token, length - 1) - $sinks  # [rows]
+        oldest = tl.maximum(start, asked - queries + token - window + 1) - $sinks  # [rows]
         end = length - $sinks
         $lanes
         $exact_query
@@ -105,7 +107,7 @@ def $name(
 # Stored in either branch: what both need at their ends would otherwise be kept in registers through the loops.
 PARTIALS = """
 inverse = 1.0 / tl.where(mass > 0.0, mass, 1.0)
-out = ((bh.to(tl.int64) * tl.num_programs(2) + block) * (splits + edge_splits) + split) * ROWS
+out = ((split.to(tl.int64) * tl.num_programs(0) + bh) * tl.num_programs(2) + block) * ROWS
 partial = partial_ptr + (out + tl.arange(0, ROWS))[None, :] * $dim
 $stores
 $exact
@@ -246,7 +248,7 @@ class Attend:
         """Lines that store a program's outputs; those of its exact tokens apart where values are turned."""
         values, exact = self.values, []
         if edges and values.exact_rows is not None:
-            exact = ["slot = (bh.to(tl.int64) * tl.num_programs(2) + block) * edge_splits + split - splits"]
+            exact = ["slot = ((split - splits).to(tl.int64) * tl.num_programs(0) + bh) * tl.num_programs(2) + block"]
             exact.append("slot = slot * ROWS + tl.arange(0, ROWS)")
             exact += values.exact_rows.stores()
             if values.side.shifted:
@@ -269,7 +271,7 @@ class Attend:
         args = [*["query_ptr"] * itself, *self.keys.inputs(), *self.pools, "table_ptr", *parameters(plan)]
         args += ["packed_keys_ptr", "packed_values_ptr", "length_ptr", "start_ptr", "first_ptr"]
         args += ["key_rows_ptr", "value_rows_ptr", "partial_ptr"]
-        args += [*values.outputs(), "lse_ptr", "queries", "table_width", "ring", "window"]
+        args += [*values.outputs(), "lse_ptr", "queries", "table_width", "ring", "window", "ahead"]
         args += [
             "splits",
             "edge_splits",

@@ -1,4 +1,9 @@
-"""The merge of a query's partial outputs, in Triton: weighted by their log-sum-exps, in the model's dtype."""
+"""The merge of a query's partial outputs, in Triton: weighted by their log-sum-exps.
+
+Partials stand by split, then by program, then by row, so that of several segments of a cache each has a stretch of one
+buffer.  `merge` ends a step.  Partials that cannot stand among those of other segments (sums of coded numbers, another
+number of rows a program) become one that can by `collect`; where no segment has others `unite` ends the step.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +15,7 @@ MERGE_LANES = 32  # coded numbers that are mapped back at a time
 
 MERGE = """
 @triton.jit(do_not_specialize=[$loose])
-def merge(
+def $name(
     $args
 ):
     head = tl.program_id(0)
@@ -26,15 +31,26 @@ def merge(
     weight = tl.where(lse > -1.0e29, tl.exp2(lse - most), 0.0)
     mass = tl.sum(weight, 0)
     $sum
-    where = head.to(tl.int64) * queries + token
-    tl.store(out_ptr + where * $head_dim + d, $result, mask=d < $head_dim)
-    natural = (most + tl.log2(tl.where(mass > 0.0, mass, 1.0))) * 0.6931471805599453
-    tl.store(out_lse_ptr + where, tl.where(mass > 0.0, natural, float("-inf")))
+    found = most + tl.log2(tl.where(mass > 0.0, mass, 1.0))
+    $end
+"""
+
+OUTPUT = """
+where = head.to(tl.int64) * queries + token
+tl.store(out_ptr + where * $head_dim + d, $result, mask=d < $head_dim)
+tl.store(out_lse_ptr + where, tl.where(mass > 0.0, found * 0.6931471805599453, float("-inf")))
+"""
+
+PARTIAL = """
+where = ((b * $heads + h).to(tl.int64) * to_blocks + row // TO_ROWS) * TO_ROWS + row % TO_ROWS
+tl.store(to_ptr + where * $head_dim + d, total, mask=d < $head_dim)
+tl.store(to_lse_ptr + where, tl.where(mass > 0.0, found, -1.0e30))
 """
 
 PLACE = """
-place = ((b * $heads + h).to(tl.int64) * blocks + row // ROWS) * splits + s
-place = place * ROWS + row % ROWS
+programs = tl.num_programs(0) // $group * blocks
+base = (b * $heads + h) * blocks + row // ROWS
+place = (s.to(tl.int64) * programs + base) * ROWS + row % ROWS
 """
 
 SUM = """
@@ -47,11 +63,12 @@ total = tl.sum(part * weight[:, None], 0) / tl.where(mass > 0.0, mass, 1.0)
 """
 
 # Where exact tokens add to the output itself, they have sums of their own.
-APART_PLACE = """
-base = (b * $heads + h).to(tl.int64) * blocks + row // ROWS
-place = (base * splits + s) * ROWS + row % ROWS
-slot = (base * (splits - clean) + tl.maximum(s - clean, 0)) * ROWS + row % ROWS
+APART_PLACE = (
+    PLACE
+    + """
+slot = (tl.maximum(s - clean, 0).to(tl.int64) * programs + base) * ROWS + row % ROWS
 """
+)
 
 APART_SUM = """
 exact = tl.load(
@@ -90,29 +107,42 @@ total = total + shift * share
 
 
 def merge(plan: Plan) -> str:
-    """The text of `merge`."""
+    """The text of `merge`: partials to outputs."""
+    return _text(plan, "merge", plan.values.through, "out")
+
+
+def collect(plan: Plan) -> str:
+    """The text of `collect`: partials to one of the head's own numbers, in float32."""
+    return _text(plan, "collect", plan.values.through, "to")
+
+
+def unite(plan: Plan) -> str:
+    """The text of `unite`: partials of the head's own numbers to outputs."""
+    return _text(plan, "unite", False, "out")
+
+
+def _text(plan: Plan, name: str, through: bool, into: str) -> str:
+    """A merge: `through` the map of the values, `into` outputs or one partial."""
     shape, values = plan.shape, plan.values
-    holes: dict[str, str | int] = {"heads": shape.kv_heads, "head_dim": shape.head_dim}
+    holes: dict[str, str | int] = {"heads": shape.kv_heads, "head_dim": shape.head_dim, "group": shape.group}
     result = {"fp16": "total.to(tl.float16)", "fp32": "total", "bf16": "bits_bf16(total).to(tl.int16)"}[shape.dtype]
-    if values.through:
+    apart, shifted = through and values.apart, through and values.shifted
+    sources = whole_arguments(values) if through else []
+    place, total = fill(APART_PLACE if apart else PLACE, **holes), fill(SUM, **holes)
+    if through:
         turned = {**holes, "dim": values.row, "step": min(MERGE_LANES, padded(values.row))}
         turned |= {"matrix_ptr": whole_map(values)[0], "stride": whole_map(values)[1]}
-        shift = fill(SHIFT, head_dim=shape.head_dim).splitlines() if values.shifted else []
+        shift = fill(SHIFT, head_dim=shape.head_dim).splitlines() if shifted else []
         exact = [f"total = tl.zeros([{padded(shape.head_dim)}], tl.float32)"]
-        exact = fill(APART_SUM, **holes).splitlines() if values.apart else exact
-        place = fill(APART_PLACE if values.apart else PLACE, **holes)
+        exact = fill(APART_SUM, **holes).splitlines() if apart else exact
         total = fill(TURNED_SUM, **turned, exact=exact, shift=shift)
-        args = ["partial_ptr", *(["exact_ptr"] if values.apart else []), *(["share_ptr"] if values.shifted else [])]
-        args += ["lse_ptr", *whole_arguments(values), "out_ptr", "out_lse_ptr", "queries", "blocks", "splits"]
-        args += ["clean"] if values.apart else []
-        args = [f"{name}," for name in [*args, "ROWS: tl.constexpr", "SPLITS: tl.constexpr"]]
-        loose = '"queries", "splits", "blocks"' + ', "clean"' * values.apart
-    else:
-        place, total = fill(PLACE, **holes), fill(SUM, **holes)
-        args = ["partial_ptr, lse_ptr, out_ptr, out_lse_ptr, queries, blocks, splits, ROWS: tl.constexpr,"]
-        args[0] += " SPLITS: tl.constexpr"
-        loose = '"queries", "splits", "blocks"'
+    args = ["partial_ptr", *["exact_ptr"] * apart, *["share_ptr"] * shifted, "lse_ptr", *sources, f"{into}_ptr"]
+    args += [f"{into}_lse_ptr", "queries", "blocks", "splits", *["clean"] * apart, *["to_blocks"] * (into == "to")]
+    loose = [name for name in ("queries", "splits", "blocks", "clean", "to_blocks") if name in args]
+    args += ["ROWS: tl.constexpr", "SPLITS: tl.constexpr", *["TO_ROWS: tl.constexpr"] * (into == "to")]
+    end = fill(OUTPUT if into == "out" else PARTIAL, **holes, result=result)
     return fill(
-        MERGE, loose=loose, args=args, q_heads=str(shape.q_heads), group=shape.group, lanes=padded(shape.head_dim),
-        head_dim=shape.head_dim, place=place.splitlines(), sum=total.splitlines(), result=result,
+        MERGE, name=name, loose=", ".join(f'"{one}"' for one in loose), args=[f"{arg}," for arg in args],
+        q_heads=str(shape.q_heads), **holes, lanes=padded(shape.head_dim), place=place.splitlines(),
+        sum=total.splitlines(), end=end.splitlines(),
     )  # fmt: skip

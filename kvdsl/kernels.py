@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
+from .errors import BackendError, ShapeError
 from .scheme import Scheme
 from .shape import Shape
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 Side = Literal["keys", "values"]
 Backend = Literal["triton", "torch"]
 Params = Mapping[str, "Tensor"]
+Segments = Sequence[tuple[Any, "AttentionState", Params]]
+"""Modules, what each of them reads, and its parameters."""
 
 
 class Module(Protocol):
@@ -31,6 +34,10 @@ class Module(Protocol):
     def attend(
         self, query: Tensor, state: AttentionState, params: Params, splits: int | None = None
     ) -> tuple[Tensor, Tensor]: ...
+
+    def union(self, query: Tensor, segments: Segments, splits: int | None = None) -> tuple[Tensor, Tensor]:
+        """Attention over the tokens of all segments; their modules are of the same backend and shape."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,9 @@ class AttentionState:
     scaling       factor on q.k before the softmax
     softcap       cap of `cap * tanh(score / cap)`, only where Shape.softcap
     window        sliding window in tokens, or None
+    ahead         how many positions behind the last token the last query stands: query i is at position
+                  length_b - Q + i + ahead; 0 where the queries' own tokens are the last ones here, Q or more where
+                  every query sees every token but for the window
     """
 
     pool: Tensor
@@ -66,6 +76,7 @@ class AttentionState:
     scaling: float
     softcap: float | None = None
     window: int | None = None
+    ahead: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,10 +119,45 @@ class KernelSet:
     def attend(
         self, query: Tensor, state: AttentionState, params: Params, splits: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Causal attention: query (B, Hq, Q, D), query i at position length_b - Q + i -> (out like query, in its
-        dtype, lse (B, Hq, Q) float32, natural logarithm).  A query that sees no token gives zeros and -inf.
+        """Causal attention: query (B, Hq, Q, D), query i at position length_b - Q + i + state.ahead -> (out like
+        query, in its dtype, lse (B, Hq, Q) float32, natural logarithm).  A query that sees no token gives zeros
+        and -inf.
 
         `splits` is the number of programs that share the packed tokens of one sequence, and of those that share the
         exact ones (None: chosen from the batch and the machine).  Given, a sequence gets from the Triton kernels to
         the bit what it gets alone, whatever batch it is in."""
         return self.module.attend(query, state, params, splits)
+
+
+class Segment(NamedTuple):
+    """Tokens of the sequences of a batch that are held by one compiled scheme, in pages and rows of their own."""
+
+    kernels: KernelSet
+    state: AttentionState
+    params: Params
+
+
+def attend_segments(query: Tensor, segments: Sequence[Segment], splits: int | None = None) -> tuple[Tensor, Tensor]:
+    """Attention over the tokens of all segments, whatever their order: query (B, Hq, Q, D) -> (out like query, in its
+    dtype, lse (B, Hq, Q) float32, natural logarithm), as `KernelSet.attend`.
+
+    The queries' own tokens are the last ones of one segment, whose state has `ahead` 0; one of older tokens has `ahead`
+    Q or more.  `splits` as for `KernelSet.attend`, in every segment.  A segment without tokens costs nothing, and one
+    alone gives what its own `attend` gives.  Raises ShapeError or BackendError where schemes are not compiled alike.
+    """
+    if not segments:
+        raise ShapeError("segments: none; give those of the cache, one at least")
+    first = segments[0].kernels
+    for position, (kernels, _, _) in enumerate(segments):
+        if kernels.backend != first.backend:
+            raise BackendError(
+                f"segments[{position}]: compiled for {kernels.backend}, segments[0] for {first.backend}; build all of "
+                f"them for one backend"
+            )
+        if kernels.shape != first.shape:
+            raise ShapeError(f"segments[{position}]: {kernels.shape}, segments[0]: {first.shape}; build all for one")
+    held = [segment for segment in segments if segment.state.longest] or segments[:1]
+    if len(held) == 1:
+        return held[0].kernels.attend(query, held[0].state, held[0].params, splits)
+    parts = [(segment.kernels.module, segment.state, segment.params) for segment in held]
+    return held[0].kernels.module.union(query, parts, splits)

@@ -1,0 +1,98 @@
+"""Segments of a cache as the programs that attend to them, and the places of their partial outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvdsl.kernels import AttentionState, Params
+
+from .plan import Plan
+
+if TYPE_CHECKING:
+    from .run_triton import TritonModule
+
+Scratch = dict[str, Tensor]
+"""Partials by argument, float32: of n splits `partial_ptr` (n * programs * blocks * rows, numbers), and `lse_ptr` with
+one a row; where exact rows add to the output itself, `exact_ptr` and `share_ptr` of the programs that read them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One segment: of every sequence `clean` programs share the pages that all queries see, `edges` what is left."""
+
+    module: TritonModule
+    query: Tensor
+    state: AttentionState
+    params: Params
+    clean: int = 1
+    edges: int = 1
+
+    @property
+    def plan(self) -> Plan:
+        return self.module.plan
+
+    @property
+    def count(self) -> int:
+        """Partials of a row."""
+        return self.clean + self.edges
+
+    @property
+    def rows(self) -> int:
+        """Query rows of a program."""
+        return self.plan.rows(many=self.query.shape[2] > 1)
+
+    @property
+    def blocks(self) -> int:
+        """Programs that share the query rows of a kv head."""
+        return -(-self.query.shape[2] * self.plan.shape.group // self.rows)
+
+    @property
+    def programs(self) -> int:
+        """Sequences times kv heads."""
+        return self.query.shape[0] * self.plan.shape.kv_heads
+
+    @property
+    def plain(self) -> bool:
+        """Whether partials are of the head's own numbers, so that they may be merged with those of other segments."""
+        return not self.plan.values.through
+
+    def places(self, count: int) -> int:
+        """Of `count` partials of every row."""
+        return count * self.programs * self.blocks * self.rows
+
+    def shared(self, count: int) -> Scratch:
+        """Room for `count` partials of the head's own numbers."""
+        return self._scratch(count, self.plan.shape.head_dim)
+
+    def own(self) -> Scratch:
+        """Room for this segment's partials."""
+        values, edges = self.plan.values, self.places(self.edges)
+        found = self._scratch(self.count, values.row)
+        if values.apart:  # sums over exact rows, which the map of the values does not touch
+            found["exact_ptr"] = self.floats(edges * self.plan.shape.head_dim)
+            found["share_ptr"] = self.floats(edges)
+        return found
+
+    def behind(self, scratch: Scratch, count: int) -> Scratch:
+        """What stands behind the first `count` partials of a shared buffer."""
+        places = self.places(count)
+        starts = {"partial_ptr": places * self.plan.shape.head_dim, "lse_ptr": places}
+        return {name: scratch[name][start:] for name, start in starts.items()}
+
+    def floats(self, *size: int) -> Tensor:
+        return torch.empty(*size, dtype=torch.float32, device=self.query.device)
+
+    def _scratch(self, count: int, numbers: int) -> Scratch:
+        places = self.places(count)
+        return {"partial_ptr": self.floats(places * numbers), "lse_ptr": self.floats(places)}
+
+
+def within(counts: Sequence[int], most: int) -> list[int]:
+    """Counts, in proportion to those given where these are more than `most` together; each one at least."""
+    total = sum(counts)
+    return list(counts) if total <= most else [max(1, count * most // total) for count in counts]

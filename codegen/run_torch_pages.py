@@ -1,0 +1,235 @@
+"""The torch backend's pages: gathered, decoded, quantized and scattered, around the generated functions."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from kvdsl.codes import SLOT_TOKENS
+from kvdsl.kernels import Params, Side
+from kvdsl.params import ROPE
+from kvdsl.rope import table
+
+from .host import cartesian, mapped, polar, rotated, rows_of_bytes, saturated, section
+from .host_beside import Taken, level_counts, placed, rows_there
+from .host_channels import among, choose
+from .host_channels import given as beside
+from .host_slots import Split, kept, split
+from .plan import Plan, SidePlan
+
+PACK_AT_ONCE = 64  # pages quantized at a time: bounds the working memory of a long prompt
+
+
+class TorchPages:
+    """The functions of one generated module that make pages or decode them."""
+
+    def __init__(self, plan: Plan, module: ModuleType) -> None:
+        self.plan, self.module = plan, module
+
+    def _blobs(self, pages: Tensor) -> tuple[Tensor, Tensor]:
+        """Pages (..., page_bytes) as blobs (..., H, head_bytes), and what heads share (..., bytes)."""
+        layout = self.plan.layout
+        split = layout.head_bytes * layout.kv_heads
+        return pages[..., :split].unflatten(-1, (layout.kv_heads, layout.head_bytes)), pages[..., split:]
+
+    def _gather(self, pool: Tensor, table: Tensor, low: int, high: int) -> Tensor:
+        """Pages `low` to `high` of every sequence: uint8 (B, pages, page_bytes)."""
+        return pool[table[:, low:high].long()]
+
+    def _inputs(self, part: SidePlan, pages: Tensor, params: Params) -> list[Tensor]:
+        """The arguments of a function that reads one term, or all bands, of pages (B, pages, page_bytes)."""
+        blobs, shared = self._blobs(pages)
+        given = [blobs.movedim(2, 1)]
+        metas = [term.layout.meta for term in part.parts]
+        if any(meta is not None and meta.shared for meta in metas):
+            given.append(shared)
+        return [*given, *self._given(part, params)]
+
+    def _given(self, part: SidePlan, params: Params) -> list[Tensor]:
+        """What comes with the parameters, in the order in which the term's functions take it."""
+        wanted = (part.static, "scale"), (part.second is not None, "scale.scale"), (part.alphabet.given, "code")
+        return [params[f"{part.path}.{name}"] for takes, name in wanted if takes]
+
+    def _turned(self, part: SidePlan, rows: Tensor, params: Params) -> Tensor:
+        """The numbers to be coded of rows (n, H, T, D) without positions, float32."""
+        if not part.turned:
+            return rows
+        clean = saturated(rows) if part.rope is None or part.mapped else rows
+        if part.mapped:
+            clean = mapped(clean, params[f"{part.home}.encode"], params.get(f"{part.home}.encode_shift"))
+        return polar(clean, part.store.levels) if part.polar else clean
+
+    def _decoded(self, part: SidePlan, pages: Tensor, params: Params, span: slice) -> Tensor:
+        """Tokens `span` of pages (B, pages, page_bytes) decoded, without positions: one term, (B, H, T, D)."""
+        whole: Tensor = getattr(self.module, f"unpack_{part.space}")(*self._inputs(part, pages, params))
+        if part.beside:
+            whole = placed(whole, self._channels(part, pages), part.choice.tokens, self.plan.shape.head_dim)
+        coded = whole[:, :, span]
+        coded = cartesian(coded, part.store.levels) if part.polar else coded
+        if not part.mapped:
+            return coded
+        found = mapped(coded, params[f"{part.home}.decode"], params.get(f"{part.home}.decode_shift"))
+        if not part.masked:
+            return found
+        theirs = among(self._channels(part, pages), part.choice.tokens, found.shape[3])[:, :, span]
+        return torch.where(theirs == part.store.gathers, found, 0.0)
+
+    def _placed(self, x: Tensor, begin: int, params: Params, dtype: torch.dtype) -> Tensor:
+        """x (B, H, T, D) at the positions of the tokens from u = begin on."""
+        u = torch.arange(begin, begin + x.shape[2], device=x.device)[None]
+        return self._rotated(x, u, params, dtype, 1)
+
+    def _rotated(self, x: Tensor, u: Tensor, params: Params, dtype: torch.dtype, sign: int) -> Tensor:
+        """Rotary positions put on x (n, H, T, D) of the tokens at u (n or 1, T), or with sign -1 taken off.
+
+        A NaN spoils its vector."""
+        position = (u + self.plan.sinks).clamp(min=0)
+        channels, frequencies = x.shape[3], params[ROPE]
+        rows = table(frequencies, channels, int(position.max()) + 1, x.device)[position][:, None].to(dtype)
+        cos, sin = (half[..., : len(frequencies)] for half in rows.chunk(2, -1))
+        rope = self.plan.keys.rope
+        assert rope is not None
+        spoilt = torch.isnan(x).any(-1, keepdim=True)
+        return torch.where(spoilt, torch.nan, rotated(x, (cos, sign * sin), rope.interleaved))
+
+    def pack(self, side: Side, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor,
+             reach: tuple[int, int], pool: Tensor, table: Tensor, params: Params) -> None:  # fmt: skip
+        tokens = self.plan.layout.page_tokens
+        low, high = reach[0] // tokens, -(-reach[1] // tokens)
+        starts = torch.arange(low, max(low, high), device=pool.device) * tokens
+        touched = (starts < end[:, None]) & (starts + tokens > begin[:, None])
+        sequences, places = touched.nonzero(as_tuple=True)
+        for chunk in range(0, len(sequences), PACK_AT_ONCE):
+            b, page = sequences[chunk : chunk + PACK_AT_ONCE], places[chunk : chunk + PACK_AT_ONCE] + low
+            self._pack_pages(side, rows, first, offset, begin, end, pool, table, params, b, page)
+
+    def _pack_pages(self, side: Side, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor,
+                    pool: Tensor, table: Tensor, params: Params, b: Tensor, page: Tensor) -> None:  # fmt: skip
+        layout = self.plan.layout
+        u = page[:, None] * layout.page_tokens + torch.arange(layout.page_tokens, device=pool.device)
+        inside = (u >= begin[b, None]) & (u < end[b, None])
+        ring = rows.shape[2] - offset
+        row = torch.where(inside, offset + torch.remainder(u - first[b, None], ring), 0)
+        x = rows[b[:, None], :, row].movedim(2, 1).to(torch.float32)
+        x = torch.where(inside[:, None, :, None], x, 0.0)
+        ids = table[b, page].long()
+        pages = pool[ids]
+        whole = self.plan.side(side)
+        if whole.rope is not None:
+            x = self._rotated(saturated(x), u, params, torch.float64, -1)
+        taken = split(x, whole.sparse, side, params.get(f"{side}.outliers")) if whole.sparse else None
+        chosen, above = self._choose(whole, x, inside, pages) if whole.parted else None, None
+        for part in whole.spaces:
+            if taken is not None and part.slots:
+                self._write_slots(part, x, taken, inside, pages)
+            elif chosen is not None and part.beside:
+                self._write_beside(part, x if above is None else above, chosen.channels, inside, pages)
+            else:
+                given = taken.filled if taken is not None and part is whole else x
+                if chosen is not None and part.parted:
+                    given = beside(part.parted, x, chosen.theirs)
+                turned = self._turned(part, given, params)
+                for term in part.parts:
+                    numbers = turned[..., term.first : term.first + term.dim] if term.band else turned
+                    above = self._write(term, given, numbers, inside, pages, params, chosen)
+            if part.residual is not None:
+                x = saturated(x) - self._decoded(part, pages[:, None], params, slice(None))
+        pool[ids] = pages
+
+    def _choose(self, part: SidePlan, x: Tensor, inside: Tensor, pages: Tensor) -> Taken:
+        """Choose channels of x (pages, H, T, D) and write which ones they are."""
+        assert part.parted is not None
+        held, channels = part.choice, choose(x, part.parted.choice)
+        marks = inside.unflatten(-1, (held.blocks, held.tokens)).any(-1).repeat_interleave(held.count, -1)
+        self._merge(self._blobs(pages)[0], held.offset, channels.to(torch.uint8).flatten(-2), marks[:, None])
+        return Taken(channels, among(channels, held.tokens, x.shape[3]))
+
+    def _channels(self, part: SidePlan, pages: Tensor) -> Tensor:
+        """Which channels are chosen in pages (B, pages, page_bytes): uint8 (B, H, blocks, count)."""
+        held, blobs = part.choice, self._blobs(pages)[0].movedim(2, 1)
+        return section(blobs, held.offset, held.blocks * held.count, torch.uint8).reshape(
+            *blobs.shape[:2], -1, held.count
+        )
+
+    def _write_slots(self, part: SidePlan, x: Tensor, taken: Split, inside: Tensor, pages: Tensor) -> None:
+        """Write what stands in slots of x (pages, H, T, D) into pages, where blocks of tokens are inside."""
+        slots = part.slots
+        assert slots is not None
+        sections = getattr(self.module, f"pack_{part.label}")(kept(x, taken, part.name), taken.places.to(torch.uint8))
+        if part.name == "keys":
+            marks = inside.repeat(1, slots.count)
+        else:
+            blocks = inside.unflatten(-1, (-1, SLOT_TOKENS)).any(-1)
+            marks = blocks.repeat_interleave(slots.count * slots.width, -1)
+        blobs, _ = self._blobs(pages)
+        self._merge(blobs, slots.offset, sections[0], marks.repeat_interleave(2, -1)[:, None])
+        self._merge(blobs, slots.places_offset, sections[1], marks[:, None])
+
+    def _write_beside(self, part: SidePlan, x: Tensor, channels: Tensor, inside: Tensor, pages: Tensor) -> None:
+        """Write what is kept of x (pages, H, T, D), numbers or codes, at chosen channels, where tokens are inside."""
+        held, rows = part.beside, rows_there(part, x, channels)
+        assert held is not None
+        marks = inside[:, :: held.together].repeat_interleave(rows.shape[-1], -1)
+        self._merge(self._blobs(pages)[0], held.offset, rows.flatten(-2), marks[:, None])
+
+    def _write(self, part: SidePlan, x: Tensor, turned: Tensor, inside: Tensor, pages: Tensor, params: Params,
+               chosen: Taken | None = None) -> Tensor | None:  # fmt: skip
+        """Write one term of x (pages, H, T, D), whose numbers to be coded are given, into pages, where tokens are
+        inside; the bits of codes above those that stand among the others', where some have more."""
+        layout = self.plan.layout
+        given = [turned]
+        if part.sketched:  # one sum a token, before the vector is mapped: (pages, H, T, 1)
+            given.append(saturated(x).to(torch.float64).square().sum(-1, keepdim=True))
+        if chosen is not None and part.raised:
+            given.append(level_counts(part, chosen.theirs))
+        more = [params[f"{part.home}.start"]] if part.factors else []
+        sections = list(getattr(self.module, f"pack_{part.label}")(*given, *self._given(part, params), *more))
+        blobs, shared = self._blobs(pages)
+        if part.floats:
+            size = part.layout.float_offset
+            width = sections[0].shape[-1] // layout.page_tokens
+            self._merge(blobs, size, sections[0], inside.repeat_interleave(width, -1)[:, None])
+        if (held := part.factors) is not None:
+            marks = inside.repeat(1, held.rank).repeat_interleave(2, -1)[:, None]
+            self._merge(blobs, held.offset, sections[0], marks)
+            blocks = inside.unflatten(-1, (held.blocks, held.tokens)).any(-1)
+            marks = blocks.repeat_interleave(2 * held.rank * part.dim, -1)[:, None]
+            self._merge(blobs, held.vectors_offset, sections[1], marks)
+        for stream in part.layout.streams:
+            marks = inside[:, None, :, None].expand(-1, 1, -1, stream.row_words)
+            marks = rows_of_bytes((marks,) if stream.paired else (marks, marks), paired=stream.paired)
+            self._merge(blobs, stream.offset, sections.pop(0), marks)
+        meta = part.layout.meta
+        if meta is not None:
+            blocks = inside.unflatten(-1, (meta.blocks, meta.tokens)).any(-1)
+            marks = blocks[:, None, :].expand(-1, meta.groups, -1) if meta.tokens == 1 else blocks[..., None]
+            marks = marks.expand(-1, -1, meta.groups) if meta.tokens > 1 else marks
+            marks = marks.flatten(1)
+            if meta.shared:
+                marks = marks.repeat(1, meta.head_groups)
+            marks = marks.repeat(1, 2) if meta.kind == "words" else marks
+            marks = marks.repeat_interleave(meta.element, -1)
+            if meta.shared:
+                self._merge(shared, meta.offset - layout.head_bytes * layout.kv_heads, sections.pop(0), marks)
+            else:
+                self._merge(blobs, meta.offset, sections.pop(0), marks[:, None])
+        return sections[0] if part.raised else None
+
+    @staticmethod
+    def _merge(target: Tensor, offset: int, new: Tensor, marks: Tensor) -> None:
+        """Write the marked bytes of a section into gathered pages."""
+        view = target[..., offset : offset + new.shape[-1]]
+        view.copy_(torch.where(marks, new, view))
+
+    def unpack(self, side: Side, pool: Tensor, table: Tensor, begin: int, end: int, params: Params) -> Tensor:
+        shape, tokens = self.plan.shape, self.plan.layout.page_tokens
+        if end <= begin:
+            return torch.empty(table.shape[0], shape.kv_heads, 0, shape.head_dim, device=pool.device)
+        low, high = begin // tokens, -(-end // tokens)
+        pages, span = self._gather(pool, table, low, high), slice(begin - low * tokens, end - low * tokens)
+        whole = self.plan.side(side)
+        *others, last = (self._decoded(part, pages, params, span) for part in whole.spaces)
+        found = sum(reversed(others), last)  # each store's number plus that of all that it left
+        return found if whole.rope is None else self._placed(found, begin, params, torch.float64)
