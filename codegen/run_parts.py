@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvdsl.kernels import AttentionState, Params
+from kvdsl.kernels import AttentionState, Fold, Params
 
 from .plan import Plan
 
 if TYPE_CHECKING:
     from .run_triton import TritonModule
 
+LOG2E = 1.4426950408889634
 Scratch = dict[str, Tensor]
 """Partials by argument, float32: of n splits `partial_ptr` (n * programs * blocks * rows, numbers), and `lse_ptr` with
 one a row; where exact rows add to the output itself, `exact_ptr` and `share_ptr` of the programs that read them."""
@@ -31,6 +32,7 @@ class Part:
     params: Params
     clean: int = 1
     edges: int = 1
+    fold: Fold | None = None
 
     @property
     def plan(self) -> Plan:
@@ -77,6 +79,22 @@ class Part:
             found["exact_ptr"] = self.floats(edges * self.plan.shape.head_dim)
             found["share_ptr"] = self.floats(edges)
         return found
+
+    def unfold(self, into: Scratch, count: int, rows: int, blocks: int) -> None:
+        """Put back into the first `count` partials what was taken out of the segment's numbers."""
+        if self.fold is None:
+            return
+        dim, lines = self.plan.shape.head_dim, blocks * rows
+        partials = into["partial_ptr"][: count * self.programs * lines * dim].view(count, self.programs, lines, dim)
+        if self.fold.factor is not None:
+            partials.mul_(self.fold.factor.reshape(1, self.programs, 1, dim))
+        if self.fold.shift is not None:
+            partials.add_(self.fold.shift.reshape(1, self.programs, 1, dim))
+        if self.fold.bias is not None:
+            batch, _, queries = self.fold.bias.shape
+            bias = self.fold.bias.view(batch, self.plan.shape.kv_heads, -1, queries).mT.flatten(2) * LOG2E
+            lse = into["lse_ptr"][: count * self.programs * lines].view(count, self.programs, lines)
+            lse[..., : bias.shape[2]] += bias.view(1, self.programs, -1)
 
     def behind(self, scratch: Scratch, count: int) -> Scratch:
         """What stands behind the first `count` partials of a shared buffer."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvdsl.kernels import AttentionState, Params, Segments
+from kvdsl.kernels import AttentionState, Fold, Params, Segments
 from kvdsl.spaces import applied
 
 from .host_beside import met_at
@@ -92,11 +92,24 @@ class TorchModule(TorchPages):
         return out.to(query.dtype), lse
 
     def union(self, query: Tensor, segments: Segments, splits: int | None = None) -> tuple[Tensor, Tensor]:
-        found = [module._attended(query, state, params) for module, state, params in segments]
+        found = [
+            module._attended(query, state, params) if fold is None else module._folded(fold, state, params)
+            for module, state, params, fold in segments
+        ]
         out, lse = (torch.stack(each) for each in zip(*found, strict=True))
         whole = torch.logsumexp(lse, 0)
         weights = torch.exp(lse - torch.where(whole == -torch.inf, 0.0, whole))
         return (out * weights[..., None]).sum(0).to(query.dtype), whole
+
+    def _folded(self, fold: Fold, state: AttentionState, params: Params) -> tuple[Tensor, Tensor]:
+        """The same where something was taken out of the segment's numbers."""
+        out, lse = self._attended(fold.query, state, params)
+        group = self.plan.shape.group
+        if fold.factor is not None:
+            out = out * fold.factor.repeat_interleave(group, 1)[:, :, None]
+        if fold.shift is not None:
+            out = out + fold.shift.repeat_interleave(group, 1)[:, :, None]
+        return out, lse if fold.bias is None else lse + fold.bias
 
     def _attended(self, query: Tensor, state: AttentionState, params: Params) -> tuple[Tensor, Tensor]:
         """Output (B, Hq, Q, D) and log-sum-exp (B, Hq, Q), float32."""

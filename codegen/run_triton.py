@@ -107,12 +107,12 @@ class TritonModule(PageModule):
     def attend(
         self, query: Tensor, state: AttentionState, params: Params, splits: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        return self.union(query, [(self, state, params)], splits)
+        return self.union(query, [(self, state, params, None)], splits)
 
     def union(self, query: Tensor, segments: Segments, splits: int | None = None) -> tuple[Tensor, Tensor]:
         parts = _parts(query, segments, splits)
         end = next((part for part in parts if part.plain), parts[0])
-        if len(parts) == 1:
+        if len(parts) == 1 and end.fold is None:
             scratch = end.own()
             self._attend(end, scratch)
             return self._output("merge", end, scratch, end.count)
@@ -125,6 +125,7 @@ class TritonModule(PageModule):
                 part.module._attend(part, into)
             else:
                 part.module._collect(part, into, end)
+            part.unfold(into, count, end.rows, end.blocks)
             before += count
         return end.module._output("merge" if end.plain else "unite", end, scratch, before)
 
@@ -171,7 +172,10 @@ class TritonModule(PageModule):
 
 def _parts(query: Tensor, segments: Segments, splits: int | None) -> list[Part]:
     """Segments with the programs that share a sequence's tokens in each: `splits`, or as many as are worthwhile."""
-    parts = [Part(module, query, state, params) for module, state, params in segments]
+    parts = [
+        Part(module, query if fold is None else fold.query, state, params, fold=fold)
+        for module, state, params, fold in segments
+    ]
     if splits is not None:  # a fixed plan: what a sequence gets must not depend on who else is in the batch
         return [replace(part, clean=splits, edges=splits) for part in parts]
     clean = [part.module.splits(part.programs * part.blocks, part.state.longest) for part in parts]

@@ -16,7 +16,7 @@ from .inputs import DTYPES
 from .kernels import AttentionState, Side
 from .pages import upload
 from .rows import chunk_index, gather, write
-from .scheme import SIDES
+from .scheme import SIDES, Scheme
 from .shape import Shape
 
 CHUNK = 16
@@ -45,8 +45,10 @@ class Front:
     sums: Tensor
 
     @classmethod
-    def empty(cls, sinks: int, room: int, sums: int, batch: int, shape: Shape, device: torch.device) -> Front:
-        """No tokens yet, and room for `room` that wait."""
+    def empty(cls, scheme: Scheme, sums: int, batch: int, shape: Shape, device: torch.device) -> Front:
+        """No tokens yet, and room for those of the window and those that are decided on together."""
+        sinks = scheme.sinks.tokens if scheme.sinks else 0
+        room = (scheme.recent.tokens if scheme.recent else 0) + (scheme.router and scheme.router.every or 1)
         sizes = (batch, shape.kv_heads, sinks + room + CHUNK)
         keys, values = (torch.zeros(*sizes, shape.head_dim, dtype=DTYPES[shape.dtype], device=device) for _ in SIDES)
         none = (0,) * batch

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Side = Literal["keys", "values"]
 Backend = Literal["triton", "torch"]
 Params = Mapping[str, "Tensor"]
-Segments = Sequence[tuple[Any, "AttentionState", Params]]
+Segments = Sequence[tuple[Any, "AttentionState", Params, "Fold | None"]]
 """Modules, what each of them reads, and its parameters."""
 
 
@@ -129,12 +129,27 @@ class KernelSet:
         return self.module.attend(query, state, params, splits)
 
 
+class Fold(NamedTuple):
+    """What is taken out of the numbers of a segment, sequence by sequence, and put back around its kernels.
+
+    query    what its keys meet in place of the query, (B, Hq, Q, D)
+    bias     what is added to its scaled scores, float32 (B, Hq, Q), or None
+    factor, shift   what its output is multiplied by, and what is added then, float32 (B, H, D), or None
+    """
+
+    query: Tensor
+    bias: Tensor | None = None
+    factor: Tensor | None = None
+    shift: Tensor | None = None
+
+
 class Segment(NamedTuple):
     """Tokens of the sequences of a batch that are held by one compiled scheme, in pages and rows of their own."""
 
     kernels: KernelSet
     state: AttentionState
     params: Params
+    fold: Fold | None = None
 
 
 def attend_segments(query: Tensor, segments: Sequence[Segment], splits: int | None = None) -> tuple[Tensor, Tensor]:
@@ -148,7 +163,7 @@ def attend_segments(query: Tensor, segments: Sequence[Segment], splits: int | No
     if not segments:
         raise ShapeError("segments: none; give those of the cache, one at least")
     first = segments[0].kernels
-    for position, (kernels, _, _) in enumerate(segments):
+    for position, (kernels, *_) in enumerate(segments):
         if kernels.backend != first.backend:
             raise BackendError(
                 f"segments[{position}]: compiled for {kernels.backend}, segments[0] for {first.backend}; build all of "
@@ -157,7 +172,7 @@ def attend_segments(query: Tensor, segments: Sequence[Segment], splits: int | No
         if kernels.shape != first.shape:
             raise ShapeError(f"segments[{position}]: {kernels.shape}, segments[0]: {first.shape}; build all for one")
     held = [segment for segment in segments if segment.state.longest] or segments[:1]
-    if len(held) == 1:
+    if len(held) == 1 and held[0].fold is None:
         return held[0].kernels.attend(query, held[0].state, held[0].params, splits)
-    parts = [(segment.kernels.module, segment.state, segment.params) for segment in held]
+    parts = [(segment.kernels.module, segment.state, segment.params, segment.fold) for segment in held]
     return held[0].kernels.module.union(query, parts, splits)

@@ -97,6 +97,21 @@ class QuantizedCache:
         """The page ids of all sequences, each as often as it is held."""
         return (page for ids in self._now.table.ids for page in ids if page != ZERO)
 
+    def rows(self, side: Side) -> Tensor:
+        """The row buffer of exact tokens of a side, (B, H, sinks + ring, D)."""
+        return self._now.rows(side)
+
+    def pages(self) -> tuple[Tensor, Tensor]:
+        """(the page of each place, int32 (B, width), ZERO where there is none; the pool, uint8 (pages, bytes))."""
+        return self._now.table.tensor, self.pool.bytes
+
+    def own(self) -> None:
+        """Make every page the cache's own, copied where others hold it too: for a caller that writes over tokens."""
+        with self._changing() as now:
+            places = [range(len(ids)) for ids in now.table.ids]
+            table, dropped = now.table.claim(self.pool, places, [0] * self.batch)
+            self._commit(replace(now, table=table), dropped)
+
     def state(self, *, scaling: float | None = None, softcap: float | None = None) -> AttentionState:
         """What attention over the cache as it stands reads; valid until the cache changes."""
         now = self._now

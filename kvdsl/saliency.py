@@ -8,17 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .kernels import AttentionState, KernelSet, Params
+from .kernels import AttentionState, Fold, KernelSet, Params
 from .measuring import Affine
 from .pages import upload
 from .probes import probe_rows
 from .routing import column
 from .tiers import Metric, Saliency
+
+if TYPE_CHECKING:
+    from .front import Front
+    from .segment_cache import SegmentCache
 
 EVERYWHERE = 1 << 30
 """The position of a query that sees all tokens of a tier."""
@@ -31,7 +35,17 @@ class Read(NamedTuple):
     state: AttentionState
     params: Params
     keys: Affine | None = None
+    values: Affine | None = None
     causal: bool = False
+
+    def fold(self, query: Tensor) -> Fold | None:
+        """What is put back around the kernels, where something was taken out of what they read."""
+        if self.keys is None and self.values is None:
+            return None
+        met, bias = (query, None) if self.keys is None else self.keys.met(query)
+        factor = None if self.values is None else self.values.factor.float()
+        shift = None if self.values is None or self.values.shift is None else self.values.shift.float()
+        return Fold(met, None if bias is None else bias * self.state.scaling, factor, shift)
 
 
 @dataclass(frozen=True)
@@ -67,6 +81,33 @@ def received(rows: Rows, lse: Tensor, read: Read) -> tuple[Tensor, Tensor]:
     """The sums of the weights, and of their squares, that each token of `read` receives: float32 (B, H, tokens)."""
     query, position, shift = rows.met(read)
     return read.kernels.received(query, position, lse - shift, read.state, read.params)
+
+
+def carried(
+    query: Tensor, counts: Sequence[int], lse: Tensor | None, reads: Sequence[Read], front: Front,
+    tiers: Sequence[SegmentCache],
+) -> None:  # fmt: skip
+    """Add to the sums of all tokens what the queries (B, Hq, Q, D) of a step, the last counts_b of which are real, give
+    them: of the exact tokens, then of each tier."""
+    queries, device = query.shape[2], query.device
+    place = torch.arange(queries, device=device)
+    position = place + column(front.held, device) - queries
+    rows = Rows(query, torch.where(place >= queries - column(counts, device), position, -1).to(torch.int32))
+    lse = reach(rows, reads) if lse is None else lse
+    found = [received(rows, lse, read) if read.state.longest else None for read in reads]
+    exact, *others = found
+    if exact is not None and (most := max(front.waiting, default=0)):
+        skip = column([min(front.sinks, n) for n in front.lengths], device)
+        heads, width = exact[0].shape[1], exact[0].shape[2]
+        at = (torch.arange(most, device=device) + skip)[:, None].expand(-1, heads, -1)
+        index = front.places(most)[:, None].expand(-1, heads, -1)
+        for sums, more in zip(front.sums, exact, strict=False):
+            given = more.gather(2, at.clamp(max=width - 1)).masked_fill(at >= width, 0.0)
+            sums.scatter_add_(2, index, given)
+    for tier, more_of in zip(tiers, others, strict=True):
+        if more_of is not None:
+            for sums, more in zip(tier.beside.sums, more_of, strict=False):
+                sums[:, :, : more.shape[2]] += more
 
 
 def chosen_rows(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -139,7 +140,8 @@ class SegmentCache:
 
     def read(self) -> Read:
         """What a query that sees all tokens reads."""
-        return Read(self.kernels.reading, self.cache.state(), self.params, self.beside.affine.get("keys"))
+        affine = self.beside.affine
+        return Read(self.kernels.reading, self.cache.state(), self.params, affine.get("keys"), affine.get("values"))
 
     def numbers(self, side: Side) -> Tensor:
         """All tokens decoded, token j in place j: (B, H, most, D), float32."""
@@ -171,6 +173,15 @@ class SegmentCache:
         page = page * heads + torch.arange(heads, device=slots.device)[:, None]
         both = torch.stack([page.flatten(), torch.zeros_like(page.flatten())], 1)
         return pool.view(-1, single.page_bytes), both.to(torch.int32)
+
+    def snapshot(self) -> Any:
+        """What `restore` brings back."""
+        return self.cache._now, self.beside
+
+    def restore(self, was: Any) -> None:
+        """The tokens are those of a snapshot again; places that were written over are not."""
+        self.cache._now, self.beside = was
+        self.cache.pool.recount()
 
     # -- moving -------------------------------------------------------------------------------------------------------
 

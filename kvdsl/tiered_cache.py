@@ -14,18 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .decisions import Decision
 from .errors import CacheError, ShapeError
 from .front import Front
 from .inputs import checked_counts, checked_index, checked_number, refuse_tensor
-from .kernels import AttentionState, Params, Segment, Side, attend_segments
-from .pages import upload
+from .kernels import Params, Segment, Side, attend_segments
 from .quantized_cache import CAPACITY
-from .router_run import Decision, Run
-from .routing import column, due
-from .saliency import Read, Rows
-from .scheme import SIDES
-from .segment_cache import SegmentCache, Tokens
+from .routing import due
+from .saliency import Read, carried
+from .segment_cache import SegmentCache
 from .segments import segments
+from .tier_contents import held
 from .tier_kernels import TierKernels
 from .watch import Watch
 
@@ -35,19 +34,17 @@ class Step:
     """What one step's attention reads: the exact tokens, its own among them, then the tiers as they were before it."""
 
     reads: tuple[Read, ...]
-    scaling: float
-    softcap: float | None = None
 
 
 class TieredCache:
     """One layer's keys and values for `batch` sequences.
 
-    kernels   the compiled scheme; `params` the calibrated numbers of its tiers
+    kernels   the compiled scheme; `params` the calibrated numbers of its tiers, `tiers[0].keys.scale` and so on
     device    default: CUDA for the triton backend where there is one, else the CPU
     capacity  tokens a sequence and tier, as for QuantizedCache
 
     Sequences may have their own lengths, see QuantizedCache.  Any method that changes the cache either succeeds or
-    raises and leaves it as it was.  `prompts`: how many tokens behind its sinks a sequence held at its first decision.
+    raises and leaves it as it was.
     """
 
     window = None
@@ -61,20 +58,22 @@ class TieredCache:
         scheme, shape = kernels.scheme, kernels.shape
         if device is None:
             device = "cuda" if kernels.backend == "triton" and torch.cuda.is_available() else "cpu"
-        self.kernels, self.capacity = kernels, capacity
+        self.kernels, self.capacity, self.requantized = kernels, capacity, 0
         self.device = torch.empty(0, device=device).device
-        self.requantized = 0
-        ready = kernels.ready(params, self.device)
-        sums = Watch.sums_of(scheme)
+        self.watch = Watch.of(scheme, batch)
+        self.prompts: tuple[int | None, ...] = (None,) * batch
+        """How many tokens behind its sinks a sequence held at its first decision."""
+        self.prompt_query: Tensor | None = None
+        self._fresh: tuple[int, ...] = (0,) * batch
         with torch.inference_mode(False), torch.no_grad():
-            self._front = Front.empty(scheme, sums, batch, shape, self.device)
+            ready = kernels.ready(params, self.device)
+            self.front = Front.empty(scheme, self.watch.sums, batch, shape, self.device)
             self._pool = torch.zeros(1, kernels.exact.page_bytes, dtype=torch.uint8, device=self.device)
+            self._zeros = torch.zeros(batch, dtype=torch.int32, device=self.device)
             self.tiers = tuple(
-                SegmentCache(one, *both, given, batch, sums, self.device, capacity) if both else None
+                SegmentCache(one, both, given, batch, self.watch.sums, self.device, capacity) if both else None
                 for one, both, given in zip(segments(scheme), kernels.tiers, ready, strict=True)
             )
-        self.prompts: tuple[int | None, ...] = (None,) * batch
-        self.watch = Watch(scheme, (0,) * batch)
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -86,89 +85,52 @@ class TieredCache:
     @property
     def lengths(self) -> tuple[int, ...]:
         """Tokens of each sequence, as appended: those that were dropped count too."""
-        return self._front.lengths
-
-    @property
-    def routed(self) -> tuple[int, ...]:
-        """Tokens of each sequence that were sent to a tier."""
-        return self._front.gone
+        return self.front.lengths
 
     def counts(self, tier: int) -> tuple[int, ...]:
-        """Tokens of each sequence, and of every head, that stand in a tier: those that were dropped, too."""
+        """Tokens of each sequence, of every head, that were sent to a tier and are there, or were dropped."""
         kept = self.tiers[tier]
         if kept is not None:
             return kept.counts
         others = [one.counts for one in self.tiers if one is not None]
-        return tuple(n - sum(c) for n, c in zip(self.routed, zip(*others, strict=True), strict=True)) if others else self.routed
+        return tuple(n - sum(one[b] for one in others) for b, n in enumerate(self.front.gone))
 
     def state(self, *, scaling: float | None = None, softcap: float | None = None) -> Step:
         """What attention over the cache as it stands reads; valid until the cache changes."""
-        zeros = torch.zeros(self.batch, dtype=torch.int32, device=self.device)
-        exact = Read(self.kernels.exact, self._front.state(self._pool, zeros), {}, causal=True)
-        kept = [one.read() for one in self.tiers if one is not None]
+        exact = Read(self.kernels.exact, self.front.state(self._pool, self._zeros), {}, causal=True)
+        reads = (exact, *(one.read() for one in self.tiers if one is not None))
         scale = exact.state.scaling if scaling is None else scaling
-        reads = [r._replace(state=replace(r.state, scaling=scale, softcap=softcap)) for r in (exact, *kept)]
-        return Step(tuple(reads), scale, softcap)
+        return Step(tuple(r._replace(state=replace(r.state, scaling=scale, softcap=softcap)) for r in reads))
 
     def attend(self, query: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """Attention of query (B, Hq, Q, D) over a step: (out (B, Hq, Q, D), lse (B, Hq, Q) float32), see KernelSet."""
         self._check_query(query)
         if not query.numel():
             return torch.empty_like(query), query.new_zeros(query.shape[:3], dtype=torch.float32)
+        query = query.contiguous()
         parts = list[Segment]()
-        for read, tier in zip(step.reads, (None, *(t for t in self.tiers if t is not None)), strict=True):
-            state = read.state if tier is None else replace(read.state, ahead=query.shape[2])
-            parts.append(Segment(read.kernels, state, read.params, *(() if tier is None else tier.folded(query, state))))
+        for read in step.reads:
+            state = read.state if read.causal else replace(read.state, ahead=query.shape[2])
+            parts.append(Segment(read.kernels, state, read.params, read.fold(query)))
         return attend_segments(query, parts)
 
     def dense(self, side: Side) -> Tensor:
         """All tokens of a side as numbers, (B, H, longest, D) in the model's dtype, right aligned.  CacheError where
         some were dropped: they have none."""
-        if any(one is None and any(self.counts(i)) for i, one in enumerate(self.tiers)):
-            raise CacheError("cache: some tokens were dropped, and code other than kvdsl's attention wants numbers of all")
-        return self.held(side)[0]
-
-    def held(self, side: Side) -> tuple[Tensor, Tensor]:
-        """(all tokens of a side, zeros where one was dropped, (B, H, longest, D) in the model's dtype; the tier of
-        each, int64 (B, H, longest): -1 where it is exact, -2 where there is none), right aligned."""
-        front = self._front
-        most, shape = max(self.lengths, default=0), self.kernels.shape
-        rows = front.rows(side)
-        out = rows.new_zeros(self.batch, shape.kv_heads, most, shape.head_dim)
-        tier_of = torch.full(out.shape[:3], -2, dtype=torch.int64, device=self.device)
-        lead = most - column(self.lengths, self.device)  # (B, 1)
-        waiting = max(front.waiting, default=0)
-        sinks = min(front.sinks, most)
-        place = torch.arange(sinks, device=self.device) + lead
-        _put(out, tier_of, rows[:, :, :sinks], place.expand(self.batch, -1), place < most, -1)
-        gone = column(front.gone, self.device)
-        place = torch.arange(waiting, device=self.device) + lead + front.sinks + gone
-        index = front.places(waiting)
-        picked = rows.gather(2, index[:, None, :, None].expand(*rows.shape[:2], -1, rows.shape[3]))
-        _put(out, tier_of, picked, place, place < most, -1)
-        for number, one in enumerate(self.tiers):
-            if one is not None and any(one.counts):
-                numbers, (positions, _) = one.dense(side).to(out.dtype), one.aligned()
-                width = numbers.shape[2]
-                valid = torch.arange(width, device=self.device) >= width - column(one.counts, self.device)
-                at = positions.long() + (lead + front.sinks)[..., None]
-                _put(out, tier_of, numbers, at, valid[:, None].expand_as(at), number)
-            elif one is None:
-                place = torch.arange(most, device=self.device)
-                inside = (place >= lead + front.sinks) & (place < lead + front.sinks + gone)
-                tier_of[inside[:, None].expand_as(tier_of) & (tier_of == -2)] = number
-        return out, tier_of
+        if any(one is None and any(self.counts(number)) for number, one in enumerate(self.tiers)):
+            raise CacheError("cache: some tokens were dropped, and numbers of all are asked for; use kvdsl's attention")
+        return held(self, side)[0]
 
     @property
     def labels(self) -> Tensor:
         """The tier of every token, int64 (B, H, longest), right aligned: -1 where it is exact, -2 where there is none."""
-        return self.held("keys")[1]
+        return held(self, "keys")[1]
 
     @property
     def nbytes(self) -> int:
         """Bytes held: exact rows, tiers, and what their routing needs."""
         kept = sum(one.nbytes for one in self.tiers if one is not None)
-        return kept + self._front.nbytes + self._pool.nbytes + self.watch.nbytes
+        return kept + self.front.nbytes + self._pool.nbytes + self._zeros.nbytes + self.watch.nbytes
 
     def bits(self) -> float:
         """Bits held for each number of the keys and values seen so far, everything included; 0 when there is none."""
@@ -177,13 +139,16 @@ class TieredCache:
         return 8 * self.nbytes / numbers if numbers else 0.0
 
     def stats(self) -> dict[str, Any]:
-        """bytes; bits a number; tokens; in each tier, tokens of all sequences; requantized_tokens: quantized a second
-        time, keys and values counted apart."""
+        """bytes; bits a number; tokens of all sequences; how many of them are in each tier; routing_bytes of places,
+        sums and queries; requantized_tokens: quantized more than once, keys and values counted apart."""
+        beside = [one.beside for one in self.tiers if one is not None]
+        places = sum(one.positions.nbytes + one.sums.nbytes for one in beside)
         return {
             "bytes": self.nbytes,
             "bits": self.bits(),
             "tokens": sum(self.lengths),
             "tiers": [sum(self.counts(number)) for number in range(len(self.tiers))],
+            "routing_bytes": places + self.front.sums.nbytes + self.watch.nbytes,
             "requantized_tokens": self.requantized,
         }
 
@@ -199,30 +164,40 @@ class TieredCache:
         """
         counts = self._checked(keys, values, counts)
         with self._changing():
-            self._front = self._front.append({"keys": keys, "values": values}, counts)
+            self.front = self.front.append({"keys": keys, "values": values}, counts)
+            self._fresh = counts
             return self.state(scaling=scaling, softcap=softcap)
 
     def route(self, query: Tensor | None = None, step: Step | None = None, lse: Tensor | None = None) -> None:
         """Behind a step's attention: note what its queries (B, Hq, Q, D) attend to, and send to tiers what is due.
 
-        step, lse   what the attention read, and its log-sum-exps (B, Hq, Q) where they are known
-        Of a router that asks for attention, tokens wait until queries come.
+        step, lse   what the attention read, and its log-sum-exps (B, Hq, Q), where they are known
+        Where a router asks for attention and no query is given, tokens wait.
         """
         with self._changing():
-            step = self.state() if step is None else step
-            self.watch = self.watch.noted(self, query, step, lse)
-            if not self.watch.ready:
+            router, first = self.watch.router, None in self.prompts
+            if router is not None and query is None:
                 return
-            dues = []
-            for b, (length, gone, prompt) in enumerate(zip(self.lengths, self.routed, self.prompts, strict=True)):
-                behind = max(0, length - self._front.sinks)
-                dues.append(due(self.kernels.scheme, gone, behind - gone, behind if prompt is None else prompt, prompt is None))
+            reads = (self.state() if step is None else step).reads
+            if query is not None and router is not None:
+                self.watch = self.watch.seen(query, self._fresh, first)
+                if self.watch.sums:
+                    carried(query, self._fresh, lse, reads, self.front, [one for one in self.tiers if one is not None])
+            if first:
+                self.prompt_query = query
+            sinks, scheme = self.front.sinks, self.kernels.scheme
+            behind = [max(0, length - sinks) for length in self.lengths]
+            dues = [
+                due(scheme, gone, n - gone, n if prompt is None else prompt, prompt is None)
+                for n, gone, prompt in zip(behind, self.front.gone, self.prompts, strict=True)
+            ]
             if any(one.tokens for one in dues):
-                Run(self, dues, step).send()
-            self.prompts = tuple(
-                max(0, n - self._front.sinks) if p is None and n else p for p, n in zip(self.prompts, self.lengths, strict=True)
-            )
-            self._front = self._front.without([one.tokens for one in dues])
+                Decision(self, dues, reads).send()
+                self.watch = self.watch.after([one.tokens > 0 for one in dues])
+            fresh = [n for n, _ in zip(behind, dues, strict=True)]
+            self.prompts = tuple(n if p is None and n else p for p, n in zip(self.prompts, fresh, strict=True))
+            self.prompt_query = None
+            self.front = self.front.without([one.tokens for one in dues])
 
     def append_and_attend(
         self, query: Tensor, keys: Tensor, values: Tensor, *, counts: Sequence[int] | None = None,
@@ -230,12 +205,84 @@ class TieredCache:
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """One step: append, attention of query (B, Hq, Q, D), routing.  A failure in any undoes all."""
         self._check_query(query)
-        before = self._snapshot()
-        try:
+        with self._changing():
             step = self.append(keys, values, counts=counts, scaling=scaling, softcap=softcap)
             out, lse = self.attend(query, step)
             self.route(query, step, lse)
-        except BaseException:
-            self._restore(before)
-            raise
         return out, lse
+
+    # -- cutting and moving -------------------------------------------------------------------------------------------
+
+    def crop(self, length: int | Sequence[int], *, requantize: bool = True) -> None:
+        """Shorten every sequence to at most `length` tokens, or sequence b to length_b.  CacheError where tokens went
+        to tiers since: what a router decided cannot be taken back; nothing has changed then."""
+        wanted = (length,) * self.batch if isinstance(length, int) else tuple(length)
+        if len(wanted) != self.batch:
+            raise ShapeError(f"length: {len(wanted)} numbers for {self.batch} sequences")
+        cut = [min(n, now) for n, now in zip(wanted, self.lengths, strict=True)]
+        for n, gone in zip(cut, self.front.gone, strict=True):
+            if gone and n < gone + self.front.sinks:
+                raise CacheError(
+                    f"crop: to {n} tokens, but {gone + self.front.sinks} were sent to tiers, which no router takes "
+                    f"back; crop to those at least, use a longer window, or reset the cache"
+                )
+        with self._changing():
+            self.front = self.front.cropped(cut)
+
+    def record(self, draft: int) -> None:
+        """Nothing is kept for cropping: CacheError for a draft, see `crop`."""
+        checked_number("draft", draft, 0)
+        if draft:
+            raise CacheError("record: tokens in tiers cannot be taken back; use a scheme without tiers for drafts")
+
+    def reorder(self, index: Sequence[int] | Tensor) -> None:
+        """Sequence i becomes what sequence index_i was (beam search).  Pages are shared, and copied when written to."""
+        chosen = checked_index(index, self.batch)
+        with self._changing():
+            self.front = self.front.chosen(chosen)
+            self.watch = self.watch.chosen(chosen)
+            self.prompts = tuple(self.prompts[i] for i in chosen)
+            self._fresh = tuple(self._fresh[i] for i in chosen)
+            self._zeros = self._zeros.new_zeros(len(chosen))
+            for one in self.tiers:
+                if one is not None:
+                    one.reorder(chosen)
+
+    select = reorder
+    """The chosen sequences, in that order, any number of them."""
+
+    def repeat(self, times: int) -> None:
+        """Every sequence `times` times, the copies beside each other."""
+        checked_number("times", times, 0)
+        self.reorder([b for b in range(self.batch) for _ in range(times)])
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """One change: outside autograd, and undone when it raises."""
+        names = ("front", "watch", "prompts", "prompt_query", "requantized", "_fresh", "_zeros")
+        before = {name: getattr(self, name) for name in names}
+        kept = [(one, one.snapshot()) for one in self.tiers if one is not None]
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                yield
+        except BaseException:
+            self.__dict__.update(before)
+            for one, was in kept:
+                one.restore(was)
+            raise
+
+    def _checked(self, keys: Tensor, values: Tensor, counts: Sequence[int] | None) -> tuple[int, ...]:
+        shape = self.kernels.shape
+        for name, tensor in (("keys", keys), ("values", values)):
+            refuse_tensor(name, tensor, (self.batch, shape.kv_heads, None, shape.head_dim), shape, self.device)
+        chunk = keys.shape[2]
+        if values.shape[2] != chunk:
+            raise ShapeError(f"values: {values.shape[2]} tokens beside {chunk} of keys; give both the same")
+        return (chunk,) * self.batch if counts is None else checked_counts("counts", counts, (chunk,) * self.batch)
+
+    def _check_query(self, query: Tensor) -> None:
+        shape = self.kernels.shape
+        sizes = (self.batch, shape.q_heads or shape.kv_heads, None, shape.head_dim)
+        refuse_tensor("query", query, sizes, shape, self.device)
