@@ -26,6 +26,7 @@ from .segment_cache import SegmentCache
 from .segments import segments
 from .tier_contents import held
 from .tier_kernels import TierKernels
+from .tier_params import checked_of_tiers
 from .watch import Watch
 
 
@@ -66,9 +67,9 @@ class TieredCache:
         self.prompt_query: Tensor | None = None
         self._fresh: tuple[int, ...] = (0,) * batch
         with torch.inference_mode(False), torch.no_grad():
-            ready = kernels.ready(params, self.device)
+            ready = checked_of_tiers(scheme, shape, params, self.device)
             self.front = Front.empty(scheme, self.watch.sums, batch, shape, self.device)
-            self._pool = torch.zeros(1, kernels.exact.page_bytes, dtype=torch.uint8, device=self.device)
+            self._pool = torch.zeros(1, 64, dtype=torch.uint8, device=self.device)  # of no page
             self._zeros = torch.zeros(batch, dtype=torch.int32, device=self.device)
             self.tiers = tuple(
                 SegmentCache(one, both, given, batch, self.watch.sums, self.device, capacity) if both else None
@@ -99,8 +100,13 @@ class TieredCache:
         """What attention over the cache as it stands reads; valid until the cache changes."""
         exact = Read(self.kernels.exact, self.front.state(self._pool, self._zeros), {}, causal=True)
         reads = (exact, *(one.read() for one in self.tiers if one is not None))
-        scale = exact.state.scaling if scaling is None else scaling
-        return Step(tuple(r._replace(state=replace(r.state, scaling=scale, softcap=softcap)) for r in reads))
+        return self.tuned(Step(reads), exact.state.scaling if scaling is None else scaling, softcap, None)
+
+    def tuned(self, step: Step, scaling: float, softcap: float | None, window: int | None) -> Step:
+        """The step with the factor on q.k and the cap of scores of one call.  ValueError for a sliding window."""
+        if window is not None:
+            raise ValueError(f"attention: a sliding window of {window} over tokens in tiers, whose order is not kept")
+        return Step(tuple(r._replace(state=replace(r.state, scaling=scaling, softcap=softcap)) for r in step.reads))
 
     def attend(self, query: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """Attention of query (B, Hq, Q, D) over a step: (out (B, Hq, Q, D), lse (B, Hq, Q) float32), see KernelSet."""
