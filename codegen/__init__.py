@@ -66,12 +66,12 @@ def bind(plan: Plan, backend: Backend, path: Path, source: str) -> Module:
     """The generated file, loaded, as something that takes tensors."""
     loaded = store.load(path)
     if backend == "triton":
-        from .run_triton import TritonModule
+        from .run_received import TritonReceived
 
-        return TritonModule(plan, loaded, source)
-    from .run_torch import TorchModule
+        return TritonReceived(plan, loaded, source)
+    from .torch_received import TorchReceived
 
-    return TorchModule(plan, loaded)
+    return TorchReceived(plan, loaded)
 
 
 def choose_backend(backend: Backend | None) -> tuple[Backend, str]:
