@@ -25,11 +25,8 @@ GIVEN_POINTERS = {f"{side}_{name}_ptr": f"{side}.{path}" for side in SIDES for n
 POINTERS |= dict.fromkeys(GIVEN_POINTERS, "*fp32")
 FLOATS = ("scaling", "softcap")
 ATTEND = ("decode", "extend")
-<<<<<<< HEAD
 ENDS = ("merge", "unite")  # they store outputs
-=======
 SCORE = ("scores", "reach", "received")
->>>>>>> received
 
 # Settings of NVIDIA's assembler, tried in this order until a kernel keeps its numbers in registers: just above a count
 # that allows one program more it would rather move a few to memory, and where all are in use its schedule is what

@@ -1,9 +1,5 @@
-<<<<<<< HEAD
-"""A plan as one Triton module: imports, maps, pack, unpack, scores, decode, extend, merges, in that order."""
-=======
-"""A plan as one Triton module, in this order: imports, maps, pack, unpack, scores, decode, extend, merge, reach,
+"""A plan as one Triton module, in this order: imports, maps, pack, unpack, scores, decode, extend, merges, reach,
 received."""
->>>>>>> received
 
 from __future__ import annotations
 
@@ -11,12 +7,8 @@ from .header import heading
 from .plan import Plan
 from .text import helpers_used, without_unused
 from .triton_attend import Attend
-<<<<<<< HEAD
 from .triton_merge import collect, merge, unite
-=======
-from .triton_merge import merge
 from .triton_received import Received
->>>>>>> received
 from .triton_rope import rope, unrope
 from .triton_term_pages import pack_of, unpack_of
 from .triton_turn import restore, turn, turn_query
@@ -35,12 +27,8 @@ def render(plan: Plan, name: str) -> str:
     kernels.append(attend.scores(plan.rows(many=True)))
     kernels.append(attend.attention("decode", plan.rows(many=False)))
     kernels.append(attend.attention("extend", plan.rows(many=True)))
-<<<<<<< HEAD
     kernels += [merge(plan), collect(plan), *([unite(plan)] if plan.values.through else [])]
-=======
-    kernels.append(merge(plan))
     kernels += Received(plan).texts()
->>>>>>> received
     body = "\n\n".join(without_unused(kernel) for kernel in kernels)
     imports = "import triton\nimport triton.language as tl\n" + helpers_used(DEVICE, body)
     return f"{heading(plan, name)}\n{imports}\n\n{body}"

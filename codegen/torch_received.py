@@ -10,7 +10,8 @@ from torch import Tensor
 
 from kvdsl.kernels import AttentionState, Params
 
-from .run_torch import PACK_AT_ONCE, TorchModule
+from .run_torch import TorchModule
+from .run_torch_pages import PACK_AT_ONCE
 
 SCORES_AT_ONCE = 1 << 22  # of all heads and sequences
 

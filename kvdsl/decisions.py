@@ -19,6 +19,7 @@ from .saliency import Read, chosen_rows, deviation, importance, pooled, reach, r
 from .scheme import SIDES, Saliency
 from .segment_cache import SegmentCache, Tokens
 from .tier_rules import decides_by_position
+from .tiers import Metric
 
 if TYPE_CHECKING:
     from .tiered_cache import TieredCache
@@ -55,7 +56,7 @@ class Decision:
     def send(self) -> None:
         """Carry it out."""
         labels = self._labels()
-        for number, tier in reversed(tuple(enumerate(self.tiers))):  # tokens that go down are read where they stand still
+        for number, tier in reversed(tuple(enumerate(self.tiers))):
             if tier is None:
                 continue
             if self.anew:
@@ -66,17 +67,17 @@ class Decision:
                 self._join(number, tier, labels)
 
     def _pool(self) -> tuple[Tensor, Tensor]:
-        heads, where, position = self.front.keys.shape[1], list[Tensor](), list[Tensor]()
+        heads, wheres, positions = self.front.keys.shape[1], list[Tensor](), list[Tensor]()
         for number, tier, width in self.kept:
             valid = torch.arange(width, device=self.device) < column(tier.counts, self.device)
-            where.append(torch.where(valid, number, NONE)[:, None].expand(-1, heads, -1))
-            position.append(tier.beside.positions[:, :, :width].long())
+            wheres.append(torch.where(valid, number, NONE)[:, None].expand(-1, heads, -1))
+            positions.append(tier.beside.positions[:, :, :width].long())
         place = torch.arange(self.new, device=self.device)
         valid = place < column([one.tokens for one in self.dues], self.device)
-        where.append(torch.where(valid, NEW, NONE)[:, None].expand(-1, heads, -1))
+        wheres.append(torch.where(valid, NEW, NONE)[:, None].expand(-1, heads, -1))
         begin = column([one.begin for one in self.dues], self.device)
-        position.append((place + begin)[:, None].expand(-1, heads, -1))
-        where, position = torch.cat(where, 2), torch.cat(position, 2)
+        positions.append((place + begin)[:, None].expand(-1, heads, -1))
+        where, position = torch.cat(wheres, 2), torch.cat(positions, 2)
         waits = torch.tensor(self.due, device=self.device)[:, None, None]
         return torch.where(waits, where, NONE), position
 
@@ -124,7 +125,7 @@ class Decision:
             worth = torch.cat([worth[:, :, : -self.new], pooled(new, router.pool)], 2)
         return worth.sum(1, keepdim=True).expand(-1, heads, -1) if router.per == "layer" else worth
 
-    def _sums(self, router: Saliency, metric: str) -> tuple[Tensor, Tensor, Sequence[int]]:
+    def _sums(self, router: Saliency, metric: Metric) -> tuple[Tensor, Tensor, Sequence[int]]:
         """Sums of the weights that the pool's tokens receive, and of their squares, and how many queries there were."""
         if router.carried:
             parts = [tier.beside.sums[..., :width] for _, tier, width in self.kept]
@@ -139,10 +140,9 @@ class Decision:
         sinks = column([min(front.sinks, n) for n in front.lengths], self.device)
         index = (torch.arange(self.new, device=self.device) + sinks).clamp(max=max(0, exact.state.longest - 1))
         by_tier = dict(zip((i for i, tier in enumerate(self.tiers) if tier is not None), tiers, strict=True))
-        found = [received(rows, lse, by_tier[number]) for number, _, _ in self.kept]
-        new = received(rows, lse, exact)
-        found.append(tuple(x.gather(2, index[:, None].expand(-1, x.shape[1], -1)) for x in new))
-        one, two = (torch.cat(parts, 2) for parts in zip(*found, strict=True))
+        sums = [received(rows, lse, by_tier[number]) for number, _, _ in self.kept]
+        one, two = (x.gather(2, index[:, None].expand(-1, x.shape[1], -1)) for x in received(rows, lse, exact))
+        one, two = (torch.cat(parts, 2) for parts in zip(*sums, (one, two), strict=True))
         return one, two, watch.at_hand
 
     def _protected(self, mean: Tensor, spread: Tensor, scope: float) -> Tensor:
@@ -173,9 +173,7 @@ class Decision:
         tokens: Tokens = {side: picked(self._numbers[side], index) for side in SIDES}
         sums = self._sums_of(index)
         tier.rebuild(tokens, counts, self.position.gather(2, index), sums, self.due, self.cache.prompt_query)
-        self.cache.requantized += 2 * sum(
-            held[number] for held, due in zip(self.held, self.due, strict=True) if due
-        )
+        self.cache.requantized += 2 * sum(held[number] for held, due in zip(self.held, self.due, strict=True) if due)
 
     def _totals(self, number: int) -> list[int]:
         """How many tokens of each due sequence stand in a tier behind the decision."""
@@ -186,10 +184,8 @@ class Decision:
     def _numbers(self) -> Tokens:
         """The numbers of the whole pool (B, H, L, D), float32, as they were before any tier changed."""
         index = self.places[:, None].expand(-1, self.front.keys.shape[1], -1)
-        return {
-            side: torch.cat([*(tier.numbers(side) for _, tier, _ in self.kept), picked(self.front.rows(side), index).float()], 2)
-            for side in SIDES
-        }
+        new = {side: picked(self.front.rows(side), index).float() for side in SIDES}
+        return {side: torch.cat([*(tier.numbers(side) for _, tier, _ in self.kept), new[side]], 2) for side in SIDES}
 
     @cached_property
     def _sums_of_pool(self) -> Tensor:

@@ -117,9 +117,7 @@ class QuantizedCache:
         now = self._now
         return self._scaled(now.seen(now, self.pool), scaling, softcap)
 
-    def tuned(
-        self, state: AttentionState, scaling: float, softcap: float | None, window: int | None
-    ) -> AttentionState:
+    def tuned(self, state: AttentionState, scaling: float, softcap: float | None, window: int | None) -> AttentionState:
         """The state with the factor on q.k, the cap of scores and the sliding window of one call."""
         return replace(state, scaling=scaling, softcap=softcap, window=window)
 

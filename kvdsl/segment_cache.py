@@ -119,7 +119,12 @@ class SegmentCache:
             like = self.cache.rows("keys")
             zeros = like.new_zeros(like.shape[0], heads, most, like.shape[3])
             nowhere = torch.zeros(like.shape[0], heads, most, dtype=torch.int64, device=like.device)
-            self.append({"keys": zeros, "values": zeros}, counts, nowhere, self.beside.sums.new_zeros(len(self.beside.sums), *nowhere.shape))
+            self.append(
+                {"keys": zeros, "values": zeros},
+                counts,
+                nowhere,
+                self.beside.sums.new_zeros(len(self.beside.sums), *nowhere.shape),
+            )
         self.cache.own()
 
     def put(self, slots: Tensor, live: Tensor, tokens: Tokens, positions: Tensor, sums: Tensor) -> None:
@@ -153,7 +158,7 @@ class SegmentCache:
         return found if affine is None else affine.given_back(found)
 
     def fetch(self, side: Side, slots: Tensor) -> Tensor:
-        """Single tokens decoded, by their places int64 (B, H, K): (B, H, K, D), float32.  A page is decoded for each."""
+        """Single tokens decoded, by their places int64 (B, H, K): float32 (B, H, K, D).  A page is decoded for each."""
         single, (pool, table), slots_flat = self._single(), self._pages(slots), slots.flatten()
         numbers = single.unpack(side, pool, table, 0, single.page_tokens, self.params)[:, 0]
         at = (slots_flat % single.page_tokens)[:, None, None].expand(-1, 1, numbers.shape[2])

@@ -26,7 +26,7 @@ class TierSet:
 
 @dataclass(frozen=True, eq=False)
 class TierKernels:
-    """A scheme with tiers, compiled for a shape: kernels of the exact tokens, and of each tier (None where it drops)."""
+    """A scheme with tiers, compiled for a shape: kernels of the exact tokens, and of each tier, None where it drops."""
 
     scheme: Scheme
     shape: Shape
@@ -47,7 +47,9 @@ class TierKernels:
 def compiled(scheme: Scheme, shape: Shape, backend: Backend | None, build: Build) -> TierKernels:
     """Every tier compiled by `build`."""
     exact = build(front(scheme), shape, backend)
-    return TierKernels(scheme, shape, exact, tuple(_tier(scheme, one, shape, backend, build) for one in segments(scheme)))
+    return TierKernels(
+        scheme, shape, exact, tuple(_tier(scheme, one, shape, backend, build) for one in segments(scheme))
+    )
 
 
 def _tier(scheme: Scheme, one: Segment, shape: Shape, backend: Backend | None, build: Build) -> TierSet | None:

@@ -1,4 +1,4 @@
-"""The numbers that the tiers of a scheme take beside their pages: each name behind its tier's, as `tiers[0].keys.scale`."""
+"""Numbers of tiers beside their pages: each name stands behind its tier's, as `tiers[0].keys.scale`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def checked_of_tiers(
     """What each tier's kernels take, see `params.checked`; empty where tokens are dropped.  ShapeError names what is
     missing or does not fit."""
     return tuple(
-        {} if one.scheme is None else checked(one.scheme, shape, _of_tier(params or {}, number) | _units(one, shape), device)
+        {}
+        if one.scheme is None
+        else checked(one.scheme, shape, _of_tier(params or {}, number) | _units(one, shape), device)
         for number, one in enumerate(segments(scheme))
     )
 

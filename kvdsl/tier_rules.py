@@ -142,5 +142,7 @@ def _of_segments(scheme: Scheme) -> tuple[Fault, ...]:
             for fault in error.faults:
                 side = fault.place.partition(".")[0]
                 inner = side in SIDES and own(tier, side) is not None
-                found[Fault(f"tiers[{position}].{fault.place}" if inner else fault.place, fault.fact, fault.mend)] = None
+                found[Fault(f"tiers[{position}].{fault.place}" if inner else fault.place, fault.fact, fault.mend)] = (
+                    None
+                )
     return tuple(found)

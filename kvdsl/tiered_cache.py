@@ -1,4 +1,4 @@
-"""TieredCache: the keys and values of one layer in tiers, each a packed cache of its own, behind exact tokens that wait.
+"""TieredCache: the keys and values of one layer in tiers, each a packed cache, behind exact tokens that wait.
 
 A step appends, attends, and then routes: tokens that leave the window are sent to tiers by what is known behind their
 step's attention, and no query of the step sees a difference.
@@ -129,7 +129,7 @@ class TieredCache:
 
     @property
     def labels(self) -> Tensor:
-        """The tier of every token, int64 (B, H, longest), right aligned: -1 where it is exact, -2 where there is none."""
+        """The tier of every token, int64 (B, H, longest), right aligned: -1 of exact ones, -2 where there is none."""
         return held(self, "keys")[1]
 
     @property

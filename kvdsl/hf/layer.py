@@ -133,7 +133,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.record_past = False
         self.seen = 0
         self.has_gaps = False
-        self.packed: QuantizedCache | TieredCache | None = None
+        self.packed: Any = None  # a QuantizedCache, or where the scheme has tiers a TieredCache
         self._draft = 0
         self._step: Step | None = None
         self._last: Step | None = None  # the newest that was appended
