@@ -161,6 +161,7 @@ def _of_tiers(scheme: Scheme, side: Side, shape: Shape, tokens: int | None) -> S
         if (measured := one.of(side)) is not None and tokens is not None and part:
             metadata += EXACT * (2 if measured.by == "range" else 1) / tokens
     carried = scheme.router.carried if isinstance(scheme.router, Saliency) else 0
+    kept = 0.0 if scheme.router is None else kept
     metadata += kept * POSITION * (1 + carried) / (2 * shape.head_dim)
     return SideBits(code, metadata, padding, EXACT * rest, rest)
 
@@ -275,8 +276,8 @@ def _formula(scheme: Scheme, side: Side, shape: Shape) -> str:
     names = ["angles" if store.levels > 1 else "what is left"] * len(others)
     if store.outliers is not None:
         names[0] = "single numbers" if isinstance(store.outliers, Sparse) else "outlier channels"
-    told = "".join(f"; of {name} {text}" for name, text in zip(names, others, strict=True))
-    return first + (f"{told}; together {float(sum(_of_side(scheme, side, shape))):g} bits" if others else "")
+    behind = "".join(f"; of {name} {text}" for name, text in zip(names, others, strict=True))
+    return first + (f"{behind}; together {float(sum(_of_side(scheme, side, shape))):g} bits" if others else "")
 
 
 def _formula_of(store: Store, shape: Shape, tokens: int, side: Side) -> str:

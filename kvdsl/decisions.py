@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .errors import ShapeError
 from .routing import FAR, Due, column, grown, labels_of, listed, top
 from .saliency import Read, chosen_rows, deviation, importance, pooled, reach, received
 from .scheme import SIDES, Saliency
@@ -32,8 +33,10 @@ class Decision:
     """The tokens due of each sequence, and the pool (B, H, L): `where` each stands, and its `position` behind the
     sinks."""
 
-    def __init__(self, cache: TieredCache, dues: Sequence[Due], reads: Sequence[Read]) -> None:
-        self.cache, self.dues, self.reads = cache, dues, reads
+    def __init__(
+        self, cache: TieredCache, dues: Sequence[Due], reads: Sequence[Read], choice: Tensor | None = None
+    ) -> None:
+        self.cache, self.dues, self.reads, self.choice = cache, dues, reads, choice
         self.scheme, self.router, self.device = cache.kernels.scheme, cache.kernels.scheme.router, cache.device
         self.front, self.tiers = cache.front, cache.tiers
         self.moves = "new" if self.router is None else self.router.moves
@@ -44,6 +47,8 @@ class Decision:
             grown(self.scheme, one, has) if one.tokens else (0,) * len(has)
             for one, has in zip(dues, self.held, strict=True)
         ]
+        if choice is not None:
+            self.more = [self._counted(b, one) for b, one in enumerate(dues)]
         self.kept = [
             (number, tier, max(tier.counts))
             for number, tier in enumerate(self.tiers)
@@ -56,15 +61,29 @@ class Decision:
     def send(self) -> None:
         """Carry it out."""
         labels = self._labels()
+        self._measure_prompts()
         for number, tier in reversed(tuple(enumerate(self.tiers))):
             if tier is None:
                 continue
             if self.anew:
                 self._quantize_anew(number, tier, labels)
-            elif self.moves == "down" and any(tier.counts):
+            elif self.moves == "down" and number < len(self.tiers) - 1 and any(tier.counts):
                 self._take_places(number, tier, labels)
             else:
                 self._join(number, tier, labels)
+
+    def _counted(self, b: int, one: Due) -> tuple[int, ...]:
+        """How many tokens of a sequence were chosen for each tier, the same in every head."""
+        assert self.choice is not None
+        begin = self.front.sinks + one.begin
+        rows = self.choice[b, :, begin : begin + one.tokens].tolist()
+        counts = {tuple(row.count(number) for number in range(len(self.tiers))) for row in rows}
+        if len(counts) > 1 or sum(next(iter(counts))) != one.tokens:
+            raise ShapeError(
+                f"labels: of sequence {b} heads have {' and '.join(map(str, sorted(counts)))} tokens in the tiers, of "
+                f"{one.tokens} that are sent; give every head as many in each, and a tier to each token"
+            )
+        return counts.pop()
 
     def _pool(self) -> tuple[Tensor, Tensor]:
         heads, wheres, positions = self.front.keys.shape[1], list[Tensor](), list[Tensor]()
@@ -86,6 +105,13 @@ class Decision:
     def _labels(self) -> Tensor:
         """The tier that each token of the pool goes to, int64 (B, H, L); NONE of none."""
         held = torch.where(self.where == NEW, NONE, self.where)
+        if self.choice is not None:
+            begin = column([self.front.sinks + one.begin for one in self.dues], self.device)
+            at = (begin + torch.arange(self.new, device=self.device)).clamp(max=self.choice.shape[2] - 1)
+            new = self.choice.gather(2, at[:, None].expand(-1, self.choice.shape[1], -1))
+            return torch.cat(
+                [held[:, :, : held.shape[2] - self.new], new.masked_fill(self.where[:, :, -self.new :] != NEW, NONE)], 2
+            )
         if decides_by_position(self.router):
             rows = [labels_of(self.scheme, one.begin, one.end, one.prompt) for one in self.dues]
             new = torch.stack([torch.nn.functional.pad(x, (0, self.new - len(x)), value=NONE) for x in rows])
@@ -155,16 +181,24 @@ class Decision:
 
     # -- moving them --------------------------------------------------------------------------------------------------
 
+    def _measure_prompts(self) -> None:
+        """Of sequences at their first decision, what is measured once is measured on all tokens that are due."""
+        first = [due and prompt is None for due, prompt in zip(self.due, self.cache.prompts, strict=True)]
+        if not any(first) or not any(tier is not None and tier.once for tier in self.tiers):
+            return
+        counts = [one.tokens if now else 0 for one, now in zip(self.dues, first, strict=True)]
+        tokens = self._rows(listed(self.where == NEW, self.position, counts))
+        for tier in self.tiers:
+            if tier is not None and tier.once:
+                tier.measured(tokens, counts, first, self.cache.prompt_query, once=True)
+
     def _join(self, number: int, tier: SegmentCache, labels: Tensor) -> None:
-        """New tokens are appended to a tier."""
+        """Tokens that come to a tier are appended: new ones, to the last tier also those of others."""
         counts = [more[number] for more in self.more]
         if not any(counts):
             return
-        index = listed((labels == number) & (self.where == NEW), self.position, counts)
-        tokens = self._rows(index)
-        if tier.beside.affine and not any(tier.counts):
-            tier.measured(tokens, counts, self.due, self.cache.prompt_query)
-        tier.append(tokens, counts, self.position.gather(2, index), self._sums_of(index))
+        index = listed((labels == number) & (self.where != number), self.position, counts)
+        tier.append(self._rows(index), counts, self.position.gather(2, index), self._sums_of(index))
 
     def _quantize_anew(self, number: int, tier: SegmentCache, labels: Tensor) -> None:
         """All that a tier holds from now on is quantized, what is packed from what it decodes to."""

@@ -56,8 +56,9 @@ def _tier(scheme: Scheme, one: Segment, shape: Shape, backend: Backend | None, b
     if one.scheme is None:
         return None
     reading = build(one.scheme, shape, backend)
-    packing = build(one.scheme, replace(shape, dtype="fp32"), backend) if any(one.measured) else reading
+    rows = replace(shape, dtype="fp32") if any(one.measured) else shape
+    packing = reading if rows == shape else build(one.scheme, rows, backend)
     assert packing.page_bytes == reading.page_bytes
     down = scheme.router is not None and scheme.router.moves == "down" and scheme.requantize == "never"
-    alone = replace(shape, kv_heads=1, q_heads=None if shape.q_heads is None else shape.q_heads // shape.kv_heads)
+    alone = replace(rows, kv_heads=1, q_heads=None if shape.q_heads is None else shape.group)
     return TierSet(reading, packing, build(one.scheme, alone, backend) if down else None)

@@ -72,7 +72,9 @@ class TieredCache:
             self._pool = torch.zeros(1, 64, dtype=torch.uint8, device=self.device)  # of no page
             self._zeros = torch.zeros(batch, dtype=torch.int32, device=self.device)
             self.tiers = tuple(
-                SegmentCache(one, both, given, batch, self.watch.sums, self.device, capacity) if both else None
+                SegmentCache(one, both, given, batch, self.watch.sums, self.device, capacity, scheme.router is not None)
+                if both
+                else None
                 for one, both, given in zip(segments(scheme), kernels.tiers, ready, strict=True)
             )
 
@@ -147,8 +149,7 @@ class TieredCache:
     def stats(self) -> dict[str, Any]:
         """bytes; bits a number; tokens of all sequences; how many of them are in each tier; routing_bytes of places,
         sums and queries; requantized_tokens: quantized more than once, keys and values counted apart."""
-        beside = [one.beside for one in self.tiers if one is not None]
-        places = sum(one.positions.nbytes + one.sums.nbytes for one in beside)
+        places = sum(one.routing_bytes for one in self.tiers if one is not None)
         return {
             "bytes": self.nbytes,
             "bits": self.bits(),
@@ -174,15 +175,20 @@ class TieredCache:
             self._fresh = counts
             return self.state(scaling=scaling, softcap=softcap)
 
-    def route(self, query: Tensor | None = None, step: Step | None = None, lse: Tensor | None = None) -> None:
+    def route(
+        self, query: Tensor | None = None, step: Step | None = None, lse: Tensor | None = None,
+        choice: Tensor | None = None,
+    ) -> None:  # fmt: skip
         """Behind a step's attention: note what its queries (B, Hq, Q, D) attend to, and send to tiers what is due.
 
         step, lse   what the attention read, and its log-sum-exps (B, Hq, Q), where they are known
+        choice      the tier of every token so far, int64 (B, H, longest), in place of the router's own: as many tokens
+                    of every head; ShapeError where they are not
         Where a router asks for attention and no query is given, tokens wait.
         """
         with self._changing():
             router, first = self.watch.router, None in self.prompts
-            if router is not None and query is None:
+            if router is not None and query is None and choice is None:
                 return
             reads = (self.state() if step is None else step).reads
             if query is not None and router is not None:
@@ -198,7 +204,7 @@ class TieredCache:
                 for n, gone, prompt in zip(behind, self.front.gone, self.prompts, strict=True)
             ]
             if any(one.tokens for one in dues):
-                Decision(self, dues, reads).send()
+                Decision(self, dues, reads, choice).send()
                 self.watch = self.watch.after([one.tokens > 0 for one in dues])
             fresh = [n for n, _ in zip(behind, dues, strict=True)]
             self.prompts = tuple(n if p is None and n else p for p, n in zip(self.prompts, fresh, strict=True))
