@@ -89,7 +89,7 @@ def truth(case: Case, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         value_part = mapped_back(case.scheme.values, value_part, case.shape.head_dim, step.params)
         parts = keys, key_part, values, value_part
         factored = [normal_form(q, mapped, *parts, **options)]
-        spread_of = _score_spread(case, step, b)
+        spread_of = score_spread(case, step, b)
         for i in range(DRAWS):
             source = torch.Generator().manual_seed(case.seed * DRAWS + i)
             factored.append(normal_form(q, mapped, *parts, drawn=(source, spread_of), **options))
@@ -126,14 +126,14 @@ def score_errors(case: Case, step: Step, unit: float = HALF) -> Tensor:
     found = []
     for b, length in enumerate(step.lengths):
         options = _options(step, b)
-        sizes, size = _score_sizes(case, step, b)
+        sizes, size = score_sizes(case, step, b)
         error = sizes @ size.transpose(2, 3)
         seen = seen_by(step.q.shape[2], length, options["sliding"], options["start"])
         found.append(error.masked_fill(~seen, 0.0).amax(-1) * scaling * unit)
     return torch.cat(found)
 
 
-def _score_sizes(case: Case, step: Step, b: int) -> tuple[Tensor, Tensor]:
+def score_sizes(case: Case, step: Step, b: int) -> tuple[Tensor, Tensor]:
     """What the queries of sequence b, (1, Hq, Q, M), and its keys, (1, Hq, length, M), count in errors of products."""
     span = packed_tokens(case.scheme, "keys", step.seen[b])
     k = step.k[b : b + 1, :, : step.lengths[b]]
@@ -141,10 +141,10 @@ def _score_sizes(case: Case, step: Step, b: int) -> tuple[Tensor, Tensor]:
     return query_sizes(case.scheme.keys, step.q[b : b + 1], case.shape.kv_heads, step.params), size
 
 
-def _score_spread(case: Case, step: Step, b: int) -> Tensor:
+def score_spread(case: Case, step: Step, b: int) -> Tensor:
     """The standard deviation of q.k^ of sequence b, float64 (1, Hq, Q, length): of each product of two numbers that are
     rounded by up to 2^-11, at any place alike, it is 2^-11 sqrt(2/3) of its size."""
-    sizes, size = _score_sizes(case, step, b)
+    sizes, size = score_sizes(case, step, b)
     return (sizes.square() @ size.square().transpose(2, 3) * (2 / 3)).sqrt() * (HALF / 2)
 
 
