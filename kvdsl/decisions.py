@@ -161,10 +161,15 @@ class Decision:
         if not any(counts):
             return
         index = listed((labels == number) & (self.where == NEW), self.position, counts)
-        tokens = self._rows(index)
-        if tier.beside.affine and not any(tier.counts):
-            tier.measured(tokens, counts, self.due, self.cache.prompt_query)
+        tokens = self._rows(index, tier.rows_dtype)
+        place = torch.arange(index.shape[2], device=self.device)
+        self._measure(tier, tokens, place >= len(place) - column(counts, self.device))
         tier.append(tokens, counts, self.position.gather(2, index), self._sums_of(index))
+
+    def _measure(self, tier: SegmentCache, tokens: Tokens, valid: Tensor) -> None:
+        """What is measured once is measured on the first tokens of a sequence that come to a tier."""
+        if tier.beside.affine:
+            tier.measured(tokens, valid, self.due, tier.counts, self.cache.prompt_query)
 
     def _quantize_anew(self, number: int, tier: SegmentCache, labels: Tensor) -> None:
         """All that a tier holds from now on is quantized, what is packed from what it decodes to."""
@@ -213,7 +218,8 @@ class Decision:
         left = leaves.sum(2, keepdim=True)
         slots = torch.where(place < left, free, place - left + column(tier.counts, self.device)[..., None])
         live = place < arrives.sum(2, keepdim=True)
-        tokens = self._rows(index)
+        tokens = self._rows(index, tier.rows_dtype)
+        self._measure(tier, tokens, live[:, 0])
         tier.reserve(more)
         tier.put(slots.where(live, 0), live, tokens, self.position.gather(2, index), self._sums_of(index))
 
@@ -225,17 +231,17 @@ class Decision:
         """Where the tokens of a tier begin in the pool."""
         return sum(width for other, _, width in self.kept if other < number)
 
-    def _rows(self, index: Tensor) -> Tokens:
+    def _rows(self, index: Tensor, dtype: torch.dtype) -> Tokens:
         """Tokens of the pool by their places (B, H, K): exact rows of new ones, others decoded."""
         behind = (index - (self.where.shape[2] - self.new)).clamp(min=0)
         places = self.places[:, None].expand(-1, index.shape[1], -1).gather(2, behind)
-        tokens: Tokens = {side: picked(self.front.rows(side), places) for side in SIDES}
+        tokens: Tokens = {side: picked(self.front.rows(side), places).to(dtype) for side in SIDES}
         stands = self.where.gather(2, index)
         for number, tier, width in self.kept:
             slots = (index - self._offset(number)).clamp(0, width - 1)
             here = (stands == number)[..., None]
             for side in SIDES:
-                tokens[side] = torch.where(here, tier.fetch(side, slots).to(tokens[side].dtype), tokens[side])
+                tokens[side] = torch.where(here, tier.fetch(side, slots).to(dtype), tokens[side])
         return tokens
 
 

@@ -58,6 +58,11 @@ class SegmentCache:
         affine = sum(one.nbytes for one in beside.affine.values())
         return self.cache.nbytes + beside.positions.nbytes + beside.sums.nbytes + affine
 
+    @property
+    def rows_dtype(self) -> torch.dtype:
+        """Of rows as they are packed: the model's, float32 where something is measured of all tokens."""
+        return self.cache.rows("keys").dtype
+
     # -- changing -----------------------------------------------------------------------------------------------------
 
     def append(self, tokens: Tokens, counts: Sequence[int], positions: Tensor, sums: Tensor) -> None:
@@ -73,29 +78,32 @@ class SegmentCache:
                 query: Tensor | None) -> None:  # fmt: skip
         """Of sequences that are due these tokens take the place of all; what is measured of them is measured anew, of
         the last counts_b of K.  The other sequences have a count of 0."""
-        self.cache.crop([0 if one else n for one, n in zip(due, self.counts, strict=True)])
-        self.measured(tokens, counts, due, query)
+        held = self.counts
+        self.cache.crop([0 if one else n for one, n in zip(due, held, strict=True)])
+        place = torch.arange(positions.shape[2], device=positions.device)
+        valid = place >= len(place) - column(counts, positions.device)
+        self.measured(tokens, valid, due, held, query)
         self.append(tokens, counts, positions, sums)
 
-    def measured(self, tokens: Tokens, counts: Sequence[int], due: Sequence[bool], query: Tensor | None) -> None:
-        """Measure the last counts_b of K tokens, of sequences that are due."""
+    def measured(
+        self, tokens: Tokens, valid: Tensor, due: Sequence[bool], held: Sequence[int], query: Tensor | None
+    ) -> None:  # fmt: skip
+        """Measure the valid ones (B, K) of tokens, of sequences that are due, and that had none, where it is once."""
         affine = dict(self.beside.affine)
         for side, old in affine.items():
             about, x = self.segment.of(side), tokens[side]
             assert about is not None
-            place = torch.arange(x.shape[2], device=x.device)
-            valid = place >= x.shape[2] - column(counts, x.device)
-            if x.shape[2]:
-                which = torch.tensor(due, device=x.device)
-                affine[side] = old.where(which, measure(about, x, valid, query))
+            which = [one and not (about.once and n) for one, n in zip(due, held, strict=True)]
+            if x.shape[2] and any(which):
+                now = torch.tensor(which, device=x.device)
+                affine[side] = old.where(now, measure(about, x, valid, query))
         self.beside = replace(self.beside, affine=affine)
 
     def _coded(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Keys and values as they are packed, in the dtype of the packing kernels."""
         affine = self.beside.affine
         keys, values = (affine[side].taken(tokens[side]) if side in affine else tokens[side] for side in SIDES)
-        dtype = self.cache.rows("keys").dtype
-        return keys.to(dtype).contiguous(), values.to(dtype).contiguous()
+        return keys.to(self.rows_dtype).contiguous(), values.to(self.rows_dtype).contiguous()
 
     def _note(self, before: Sequence[int], counts: Sequence[int], positions: Tensor, sums: Tensor) -> None:
         """Write where the new tokens stood, and their sums, behind those of the old ones."""
@@ -125,11 +133,12 @@ class SegmentCache:
     def put(self, slots: Tensor, live: Tensor, tokens: Tokens, positions: Tensor, sums: Tensor) -> None:
         """Tokens (B, H, K, D) take the places `slots` (B, H, K) of each head, where they are live."""
         single, size = self._single(), self._single().page_tokens
+        keys, values = self._coded(tokens)
         for k in range(slots.shape[2]):
             (pool, table), at = self._pages(slots[:, :, k : k + 1]), (slots[:, :, k].flatten() % size).to(torch.int32)
             end = at + live[:, :, k].flatten().to(torch.int32)
-            for side in SIDES:
-                rows = tokens[side][:, :, k].to(self.cache.rows("keys").dtype).flatten(0, 1)[:, None, None].contiguous()
+            for side, coded in zip(SIDES, (keys, values), strict=True):
+                rows = coded[:, :, k].flatten(0, 1)[:, None, None].contiguous()
                 single.pack(side, rows, at, 0, at, end, (0, size), pool, table, self.params)
         room = self.beside.positions.shape[2]
         at = torch.where(live, slots, room - 1)
@@ -157,7 +166,8 @@ class SegmentCache:
         single, (pool, table), slots_flat = self._single(), self._pages(slots), slots.flatten()
         numbers = single.unpack(side, pool, table, 0, single.page_tokens, self.params)[:, 0]
         at = (slots_flat % single.page_tokens)[:, None, None].expand(-1, 1, numbers.shape[2])
-        return numbers.gather(1, at).view(*slots.shape, -1)
+        found, affine = numbers.gather(1, at).view(*slots.shape, -1), self.beside.affine.get(side)
+        return found if affine is None else affine.given_back(found)
 
     def _single(self) -> KernelSet:
         assert self.kernels.single is not None

@@ -70,7 +70,8 @@ def _tier(scheme: Scheme, one: Segment, shape: Shape, backend: Backend | None, b
     packing = build(one.scheme, replace(shape, dtype="fp32"), backend) if any(one.measured) else reading
     assert packing.page_bytes == reading.page_bytes
     down = scheme.router is not None and scheme.router.moves == "down" and scheme.requantize == "never"
-    alone = replace(shape, kv_heads=1, q_heads=None if shape.q_heads is None else shape.q_heads // shape.kv_heads)
+    queries = None if shape.q_heads is None else shape.q_heads // shape.kv_heads
+    alone = replace(packing.shape, kv_heads=1, q_heads=queries)
     return TierSet(reading, packing, build(one.scheme, alone, backend) if down else None)
 
 

@@ -52,7 +52,7 @@ def new_tiers(case: Case, batch: int, params: Params) -> TieredCache:
 
 def chunks(case: Case, tokens: int) -> list[int]:
     """The prompt, then chunks of one token, or a few, or more."""
-    found = [case.random.choice((1, 2, tokens, case.random.randint(1, tokens)))]
+    found = [case.random.choice((1, min(2, tokens), tokens, case.random.randint(1, tokens)))]
     while (left := tokens - sum(found)) > 0:
         size = case.random.choice((1, 1, 1, 2, 5, 17, 33)) if len(found) < STEPS else left
         found.append(min(size, left))
