@@ -7,21 +7,32 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 
-from kvdsl.errors import BackendError
+from kvdsl.errors import BackendError, Fault, SchemeError
 from kvdsl.kernels import Backend, KernelSet, Module
 from kvdsl.scheme import Scheme
 from kvdsl.shape import Shape
+from kvdsl.tier_kernels import TierKernels
 
 from . import store
 from .plan import Plan, plan_for
 
 
+def build_tiers(scheme: Scheme, shape: Shape, backend: Backend | None = None) -> TierKernels:
+    """Compile a scheme with tiers for a shape, each tier as a scheme of its own; backend and errors as for `build`."""
+    from kvdsl.tier_kernels import compiled
+
+    return compiled(scheme, shape, backend, build)
+
+
 def build(scheme: Scheme, shape: Shape, backend: Backend | None = None, name: str | None = None) -> KernelSet:
-    """Compile a scheme for a shape.
+    """Compile a scheme without tiers for a shape.
 
     `backend` None: triton where there is a GPU or TRITON_INTERPRET=1, else torch; the KernelSet says which and why.
     Raises SchemeError (the scheme does not fit the shape), BackendError (the backend cannot run here), ProofError.
     """
+    if scheme.routed:
+        fault = Fault("tiers", "each of them compiles to kernels of its own", "use kvdsl.build_tiers")
+        raise SchemeError((fault,))
     chosen, why = choose_backend(backend)
     return _build(scheme, shape, chosen, why, name or _name_of(scheme))
 
@@ -55,12 +66,12 @@ def bind(plan: Plan, backend: Backend, path: Path, source: str) -> Module:
     """The generated file, loaded, as something that takes tensors."""
     loaded = store.load(path)
     if backend == "triton":
-        from .run_triton import TritonModule
+        from .run_received import TritonReceived
 
-        return TritonModule(plan, loaded, source)
-    from .run_torch import TorchModule
+        return TritonReceived(plan, loaded, source)
+    from .torch_received import TorchReceived
 
-    return TorchModule(plan, loaded)
+    return TorchReceived(plan, loaded)
 
 
 def choose_backend(backend: Backend | None) -> tuple[Backend, str]:

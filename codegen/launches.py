@@ -18,7 +18,7 @@ POINTERS = {
     "squares_ptr": "*fp64", "numbers_ptr": "*i16", "places_ptr": "*u8",
     "bytes_ptr": "*u8", "above_ptr": "*u8",
     "first_ptr": "*i32", "begin_ptr": "*i32", "end_ptr": "*i32", "table_ptr": "*i32", "packed_keys_ptr": "*i32",
-    "packed_values_ptr": "*i32", "length_ptr": "*i32", "start_ptr": "*i32",
+    "packed_values_ptr": "*i32", "length_ptr": "*i32", "start_ptr": "*i32", "position_ptr": "*i32",
 }  # fmt: skip
 GIVEN = {"scale": "scale", "second": "scale.scale", "table": "code"}  # pointer -> name of the parameter behind its side
 GIVEN_POINTERS = {f"{side}_{name}_ptr": f"{side}.{path}" for side in SIDES for name, path in GIVEN.items()}
@@ -26,6 +26,7 @@ POINTERS |= dict.fromkeys(GIVEN_POINTERS, "*fp32")
 FLOATS = ("scaling", "softcap")
 ATTEND = ("decode", "extend")
 ENDS = ("merge", "unite")  # they store outputs
+SCORE = ("scores", "reach", "received")
 
 # Settings of NVIDIA's assembler, tried in this order until a kernel keeps its numbers in registers: just above a count
 # that allows one program more it would rather move a few to memory, and where all are in use its schedule is what
@@ -50,7 +51,7 @@ def warps(kernel: str, plan: Plan) -> int:
         return 1 if plan.side(kernel.partition("_")[2]).hadamard else 8
     if kernel in ("unrope_keys", "rope_keys"):
         return 4
-    if kernel not in (*ATTEND, "scores") or exact:
+    if kernel not in (*ATTEND, *SCORE) or exact:
         return 4
     if plan.keys.rope is not None or any(term.band for term in plan.terms):
         return 4  # decoded numbers, waves and two queries a plane: one warp moves hundreds of them to memory

@@ -8,7 +8,7 @@ from . import lint_meaning, lint_safety
 from .launch import Launch
 from .lint_text import Text
 
-MOST_LINES = 5000
+MOST_LINES = 10000
 RULES = (*lint_safety.RULES, *lint_meaning.RULES)
 
 

@@ -1,4 +1,5 @@
-"""A plan as one Triton module: imports, maps, pack, unpack, scores, decode, extend, merges, in that order."""
+"""A plan as one Triton module, in this order: imports, maps, pack, unpack, scores, decode, extend, merges, reach,
+received."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from .plan import Plan
 from .text import helpers_used, without_unused
 from .triton_attend import Attend
 from .triton_merge import collect, merge, unite
+from .triton_received import Received
 from .triton_rope import rope, unrope
 from .triton_term_pages import pack_of, unpack_of
 from .triton_turn import restore, turn, turn_query
@@ -26,6 +28,7 @@ def render(plan: Plan, name: str) -> str:
     kernels.append(attend.attention("decode", plan.rows(many=False)))
     kernels.append(attend.attention("extend", plan.rows(many=True)))
     kernels += [merge(plan), collect(plan), *([unite(plan)] if plan.values.through else [])]
+    kernels += Received(plan).texts()
     body = "\n\n".join(without_unused(kernel) for kernel in kernels)
     imports = "import triton\nimport triton.language as tl\n" + helpers_used(DEVICE, body)
     return f"{heading(plan, name)}\n{imports}\n\n{body}"

@@ -189,6 +189,11 @@ class Attend:
                 lines += reader.own([*words, *self._numbers(reader.side)])
         return lines
 
+    def keys_of(self, addresses: list[str]) -> list[str]:
+        """Of these lines those that the keys need."""
+        others = tuple(name for term in self.plan.values.terms for name in (f"{term.letter}_", term.rows))
+        return [line for line in addresses if not line.startswith(others)]
+
     def _numbers(self, side: SidePlan) -> list[str]:
         """Where the page's numbers, or its metadata, of one term of head h begin."""
         plan, layout, lines = self.plan, self.plan.layout, []
@@ -310,8 +315,7 @@ class Attend:
     def scores(self, rows: int) -> str:
         """The text of `scores`."""
         plan, halves = self.plan, Lines()
-        others = tuple(name for term in plan.values.terms for name in (f"{term.letter}_", term.rows))
-        addresses = [line for line in self.addresses() if not line.startswith(others)]
+        addresses = self.keys_of(self.addresses())
         for half in range(plan.halves):
             halves.extend(self.keys.scores(half, tokens_name(plan, half)))
             shift = f" + {half * plan.half}" if half else ""

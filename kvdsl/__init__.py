@@ -9,15 +9,17 @@ from importlib import import_module
 from typing import Any
 
 _PLACES = {
-    "scheme": ("ALL", "Block", "ChannelScale", "ChannelShift", "Codebook", "Float", "LowRank", "Part", "Permute",
-               "Polar", "PreRope", "Recent", "Rotate", "Scale", "Scheme", "Sinks", "Sketch", "Sparse", "Store",
-               "TopChannels", "Uniform", "per_channel", "per_tensor", "per_token"),
+    "scheme": ("ALL", "Block", "ChannelScale", "ChannelShift", "Codebook", "DROP", "Float", "Largest", "LowRank",
+               "Origin", "Part", "Permute", "Polar", "PreRope", "Probes", "Recent", "Rotate", "Router", "Saliency",
+               "Scale", "Scheme", "Sinks", "Sketch", "Sparse", "Store", "Tier", "TopChannels", "Uniform",
+               "per_channel", "per_tensor", "per_token"),
     "shape": ("Shape",),
     "errors": ("BackendError", "CacheError", "Fault", "ProofError", "SchemeError", "ShapeError"),
     "registry": ("load", "name_of", "names"),
     "cost": ("bits",),
-    "codegen": ("build",),
+    "codegen": ("build", "build_tiers"),
     "api": ("attend", "calibrate", "roundtrip", "scores"),
+    "routed_api": ("labels",),
     "hf": ("cache", "use"),
     "kernels": ("AttentionState", "KernelSet"),
 }  # fmt: skip

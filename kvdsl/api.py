@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from . import routed_api
 from .errors import ShapeError
 from .fisher import Gradients, coded, weighted
 from .fitting import fitted, without_single
@@ -33,16 +34,22 @@ def roundtrip(
     backend: Backend | None = None,
     window: bool = True,
     params: Params | None = None,
+    labels: Tensor | None = None,
+    queries: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(k^, v^), float32 (B, H, T, D) each: what a cache holds of k and v (B, H, T, D) once appended and flushed.
 
     `window=False` leaves the window and the sinks out: every token is quantized, T must be whole blocks.
     `params` holds what a calibrated scheme wants, see `calibrate`.  Of a scheme with layers, its own stores are used.
-    `backend` "triton" or "torch"; None: triton where there is a GPU or TRITON_INTERPRET=1.
+    `backend` "triton" or "torch"; None: triton where there is a GPU or TRITON_INTERPRET=1.  Of schemes
+    with tiers: `queries` (B, Hq, T, D) of all tokens, where tokens are sent by the attention that they receive, or keys
+    balanced against queries; or `labels`, integers (B, H, T), the tier of each token.  What is dropped is zeros.
 
     Raises ShapeError (a tensor), SchemeError (the scheme does not fit the shape), BackendError.
     """
     with torch.no_grad():
+        if scheme.routed:
+            return routed_api.roundtrip(scheme, k, v, backend, window, params, labels, queries)
         run = _Run.of(scheme, k, v, None, backend, window, params)
         keys, values = (run.held(side) for side in SIDES)
         return keys.to(k.device), values.to(k.device)
@@ -56,12 +63,16 @@ def scores(
     backend: Backend | None = None,
     window: bool = True,
     params: Params | None = None,
+    labels: Tensor | None = None,
+    queries: Tensor | None = None,
 ) -> Tensor:
     """q.k^ before any scaling or mask: q (B, Hq, Q, D), k (B, H, T, D) -> float32 (B, Hq, Q, T).
 
     Query head h reads kv head h // (Hq / H).  Arguments and errors as in `roundtrip`.
     """
     with torch.no_grad():
+        if scheme.routed:
+            return routed_api.scores(scheme, q, k, backend, window, params, labels, queries)
         run = _Run.of(scheme, k, k, q, backend, window, params, sides=("keys",))
         first, packed, query = run.sinks, run.packed("keys"), run.query
         assert query is not None
@@ -85,6 +96,8 @@ def attend(
     sliding: int | None = None,
     start: Tensor | int | None = None,
     softcap: float | None = None,
+    labels: Tensor | None = None,
+    queries: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of the last Q of T tokens: q (B, Hq, Q, D), k and v (B, H, T, D).
 
@@ -100,10 +113,14 @@ def attend(
 
     Other arguments and errors as in `roundtrip`.
     """
+    if scheme.routed and (sliding is not None or start is not None):
+        raise ShapeError("sliding, start: tokens in tiers stand in no order; leave both out, or use a scheme without")
     with torch.no_grad():
-        queries = q.shape[2] if isinstance(q, Tensor) and q.dim() == 4 else 0
+        if scheme.routed:
+            return routed_api.attend(scheme, q, k, v, backend, scale, window, params, labels, queries, softcap)
+        count = q.shape[2] if isinstance(q, Tensor) and q.dim() == 4 else 0
         capped = softcap is not None
-        run = _Run.of(scheme, k, v, q, backend, window, params, queries=queries, softcap=capped, sliding=sliding)
+        run = _Run.of(scheme, k, v, q, backend, window, params, queries=count, softcap=capped, sliding=sliding)
         state = replace(
             run.state,
             scaling=k.shape[3] ** -0.5 if scale is None else scale,
@@ -141,6 +158,8 @@ def calibrate(
     from .calibration import measured
     from .reference.quantize import encoded_rows
 
+    if scheme.routed:
+        return routed_api.calibrate(scheme, k, v, q)
     shape, found = _shape(k, None), dict[str, Tensor]()
     refuse_tensor("v", v, tuple(k.shape), shape, k.device)
     sinks = scheme.sinks.tokens if scheme.sinks else 0

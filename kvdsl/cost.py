@@ -9,8 +9,8 @@ from fractions import Fraction
 from .codes import SLOT_TOKENS, in_trits, trit_bytes, width
 from .errors import SchemeError, ShapeError
 from .rules import layer_faults, refuse_for
-from .segments import segments
 from .scheme import ALL, SIDES, Chosen, Codebook, LowRank, Scale, Scheme, Side, Sparse, Store, TopChannels
+from .segments import segments
 from .shape import Shape
 from .tier_shares import shares
 from .tiers import Saliency
@@ -148,8 +148,8 @@ def _side(scheme: Scheme, side: Side, shape: Shape, tokens: int | None) -> SideB
 
 
 def _of_tiers(scheme: Scheme, side: Side, shape: Shape, tokens: int | None) -> SideBits:
-    """The mean over tiers, each weighed by its share of the tokens, those that are dropped at 0 bits; of tokens that are
-    kept in tiers also where they stood, and the sums that are carried on, in halves for both sides."""
+    """The mean over tiers, each weighed by its share of the tokens, those that are dropped at 0 bits; and where kept
+    tokens stood, and the sums that are carried on, half of it for each side."""
     parts, rest = shares(scheme, tokens)
     code = metadata = padding = kept = 0.0
     for part, one in zip(parts, segments(scheme), strict=True):
@@ -161,6 +161,7 @@ def _of_tiers(scheme: Scheme, side: Side, shape: Shape, tokens: int | None) -> S
         if (measured := one.of(side)) is not None and tokens is not None and part:
             metadata += EXACT * (2 if measured.by == "range" else 1) / tokens
     carried = scheme.router.carried if isinstance(scheme.router, Saliency) else 0
+    kept = 0.0 if scheme.router is None else kept
     metadata += kept * POSITION * (1 + carried) / (2 * shape.head_dim)
     return SideBits(code, metadata, padding, EXACT * rest, rest)
 
@@ -268,15 +269,15 @@ def _formula(scheme: Scheme, side: Side, shape: Shape) -> str:
     if scheme.routed:
         parts, _ = shares(scheme, None)
         told = [_formula(one.scheme, side, shape) if one.scheme else "0 bits" for one in segments(scheme)]
-        told = [f"{part:.3g} x ({text})" for part, text in zip(parts, told, strict=True)]
-        return " + ".join(told) + f" and places = {_of_tiers(scheme, side, shape, None).total:g} bits"
+        each = [f"{part:.3g} x ({text})" for part, text in zip(parts, told, strict=True)]
+        return " + ".join(each) + f" and places = {_of_tiers(scheme, side, shape, None).total:g} bits"
     tokens, store = page_tokens(scheme), scheme.side(side)
     first, *others = (_formula_of(term, shape, tokens, side) for term in store.terms)
     names = ["angles" if store.levels > 1 else "what is left"] * len(others)
     if store.outliers is not None:
         names[0] = "single numbers" if isinstance(store.outliers, Sparse) else "outlier channels"
-    told = "".join(f"; of {name} {text}" for name, text in zip(names, others, strict=True))
-    return first + (f"{told}; together {float(sum(_of_side(scheme, side, shape))):g} bits" if others else "")
+    behind = "".join(f"; of {name} {text}" for name, text in zip(names, others, strict=True))
+    return first + (f"{behind}; together {float(sum(_of_side(scheme, side, shape))):g} bits" if others else "")
 
 
 def _formula_of(store: Store, shape: Shape, tokens: int, side: Side) -> str:

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .errors import ShapeError
 from .routing import FAR, Due, column, grown, labels_of, listed, top
 from .saliency import Read, chosen_rows, deviation, importance, pooled, reach, received
 from .scheme import SIDES, Saliency
 from .segment_cache import SegmentCache, Tokens
 from .tier_rules import decides_by_position
+from .tiers import Metric
 
 if TYPE_CHECKING:
     from .tiered_cache import TieredCache
@@ -31,8 +33,10 @@ class Decision:
     """The tokens due of each sequence, and the pool (B, H, L): `where` each stands, and its `position` behind the
     sinks."""
 
-    def __init__(self, cache: TieredCache, dues: Sequence[Due], reads: Sequence[Read]) -> None:
-        self.cache, self.dues, self.reads = cache, dues, reads
+    def __init__(
+        self, cache: TieredCache, dues: Sequence[Due], reads: Sequence[Read], choice: Tensor | None = None
+    ) -> None:
+        self.cache, self.dues, self.reads, self.choice = cache, dues, reads, choice
         self.scheme, self.router, self.device = cache.kernels.scheme, cache.kernels.scheme.router, cache.device
         self.front, self.tiers = cache.front, cache.tiers
         self.moves = "new" if self.router is None else self.router.moves
@@ -43,6 +47,8 @@ class Decision:
             grown(self.scheme, one, has) if one.tokens else (0,) * len(has)
             for one, has in zip(dues, self.held, strict=True)
         ]
+        if choice is not None:
+            self.more = [self._counted(b, one) for b, one in enumerate(dues)]
         self.kept = [
             (number, tier, max(tier.counts))
             for number, tier in enumerate(self.tiers)
@@ -55,28 +61,42 @@ class Decision:
     def send(self) -> None:
         """Carry it out."""
         labels = self._labels()
-        for number, tier in reversed(tuple(enumerate(self.tiers))):  # tokens that go down are read where they stand still
+        self._measure_prompts()
+        for number, tier in reversed(tuple(enumerate(self.tiers))):
             if tier is None:
                 continue
             if self.anew:
                 self._quantize_anew(number, tier, labels)
-            elif self.moves == "down" and any(tier.counts):
+            elif self.moves == "down" and number < len(self.tiers) - 1 and any(tier.counts):
                 self._take_places(number, tier, labels)
             else:
                 self._join(number, tier, labels)
 
+    def _counted(self, b: int, one: Due) -> tuple[int, ...]:
+        """How many tokens of a sequence were chosen for each tier, the same in every head."""
+        assert self.choice is not None
+        begin = self.front.sinks + one.begin
+        rows = self.choice[b, :, begin : begin + one.tokens].tolist()
+        counts = {tuple(row.count(number) for number in range(len(self.tiers))) for row in rows}
+        if len(counts) > 1 or sum(next(iter(counts))) != one.tokens:
+            raise ShapeError(
+                f"labels: of sequence {b} heads have {' and '.join(map(str, sorted(counts)))} tokens in the tiers, of "
+                f"{one.tokens} that are sent; give every head as many in each, and a tier to each token"
+            )
+        return counts.pop()
+
     def _pool(self) -> tuple[Tensor, Tensor]:
-        heads, where, position = self.front.keys.shape[1], list[Tensor](), list[Tensor]()
+        heads, wheres, positions = self.front.keys.shape[1], list[Tensor](), list[Tensor]()
         for number, tier, width in self.kept:
             valid = torch.arange(width, device=self.device) < column(tier.counts, self.device)
-            where.append(torch.where(valid, number, NONE)[:, None].expand(-1, heads, -1))
-            position.append(tier.beside.positions[:, :, :width].long())
+            wheres.append(torch.where(valid, number, NONE)[:, None].expand(-1, heads, -1))
+            positions.append(tier.beside.positions[:, :, :width].long())
         place = torch.arange(self.new, device=self.device)
         valid = place < column([one.tokens for one in self.dues], self.device)
-        where.append(torch.where(valid, NEW, NONE)[:, None].expand(-1, heads, -1))
+        wheres.append(torch.where(valid, NEW, NONE)[:, None].expand(-1, heads, -1))
         begin = column([one.begin for one in self.dues], self.device)
-        position.append((place + begin)[:, None].expand(-1, heads, -1))
-        where, position = torch.cat(where, 2), torch.cat(position, 2)
+        positions.append((place + begin)[:, None].expand(-1, heads, -1))
+        where, position = torch.cat(wheres, 2), torch.cat(positions, 2)
         waits = torch.tensor(self.due, device=self.device)[:, None, None]
         return torch.where(waits, where, NONE), position
 
@@ -85,6 +105,13 @@ class Decision:
     def _labels(self) -> Tensor:
         """The tier that each token of the pool goes to, int64 (B, H, L); NONE of none."""
         held = torch.where(self.where == NEW, NONE, self.where)
+        if self.choice is not None:
+            begin = column([self.front.sinks + one.begin for one in self.dues], self.device)
+            at = (begin + torch.arange(self.new, device=self.device)).clamp(max=self.choice.shape[2] - 1)
+            new = self.choice.gather(2, at[:, None].expand(-1, self.choice.shape[1], -1))
+            return torch.cat(
+                [held[:, :, : held.shape[2] - self.new], new.masked_fill(self.where[:, :, -self.new :] != NEW, NONE)], 2
+            )
         if decides_by_position(self.router):
             rows = [labels_of(self.scheme, one.begin, one.end, one.prompt) for one in self.dues]
             new = torch.stack([torch.nn.functional.pad(x, (0, self.new - len(x)), value=NONE) for x in rows])
@@ -124,7 +151,7 @@ class Decision:
             worth = torch.cat([worth[:, :, : -self.new], pooled(new, router.pool)], 2)
         return worth.sum(1, keepdim=True).expand(-1, heads, -1) if router.per == "layer" else worth
 
-    def _sums(self, router: Saliency, metric: str) -> tuple[Tensor, Tensor, Sequence[int]]:
+    def _sums(self, router: Saliency, metric: Metric) -> tuple[Tensor, Tensor, Sequence[int]]:
         """Sums of the weights that the pool's tokens receive, and of their squares, and how many queries there were."""
         if router.carried:
             parts = [tier.beside.sums[..., :width] for _, tier, width in self.kept]
@@ -139,10 +166,9 @@ class Decision:
         sinks = column([min(front.sinks, n) for n in front.lengths], self.device)
         index = (torch.arange(self.new, device=self.device) + sinks).clamp(max=max(0, exact.state.longest - 1))
         by_tier = dict(zip((i for i, tier in enumerate(self.tiers) if tier is not None), tiers, strict=True))
-        found = [received(rows, lse, by_tier[number]) for number, _, _ in self.kept]
-        new = received(rows, lse, exact)
-        found.append(tuple(x.gather(2, index[:, None].expand(-1, x.shape[1], -1)) for x in new))
-        one, two = (torch.cat(parts, 2) for parts in zip(*found, strict=True))
+        sums = [received(rows, lse, by_tier[number]) for number, _, _ in self.kept]
+        one, two = (x.gather(2, index[:, None].expand(-1, x.shape[1], -1)) for x in received(rows, lse, exact))
+        one, two = (torch.cat(parts, 2) for parts in zip(*sums, (one, two), strict=True))
         return one, two, watch.at_hand
 
     def _protected(self, mean: Tensor, spread: Tensor, scope: float) -> Tensor:
@@ -155,21 +181,24 @@ class Decision:
 
     # -- moving them --------------------------------------------------------------------------------------------------
 
+    def _measure_prompts(self) -> None:
+        """Of sequences at their first decision, what is measured once is measured on all tokens that are due."""
+        first = [due and prompt is None for due, prompt in zip(self.due, self.cache.prompts, strict=True)]
+        if not any(first) or not any(tier is not None and tier.once for tier in self.tiers):
+            return
+        counts = [one.tokens if now else 0 for one, now in zip(self.dues, first, strict=True)]
+        tokens = self._rows(listed(self.where == NEW, self.position, counts))
+        for tier in self.tiers:
+            if tier is not None and tier.once:
+                tier.measured(tokens, counts, first, self.cache.prompt_query, once=True)
+
     def _join(self, number: int, tier: SegmentCache, labels: Tensor) -> None:
-        """New tokens are appended to a tier."""
+        """Tokens that come to a tier are appended: new ones, to the last tier also those of others."""
         counts = [more[number] for more in self.more]
         if not any(counts):
             return
-        index = listed((labels == number) & (self.where == NEW), self.position, counts)
-        tokens = self._rows(index, tier.rows_dtype)
-        place = torch.arange(index.shape[2], device=self.device)
-        self._measure(tier, tokens, place >= len(place) - column(counts, self.device))
-        tier.append(tokens, counts, self.position.gather(2, index), self._sums_of(index))
-
-    def _measure(self, tier: SegmentCache, tokens: Tokens, valid: Tensor) -> None:
-        """What is measured once is measured on the first tokens of a sequence that come to a tier."""
-        if tier.beside.affine:
-            tier.measured(tokens, valid, self.due, tier.counts, self.cache.prompt_query)
+        index = listed((labels == number) & (self.where != number), self.position, counts)
+        tier.append(self._rows(index), counts, self.position.gather(2, index), self._sums_of(index))
 
     def _quantize_anew(self, number: int, tier: SegmentCache, labels: Tensor) -> None:
         """All that a tier holds from now on is quantized, what is packed from what it decodes to."""
@@ -178,9 +207,7 @@ class Decision:
         tokens: Tokens = {side: picked(self._numbers[side], index) for side in SIDES}
         sums = self._sums_of(index)
         tier.rebuild(tokens, counts, self.position.gather(2, index), sums, self.due, self.cache.prompt_query)
-        self.cache.requantized += 2 * sum(
-            held[number] for held, due in zip(self.held, self.due, strict=True) if due
-        )
+        self.cache.requantized += 2 * sum(held[number] for held, due in zip(self.held, self.due, strict=True) if due)
 
     def _totals(self, number: int) -> list[int]:
         """How many tokens of each due sequence stand in a tier behind the decision."""
@@ -191,10 +218,8 @@ class Decision:
     def _numbers(self) -> Tokens:
         """The numbers of the whole pool (B, H, L, D), float32, as they were before any tier changed."""
         index = self.places[:, None].expand(-1, self.front.keys.shape[1], -1)
-        return {
-            side: torch.cat([*(tier.numbers(side) for _, tier, _ in self.kept), picked(self.front.rows(side), index).float()], 2)
-            for side in SIDES
-        }
+        new = {side: picked(self.front.rows(side), index).float() for side in SIDES}
+        return {side: torch.cat([*(tier.numbers(side) for _, tier, _ in self.kept), new[side]], 2) for side in SIDES}
 
     @cached_property
     def _sums_of_pool(self) -> Tensor:
@@ -218,8 +243,7 @@ class Decision:
         left = leaves.sum(2, keepdim=True)
         slots = torch.where(place < left, free, place - left + column(tier.counts, self.device)[..., None])
         live = place < arrives.sum(2, keepdim=True)
-        tokens = self._rows(index, tier.rows_dtype)
-        self._measure(tier, tokens, live[:, 0])
+        tokens = self._rows(index)
         tier.reserve(more)
         tier.put(slots.where(live, 0), live, tokens, self.position.gather(2, index), self._sums_of(index))
 
@@ -231,17 +255,17 @@ class Decision:
         """Where the tokens of a tier begin in the pool."""
         return sum(width for other, _, width in self.kept if other < number)
 
-    def _rows(self, index: Tensor, dtype: torch.dtype) -> Tokens:
+    def _rows(self, index: Tensor) -> Tokens:
         """Tokens of the pool by their places (B, H, K): exact rows of new ones, others decoded."""
         behind = (index - (self.where.shape[2] - self.new)).clamp(min=0)
         places = self.places[:, None].expand(-1, index.shape[1], -1).gather(2, behind)
-        tokens: Tokens = {side: picked(self.front.rows(side), places).to(dtype) for side in SIDES}
+        tokens: Tokens = {side: picked(self.front.rows(side), places) for side in SIDES}
         stands = self.where.gather(2, index)
         for number, tier, width in self.kept:
             slots = (index - self._offset(number)).clamp(0, width - 1)
             here = (stands == number)[..., None]
             for side in SIDES:
-                tokens[side] = torch.where(here, tier.fetch(side, slots).to(dtype), tokens[side])
+                tokens[side] = torch.where(here, tier.fetch(side, slots).to(tokens[side].dtype), tokens[side])
         return tokens
 
 

@@ -162,11 +162,10 @@ class Front:
     def chosen(self, index: Sequence[int]) -> Front:
         """Chosen sequences, in that order, in buffers of their own."""
         at = upload(index, self.keys.device, torch.int64)
-        numbers = {name: tuple(getattr(self, name)[i] for i in index) for name in ("lengths", "gone", "base")}
-        return replace(
-            self, **numbers, owned=True, keys=self.keys.index_select(0, at), values=self.values.index_select(0, at),
-            sums=self.sums.index_select(1, at),
-        )  # fmt: skip
+        lengths, gone, base = (tuple(x[i] for i in index) for x in (self.lengths, self.gone, self.base))
+        keys, values = (self.rows(side).index_select(0, at) for side in SIDES)
+        sums = self.sums.index_select(1, at)
+        return replace(self, lengths=lengths, gone=gone, base=base, owned=True, keys=keys, values=values, sums=sums)
 
     def cropped(self, lengths: Sequence[int]) -> Front:
         """The sequences shortened: to no less than what has left."""

@@ -39,6 +39,12 @@ class Module(Protocol):
         """Attention over the tokens of all segments; their modules are of the same backend and shape."""
         ...
 
+    def reach(self, query: Tensor, position: Tensor, state: AttentionState, params: Params) -> Tensor: ...
+
+    def received(
+        self, query: Tensor, position: Tensor, lse: Tensor, state: AttentionState, params: Params
+    ) -> tuple[Tensor, Tensor]: ...
+
 
 @dataclass(frozen=True)
 class AttentionState:
@@ -128,6 +134,31 @@ class KernelSet:
         the bit what it gets alone, whatever batch it is in."""
         return self.module.attend(query, state, params, splits)
 
+    def reach(self, query: Tensor, position: Tensor, state: AttentionState, params: Params) -> Tensor:
+        """How much attention query rows have to give: query (B, Hq, P, D), position int32 (B, P) -> float32 (B, Hq, P),
+        the natural logarithm of the sum of exp(score) over the tokens that a row sees, -inf where there are none.
+
+        Rows stand anywhere, in any order: row i of sequence b at token position[b, i], counted like `state.length`.  It
+        sees the tokens t <= position that the state has, from `start` on.  At -1 stands a row that does not count.
+        Raises BackendError for a state with a sliding window.
+        """
+        _refuse_window(state)
+        return self.module.reach(query, position, state, params)
+
+    def received(
+        self, query: Tensor, position: Tensor, lse: Tensor, state: AttentionState, params: Params
+    ) -> tuple[Tensor, Tensor]:
+        """The attention that tokens receive: the sums of p and of p^2 over query rows and the query heads of a group,
+        float32 (B, H, state.longest) each, p = exp(score - lse) of the tokens that a row sees.
+
+        query and position as for `reach`; lse float32 (B, Hq, P), that of `reach`, of `attend`, or of several states
+        together; rows where it is -inf count nothing.  These are the columns' sums of the softmax, what a token's
+        saliency is made of (H2O, arXiv 2306.14048; ZipCache, arXiv 2405.14256, section 4: of a few rows, over how many
+        of them see the token), in memory of the inputs' and the outputs' size.  Raises BackendError as `reach` does.
+        """
+        _refuse_window(state)
+        return self.module.received(query, position, lse, state, params)
+
 
 class Fold(NamedTuple):
     """What is taken out of the numbers of a segment, sequence by sequence, and put back around its kernels.
@@ -176,3 +207,11 @@ def attend_segments(query: Tensor, segments: Sequence[Segment], splits: int | No
         return held[0].kernels.attend(query, held[0].state, held[0].params, splits)
     parts = [(segment.kernels.module, segment.state, segment.params, segment.fold) for segment in held]
     return held[0].kernels.module.union(query, parts, splits)
+
+
+def _refuse_window(state: AttentionState) -> None:
+    if state.window is not None:
+        raise BackendError(
+            f"state.window: attention within the newest {state.window} tokens is not summed by token; give a state "
+            "whose window is None"
+        )

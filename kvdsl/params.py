@@ -39,6 +39,10 @@ def wanted(scheme: Scheme, shape: Shape) -> dict[str, tuple[int, ...]]:
     transforms; of single numbers (2, kv heads, head_dim) = lower and upper thresholds.  Empty where nothing is
     calibrated."""
     found: dict[str, tuple[int, ...]] = {}
+    if scheme.routed:
+        from .tier_params import wanted_of_tiers
+
+        return wanted_of_tiers(scheme, shape)
     for side in SIDES:
         store = scheme.side(side)
         code, scale, width = store.code, store.measure, store.own.coded(shape.head_dim)
@@ -71,6 +75,11 @@ def checked(
     the CPU, where cosines are made of them.  ShapeError names what is missing, of another shape or not finite.
     """
     params = {} if params is None else params
+    if scheme.routed:
+        from .tier_params import checked_of_tiers
+
+        parts = enumerate(checked_of_tiers(scheme, shape, params, device))
+        return {f"tiers[{number}].{name}": x for number, part in parts for name, x in part.items()}
     taken = dict[str, Tensor]()
     mapped = [side for side in SIDES if f"{side}.encode" in params and f"{side}.decode" in params]
     for name, right in wanted(scheme, shape).items():

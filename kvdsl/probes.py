@@ -1,4 +1,4 @@
-"""Which queries are asked for the attention they give: the newest ones, and some drawn by a seed.  No tensors of data."""
+"""Which queries are asked for the attention they give: the newest ones, and some drawn by a seed."""
 
 from __future__ import annotations
 

@@ -117,6 +117,13 @@ class QuantizedCache:
         now = self._now
         return self._scaled(now.seen(now, self.pool), scaling, softcap)
 
+    def tuned(self, state: AttentionState, scaling: float, softcap: float | None, window: int | None) -> AttentionState:
+        """The state with the factor on q.k, the cap of scores and the sliding window of one call."""
+        return replace(state, scaling=scaling, softcap=softcap, window=window)
+
+    def route(self, query: Tensor | None, state: AttentionState, lse: Tensor | None = None) -> None:
+        """Nothing: which tokens are packed when does not depend on attention; see TieredCache."""
+
     def attend(self, query: Tensor, state: AttentionState) -> tuple[Tensor, Tensor]:
         """Attention of query (B, Hq, Q, D) over a state: (out (B, Hq, Q, D), lse (B, Hq, Q) float32), see KernelSet."""
         self._check_query(query)

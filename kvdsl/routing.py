@@ -16,7 +16,6 @@ from .scheme import Scheme
 from .tier_rules import decides_by_position
 from .tier_shares import targets
 
-
 FAR = 1 << 30
 """A position behind every token."""
 

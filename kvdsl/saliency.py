@@ -130,11 +130,10 @@ def chosen_rows(
 
 
 def importance(
-    metric: Metric, first: Tensor, second: Tensor | None, positions: Tensor, lengths: Sequence[int], queries: Sequence[int]
+    metric: Metric, first: Tensor, positions: Tensor, lengths: Sequence[int], queries: Sequence[int]
 ) -> Tensor:
-    """How much tokens matter, float32 like first (B, H, T), the sums of their weights (and `second` of the squares),
-    by their positions t int (B, 1 or H, T) in sequences of lengths_b tokens, `queries_b` of whose queries are at hand.
-    """
+    """How much tokens matter, float32 like first (B, H, T), the sums of their weights, by their positions t int (B, 1
+    or H, T) in sequences of lengths_b tokens, `queries_b` of whose queries are at hand."""
     if metric in ("accumulated", "last"):
         return first
     seen = (column(lengths, first.device)[..., None] - positions).clamp(min=1)

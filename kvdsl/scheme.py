@@ -15,7 +15,7 @@ from .codes import Bands, Chosen, Code, Codebook, Float, FloatFormat, LowRank, R
 from .part import ALL, Block, Count, Part
 from .scale import MetaFormat, Range, Refit, Scale, Zero, per_channel, per_tensor, per_token
 from .store import Band, Parted, Side, Store, TopChannels, bands
-from .tiers import DROP, ROUTERS, Largest, Origin, Probes, Requantize, Router, Saliency, Tier
+from .tiers import DROP, Largest, Origin, Probes, Requantize, Router, Saliency, Tier
 from .transforms import ChannelScale, ChannelShift, Permute, Pick, Polar, PreRope, Rotate, Transform
 
 __all__ = [

@@ -36,13 +36,15 @@ class SegmentCache:
 
     def __init__(
         self, segment: Segment, kernels: TierSet, params: Params, batch: int, sums: int, device: torch.device,
-        capacity: int,
+        capacity: int, placed: bool = True,
     ) -> None:  # fmt: skip
         self.segment, self.kernels, self.params = segment, kernels, params
         self.cache = QuantizedCache(kernels.packing, batch, device=device, params=params, capacity=capacity)
         shape, about = kernels.packing.shape, {side: segment.of(side) for side in SIDES}
         sizes = (batch, shape.kv_heads, shape.head_dim)
         affine = {side: nothing(one, sizes, device) for side, one in about.items() if one is not None}
+        # Without a router a tier has all tokens in their order: none is told where it stood.
+        self.placed = placed
         positions = torch.zeros(batch, shape.kv_heads, 0, dtype=torch.int32, device=device)
         self.beside = Beside(affine, positions, torch.zeros(sums, batch, shape.kv_heads, 0, device=device))
 
@@ -52,16 +54,21 @@ class SegmentCache:
         return self.cache.lengths
 
     @property
+    def once(self) -> bool:
+        """Whether something is measured of the prompt's tokens alone."""
+        return any(one is not None and one.once for one in self.segment.measured)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of pages, exact rows, tables, places, sums, and what is measured."""
         beside = self.beside
         affine = sum(one.nbytes for one in beside.affine.values())
-        return self.cache.nbytes + beside.positions.nbytes + beside.sums.nbytes + affine
+        return self.cache.nbytes + affine + self.routing_bytes
 
     @property
-    def rows_dtype(self) -> torch.dtype:
-        """Of rows as they are packed: the model's, float32 where something is measured of all tokens."""
-        return self.cache.rows("keys").dtype
+    def routing_bytes(self) -> int:
+        """Bytes of places and sums."""
+        return self.beside.sums.nbytes + (self.beside.positions.nbytes if self.placed else 0)
 
     # -- changing -----------------------------------------------------------------------------------------------------
 
@@ -78,32 +85,32 @@ class SegmentCache:
                 query: Tensor | None) -> None:  # fmt: skip
         """Of sequences that are due these tokens take the place of all; what is measured of them is measured anew, of
         the last counts_b of K.  The other sequences have a count of 0."""
-        held = self.counts
-        self.cache.crop([0 if one else n for one, n in zip(due, held, strict=True)])
-        place = torch.arange(positions.shape[2], device=positions.device)
-        valid = place >= len(place) - column(counts, positions.device)
-        self.measured(tokens, valid, due, held, query)
+        self.cache.crop([0 if one else n for one, n in zip(due, self.counts, strict=True)])
+        self.measured(tokens, counts, due, query, once=False)
         self.append(tokens, counts, positions, sums)
 
-    def measured(
-        self, tokens: Tokens, valid: Tensor, due: Sequence[bool], held: Sequence[int], query: Tensor | None
-    ) -> None:  # fmt: skip
-        """Measure the valid ones (B, K) of tokens, of sequences that are due, and that had none, where it is once."""
+    def measured(self, tokens: Tokens, counts: Sequence[int], due: Sequence[bool], query: Tensor | None,
+                 *, once: bool) -> None:  # fmt: skip
+        """Measure the last counts_b of K tokens, of sequences that are due: what is measured `once`, or what is not."""
         affine = dict(self.beside.affine)
         for side, old in affine.items():
             about, x = self.segment.of(side), tokens[side]
             assert about is not None
-            which = [one and not (about.once and n) for one, n in zip(due, held, strict=True)]
-            if x.shape[2] and any(which):
-                now = torch.tensor(which, device=x.device)
-                affine[side] = old.where(now, measure(about, x, valid, query))
+            if about.once != once:
+                continue
+            place = torch.arange(x.shape[2], device=x.device)
+            valid = place >= x.shape[2] - column(counts, x.device)
+            if x.shape[2]:
+                which = torch.tensor(due, device=x.device)
+                affine[side] = old.where(which, measure(about, x, valid, query))
         self.beside = replace(self.beside, affine=affine)
 
     def _coded(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Keys and values as they are packed, in the dtype of the packing kernels."""
         affine = self.beside.affine
         keys, values = (affine[side].taken(tokens[side]) if side in affine else tokens[side] for side in SIDES)
-        return keys.to(self.rows_dtype).contiguous(), values.to(self.rows_dtype).contiguous()
+        dtype = self.cache.rows("keys").dtype
+        return keys.to(dtype).contiguous(), values.to(dtype).contiguous()
 
     def _note(self, before: Sequence[int], counts: Sequence[int], positions: Tensor, sums: Tensor) -> None:
         """Write where the new tokens stood, and their sums, behind those of the old ones."""
@@ -112,12 +119,15 @@ class SegmentCache:
         if needed > room:
             more = max(needed, 2 * room) - room
             grown = [torch.nn.functional.pad(x, (0, more)) for x in (beside.positions, beside.sums)]
-            self.beside = beside = replace(beside, positions=grown[0], sums=grown[1])
             room += more
+            if not self.placed:
+                grown[0] = torch.arange(room, dtype=torch.int32, device=device).expand(*positions.shape[:2], -1)
+            self.beside = beside = replace(beside, positions=grown[0], sums=grown[1])
         place = torch.arange(positions.shape[2], device=device) - (positions.shape[2] - column(counts, device))
         # The last place is nobody's: what does not count goes there.
         at = torch.where(place < 0, room - 1, place + column(before, device))[:, None].expand_as(positions)
-        beside.positions.scatter_(2, at, positions.to(torch.int32))
+        if self.placed:
+            beside.positions.scatter_(2, at, positions.to(torch.int32))
         beside.sums.scatter_(3, at.expand_as(sums), sums)
 
     def reserve(self, counts: Sequence[int]) -> None:
@@ -127,18 +137,23 @@ class SegmentCache:
             like = self.cache.rows("keys")
             zeros = like.new_zeros(like.shape[0], heads, most, like.shape[3])
             nowhere = torch.zeros(like.shape[0], heads, most, dtype=torch.int64, device=like.device)
-            self.append({"keys": zeros, "values": zeros}, counts, nowhere, self.beside.sums.new_zeros(len(self.beside.sums), *nowhere.shape))
+            self.append(
+                {"keys": zeros, "values": zeros},
+                counts,
+                nowhere,
+                self.beside.sums.new_zeros(len(self.beside.sums), *nowhere.shape),
+            )
         self.cache.own()
 
     def put(self, slots: Tensor, live: Tensor, tokens: Tokens, positions: Tensor, sums: Tensor) -> None:
         """Tokens (B, H, K, D) take the places `slots` (B, H, K) of each head, where they are live."""
         single, size = self._single(), self._single().page_tokens
-        keys, values = self._coded(tokens)
+        coded = dict(zip(SIDES, self._coded(tokens), strict=True))
         for k in range(slots.shape[2]):
             (pool, table), at = self._pages(slots[:, :, k : k + 1]), (slots[:, :, k].flatten() % size).to(torch.int32)
             end = at + live[:, :, k].flatten().to(torch.int32)
-            for side, coded in zip(SIDES, (keys, values), strict=True):
-                rows = coded[:, :, k].flatten(0, 1)[:, None, None].contiguous()
+            for side in SIDES:
+                rows = coded[side][:, :, k].flatten(0, 1)[:, None, None].contiguous()
                 single.pack(side, rows, at, 0, at, end, (0, size), pool, table, self.params)
         room = self.beside.positions.shape[2]
         at = torch.where(live, slots, room - 1)
@@ -162,7 +177,7 @@ class SegmentCache:
         return found if affine is None else affine.given_back(found)
 
     def fetch(self, side: Side, slots: Tensor) -> Tensor:
-        """Single tokens decoded, by their places int64 (B, H, K): (B, H, K, D), float32.  A page is decoded for each."""
+        """Single tokens decoded, by their places int64 (B, H, K): float32 (B, H, K, D).  A page is decoded for each."""
         single, (pool, table), slots_flat = self._single(), self._pages(slots), slots.flatten()
         numbers = single.unpack(side, pool, table, 0, single.page_tokens, self.params)[:, 0]
         at = (slots_flat % single.page_tokens)[:, None, None].expand(-1, 1, numbers.shape[2])
@@ -201,4 +216,7 @@ class SegmentCache:
         beside = self.beside
         affine = {side: one.chosen(at) for side, one in beside.affine.items()}
         self.cache.reorder(list(index))
-        self.beside = Beside(affine, beside.positions.index_select(0, at), beside.sums.index_select(1, at))
+        positions = (
+            beside.positions.index_select(0, at) if self.placed else beside.positions[:1].expand(len(index), -1, -1)
+        )
+        self.beside = Beside(affine, positions, beside.sums.index_select(1, at))

@@ -78,10 +78,10 @@ def _peeled(store: Store) -> tuple[Store, Measured | None]:
         measured = Measured(first[0].by, first[0].when == "prompt")
         return dc.replace(store, transform=store.transform[1:]), measured  # type: ignore[index]
     if spans_all(store):
-        assert store.scale is not None and isinstance(store.code, Uniform) and isinstance(store.scale.clip, (int, float))
+        assert store.scale is not None and isinstance(store.code, Uniform) and isinstance(store.scale.clip, float)
         levels = store.code.levels or 2 ** (store.code.bits or 0)
         intervals = levels - (store.code.grid == "ends")
-        measured = Measured("range", False, store.scale.dtype, intervals, float(store.scale.clip))
+        measured = Measured("range", False, store.scale.dtype, intervals, store.scale.clip)
         return store.with_(scale=store.scale.with_(when="calibrated", dtype="fp32", clip=1.0)), measured
     return store, None
 
@@ -92,6 +92,6 @@ def spans_all(store: Store) -> bool:
     if scale is None or scale.when != "online" or scale.block.tokens is not ALL:
         return False
     plain = isinstance(store.code, Uniform) and scale.range in (None, "minmax") and scale.zero == "min"
-    plain = plain and isinstance(scale.clip, (int, float)) and scale.refit is None and scale.dtype != "e8m0"
+    plain = plain and isinstance(scale.clip, float) and scale.refit is None and scale.dtype != "e8m0"
     alone = not store.transform and store.outliers is None and store.residual is None
     return plain and alone and scale.block.channels == 1 and scale.block.heads == 1

@@ -16,7 +16,8 @@ from typing import Any
 from .errors import Fault, SchemeError
 from .kinds import closest, listed, said
 from .part import ALL, Part
-from .scheme import PARTS, ROUTERS, Block, Scale, Scheme
+from .scheme import PARTS, Block, Scale, Scheme
+from .tiers import ROUTERS
 
 LANGUAGE = 1  # enters every hash: raise it when a default or a meaning changes
 LONGEST_TEXT = 1 << 20  # characters

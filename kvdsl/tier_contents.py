@@ -16,12 +16,13 @@ if TYPE_CHECKING:
 EXACT, NOTHING = -1, -2
 
 
-def held(cache: TieredCache, side: Side) -> tuple[Tensor, Tensor]:
-    """(all tokens of a side, zeros where one was dropped, (B, H, longest, D) in the model's dtype; the tier of each,
-    int64 (B, H, longest): EXACT, or NOTHING where there is no token), right aligned."""
+def held(cache: TieredCache, side: Side, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """(all tokens of a side, zeros where one was dropped, (B, H, longest, D) in a dtype or the model's; the tier of
+    each, int64 (B, H, longest): EXACT, or NOTHING where there is no token), right aligned."""
     front, most, device = cache.front, max(cache.lengths, default=0), cache.device
     rows = front.rows(side)
-    numbers = rows.new_zeros(*rows.shape[:2], most + 1, rows.shape[3])  # the last place is for what is none
+    sizes = (*rows.shape[:2], most + 1, rows.shape[3])  # the last place is for what is none
+    numbers = torch.zeros(sizes, dtype=dtype or rows.dtype, device=device)
     tier_of = torch.full(numbers.shape[:3], NOTHING, dtype=torch.int64, device=device)
     lead, gone = most - column(cache.lengths, device), column(front.gone, device)
 

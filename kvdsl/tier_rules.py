@@ -75,7 +75,7 @@ def _moves(scheme: Scheme) -> Iterator[Fault]:
                     place = f"tiers[{position}].{side}"
                     fact = "tokens that share a scale with others cannot leave, or come, alone"
                     yield Fault(place, fact, "use a scale for each token of a head, or requantize='on_flush'")
-                elif not tier.drops and _of_heads(tier.store(side, scheme.side(side))):
+                elif position < len(scheme.tiers) - 1 and _of_heads(tier.store(side, scheme.side(side))):
                     place = f"tiers[{position}].{side}"
                     fact = "a token that moves is coded for its head alone, and something here is given by head"
                     yield Fault(place, fact, "use what is measured online, or requantize='on_flush'")
@@ -153,5 +153,7 @@ def _of_segments(scheme: Scheme) -> tuple[Fault, ...]:
             for fault in error.faults:
                 side = fault.place.partition(".")[0]
                 inner = side in SIDES and own(tier, side) is not None
-                found[Fault(f"tiers[{position}].{fault.place}" if inner else fault.place, fault.fact, fault.mend)] = None
+                found[Fault(f"tiers[{position}].{fault.place}" if inner else fault.place, fault.fact, fault.mend)] = (
+                    None
+                )
     return tuple(found)

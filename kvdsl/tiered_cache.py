@@ -1,4 +1,4 @@
-"""TieredCache: the keys and values of one layer in tiers, each a packed cache of its own, behind exact tokens that wait.
+"""TieredCache: the keys and values of one layer in tiers, each a packed cache, behind exact tokens that wait.
 
 A step appends, attends, and then routes: tokens that leave the window are sent to tiers by what is known behind their
 step's attention, and no query of the step sees a difference.
@@ -26,6 +26,7 @@ from .segment_cache import SegmentCache
 from .segments import segments
 from .tier_contents import held
 from .tier_kernels import TierKernels
+from .tier_params import checked_of_tiers
 from .watch import Watch
 
 
@@ -66,12 +67,14 @@ class TieredCache:
         self.prompt_query: Tensor | None = None
         self._fresh: tuple[int, ...] = (0,) * batch
         with torch.inference_mode(False), torch.no_grad():
-            ready = kernels.ready(params, self.device)
+            ready = checked_of_tiers(scheme, shape, params, self.device)
             self.front = Front.empty(scheme, self.watch.sums, batch, shape, self.device)
-            self._pool = torch.zeros(1, kernels.exact.page_bytes, dtype=torch.uint8, device=self.device)
+            self._pool = torch.zeros(1, 64, dtype=torch.uint8, device=self.device)  # of no page
             self._zeros = torch.zeros(batch, dtype=torch.int32, device=self.device)
             self.tiers = tuple(
-                SegmentCache(one, both, given, batch, self.watch.sums, self.device, capacity) if both else None
+                SegmentCache(one, both, given, batch, self.watch.sums, self.device, capacity, scheme.router is not None)
+                if both
+                else None
                 for one, both, given in zip(segments(scheme), kernels.tiers, ready, strict=True)
             )
 
@@ -99,8 +102,13 @@ class TieredCache:
         """What attention over the cache as it stands reads; valid until the cache changes."""
         exact = Read(self.kernels.exact, self.front.state(self._pool, self._zeros), {}, causal=True)
         reads = (exact, *(one.read() for one in self.tiers if one is not None))
-        scale = exact.state.scaling if scaling is None else scaling
-        return Step(tuple(r._replace(state=replace(r.state, scaling=scale, softcap=softcap)) for r in reads))
+        return self.tuned(Step(reads), exact.state.scaling if scaling is None else scaling, softcap, None)
+
+    def tuned(self, step: Step, scaling: float, softcap: float | None, window: int | None) -> Step:
+        """The step with the factor on q.k and the cap of scores of one call.  ValueError for a sliding window."""
+        if window is not None:
+            raise ValueError(f"attention: a sliding window of {window} over tokens in tiers, whose order is not kept")
+        return Step(tuple(r._replace(state=replace(r.state, scaling=scaling, softcap=softcap)) for r in step.reads))
 
     def attend(self, query: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """Attention of query (B, Hq, Q, D) over a step: (out (B, Hq, Q, D), lse (B, Hq, Q) float32), see KernelSet."""
@@ -123,7 +131,7 @@ class TieredCache:
 
     @property
     def labels(self) -> Tensor:
-        """The tier of every token, int64 (B, H, longest), right aligned: -1 where it is exact, -2 where there is none."""
+        """The tier of every token, int64 (B, H, longest), right aligned: -1 of exact ones, -2 where there is none."""
         return held(self, "keys")[1]
 
     @property
@@ -141,8 +149,7 @@ class TieredCache:
     def stats(self) -> dict[str, Any]:
         """bytes; bits a number; tokens of all sequences; how many of them are in each tier; routing_bytes of places,
         sums and queries; requantized_tokens: quantized more than once, keys and values counted apart."""
-        beside = [one.beside for one in self.tiers if one is not None]
-        places = sum(one.positions.nbytes + one.sums.nbytes for one in beside)
+        places = sum(one.routing_bytes for one in self.tiers if one is not None)
         return {
             "bytes": self.nbytes,
             "bits": self.bits(),
@@ -168,15 +175,20 @@ class TieredCache:
             self._fresh = counts
             return self.state(scaling=scaling, softcap=softcap)
 
-    def route(self, query: Tensor | None = None, step: Step | None = None, lse: Tensor | None = None) -> None:
+    def route(
+        self, query: Tensor | None = None, step: Step | None = None, lse: Tensor | None = None,
+        choice: Tensor | None = None,
+    ) -> None:  # fmt: skip
         """Behind a step's attention: note what its queries (B, Hq, Q, D) attend to, and send to tiers what is due.
 
         step, lse   what the attention read, and its log-sum-exps (B, Hq, Q), where they are known
+        choice      the tier of every token so far, int64 (B, H, longest), in place of the router's own: as many tokens
+                    of every head; ShapeError where they are not
         Where a router asks for attention and no query is given, tokens wait.
         """
         with self._changing():
             router, first = self.watch.router, None in self.prompts
-            if router is not None and query is None:
+            if router is not None and query is None and choice is None:
                 return
             reads = (self.state() if step is None else step).reads
             if query is not None and router is not None:
@@ -192,7 +204,7 @@ class TieredCache:
                 for n, gone, prompt in zip(behind, self.front.gone, self.prompts, strict=True)
             ]
             if any(one.tokens for one in dues):
-                Decision(self, dues, reads).send()
+                Decision(self, dues, reads, choice).send()
                 self.watch = self.watch.after([one.tokens > 0 for one in dues])
             fresh = [n for n, _ in zip(behind, dues, strict=True)]
             self.prompts = tuple(n if p is None and n else p for p, n in zip(self.prompts, fresh, strict=True))

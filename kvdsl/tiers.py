@@ -59,7 +59,7 @@ class Tier(Part):
             return Store()
         if self.bits is None or not any(field.name == "bits" for field in dc.fields(outer.code)):
             return outer
-        return outer.with_(code=outer.code.with_(bits=self.bits))  # type: ignore[call-arg]
+        return outer.with_(code=outer.code.with_(bits=self.bits))
 
 
 DROP = Tier(0)

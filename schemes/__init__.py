@@ -7,20 +7,26 @@ from .bitdecoding import bitdecoding2, bitdecoding4
 from .fp4 import mxfp4, nvfp4, nvfp4_4over6
 from .fp8 import fp8_tensor, fp8_token_head
 from .gear import gear2, gear4, gearl2, gearl4
+from .h2o import h2o
+from .hf_quantized import hf_quanto4
 from .int8 import int8_tensor
 from .kitty import kitty, kitty_pro
-from .kivi import kivi2, kivi4
+from .kivi import kivi2, kivi2_sinks, kivi4
 from .kvquant import kvquant2, kvquant3, kvquant4, nuq2, nuq3, nuq4
 from .kvtq import kvtq, kvtq_2bit
 from .llama_cpp import iq4_nl, q4_0, q4_1, q5_0, q5_1, q8_0
+from .mikv import mikv
 from .omniquant import omniquant4
 from .plain import fp16, fp32
 from .polar import polar, polar_pairs
 from .qjl import qjl, qjl_gauss, qjl_kv
 from .quarot import quarot2, quarot4
+from .roco import roco
 from .rotatekv import rotatekv2, rotatekv3, rotatekv4
 from .skvq import skvq2, skvq_k2v1p5
 from .smoothquant import smoothquant8
+from .snapkv import snapkv
+from .streaming import streaming
 from .token_head import int4_token_head, int8_token_head
 from .turboquant import (
     turboquant1,
@@ -35,12 +41,14 @@ from .turboquant import (
 )
 from .vllm_turboquant import vllm_3bit_nc, vllm_4bit_nc, vllm_k3v4_nc, vllm_k8v4
 from .wkvquant import wkvquant4
+from .zipcache import zipcache, zipcache_32, zipcache_84, zipcache_code
 
 ALL: dict[str, Scheme] = {
     "fp16": fp16,
     "fp32": fp32,
     "kivi2": kivi2,
     "kivi4": kivi4,
+    "kivi2_sinks": kivi2_sinks,
     "int8_token_head": int8_token_head,
     "int4_token_head": int4_token_head,
     "int8_tensor": int8_tensor,
@@ -88,6 +96,16 @@ ALL: dict[str, Scheme] = {
     "smoothquant8": smoothquant8,
     "omniquant4": omniquant4,
     "wkvquant4": wkvquant4,
+    "zipcache": zipcache,
+    "zipcache_84": zipcache_84,
+    "zipcache_32": zipcache_32,
+    "zipcache_code": zipcache_code,
+    "mikv": mikv,
+    "h2o": h2o,
+    "roco": roco,
+    "streaming": streaming,
+    "snapkv": snapkv,
+    "hf_quanto4": hf_quanto4,
     "fp8_tensor": fp8_tensor,
     "fp8_token_head": fp8_token_head,
     "mxfp4": mxfp4,
@@ -122,6 +140,8 @@ __all__ = [
     "gear4",
     "gearl2",
     "gearl4",
+    "h2o",
+    "hf_quanto4",
     "int4_token_head",
     "int8_tensor",
     "int8_token_head",
@@ -129,12 +149,14 @@ __all__ = [
     "kitty",
     "kitty_pro",
     "kivi2",
+    "kivi2_sinks",
     "kivi4",
     "kvquant2",
     "kvquant3",
     "kvquant4",
     "kvtq",
     "kvtq_2bit",
+    "mikv",
     "mxfp4",
     "nuq2",
     "nuq3",
@@ -154,12 +176,15 @@ __all__ = [
     "qjl_kv",
     "quarot2",
     "quarot4",
+    "roco",
     "rotatekv2",
     "rotatekv3",
     "rotatekv4",
     "skvq2",
     "skvq_k2v1p5",
     "smoothquant8",
+    "snapkv",
+    "streaming",
     "token2",
     "token3",
     "token4",
@@ -177,4 +202,8 @@ __all__ = [
     "vllm_k3v4_nc",
     "vllm_k8v4",
     "wkvquant4",
+    "zipcache",
+    "zipcache_32",
+    "zipcache_84",
+    "zipcache_code",
 ]

@@ -4,7 +4,7 @@ Per block of 32: s = (max - min)/(2^b - 1), c = round((x - min)/s), x^ = s*c + m
 The newest 128 tokens are exact: keys leave in whole windows, since 32 tokens share a scale; values leave one by one.
 """
 
-from kvdsl.scheme import Recent, Scheme, Store, Uniform, per_channel, per_token
+from kvdsl.scheme import Recent, Scheme, Sinks, Store, Uniform, per_channel, per_token
 
 kivi2 = Scheme(
     keys=Store(Uniform(2), scale=per_channel(tokens=32)),
@@ -13,3 +13,4 @@ kivi2 = Scheme(
     source="arXiv 2402.02750, section 3",
 )
 kivi4 = kivi2.with_(bits=4)
+kivi2_sinks = kivi2.with_(sinks=Sinks(4), source="arXiv 2402.02750, section 3, behind four sinks")

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kvdsl.codegen import build
+from kvdsl.codegen import build, build_tiers
 from kvdsl.errors import CacheError, ShapeError
 from kvdsl.inputs import DTYPES
 from kvdsl.kernels import Backend, Params
 from kvdsl.quantized_cache import QuantizedCache
 from kvdsl.scheme import Scheme
 from kvdsl.shape import InputFormat, Shape
+from kvdsl.tiered_cache import TieredCache
 
 from .handle import Handle, Which
 
@@ -39,6 +40,7 @@ class Step:
         self.state: Any = None
         self.began_empty = not layer.seen
         self._numbers: dict[Which, Tensor] = {}
+        self._waits = layer.scheme.routed
 
     def append(
         self,
@@ -54,6 +56,17 @@ class Step:
                 self.keys, self.values = permuted(self.keys, order), permuted(self.values, order)
                 self.layer.has_gaps = True
             self.state = self.layer.append(self, counts, q_heads, softcap)
+
+    def routed(
+        self, query: Tensor | None = None, scaling: float = 1.0, softcap: float | None = None, lse: Tensor | None = None
+    ) -> None:
+        """Behind the step's attention by its queries (B, Hq, Q, D): send to tiers what is due; none where it is done,
+        or where other code has computed the attention, whose queries are not known."""
+        packed = self.layer.packed
+        if self._waits and packed is not None and self.state is not None:
+            self._waits = False
+            state = self.state if query is None else packed.tuned(self.state, scaling, softcap, None)
+            packed.route(query, state, lse)
 
     def numbers(self) -> dict[Which, Tensor]:
         """Keys and values (B, H, visible, D) as this step sees them, decoded; the tokens are appended.
@@ -120,9 +133,10 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.record_past = False
         self.seen = 0
         self.has_gaps = False
-        self.packed: QuantizedCache | None = None
+        self.packed: Any = None  # a QuantizedCache, or where the scheme has tiers a TieredCache
         self._draft = 0
         self._step: Step | None = None
+        self._last: Step | None = None  # the newest that was appended
 
     # -- what the library calls in a forward ---------------------------------------------------------------------------
 
@@ -163,6 +177,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Store a step's tokens; returns what its attention reads."""
         if self._step is step:
             self._step = None
+            self._last = step
         fresh = step.keys.shape[2]
         if self.packed is None:
             self.packed = self._made(step, q_heads, softcap or self.softcap)
@@ -177,7 +192,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.seen += fresh
         return state
 
-    def _made(self, step: Step, q_heads: int | None, softcap: bool) -> QuantizedCache:
+    def _made(self, step: Step, q_heads: int | None, softcap: bool) -> QuantizedCache | TieredCache:
         keys, values = step.keys, step.values
         if keys.shape[3] != values.shape[3]:
             raise ShapeError(
@@ -193,15 +208,21 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if backend is None and keys.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             backend = "torch"
         options = {} if self.capacity is None else {"capacity": self.capacity}
+        if self.scheme.routed:
+            tiers = build_tiers(self.scheme, shape, backend=backend)
+            return TieredCache(tiers, keys.shape[0], device=keys.device, params=self.params, **options)
         kernels = build(self.scheme, shape, backend=backend)
         return QuantizedCache(
             kernels, keys.shape[0], device=keys.device, params=self.params, window=self.window, **options
         )
 
     def settle(self) -> None:
-        """Append the tokens of a step that no attention has read."""
+        """Append the tokens of a step that no attention has read, and send on those of one that it has."""
         if self._step is not None:
             self._step.append(None)
+        if self._last is not None:
+            last, self._last = self._last, None
+            last.routed()
 
     def dense(self, side: Which) -> Tensor:
         """All tokens of a side, decoded, (B, H, longest, D), right aligned; before the first token of no length."""
@@ -262,7 +283,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def reset(self) -> None:
         """Forget everything; the next tokens may have another batch size."""
-        self._step, self.packed = None, None
+        self._step = self._last = self.packed = None
         self.seen, self.has_gaps, self.is_initialized = 0, False, False
         self.keys = self.values = None
 

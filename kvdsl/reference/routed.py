@@ -130,9 +130,12 @@ class RoutedStream:
         prompt = behind if self.prompt is None else self.prompt
         if due:
             begin = self.sinks + self.gone
+            for tier in self.tiers if first else ():
+                if tier is not None:
+                    tier.measure({side: self.x[side][:, :, begin : begin + due].double() for side in SIDES}, q, "prompt")
             choice = self._choice(begin, begin + due, prompt, first, scale, softcap)
             self.choices.append(choice)
-            self._send(choice, choice.labels() if labels is None else labels, q)
+            self._send(choice, choice.labels() if labels is None else labels)
             self.gone += due
             self.queries = []
         self.prompt = prompt if behind else None
@@ -221,7 +224,7 @@ class RoutedStream:
 
     # -- moving -------------------------------------------------------------------------------------------------------
 
-    def _send(self, choice: Choice, labels: Tensor, query: Tensor | None) -> None:
+    def _send(self, choice: Choice, labels: Tensor) -> None:
         """Every tier gets the tokens that stand there now: their rows exact, or what the cache read of them before."""
         read = {side: self.rows(side) for side in SIDES}
         anew, came = self.scheme.requantize == "on_flush", dict[int, tuple[Tensor, Rows]]()
@@ -240,13 +243,13 @@ class RoutedStream:
         for number, (tokens, rows) in came.items():
             tier = self.tiers[number]
             assert tier is not None
-            tier.put(tokens, rows, query)
+            tier.put(tokens, rows)
         self.where = labels.clone()
 
     def _rows(self, tier: TierRows, side: str, old: Tensor, new: Tensor, read: Tensor, anew: bool) -> Tensor:
-        """What is coded of tokens that stay and of those that come: what was read of them, in the model's dtype but in
-        a tier that measures all its tokens; of tokens that stay, unless all is quantized anew, what it was before."""
-        dtype = torch.float32 if tier.measures else self.x[side].dtype
+        """What is coded of tokens that stay and of those that come: what was read of them, in the model's dtype but
+        where all is quantized anew in a tier that measures it; of tokens that stay else, what it was before."""
+        dtype = torch.float32 if anew and tier.measures else self.x[side].dtype
         given = read.to(dtype).double()
         if not anew and tier.tokens is not None and tier.count:
             kept = torch.zeros_like(given)

@@ -1,7 +1,7 @@
 """What a tier keeps of the tokens that were sent to it: whole blocks as its stores code them, the others as they came.
 
 Where something is measured of all tokens of a tier, each channel's range or its size, it is measured on the tokens that
-stand there; sizes `when="prompt"` on the first that came.
+stand there; sizes `when="prompt"` on all tokens that the first step sends to tiers, and are 1 where it sends none.
 """
 
 from __future__ import annotations
@@ -51,11 +51,16 @@ class TierRows:
         """Whether something is measured of all its tokens, so that rows are kept in float32."""
         return bool(self.scales) or any(_spans(store) for store in self.stores.values())
 
-    def put(self, tokens: Tensor, rows: Rows, query: Tensor | None) -> None:
-        """These are the tokens from now on, and their rows as they came; query (B, Hq, Q, D) is the step's."""
+    def measure(self, rows: Rows, query: Tensor | None, when: str) -> None:
+        """Measure tokens as they came, float64 (B, H, n, D), where a size of each channel is of those; query (B, Hq, Q,
+        D) is the step's."""
         for side, scale in self.scales.items():
-            if tokens.shape[2] and (scale.when == "online" or side not in self.sizes):
+            if scale.when == when and rows[side].shape[2]:
                 self.sizes[side] = _sizes(scale, rows[side], query)
+
+    def put(self, tokens: Tensor, rows: Rows) -> None:
+        """These are the tokens from now on, and their rows as they came."""
+        self.measure(rows, None, "online")
         self.tokens, self.rows = tokens, rows
 
     def read(self, side: str) -> Tensor:

@@ -23,7 +23,7 @@ from .cases import Case, law, require, require_equal, require_within, static
 from .data import MODEST
 from .driving import USUAL, Ends, Poison, attention_state, device_of, packed, ready
 from .halves import HALF, eager, normal_form, seen_by
-from .products import mapped_back, mapped_query, query_sizes, sides_of, sizes_of
+from .products import mapped_back, mapped_query, product_errors, query_sizes, sides_of, sizes_of
 
 DRAWS = 6  # of rounding errors, beside the one that a query has
 
@@ -126,14 +126,14 @@ def score_errors(case: Case, step: Step, unit: float = HALF) -> Tensor:
     found = []
     for b, length in enumerate(step.lengths):
         options = _options(step, b)
-        sizes, size = _score_sizes(case, step, b)
+        sizes, size = score_sizes(case, step, b)
         error = sizes @ size.transpose(2, 3)
         seen = seen_by(step.q.shape[2], length, options["sliding"], options["start"])
         found.append(error.masked_fill(~seen, 0.0).amax(-1) * scaling * unit)
     return torch.cat(found)
 
 
-def _score_sizes(case: Case, step: Step, b: int) -> tuple[Tensor, Tensor]:
+def score_sizes(case: Case, step: Step, b: int) -> tuple[Tensor, Tensor]:
     """What the queries of sequence b, (1, Hq, Q, M), and its keys, (1, Hq, length, M), count in errors of products."""
     span = packed_tokens(case.scheme, "keys", step.seen[b])
     k = step.k[b : b + 1, :, : step.lengths[b]]
@@ -144,7 +144,7 @@ def _score_sizes(case: Case, step: Step, b: int) -> tuple[Tensor, Tensor]:
 def _score_spread(case: Case, step: Step, b: int) -> Tensor:
     """The standard deviation of q.k^ of sequence b, float64 (1, Hq, Q, length): of each product of two numbers that are
     rounded by up to 2^-11, at any place alike, it is 2^-11 sqrt(2/3) of its size."""
-    sizes, size = _score_sizes(case, step, b)
+    sizes, size = score_sizes(case, step, b)
     return (sizes.square() @ size.square().transpose(2, 3) * (2 / 3)).sqrt() * (HALF / 2)
 
 
@@ -311,14 +311,7 @@ def chunks_attend_like_single_steps(case: Case) -> None:
 
 @law("P32", kinds=MODEST)
 def scores_are_products(case: Case) -> None:
-    """P32: scores of packed tokens are q.k^, up to three kinds of rounding.
-
-    Of operands to float16: 2^-10 of the products' sizes (`sizes_of`).  A query is divided by its row's largest number
-    first; below 2^-14 of that, 2^-7 in the highest plane of a word, float16 is off by 2^-25, there 2^-18, of it
-    instead, times codes of up to twice a size.  The torch kernels round neither: their operands are float32.
-    Of sums in float32, n numbers of a vector and a handful of factors and sums behind them: n + 8 times 2^-24 of q*s*c
-    and q*o, of sizes up to 3 |q| A together, and of what a shift of the keys adds.
-    """
+    """P32: scores of packed tokens are q.k^, up to three kinds of rounding (`product_errors`)."""
     tokens = case.whole
     k, v = case.pair(tokens)
     params = case.params(k, v)
@@ -331,10 +324,8 @@ def scores_are_products(case: Case) -> None:
     held = reference.quantize(store, k, params, "keys", case.sinks).decoded.repeat_interleave(group, 1).transpose(2, 3)
     size = sizes_of(store, k, (0, tokens), params, "keys", _largest, case.sinks).repeat_interleave(group, 1)
     sizes = query_sizes(store, q, case.shape.kv_heads, params)
-    products, tiny = sizes @ size.transpose(2, 3), sizes.amax(-1, keepdim=True) * size.sum(-1)[:, :, None]
-    summed = (size.shape[-1] + 8) * 2.0**-24 * (3 * products + q.double().abs() @ held.abs())
-    rounded = 2.0**-10 * products + 2.0**-17 * tiny if case.kernels.backend == "triton" else 0.0
-    require_within("scores", got, q.double() @ held, rounded + summed + 1e-30)
+    limit = product_errors(case.kernels.backend, q, held, sizes, size) + 1e-30
+    require_within("scores", got, q.double() @ held, limit)
 
 
 def _largest(store: Store, k: Tensor, params: Params) -> Tensor:

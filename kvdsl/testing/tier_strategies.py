@@ -58,7 +58,9 @@ MEASURED: tuple[Store, ...] = (
     Store(Uniform(4), scale=per_token(heads=ALL), transform=ChannelScale(when="prompt")),
     Store(Uniform(3), scale=per_token(), transform=ChannelScale("absmax", when="prompt")),
 )
-"""Stores that measure the first tokens of a tier."""
+"""Stores that measure the prompt."""
+BALANCED = Store(Uniform(2), scale=per_token(channels=32), transform=ChannelScale("balance", when="prompt"))
+"""One of keys that measures the prompt's queries, too."""
 ANEW: tuple[Store, ...] = (
     Store(Uniform(4), scale=per_channel(tokens=ALL)),
     Store(Uniform(2), scale=per_channel(tokens=ALL, dtype="fp32").with_(clip=0.9)),
