@@ -86,13 +86,18 @@ def measure(about: Measured, x: Tensor, valid: Tensor, query: Tensor | None = No
         return Affine(step.masked_fill(spoilt, torch.nan), stored(low, about.dtype))
     size = torch.where(mask, x.abs(), 0.0).amax(2)
     if about.by == "sqrt_absmax":
-        size = size.sqrt()
+        size = root(size)
     elif about.by == "balance":
         assert query is not None
         other = saturated(query).abs().amax(2).unflatten(1, (x.shape[1], -1)).amax(2)
-        size = torch.where(other == 0, 1.0, (size / other).sqrt())
+        size = torch.where(other == 0, 1.0, root(size / other))
     factor = stored(size, about.dtype)
     return Affine(torch.where(factor == 0, 1.0, factor).masked_fill(spoilt, torch.nan), None)
+
+
+def root(x: Tensor) -> Tensor:
+    """The square root, rounded once: float32's own may be one unit off where it is computed by vectors."""
+    return x.double().sqrt().float()
 
 
 def saturated(x: Tensor) -> Tensor:

@@ -75,12 +75,23 @@ def _moves(scheme: Scheme) -> Iterator[Fault]:
                     place = f"tiers[{position}].{side}"
                     fact = "tokens that share a scale with others cannot leave, or come, alone"
                     yield Fault(place, fact, "use a scale for each token of a head, or requantize='on_flush'")
+                elif position < len(scheme.tiers) - 1 and _of_heads(tier.store(side, scheme.side(side))):
+                    place = f"tiers[{position}].{side}"
+                    fact = "a token that moves is coded for its head alone, and something here is given by head"
+                    yield Fault(place, fact, "use what is measured online, or requantize='on_flush'")
 
 
 def _together(store: Store) -> bool:
     """Whether a token's codes depend on others, or what they are read by is shared by heads."""
     scales = [term.measure for term in store.terms if term.measure is not None and term.measure.when == "online"]
     return any(waiting(term) > 1 for term in store.terms) or any(s.block.heads != 1 for s in scales) or spans_all(store)
+
+
+def _of_heads(store: Store) -> bool:
+    """Whether numbers of each head are given, or several heads are rotated together."""
+    parts = [part for term in store.terms for _, part in term.walk()]
+    given = any(getattr(part, "when", None) == "calibrated" for part in parts)
+    return given or any(term.joined != 1 for term in store.terms)
 
 
 def _stores(scheme: Scheme) -> Iterator[Fault]:

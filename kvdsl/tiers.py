@@ -135,8 +135,8 @@ class Largest(Router):
 
     def importance(self, keys: Tensor, values: Tensor) -> Tensor:
         """The statistic of each token."""
-        x = (keys if self.of == "keys" else values).float()
-        size = x.abs().amax(-1) if self.by == "absmax" else x.square().sum(-1).sqrt()
+        x = (keys if self.of == "keys" else values).double()
+        size = (x.abs().amax(-1) if self.by == "absmax" else x.square().sum(-1).sqrt()).float()
         return -size if self.smallest else size
 
 

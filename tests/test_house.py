@@ -95,6 +95,8 @@ def test_the_reference_knows_the_language_and_nothing_of_the_compiler(path: Path
         "kvdsl.levels",
         "kvdsl.matrices",
         "kvdsl.rope",
+        "kvdsl.tiers",
+        "kvdsl.probes",
     )
     allowed = ("kvdsl.reference", *language)
     assert {name for name in own(imports(path)) if not inside(name, *allowed)} == set()

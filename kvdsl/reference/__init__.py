@@ -12,6 +12,7 @@ loops where loops are clearer, imports the language, its tables and matrices, an
     attention   roundtrip, scores and attend on a whole sequence
     streams     the cache as a plain object that grows
     pages       the bytes of the packed format
+    routed      a cache with tiers that grows; choices, saliency and tiers are its parts
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from __future__ import annotations
 from .attention import attend, roundtrip, scores
 from .pages import page_bytes, page_tokens, pages
 from .quantize import Quantized, encoded_rows, maps, quantize
+from .routed import RoutedStream
 from .streams import Stream, stream
 from .timeline import packed_tokens
 
 __all__ = [
     "Quantized",
+    "RoutedStream",
     "Stream",
     "attend",
     "encoded_rows",

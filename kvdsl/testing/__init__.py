@@ -2,11 +2,11 @@
 
     report      every law that applies to a scheme, and whether it held
     check       the same, raising LawBroken with the smallest case that breaks one
-    schemes, shapes, cases, faulty_schemes   hypothesis strategies to test with
+    schemes, routed_schemes, shapes, cases, faulty_schemes   hypothesis strategies to test with
 
 A law is one function in `codes`, `extremes`, `low_rank`, `polar`, `sparse`, `splits` (packed bytes), `attention`,
-`positions`, `received` (kernels) or `caches` (caches over time); `LAWS` holds all of them by name, each with the number
-of the property it states.
+`positions`, `received` (kernels), `caches` (caches over time) or `tiers` (caches of tiers, in place of all others); `LAWS`
+holds all of them by name, each with the number of the property it states.
 """
 
 from __future__ import annotations
@@ -31,13 +31,15 @@ from . import (  # noqa: F401  (they enter their laws)
     received,
     sparse,
     splits,
+    tiers,
 )
 from .cases import LAWS, Case, Law, LawBroken
 from .strategies import cases, faulty_schemes, schemes, shapes
+from .tier_strategies import routed_schemes
 
 __all__ = [
-    "LAWS", "Case", "Law", "LawBroken", "Result", "applicable", "cases", "check", "faulty_schemes", "report", "schemes",
-    "shapes",
+    "LAWS", "Case", "Law", "LawBroken", "Result", "applicable", "cases", "check", "faulty_schemes", "report",
+    "routed_schemes", "schemes", "shapes",
 ]  # fmt: skip
 
 

@@ -205,13 +205,14 @@ Test = Callable[[Case], None]
 @dataclass(frozen=True)
 class Law:
     """A statement about every case: `test` raises LawBroken; `applies` says of which schemes it is made; `kinds` which
-    numbers it is asked about (none: all)."""
+    numbers it is asked about (none: all); `routed`: of schemes whose cache is one of tiers, else of all others."""
 
     name: str
     number: str
     test: Test
     applies: Callable[[Scheme], bool]
     kinds: tuple[str, ...] = field(default=())
+    routed: bool = False
 
     def __call__(self, case: Case) -> None:
         try:
@@ -226,12 +227,19 @@ LAWS: dict[str, Law] = {}
 
 
 def law(
-    number: str, applies: Callable[[Scheme], bool] = lambda _: True, kinds: tuple[str, ...] = ()
+    number: str,
+    applies: Callable[[Scheme], bool] = lambda _: True,
+    kinds: tuple[str, ...] = (),
+    *,
+    routed: bool = False,
 ) -> Callable[[Test], Law]:
     """Enter a law into the table under its function's name and its number."""
 
     def enter(test: Test) -> Law:
-        LAWS[test.__name__] = made = Law(test.__name__, number, test, applies, kinds)
+        def made_of(scheme: Scheme) -> bool:
+            return scheme.routed == routed and applies(scheme)
+
+        LAWS[test.__name__] = made = Law(test.__name__, number, test, made_of, kinds, routed)
         return made
 
     return enter
