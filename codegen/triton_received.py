@@ -19,8 +19,9 @@ from functools import cached_property
 from .text import fill, literal
 from .triton_attend import LOG2E, Attend, parameters, tokens_name
 
-Then = Callable[[int, str], list[str]]
-"""What is done with the scores of a sub-tile: its number, which of its tokens may be seen -> lines."""
+Then = Callable[[int], list[str]]
+"""What is done with the scores of a sub-tile, by its number."""
+SEEN = "seen = (u[:, None] <= last[None, :]) & (u >= oldest)[:, None]"
 
 ROWS = """
 row_index = block * ROWS + tl.arange(0, ROWS)
@@ -244,29 +245,29 @@ class Received(Attend):
             lines += [*self._scores[half], *self._capped("s")]
             shift = f" + {half * plan.half}" if half else ""
             lines.append(f"u = tile * {plan.tile}{shift} + tl.arange(0, {plan.half})")
-            lines += then(half, "(u >= oldest)")
+            lines += then(half)
         return lines
 
     def _edges(self, then: Then) -> list[str]:
         """The same of a tile of edge tokens."""
-        return [*self._either, *self._capped("s"), *then(0, "((u >= oldest) & here)")]
+        return [*self._either, *self._capped("s"), *then(0)]
 
     # ---- what each does with scores -------------------------------------------------------------------------------
 
-    def _reached(self, half: int, seen: str) -> list[str]:
+    def _reached(self, half: int) -> list[str]:
         """Add a sub-tile to the sums of `reach`."""
         return [
-            f"seen = (u[:, None] <= last[None, :]) & {seen}[:, None]",
+            SEEN,
             "s = tl.where(seen, s, -1.0e30)",
             *self._softmax(["s"]),
             'p = tl.exp2(tl.where(seen, s * size[None, :] - (peak * size)[None, :], float("-inf")))',
             "mass = mass * decay + tl.sum(p, 0)",
         ]
 
-    def _added(self, half: int, seen: str) -> list[str]:
+    def _added(self, half: int) -> list[str]:
         """Add the weights of a block of rows to the sums of a sub-tile's tokens."""
         return [
-            f"seen = (u[:, None] <= last[None, :]) & {seen}[:, None]",
+            SEEN,
             'p = tl.exp2(tl.where(seen, s * size[None, :] - lse[None, :], float("-inf")))',
             f"sum{half} = sum{half} + tl.sum(p, 1)",
             f"square{half} = square{half} + tl.sum(p * p, 1)",

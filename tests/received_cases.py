@@ -56,6 +56,22 @@ def sums_over_parts_of_the_rows(scheme: Scheme, backend: Backend) -> None:
     assert torch.allclose(torch.cat([part[0] for part in parts], 2), lse[:, :, order], atol=1e-5)
 
 
+def rows_are_left_out(scheme: Scheme, backend: Backend) -> None:
+    """A row whose log-sum-exp is -inf gives nothing, as one that stands nowhere; one that stands behind the last token
+    stands at it."""
+    case = Case(scheme, Shape(32, 1, 2), backend, batch=2, tokens=109, seed=8)
+    step, position = _probes(case)
+    lse, *_ = received(case, step, position)
+    nowhere, behind = position.clone(), position.clone()
+    nowhere[:, 0], behind[:, 0] = -1, 1 << 20
+    lost = lse.clone()
+    lost[:, :, 0] = -math.inf
+    for got, want in zip(received(case, step, position, lost)[1:], received(case, step, nowhere)[1:], strict=True):
+        assert torch.equal(got, want)
+    for got, want in zip(received(case, step, behind), received(case, step, position), strict=True):
+        assert torch.equal(got, want)
+
+
 def two_segments_are_one(scheme: Scheme, backend: Backend) -> None:
     """Under the log-sum-exps of both, what tokens receive in either segment is what they receive in the whole."""
     case = Case(scheme, Shape(32, 1, 2), backend, batch=2, tokens=109, seed=6)

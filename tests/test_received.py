@@ -33,6 +33,10 @@ def test_log_sum_exps_of_attention_are_taken(name: str) -> None:
     cases.sums_of_attention_are_taken(SMALL[name], "torch")
 
 
+def test_rows_are_left_out_by_their_sums_or_places() -> None:
+    cases.rows_are_left_out(cases.SHORT, "torch")
+
+
 def test_rows_that_stand_nowhere_give_nothing() -> None:
     cases.nobody_gives_nothing("torch")
 

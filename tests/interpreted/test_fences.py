@@ -24,8 +24,8 @@ SCHEMES = {
     "kivi2": kivi2.with_(**{"recent.tokens": 32}), "token3": token3.with_(sinks=Sinks(5)),
     "int4_token_head": int4_token_head, "fp16": fp16,
 }  # fmt: skip
-KERNELS = ("pack_keys", "pack_values", "unpack_keys", "unpack_values", "scores", "decode", "extend")
-KERNELS += ("reach", "received")
+PAGES = ("pack_keys", "pack_values", "unpack_keys", "unpack_values")
+KERNELS = (*PAGES, "scores", "decode", "extend", "reach", "received")
 FENCE = -signal.SIGSEGV
 
 
