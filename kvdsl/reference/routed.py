@@ -132,7 +132,9 @@ class RoutedStream:
             begin = self.sinks + self.gone
             for tier in self.tiers if first else ():
                 if tier is not None:
-                    tier.measure({side: self.x[side][:, :, begin : begin + due].double() for side in SIDES}, q, "prompt")
+                    tier.measure(
+                        {side: self.x[side][:, :, begin : begin + due].double() for side in SIDES}, q, "prompt"
+                    )
             choice = self._choice(begin, begin + due, prompt, first, scale, softcap)
             self.choices.append(choice)
             self._send(choice, choice.labels() if labels is None else labels)
