@@ -20,7 +20,6 @@ from .saliency import Read, chosen_rows, deviation, importance, pooled, reach, r
 from .scheme import SIDES, Saliency
 from .segment_cache import SegmentCache, Tokens
 from .tier_rules import decides_by_position
-from .tiers import Metric
 
 if TYPE_CHECKING:
     from .tiered_cache import TieredCache

@@ -28,8 +28,8 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Watch:
-    """The queries of the steps since the last decision, and how many of the newest are at hand of each sequence; nothing
-    where no router asks for attention, and none where sums are carried on."""
+    """The queries of the steps since the last decision, and how many of the newest are at hand of each sequence;
+    nothing where no router asks for attention, and none where sums are carried on."""
 
     router: Saliency | None
     at_hand: tuple[int, ...]

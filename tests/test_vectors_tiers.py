@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from published import K, Q_FULL, V, agree, fp32, published
+from published import Q_FULL, K, V, agree, fp32, published
 from torch import Tensor
 
 from kvdsl import reference
@@ -59,7 +59,7 @@ def test_transformers_quantizes_the_whole_cache_anew_at_every_flush(engine: str)
             told.route()
         else:
             cache.append(*chunk)
-            held = {side: cache.dense(side) for side in ("keys", "values")} if end == 256 else {}  # type: ignore[arg-type]
+            held = {side: cache.dense(side) for side in ("keys", "values")} if end == 256 else {}
             cache.route()
     agree(name, held["keys"].double(), arrays["K_hat"])
     agree(name, held["values"].double(), arrays["V_hat"])

@@ -1,4 +1,4 @@
-"""Random schemes with tiers, or with all quantized anew at every flush: legal by construction, small enough to follow."""
+"""Random schemes with tiers, or with all quantized anew at every flush: legal by construction."""
 
 from __future__ import annotations
 
