@@ -205,18 +205,15 @@ def emit(
     json: AsJson = False,
 ) -> None:
     """Write the generated source, ready to read, import and step through."""
-    from . import render, store
-    from .plan import plan_for
+    from .emitting import emitted
 
     scheme = loaded(name)
-    plan, called = plan_for(scheme, _shape(head_dim, kv_heads, q_heads, dtype)), label(name, scheme)
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{called}_{backend.value}.py"
-    store.write(path, render(plan, backend.value, called))
+    called, shape = label(name, scheme), _shape(head_dim, kv_heads, q_heads, dtype)
+    files = emitted(scheme, shape, called, backend.value, out)
     if json:
-        answer.document({"scheme": called, "backend": backend.value, "files": [str(path)]})
+        answer.document({"scheme": called, "backend": backend.value, "files": list(map(str, files))})
     else:
-        print(path)
+        answer.lines(list(map(str, files)))
 
 
 @app.command("compile")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvdsl.scheme import Scheme
+from kvdsl.segments import parts
 from kvdsl.shape import Shape
 
 from . import render, store
@@ -20,7 +21,16 @@ HEAD = ("kernel", "arch", "registers", "spills", "shared", "loop", "packed bytes
 
 
 def compiled(scheme: Scheme, shape: Shape, name: str, arches: Sequence[str]) -> tuple[Path, list[dict[str, Any]]]:
-    """(the generated file, one row a kernel and architecture).  Raises BackendError where this machine cannot."""
+    """(the generated file, one row a kernel and architecture); of a scheme with tiers the file of the last one, and the
+    kernels of each behind its place.  Raises BackendError where this machine cannot."""
+    path, rows = Path(), list[dict[str, Any]]()
+    for place, part in parts(scheme).items():
+        path, own = _compiled(part, shape, f"{name}_{place}" if place else name, arches)
+        rows += [{**row, "kernel": f"{place} {row['kernel']}".strip()} for row in own]
+    return path, rows
+
+
+def _compiled(scheme: Scheme, shape: Shape, name: str, arches: Sequence[str]) -> tuple[Path, list[dict[str, Any]]]:
     plan = plan_for(scheme, shape)
     path = store.find(name, plan, "triton") or store.keep(name, plan, "triton", render(plan, "triton", name))
     records = launches(plan, path.read_text(encoding="utf-8"))

@@ -52,7 +52,7 @@ class TritonReceived(TritonModule):
         """See KernelSet.  One program adds up all that a tile of tokens receives, so sums have one order."""
         programs = query.shape[0] * self.plan.shape.kv_heads
         size = (query.shape[0], self.plan.shape.kv_heads, state.longest)
-        first, second = (torch.zeros(size, dtype=torch.float32, device=query.device) for _ in range(2))
+        first, second = (torch.empty(size, dtype=torch.float32, device=query.device).zero_() for _ in range(2))
         tiles = min(state.packed_most, state.longest) // self.plan.layout.page_tokens
         tiles *= self.plan.layout.page_tokens // self.plan.tile
         given = self._reading(query, position, state, params)

@@ -118,7 +118,7 @@ class TorchModule(TorchPages):
         columns = self._rows(query, factor)
         end = max(0, state.longest - sinks)
         pages = -(-min(state.packed_most, end) // tokens)
-        low = self._first_page(state, queries, pages)
+        low = self._first_page(state, queries, min(pages, end // tokens))
         exact_from = max(low * tokens, int(torch.minimum(state.packed_keys, state.packed_values).min()))
         exact_from = min(exact_from, end)
         u = torch.arange(low * tokens, end, device=query.device)
@@ -160,12 +160,12 @@ class TorchModule(TorchPages):
         lse = torch.where(mass > 0, lse, -torch.inf) if score.shape[-2] else torch.full_like(mass, -torch.inf)
         return self._heads(out.mT, queries), self._heads(lse[..., None], queries)[..., 0]
 
-    def _first_page(self, state: AttentionState, queries: int, pages: int) -> int:
-        """The first page that any query of any sequence may see."""
+    def _first_page(self, state: AttentionState, queries: int, last: int) -> int:
+        """The first page that any query of any sequence may see; `last` where a window begins behind all tokens."""
         oldest = state.start
         if state.window is not None:
             oldest = torch.maximum(oldest, state.length + state.ahead - queries - state.window + 1)
-        return min(pages, max(0, int(oldest.min()) - self.plan.sinks) // self.plan.layout.page_tokens)
+        return min(last, max(0, int(oldest.min()) - self.plan.sinks) // self.plan.layout.page_tokens)
 
     def _alive(self, state: AttentionState, u: Tensor, packed: Tensor) -> Tensor:
         """(B, tokens): the token at u is there, and exact."""

@@ -150,7 +150,7 @@ class TritonModule(PageModule):
         """Write one partial of every row, of the head's own numbers, at its place among those of another segment."""
         own = part.own()
         self._attend(part, own)
-        to = {"to_ptr": into["partial_ptr"], "to_lse_ptr": into["lse_ptr"], "to_blocks": like.blocks}
+        to = {"to_ptr": into["partial_ptr"], "to_lse_ptr": into["lse_ptr"]}
         self._merge("collect", part, own, part.count, **to, TO_ROWS=like.rows)
 
     def _output(self, kernel: str, part: Part, scratch: Scratch, count: int) -> tuple[Tensor, Tensor]:

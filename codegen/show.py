@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kvdsl import cost
 from kvdsl.kernels import Backend
 from kvdsl.scheme import SIDES, Scheme, Side
+from kvdsl.segments import parts
 from kvdsl.shape import Shape
 from kvdsl.window import Window, windows
 
@@ -40,14 +41,45 @@ Stage = tuple[dict[str, Any], list[str]]
 
 
 def show(view: View, stage: str) -> Stage:
-    """(data, lines) of one stage.  Raises SchemeError where the scheme does not fit the shape."""
-    return STAGES[stage](view)
+    """(data, lines) of one stage.  Of a scheme with tiers what is compiled is shown tier by tier.  Raises SchemeError
+    where the scheme does not fit the shape."""
+    if not view.scheme.routed or stage == "scheme":
+        return STAGES[stage](view)
+    if stage == "cost":
+        return tiers_cost(view)
+    each = {
+        place: STAGES[stage](replace(view, name=f"{view.name} {place}", scheme=part))
+        for place, part in parts(view.scheme).items()
+    }
+    lines = [line for place, (_, told) in each.items() for line in (f"# {place}", "", *told, "")]
+    return {place: data for place, (data, _) in each.items()}, lines[:-1]
+
+
+def tiers_cost(view: View) -> Stage:
+    """Bits an element of a scheme with tiers, with their formula."""
+    shape = view.shape
+    found = cost.bits(view.scheme, shape.head_dim, shape.kv_heads, view.tokens)
+    data: dict[str, Any] = {
+        side: {"code": part.code, "metadata": part.metadata, "padding": part.padding, "window": part.window,
+               "total": part.total, "formula": found.formula(side)}
+        for side in SIDES if (part := found.side(side))
+    }  # fmt: skip
+    lines = ["bits an element   code  metadata  padding   window    total"]
+    lines += [
+        f"{side:15s} {part.code:6.3f} {part.metadata:9.3f} {part.padding:8.3f} {part.window:8.3f} {part.total:8.3f}"
+        for side in SIDES
+        if (part := found.side(side))
+    ]
+    lines += ["", *(f"{side}: {found.formula(side)}" for side in SIDES)]
+    if view.tokens is None:
+        lines.append("of a sequence without end, its exact tokens not counted; --tokens N counts those of N tokens")
+    return data | {"mean": found.mean, "constants_bytes": found.constants}, lines
 
 
 def scheme_stage(view: View) -> Stage:
     """The spec, its hash, and which tokens it packs."""
     scheme = view.scheme
-    kept = {side: _tokens(window) for side, window in windows(scheme).items()}
+    kept = routed(scheme) if scheme.routed else {side: _tokens(window) for side, window in windows(scheme).items()}
     data = {
         "name": view.name,
         "source": scheme.source,
@@ -62,6 +94,23 @@ def scheme_stage(view: View) -> Stage:
     seen = "exactly" if scheme.prefill == "exact" else "as they are stored"
     lines.append(f"a step's fresh tokens are attended {seen}")
     return data, lines
+
+
+def routed(scheme: Scheme) -> dict[str, str]:
+    """Which tokens stay exact and where the others go, in words."""
+    sinks = [f"the first {scheme.sinks.tokens}"] if scheme.sinks else []
+    recent = [f"the newest {scheme.recent.tokens}"] if scheme.recent else []
+    found = {"exact": " and ".join([*sinks, *recent]) or "a step's own tokens"}
+    for number, tier in enumerate(scheme.tiers):
+        share = (
+            f"{tier.top:.0%} of them" if isinstance(tier.top, float) else "the rest" if tier.top is None else tier.top
+        )
+        found[f"tier {number}"] = f"{share}, {'dropped' if tier.drops else repr(tier)}"
+    if scheme.router is not None:
+        found["router"] = repr(scheme.router)
+    if scheme.requantize != "never":
+        found["anew"] = "whenever tokens leave, all that is packed is decoded and quantized again"
+    return found
 
 
 def _tokens(window: Window) -> str:

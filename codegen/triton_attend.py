@@ -55,7 +55,7 @@ def $name(
     high = tl.minimum(tl.minimum(packed_keys, packed_values), asked - queries + 1 - $sinks)
     high = tl.maximum(high, 0) // $page
     oldest_start = tl.maximum(start, asked - queries - window + 1) - $sinks
-    edge = tl.maximum(oldest_start, 0) // $page
+    edge = tl.maximum(tl.minimum(oldest_start, length - $sinks), 0) // $page
     clean = high > low
     low = tl.where(clean, low, edge)
     high = tl.where(clean, high, edge)
@@ -107,7 +107,7 @@ def $name(
 # Stored in either branch: what both need at their ends would otherwise be kept in registers through the loops.
 PARTIALS = """
 inverse = 1.0 / tl.where(mass > 0.0, mass, 1.0)
-out = ((split.to(tl.int64) * tl.num_programs(0) + bh) * tl.num_programs(2) + block) * ROWS
+out = ((split.to(tl.int64) * tl.num_programs(2) + block) * tl.num_programs(0) + bh) * ROWS
 partial = partial_ptr + (out + tl.arange(0, ROWS))[None, :] * $dim
 $stores
 $exact
@@ -253,7 +253,7 @@ class Attend:
         """Lines that store a program's outputs; those of its exact tokens apart where values are turned."""
         values, exact = self.values, []
         if edges and values.exact_rows is not None:
-            exact = ["slot = ((split - splits).to(tl.int64) * tl.num_programs(0) + bh) * tl.num_programs(2) + block"]
+            exact = ["slot = ((split - splits).to(tl.int64) * tl.num_programs(2) + block) * tl.num_programs(0) + bh"]
             exact.append("slot = slot * ROWS + tl.arange(0, ROWS)")
             exact += values.exact_rows.stores()
             if values.side.shifted:

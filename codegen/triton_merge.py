@@ -1,8 +1,9 @@
 """The merge of a query's partial outputs, in Triton: weighted by their log-sum-exps.
 
-Partials stand by split, then by program, then by row, so that of several segments of a cache each has a stretch of one
-buffer.  `merge` ends a step.  Partials that cannot stand among those of other segments (sums of coded numbers, another
-number of rows a program) become one that can by `collect`; where no segment has others `unite` ends the step.
+Partials stand by split, then by block of rows, by kv head of a sequence, and by row, so that of several segments of a
+cache each has a stretch of one buffer.  `merge` ends a step.  Partials that cannot stand among those of other segments
+(sums of coded numbers, another number of rows a program) become one that can by `collect`; where no segment has others
+`unite` ends the step.
 """
 
 from __future__ import annotations
@@ -42,15 +43,15 @@ tl.store(out_lse_ptr + where, tl.where(mass > 0.0, found * 0.6931471805599453, f
 """
 
 PARTIAL = """
-where = ((b * $heads + h).to(tl.int64) * to_blocks + row // TO_ROWS) * TO_ROWS + row % TO_ROWS
+where = ((row // TO_ROWS).to(tl.int64) * programs + b * $heads + h) * TO_ROWS + row % TO_ROWS
 tl.store(to_ptr + where * $head_dim + d, total, mask=d < $head_dim)
 tl.store(to_lse_ptr + where, tl.where(mass > 0.0, found, -1.0e30))
 """
 
 PLACE = """
-programs = tl.num_programs(0) // $group * blocks
-base = (b * $heads + h) * blocks + row // ROWS
-place = (s.to(tl.int64) * programs + base) * ROWS + row % ROWS
+programs = tl.num_programs(0) // $group  # of a split and a block of rows
+base = row // ROWS * programs + b * $heads + h
+place = (s.to(tl.int64) * blocks * programs + base) * ROWS + row % ROWS
 """
 
 SUM = """
@@ -66,7 +67,7 @@ total = tl.sum(part * weight[:, None], 0) / tl.where(mass > 0.0, mass, 1.0)
 APART_PLACE = (
     PLACE
     + """
-slot = (tl.maximum(s - clean, 0).to(tl.int64) * programs + base) * ROWS + row % ROWS
+slot = (tl.maximum(s - clean, 0).to(tl.int64) * blocks * programs + base) * ROWS + row % ROWS
 """
 )
 
@@ -137,8 +138,8 @@ def _text(plan: Plan, name: str, through: bool, into: str) -> str:
         exact = fill(APART_SUM, **holes).splitlines() if apart else exact
         total = fill(TURNED_SUM, **turned, exact=exact, shift=shift)
     args = ["partial_ptr", *["exact_ptr"] * apart, *["share_ptr"] * shifted, "lse_ptr", *sources, f"{into}_ptr"]
-    args += [f"{into}_lse_ptr", "queries", "blocks", "splits", *["clean"] * apart, *["to_blocks"] * (into == "to")]
-    loose = [name for name in ("queries", "splits", "blocks", "clean", "to_blocks") if name in args]
+    args += [f"{into}_lse_ptr", "queries", "blocks", "splits", *["clean"] * apart]
+    loose = [name for name in ("queries", "splits", "blocks", "clean") if name in args]
     args += ["ROWS: tl.constexpr", "SPLITS: tl.constexpr", *["TO_ROWS: tl.constexpr"] * (into == "to")]
     end = fill(OUTPUT if into == "out" else PARTIAL, **holes, result=result)
     return fill(

@@ -60,6 +60,18 @@ def front(scheme: Scheme) -> Scheme:
     return Scheme(both=Store(), sinks=Sinks(scheme.sinks.tokens) if scheme.sinks else None)
 
 
+def parts(scheme: Scheme) -> dict[str, Scheme]:
+    """What a scheme compiles to, by its place in it: itself, or of a routed one what holds its exact tokens, `exact`,
+    and its tiers, `tiers[0]` and so on, one of two that are the same."""
+    if not scheme.routed:
+        return {"": scheme}
+    found = {"exact": front(scheme)}
+    for number, one in enumerate(segments(scheme)):
+        if one.scheme is not None and one.scheme not in found.values():
+            found[f"tiers[{number}]"] = one.scheme
+    return found
+
+
 def segment(scheme: Scheme, tier: Tier) -> Segment:
     """One tier of a scheme.  Raises SchemeError where what it stores is illegal."""
     if tier.drops:

@@ -59,6 +59,12 @@ def normal_numbers() -> Data:
 
 
 @cache
+def _of_all_tokens() -> Tensor:
+    """Queries (1, Hq, T, D) of all tokens, for routers that go by what these attend to."""
+    return torch.randn(1, Q_HEADS, TOKENS, CHANNELS, generator=Generator().manual_seed(2))
+
+
+@cache
 def outlier_keys() -> Data:
     """The same, but keys are f (o + n) with normal n and, fixed for a channel, an offset o of variance 1/3 and f = 1;
     in an outlier channel o = +-1, n a fifth as large and f from 8 to 20."""
@@ -112,7 +118,8 @@ def studied(scheme: Scheme, seeds: int = 20, backend: Backend | None = None) -> 
     score_error            |q.k^ - q.k| / |q.k| over all queries and tokens, on keys with outlier channels
     output_error           |out^ - out| / |out| of causal attention to them, where values are standard normal
 
-    Every token is packed, none is kept exact in a window.  Of a scheme with layers, its own stores are studied.
+    Every token is packed, none is kept exact in a window.  Of a scheme with layers, its own stores are studied.  Tokens
+    that a router drops count as zeros, and have no score.
     """
     runs = [_errors(reseeded(scheme, seed), backend) for seed in range(seeds)] if seeded(scheme) else []
     return _spread(runs or [_errors(scheme, backend)])
@@ -130,15 +137,16 @@ def _errors(scheme: Scheme, backend: Backend | None) -> tuple[float, ...]:
     """One run, in the order of MEASURES."""
     data = _placed(scheme, normal_numbers())
     params = _measured(scheme, data)
-    found = roundtrip(scheme, data.k, data.v, backend=backend, window=False, params=params)
+    every = _of_all_tokens() if scheme.routed else None
+    found = roundtrip(scheme, data.k, data.v, backend=backend, window=False, params=params, queries=every)
     squared = [
         (got.double() - x.double()).square().mean().item() for got, x in zip(found, (data.k, data.v), strict=True)
     ]
 
     data = _placed(scheme, outlier_keys())
     params = _measured(scheme, data)
-    estimated = scores(scheme, data.q, data.k, backend=backend, window=False, params=params)
-    out, _ = attend(scheme, data.q, data.k, data.v, backend=backend, window=False, params=params)
+    estimated = scores(scheme, data.q, data.k, backend=backend, window=False, params=params, queries=every)
+    out, _ = attend(scheme, data.q, data.k, data.v, backend=backend, window=False, params=params, queries=every)
     right_scores, right_out = _exact(data)
     return (*squared, _relative(estimated, right_scores), _relative(out, right_out))
 

@@ -60,6 +60,7 @@ class TieredCache:
         if device is None:
             device = "cuda" if kernels.backend == "triton" and torch.cuda.is_available() else "cpu"
         self.kernels, self.capacity, self.requantized = kernels, capacity, 0
+        self.params: Params = dict(params or {})
         self.device = torch.empty(0, device=device).device
         self.watch = Watch.of(scheme, batch)
         self.prompts: tuple[int | None, ...] = (None,) * batch
@@ -268,6 +269,18 @@ class TieredCache:
         """Every sequence `times` times, the copies beside each other."""
         checked_number("times", times, 0)
         self.reorder([b for b in range(self.batch) for _ in range(times)])
+
+    # -- keeping ------------------------------------------------------------------------------------------------------
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        from .tier_saving import reduced
+
+        return reduced(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TieredCache:
+        from .tier_saving import copied
+
+        return copied(self, memo)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hypothesis
 from hypothesis import HealthCheck, settings
 
+from kvdsl import schemes
 from kvdsl.kernels import Backend
 from kvdsl.scheme import (
     ALL,
@@ -32,6 +33,8 @@ from kvdsl.scheme import (
 from kvdsl.testing import LAWS, applicable, report
 
 LAW_NAMES = sorted(LAWS)
+PLAIN = {name: scheme for name, scheme in schemes.ALL.items() if not scheme.routed}
+"""Shipped schemes that compile to one set of kernels."""
 SMALL_BLOCKS = Scheme(
     keys=Store(Uniform(4), scale=Scale(Block(4, 32))),
     values=Store(Uniform(3), scale=Scale(Block(8, heads=2), range="absmax", dtype="bf16")),

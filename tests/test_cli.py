@@ -15,6 +15,7 @@ import kvdsl
 from kvdsl.codegen import answer, checking
 from kvdsl.codegen.cli import app, run
 from kvdsl.codegen.show import STAGES
+from kvdsl.segments import parts
 
 SPEC = "from kvdsl import Scheme, Store, Uniform, per_token\nmine = Scheme(both=Store(Uniform(6), scale=per_token()))\n"
 Captured = pytest.CaptureFixture[str]
@@ -59,11 +60,11 @@ def test_show_shows_every_stage_of_every_scheme(name: str, capsys: Captured) -> 
     assert list(stages) == list(STAGES)
     assert kvdsl.Scheme.from_dict(stages["scheme"]["tree"]) == kvdsl.load(name)
     assert stages["cost"]["mean"] == kvdsl.bits(kvdsl.load(name), 128).mean
-    assert (
-        sum(row["bytes"] for row in stages["layout"]["sections"] if not row["shared"]) == stages["layout"]["head_bytes"]
-    )
-    assert {"decode", "extend", "scores", "merge"} <= {kernel["kernel"] for kernel in stages["plan"]["kernels"]}
-    ast.parse(stages["source"]["text"])
+    for place in parts(kvdsl.load(name)):
+        layout, plan, source = (stages[s][place] if place else stages[s] for s in ("layout", "plan", "source"))
+        assert sum(row["bytes"] for row in layout["sections"] if not row["shared"]) == layout["head_bytes"]
+        assert {"decode", "extend", "scores", "merge"} <= {kernel["kernel"] for kernel in plan["kernels"]}
+        ast.parse(source["text"])
     whole = asked(capsys, "show", name)
     assert all(f"{name}: {stage}" in whole for stage in STAGES if stage != "source")
 

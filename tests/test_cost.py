@@ -29,7 +29,7 @@ PUBLISHED: dict[str, tuple[float, float]] = {
 PUBLISHED |= {"qjl": (4.265625, 3), "qjl_gauss": (2.125, 16), "qjl_kv": (4.125, 4.125)}
 PUBLISHED |= {"vllm_k8v4": (8, 4.25), "vllm_4bit_nc": (4.125, 4.25), "vllm_k3v4_nc": (3.125, 4.25)}
 PUBLISHED |= {"vllm_3bit_nc": (3.125, 3.25)}
-PUBLISHED |= {"skvq2": (2.5, 2.5)}
+PUBLISHED |= {"skvq2": (2.5, 2.5), "hf_quanto4": (4.5, 4.5)}
 PUBLISHED |= {f"turboquant_prod{b}": (b + 0.25, b + 0.25) for b in (2, 3, 4)}
 
 # What is published, what is stored here, and why that differs.
@@ -43,6 +43,13 @@ DIFFERENT: dict[str, tuple[tuple[float, float], tuple[float, float], str]] = {
     "nuq2": ((2, 2), (2, 2 + 32 / 1024), "a token's scale and offset are counted, which the paper leaves out"),
 }
 SLOTS = "slots, so many for every token or channel, of 24 bits, where the paper counts 32 for each that is kept"
+PLACES = "16 bits for 128 numbers tell where a token of a tier stood, its exact place, which no paper counts"
+DIFFERENT |= {
+    "zipcache": ((3.2, 3.2), (3.325, 3.35625), PLACES),
+    "zipcache_code": ((3.2, 3.2), (3.325, 3.35625), PLACES),
+    "mikv": ((5.2, 5.2), (5.45, 5.45), PLACES + "; as many its accumulated attention"),
+    "h2o": ((3.2, 3.2), (3.25, 3.25), PLACES + "; as many its accumulated attention"),
+}
 DIFFERENT |= {
     f"kvquant{b}": ((b + 0.32, b + 0.32), (b + 2 * 24 / 128, b + 24 / 64 + 32 / 1024), SLOTS) for b in (2, 3, 4)
 }
@@ -50,6 +57,8 @@ DIFFERENT |= {
 # No account is published: of bits chosen here, of other bits than the paper's, of baselines.
 OWN = {"kvtq_2bit", "quarot2", "rotatekv4", "rotatekv3", "rotatekv2", "smoothquant8", "omniquant4", "wkvquant4"}
 OWN |= {"gear4", "gearl4", "gear2", "gearl2"}  # the paper has one block for a prompt of any length
+OWN |= {"streaming", "snapkv"}  # a window or a prompt's share of what grows without end
+OWN |= {"zipcache_84", "zipcache_32", "roco", "kivi2_sinks"}
 OWN |= {"token2", "token3", "token4", "channel2", "channel3", "channel4"}
 
 
@@ -63,8 +72,8 @@ def test_the_papers_figures(name: str) -> None:
 def test_other_figures_than_the_papers(name: str) -> None:
     published, right, why = DIFFERENT[name]
     counted = bits(SHIPPED[name])
-    assert (counted.keys, counted.values) == right != published and why
-    assert max(abs(ours - theirs) for ours, theirs in zip(right, published, strict=True)) <= 0.125
+    assert (counted.keys, counted.values) == pytest.approx(right, abs=1e-12) and right != published and why
+    assert max(abs(ours - theirs) for ours, theirs in zip(right, published, strict=True)) <= 0.25
 
 
 def test_every_scheme_is_held_against_its_paper_or_has_no_figure_there() -> None:
@@ -95,7 +104,7 @@ FITTING = [
     pytest.param(scheme, shape, id=f"{name}-{shape.head_dim}")
     for name, scheme in {**SHIPPED, **ODD}.items()
     for shape in (Shape(64, 4), Shape(80, 4), Shape(128, 2))
-    if not shape_faults(scheme, shape)
+    if not scheme.routed and not shape_faults(scheme, shape)
 ]
 
 

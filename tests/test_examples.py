@@ -24,8 +24,9 @@ def output(path: Path) -> str:
     return done.stdout
 
 
-def test_there_are_five_examples_and_the_demo() -> None:
-    names = ["check_a_scheme", "compose_a_scheme", "demo", "plug_into_a_model", "read_the_kernel", "write_a_scheme"]
+def test_there_are_six_examples_and_the_demo() -> None:
+    names = ["check_a_scheme", "compose_a_scheme", "demo", "plug_into_a_model", "read_the_kernel", "route_tokens"]
+    names += ["write_a_scheme"]
     assert [path.stem for path in EXAMPLES] == names
 
 

@@ -245,7 +245,7 @@ SHAPES = (Shape(128, 8, 32), Shape(64, 3, 9, "fp32"))
 
 def texts(backend: str, *, every: int = 1) -> Iterator[tuple[str, str]]:
     """(name, text) of every shipped scheme, or of one in `every`, at every shape."""
-    for name, scheme in list(ALL.items())[::every]:
+    for name, scheme in [(name, scheme) for name, scheme in ALL.items() if not scheme.routed][::every]:
         for shape in SHAPES:
             if not shape_faults(scheme, shape):
                 text = render(plan_for(scheme, shape), backend, name)  # type: ignore[arg-type]

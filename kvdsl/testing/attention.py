@@ -89,7 +89,7 @@ def truth(case: Case, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         value_part = mapped_back(case.scheme.values, value_part, case.shape.head_dim, step.params)
         parts = keys, key_part, values, value_part
         factored = [normal_form(q, mapped, *parts, **options)]
-        spread_of = _score_spread(case, step, b)
+        spread_of = score_spread(case, step, b)
         for i in range(DRAWS):
             source = torch.Generator().manual_seed(case.seed * DRAWS + i)
             factored.append(normal_form(q, mapped, *parts, drawn=(source, spread_of), **options))
@@ -141,7 +141,7 @@ def score_sizes(case: Case, step: Step, b: int) -> tuple[Tensor, Tensor]:
     return query_sizes(case.scheme.keys, step.q[b : b + 1], case.shape.kv_heads, step.params), size
 
 
-def _score_spread(case: Case, step: Step, b: int) -> Tensor:
+def score_spread(case: Case, step: Step, b: int) -> Tensor:
     """The standard deviation of q.k^ of sequence b, float64 (1, Hq, Q, length): of each product of two numbers that are
     rounded by up to 2^-11, at any place alike, it is 2^-11 sqrt(2/3) of its size."""
     sizes, size = score_sizes(case, step, b)

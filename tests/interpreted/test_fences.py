@@ -25,6 +25,7 @@ SCHEMES = {
     "int4_token_head": int4_token_head, "fp16": fp16,
 }  # fmt: skip
 KERNELS = ("pack_keys", "pack_values", "unpack_keys", "unpack_values", "scores", "decode", "extend")
+KERNELS += ("reach", "received")
 FENCE = -signal.SIGSEGV
 
 
@@ -35,7 +36,7 @@ def _calls(scheme: Scheme, kernels: KernelSet, kernel: str, tokens: int) -> list
     block = case.block
     name, _, side = kernel.partition("_")
     params = ready(kernels, None)
-    if name in ("decode", "extend"):
+    if name in ("decode", "extend", "reach", "received"):
         queries = 1 if name == "decode" else 3
         k, v = case.pair(case.tokens)
         lengths = (case.tokens, queries)
@@ -43,6 +44,10 @@ def _calls(scheme: Scheme, kernels: KernelSet, kernel: str, tokens: int) -> list
         spare = 3  # rows that `attention_state` leaves over: here the ring ends with the last exact row
         rows = {f: getattr(state, f)[:, :, :-spare].contiguous() for f in ("key_rows", "value_rows")}
         state = replace(state, **rows, first=state.first)
+        if name in ("reach", "received"):  # of probes at both ends, and nowhere
+            q, position = case.query(queries), torch.tensor([[case.tokens - 1, -1, 0], [0, queries - 1, 9]]).int()
+            lse = [torch.zeros(q.shape[:3])] * (name == "received")
+            return [(name, q, position, *lse, state, params)]
         return [("attend", case.query(queries), state, params, splits) for splits in (1, 2)]
     count = case.tokens // block * block
     k, v = case.pair(count + case.sinks)
