@@ -20,7 +20,6 @@ from .saliency import Read, chosen_rows, deviation, importance, pooled, reach, r
 from .scheme import SIDES, Saliency
 from .segment_cache import SegmentCache, Tokens
 from .tier_rules import decides_by_position
-from .tiers import Metric
 
 if TYPE_CHECKING:
     from .tiered_cache import TieredCache
@@ -138,20 +137,25 @@ class Decision:
             index = self.places[:, None].expand(-1, heads, -1)
             new = router.importance(*(picked(self.front.rows(side), index) for side in SIDES)).float()
             return torch.nn.functional.pad(new, (self.where.shape[2] - self.new, 0))
-        first = all(p is None for p, due in zip(self.cache.prompts, self.due, strict=True) if due)
-        metric, lengths = self.cache.watch.metric(first), self.cache.lengths
-        one, two, queries = self._sums(router, metric)
+        first, lengths = [prompt is None for prompt in self.cache.prompts], self.cache.lengths
+        one, two, queries = self._sums(router, first)
         t = self.position + self.front.sinks
-        worth = importance(metric, one, t, lengths, queries)
-        if metric == "mean_std":
-            worth = self._protected(worth, deviation(one, two, t, lengths), router.scope)
+        worth = torch.zeros_like(one)
+        metrics = [self.cache.watch.metric(now) for now in first]
+        for metric in sorted({metric for metric, due in zip(metrics, self.due, strict=True) if due}):
+            found = importance(metric, one, t, lengths, queries)
+            if metric == "mean_std":
+                group = (self.cache.kernels.shape.q_heads or heads) // heads
+                found = self._protected(found, deviation(one, two, t, lengths, group), router.scope)
+            mine = torch.tensor([one == metric for one in metrics], device=self.device)
+            worth = torch.where(mine[:, None, None], found, worth)
         if router.pool > 1:
             real = self.where[:, :, -self.new :] == NEW
             new = torch.where(real, worth[:, :, -self.new :], -torch.inf)
             worth = torch.cat([worth[:, :, : -self.new], pooled(new, router.pool)], 2)
         return worth.sum(1, keepdim=True).expand(-1, heads, -1) if router.per == "layer" else worth
 
-    def _sums(self, router: Saliency, metric: Metric) -> tuple[Tensor, Tensor, Sequence[int]]:
+    def _sums(self, router: Saliency, first: Sequence[bool]) -> tuple[Tensor, Tensor, Sequence[int]]:
         """Sums of the weights that the pool's tokens receive, and of their squares, and how many queries there were."""
         if router.carried:
             parts = [tier.beside.sums[..., :width] for _, tier, width in self.kept]
@@ -160,7 +164,7 @@ class Decision:
             found = torch.cat([*parts, new], 3)
             return found[0], found[-1], self.cache.lengths
         watch, front = self.cache.watch, self.front
-        rows = chosen_rows(router, metric, watch.query(), watch.at_hand, front.lengths, front.gone)
+        rows = chosen_rows(watch, first, front.lengths, front.gone)
         exact, *tiers = self.reads
         lse = reach(rows, self.reads)
         sinks = column([min(front.sinks, n) for n in front.lengths], self.device)
@@ -176,7 +180,8 @@ class Decision:
         window hold."""
         window = self.scheme.recent.tokens if self.scheme.recent else 0
         kept = [held[0] + more[0] + window for held, more in zip(self.held, self.more, strict=True)]
-        steady = top(-spread, self.where != NONE, [n - int((1 - scope) * n) for n in kept])
+        ranked = self.where == NEW if self.moves == "new" else self.where != NONE
+        steady = top(-spread, ranked, [n - int((1 - scope) * n) for n in kept])
         return torch.where(steady, mean, torch.inf)
 
     # -- moving them --------------------------------------------------------------------------------------------------

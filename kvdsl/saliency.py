@@ -18,7 +18,8 @@ from .measuring import Affine
 from .pages import upload
 from .probes import probe_rows
 from .routing import column
-from .tiers import Metric, Saliency
+from .tiers import Metric
+from .watch import Watch
 
 if TYPE_CHECKING:
     from .front import Front
@@ -110,16 +111,17 @@ def carried(
                 sums[:, :, : more.shape[2]] += more
 
 
-def chosen_rows(
-    router: Saliency, metric: Metric, query: Tensor, at_hand: Sequence[int], lengths: Sequence[int], gone: Sequence[int]
-) -> Rows:
-    """The rows that a decision asks for, of query (B, Hq, N, D) whose last at_hand_b are those of sequence b since its
-    last decision; lengths_b tokens so far, gone_b of which stand in tiers."""
-    probes, total = router.probes, query.shape[2]
-    places, positions = list[list[int]](), list[list[int]]()
-    for n, length, left in zip(at_hand, lengths, gone, strict=True):
-        rows = [n - 1] * min(1, n) if metric == "last" else probe_rows(probes, n, length)
-        places.append([total - n + row for row in rows])
+def chosen_rows(watch: Watch, first: Sequence[bool], lengths: Sequence[int], gone: Sequence[int]) -> Rows:
+    """The rows that a decision asks for, of queries since the last one; `first_b`: it is the first about sequence b;
+    lengths_b tokens so far, gone_b of which stand in tiers."""
+    assert watch.router is not None
+    query, places, positions = watch.query(), list[list[int]](), list[list[int]]()
+    for here, one, length, left in zip(watch.places(), first, lengths, gone, strict=True):
+        n = len(here)
+        last = watch.metric(one) == "last"
+        rows = [n - 1] * min(1, n) if last else probe_rows(watch.router.probes, n, length)
+        rows = rows if n else []
+        places.append([here[row] for row in rows])
         positions.append([length - n + row - left for row in rows])
     most = max(map(len, places), default=0)
     places = [[0] * (most - len(row)) + row for row in places]
@@ -142,9 +144,10 @@ def importance(
     return first / seen
 
 
-def deviation(first: Tensor, second: Tensor, positions: Tensor, lengths: Sequence[int]) -> Tensor:
-    """The standard deviation of a token's weights over the queries that could see it, float32 like first (B, H, T)."""
-    seen = (column(lengths, first.device)[..., None] - positions).clamp(min=1)
+def deviation(first: Tensor, second: Tensor, positions: Tensor, lengths: Sequence[int], group: int) -> Tensor:
+    """The standard deviation of a token's weights over the queries that could see it, each of `group` heads, float32
+    like first (B, H, T)."""
+    seen = group * (column(lengths, first.device)[..., None] - positions).clamp(min=1)
     return (second / seen - (first / seen).square()).clamp(min=0).sqrt()
 
 

@@ -188,7 +188,7 @@ class TieredCache:
         Where a router asks for attention and no query is given, tokens wait.
         """
         with self._changing():
-            router, first = self.watch.router, None in self.prompts
+            router, first = self.watch.router, [prompt is None for prompt in self.prompts]
             if router is not None and query is None and choice is None:
                 return
             reads = (self.state() if step is None else step).reads
@@ -196,7 +196,7 @@ class TieredCache:
                 self.watch = self.watch.seen(query, self._fresh, first)
                 if self.watch.sums:
                     carried(query, self._fresh, lse, reads, self.front, [one for one in self.tiers if one is not None])
-            if first:
+            if any(first):
                 self.prompt_query = query
             sinks, scheme = self.front.sinks, self.kernels.scheme
             behind = [max(0, length - sinks) for length in self.lengths]
@@ -240,6 +240,7 @@ class TieredCache:
                     f"back; crop to those at least, use a longer window, or reset the cache"
                 )
         with self._changing():
+            self.watch = self.watch.cropped([now - n for n, now in zip(cut, self.lengths, strict=True)])
             self.front = self.front.cropped(cut)
 
     def record(self, draft: int) -> None:

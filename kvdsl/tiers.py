@@ -172,6 +172,7 @@ class Saliency(Router):
     @property
     def carried(self) -> int:
         """Sums of each kept token that are carried on from step to step: of its weights, and of their squares."""
-        if self.probes is not None or self.metric == "last" or self.every is None:
+        metrics = (self.metric, self.later)
+        if self.probes is not None or self.every is None or "last" in metrics:
             return 0
-        return 2 if self.metric == "mean_std" else 1
+        return 2 if "mean_std" in metrics else 1

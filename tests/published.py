@@ -21,7 +21,8 @@ from kvdsl.scheme import Scheme, Store, Uniform
 FOLDER = Path(__file__).parent / "vectors"
 ORIGINS: dict[str, dict[str, Any]] = json.loads((FOLDER / "origins.json").read_text())["vectors"]
 INPUTS = {name: torch.from_numpy(array) for name, array in np.load(FOLDER / "inputs.npz").items()}
-K, V, Q = INPUTS["K"].float(), INPUTS["V"].float(), INPUTS["q"].float()
+K, V, Q_FULL = INPUTS["K"].float(), INPUTS["V"].float(), INPUTS["q_full"].float()
+Q = Q_FULL[:, ::4]
 SIDES = (("K", "keys", K), ("V", "values", V))
 
 

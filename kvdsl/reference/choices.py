@@ -39,6 +39,7 @@ class Choice:
         for b, h, worth in self._heads(self.low):
             for tier, candidates, take in self._rounds(out[b, h], self.before[b, h]):
                 ranked = sorted(candidates, key=lambda t: (-worth[t], t))
+                out[b, h, candidates] = EXACT
                 for t in ranked[:take]:
                     out[b, h, t] = tier
         return out

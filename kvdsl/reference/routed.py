@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvdsl.probes import probe_rows
-from kvdsl.scheme import SIDES, Saliency, Scheme, Tier
+from kvdsl.scheme import SIDES, Saliency, Scheme, Side, Tier
 
 from .choices import EXACT, Choice, grown
 from .quantize import Params, widened
@@ -34,7 +34,7 @@ class RoutedStream:
         self.sinks = scheme.sinks.tokens if scheme.sinks else 0
         self.prompt: int | None = None
         self.gone, self.group = 0, 1
-        self.x: dict[str, Tensor] = {}
+        self.x: dict[Side, Tensor] = {}
         self.where = torch.zeros(0)
         self.queries: list[tuple[int, Tensor]] = []
         self.sums: list[Tensor] = []
@@ -56,7 +56,7 @@ class RoutedStream:
         gone = [number for number, tier in enumerate(self.tiers) if tier is None]
         return torch.isin(self.where, torch.tensor(gone, dtype=torch.int64))
 
-    def rows(self, side: str) -> Tensor:
+    def rows(self, side: Side) -> Tensor:
         """What is read of a side, float64 (B, H, T, D): exact or decoded, zeros where a token was dropped."""
         held = widened(self.x[side], side).masked_fill(self.dropped()[..., None], 0.0)
         for tier in self.tiers:
@@ -106,7 +106,7 @@ class RoutedStream:
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """New tokens (B, H, m, D), exact."""
-        for side, new in (("keys", k), ("values", v)):
+        for side, new in zip(SIDES, (k, v), strict=True):
             self.x[side] = torch.cat([self.x[side], new], 2) if side in self.x else new
         more = torch.full(k.shape[:3], EXACT, dtype=torch.int64)
         self.where = torch.cat([self.where, more], 2) if self.where.numel() else more
@@ -132,7 +132,9 @@ class RoutedStream:
             begin = self.sinks + self.gone
             for tier in self.tiers if first else ():
                 if tier is not None:
-                    tier.measure({side: self.x[side][:, :, begin : begin + due].double() for side in SIDES}, q, "prompt")
+                    tier.measure(
+                        {side: self.x[side][:, :, begin : begin + due].double() for side in SIDES}, q, "prompt"
+                    )
             choice = self._choice(begin, begin + due, prompt, first, scale, softcap)
             self.choices.append(choice)
             self._send(choice, choice.labels() if labels is None else labels)
@@ -246,7 +248,7 @@ class RoutedStream:
             tier.put(tokens, rows)
         self.where = labels.clone()
 
-    def _rows(self, tier: TierRows, side: str, old: Tensor, new: Tensor, read: Tensor, anew: bool) -> Tensor:
+    def _rows(self, tier: TierRows, side: Side, old: Tensor, new: Tensor, read: Tensor, anew: bool) -> Tensor:
         """What is coded of tokens that stay and of those that come: what was read of them, in the model's dtype but
         where all is quantized anew in a tier that measures it; of tokens that stay else, what it was before."""
         dtype = torch.float32 if anew and tier.measures else self.x[side].dtype

@@ -12,21 +12,21 @@ import math
 import torch
 from torch import Tensor
 
-from kvdsl.scheme import ALL, ChannelScale, Chosen, LowRank, Scheme, Sparse, Store, Tier
+from kvdsl.scheme import ALL, SIDES, ChannelScale, Chosen, LowRank, Scheme, Side, Sparse, Store, Tier
 
 from .quantize import Params, quantize
 from .rounding import LARGEST_INPUT, f32, ratio, stored
 
-Rows = dict[str, Tensor]
+Rows = dict[Side, Tensor]
 
 
 class TierRows:
-    """The tokens of one tier: `tokens` int64 (B, H, n), in their places, and rows as they came, float64 (B, H, n, D)."""
+    """The tokens of one tier: `tokens` int64 (B, H, n) in their places, and rows as they came, float64 (B, H, n, D)."""
 
     def __init__(self, scheme: Scheme, tier: Tier, number: int, params: Params | None) -> None:
-        self.stores: dict[str, Store] = {}
-        self.scales: dict[str, ChannelScale] = {}
-        for side in ("keys", "values"):
+        self.stores: dict[Side, Store] = {}
+        self.scales: dict[Side, ChannelScale] = {}
+        for side in SIDES:
             store = tier.store(side, scheme.keys if side == "keys" else scheme.values)
             first = store.transform[0] if store.transform else None  # type: ignore[index]
             if isinstance(first, ChannelScale) and first.when != "calibrated":
@@ -37,7 +37,7 @@ class TierRows:
         given = {} if params is None else params
         self.params = {name.removeprefix(prefix): x for name, x in given.items() if name.startswith(prefix)}
         self.block = math.lcm(*(_together(term) for store in self.stores.values() for term in store.terms))
-        self.sizes: dict[str, Tensor] = {}
+        self.sizes: dict[Side, Tensor] = {}
         self.tokens: Tensor | None = None
         self.rows: Rows = {}
 
@@ -63,7 +63,7 @@ class TierRows:
         self.measure(rows, None, "online")
         self.tokens, self.rows = tokens, rows
 
-    def read(self, side: str) -> Tensor:
+    def read(self, side: Side) -> Tensor:
         """What is read of a side, float64 (B, H, n, D)."""
         x, store = self.rows[side], self.stores[side]
         whole = self.count // self.block * self.block
@@ -81,7 +81,7 @@ class TierRows:
         came = f32(f32(y * found.scale) + found.offset)
         return torch.cat([found.decoded[:, :, :whole], came[:, :, whole:]], 2)
 
-    def _coded(self, store: Store, x: Tensor, whole: int, side: str) -> Tensor:
+    def _coded(self, store: Store, x: Tensor, whole: int, side: Side) -> Tensor:
         if not whole:
             return x
         return torch.cat([quantize(store, x[:, :, :whole], self.params, side).decoded, x[:, :, whole:]], 2)

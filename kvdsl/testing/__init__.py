@@ -5,8 +5,8 @@
     schemes, routed_schemes, shapes, cases, faulty_schemes   hypothesis strategies to test with
 
 A law is one function in `codes`, `extremes`, `low_rank`, `polar`, `sparse`, `splits` (packed bytes), `attention`,
-`positions`, `received` (kernels), `caches` (caches over time) or `tiers` (caches of tiers, in place of all others); `LAWS`
-holds all of them by name, each with the number of the property it states.
+`positions`, `received` (kernels), `caches` (caches over time) or `tiers` (caches of tiers, in place of all others);
+`LAWS` holds all of them by name, each with the number of the property it states.
 """
 
 from __future__ import annotations

@@ -180,7 +180,9 @@ def decisions_know_no_future(case: Case) -> None:
     one = Run.of(case, k=k, v=v)
     other = Run.of(case, k=torch.where(same, k, later[0]), v=torch.where(same, v, later[1]))
     other.q = torch.where(same, one.q, case.query(case.tokens, seed=5))
-    other.cache = type(one.cache)(one.cache.kernels, case.batch, params=tier_params(case, k, v), device=one.cache.device)
+    other.cache = type(one.cache)(
+        one.cache.kernels, case.batch, params=tier_params(case, k, v), device=one.cache.device
+    )
     for number, size in enumerate(sizes):
         results = one.step([size] * case.batch), other.step([size] * case.batch)
         if number < cut:
