@@ -19,6 +19,7 @@ _PLACES = {
     "codegen": ("build",),
     "api": ("attend", "calibrate", "roundtrip", "scores"),
     "hf": ("cache", "use"),
+    "search_maps": ("search",),
     "kernels": ("AttentionState", "KernelSet"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _PLACES.items() for name in names}
