@@ -2,12 +2,13 @@
 
 As KVTuner does it (arXiv 2502.04420): pairs that hurt a layer's attention needlessly are dropped, layers alike are put
 together, and what is left is searched by NSGA-II for few bits and little loss at once, the loss being the model's own,
-read through its packed cache.
+read through its packed cache.  It begins with maps that tell which clusters the loss depends on.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,13 +26,16 @@ from .registry import load, name_of
 from .scheme import SIDES, Scheme
 from .search_layers import Observed, output_errors
 from .search_loss import Divergence
-from .search_pairs import Cluster, Figures, Pair, clusters, front, ladder, spread
-from .search_study import POPULATION, plan, run
+from .search_pairs import Cluster, Figures, Pair, clusters, front, spread
+from .search_start import Map, ladder, probes, shares, uniform
+from .search_study import Trial, errors_of, run
 from .search_study import opened as study_opened
 from .shape import Shape
 from .window import windows
 
 ROUNDING = 1e-9  # of a mean of bits
+STEPS = 12  # maps of the ladder that are tried
+WORST = 1e3  # stands for a loss that is no number
 
 
 @dataclass(frozen=True)
@@ -101,21 +105,25 @@ def search(
     }  # fmt: skip
     kept = study_opened(None if study is None else Path(study), asked)
 
-    def planned() -> tuple[Sequence[Cluster], Sequence[Sequence[Pair]]]:
+    def measured() -> list[dict[Pair, float]]:
         errors = []
         for index, layer in enumerate(layers):
             say(f"layer {index + 1} of {len(layers)}")
             params = None if base.keys.rope is None else {ROPE: ropes[f"layers.{index}.{ROPE}"]}
             errors.append(output_errors(lambda pair: at(base, pair), layer, choices, params, backend))
-        return _begun(costs, errors, bits)
+        return errors
 
-    offered, starts = plan(kept, planned)
+    errors = errors_of(kept, measured)
+    offered = clusters(costs, errors)
     say("full precision")
     divergence = Divergence(network, ids[0], layers, context=context, backend=backend)
 
-    def measure(chosen: tuple[Pair, ...]) -> tuple[float, float]:
+    def measure(chosen: Map) -> tuple[float, float]:
         taken = spread(offered, chosen)
         return _mean(costs, taken), divergence(mapped(base, taken))
+
+    def starts(done: Sequence[Trial]) -> list[Map]:
+        return _begun(offered, costs, errors, bits, done)
 
     done = run(
         kept, offered, starts, measure, budget=bits + ROUNDING, trials=trials, seed=seed,
@@ -205,16 +213,23 @@ def _refuse_budget(scheme: Scheme, bits: float, costs: Sequence[Figures]) -> Non
 
 
 def _begun(
-    costs: Sequence[Figures], errors: Sequence[Figures], bits: float
-) -> tuple[tuple[Cluster, ...], list[tuple[Pair, ...]]]:
-    """The clusters, and what is tried first: the fewest bits, the most within the budget by the ladder, all steps of it
-    between, evenly, and the same pair everywhere."""
-    offered = clusters(costs, errors)
-    steps = [step for step in ladder(offered, costs, errors) if _mean(costs, spread(offered, step)) <= bits + ROUNDING]
-    uniform = [(pair,) * len(offered) for pair in costs[0] if all(pair in cluster.pairs for cluster in offered)]
-    room = max(2, POPULATION - 2 - len(uniform))
-    even = [steps[-1 - i * (len(steps) - 1) // (room - 1)] for i in range(room)]
-    return offered, [*dict.fromkeys([steps[0], steps[-1], *uniform, *even])]
+    offered: Sequence[Cluster],
+    costs: Sequence[Figures],
+    errors: Sequence[Figures],
+    bits: float,
+    done: Sequence[Trial],
+) -> list[Map]:
+    """What is tried first: the fewest bits, one pair everywhere, probes; when these are in, what they say is the best
+    within the budget, and other steps of that ladder, evenly, down to the fewest bits."""
+    lowest, top = (tuple(cluster.pairs[end] for cluster in offered) for end in (0, -1))
+    asked = [*dict.fromkeys([lowest, *uniform(offered), top, *probes(offered)])]
+    if len(done) < len(asked):
+        return asked
+    loss = {trial.pairs: trial.loss if math.isfinite(trial.loss) else WORST for trial in done[: len(asked)]}
+    parts = shares(offered, errors, [loss[probe] for probe in probes(offered)], loss[top])
+    steps = [step for step in ladder(offered, costs, parts) if _mean(costs, spread(offered, step)) <= bits + ROUNDING]
+    even = [steps[-1 - i * (len(steps) - 1) // (STEPS - 1)] for i in range(STEPS)]
+    return [*dict.fromkeys([*asked, *even])]
 
 
 def _model_digest(network: Any) -> str:

@@ -1,4 +1,4 @@
-"""Pairs of key and value bits: which a layer is offered, which layers take one together, where a search begins.
+"""Pairs of key and value bits: which a layer is offered, and which layers take one together.
 
 The first two steps of KVTuner (arXiv 2502.04420), on numbers alone.  The error of a layer's attention output tells
 pairs apart only roughly: an error that keys make costs a model more than one of the same size that values make.  So a
@@ -15,7 +15,8 @@ Pair = tuple[int, int]
 """Bits of the codes of keys and of values."""
 Figures = Mapping[Pair, float]
 CLEARLY = 1.5
-ALIKE = 1.5
+ALIKE = 1.25
+MOST = 16  # clusters: more are made fewer by putting layers together that are less alike
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def clusters(
     costs: Sequence[Figures], errors: Sequence[Figures], alike: float = ALIKE, clearly: float = CLEARLY
 ) -> tuple[Cluster, ...]:
     """Layers with the same costs and the same pruned pairs, none of whose errors differ by more than the factor `alike`
-    where the pair is one of these; the nearest are put together first."""
+    where the pair is one of these; the nearest are put together first.  Beyond MOST clusters the factor grows."""
     offered = [pruned(cost, error, clearly) for cost, error in zip(costs, errors, strict=True)]
     groups = dict[object, list[list[int]]]()
     for layer, (cost, pairs) in enumerate(zip(costs, offered, strict=True)):
@@ -73,31 +74,14 @@ def clusters(
                 break
             parts[i] += parts.pop(j)
         found += [Cluster(tuple(sorted(part)), offered[part[0]]) for part in parts]
+    if MOST < len(found) > len(groups) and alike < math.inf:
+        return clusters(costs, errors, alike**2, clearly)
     return tuple(sorted(found, key=lambda cluster: cluster.layers))
 
 
 def _ratio(a: float, b: float) -> float:
     """How many times the larger is the smaller."""
     return 1.0 if a == b else max(a, b) / min(a, b) if min(a, b) > 0 else math.inf
-
-
-def ladder(offered: Sequence[Cluster], costs: Sequence[Figures], errors: Sequence[Figures]) -> list[tuple[Pair, ...]]:
-    """Maps, a pair for each cluster, from the fewest bits to the most: every step takes off the most squared error a
-    bit, as if the errors of layers added up."""
-    squares = [[sum(errors[i][p] ** 2 for i in cluster.layers) for p in cluster.pairs] for cluster in offered]
-    bits = [[sum(costs[i][p] for i in cluster.layers) for p in cluster.pairs] for cluster in offered]
-    steps = [[0] * len(offered)]
-    while True:
-        rises = [
-            ((square[up] - square[at]) / (size[up] - size[at]), place, up)
-            for place, (at, square, size) in enumerate(zip(steps[-1], squares, bits, strict=True))
-            for up in range(at + 1, len(size))
-            if size[up] > size[at]
-        ]
-        if not rises:
-            return [tuple(c.pairs[at] for c, at in zip(offered, step, strict=True)) for step in steps]
-        _, place, up = min(rises)
-        steps.append([*steps[-1][:place], up, *steps[-1][place + 1 :]])
 
 
 def spread(offered: Sequence[Cluster], chosen: Sequence[Pair]) -> tuple[Pair, ...]:

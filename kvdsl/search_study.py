@@ -15,12 +15,13 @@ from random import Random
 from typing import Any
 
 from .extras import need
-from .search_pairs import Cluster, Pair
+from .search_pairs import Cluster, Figures, Pair
+from .search_start import Map
 
 NAME = "kvdsl"
 POPULATION = 24
-Measure = Callable[[tuple[Pair, ...]], tuple[float, float]]
-"""From a pair for each cluster to bits and loss."""
+Measure = Callable[[Map], tuple[float, float]]
+"""From a map to bits and loss."""
 
 
 @dataclass(frozen=True)
@@ -58,21 +59,19 @@ def opened(path: Path | None, asked: Mapping[str, Any]) -> Any:
     return study
 
 
-def plan(study: Any, made: Callable[[], tuple[Sequence[Cluster], Sequence[Sequence[Pair]]]]) -> tuple[Any, Any]:
-    """Clusters and the maps to begin with: those the study was begun with, else `made()`."""
-    kept = study.user_attrs.get("plan")
+def errors_of(study: Any, made: Callable[[], Sequence[Figures]]) -> list[dict[Pair, float]]:
+    """The errors of every layer at every pair: those that the study was begun with, else `made()`."""
+    kept = study.user_attrs.get("errors")
     if kept is None:
-        offered, starts = made()
-        kept = {"clusters": [[c.layers, c.pairs] for c in offered], "starts": [list(start) for start in starts]}
-        study.set_user_attr("plan", kept)
-    offered = [Cluster(tuple(layers), tuple((k, v) for k, v in pairs)) for layers, pairs in kept["clusters"]]
-    return offered, [tuple((k, v) for k, v in start) for start in kept["starts"]]
+        kept = [[[*pair, error] for pair, error in layer.items()] for layer in made()]
+        study.set_user_attr("errors", kept)
+    return [{(keys, values): error for keys, values, error in layer} for layer in kept]
 
 
 def run(
     study: Any,
     offered: Sequence[Cluster],
-    starts: Sequence[Sequence[Pair]],
+    starts: Callable[[Sequence[Trial]], Sequence[Map]],
     measure: Measure,
     *,
     budget: float,
@@ -80,9 +79,8 @@ def run(
     seed: int,
     say: Callable[[int, int], None],
 ) -> list[Trial]:
-    """All finished trials once there are `trials`: first `starts`, then what NSGA-II draws, that prefers the budget.
-
-    A map that comes again is not measured again.
+    """All finished trials once there are `trials`: first those of `starts`, then what NSGA-II draws, which
+    prefers the budget.  `starts` may name more when some have come in.  A map that comes again is not measured again.
     """
     optuna = need("optuna", "search")
     names = [f"layers {' '.join(map(str, cluster.layers))}" for cluster in offered]
@@ -92,9 +90,10 @@ def run(
     while len(done := _finished(study, names)) < trials:
         say(len(done), trials)
         study.sampler = _sampler(optuna, seed, len(done))
+        begun = starts(done)
         waiting = study.get_trials(deepcopy=False, states=(state.WAITING,))
-        if len(done) < len(starts) and not waiting:
-            study.enqueue_trial(dict(zip(names, map(_told, starts[len(done)]), strict=True)))
+        if len(done) < len(begun) and not waiting:
+            study.enqueue_trial(dict(zip(names, map(_told, begun[len(done)]), strict=True)))
         trial = study.ask()
         taken = [
             trial.suggest_categorical(name, [*map(_told, cluster.pairs)])
