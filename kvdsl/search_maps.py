@@ -1,7 +1,7 @@
 """A map of bits: which pair of key and value bits each layer of a model takes, found for a model, a text and a budget.
 
 As KVTuner does it (arXiv 2502.04420): pairs that hurt a layer's attention needlessly are dropped, layers alike are put
-together, and what is left is searched by NSGA-II for few bits and little loss at once, the loss being the model's own,
+together, and what is left is searched with Optuna for few bits and little loss at once, the loss being the model's own,
 read through its packed cache.  It begins with maps that tell which clusters the loss depends on.
 """
 

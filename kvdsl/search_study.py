@@ -19,7 +19,7 @@ from .search_pairs import Cluster, Figures, Pair
 from .search_start import Map
 
 NAME = "kvdsl"
-POPULATION = 24
+POPULATION = 12
 Measure = Callable[[Map], tuple[float, float]]
 """From a map to bits and loss."""
 
@@ -79,8 +79,10 @@ def run(
     seed: int,
     say: Callable[[int, int], None],
 ) -> list[Trial]:
-    """All finished trials once there are `trials`: first those of `starts`, then what NSGA-II draws, which
-    prefers the budget.  `starts` may name more when some have come in.  A map that comes again is not measured again.
+    """All finished trials once there are `trials`: first those of `starts`, which may name more when some have come in;
+    then what NSGA-II breeds from the best of them within the budget.
+
+    A map that comes again is not measured again.
     """
     optuna = need("optuna", "search")
     names = [f"layers {' '.join(map(str, cluster.layers))}" for cluster in offered]
@@ -89,11 +91,9 @@ def run(
         study.tell(lost.number, state=state.FAIL)
     while len(done := _finished(study, names)) < trials:
         say(len(done), trials)
-        study.sampler = _sampler(optuna, seed, len(done))
         begun = starts(done)
-        waiting = study.get_trials(deepcopy=False, states=(state.WAITING,))
-        if len(done) < len(begun) and not waiting:
-            study.enqueue_trial(dict(zip(names, map(_told, begun[len(done)]), strict=True)))
+        start = dict(zip(names, map(_told, begun[len(done)]), strict=True)) if len(done) < len(begun) else {}
+        study.sampler = _sampler(optuna, Random(f"{seed} {len(done)}").getrandbits(32), start)
         trial = study.ask()
         taken = [
             trial.suggest_categorical(name, [*map(_told, cluster.pairs)])
@@ -113,9 +113,19 @@ def _finished(study: Any, names: Sequence[str]) -> list[Trial]:
     return [Trial(tuple(_read(trial.params[name]) for name in names), *trial.values) for trial in found]
 
 
-def _sampler(optuna: Any, seed: int, done: int) -> Any:
-    drawn = Random(f"{seed} {done}").getrandbits(32)
-    return optuna.samplers.NSGAIISampler(population_size=POPULATION, seed=drawn)
+def _sampler(optuna: Any, seed: int, start: Mapping[str, str]) -> Any:
+    """NSGA-II, for one trial: it takes `start` where there is one.  (Of an enqueued trial no sampler is asked, and it
+    would have no part in any generation.)"""
+
+    class Sampler(optuna.samplers.NSGAIISampler):  # type: ignore[misc]
+        def sample_relative(self, study: Any, trial: Any, search_space: Any) -> Any:
+            bred = super().sample_relative(study, trial, search_space)
+            return {} if start else bred
+
+        def sample_independent(self, study: Any, trial: Any, name: str, distribution: Any) -> Any:
+            return start[name] if start else super().sample_independent(study, trial, name, distribution)
+
+    return Sampler(population_size=POPULATION, seed=seed)
 
 
 def _told(pair: Pair) -> str:
