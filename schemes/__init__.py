@@ -12,6 +12,7 @@ from .kitty import kitty, kitty_pro
 from .kivi import kivi2, kivi4
 from .kvquant import kvquant2, kvquant3, kvquant4, nuq2, nuq3, nuq4
 from .kvtq import kvtq, kvtq_2bit
+from .kvtuner import kvtuner
 from .llama_cpp import iq4_nl, q4_0, q4_1, q5_0, q5_1, q8_0
 from .omniquant import omniquant4
 from .plain import fp16, fp32
@@ -63,6 +64,7 @@ ALL: dict[str, Scheme] = {
     "gearl2": gearl2,
     "kitty_pro": kitty_pro,
     "kitty": kitty,
+    "kvtuner": kvtuner,
     "turboquant4": turboquant4,
     "turboquant3": turboquant3,
     "turboquant2": turboquant2,
@@ -135,6 +137,7 @@ __all__ = [
     "kvquant4",
     "kvtq",
     "kvtq_2bit",
+    "kvtuner",
     "mxfp4",
     "nuq2",
     "nuq3",
