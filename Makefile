@@ -33,5 +33,5 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -e $@ || rm -rf $(VENV)
 	@$(RUN) -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools
-	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[demo,check,dev]'
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[demo,search,check,dev]'
 	@touch $@

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -71,15 +71,16 @@ def complain(message: str) -> None:
 
 
 @contextmanager
-def progress(text: str) -> Iterator[None]:
-    """A spinner on stderr while something long runs, where stderr is a terminal; nothing elsewhere."""
+def progress(text: str) -> Iterator[Callable[[str], None]]:
+    """A spinner on stderr while something long runs, where stderr is a terminal; nothing elsewhere.  What is yielded
+    tells how far it is."""
     if not sys.stderr.isatty():
-        yield
+        yield lambda _: None
         return
     from rich.console import Console
 
-    with Console(stderr=True).status(text):
-        yield
+    with Console(stderr=True).status(text) as status:
+        yield lambda more: status.update(f"{text}: {more}")
 
 
 @contextmanager

@@ -6,11 +6,8 @@ imported inside the command that needs it.
 
 from __future__ import annotations
 
-import re
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from enum import StrEnum
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -19,6 +16,23 @@ import typer
 from kvdsl.errors import BackendError, ProofError, SchemeError, ShapeError
 
 from . import answer
+from .arguments import (
+    AsJson,
+    BackendName,
+    Dtype,
+    HeadDim,
+    InputFormatName,
+    KvHeads,
+    Model,
+    Name,
+    QHeads,
+    Refused,
+    Stage,
+    label,
+    loaded,
+    of_a_model,
+    text_of,
+)
 
 if TYPE_CHECKING:
     from kvdsl.scheme import Scheme
@@ -34,50 +48,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-
-
-class Refused(Exception):
-    """Input that a command cannot use; the message says what and why."""
-
-
-class Stage(StrEnum):
-    """What `show` can show."""
-
-    scheme = "scheme"
-    normal_form = "normal-form"
-    layout = "layout"
-    plan = "plan"
-    source = "source"
-    cost = "cost"
-
-
-class BackendName(StrEnum):
-    """What generated text is for."""
-
-    triton = "triton"
-    torch = "torch"
-
-
-class InputFormatName(StrEnum):
-    """The dtype of a model's queries, keys and values."""
-
-    fp16 = "fp16"
-    bf16 = "bf16"
-    fp32 = "fp32"
-
-
-Name = Annotated[
-    str,
-    typer.Argument(
-        metavar="NAME", help="a name of `kvdsl list`, package.module:NAME, file.py:NAME, a .toml or .json file"
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on stdout and nothing else")]
-HeadDim = Annotated[int, typer.Option(help="channels of a head")]
-KvHeads = Annotated[int, typer.Option(help="kv heads of a layer")]
-QHeads = Annotated[int | None, typer.Option(help="query heads of a layer; default 4 for each kv head")]
-Dtype = Annotated[InputFormatName, typer.Option(help="dtype of queries, keys and values")]
-Model = Annotated[str, typer.Option(metavar="DIR", help="a folder in the transformers format, a GGUF file, or smollm2")]
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -104,18 +74,6 @@ def run(arguments: Sequence[str] | None = None) -> int:
     return WRONG
 
 
-def loaded(name: str) -> Scheme:
-    """The scheme of a NAME.  Whatever a user's own file raises is told in one line."""
-    from kvdsl.registry import load
-
-    try:
-        return load(name)
-    except (SchemeError, OSError):
-        raise
-    except Exception as error:
-        raise Refused(f"{name}: {type(error).__name__}: {error}") from None
-
-
 def _several(command: str, names: Sequence[str] | None, all_: bool) -> dict[str, Scheme]:
     """The schemes that a command was given by name, or all."""
     from kvdsl.registry import names as known
@@ -123,19 +81,6 @@ def _several(command: str, names: Sequence[str] | None, all_: bool) -> dict[str,
     if all_ == bool(names):
         _refuse(f"{command}: name one or more schemes, or give --all")
     return {name: loaded(name) for name in (known() if all_ else names or ())}
-
-
-def label(name: str, scheme: Scheme) -> str:
-    """What generated text is called: the name itself, or the inner name or stem of a path."""
-    from kvdsl.registry import name_of, names
-
-    if name in names():
-        return name
-    shipped = name_of(scheme)
-    if not shipped.startswith("scheme-"):
-        return shipped
-    inner = name.rpartition(":")[2] if ":" in name else Path(name).stem
-    return re.sub(r"\W+", "_", inner, flags=re.ASCII)[:40].strip("_") or "scheme"
 
 
 def _shape(head_dim: int, kv_heads: int, q_heads: int | None, dtype: InputFormatName) -> Shape:
@@ -323,9 +268,9 @@ def generate(
 
     if (prompt is None) == (file is None):
         _refuse("generate: give either --prompt TEXT or --file F")
-    text = prompt if prompt is not None else _text(file)
+    text = prompt if prompt is not None else text_of(file)
     scheme = loaded(name)
-    with answer.progress(f"generating with {name} and in full precision"), _of_a_model():
+    with answer.progress(f"generating with {name} and in full precision"), of_a_model():
         found = generated(scheme, label(name, scheme), model, text, tokens, params, backend.value if backend else None)
     if json:
         answer.document(found)
@@ -346,13 +291,45 @@ def calibrate(
     levels, tables of levels, scales, shifts and orders of channels."""
     from .running import calibrated
 
-    scheme, words = loaded(name), _text(text)
-    with answer.progress(f"calibrating {name}"), _of_a_model():
+    scheme, words = loaded(name), text_of(text)
+    with answer.progress(f"calibrating {name}"), of_a_model():
         found = calibrated(scheme, model, words, out, tokens)
     if json:
         answer.document({"scheme": label(name, scheme), **found})
     else:
         print(f"{found['tensors']} tensors of {found['layers']} layers over {found['tokens']} tokens: {out}")
+
+
+@app.command()
+def search(
+    name: Name,
+    model: Model,
+    text: Annotated[Path, typer.Option(metavar="FILE", help="a text of the kind the model will read")],
+    bits: Annotated[float, typer.Option(help="a number may take at most, metadata included")],
+    out: Annotated[Path, typer.Option(metavar="F", help="the .toml or .json file to write")],
+    pairs: Annotated[str, typer.Option(metavar="B,B", help="bits that keys and values may have")] = "2,4,8",
+    trials: Annotated[int, typer.Option(help="maps to try in all", min=1)] = 100,
+    seed: Annotated[int, typer.Option(help="of the search", min=0)] = 0,
+    study: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="keeps the maps tried; go on where it ends")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="tokens of the text to read at most", min=1)] = 1024,
+    json: AsJson = False,
+) -> None:
+    """The pair of key and value bits that each layer of a model should take within a budget, and the front of bits and
+    loss: the mean KL divergence of the next token from full precision, on the text and through the packed cache."""
+    from .searching import searched, told
+
+    scheme, words = loaded(name), text_of(text)
+    with answer.progress(f"searching over {name}") as say, of_a_model():
+        found = searched(
+            scheme, label(name, scheme), model, words, bits, out, pairs, say, trials=trials, seed=seed, study=study,
+            tokens=tokens,
+        )  # fmt: skip
+    if json:
+        answer.document(found)
+    else:
+        answer.lines(told(found))
 
 
 @app.command()
@@ -365,22 +342,3 @@ def doctor(json: AsJson = False) -> None:
         answer.document(found)
     else:
         answer.lines(told(found))
-
-
-@contextmanager
-def _of_a_model() -> Iterator[None]:
-    """A model or text that cannot be used is wrong use: kvdsl and transformers both say so by ValueError."""
-    try:
-        yield
-    except (SchemeError, ShapeError):
-        raise
-    except ValueError as error:
-        raise Refused(str(error)) from None
-
-
-def _text(path: Path | None) -> str:
-    assert path is not None
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise Refused(f"{path}: it is no text in UTF-8; give a text file") from None

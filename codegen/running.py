@@ -24,7 +24,7 @@ def generated(
             f"`kvdsl calibrate {name} --model {model} --text FILE --out F` writes"
         )
     numbers = None if params is None else load(params, scheme)
-    _quiet()
+    quiet()
     found = generate(scheme, model, prompt, tokens=tokens, params=numbers, backend=backend)
     return {**found, "scheme": name}
 
@@ -67,7 +67,7 @@ def calibrated(scheme: Scheme, model: str, text: str, out: Path, tokens: int) ->
     if not _wants(scheme):
         fault = Fault("scheme", "it takes no number from data", "there is nothing to calibrate; use it as it is")
         raise SchemeError((fault,))
-    _quiet()
+    quiet()
     network, tokenizer = opened(model)
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][:, :tokens].to(network.device)
     layers: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, Gradients | None]]
@@ -91,7 +91,7 @@ def calibrated(scheme: Scheme, model: str, text: str, out: Path, tokens: int) ->
     return {"path": str(out), "hash": scheme.hash, **counts}
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """No progress bars of transformers where nobody watches."""
     if not sys.stderr.isatty():
         from kvdsl.extras import need

@@ -21,6 +21,7 @@ _PLACES = {
     "api": ("attend", "calibrate", "roundtrip", "scores"),
     "routed_api": ("labels",),
     "hf": ("cache", "use"),
+    "search_maps": ("search",),
     "kernels": ("AttentionState", "KernelSet"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _PLACES.items() for name in names}

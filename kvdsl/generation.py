@@ -120,10 +120,16 @@ def perplexity(
 
 def predictions(model: Any, ids: Tensor, cache: Any, *, context: int, chunk: int) -> Tensor:
     """Log-probabilities, float64 (len(ids) - 1 - context, vocabulary), of what follows ids[context] and each later."""
+    with need("torch", "hf").no_grad():
+        model(input_ids=ids[None, :context], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return continued(model, ids, cache, context=context, chunk=chunk)
+
+
+def continued(model: Any, ids: Tensor, cache: Any, *, context: int, chunk: int) -> Tensor:
+    """The same where the cache holds the first `context` tokens already."""
     torch = need("torch", "hf")
     rows = []
     with torch.no_grad():
-        model(input_ids=ids[None, :context], past_key_values=cache, use_cache=True, logits_to_keep=1)
         for begin in range(context, ids.shape[0] - 1, chunk):
             piece = ids[None, begin : min(begin + chunk, ids.shape[0] - 1)]
             logits = model(input_ids=piece, past_key_values=cache, use_cache=True).logits[0]

@@ -14,6 +14,7 @@ from .kitty import kitty, kitty_pro
 from .kivi import kivi2, kivi2_sinks, kivi4
 from .kvquant import kvquant2, kvquant3, kvquant4, nuq2, nuq3, nuq4
 from .kvtq import kvtq, kvtq_2bit
+from .kvtuner import kvtuner
 from .llama_cpp import iq4_nl, q4_0, q4_1, q5_0, q5_1, q8_0
 from .mikv import mikv
 from .omniquant import omniquant4
@@ -71,6 +72,7 @@ ALL: dict[str, Scheme] = {
     "gearl2": gearl2,
     "kitty_pro": kitty_pro,
     "kitty": kitty,
+    "kvtuner": kvtuner,
     "turboquant4": turboquant4,
     "turboquant3": turboquant3,
     "turboquant2": turboquant2,
@@ -156,6 +158,7 @@ __all__ = [
     "kvquant4",
     "kvtq",
     "kvtq_2bit",
+    "kvtuner",
     "mikv",
     "mxfp4",
     "nuq2",

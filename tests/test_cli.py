@@ -226,7 +226,19 @@ def test_a_reader_may_stop_reading() -> None:
 
 def test_every_command_has_a_help_text(capsys: Captured) -> None:
     commands = [command.name or command.callback.__name__ for command in app.registered_commands]  # type: ignore[union-attr]
-    assert commands == ["list", "show", "emit", "compile", "check", "study", "bench", "generate", "calibrate", "doctor"]
+    assert commands == [
+        "list",
+        "show",
+        "emit",
+        "compile",
+        "check",
+        "study",
+        "bench",
+        "generate",
+        "calibrate",
+        "search",
+        "doctor",
+    ]
     for command in commands:
         assert "Usage: kvdsl" in asked(capsys, command, "--help")
 

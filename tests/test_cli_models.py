@@ -10,8 +10,6 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from kvdsl import Shape, calibrate, load
 from kvdsl.codegen.cli import run
@@ -25,14 +23,7 @@ TEXT = "The cache of a model holds keys and values; " * 4
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A model with random weights whose tokens are the printable characters."""
-    path = tmp_path_factory.mktemp("model")
-    core = Tokenizer(
-        models.WordLevel({chr(32 + i): i for i in range(95)} | {"[PAD]": 95, "[END]": 96}, unk_token="[PAD]")
-    )
-    core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    tiny.model("llama").save_pretrained(path)
-    PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]", eos_token="[END]").save_pretrained(path)  # type: ignore[no-untyped-call]
-    return str(path)
+    return tiny.saved("llama", tmp_path_factory.mktemp("model"))
 
 
 def document(captured: Captured, *arguments: str) -> Any:

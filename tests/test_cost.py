@@ -10,7 +10,7 @@ from kvdsl.errors import SchemeError, ShapeError
 from kvdsl.rules import shape_faults
 from kvdsl.scheme import Block, Recent, Scale, Scheme, Sinks, Sketch, Store, Uniform, per_channel, per_token
 from kvdsl.schemes import ALL as SHIPPED
-from kvdsl.schemes import fp16, int8_tensor, int8_token_head, kivi2, qjl, qjl_gauss
+from kvdsl.schemes import fp16, int8_tensor, int8_token_head, kivi2, kvtuner, qjl, qjl_gauss
 from kvdsl.shape import Shape
 
 # Keys and values at 128 channels, by the papers' or the projects' own accounts.
@@ -59,6 +59,7 @@ OWN = {"kvtq_2bit", "quarot2", "rotatekv4", "rotatekv3", "rotatekv2", "smoothqua
 OWN |= {"gear4", "gearl4", "gear2", "gearl2"}  # the paper has one block for a prompt of any length
 OWN |= {"streaming", "snapkv"}  # a window or a prompt's share of what grows without end
 OWN |= {"zipcache_84", "zipcache_32", "roco", "kivi2_sinks"}
+OWN |= {"kvtuner"}  # a map of bits for one model, over KIVI
 OWN |= {"token2", "token3", "token4", "channel2", "channel3", "channel4"}
 
 
@@ -155,6 +156,7 @@ def test_calibrated_numbers_are_constants() -> None:
 def test_layers_are_averaged() -> None:
     assert bits(kivi2.with_(layers={0: fp16, -1: fp16}), layers=32).mean == (2 * 16 + 30 * 3) / 32
     assert bits(kivi2.with_(layers={0: fp16})).mean == 3
+    assert bits(kvtuner, 64, 3, layers=30).mean == 4
     each = [(dim + more + 2 * 16 + 8 * 8 / 32) / 128 for dim, more in ((512, 128), (256, 256))]
     assert bits(qjl, layers=32).keys == (15 * each[0] + 17 * each[1]) / 32
 

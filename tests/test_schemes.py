@@ -71,6 +71,7 @@ ERRORS: dict[str, tuple[float, float]] = {
     "iq4_nl": (0.00619, 0.00619),
     "int8_token_head": (4.18e-5, 4.18e-5),
     "kivi2": (0.15456, 0.15456),
+    "kvtuner": (0.00618, 0.15456),
 }
 
 

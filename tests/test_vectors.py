@@ -62,6 +62,13 @@ def test_said_by_a_scheme(name: str) -> None:
     both_sides(name, SAID[name])
 
 
+def test_layers_of_a_map() -> None:
+    """A layer of the shipped map is the pair that the paper's code makes of it, but for the zero: over KIVI it is the
+    minimum in fp16, in the code an integer under a scale in fp32."""
+    layer = schemes.ALL["kvtuner"].for_layer(1, 30).with_(layers=(), recent=Recent(32))
+    both_sides("kvtuner/k4v2_asym_kivi", layer.with_(dtype="fp32", **POINT))
+
+
 def test_kivi_in_half_precision() -> None:
     """The released model computes scales and quotients in fp16; here they are float32 and rounded once when stored.
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
 
 from kvdsl.scheme import Float, Scheme, Store
 
@@ -49,6 +51,22 @@ def model(family: str, **changes: Any) -> Any:
     torch.manual_seed(1)
     made = AutoModelForCausalLM.from_config(config, attn_implementation="eager")  # type: ignore[no-untyped-call]
     return made.eval().requires_grad_(False)
+
+
+@cache
+def characters() -> Any:
+    """A tokenizer whose tokens are the printable characters."""
+    words = {chr(32 + i): i for i in range(95)} | {"[PAD]": 95, "[END]": 96}
+    core = Tokenizer(models.WordLevel(words, unk_token="[PAD]"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]", eos_token="[END]")  # type: ignore[no-untyped-call]
+
+
+def saved(family: str, folder: Path, **changes: Any) -> str:
+    """The folder with such a model and this tokenizer, the way a user's model comes."""
+    model(family, **changes).save_pretrained(folder)
+    characters().save_pretrained(folder)
+    return str(folder)
 
 
 def prompt(batch: int = 1, tokens: int = 13, *, seed: int = 3) -> Tensor:
