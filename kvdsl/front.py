@@ -49,7 +49,7 @@ class Front:
         """No tokens yet, and room for those of the window and those that are decided on together."""
         sinks = scheme.sinks.tokens if scheme.sinks else 0
         room = (scheme.recent.tokens if scheme.recent else 0) + (scheme.router and scheme.router.every or 1)
-        sizes = (batch, shape.kv_heads, sinks + room + CHUNK)
+        sizes = (batch, shape.kv_heads, sinks + CHUNK)  # it grows as tokens wait
         keys, values = (torch.zeros(*sizes, shape.head_dim, dtype=DTYPES[shape.dtype], device=device) for _ in SIDES)
         none = (0,) * batch
         return cls(sinks, room, none, none, none, True, keys, values, torch.zeros(sums, *sizes, device=device))
@@ -118,7 +118,7 @@ class Front:
         size = self.room + CHUNK
         if self.owned and most + CHUNK <= self.ring <= max(size, 4 * (most + CHUNK)):
             return after
-        ring = size if most + CHUNK <= size else 2 * most + CHUNK
+        ring = min(size, 2 * most + CHUNK) if most + CHUNK <= size else 2 * most + CHUNK
         index = after.places(most)
         head = torch.arange(self.sinks, device=index.device).expand(len(gone), -1)
         index = torch.cat([head.clamp(max=self.keys.shape[2] - 1), index], 1)

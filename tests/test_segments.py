@@ -76,7 +76,7 @@ def test_windows_reach_into_older_segments(queries: int, window: int) -> None:
 
 def test_one_segment_is_attention_itself() -> None:
     (one,) = cut(few("kivi2"), 3)
-    kernels, state, params = one.segment()
+    kernels, state, params, _ = one.segment()
     for got, want in zip(attended([one]), kernels.attend(one.step.q, state, params), strict=True):
         assert torch.equal(got, want)
 

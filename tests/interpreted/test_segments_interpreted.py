@@ -63,6 +63,6 @@ def test_windows_reach_into_older_segments(queries: int) -> None:
 @pytest.mark.parametrize("name", ["kivi2", "quarot4"])
 def test_one_segment_is_attention_itself(name: str) -> None:
     (one,) = cut(few(name), 1)
-    kernels, state, params = one.segment()
+    kernels, state, params, _ = one.segment()
     for got, want in zip(attended([one]), kernels.attend(one.step.q, state, params), strict=True):
         assert torch.equal(got, want)
