@@ -1,0 +1,110 @@
+"""`python benchmarks/ablations.py > docs/ablations.md`: ZipCache taken apart on a real model and a real text.
+
+One choice of the scheme is changed at a time: by what tokens are ranked, which queries are asked, how long tokens wait,
+and what values are scaled by.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import kvdsl
+from kvdsl.codegen.answer import row as markdown_row
+from kvdsl.generation import full_cache, opened, perplexity, predictions
+from kvdsl.hf import observed
+from kvdsl.models.text import botchan
+from kvdsl.scheme import ALL, ChannelScale, Probes, Saliency, Scheme, Store, Uniform, per_token
+from kvdsl.schemes import zipcache
+
+CONTEXT, SCORE, CHUNK, WINDOWS = 512, 256, 16, 2
+EVERY = 1 << 20  # more queries than there are
+PAGE = f"""# ZipCache taken apart
+
+Made by `python benchmarks/ablations.py`; not written by hand. SmolLM2-135M in float32, the torch backend, text of
+"Botchan": {WINDOWS} places, a prompt of {CONTEXT} tokens, then {SCORE} more in chunks of {CHUNK}, which see each other
+exactly and all before them as it is stored. One choice of `zipcache` is changed at a time; its own is named first.
+
+* bits: an element of {CONTEXT + SCORE} tokens at this model's heads, the exact ones that wait at 16, what is measured
+  of tiers, and where each token stood, included.
+* places: of these, what tells where tokens stood.
+* KL: of the next token's distribution from that in full precision, a token, in nats; top 1: the same likeliest token;
+  perplexity of the text.
+* time: of the whole run over that of the same run in full precision, on a CPU: what routing costs there beside the
+  rest, no figure of a GPU.
+"""
+
+
+def variants() -> Iterator[tuple[str, str, Scheme]]:
+    """(what is changed, to what, the scheme)."""
+    router = zipcache.router
+    assert isinstance(router, Saliency)
+    metrics = ("normalized", "accumulated", "last", "mean_std")
+    for metric in metrics:
+        probes = None if metric == "last" else router.probes
+        yield "saliency", metric, zipcache.with_(router=router.with_(metric=metric, probes=probes))
+    some = {
+        "5 % newest and 5 % at random": router.probes,
+        "10 % newest": Probes(recent=0.1),
+        "10 % at random": Probes(random=0.1),
+        "all": Probes(recent=EVERY),
+    }
+    for name, probes in some.items():
+        yield "probes", name, zipcache.with_(router=router.with_(probes=probes))
+    for every, name in ((100, "100 tokens wait"), (1, "none waits")):
+        yield "buffer", name, zipcache.with_(router=router.with_(every=every))
+    yield "re-decision", "any token moves", zipcache
+    yield "re-decision", "as the released code", kvdsl.load("zipcache_code")
+    values = {
+        "channels apart, of each flush": zipcache.values,
+        "channels apart, calibrated": Store(
+            Uniform(), scale=per_token(heads=ALL), transform=ChannelScale("sqrt_absmax")
+        ),
+        "groups of 32 channels": Store(Uniform(), scale=per_token(channels=32)),
+        "whole tokens": Store(Uniform(), scale=per_token(heads=ALL)),
+    }
+    for name, store in values.items():
+        yield "scales of values", name, zipcache.with_(values=store)
+
+
+def measured() -> Iterator[tuple[str, ...]]:
+    """One row a variant."""
+    model, tokenizer = opened("smollm2")
+    text = botchan()
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    layers = observed(model, ids[:, -CONTEXT:])
+    config = model.config
+    shape = config.head_dim or config.hidden_size // config.num_attention_heads, config.num_key_value_heads
+    length = CONTEXT + SCORE + 1
+    begin = time.perf_counter()
+    predictions(model, ids[0, :length], full_cache(model), context=CONTEXT, chunk=CHUNK)
+    usual = WINDOWS * (time.perf_counter() - begin)
+    for what, name, scheme in variants():
+        params: dict[str, Any] = {}
+        for index, (k, v, q) in enumerate(layers):
+            params |= {f"layers.{index}.{key}": x for key, x in kvdsl.calibrate(scheme, k, v, q).items()}
+        begin = time.perf_counter()
+        options: dict[str, Any] = dict(context=CONTEXT, score=SCORE, windows=WINDOWS, chunk=CHUNK, params=params)
+        found = perplexity(model, tokenizer, text, scheme, **options)
+        # perplexity runs full precision, too
+        spent = (time.perf_counter() - begin - usual) / usual
+        bits = kvdsl.bits(scheme, *shape, tokens=length)
+        places = 16 / shape[0]
+        print(what, name, found["kl"], file=sys.stderr, flush=True)
+        numbers = (f"{bits.mean:.3f}", f"{places:g}", f"{found['kl']:.4f}", f"{found['top1']:.1%}")
+        yield what, name, *numbers, f"{found['perplexity']:.3f}", f"{spent:.1f}"
+    yield "full precision", "", "16", "0", "0", "100.0%", f"{found['baseline_perplexity']:.3f}", "1"
+
+
+def main() -> None:
+    print(PAGE)
+    print(markdown_row(("changed", "to", "bits", "places", "KL", "top 1", "perplexity", "time")))
+    print("| --- | --- |" + " ---: |" * 6)
+    for cells in measured():
+        print(markdown_row(cells))
+
+
+if __name__ == "__main__":
+    main()
