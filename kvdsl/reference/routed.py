@@ -233,42 +233,38 @@ class RoutedStream:
         for number, tier in enumerate(self.tiers):
             if tier is None:
                 continue
-            old = _listed(labels == number, choice.before == number)
-            new = _listed(labels == number, choice.before != number)
-            if anew:
-                old, new = _listed(labels == number), new[:, :, :0]
-            elif tier.tokens is not None and old.shape[2] == tier.count:
-                old = tier.tokens  # in the order in which they came
-            tokens = torch.cat([old, new], 2)
-            rows = {side: self._rows(tier, side, old, new, read[side], anew) for side in SIDES}
-            came[number] = tokens, rows
+            tokens = _places(tier, labels == number, anew)
+            stays = (choice.before == number) & (not anew)
+            came[number] = tokens, {side: self._rows(tier, side, tokens, stays, read[side], anew) for side in SIDES}
         for number, (tokens, rows) in came.items():
             tier = self.tiers[number]
             assert tier is not None
             tier.put(tokens, rows)
         self.where = labels.clone()
 
-    def _rows(self, tier: TierRows, side: Side, old: Tensor, new: Tensor, read: Tensor, anew: bool) -> Tensor:
-        """What is coded of tokens that stay and of those that come: what was read of them, in the model's dtype but
-        where all is quantized anew in a tier that measures it; of tokens that stay else, what it was before."""
+    def _rows(self, tier: TierRows, side: Side, tokens: Tensor, stays: Tensor, read: Tensor, anew: bool) -> Tensor:
+        """What is coded of tokens (B, H, n): of those that stay what it was before; of others what was read of them, in
+        the model's dtype but where all is quantized anew in a tier that measures it."""
         dtype = torch.float32 if anew and tier.measures else self.x[side].dtype
         given = read.to(dtype).double()
-        if not anew and tier.tokens is not None and tier.count:
-            kept = torch.zeros_like(given)
-            kept.scatter_(2, _wide(tier.tokens, given), tier.rows[side])
-            stay = kept.gather(2, _wide(old, given))
-        else:
-            stay = given.gather(2, _wide(old, given))
-        return torch.cat([stay, given.gather(2, _wide(new, given))], 2)
+        if tier.tokens is not None:
+            kept = given.scatter(2, _wide(tier.tokens, given), tier.rows[side])
+            given = torch.where(stays[..., None], kept, given)
+        return given.gather(2, _wide(tokens, given))
 
 
 def _wide(tokens: Tensor, rows: Tensor) -> Tensor:
     return tokens[..., None].expand(*tokens.shape, rows.shape[3])
 
 
-def _listed(*masks: Tensor) -> Tensor:
-    """The tokens where all masks hold, by position, as many of each head: int64 (B, H, n)."""
-    both = torch.stack(masks).all(0)
-    count = int(both[0, 0].sum()) if both.numel() else 0
-    assert (both.sum(2) == count).all() or both.shape[2] == 0
-    return both.nonzero()[:, 2].view(*both.shape[:2], count)
+def _places(tier: TierRows, here: Tensor, anew: bool) -> Tensor:
+    """The tokens that stand in a tier, as many of each head, in their places, int64 (B, H, n): those that stay as they
+    stood, then those that come by position; all by position where they are quantized anew."""
+    heads = list[Tensor]()
+    for b in range(here.shape[0]):
+        for h in range(here.shape[1]):
+            old = [] if anew or tier.tokens is None else tier.tokens[b, h].tolist()
+            stay = [t for t in old if here[b, h, t]]
+            come = [t for t in range(here.shape[2]) if here[b, h, t] and t not in set(old)]
+            heads.append(torch.tensor(stay + come, dtype=torch.int64))
+    return torch.stack(heads).view(*here.shape[:2], -1)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvdsl.codegen import build
+from kvdsl.inputs import DTYPES
 from kvdsl.kernels import Params
 from kvdsl.reference import RoutedStream
 from kvdsl.scheme import SIDES, Saliency
@@ -148,7 +149,7 @@ class Run:
         out, lse = told.attend(q, softcap=self.softcap)
         group = q.shape[1] // self.k.shape[1]
         keys, values = (told.rows(side).repeat_interleave(group, 1) for side in SIDES)
-        spread = spread_of(q, keys)
+        spread = spread_of(q, keys, unit_of(self.case))
         source, worst = torch.Generator().manual_seed(self.case.seed), torch.zeros_like(out)
         for _ in range(DRAWS):
             drawn = scores + torch.randn(scores.shape, generator=source, dtype=torch.float64) * spread
@@ -162,17 +163,24 @@ class Run:
         require_within(f"log-sum-exp {where}", got[1], lse, 6 * spread[..., 0] + 1e-5 * lse.abs() + 1e-6)
 
 
-def spread_of(q: Tensor, keys: Tensor) -> Tensor:
-    """The standard deviation of scaled scores whose products have operands rounded to float16, codes up to the largest
-    of their channel; float64 (B, Hq, Q, 1)."""
+def unit_of(case: Case) -> float:
+    """Twice the rounding unit of what products take: float16, but queries that meet what a tier measures of its tokens
+    are rounded to the model's dtype."""
+    measured = any(segment.of("keys") is not None for segment in segments(case.scheme))
+    return max(HALF, torch.finfo(DTYPES[case.shape.dtype]).eps if measured else 0.0)
+
+
+def spread_of(q: Tensor, keys: Tensor, unit: float = HALF) -> Tensor:
+    """The standard deviation of scaled scores whose products have operands rounded by half a unit, codes up to the
+    largest of their channel; float64 (B, Hq, Q, 1)."""
     most, square = keys.double().abs().amax(2, keepdim=True).square(), q.double().square()
     mixed = square.sum(-1, keepdim=True) * most.mean(-1, keepdim=True)  # where a map mixes channels
     size = torch.maximum((square * most).sum(-1, keepdim=True), mixed)
-    return q.shape[3] ** -0.5 * (HALF / 2) * (2 / 3 * size).sqrt()
+    return q.shape[3] ** -0.5 * (unit / 2) * (2 / 3 * size).sqrt()
 
 
 def error_of_weights(case: Case, q: Tensor, k: Tensor) -> float:
     """How far a weight of the softmax may be off, relative: six deviations of its score and of its row's log-sum-exp,
     for keys half as large again as they came."""
-    spread = float(spread_of(q, 1.5 * k.repeat_interleave(case.shape.group, 1).double()).max())
+    spread = float(spread_of(q, 1.5 * k.repeat_interleave(case.shape.group, 1).double(), unit_of(case)).max())
     return min(0.5, 12 * spread + 1e-5)
