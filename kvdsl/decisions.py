@@ -192,7 +192,7 @@ class Decision:
         if not any(first) or not any(tier is not None and tier.once for tier in self.tiers):
             return
         counts = [one.tokens if now else 0 for one, now in zip(self.dues, first, strict=True)]
-        tokens = self._rows(listed(self.where == NEW, self.position, counts))
+        tokens = self._new_rows(listed(self.where == NEW, self.position, counts))
         for tier in self.tiers:
             if tier is not None and tier.once:
                 tier.measured(tokens, counts, first, self.cache.prompt_query, once=True)
@@ -260,11 +260,15 @@ class Decision:
         """Where the tokens of a tier begin in the pool."""
         return sum(width for other, _, width in self.kept if other < number)
 
-    def _rows(self, index: Tensor) -> Tokens:
-        """Tokens of the pool by their places (B, H, K): exact rows of new ones, others decoded."""
+    def _new_rows(self, index: Tensor) -> Tokens:
+        """Exact rows of new tokens, by their places in the pool (B, H, K)."""
         behind = (index - (self.where.shape[2] - self.new)).clamp(min=0)
         places = self.places[:, None].expand(-1, index.shape[1], -1).gather(2, behind)
-        tokens: Tokens = {side: picked(self.front.rows(side), places) for side in SIDES}
+        return {side: picked(self.front.rows(side), places) for side in SIDES}
+
+    def _rows(self, index: Tensor) -> Tokens:
+        """Tokens of the pool by their places (B, H, K): exact rows of new ones, others decoded."""
+        tokens = self._new_rows(index)
         stands = self.where.gather(2, index)
         for number, tier, width in self.kept:
             slots = (index - self._offset(number)).clamp(0, width - 1)
