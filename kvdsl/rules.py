@@ -62,6 +62,7 @@ def shape_faults(scheme: Scheme, shape: Shape) -> tuple[Fault, ...]:
     """Every mistake of a legal spec that shows only at a shape."""
     if scheme.routed:
         parts = [shape_faults(one.scheme, shape) for one in segments(scheme) if one.scheme is not None]
+        parts.append(tuple(tier_rules.shape_faults(scheme, shape)))
         return tuple(dict.fromkeys(fault for part in parts for fault in part))
     whole = (site for site in _sites(scheme) if site.band is None)
     return tuple(fault for site in whole for one in (site, *_stretches(site)) for fault in _shape(one, shape))

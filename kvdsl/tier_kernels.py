@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from .kernels import Backend, KernelSet
+from .rules import refuse_for
 from .scheme import Scheme
 from .segments import Segment, front, segments
 from .shape import Shape
@@ -45,7 +46,8 @@ class TierKernels:
 
 
 def compiled(scheme: Scheme, shape: Shape, backend: Backend | None, build: Build) -> TierKernels:
-    """Every tier compiled by `build`."""
+    """Every tier compiled by `build`.  Raises SchemeError where the scheme does not fit the shape."""
+    refuse_for(scheme, shape)
     exact = build(front(scheme), shape, backend)
     return TierKernels(
         scheme, shape, exact, tuple(_tier(scheme, one, shape, backend, build) for one in segments(scheme))

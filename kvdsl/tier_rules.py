@@ -8,7 +8,8 @@ from fractions import Fraction
 from . import tier_kinds  # noqa: F401  (it enters what their fields may hold)
 from .errors import Fault, SchemeError
 from .scheme import ALL, SIDES, ChannelScale, Scheme, Store
-from .segments import segment, spans_all
+from .segments import segment, segments, spans_all
+from .shape import Shape
 from .sites import Site, rule
 from .tiers import Router, Saliency, Tier
 from .window import waiting
@@ -145,6 +146,13 @@ def stores(scheme: Scheme) -> Iterator[tuple[str, Store]]:
 def own(tier: Tier, side: str) -> Store | None:
     """A tier's own store of one side."""
     return tier.keys if side == "keys" else tier.values
+
+
+def shape_faults(scheme: Scheme, shape: Shape) -> Iterator[Fault]:
+    """What shows only at a shape."""
+    if shape.softcap and any((about := one.of("keys")) is not None and about.by == "range" for one in segments(scheme)):
+        fact = "what a range over all tokens is shifted by is added to scores behind their softcap"
+        yield Fault("keys.scale", fact, "use a group such as tokens=64, or a shape without softcap")
 
 
 def _of_segments(scheme: Scheme) -> tuple[Fault, ...]:

@@ -20,7 +20,7 @@ from .front import Front
 from .inputs import checked_counts, checked_index, checked_number, refuse_tensor
 from .kernels import Params, Segment, Side, attend_segments
 from .quantized_cache import CAPACITY
-from .routing import due
+from .routing import column, due
 from .saliency import Read, carried
 from .segment_cache import SegmentCache
 from .segments import segments
@@ -28,6 +28,15 @@ from .tier_contents import held
 from .tier_kernels import TierKernels
 from .tier_params import checked_of_tiers
 from .watch import Watch
+
+
+def real(query: Tensor, counts: Sequence[int]) -> Tensor:
+    """Queries (B, Hq, Q, D) with zeros before the last counts_b of each sequence."""
+    if all(count == query.shape[2] for count in counts):
+        return query
+    place = torch.arange(query.shape[2], device=query.device)
+    padding = place < query.shape[2] - column(counts, query.device)
+    return query.masked_fill(padding[:, None, :, None], 0.0)
 
 
 @dataclass(frozen=True)
@@ -197,7 +206,7 @@ class TieredCache:
                 if self.watch.sums:
                     carried(query, self._fresh, lse, reads, self.front, [one for one in self.tiers if one is not None])
             if any(first):
-                self.prompt_query = query
+                self.prompt_query = None if query is None else real(query, self._fresh)
             sinks, scheme = self.front.sinks, self.kernels.scheme
             behind = [max(0, length - sinks) for length in self.lengths]
             dues = [
