@@ -30,6 +30,9 @@ def build(scheme: Scheme, shape: Shape, backend: Backend | None = None, name: st
     `backend` None: triton where there is a GPU or TRITON_INTERPRET=1, else torch; the KernelSet says which and why.
     Raises SchemeError (the scheme does not fit the shape), BackendError (the backend cannot run here), ProofError.
     """
+    if scheme.heads:
+        fault = Fault("heads", "each group of them compiles to kernels of its own", "build Scheme.by_heads one by one")
+        raise SchemeError((fault,))
     if scheme.routed:
         fault = Fault("tiers", "each of them compiles to kernels of its own", "use kvdsl.build_tiers")
         raise SchemeError((fault,))

@@ -53,6 +53,8 @@ def warps(kernel: str, plan: Plan) -> int:
         return 4
     if kernel not in (*ATTEND, *SCORE) or exact:
         return 4
+    if kernel == "reach" and plan.keys.rope is not None and plan.keys.sparse:
+        return 8  # a running maximum beside single numbers at their positions
     if plan.keys.rope is not None or any(term.band for term in plan.terms):
         return 4  # decoded numbers, waves and two queries a plane: one warp moves hundreds of them to memory
     if plan.values.sparse and any(term.factors for term in plan.values.terms):

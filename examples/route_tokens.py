@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvdsl import Recent, Router, Saliency, Scheme, Store, Tier, Uniform, bits, labels, per_token, roundtrip
+from kvdsl import bits, labels, roundtrip
+from kvdsl.scheme import Recent, Router, Saliency, Scheme, Store, Tier, Uniform, per_token
 
 
 @dataclass(frozen=True, repr=False)

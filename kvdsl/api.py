@@ -6,6 +6,7 @@ The functions ask what kvdsl.reference asks, with the same arguments, and answer
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from . import routed_api
 from .errors import ShapeError
 from .fisher import Gradients, coded, weighted
 from .fitting import fitted, without_single
+from .head_api import by_heads, calibrated
 from .inputs import DTYPES, refuse_tensor
 from .kernels import AttentionState, Backend, KernelSet, Params, Side
 from .params import ROPE, checked, wanted
@@ -47,6 +49,10 @@ def roundtrip(
 
     Raises ShapeError (a tensor), SchemeError (the scheme does not fit the shape), BackendError.
     """
+    if scheme.heads:
+        given: dict[str, Any] = dict(backend=backend, window=window, params=params, labels=labels, queries=queries)
+        keys, values = by_heads(roundtrip, scheme, k, v=v, **given)
+        return keys, values
     with torch.no_grad():
         if scheme.routed:
             return routed_api.roundtrip(scheme, k, v, backend, window, params, labels, queries)
@@ -70,6 +76,9 @@ def scores(
 
     Query head h reads kv head h // (Hq / H).  Arguments and errors as in `roundtrip`.
     """
+    if scheme.heads:
+        given: dict[str, Any] = dict(backend=backend, window=window, params=params, labels=labels, queries=queries)
+        return by_heads(scores, scheme, k, q=q, **given)[0]
     with torch.no_grad():
         if scheme.routed:
             return routed_api.scores(scheme, q, k, backend, window, params, labels, queries)
@@ -113,6 +122,11 @@ def attend(
 
     Other arguments and errors as in `roundtrip`.
     """
+    if scheme.heads:
+        given: dict[str, Any] = dict(backend=backend, window=window, params=params, labels=labels, queries=queries)
+        given |= dict(q=q, v=v, scale=scale, sliding=sliding, start=start, softcap=softcap)
+        out, lse = by_heads(attend, scheme, k, **given)
+        return out, lse
     if scheme.routed and (sliding is not None or start is not None):
         raise ShapeError("sliding, start: tokens in tiers stand in no order; leave both out, or use a scheme without")
     with torch.no_grad():
@@ -158,6 +172,8 @@ def calibrate(
     from .calibration import measured
     from .reference.quantize import encoded_rows
 
+    if scheme.heads:
+        return calibrated(calibrate, scheme, k, v=v, q=q, params=params, gradients=gradients)
     if scheme.routed:
         return routed_api.calibrate(scheme, k, v, q)
     shape, found = _shape(k, None), dict[str, Tensor]()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 
 from .codes import SLOT_TOKENS, in_trits, trit_bytes, width
@@ -109,8 +109,7 @@ def bits(
     for one in several:
         if one.hash not in seen:
             refuse_for(one, shape)
-            stores = [plain.side(side) for plain in _plain(one) for side in SIDES]
-            seen[one.hash] = _sides(one, shape, tokens), sum(_constants(store, shape) for store in stores)
+            seen[one.hash] = _layer(one, shape, tokens)
     counted = [seen[one.hash] for one in several]
     keys, values = (_mean([pair[i] for pair, _ in counted]) for i in range(2))
     constants = sum(constant for _, constant in counted) / len(counted)
@@ -121,6 +120,18 @@ def bits(
 def page_tokens(scheme: Scheme) -> int:
     """Tokens of a page of a scheme without tiers: whole words and whole blocks of both sides."""
     return math.lcm(PAGE, *(window.block for window in windows(scheme).values()))
+
+
+def _layer(scheme: Scheme, shape: Shape, tokens: int | None) -> tuple[tuple[SideBits, SideBits], int]:
+    """Bits of both sides, the mean over groups of heads by their number, and bytes of constants."""
+    pairs, constants = list[tuple[SideBits, SideBits]](), 0
+    for heads, one in scheme.by_heads(shape.kv_heads):
+        group = replace(shape, kv_heads=len(heads), q_heads=None)
+        stores = [plain.side(side) for plain in _plain(one) for side in SIDES]
+        pairs += [_sides(one, group, tokens)] * len(heads)
+        constants += sum(_constants(store, group) for store in stores)
+    keys, values = (_mean([pair[i] for pair in pairs]) for i in range(2))
+    return (keys, values), constants
 
 
 def _plain(scheme: Scheme) -> list[Scheme]:

@@ -48,7 +48,8 @@ class Front:
     def empty(cls, scheme: Scheme, sums: int, batch: int, shape: Shape, device: torch.device) -> Front:
         """No tokens yet, and room for those of the window and those that are decided on together."""
         sinks = scheme.sinks.tokens if scheme.sinks else 0
-        room = (scheme.recent.tokens if scheme.recent else 0) + (scheme.router and scheme.router.every or 1)
+        every = 1 if scheme.router is None else scheme.router.every
+        room = (scheme.recent.tokens if scheme.recent else 0) + (every if isinstance(every, int) else 1)
         sizes = (batch, shape.kv_heads, sinks + CHUNK)  # it grows as tokens wait
         keys, values = (torch.zeros(*sizes, shape.head_dim, dtype=DTYPES[shape.dtype], device=device) for _ in SIDES)
         none = (0,) * batch

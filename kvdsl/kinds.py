@@ -268,20 +268,28 @@ def one_of(example: str, *kinds: type[Part], optional: bool = False) -> Check:
     return check
 
 
-def table(place: str, value: Any) -> Iterator[Fault]:
-    """Pairs of layer indices and the scheme of those layers."""
-    if not isinstance(value, tuple) or not all(isinstance(row, tuple) and len(row) == 2 for row in value):
-        yield Fault(place, f"{said(value)} is no table of layers", "write layers={0: fp16, range(1, 4): kivi4}")
-        return
-    for key, scheme in value:
-        here = f"{place}[{said(key[0], 20) if len(key) == 1 else said(key, 20)}]"
-        if not key:
-            yield Fault(here, "names no layer", "write layers={0: fp16}")
-        for index in key:
-            if type(index) is not int or not -MOST_LAYERS <= index < MOST_LAYERS:
-                yield Fault(here, f"{said(index)} is no layer index", "use an int, as 0, or -1 for the last layer")
-        if not isinstance(scheme, Scheme):
-            yield Fault(here, f"{said(scheme)} is {_type(scheme)}, not a Scheme", "write layers={0: fp16}")
+def table(what: str, example: str) -> Check:
+    """Pairs of the indices of layers, or kv heads, and the scheme of those."""
+
+    def check(place: str, value: Any) -> Iterator[Fault]:
+        if not isinstance(value, tuple) or not all(isinstance(row, tuple) and len(row) == 2 for row in value):
+            yield Fault(
+                place, f"{said(value)} is no table of {place}", f"write {place}={{{example}, range(1, 4): kivi4}}"
+            )
+            return
+        for key, scheme in value:
+            here = f"{place}[{said(key[0], 20) if len(key) == 1 else said(key, 20)}]"
+            if not key:
+                yield Fault(here, f"names no {what}", f"write {place}={{{example}}}")
+            for index in key:
+                if type(index) is not int or not -MOST_LAYERS <= index < MOST_LAYERS:
+                    yield Fault(
+                        here, f"{said(index)} is no {what} index", f"use an int, as 0, or -1 for the last {what}"
+                    )
+            if not isinstance(scheme, Scheme):
+                yield Fault(here, f"{said(scheme)} is {_type(scheme)}, not a Scheme", f"write {place}={{{example}}}")
+
+    return check
 
 
 _store = one_of("Store(Uniform(bits=4), scale=per_token())", Store)
@@ -367,7 +375,8 @@ KINDS: dict[type[Part], dict[str, Check]] = {
         "sinks": one_of("sinks=Sinks(4)", Sinks, optional=True),
         "recent": one_of("recent=Recent(128)", Recent, optional=True),
         "prefill": word(Prefill),
-        "layers": table,
+        "layers": table("layer", "0: fp16"),
+        "heads": table("kv head", "0: fp16"),
         "source": text,
     },
 }

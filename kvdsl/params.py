@@ -39,6 +39,10 @@ def wanted(scheme: Scheme, shape: Shape) -> dict[str, tuple[int, ...]]:
     transforms; of single numbers (2, kv heads, head_dim) = lower and upper thresholds.  Empty where nothing is
     calibrated."""
     found: dict[str, tuple[int, ...]] = {}
+    if scheme.heads:
+        from .head_params import wanted_of_heads
+
+        return wanted_of_heads(scheme, shape)
     if scheme.routed:
         from .tier_params import wanted_of_tiers
 
@@ -75,6 +79,10 @@ def checked(
     the CPU, where cosines are made of them.  ShapeError names what is missing, of another shape or not finite.
     """
     params = {} if params is None else params
+    if scheme.heads:
+        from .head_params import checked_of_heads
+
+        return checked_of_heads(scheme, shape, params, device)
     if scheme.routed:
         from .tier_params import checked_of_tiers
 

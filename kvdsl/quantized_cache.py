@@ -292,6 +292,15 @@ class QuantizedCache:
             table, dropped = now.table.truncate([0] * self.batch)
             self._commit(now.moved((Member(),) * self.batch, table=table), dropped)
 
+    def mark(self) -> Now:
+        """What `back` brings the cache back to."""
+        return self._now
+
+    def back(self, mark: Now) -> None:
+        """The cache as it was at a mark, if nothing but failed changes came between."""
+        self._now = mark
+        self.pool.recount()
+
     # -- keeping -------------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:

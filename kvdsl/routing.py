@@ -41,7 +41,7 @@ def due(scheme: Scheme, routed: int, waiting: int, prompt: int, first: bool) -> 
     if recent is not None and recent.flush == "whole":
         free = waiting // recent.tokens * recent.tokens
     least = 1 if first or router is None else router.every
-    ready = least is not None and free >= max(1, least)
+    ready = least != "prompt" and free >= max(1, least)
     return Due(routed, routed + (free if ready else 0), prompt)
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 from . import (  # noqa: F401  (they enter their rules)
     band_rules,
@@ -46,8 +48,9 @@ def faults(scheme: Scheme) -> tuple[Fault, ...]:
         for reads, check in RULES:
             if not any(_touch(read.replace("~", site.place), wrong) for read in reads for wrong in bad):
                 found += check(site)
-    if not any(_touch("layers", wrong) for wrong in bad):
-        found += _layers(scheme)
+    for field in ("layers", "heads"):
+        if not any(_touch(field, wrong) for wrong in bad):
+            found += _rows(field, getattr(scheme, field))
     return tuple(found)
 
 
@@ -60,6 +63,12 @@ def refuse(scheme: Scheme, given: tuple[str, ...] = ()) -> None:
 
 def shape_faults(scheme: Scheme, shape: Shape) -> tuple[Fault, ...]:
     """Every mistake of a legal spec that shows only at a shape."""
+    if scheme.heads:
+        if found := tuple(_astray("heads", scheme.heads, shape.kv_heads, "a layer has {} kv heads", "kv head")):
+            return found
+        groups = [shape_faults(one, replace(shape, kv_heads=len(heads), q_heads=None))
+                  for heads, one in scheme.by_heads(shape.kv_heads)]  # fmt: skip
+        return tuple(dict.fromkeys(fault for group in groups for fault in group))
     if scheme.routed:
         parts = [shape_faults(one.scheme, shape) for one in segments(scheme) if one.scheme is not None]
         parts.append(tuple(tier_rules.shape_faults(scheme, shape)))
@@ -225,31 +234,36 @@ def _queries_balance_keys(site: Site) -> Iterator[Fault]:
             yield site.fault(f"transform[{position}].by", fact, "behind PreRope() use 'sqrt_absmax'")
 
 
-def _layers(scheme: Scheme) -> Iterator[Fault]:
-    seen: set[int] = set()
-    for key, inner in scheme.layers:
+def _rows(field: str, table: Any) -> Iterator[Fault]:
+    what, seen = {"layers": "layer", "heads": "kv head"}[field], set[int]()
+    for key, inner in table:
         for index in key:
             if index in seen:
-                yield Fault(f"layers[{index}]", f"layer {index} is listed twice", "name every layer once")
+                yield Fault(f"{field}[{index}]", f"{what} {index} is listed twice", f"name every {what} once")
             seen.add(index)
         if inner.layers:
-            yield Fault(f"layers[{key[0]}]", "a layer's scheme has layers of its own", "flatten the table")
+            yield Fault(f"{field}[{key[0]}]", f"a {what}'s scheme has layers of its own", "flatten the table")
+        if inner.heads and field == "heads":
+            yield Fault(f"{field}[{key[0]}]", f"a {what}'s scheme has heads of its own", "flatten the table")
 
 
 def layer_faults(scheme: Scheme, layers: int) -> tuple[Fault, ...]:
     """Every mistake in `Scheme.layers` that shows only once the number of layers is known."""
-    found, seen = [], dict[int, int]()
-    for key, _ in scheme.layers:
+    return tuple(_astray("layers", scheme.layers, layers, "the model has {} layers", "layer"))
+
+
+def _astray(field: str, table: Any, count: int, fact: str, what: str) -> Iterator[Fault]:
+    """Indices beyond `count`, and two that mean the same."""
+    seen = dict[int, int]()
+    for key, _ in table:
         for index in key:
-            at = index + layers if index < 0 else index
-            if not 0 <= at < layers:
-                fact = f"the model has {layers} layers"
-                found.append(Fault(f"layers[{index}]", fact, f"use an index from {-layers} to {layers - 1}"))
+            at = index + count if index < 0 else index
+            if not 0 <= at < count:
+                yield Fault(f"{field}[{index}]", fact.format(count), f"use an index from {-count} to {count - 1}")
             elif at in seen:
-                fact = f"of {layers} layers this is layer {at}, which is listed as {seen[at]}, too"
-                found.append(Fault(f"layers[{index}]", fact, "name every layer once"))
+                same = f"of {count} {what}s this is {what} {at}, which is listed as {seen[at]}, too"
+                yield Fault(f"{field}[{index}]", same, f"name every {what} once")
             seen.setdefault(at, index)
-    return tuple(found)
 
 
 def _shape(site: Site, shape: Shape) -> Iterator[Fault]:

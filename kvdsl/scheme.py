@@ -6,6 +6,7 @@ scale.  A spec says what is stored, never how it is laid out or scheduled; it ho
 
 from __future__ import annotations
 
+import dataclasses as dc
 from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, InitVar, dataclass
 from functools import cached_property
@@ -57,6 +58,7 @@ class Scheme(Part):
     """A way to store a KV cache.  `both=` gives keys and values one store; `layers` maps layer indices (negative: from
     the end) to schemes of their own.  Raises SchemeError naming every fault, its place and its mend.
 
+    heads       the same of kv heads of a layer, each group of like ones by itself
     tiers       what is neither a sink nor recent goes to one of them, as `router` says; one alone takes all
     requantize  `on_flush`: whenever tokens leave the window, all that is stored is decoded and quantized anew
     """
@@ -73,13 +75,15 @@ class Scheme(Part):
     requantize: Requantize = "never"
     prefill: Prefill = "exact"
     layers: Layers | Mapping[Any, Scheme] = ()
+    heads: Layers | Mapping[Any, Scheme] = ()
     source: str = ""
 
     def __post_init__(self, both: Store | None) -> None:
         given = tuple(side for side in SIDES if both is not None and getattr(self, side) is not None)
         stores = {} if both is None else {"keys": both, "values": both}
         tiers = tuple(self.tiers) if isinstance(self.tiers, list) else self.tiers
-        for field, value in {**stores, "layers": _table(self.layers), "tiers": tiers}.items():
+        tables = {"layers": _table(self.layers), "heads": _table(self.heads)}
+        for field, value in {**stores, **tables, "tiers": tiers}.items():
             object.__setattr__(self, field, value)
         from .rules import refuse
 
@@ -96,10 +100,16 @@ class Scheme(Part):
 
     def for_layer(self, index: int, layers: int) -> Scheme:
         """The scheme of layer `index` in a model of `layers` layers."""
-        for key, scheme in self.layers:
-            if index in {i + layers if i < 0 else i for i in key}:
-                return scheme
-        return self
+        return _listed(self.layers, index, layers) or self
+
+    def by_heads(self, kv_heads: int) -> tuple[tuple[tuple[int, ...], Scheme], ...]:
+        """The kv heads of a layer in groups, each with its scheme, one without such a table: those that are not listed,
+        if there are any, then row by row."""
+        alone = dc.replace(self, heads=())
+        own = [_listed(self.heads, head, kv_heads) or alone for head in range(kv_heads)]
+        schemes = [alone, *(scheme for _, scheme in self.heads)]
+        groups = ((tuple(h for h, one in enumerate(own) if one is scheme), scheme) for scheme in schemes)
+        return tuple((heads, scheme) for heads, scheme in groups if heads)
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> Scheme:
@@ -140,6 +150,12 @@ class Scheme(Part):
         from .text import digest
 
         return digest(self)
+
+
+def _listed(table: Any, index: int, count: int) -> Scheme | None:
+    """What a table has for one of `count` places, negative ones being counted from the end."""
+    found = (scheme for key, scheme in table if index in {i + count if i < 0 else i for i in key})
+    return next(found, None)
 
 
 def _table(layers: Any) -> Any:

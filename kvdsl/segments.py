@@ -63,6 +63,9 @@ def front(scheme: Scheme) -> Scheme:
 def parts(scheme: Scheme) -> dict[str, Scheme]:
     """What a scheme compiles to, by its place in it: itself, or of a routed one what holds its exact tokens, `exact`,
     and its tiers, `tiers[0]` and so on, one of two that are the same."""
+    if scheme.heads:
+        rows = {"": dc.replace(scheme, heads=()), **{f"heads[{key[0]}]": one for key, one in scheme.heads}}
+        return {f"{row} {place}".strip(): part for row, one in rows.items() for place, part in parts(one).items()}
     if not scheme.routed:
         return {"": scheme}
     found = {"exact": front(scheme)}

@@ -32,6 +32,7 @@ _WHERE |= {"tiers": "Tier", "probes": "Probes"}
 _TYPES = {field: tuple(names.split()) for field, names in _WHERE.items()}
 _COUNTS = ("tokens", "per", "channels", "heads", "size", "dim")
 _LISTS = ("transform", "levels", "clip", "stores", "tiers")
+TABLES = ("layers", "heads")
 _SHOWN = {"code", "format"}  # worth reading even where they are the default
 
 
@@ -52,7 +53,7 @@ def spelled(part: Part) -> str:
         value = getattr(part, field)
         if _plain_default(value, about.default) and field not in _SHOWN:
             continue
-        text = _layers(value) if field == "layers" else repr(value)
+        text = _layers(value) if isinstance(part, Scheme) and field in TABLES else repr(value)
         shown.append(
             text if position == 0 and not about.kw_only and not isinstance(part, Scheme) else f"{field}={text}"
         )
@@ -105,7 +106,7 @@ def to_dict(part: Part) -> dict[str, Any]:
         tree["both"] = to_dict(part.keys)
     for field, default in fields.items():
         value = getattr(part, field)
-        if field == "layers":
+        if isinstance(part, Scheme) and field in TABLES:
             value = [{"indices": list(key), "scheme": to_dict(scheme)} for key, scheme in value]
             if value:
                 tree[field] = value
@@ -162,8 +163,8 @@ def _read(tree: Any, path: str, types: tuple[str, ...], found: list[Fault], dept
         if key not in known:
             near = closest(key, known)
             found.append(Fault(here, f"{name} has no such field", f"use {near}" if near else f"use {listed(known)}"))
-        elif key == "layers":
-            fields[key] = tuple(_rows(value, found, depth))
+        elif kind is Scheme and key in TABLES:
+            fields[key] = tuple(_rows(key, value, found, depth))
         else:
             whole = isinstance(value, str) and value == "ALL" and key in _COUNTS
             many = isinstance(value, (list, tuple)) and key in _LISTS
@@ -184,12 +185,12 @@ def _types(field: str) -> tuple[str, ...]:
     return tuple(ROUTERS) if field == "router" else _TYPES.get(field, ())
 
 
-def _rows(rows: Any, found: list[Fault], depth: int) -> Iterator[tuple[Any, Any]]:
+def _rows(field: str, rows: Any, found: list[Fault], depth: int) -> Iterator[tuple[Any, Any]]:
     if not isinstance(rows, (list, tuple)):
-        found.append(Fault("layers", f"{said(rows)} is no list", "write [{ indices = [0, 1], scheme = {...} }]"))
+        found.append(Fault(field, f"{said(rows)} is no list", "write [{ indices = [0, 1], scheme = {...} }]"))
         return
     for position, row in enumerate(rows):
-        place = f"layers[{position}]"
+        place = f"{field}[{position}]"
         if not isinstance(row, Mapping) or set(row) != {"indices", "scheme"} or not isinstance(row["indices"], list):
             found.append(Fault(place, f"{said(row)} is no row", "write { indices = [0, 1], scheme = {...} }"))
             continue

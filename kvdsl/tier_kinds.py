@@ -39,6 +39,15 @@ def _amount(what: str, least: int, place: str, value: Any) -> Iterator[Fault]:
         yield from count(least, LONGEST_WINDOW, what)(place, value)
 
 
+def every(place: str, value: Any) -> Iterator[Fault]:
+    """A count of tokens, or the word `prompt`."""
+    if isinstance(value, str) or value is None:
+        if value != "prompt":
+            yield Fault(place, f"{said(value)} is no number of tokens", "use an int, as 100, or 'prompt'")
+    else:
+        yield from count(1, LONGEST_WINDOW, "tokens")(place, value)
+
+
 def neighbours(place: str, value: Any) -> Iterator[Fault]:
     """An odd number of tokens."""
     found = tuple(count(1, MOST_NEIGHBOURS, "neighbours")(place, value))
@@ -68,12 +77,12 @@ KINDS |= {
         "of": word(Literal["keys", "values"]),
         "by": word(Statistic),
         "smallest": flag,
-        "every": count(1, LONGEST_WINDOW, "tokens", optional=True),
+        "every": every,
     },
     Saliency: {
         "metric": word(Metric),
         "probes": one_of("Probes(recent=0.05, random=0.05)", Probes, optional=True),
-        "every": count(1, LONGEST_WINDOW, "tokens", optional=True),
+        "every": every,
         "moves": word(Moves),
         "pool": neighbours,
         "per": word(Literal["kv_head", "layer"]),

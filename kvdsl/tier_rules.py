@@ -70,7 +70,7 @@ def _moves(scheme: Scheme) -> Iterator[Fault]:
     if isinstance(router, Saliency) and router.metric == "last" and router.probes is not None:
         yield Fault("router.probes", "the newest query is the only one that 'last' asks", "leave probes out")
     if isinstance(router, Saliency) and router.metric == "last" and router.later not in (None, "last"):
-        if router.probes is None and router.every is not None:
+        if router.probes is None and router.every != "prompt":
             fact = "sums over all queries are not carried on where the prompt's newest one is all that is asked"
             yield Fault("router.later", fact, "leave later out, or give probes with another metric")
     if router.moves == "down" and scheme.requantize == "never":

@@ -296,17 +296,25 @@ class TieredCache:
     @contextmanager
     def _changing(self) -> Iterator[None]:
         """One change: outside autograd, and undone when it raises."""
-        names = ("front", "watch", "prompts", "prompt_query", "requantized", "_fresh", "_zeros")
-        before = {name: getattr(self, name) for name in names}
-        kept = [(one, one.snapshot()) for one in self.tiers if one is not None]
+        mark = self.mark()
         try:
             with torch.inference_mode(False), torch.no_grad():
                 yield
         except BaseException:
-            self.__dict__.update(before)
-            for one, was in kept:
-                one.restore(was)
+            self.back(mark)
             raise
+
+    def mark(self) -> tuple[dict[str, Any], list[Any]]:
+        """What `back` brings the cache back to."""
+        names = ("front", "watch", "prompts", "prompt_query", "requantized", "_fresh", "_zeros")
+        before = {name: getattr(self, name) for name in names}
+        return before, [one.snapshot() for one in self.tiers if one is not None]
+
+    def back(self, mark: tuple[dict[str, Any], list[Any]]) -> None:
+        """The cache as it was at a mark; tokens that were written over in their places are not."""
+        self.__dict__.update(mark[0])
+        for one, was in zip((one for one in self.tiers if one is not None), mark[1], strict=True):
+            one.restore(was)
 
     def _checked(self, keys: Tensor, values: Tensor, counts: Sequence[int] | None) -> tuple[int, ...]:
         shape = self.kernels.shape

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Metric = Literal["normalized", "accumulated", "mean", "last", "mean_std"]
+Every = int | Literal["prompt"]
 Moves = Literal["new", "down", "any"]
 Requantize = Literal["never", "on_flush"]
 Statistic = Literal["absmax", "norm"]
@@ -87,13 +88,12 @@ class Router(Part):
     labels       the tier of each token, from its position alone
     importance   how much each token matters: the most important ones go to the first tier, until it is full, and so on
 
-    every    how many tokens are decided on together; None: those of the first append, the prompt, alone, and later ones
-             stay exact
+    every    how many tokens are decided on together; `prompt`: those of the first append alone, later ones stay exact
     moves    what a decision may do: send `new` tokens to tiers; also take the least important ones `down`, to the next
              tier; or `any` token from where it is to where it belongs now
     """
 
-    every: int | None = 1
+    every: Every = 1
     moves: Moves = "new"
 
     def __init_subclass__(cls, **keywords: Any) -> None:
@@ -131,7 +131,7 @@ class Largest(Router):
     by: Statistic = "absmax"
     _: KW_ONLY
     smallest: bool = False
-    every: int | None = 64
+    every: Every = 64
 
     def importance(self, keys: Tensor, values: Tensor) -> Tensor:
         """The statistic of each token."""
@@ -151,7 +151,7 @@ class Saliency(Router):
              arXiv 2402.06262): all but as many as are a `scope` share of those that the first tier and the window hold
     probes   the queries whose rows are computed, of those since the last decision; None: all of them, so that sums are
              carried on from step to step
-    every    how many tokens are decided on together; None: those of the prompt alone
+    every    how many tokens are decided on together, or `prompt`, see Router
     moves    see Router
     pool     a token's importance is the largest of so many neighbours' (SnapKV, arXiv 2404.14469)
     per      whether tokens are chosen for each kv head, or once for a layer, by the sum over its heads
@@ -162,7 +162,7 @@ class Saliency(Router):
     metric: Metric = "normalized"
     _: KW_ONLY
     probes: Probes | None = None
-    every: int | None = 1
+    every: Every = 1
     moves: Moves = "new"
     pool: int = 1
     per: Literal["kv_head", "layer"] = "kv_head"
@@ -173,6 +173,6 @@ class Saliency(Router):
     def carried(self) -> int:
         """Sums of each kept token that are carried on from step to step: of its weights, and of their squares."""
         metrics = (self.metric, self.later)
-        if self.probes is not None or self.every is None or "last" in metrics:
+        if self.probes is not None or self.every == "prompt" or "last" in metrics:
             return 0
         return 2 if "mean_std" in metrics else 1

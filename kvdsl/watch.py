@@ -60,7 +60,7 @@ class Watch:
         decision about sequence b is still to come."""
         if self.router is None or self.sums:
             return self
-        if self.router.every is None and not any(first):
+        if self.router.every == "prompt" and not any(first):
             return self
         newest = [self.metric(one) == "last" for one in first]
         at_hand = tuple(

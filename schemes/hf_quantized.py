@@ -11,5 +11,5 @@ hf_quanto4 = Scheme(
     both=Store(Uniform(4), scale=per_token(channels=64)),
     recent=Recent(128, "whole"),
     requantize="on_flush",
-    source="transformers, QuantizedCache",
+    source="HF, QuantizedCache with quanto",
 )

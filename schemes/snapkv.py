@@ -9,6 +9,6 @@ snapkv = Scheme(
     both=Store(),
     recent=Recent(32),
     tiers=(Tier(top=1024), DROP),
-    router=Saliency("accumulated", probes=Probes(recent=32), every=None, pool=7),
+    router=Saliency("accumulated", probes=Probes(recent=32), every="prompt", pool=7),
     source="arXiv 2404.14469",
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,24 +49,26 @@ def cut(
         lengths = [tokens, *(first.random.randint(queries, tokens) for _ in range(first.batch - 1))]
         cuts = [sorted(first.random.randint(0, n - queries) for _ in cases[1:]) for n in lengths]
     options = {"window": window} | ({"softcap": 30.0} if first.shape.softcap else {})
+    bounds = [(0, *mine, n) for mine, n in zip(cuts, lengths, strict=True)]
     found = []
     for i, case in enumerate(cases):
-        starts = [0 if i == 0 else ends[i - 1] for ends in cuts]
-        ends = [
-            n if case is cases[-1] and i == len(cases) - 1 else mine[i] for mine, n in zip(cuts, lengths, strict=True)
-        ]
+        starts, ends = [mine[i] for mine in bounds], [mine[i + 1] for mine in bounds]
         held = tuple(end - start for start, end in zip(starts, ends, strict=True))
-        parts = []
-        for x in (k, v):
-            part = x.new_full((*x.shape[:2], max(1, *held), x.shape[3]), math.nan)
-            for b, (start, end) in enumerate(zip(starts, ends, strict=True)):
-                part[b, :, : end - start] = x[b, :, start:end]
-            parts.append(part)
+        keys, values = (_stretch(x, starts, ends) for x in (k, v))
         last = i == len(cases) - 1
         fresh = queries if last and case.scheme.prefill == "exact" else 0
         seen = tuple(n - fresh for n in held)
-        step = Step(first.query(queries), *parts, held, seen, case.params(k, v), options)
+        step = Step(first.query(queries), keys, values, held, seen, case.params(k, v), options)
         found.append(Cut(case, step, 0 if last else queries if window is None else lengths[0] - ends[0]))
+    return found
+
+
+def _stretch(x: Tensor, starts: Sequence[int], ends: Sequence[int]) -> Tensor:
+    """Tokens [starts_b, ends_b) of x (B, H, T, D), from the first place on; behind them NaN."""
+    held = [end - start for start, end in zip(starts, ends, strict=True)]
+    found = x.new_full((*x.shape[:2], max(1, *held), x.shape[3]), math.nan)
+    for b, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        found[b, :, : end - start] = x[b, :, start:end]
     return found
 
 
@@ -90,7 +92,7 @@ def _require_sequence(cuts: Sequence[Cut], b: int, out: Tensor, lse: Tensor) -> 
         zip(*(coded(one.case, one.step, b, side) for one in cuts), strict=True) for side in SIDES
     )
     held, parts = (torch.cat(x, 2) for x in (keys, values))
-    options = {
+    options: dict[str, Any] = {
         "sliding": step.options.get("window"),
         "start": None,
         "softcap": step.options.get("softcap"),

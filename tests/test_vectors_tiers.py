@@ -83,7 +83,7 @@ ZIP = Scheme(
     keys=Store(Uniform(4), scale=per_channel(tokens=ALL, dtype="fp32")),
     values=Store(Uniform(4), scale=per_token(heads=ALL, dtype="fp32"), transform=ChannelScale(when="prompt")),
     tiers=(Tier(4, top=154), Tier(2)),
-    router=Saliency("normalized", every=None),
+    router=Saliency("normalized", every="prompt"),
     requantize="on_flush",
 )
 """154 of 256 tokens have 4 bits: the code takes 40 % rounded down from the others, 60 % rounded down would be 153."""

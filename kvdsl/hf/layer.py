@@ -16,10 +16,9 @@ from kvdsl.codegen import build, build_tiers
 from kvdsl.errors import CacheError, ShapeError
 from kvdsl.inputs import DTYPES
 from kvdsl.kernels import Backend, Params
-from kvdsl.quantized_cache import QuantizedCache
+from kvdsl.making import AnyCache, made
 from kvdsl.scheme import Scheme
 from kvdsl.shape import InputFormat, Shape
-from kvdsl.tiered_cache import TieredCache
 
 from .handle import Handle, Which
 
@@ -40,7 +39,7 @@ class Step:
         self.state: Any = None
         self.began_empty = not layer.seen
         self._numbers: dict[Which, Tensor] = {}
-        self._waits = layer.scheme.routed
+        self._waits = layer.scheme.routed or bool(layer.scheme.heads)
 
     def append(
         self,
@@ -133,7 +132,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.record_past = False
         self.seen = 0
         self.has_gaps = False
-        self.packed: Any = None  # a QuantizedCache, or where the scheme has tiers a TieredCache
+        self.packed: Any = None  # of a kind that its scheme asks for, see making.py
         self._draft = 0
         self._step: Step | None = None
         self._last: Step | None = None  # the newest that was appended
@@ -192,7 +191,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.seen += fresh
         return state
 
-    def _made(self, step: Step, q_heads: int | None, softcap: bool) -> QuantizedCache | TieredCache:
+    def _made(self, step: Step, q_heads: int | None, softcap: bool) -> AnyCache:
         keys, values = step.keys, step.values
         if keys.shape[3] != values.shape[3]:
             raise ShapeError(
@@ -208,13 +207,10 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if backend is None and keys.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             backend = "torch"
         options = {} if self.capacity is None else {"capacity": self.capacity}
-        if self.scheme.routed:
-            tiers = build_tiers(self.scheme, shape, backend=backend)
-            return TieredCache(tiers, keys.shape[0], device=keys.device, params=self.params, **options)
-        kernels = build(self.scheme, shape, backend=backend)
-        return QuantizedCache(
-            kernels, keys.shape[0], device=keys.device, params=self.params, window=self.window, **options
-        )
+        return made(
+            self.scheme, shape, keys.shape[0], build, build_tiers, backend=backend, device=keys.device,
+            params=self.params, window=self.window, **options,
+        )  # fmt: skip
 
     def settle(self) -> None:
         """Append the tokens of a step that no attention has read, and send on those of one that it has."""

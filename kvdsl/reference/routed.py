@@ -163,7 +163,7 @@ class RoutedStream:
         if recent is not None and recent.flush == "whole":
             free = waiting - waiting % recent.tokens
         every = 1 if first or self.router is None else self.router.every
-        return free if every is not None and free >= every else 0
+        return free if every != "prompt" and free >= every else 0
 
     # -- deciding -----------------------------------------------------------------------------------------------------
 

@@ -76,4 +76,4 @@ def pooled(worth: Tensor, begin: int, end: int, neighbours: int) -> Tensor:
 
 def carried(router: Saliency) -> bool:
     """Whether sums are carried on from step to step."""
-    return router.probes is None and router.every is not None and "last" not in (router.metric, router.later)
+    return router.probes is None and router.every != "prompt" and "last" not in (router.metric, router.later)

@@ -81,10 +81,11 @@ def report(
 
 def _each(scheme: Scheme) -> dict[str, Scheme]:
     """Place -> scheme: itself, and the different ones of its layers."""
-    found = {"": scheme.with_(layers=())}
-    for key, inner in scheme.layers:
-        if inner not in found.values():
-            found[f"layers[{key[0]}]"] = inner
+    found = {"": scheme.with_(layers=(), heads=())}
+    for field, table in (("layers", scheme.layers), ("heads", scheme.heads)):
+        for key, inner in table:
+            if inner not in found.values():
+                found[f"{field}[{key[0]}]"] = inner
     return found
 
 

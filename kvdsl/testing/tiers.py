@@ -117,7 +117,7 @@ def budgets_hold_at_every_step(case: Case) -> None:
             require_equal(f"exact {side} of {tokens} tokens", rows[seen], x[:, :, :tokens][seen])
         routed = int((labels[0, 0] >= 0).sum())
         waiting = int((~exact).sum()) - routed
-        if every is not None:
+        if every != "prompt":
             require(waiting < (1 if number == 0 else every), f"{waiting} tokens wait outside the window")
         now = torch.stack([(labels == i).sum(2) for i in range(len(tiers))], 2)
         require(bool((now == now[:, :1]).all()), "a head has more tokens in a tier than another")
