@@ -106,7 +106,7 @@ def _stores(draw: Draw, anew: str, moves: str) -> Store:
 
 @st.composite
 def _routers(draw: Draw, attention: bool, anew: str, longest: int) -> Router:
-    every = draw(st.sampled_from([1, 1, 3, 20, longest, None]))
+    every = draw(st.sampled_from([1, 1, 3, 20, longest, "prompt"]))
     kind = draw(st.sampled_from(["origin", "largest", *["saliency"] * (3 if attention else 0)]))
     if kind == "origin":
         return Origin()
