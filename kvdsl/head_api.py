@@ -35,7 +35,7 @@ def each(
 
 
 def by_heads(ask: Callable[..., Any], scheme: Scheme, k: Tensor, **given: Any) -> tuple[Tensor, ...]:
-    """What `ask(scheme, **arguments)` gives, tensors (B, heads, ...), of all groups in the order of the layer's heads."""
+    """What `ask(scheme, **arguments)` gives, tensors (B, heads, ...), of all groups in the order of the heads."""
     kv_heads, order, parts = k.shape[1], list[int](), list[tuple[Tensor, ...]]()
     for heads, _, one, own in each(scheme, kv_heads, k.shape[3], {"k": k, **given}):
         found = ask(one, **own)
