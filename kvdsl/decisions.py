@@ -96,7 +96,7 @@ class Decision:
         begin = column([one.begin for one in self.dues], self.device)
         positions.append((place + begin)[:, None].expand(-1, heads, -1))
         where, position = torch.cat(wheres, 2), torch.cat(positions, 2)
-        waits = torch.tensor(self.due, device=self.device)[:, None, None]
+        waits = (column(self.due, self.device) > 0)[..., None]
         return torch.where(waits, where, NONE), position
 
     # -- which tokens -------------------------------------------------------------------------------------------------
@@ -147,8 +147,8 @@ class Decision:
             if metric == "mean_std":
                 group = (self.cache.kernels.shape.q_heads or heads) // heads
                 found = self._protected(found, deviation(one, two, t, lengths, group), router.scope)
-            mine = torch.tensor([one == metric for one in metrics], device=self.device)
-            worth = torch.where(mine[:, None, None], found, worth)
+            mine = column([one == metric for one in metrics], self.device) > 0
+            worth = torch.where(mine[..., None], found, worth)
         if router.pool > 1:
             real = self.where[:, :, -self.new :] == NEW
             new = torch.where(real, worth[:, :, -self.new :], -torch.inf)
@@ -188,7 +188,7 @@ class Decision:
 
     def _measure_prompts(self) -> None:
         """Of sequences at their first decision, what is measured once is measured on all tokens that are due."""
-        first = [due and prompt is None for due, prompt in zip(self.due, self.cache.prompts, strict=True)]
+        first = [one.tokens > 0 and one.begin == 0 for one in self.dues]
         if not any(first) or not any(tier is not None and tier.once for tier in self.tiers):
             return
         counts = [one.tokens if now else 0 for one, now in zip(self.dues, first, strict=True)]

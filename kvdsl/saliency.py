@@ -87,9 +87,9 @@ def received(rows: Rows, lse: Tensor, read: Read) -> tuple[Tensor, Tensor]:
 def carried(
     query: Tensor, counts: Sequence[int], lse: Tensor | None, reads: Sequence[Read], front: Front,
     tiers: Sequence[SegmentCache],
-) -> None:  # fmt: skip
-    """Add to the sums of all tokens what the queries (B, Hq, Q, D) of a step, the last counts_b of which are real, give
-    them: of the exact tokens, then of each tier."""
+) -> list[Tensor]:  # fmt: skip
+    """The sums of all tokens with what the queries (B, Hq, Q, D) of a step, the last counts_b of which are real, give
+    them: of the exact tokens, then of each tier; tensors of their own."""
     queries, device = query.shape[2], query.device
     place = torch.arange(queries, device=device)
     position = place + column(front.held, device) - queries
@@ -97,18 +97,20 @@ def carried(
     lse = reach(rows, reads) if lse is None else lse
     found = [received(rows, lse, read) if read.state.longest else None for read in reads]
     exact, *others = found
+    all_sums = [front.sums.clone(), *(tier.beside.sums.clone() for tier in tiers)]
     if exact is not None and (most := max(front.waiting, default=0)):
         skip = column([min(front.sinks, n) for n in front.lengths], device)
         heads, width = exact[0].shape[1], exact[0].shape[2]
         at = (torch.arange(most, device=device) + skip)[:, None].expand(-1, heads, -1)
         index = front.places(most)[:, None].expand(-1, heads, -1)
-        for sums, more in zip(front.sums, exact, strict=False):
+        for sums, more in zip(all_sums[0], exact, strict=False):
             given = more.gather(2, at.clamp(max=width - 1)).masked_fill(at >= width, 0.0)
             sums.scatter_add_(2, index, given)
-    for tier, more_of in zip(tiers, others, strict=True):
+    for own, more_of in zip(all_sums[1:], others, strict=True):
         if more_of is not None:
-            for sums, more in zip(tier.beside.sums, more_of, strict=False):
+            for sums, more in zip(own, more_of, strict=False):
                 sums[:, :, : more.shape[2]] += more
+    return all_sums
 
 
 def chosen_rows(watch: Watch, first: Sequence[bool], lengths: Sequence[int], gone: Sequence[int]) -> Rows:

@@ -101,7 +101,7 @@ class SegmentCache:
             place = torch.arange(x.shape[2], device=x.device)
             valid = place >= x.shape[2] - column(counts, x.device)
             if x.shape[2]:
-                which = torch.tensor(due, device=x.device)
+                which = column(due, x.device)[:, 0] > 0
                 affine[side] = old.where(which, measure(about, x, valid, query))
         self.beside = replace(self.beside, affine=affine)
 
@@ -212,7 +212,7 @@ class SegmentCache:
 
     def reorder(self, index: Sequence[int]) -> None:
         """Chosen sequences, in that order."""
-        at = torch.tensor(index, device=self.beside.positions.device)
+        at = column(index, self.beside.positions.device)[:, 0]
         beside = self.beside
         affine = {side: one.chosen(at) for side, one in beside.affine.items()}
         self.cache.reorder(list(index))

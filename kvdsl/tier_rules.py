@@ -67,6 +67,9 @@ def _moves(scheme: Scheme) -> Iterator[Fault]:
         yield Fault("router.moves", fact, "use moves='down', or requantize='on_flush'")
     if router.moves != "new" and decides_by_position(router):
         yield Fault("router.moves", "a position says the same for ever", "leave moves out")
+    elif router.moves != "new" and not isinstance(router, Saliency):
+        fact = "importance is asked of new tokens alone, and those in tiers would have none"
+        yield Fault("router.moves", fact, "leave moves out")
     if isinstance(router, Saliency) and router.metric == "last" and router.probes is not None:
         yield Fault("router.probes", "the newest query is the only one that 'last' asks", "leave probes out")
     if isinstance(router, Saliency) and router.metric == "last" and router.later not in (None, "last"):

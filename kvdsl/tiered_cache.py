@@ -204,8 +204,12 @@ class TieredCache:
             if query is not None and router is not None:
                 self.watch = self.watch.seen(query, self._fresh, first)
                 if self.watch.sums:
-                    carried(query, self._fresh, lse, reads, self.front, [one for one in self.tiers if one is not None])
-            if any(first):
+                    kept = [one for one in self.tiers if one is not None]
+                    sums, *others = carried(query, self._fresh, lse, reads, self.front, kept)
+                    self.front = replace(self.front, sums=sums)
+                    for one, own in zip(kept, others, strict=True):
+                        one.beside = replace(one.beside, sums=own)
+            if 0 in self.front.gone:
                 self.prompt_query = None if query is None else real(query, self._fresh)
             sinks, scheme = self.front.sinks, self.kernels.scheme
             behind = [max(0, length - sinks) for length in self.lengths]

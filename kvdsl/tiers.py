@@ -89,8 +89,8 @@ class Router(Part):
     importance   how much each token matters: the most important ones go to the first tier, until it is full, and so on
 
     every    how many tokens are decided on together; `prompt`: those of the first append alone, later ones stay exact
-    moves    what a decision may do: send `new` tokens to tiers; also take the least important ones `down`, to the next
-             tier; or `any` token from where it is to where it belongs now
+    moves    what a decision may do: send `new` tokens to tiers; by saliency also take the least important ones `down`,
+             to the next tier; or `any` token from where it is to where it belongs now
     """
 
     every: Every = 1
@@ -102,7 +102,7 @@ class Router(Part):
 
     def labels(self, position: Tensor, prompt: int) -> Tensor | None:
         """The tier of each token, int64 (n,), by its position (n,) behind the sinks, both on the CPU; `prompt` is the
-        number of tokens behind the sinks that the first append brought.  None: ask for their importance."""
+        number of tokens behind the sinks at the first decision.  None: ask for their importance."""
         return None
 
     def importance(self, keys: Tensor, values: Tensor) -> Tensor:
