@@ -24,6 +24,8 @@ def probe_rows(probes: Probes | None, queries: int, length: int) -> list[int]:
     newest = min(recent, queries) if isinstance(recent, int) else queries - int((1 - recent) * queries)
     others = queries - newest
     count = min(others, amount(probes.random, queries))
-    generator = torch.Generator(device="cpu").manual_seed((probes.seed << 32) + length * 1000003 + queries)
+    # The generator knows the low 32 bits of a seed: a prime each keeps what goes in apart.
+    mixed = probes.seed * 2654435761 + length * 1000003 + queries
+    generator = torch.Generator(device="cpu").manual_seed(mixed % (1 << 32))
     drawn = torch.randperm(others, generator=generator)[:count].sort().values.tolist()
     return [*drawn, *range(others, queries)] or list(range(queries))[-1:]

@@ -42,9 +42,10 @@ def faults(scheme: Scheme) -> tuple[Fault, ...]:
     if scheme.keys is scheme.values:
         found = [fault for fault in found if fault.place.partition(".")[0] != "values"]
     bad = {fault.place for fault in found}
-    if scheme.routed:
+    tiered = scheme.routed or scheme.router is not None
+    if tiered:
         found += tier_rules.faults(scheme) if not bad else ()
-    for site in () if scheme.routed else _sites(scheme):
+    for site in () if tiered else _sites(scheme):
         for reads, check in RULES:
             if not any(_touch(read.replace("~", site.place), wrong) for read in reads for wrong in bad):
                 found += check(site)
