@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from tier_cases import SHIPPED, case, short
 from torch import Tensor
 
 import kvdsl
@@ -30,7 +31,7 @@ from kvdsl.scheme import (
     per_token,
 )
 from kvdsl.shape import Shape
-from kvdsl.testing import report
+from kvdsl.testing import applicable, report
 from kvdsl.tiered_cache import TieredCache
 
 FOUR = Store(Uniform(4), scale=per_token())
@@ -56,7 +57,8 @@ WORDS = [
     (tiers(router=Origin()), "tiers[0].top: the router itself says which tokens stand here; leave top out"),
     (tiers(router=Saliency(moves="any")),
      "router.moves: moving a token up needs its bits back; use moves='down', or requantize='on_flush'"),
-    (tiers(router=Saliency(every=None)), "router.every: None is no number of tokens; use an int, as 100, or 'prompt'"),
+    (tiers(router=Saliency(every=None)),  # type: ignore[arg-type]
+     "router.every: None is no number of tokens; use an int, as 100, or 'prompt'"),
     (tiers(router=Saliency(pool=4)), "router.pool: 4 neighbours have no middle; use 5"),
     (tiers(router=Saliency(probes=Probes(recent=1.5))),
      "router.probes.recent: 1.5 is no share of queries; use a share below 1, as 0.6, or a count, as 1024"),
@@ -182,13 +184,12 @@ def test_random_probes_are_right_in_the_mean() -> None:
     ]
 
 
-SHIPPED = [name for name in kvdsl.names() if kvdsl.load(name).routed]
-
-
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_scheme_with_tiers_obeys_every_law(name: str) -> None:
     found = list(report(kvdsl.load(name), backend="torch", examples=2))
     assert len(found) >= 4 and not [one for one in found if not one.passed]
+    for law in applicable(short(name)):
+        law(case(name, "torch"))
 
 
 def test_largest_tokens_come_first() -> None:

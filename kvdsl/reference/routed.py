@@ -130,7 +130,7 @@ class RoutedStream:
         prompt = behind if self.prompt is None else self.prompt
         if due:
             begin = self.sinks + self.gone
-            for tier in self.tiers if first else ():
+            for tier in self.tiers if not self.gone else ():
                 if tier is not None:
                     tier.measure(
                         {side: self.x[side][:, :, begin : begin + due].double() for side in SIDES}, q, "prompt"
@@ -213,7 +213,8 @@ class RoutedStream:
         worth = importance(found, metric)
         low, high = worth, worth
         if metric == "mean_std":
-            ranked = (self.where >= 0) & (router.moves != "new")
+            kept = torch.tensor([number for number, tier in enumerate(self.tiers) if tier is not None])
+            ranked = torch.isin(self.where, kept) & (router.moves != "new")
             ranked[:, :, begin:end] = True
             window = self.scheme.recent.tokens if self.scheme.recent else 0
             low, high = protected(worth, found, ranked, top + window, router.scope, self.doubt)
