@@ -13,6 +13,7 @@ from .int8 import int8_tensor
 from .kitty import kitty, kitty_pro
 from .kivi import kivi2, kivi2_sinks, kivi4
 from .kvquant import kvquant2, kvquant3, kvquant4, nuq2, nuq3, nuq4
+from .kvsink import kvsink2
 from .kvtq import kvtq, kvtq_2bit
 from .kvtuner import kvtuner
 from .llama_cpp import iq4_nl, q4_0, q4_1, q5_0, q5_1, q8_0
@@ -72,6 +73,7 @@ ALL: dict[str, Scheme] = {
     "gearl2": gearl2,
     "kitty_pro": kitty_pro,
     "kitty": kitty,
+    "kvsink2": kvsink2,
     "kvtuner": kvtuner,
     "turboquant4": turboquant4,
     "turboquant3": turboquant3,
@@ -156,6 +158,7 @@ __all__ = [
     "kvquant2",
     "kvquant3",
     "kvquant4",
+    "kvsink2",
     "kvtq",
     "kvtq_2bit",
     "kvtuner",

@@ -58,7 +58,7 @@ DIFFERENT |= {
 OWN = {"kvtq_2bit", "quarot2", "rotatekv4", "rotatekv3", "rotatekv2", "smoothquant8", "omniquant4", "wkvquant4"}
 OWN |= {"gear4", "gearl4", "gear2", "gearl2"}  # the paper has one block for a prompt of any length
 OWN |= {"streaming", "snapkv"}  # a window or a prompt's share of what grows without end
-OWN |= {"zipcache_84", "zipcache_32", "roco", "kivi2_sinks"}
+OWN |= {"zipcache_84", "zipcache_32", "roco", "kivi2_sinks", "kvsink2"}
 OWN |= {"kvtuner"}  # a map of bits for one model, over KIVI
 OWN |= {"token2", "token3", "token4", "channel2", "channel3", "channel4"}
 
