@@ -130,6 +130,8 @@ def _layer(scheme: Scheme, shape: Shape, tokens: int | None) -> tuple[tuple[Side
         stores = [plain.side(side) for plain in _plain(one) for side in SIDES]
         pairs += [_sides(one, group, tokens)] * len(heads)
         constants += sum(_constants(store, group) for store in stores)
+    if len(set(pairs)) == 1:
+        return pairs[0], constants
     keys, values = (_mean([pair[i] for pair in pairs]) for i in range(2))
     return (keys, values), constants
 

@@ -49,7 +49,6 @@ from .transforms import (
 LONGEST_BLOCK = 512  # tokens that may share a scale: a page holds whole blocks
 LONGEST_WINDOW = 1 << 20
 LONGEST_SOURCE = 4096  # characters
-MOST_LAYERS = 4096
 MOST_LEVELS = 16  # of a table: more are no lookup in registers any more
 MOST_CLIP = 4.0
 MOST_CANDIDATES = 8
@@ -103,7 +102,7 @@ def count(low: int, high: int, what: str, *, whole_axis: bool = False, optional:
         elif isinstance(value, float) and 0 < value < 1:
             yield Fault(place, f"{said(value)} is a share, and only a count of {what} is meant here", usual)
         elif type(value) is not bool and (exact := _as_int(value)) is not None and low <= exact <= high:
-            yield Fault(place, f"{said(value)} is {_type(value)}, not an int", f"use {exact}")
+            yield Fault(place, f"{said(value)} is {kind_of(value)}, not an int", f"use {exact}")
         else:
             yield Fault(place, f"{said(value)} is no number of {what}", usual)
 
@@ -119,7 +118,8 @@ def _as_int(value: Any) -> int | None:
         return None
 
 
-def _type(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """What a value is, for a message, as `an int`."""
     return "nothing" if value is None else _named(type(value))
 
 
@@ -159,7 +159,7 @@ def clip(place: str, value: Any) -> Iterator[Fault]:
 def _factor(place: str, value: Any) -> Iterator[Fault]:
     if type(value) not in (int, float):
         mend = f"use {float(value)!r}" if isinstance(value, float) and 0 < value <= 4 else "use a float, as 0.9"
-        yield Fault(place, f"{said(value)} is {_type(value)}, not a float", mend)
+        yield Fault(place, f"{said(value)} is {kind_of(value)}, not a float", mend)
     elif not (math.isfinite(value) and 0 < value <= MOST_CLIP):
         fact = f"{said(value)} is not in (0, {MOST_CLIP:g}]"
         yield Fault(place, fact, "use 1.0 for the whole range, or less, as 0.9")
@@ -208,7 +208,7 @@ def transforms(place: str, value: Any) -> Iterator[Fault]:
 def stores(place: str, value: Any) -> Iterator[Fault]:
     """Stores, one for each stretch."""
     if not isinstance(value, tuple):
-        yield Fault(place, f"{said(value)} is {_type(value)}, not a list of stores", "write Bands((Store(...), ...))")
+        yield Fault(place, f"{said(value)} is {kind_of(value)}, not a list of stores", "write Bands((Store(...), ...))")
         return
     check = one_of("Store(Codebook(2, 'angle'))", Store)
     for position, item in enumerate(value):
@@ -234,13 +234,15 @@ def share(what: str, most: float, example: str) -> Check:
 def flag(place: str, value: Any) -> Iterator[Fault]:
     """True or False."""
     if not isinstance(value, bool):
-        yield Fault(place, f"{said(value)} is {_type(value)}, not a bool", "use True or False")
+        yield Fault(place, f"{said(value)} is {kind_of(value)}, not a bool", "use True or False")
 
 
 def text(place: str, value: Any) -> Iterator[Fault]:
     """A str that a file can hold."""
     if not isinstance(value, str):
-        yield Fault(place, f"{said(value)} is {_type(value)}, not a str", 'write source="arXiv 2402.02750, section 3"')
+        yield Fault(
+            place, f"{said(value)} is {kind_of(value)}, not a str", 'write source="arXiv 2402.02750, section 3"'
+        )
         return
     if len(value) > LONGEST_SOURCE:
         fact = f"{len(value)} characters are more than {LONGEST_SOURCE}"
@@ -263,31 +265,7 @@ def one_of(example: str, *kinds: type[Part], optional: bool = False) -> Check:
         elif isinstance(value, type):
             yield Fault(place, f"{value.__name__} is the class itself, not a value of it", f"write {example}")
         else:
-            yield Fault(place, f"{said(value)} is {_type(value)}, not {names}", f"write {example}")
-
-    return check
-
-
-def table(what: str, example: str) -> Check:
-    """Pairs of the indices of layers, or kv heads, and the scheme of those."""
-
-    def check(place: str, value: Any) -> Iterator[Fault]:
-        if not isinstance(value, tuple) or not all(isinstance(row, tuple) and len(row) == 2 for row in value):
-            yield Fault(
-                place, f"{said(value)} is no table of {place}", f"write {place}={{{example}, range(1, 4): kivi4}}"
-            )
-            return
-        for key, scheme in value:
-            here = f"{place}[{said(key[0], 20) if len(key) == 1 else said(key, 20)}]"
-            if not key:
-                yield Fault(here, f"names no {what}", f"write {place}={{{example}}}")
-            for index in key:
-                if type(index) is not int or not -MOST_LAYERS <= index < MOST_LAYERS:
-                    yield Fault(
-                        here, f"{said(index)} is no {what} index", f"use an int, as 0, or -1 for the last {what}"
-                    )
-            if not isinstance(scheme, Scheme):
-                yield Fault(here, f"{said(scheme)} is {_type(scheme)}, not a Scheme", f"write {place}={{{example}}}")
+            yield Fault(place, f"{said(value)} is {kind_of(value)}, not {names}", f"write {example}")
 
     return check
 
@@ -375,8 +353,6 @@ KINDS: dict[type[Part], dict[str, Check]] = {
         "sinks": one_of("sinks=Sinks(4)", Sinks, optional=True),
         "recent": one_of("recent=Recent(128)", Recent, optional=True),
         "prefill": word(Prefill),
-        "layers": table("layer", "0: fp16"),
-        "heads": table("kv head", "0: fp16"),
         "source": text,
     },
 }

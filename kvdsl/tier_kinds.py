@@ -1,4 +1,4 @@
-"""What the fields of tiers and routers may hold."""
+"""What the fields of tiers and routers, and the tables of layers and kv heads, may hold."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from .errors import Fault
-from .kinds import KINDS, LARGEST_SEED, LONGEST_WINDOW, count, flag, one_of, said, share, word
+from .kinds import KINDS, LARGEST_SEED, LONGEST_WINDOW, Check, count, flag, kind_of, one_of, said, share, word
 from .scheme import Scheme, Store
 from .tiers import Largest, Metric, Moves, Origin, Probes, Requantize, Router, Saliency, Statistic, Tier
 
+MOST_LAYERS = 4096
 MOST_TIERS = 8
 MOST_NEIGHBOURS = 63
 TIER_BITS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 16)
@@ -67,6 +68,30 @@ def tiers(place: str, value: Any) -> Iterator[Fault]:
         yield from one_of("Tier(4, top=0.6)", Tier)(f"{place}[{position}]", item)
 
 
+def table(what: str, example: str) -> Check:
+    """Pairs of the indices of layers, or kv heads, and the scheme of those."""
+
+    def check(place: str, value: Any) -> Iterator[Fault]:
+        if not isinstance(value, tuple) or not all(isinstance(row, tuple) and len(row) == 2 for row in value):
+            yield Fault(
+                place, f"{said(value)} is no table of {place}", f"write {place}={{{example}, range(1, 4): kivi4}}"
+            )
+            return
+        for key, scheme in value:
+            here = f"{place}[{said(key[0], 20) if len(key) == 1 else said(key, 20)}]"
+            if not key:
+                yield Fault(here, f"names no {what}", f"write {place}={{{example}}}")
+            for index in key:
+                if type(index) is not int or not -MOST_LAYERS <= index < MOST_LAYERS:
+                    yield Fault(
+                        here, f"{said(index)} is no {what} index", f"use an int, as 0, or -1 for the last {what}"
+                    )
+            if not isinstance(scheme, Scheme):
+                yield Fault(here, f"{said(scheme)} is {kind_of(scheme)}, not a Scheme", f"write {place}={{{example}}}")
+
+    return check
+
+
 _store = one_of("Store(Uniform(bits=4), scale=per_token())", Store, optional=True)
 
 KINDS |= {
@@ -91,6 +116,8 @@ KINDS |= {
     },
 }
 KINDS[Scheme] |= {
+    "layers": table("layer", "0: fp16"),
+    "heads": table("kv head", "0: fp16"),
     "tiers": tiers,
     "router": one_of('Saliency("normalized", every=100)', Router, optional=True),
     "requantize": word(Requantize),

@@ -5,11 +5,12 @@ and values: those with the smallest values are taken.  On SmolLM2 the four with 
 attention, the first four 36 %, the four that receive most 46 %.
 """
 
-from kvdsl.scheme import Largest, Tier
+from kvdsl.scheme import Largest, Recent, Scheme, Store, Tier, Uniform, per_channel, per_token
 
-from .kivi import kivi2
-
-kvsink2 = kivi2.with_(
+kvsink2 = Scheme(
+    keys=Store(Uniform(2), scale=per_channel(tokens=32)),
+    values=Store(Uniform(2), scale=per_token(channels=32)),
+    recent=Recent(128),
     tiers=(Tier(16, top=4), Tier()),
     router=Largest("values", "norm", smallest=True),
     source="arXiv 2508.04257, sinks told by their values",

@@ -329,7 +329,7 @@ def test_batch_rows_do_not_meet() -> None:
 
 def test_the_reference_knows_nothing_of_the_compiler() -> None:
     """Who checks generated code must not share its algebra, its layout or its window."""
-    shared = ("scheme", "codes", "transforms", "errors", "shape", "levels", "matrices", "rope")
+    shared = ("scheme", "codes", "tiers", "transforms", "errors", "shape", "levels", "matrices", "probes", "rope")
     language = {f"kvdsl.{name}" for name in shared}
     allowed = language | {"torch", "numpy", "numpy.typing"}
     standard = {"__future__", "collections.abc", "dataclasses", "math", "typing"}

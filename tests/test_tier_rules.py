@@ -202,3 +202,17 @@ def test_largest_tokens_come_first() -> None:
         assert (where == 0).sum(2).tolist() == [[1, 1]] and where[0, *place] == 0
     where = kvdsl.labels(Scheme(both=FOUR, tiers=tier, router=Largest(smallest=True)), k.repeat(1, 2, 1, 1), k, v)
     assert where[0, 0, 5] == 1
+
+
+def test_bits_accounted_are_bytes_held() -> None:
+    """P31: of tiers of whole pages, codes and scales to the byte, and four bytes for each place that a token takes."""
+    q, k, v = data(256)
+    scheme = Scheme(both=FOUR, tiers=TWO, router=Saliency(probes=Probes(recent=4), every=64))
+    cache = TieredCache(kvdsl.build_tiers(scheme, Shape(32, 2, 4, "fp32"), "torch"), 1)
+    cache.append_and_attend(q, k, v)
+    counted = kvdsl.bits(scheme, 32, 2, tokens=256)
+    held = [one for one in cache.tiers if one is not None]
+    pages = sum(len(set(one.cache.held())) * one.cache.kernels.page_bytes for one in held)
+    places = sum(4 * 2 * sum(one.counts) for one in held)
+    assert [one.counts for one in held] == [(128,), (128,)]
+    assert 8 * (pages + places) == pytest.approx(counted.mean * 2 * 256 * 2 * 32, abs=1e-6)
