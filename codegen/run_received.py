@@ -9,22 +9,15 @@ from torch import Tensor
 
 from kvdsl.kernels import AttentionState, Params
 
-from .run_triton import LOG2E, TritonModule
+from .run_triton import TritonModule
 
 
 class TritonReceived(TritonModule):
     """All kernels of one generated module."""
 
-    def _reading(self, query: Tensor, position: Tensor, state: AttentionState, params: Params) -> dict[str, Any]:
+    def _asking(self, query: Tensor, position: Tensor, state: AttentionState, params: Params) -> dict[str, Any]:
         """The arguments that both kernels share."""
-        capped = state.softcap is not None
-        return {
-            **self._query(query, state.longest, params), "table_ptr": state.table, "packed_keys_ptr": state.packed_keys,
-            "length_ptr": state.length, "start_ptr": state.start, "first_ptr": state.first,
-            "key_rows_ptr": state.key_rows, "position_ptr": position.contiguous(), "queries": query.shape[2],
-            "table_width": state.table.shape[1], "ring": state.key_rows.shape[2] - self.plan.sinks,
-            "scaling": state.scaling * (1.0 if capped else LOG2E), "softcap": state.softcap if capped else 1.0,
-        }  # fmt: skip
+        return {**self._reading(query, state, params), "position_ptr": position.contiguous()}
 
     def _edge_tiles(self, state: AttentionState) -> int:
         """At most this many tiles hold tokens of no page that is packed throughout: the sinks, what the ring has room
@@ -41,7 +34,7 @@ class TritonReceived(TritonModule):
         splits = self.splits(programs * blocks, state.longest)
         edges = max(1, min(self._edge_tiles(state), 2 * self.processors() // max(1, programs * blocks)))
         out = torch.empty(splits + edges, batch, heads, queries, dtype=torch.float32, device=query.device)
-        given = self._reading(query, position, state, params)
+        given = self._asking(query, position, state, params)
         given |= {"splits": splits, "edge_splits": edges, "out_ptr": out}
         self._run("reach", (programs, splits + edges, blocks), given, state.pool, params)
         return out.logsumexp(0)
@@ -55,7 +48,7 @@ class TritonReceived(TritonModule):
         first, second = (torch.empty(size, dtype=torch.float32, device=query.device).zero_() for _ in range(2))
         tiles = min(state.packed_most, state.longest) // self.plan.layout.page_tokens
         tiles *= self.plan.layout.page_tokens // self.plan.tile
-        given = self._reading(query, position, state, params)
+        given = self._asking(query, position, state, params)
         given |= {"tiles": tiles, "longest": state.longest, "lse_ptr": lse.contiguous()}
         given |= {"sum_ptr": first, "square_ptr": second}
         self._run("received", (programs, tiles + self._edge_tiles(state)), given, state.pool, params)

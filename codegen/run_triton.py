@@ -129,22 +129,27 @@ class TritonModule(PageModule):
             before += count
         return end.module._output("merge" if end.plain else "unite", end, scratch, before)
 
-    def _attend(self, part: Part, into: Scratch) -> None:
-        """Write the partials of a segment of this scheme."""
-        query, state, queries = part.query, part.state, part.query.shape[2]
+    def _reading(self, query: Tensor, state: AttentionState, params: Params) -> dict[str, Any]:
+        """The arguments of a kernel that reads a state for a query."""
         capped = state.softcap is not None
-        given = {
-            **self._query(query, state.longest, part.params), "table_ptr": state.table,
-            "packed_keys_ptr": state.packed_keys, "packed_values_ptr": state.packed_values,
-            "length_ptr": state.length, "start_ptr": state.start, "first_ptr": state.first,
-            "key_rows_ptr": state.key_rows, "value_rows_ptr": state.value_rows, **into, "queries": queries,
-            "table_width": state.table.shape[1], "ring": state.key_rows.shape[2] - self.plan.sinks,
-            "window": NO_WINDOW if state.window is None else state.window, "ahead": state.ahead,
-            "splits": part.clean, "edge_splits": part.edges,
+        return {
+            **self._query(query, state.longest, params), "queries": query.shape[2], "table_ptr": state.table,
+            "table_width": state.table.shape[1], "packed_keys_ptr": state.packed_keys,
+            "packed_values_ptr": state.packed_values, "length_ptr": state.length, "start_ptr": state.start,
+            "first_ptr": state.first, "key_rows_ptr": state.key_rows, "value_rows_ptr": state.value_rows,
+            "ring": state.key_rows.shape[2] - self.plan.sinks,
             "scaling": state.scaling * (1.0 if capped else LOG2E), "softcap": state.softcap if capped else 1.0,
         }  # fmt: skip
-        grid = (part.programs, part.count, part.blocks)
-        self._run("decode" if queries == 1 else "extend", grid, given, state.pool, part.params)
+
+    def _attend(self, part: Part, into: Scratch) -> None:
+        """Write the partials of a segment of this scheme."""
+        state = part.state
+        given = {
+            **self._reading(part.query, state, part.params), **into, "splits": part.clean, "edge_splits": part.edges,
+            "window": NO_WINDOW if state.window is None else state.window, "ahead": state.ahead,
+        }  # fmt: skip
+        kernel = "decode" if part.query.shape[2] == 1 else "extend"
+        self._run(kernel, (part.programs, part.count, part.blocks), given, state.pool, part.params)
 
     def _collect(self, part: Part, into: Scratch, like: Part) -> None:
         """Write one partial of every row, of the head's own numbers, at its place among those of another segment."""

@@ -38,6 +38,7 @@ class View:
 
 
 Stage = tuple[dict[str, Any], list[str]]
+BITS = "bits an element   code  metadata  padding   window    total"
 
 
 def show(view: View, stage: str) -> Stage:
@@ -59,21 +60,12 @@ def tiers_cost(view: View) -> Stage:
     """Bits an element of a scheme with tiers, with their formula."""
     shape = view.shape
     found = cost.bits(view.scheme, shape.head_dim, shape.kv_heads, view.tokens)
-    data: dict[str, Any] = {
-        side: {"code": part.code, "metadata": part.metadata, "padding": part.padding, "window": part.window,
-               "total": part.total, "formula": found.formula(side)}
-        for side in SIDES if (part := found.side(side))
-    }  # fmt: skip
-    lines = ["bits an element   code  metadata  padding   window    total"]
-    lines += [
-        f"{side:15s} {part.code:6.3f} {part.metadata:9.3f} {part.padding:8.3f} {part.window:8.3f} {part.total:8.3f}"
-        for side in SIDES
-        if (part := found.side(side))
-    ]
-    lines += ["", *(f"{side}: {found.formula(side)}" for side in SIDES)]
+    sides: dict[str, Any] = {side: _side_bits(found, side) for side in SIDES}
+    lines = [BITS, *(_row_of_bits(side, part) for side, part in sides.items()), ""]
+    lines += [f"{side}: {part['formula']}" for side, part in sides.items()]
     if view.tokens is None:
         lines.append("of a sequence without end, its exact tokens not counted; --tokens N counts those of N tokens")
-    return data | {"mean": found.mean, "constants_bytes": found.constants}, lines
+    return {**sides, "mean": found.mean, "constants_bytes": found.constants}, lines
 
 
 def scheme_stage(view: View) -> Stage:
@@ -189,12 +181,8 @@ def cost_stage(view: View) -> Stage:
         "page_tokens": layout.page_tokens,
         "page_bytes": layout.page_bytes,
     }
-    lines = ["bits an element   code  metadata  padding   window    total   formula of a packed number"]
-    for side in SIDES:
-        part = sides[side]
-        widths = {"code": 6, "metadata": 9, "padding": 8, "window": 8, "total": 8}
-        numbers = " ".join(f"{part[name]:{width}.3f}" for name, width in widths.items())
-        lines.append(f"{side:15s} {numbers}   {part['formula']}")
+    lines = [f"{BITS}   formula of a packed number"]
+    lines += [f"{_row_of_bits(side, sides[side])}   {sides[side]['formula']}" for side in SIDES]
     lines += [
         f"mean            {found.mean:41.3f}",
         "",
@@ -222,7 +210,7 @@ def _read_again(plan: Plan, read: float) -> list[str]:
     return [f"bytes read a token        {read:g}, as each of {' and of '.join(several)} is read for all of them"]
 
 
-def _side_cost(plan: Plan, found: cost.Bits, side: Side) -> dict[str, Any]:
+def _side_bits(found: cost.Bits, side: Side) -> dict[str, Any]:
     part = found.side(side)
     return {
         "code": part.code,
@@ -231,6 +219,17 @@ def _side_cost(plan: Plan, found: cost.Bits, side: Side) -> dict[str, Any]:
         "window": part.window,
         "total": part.total,
         "formula": found.formula(side),
+    }
+
+
+def _row_of_bits(side: str, part: dict[str, Any]) -> str:
+    widths = {"code": 6, "metadata": 9, "padding": 8, "window": 8, "total": 8}
+    return f"{side:15s} " + " ".join(f"{part[name]:{width}.3f}" for name, width in widths.items())
+
+
+def _side_cost(plan: Plan, found: cost.Bits, side: Side) -> dict[str, Any]:
+    return {
+        **_side_bits(found, side),
         "multiplications": _products(plan, plan.side(side)),
         "residual": [{"multiplications": _products(plan, term)} for term in plan.side(side).terms[1:]],
     }

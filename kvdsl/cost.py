@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from fractions import Fraction
 
 from .codes import SLOT_TOKENS, in_trits, trit_bytes, width
@@ -126,7 +126,7 @@ def _layer(scheme: Scheme, shape: Shape, tokens: int | None) -> tuple[tuple[Side
     """Bits of both sides, the mean over groups of heads by their number, and bytes of constants."""
     pairs, constants = list[tuple[SideBits, SideBits]](), 0
     for heads, one in scheme.by_heads(shape.kv_heads):
-        group = replace(shape, kv_heads=len(heads), q_heads=None)
+        group = shape.of_heads(len(heads))
         stores = [plain.side(side) for plain in _plain(one) for side in SIDES]
         pairs += [_sides(one, group, tokens)] * len(heads)
         constants += sum(_constants(store, group) for store in stores)

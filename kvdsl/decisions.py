@@ -43,18 +43,16 @@ class Decision:
         self.due = [one.tokens > 0 for one in dues]
         self.held = [tuple(cache.counts(number)[b] for number in range(len(self.tiers))) for b in range(len(dues))]
         self.more = [
-            grown(self.scheme, one, has) if one.tokens else (0,) * len(has)
-            for one, has in zip(dues, self.held, strict=True)
+            self._counted(b, one) if choice is not None else grown(self.scheme, one, has)
+            for b, (one, has) in enumerate(zip(dues, self.held, strict=True))
         ]
-        if choice is not None:
-            self.more = [self._counted(b, one) for b, one in enumerate(dues)]
         self.kept = [
             (number, tier, max(tier.counts))
             for number, tier in enumerate(self.tiers)
             if tier is not None and any(tier.counts) and (self.anew or self.moves != "new")
         ]
         self.new = max(one.tokens for one in dues)
-        self.places = self.front.places(self.new)
+        self.places = self.front.places(self.new)[:, None].expand(-1, self.front.keys.shape[1], -1)
         self.where, self.position = self._pool()
 
     def send(self) -> None:
@@ -108,9 +106,8 @@ class Decision:
             begin = column([self.front.sinks + one.begin for one in self.dues], self.device)
             at = (begin + torch.arange(self.new, device=self.device)).clamp(max=self.choice.shape[2] - 1)
             new = self.choice.gather(2, at[:, None].expand(-1, self.choice.shape[1], -1))
-            return torch.cat(
-                [held[:, :, : held.shape[2] - self.new], new.masked_fill(self.where[:, :, -self.new :] != NEW, NONE)], 2
-            )
+            new = new.masked_fill(self.where[:, :, -self.new :] != NEW, NONE)
+            return torch.cat([held[:, :, : held.shape[2] - self.new], new], 2)
         if decides_by_position(self.router):
             rows = [labels_of(self.scheme, one.begin, one.end, one.prompt) for one in self.dues]
             new = torch.stack([torch.nn.functional.pad(x, (0, self.new - len(x)), value=NONE) for x in rows])
@@ -134,8 +131,7 @@ class Decision:
         heads, router = self.front.keys.shape[1], self.router
         if not isinstance(router, Saliency):
             assert router is not None
-            index = self.places[:, None].expand(-1, heads, -1)
-            new = router.importance(*(picked(self.front.rows(side), index) for side in SIDES)).float()
+            new = router.importance(*(picked(self.front.rows(side), self.places) for side in SIDES)).float()
             return torch.nn.functional.pad(new, (self.where.shape[2] - self.new, 0))
         first, lengths = [prompt is None for prompt in self.cache.prompts], self.cache.lengths
         one, two, queries = self._sums(router, first)
@@ -158,11 +154,7 @@ class Decision:
     def _sums(self, router: Saliency, first: Sequence[bool]) -> tuple[Tensor, Tensor, Sequence[int]]:
         """Sums of the weights that the pool's tokens receive, and of their squares, and how many queries there were."""
         if router.carried:
-            parts = [tier.beside.sums[..., :width] for _, tier, width in self.kept]
-            index = self.places[:, None].expand(-1, self.front.keys.shape[1], -1)
-            new = self.front.sums.gather(3, index.expand(router.carried, *index.shape))
-            found = torch.cat([*parts, new], 3)
-            return found[0], found[-1], self.cache.lengths
+            return self._sums_of_pool[0], self._sums_of_pool[-1], self.cache.lengths
         watch, front = self.cache.watch, self.front
         rows = chosen_rows(watch, first, front.lengths, front.gone)
         exact, *tiers = self.reads
@@ -222,15 +214,13 @@ class Decision:
     @cached_property
     def _numbers(self) -> Tokens:
         """The numbers of the whole pool (B, H, L, D), float32, as they were before any tier changed."""
-        index = self.places[:, None].expand(-1, self.front.keys.shape[1], -1)
-        new = {side: picked(self.front.rows(side), index).float() for side in SIDES}
+        new = {side: picked(self.front.rows(side), self.places).float() for side in SIDES}
         return {side: torch.cat([*(tier.numbers(side) for _, tier, _ in self.kept), new[side]], 2) for side in SIDES}
 
     @cached_property
     def _sums_of_pool(self) -> Tensor:
         """The sums that are carried on of the whole pool (sums, B, H, L)."""
-        index = self.places[:, None].expand(-1, self.front.keys.shape[1], -1)
-        new = self.front.sums.gather(3, index.expand(len(self.front.sums), *index.shape))
+        new = self.front.sums.gather(3, self.places.expand(len(self.front.sums), *self.places.shape))
         return torch.cat([*(tier.beside.sums[..., :width] for _, tier, width in self.kept), new], 3)
 
     def _sums_of(self, index: Tensor) -> Tensor:
@@ -263,7 +253,7 @@ class Decision:
     def _new_rows(self, index: Tensor) -> Tokens:
         """Exact rows of new tokens, by their places in the pool (B, H, K)."""
         behind = (index - (self.where.shape[2] - self.new)).clamp(min=0)
-        places = self.places[:, None].expand(-1, index.shape[1], -1).gather(2, behind)
+        places = self.places.gather(2, behind)
         return {side: picked(self.front.rows(side), places) for side in SIDES}
 
     def _rows(self, index: Tensor) -> Tokens:

@@ -134,10 +134,9 @@ class Front:
         out[..., : index.shape[-1], :] = picked
         return out
 
-    def places(self, most: int, skip: Sequence[int] | None = None) -> Tensor:
-        """The rows of the first `most` waiting tokens, int64 (B, most) on the device; behind `skip_b` of them."""
-        skipped = skip or (0,) * len(self.gone)
-        first = [g - b + s for g, b, s in zip(self.gone, self.base, skipped, strict=True)]
+    def places(self, most: int) -> Tensor:
+        """The rows of the first `most` waiting tokens, int64 (B, most) on the device."""
+        first = [g - b for g, b in zip(self.gone, self.base, strict=True)]
         begin = upload(first, self.keys.device, torch.int64)[:, None]
         return self.sinks + torch.remainder(begin + torch.arange(most, device=self.keys.device), self.ring)
 

@@ -6,25 +6,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from .errors import CacheError
-from .kernels import Params, Side
-from .params import ROPE
+from .head_groups import HeadGroup, joined
+from .kernels import Side
 
 
-class Group(NamedTuple):
-    """Some kv heads of a layer, and the cache, of one scheme, that holds them: a QuantizedCache, or a TieredCache."""
+class Held(NamedTuple):
+    """A group of heads, and the cache, of one scheme, that holds them: a QuantizedCache, or a TieredCache."""
 
-    heads: tuple[int, ...]
+    group: HeadGroup
     cache: Any
-
-    def of(self, x: Tensor, kv_heads: int) -> Tensor:
-        """The group's heads of keys, values or queries (B, heads, T, D)."""
-        group = x.shape[1] // kv_heads
-        index = [head * group + i for head in self.heads for i in range(group)]
-        return x[:, index].contiguous()
 
 
 class HeadCache:
@@ -33,10 +25,8 @@ class HeadCache:
     groups    of all kv heads of a layer, each once
     """
 
-    def __init__(self, groups: Sequence[Group]) -> None:
+    def __init__(self, groups: Sequence[Held]) -> None:
         self.groups = tuple(groups)
-        self.kv_heads = sum(len(one.heads) for one in groups)
-        self._order = torch.tensor([head for one in groups for head in one.heads]).argsort()
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -62,11 +52,11 @@ class HeadCache:
 
     def bits(self) -> float:
         """Bits held for each number of the keys and values seen so far, everything included."""
-        return sum(one.cache.bits() * len(one.heads) for one in self.groups) / self.kv_heads
+        return sum(one.cache.bits() * len(one.group.heads) / one.group.kv_heads for one in self.groups)
 
     def stats(self) -> dict[str, Any]:
-        """bytes, bits, tokens, requantized_tokens of all groups; `heads`: the same of each."""
-        each = [{"heads": list(one.heads), **one.cache.stats()} for one in self.groups]
+        """bytes, bits, tokens, requantized_tokens of all groups; `groups`: the same of each, and its heads."""
+        each = [{"heads": list(one.group.heads), **one.cache.stats()} for one in self.groups]
         again = sum(one["requantized_tokens"] for one in each)
         whole = {"bytes": self.nbytes, "bits": self.bits(), "tokens": sum(self.lengths), "requantized_tokens": again}
         return {**whole, "groups": each}
@@ -79,7 +69,7 @@ class HeadCache:
     def attend(self, query: Tensor, state: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         """Attention of query (B, Hq, Q, D): (out (B, Hq, Q, D), lse (B, Hq, Q) float32)."""
         pairs = zip(self.groups, state, strict=True)
-        found = [one.cache.attend(one.of(query, self.kv_heads), own) for one, own in pairs]
+        found = [one.cache.attend(one.group.of(query), own) for one, own in pairs]
         out, lse = (self._joined(parts) for parts in zip(*found, strict=True))
         return out, lse
 
@@ -89,27 +79,20 @@ class HeadCache:
 
     def _joined(self, parts: Sequence[Tensor]) -> Tensor:
         """Parts (B, heads, ...) of the groups in the order of the layer's heads."""
-        whole = torch.cat(list(parts), 1)
-        group = whole.shape[1] // self.kv_heads
-        places = self._order[:, None] * group + torch.arange(group)
-        return whole[:, places.flatten().tolist()]
+        return joined([one.group for one in self.groups], parts)
 
     # -- changing -----------------------------------------------------------------------------------------------------
 
     def append(self, keys: Tensor, values: Tensor, **options: Any) -> tuple[Any, ...]:
         """Add keys and values (B, H, m, D); returns what the attention of this step reads."""
         with self._together():
-            return tuple(
-                one.cache.append(one.of(keys, self.kv_heads), one.of(values, self.kv_heads), **options)
-                for one in self.groups
-            )
+            return tuple(one.cache.append(one.group.of(keys), one.group.of(values), **options) for one in self.groups)
 
     def route(self, query: Tensor | None, state: tuple[Any, ...], lse: Tensor | None = None) -> None:
         """Behind a step's attention: groups with tiers send on what is due."""
         with self._together():
             for one, own in zip(self.groups, state, strict=True):
-                given = (None if x is None else one.of(x, self.kv_heads) for x in (query, lse))
-                asked, found = given
+                asked, found = (None if x is None else one.group.of(x) for x in (query, lse))
                 one.cache.route(asked, own, found)
 
     def append_and_attend(self, query: Tensor, keys: Tensor, values: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
@@ -155,19 +138,3 @@ class HeadCache:
             for one, mark in zip(self.groups, marks, strict=True):
                 one.cache.back(mark)
             raise
-
-
-def of_group(params: Params, heads: Sequence[int], listed: bool) -> dict[str, Tensor]:
-    """The numbers of one group of heads: `heads[h].keys.scale` of listed ones, h the first of them, else those without
-    such a place; frequencies of PreRope are of all."""
-    prefix = f"heads[{heads[0]}]."
-    if not listed:
-        return {name: x for name, x in params.items() if not name.startswith("heads[")}
-    own = {name.removeprefix(prefix): x for name, x in params.items() if name.startswith(prefix)}
-    return ({ROPE: params[ROPE]} if ROPE in params else {}) | own
-
-
-def refuse_window(window: int | None, routed: bool) -> None:
-    """CacheError for tiers in a layer that attends in a sliding window."""
-    if window is not None and routed:
-        raise CacheError(f"cache: a sliding window of {window} over tokens in tiers, whose order is not kept")

@@ -34,6 +34,24 @@ def refuse_tensor(name: str, tensor: Tensor, sizes: tuple[int | None, ...], shap
         )
 
 
+def checked_pair(
+    keys: Tensor, values: Tensor, counts: Sequence[int] | None, batch: int, shape: Shape, device: torch.device
+) -> tuple[int, ...]:
+    """How many of a step's m tokens each sequence takes, all by default, of keys and values (B, H, m, D); ShapeError
+    where one of these does not fit the cache or the other."""
+    for name, tensor in (("keys", keys), ("values", values)):
+        refuse_tensor(name, tensor, (batch, shape.kv_heads, None, shape.head_dim), shape, device)
+    chunk = keys.shape[2]
+    if values.shape[2] != chunk:
+        raise ShapeError(f"values: {values.shape[2]} tokens beside {chunk} of keys; give both the same")
+    return (chunk,) * batch if counts is None else checked_counts("counts", counts, (chunk,) * batch)
+
+
+def refuse_query(query: Tensor, batch: int, shape: Shape, device: torch.device) -> None:
+    """ShapeError unless the query (B, Hq, Q, D) fits the cache."""
+    refuse_tensor("query", query, (batch, shape.q_heads, None, shape.head_dim), shape, device)
+
+
 def checked_counts(name: str, counts: Sequence[int], most: Sequence[int]) -> tuple[int, ...]:
     """Host integers, one a sequence, from 0 to most_b; else ShapeError."""
     values = tuple(counts)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 
-from .head_cache import Group, HeadCache, of_group, refuse_window
-from .kernels import Backend, KernelSet, Params
+from .errors import CacheError
+from .head_cache import HeadCache, Held
+from .head_groups import head_groups
+from .kernels import Backend, Params
 from .quantized_cache import QuantizedCache
 from .scheme import Scheme
 from .shape import Shape
-from .tier_kernels import TierKernels
+from .tier_kernels import Build, TierKernels
 from .tiered_cache import TieredCache
 
-Build = Callable[[Scheme, Shape, Backend | None], KernelSet]
 BuildTiers = Callable[[Scheme, Shape, Backend | None], TierKernels]
 AnyCache = QuantizedCache | TieredCache | HeadCache
 
@@ -35,19 +35,20 @@ def made(
     **options: Any,
 ) -> AnyCache:
     """An empty cache of `batch` sequences: a QuantizedCache, where tokens go to tiers a TieredCache, and where heads
-    have schemes of their own a HeadCache of these.  Other options as for QuantizedCache."""
+    have schemes of their own a HeadCache of these.  Other options as for QuantizedCache.
+
+    Raises CacheError for tiers in a layer that attends in a sliding window."""
     if scheme.heads:
-        groups = []
-        for heads, one in scheme.by_heads(shape.kv_heads):
-            own = replace(shape, kv_heads=len(heads), q_heads=len(heads) * shape.group)
-            numbers = of_group(params or {}, heads, any(one is listed for _, listed in scheme.heads))
+        held = []
+        for group in head_groups(scheme, shape.kv_heads):
             cache = made(
-                one, own, batch, build, build_tiers, backend=backend, device=device, params=numbers, window=window,
-                **options,
+                group.scheme, shape.of_heads(len(group.heads)), batch, build, build_tiers, backend=backend,
+                device=device, params=group.params(params or {}), window=window, **options,
             )  # fmt: skip
-            groups.append(Group(heads, cache))
-        return HeadCache(groups)
-    refuse_window(window, scheme.routed)
+            held.append(Held(group, cache))
+        return HeadCache(held)
+    if window is not None and scheme.routed:
+        raise CacheError(f"cache: a sliding window of {window} over tokens in tiers, whose order is not kept")
     if scheme.routed:
         return TieredCache(build_tiers(scheme, shape, backend), batch, device=device, params=params, **options)
     return QuantizedCache(build(scheme, shape, backend), batch, device=device, params=params, window=window, **options)

@@ -166,6 +166,11 @@ def _fit(made: Params, side: Side, store: Store, shape: Shape) -> None:
             )
 
 
+def within(params: Params, prefix: str) -> dict[str, Tensor]:
+    """The numbers whose names stand behind a prefix, without it."""
+    return {name.removeprefix(prefix): x for name, x in params.items() if name.startswith(prefix)}
+
+
 def save(path: str | Path, scheme: Scheme, params: Params) -> None:
     """Write a safetensors file of float32 tensors that carries the scheme's hash; it appears complete or not at all."""
     from safetensors.torch import save as to_bytes

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import CacheError, ShapeError
-from .inputs import checked_counts, checked_index, checked_number, refuse_tensor
+from .inputs import checked_counts, checked_index, checked_number, checked_pair, refuse_query
 from .kernels import AttentionState, KernelSet, Params, Side
 from .members import Member, Policy
 from .pages import ZERO, PagePool
@@ -126,7 +126,7 @@ class QuantizedCache:
 
     def attend(self, query: Tensor, state: AttentionState) -> tuple[Tensor, Tensor]:
         """Attention of query (B, Hq, Q, D) over a state: (out (B, Hq, Q, D), lse (B, Hq, Q) float32), see KernelSet."""
-        self._check_query(query)
+        refuse_query(query, self.batch, self.kernels.shape, self.device)
         if not query.numel():
             return torch.empty_like(query), query.new_zeros(query.shape[:3], dtype=torch.float32)
         return self.kernels.attend(query, state, self.params)
@@ -187,7 +187,7 @@ class QuantizedCache:
 
         ShapeError names a wrong tensor, CacheError a full pool; either way nothing has changed.
         """
-        counts = self._checked(keys, values, counts)
+        counts = checked_pair(keys, values, counts, self.batch, self.kernels.shape, self.device)
         with self._changing() as now:
             step = self._machine.append(now, {"keys": keys, "values": values}, counts)
             state = self._scaled(step.state, scaling, softcap)
@@ -205,8 +205,8 @@ class QuantizedCache:
         softcap: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         """One step: append, then attention of query (B, Hq, Q, D) over it.  A failure in either undoes both."""
-        self._check_query(query)
-        counts = self._checked(keys, values, counts)
+        refuse_query(query, self.batch, self.kernels.shape, self.device)
+        counts = checked_pair(keys, values, counts, self.batch, self.kernels.shape, self.device)
         with self._changing() as now:
             step = self._machine.append(now, {"keys": keys, "values": values}, counts)
             result = self.attend(query, self._scaled(step.state, scaling, softcap))
@@ -348,20 +348,6 @@ class QuantizedCache:
     def _commit(self, after: Now, dropped: Sequence[int] = ()) -> None:
         self._now = after
         self.pool.release(dropped)
-
-    def _checked(self, keys: Tensor, values: Tensor, counts: Sequence[int] | None) -> tuple[int, ...]:
-        shape = self.kernels.shape
-        for name, tensor in (("keys", keys), ("values", values)):
-            refuse_tensor(name, tensor, (self.batch, shape.kv_heads, None, shape.head_dim), shape, self.device)
-        chunk = keys.shape[2]
-        if values.shape[2] != chunk:
-            raise ShapeError(f"values: {values.shape[2]} tokens beside {chunk} of keys; give both the same")
-        return (chunk,) * self.batch if counts is None else checked_counts("counts", counts, (chunk,) * self.batch)
-
-    def _check_query(self, query: Tensor) -> None:
-        shape = self.kernels.shape
-        sizes = (self.batch, shape.q_heads or shape.kv_heads, None, shape.head_dim)
-        refuse_tensor("query", query, sizes, shape, self.device)
 
     def _scaled(self, state: AttentionState, scaling: float | None, softcap: float | None) -> AttentionState:
         return replace(state, scaling=state.scaling if scaling is None else scaling, softcap=softcap)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .errors import ShapeError
+from .errors import Fault, SchemeError, ShapeError
 from .inputs import refuse_tensor
 from .kernels import Backend, Params
 from .routing import column
@@ -26,8 +26,6 @@ def labels(
     q (B, Hq, T, D), k and v (B, H, T, D): the prompt, in one step.  Raises ShapeError (a tensor), SchemeError (a scheme
     without tiers, or one that does not fit the shape), BackendError.
     """
-    from .errors import Fault, SchemeError
-
     if not scheme.routed:
         raise SchemeError(
             (Fault("tiers", "there are none, so that no token is sent anywhere", "add tiers and a router"),)
@@ -43,7 +41,7 @@ def roundtrip(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `kvdsl.roundtrip`."""
     cache, _ = _filled(scheme, k, v, None, backend, window, params, choice, queries, k.shape[2])
-    keys, values = (_numbers(cache, side)[0].to(k.device) for side in SIDES)
+    keys, values = (held(cache, side, torch.float32)[0].to(k.device) for side in SIDES)
     return keys, values
 
 
@@ -55,7 +53,7 @@ def scores(
     cache, query = _filled(scheme, k, k, q, backend, window, params, choice, queries, k.shape[2])
     assert query is not None
     group = query.shape[1] // k.shape[1]
-    numbers, _ = _numbers(cache, "keys")
+    numbers, _ = held(cache, "keys", torch.float32)
     found = query.float() @ numbers.repeat_interleave(group, 1).mT
     for tier in cache.tiers:
         if tier is None:
@@ -68,8 +66,7 @@ def scores(
             at = tier.beside.positions[:, :, :most].long() + cache.front.sinks
             valid = torch.arange(most, device=at.device) < column(tier.cache.packed("keys"), at.device)
             at = torch.where(valid[:, None], at, k.shape[2]).repeat_interleave(group, 1)[:, :, None].expand_as(own)
-            wide = torch.nn.functional.pad(found, (0, 1)).scatter(3, at, own)
-            found = wide[..., :-1]
+            found = torch.nn.functional.pad(found, (0, 1)).scatter(3, at, own)[..., :-1]
     return found.to(k.device)
 
 
@@ -149,7 +146,3 @@ def _checked_labels(scheme: Scheme, choice: Tensor, k: Tensor) -> None:
     most = max(1, len(scheme.tiers)) - 1
     if choice.numel() and not -1 <= int(choice.min()) <= int(choice.max()) <= most:
         raise ShapeError(f"labels: {int(choice.min())} to {int(choice.max())}; there are tiers 0 to {most}")
-
-
-def _numbers(cache: TieredCache, side: str) -> tuple[Tensor, Tensor]:
-    return held(cache, side, torch.float32)  # type: ignore[arg-type]

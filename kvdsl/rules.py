@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 from . import (  # noqa: F401  (they enter their rules)
@@ -67,8 +66,7 @@ def shape_faults(scheme: Scheme, shape: Shape) -> tuple[Fault, ...]:
     if scheme.heads:
         if found := tuple(_astray("heads", scheme.heads, shape.kv_heads, "a layer has {} kv heads", "kv head")):
             return found
-        groups = [shape_faults(one, replace(shape, kv_heads=len(heads), q_heads=None))
-                  for heads, one in scheme.by_heads(shape.kv_heads)]  # fmt: skip
+        groups = [shape_faults(one, shape.of_heads(len(heads))) for heads, one in scheme.by_heads(shape.kv_heads)]
         return tuple(dict.fromkeys(fault for group in groups for fault in group))
     if scheme.routed:
         parts = [shape_faults(one.scheme, shape) for one in segments(scheme) if one.scheme is not None]

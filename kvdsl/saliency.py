@@ -89,28 +89,26 @@ def carried(
     tiers: Sequence[SegmentCache],
 ) -> list[Tensor]:  # fmt: skip
     """The sums of all tokens with what the queries (B, Hq, Q, D) of a step, the last counts_b of which are real, give
-    them: of the exact tokens, then of each tier; tensors of their own."""
+    them: of the exact tokens, then of each tier; those before are as they were."""
     queries, device = query.shape[2], query.device
     place = torch.arange(queries, device=device)
     position = place + column(front.held, device) - queries
     rows = Rows(query, torch.where(place >= queries - column(counts, device), position, -1).to(torch.int32))
     lse = reach(rows, reads) if lse is None else lse
-    found = [received(rows, lse, read) if read.state.longest else None for read in reads]
-    exact, *others = found
-    all_sums = [front.sums.clone(), *(tier.beside.sums.clone() for tier in tiers)]
+    exact, *others = (received(rows, lse, read) if read.state.longest else None for read in reads)
+    sums = front.sums
     if exact is not None and (most := max(front.waiting, default=0)):
         skip = column([min(front.sinks, n) for n in front.lengths], device)
-        heads, width = exact[0].shape[1], exact[0].shape[2]
-        at = (torch.arange(most, device=device) + skip)[:, None].expand(-1, heads, -1)
-        index = front.places(most)[:, None].expand(-1, heads, -1)
-        for sums, more in zip(all_sums[0], exact, strict=False):
-            given = more.gather(2, at.clamp(max=width - 1)).masked_fill(at >= width, 0.0)
-            sums.scatter_add_(2, index, given)
-    for own, more_of in zip(all_sums[1:], others, strict=True):
-        if more_of is not None:
-            for sums, more in zip(own, more_of, strict=False):
-                sums[:, :, : more.shape[2]] += more
-    return all_sums
+        more = torch.stack(exact[: len(sums)])
+        at = (torch.arange(most, device=device) + skip)[:, None].expand(*more.shape[:-1], -1)
+        given = more.gather(3, at.clamp(max=more.shape[3] - 1)).masked_fill(at >= more.shape[3], 0.0)
+        sums = sums.scatter_add(3, front.places(most)[:, None].expand_as(at), given)
+    kept = [tier.beside.sums for tier in tiers]
+    for number, found in enumerate(others):
+        if found is not None:
+            more = torch.stack(found[: len(sums)])
+            kept[number] = kept[number] + torch.nn.functional.pad(more, (0, kept[number].shape[3] - more.shape[3]))
+    return [sums, *kept]
 
 
 def chosen_rows(watch: Watch, first: Sequence[bool], lengths: Sequence[int], gone: Sequence[int]) -> Rows:

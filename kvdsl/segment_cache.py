@@ -61,8 +61,7 @@ class SegmentCache:
     @property
     def nbytes(self) -> int:
         """Bytes of pages, exact rows, tables, places, sums, and what is measured."""
-        beside = self.beside
-        affine = sum(one.nbytes for one in beside.affine.values())
+        affine = sum(one.nbytes for one in self.beside.affine.values())
         return self.cache.nbytes + affine + self.routing_bytes
 
     @property
@@ -77,8 +76,7 @@ class SegmentCache:
         (sums, B, H, K)."""
         if not any(counts):
             return
-        before = self.counts
-        self._note(before, counts, positions, sums)
+        self._note(self.counts, counts, positions, sums)
         self.cache.append(*self._coded(tokens), counts=counts)
 
     def rebuild(self, tokens: Tokens, counts: Sequence[int], positions: Tensor, sums: Tensor, due: Sequence[bool],
@@ -137,12 +135,8 @@ class SegmentCache:
             like = self.cache.rows("keys")
             zeros = like.new_zeros(like.shape[0], heads, most, like.shape[3])
             nowhere = torch.zeros(like.shape[0], heads, most, dtype=torch.int64, device=like.device)
-            self.append(
-                {"keys": zeros, "values": zeros},
-                counts,
-                nowhere,
-                self.beside.sums.new_zeros(len(self.beside.sums), *nowhere.shape),
-            )
+            sums = self.beside.sums.new_zeros(len(self.beside.sums), *nowhere.shape)
+            self.append({"keys": zeros, "values": zeros}, counts, nowhere, sums)
         self.cache.own()
 
     def put(self, slots: Tensor, live: Tensor, tokens: Tokens, positions: Tensor, sums: Tensor) -> None:
@@ -199,14 +193,14 @@ class SegmentCache:
         both = torch.stack([page.flatten(), torch.zeros_like(page.flatten())], 1)
         return pool.view(-1, single.page_bytes), both.to(torch.int32)
 
-    def snapshot(self) -> Any:
-        """What `restore` brings back."""
-        return self.cache._now, self.beside
+    def mark(self) -> tuple[Any, Beside]:
+        """What `back` brings the tier back to."""
+        return self.cache.mark(), self.beside
 
-    def restore(self, was: Any) -> None:
-        """The tokens are those of a snapshot again; places that were written over are not."""
-        self.cache._now, self.beside = was
-        self.cache.pool.recount()
+    def back(self, mark: tuple[Any, Beside]) -> None:
+        """The tokens as at a mark; those that were written over in their places are not."""
+        self.cache.back(mark[0])
+        self.beside = mark[1]
 
     # -- moving -------------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from .errors import ShapeError
@@ -39,6 +39,10 @@ class Shape:
             raise ShapeError(f"shape.q_heads: {self.q_heads} query heads are no multiple of {self.kv_heads} kv heads")
         if self.dtype not in ("fp16", "bf16", "fp32"):
             raise ShapeError(f"shape.dtype: {self.dtype!r} is none of fp16, bf16, fp32")
+
+    def of_heads(self, kv_heads: int) -> Shape:
+        """The same for so many of the kv heads, with the query heads that read them."""
+        return replace(self, kv_heads=kv_heads, q_heads=kv_heads * self.group)
 
     @property
     def group(self) -> int:

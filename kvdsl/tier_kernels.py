@@ -62,5 +62,4 @@ def _tier(scheme: Scheme, one: Segment, shape: Shape, backend: Backend | None, b
     packing = reading if rows == shape else build(one.scheme, rows, backend)
     assert packing.page_bytes == reading.page_bytes
     down = scheme.router is not None and scheme.router.moves == "down" and scheme.requantize == "never"
-    alone = replace(rows, kv_heads=1, q_heads=None if shape.q_heads is None else shape.group)
-    return TierSet(reading, packing, build(one.scheme, alone, backend) if down else None)
+    return TierSet(reading, packing, build(one.scheme, rows.of_heads(1), backend) if down else None)

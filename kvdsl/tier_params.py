@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .kernels import Params
-from .params import checked, wanted
+from .params import checked, wanted, within
 from .scheme import SIDES, Scheme
 from .segments import Segment, segments
 from .shape import Shape
@@ -16,8 +16,9 @@ def wanted_of_tiers(scheme: Scheme, shape: Shape) -> dict[str, tuple[int, ...]]:
     """Their names and shapes, without what a tier measures itself."""
     found: dict[str, tuple[int, ...]] = {}
     for number, one in enumerate(segments(scheme)):
-        own = {} if one.scheme is None else wanted(one.scheme, shape)
-        found |= {f"tiers[{number}].{name}": size for name, size in own.items() if name not in _units(one, shape)}
+        if one.scheme is not None:
+            own = wanted(one.scheme, shape).items()
+            found |= {f"tiers[{number}].{name}": size for name, size in own if name not in measured_scales(one)}
     return found
 
 
@@ -26,21 +27,19 @@ def checked_of_tiers(
 ) -> tuple[dict[str, Tensor], ...]:
     """What each tier's kernels take, see `params.checked`; empty where tokens are dropped.  ShapeError names what is
     missing or does not fit."""
-    return tuple(
-        {}
-        if one.scheme is None
-        else checked(one.scheme, shape, _of_tier(params or {}, number) | _units(one, shape), device)
-        for number, one in enumerate(segments(scheme))
-    )
+    found = []
+    for number, one in enumerate(segments(scheme)):
+        given = within(params or {}, f"tiers[{number}].") | dict.fromkeys(measured_scales(one), _unit(shape))
+        found.append({} if one.scheme is None else checked(one.scheme, shape, given, device))
+    return tuple(found)
 
 
-def _of_tier(params: Params, number: int) -> dict[str, Tensor]:
-    prefix = f"tiers[{number}]."
-    return {name.removeprefix(prefix): x for name, x in params.items() if name.startswith(prefix)}
+def measured_scales(one: Segment) -> list[str]:
+    """The scales of codes of numbers that what was measured is taken out of already."""
+    return [f"{side}.scale" for side in SIDES if (about := one.of(side)) is not None and about.by == "range"]
 
 
-def _units(one: Segment, shape: Shape) -> dict[str, Tensor]:
-    """Scales of 1 and offsets of 0, for codes of numbers that what was measured is taken out of already."""
+def _unit(shape: Shape) -> Tensor:
+    """Scales of 1 and offsets of 0."""
     sizes = (shape.kv_heads, shape.head_dim)
-    unit = torch.stack([torch.ones(sizes), torch.zeros(sizes)])
-    return {f"{side}.scale": unit for side in SIDES if (about := one.of(side)) is not None and about.by == "range"}
+    return torch.stack([torch.ones(sizes), torch.zeros(sizes)])

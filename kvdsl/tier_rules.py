@@ -143,12 +143,7 @@ def stores(scheme: Scheme) -> Iterator[tuple[str, Store]]:
     """The stores of a routed scheme where they stand: its own, and those of tiers."""
     yield from ((side, scheme.side(side)) for side in SIDES)
     for position, tier in enumerate(scheme.tiers):
-        yield from ((f"tiers[{position}].{side}", s) for side in SIDES if (s := own(tier, side)) is not None)
-
-
-def own(tier: Tier, side: str) -> Store | None:
-    """A tier's own store of one side."""
-    return tier.keys if side == "keys" else tier.values
+        yield from ((f"tiers[{position}].{side}", s) for side in SIDES if (s := tier.own(side)) is not None)
 
 
 def shape_faults(scheme: Scheme, shape: Shape) -> Iterator[Fault]:
@@ -167,7 +162,7 @@ def _of_segments(scheme: Scheme) -> tuple[Fault, ...]:
         except SchemeError as error:
             for fault in error.faults:
                 side = fault.place.partition(".")[0]
-                inner = side in SIDES and own(tier, side) is not None
+                inner = side in SIDES and tier.own(side) is not None
                 found[Fault(f"tiers[{position}].{fault.place}" if inner else fault.place, fault.fact, fault.mend)] = (
                     None
                 )

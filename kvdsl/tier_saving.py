@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .tiered_cache import TieredCache
 
-HELD = ("front", "watch", "prompts", "requantized", "_fresh", "_zeros")
+HELD = ("front", "watch", "prompts", "prompt_query", "requantized", "_fresh", "_zeros")
+"""What a cache with tiers holds beside these."""
 
 
 def copied(cache: TieredCache, memo: dict[int, Any]) -> TieredCache:

@@ -17,7 +17,7 @@ from torch import Tensor
 from .decisions import Decision
 from .errors import CacheError, ShapeError
 from .front import Front
-from .inputs import checked_counts, checked_index, checked_number, refuse_tensor
+from .inputs import checked_index, checked_number, checked_pair, refuse_query
 from .kernels import Params, Segment, Side, attend_segments
 from .quantized_cache import CAPACITY
 from .routing import column, due
@@ -27,6 +27,7 @@ from .segments import segments
 from .tier_contents import held
 from .tier_kernels import TierKernels
 from .tier_params import checked_of_tiers
+from .tier_saving import HELD, copied, reduced
 from .watch import Watch
 
 
@@ -122,7 +123,7 @@ class TieredCache:
 
     def attend(self, query: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """Attention of query (B, Hq, Q, D) over a step: (out (B, Hq, Q, D), lse (B, Hq, Q) float32), see KernelSet."""
-        self._check_query(query)
+        refuse_query(query, self.batch, self.kernels.shape, self.device)
         if not query.numel():
             return torch.empty_like(query), query.new_zeros(query.shape[:3], dtype=torch.float32)
         query = query.contiguous()
@@ -179,7 +180,7 @@ class TieredCache:
 
         Returns what the attention of this step reads; `route` is for behind it.  ShapeError names a wrong tensor.
         """
-        counts = self._checked(keys, values, counts)
+        counts = checked_pair(keys, values, counts, self.batch, self.kernels.shape, self.device)
         with self._changing():
             self.front = self.front.append({"keys": keys, "values": values}, counts)
             self._fresh = counts
@@ -220,8 +221,7 @@ class TieredCache:
             if any(one.tokens for one in dues):
                 Decision(self, dues, reads, choice).send()
                 self.watch = self.watch.after([one.tokens > 0 for one in dues])
-            fresh = [n for n, _ in zip(behind, dues, strict=True)]
-            self.prompts = tuple(n if p is None and n else p for p, n in zip(self.prompts, fresh, strict=True))
+            self.prompts = tuple(n if p is None and n else p for p, n in zip(self.prompts, behind, strict=True))
             self.prompt_query = None
             self.front = self.front.without([one.tokens for one in dues])
 
@@ -230,7 +230,7 @@ class TieredCache:
         scaling: float | None = None, softcap: float | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """One step: append, attention of query (B, Hq, Q, D), routing.  A failure in any undoes all."""
-        self._check_query(query)
+        refuse_query(query, self.batch, self.kernels.shape, self.device)
         with self._changing():
             step = self.append(keys, values, counts=counts, scaling=scaling, softcap=softcap)
             out, lse = self.attend(query, step)
@@ -286,13 +286,9 @@ class TieredCache:
     # -- keeping ------------------------------------------------------------------------------------------------------
 
     def __reduce__(self) -> tuple[Any, ...]:
-        from .tier_saving import reduced
-
         return reduced(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TieredCache:
-        from .tier_saving import copied
-
         return copied(self, memo)
 
     # -- inside -------------------------------------------------------------------------------------------------------
@@ -310,26 +306,11 @@ class TieredCache:
 
     def mark(self) -> tuple[dict[str, Any], list[Any]]:
         """What `back` brings the cache back to."""
-        names = ("front", "watch", "prompts", "prompt_query", "requantized", "_fresh", "_zeros")
-        before = {name: getattr(self, name) for name in names}
-        return before, [one.snapshot() for one in self.tiers if one is not None]
+        before = {name: getattr(self, name) for name in HELD}
+        return before, [one.mark() for one in self.tiers if one is not None]
 
     def back(self, mark: tuple[dict[str, Any], list[Any]]) -> None:
         """The cache as it was at a mark; tokens that were written over in their places are not."""
         self.__dict__.update(mark[0])
         for one, was in zip((one for one in self.tiers if one is not None), mark[1], strict=True):
-            one.restore(was)
-
-    def _checked(self, keys: Tensor, values: Tensor, counts: Sequence[int] | None) -> tuple[int, ...]:
-        shape = self.kernels.shape
-        for name, tensor in (("keys", keys), ("values", values)):
-            refuse_tensor(name, tensor, (self.batch, shape.kv_heads, None, shape.head_dim), shape, self.device)
-        chunk = keys.shape[2]
-        if values.shape[2] != chunk:
-            raise ShapeError(f"values: {values.shape[2]} tokens beside {chunk} of keys; give both the same")
-        return (chunk,) * self.batch if counts is None else checked_counts("counts", counts, (chunk,) * self.batch)
-
-    def _check_query(self, query: Tensor) -> None:
-        shape = self.kernels.shape
-        sizes = (self.batch, shape.q_heads or shape.kv_heads, None, shape.head_dim)
-        refuse_tensor("query", query, sizes, shape, self.device)
+            one.back(was)

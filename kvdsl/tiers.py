@@ -51,9 +51,13 @@ class Tier(Part):
             return None
         return min(self.top, tokens) if isinstance(self.top, int) else int(self.top * tokens)
 
+    def own(self, side: str) -> Store | None:
+        """The tier's own store of one side."""
+        return self.keys if side == "keys" else self.values
+
     def store(self, side: str, outer: Store) -> Store:
         """What stores one side of the tokens sent here, where the scheme's own store is `outer`."""
-        own: Store | None = self.keys if side == "keys" else self.values
+        own = self.own(side)
         if own is not None:
             return own
         if self.bits == 16:

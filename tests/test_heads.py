@@ -10,7 +10,7 @@ from transformers import DynamicCache
 import kvdsl
 from kvdsl.errors import SchemeError
 from kvdsl.hf import cache
-from kvdsl.scheme import DROP, Recent, Saliency, Scheme, Store, Tier, Uniform, per_channel, per_token
+from kvdsl.scheme import DROP, Codebook, Recent, Saliency, Scheme, Store, Tier, Uniform, per_channel, per_token
 from kvdsl.shape import Shape
 
 FOUR = Scheme(both=Store(Uniform(4), scale=per_token()))
@@ -89,3 +89,15 @@ def test_heads_that_are_not_there_are_refused() -> None:
         kvdsl.build(MIXED, Shape(32, 4))
     with pytest.raises(SchemeError, match="heads\\[0\\]: kv head 0 is listed twice"):
         FOUR.with_(heads=(((0,), TWO), ((0, 1), TWO)))
+
+
+def test_a_loss_s_derivatives_are_given_by_heads() -> None:
+    """A table weighed by them is fitted for its group as if that were the layer."""
+    q, k, v = data()
+    table = Store(Codebook(2, "calibrated", weights="fisher"), scale=per_token())
+    weighed = Scheme(keys=table, values=FOUR.values)
+    scheme = FOUR.with_(heads={(1, 2): weighed})
+    found = kvdsl.calibrate(scheme, k, v, q, gradients=(k.square(), v))
+    part = [x[:, 1:3] for x in (k, v, k.square(), v)]
+    alone = kvdsl.calibrate(weighed, *part[:2], q[:, 2:6], gradients=(part[2], part[3]))
+    assert list(found) == ["heads[1].keys.code"] and torch.equal(found["heads[1].keys.code"], alone["keys.code"])

@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import left_padded, model, prompt
-from torch import Tensor
-from transformers import DynamicCache
+from tiny import generated, left_padded, model, prompt
 
 from kvdsl.errors import CacheError
 from kvdsl.hf import cache, use
@@ -46,19 +44,12 @@ SCHEMES = {
 }
 
 
-def generated(network: Any, ids: Tensor, packed: Any, mask: Tensor | None = None, **options: Any) -> Tensor:
-    options = dict(max_new_tokens=10, min_new_tokens=10, do_sample=False, num_beams=1) | options
-    mask = torch.ones_like(ids) if mask is None else mask
-    found: Tensor = network.generate(ids, attention_mask=mask, past_key_values=packed, **options)
-    return found
-
-
 @pytest.mark.parametrize("options", [{}, dict(num_beams=3)], ids=["greedy", "beams"])
 def test_tiers_of_exact_tokens_give_the_library_s_tokens(options: dict[str, Any]) -> None:
     """Which tier a token is in is no matter where both keep its numbers."""
     network = model("llama")
     scheme = Scheme(both=EXACT, recent=Recent(2), tiers=(Tier(top=0.5), Tier()), router=Saliency(every=3))
-    expected = generated(network, prompt(2), DynamicCache(), **options)
+    expected = generated(network, prompt(2), **options)
     packed = cache(scheme, network)
     assert torch.equal(generated(network, prompt(2), packed, **options), expected)
     stats = packed.stats()

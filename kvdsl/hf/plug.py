@@ -18,7 +18,7 @@ from transformers.cache_utils import (
 
 from kvdsl.errors import SchemeError, ShapeError
 from kvdsl.kernels import Backend, Params
-from kvdsl.params import checked, missing, wanted
+from kvdsl.params import checked, missing, wanted, within
 from kvdsl.registry import load
 from kvdsl.rules import layer_faults, refuse_for
 from kvdsl.scheme import Scheme
@@ -114,7 +114,7 @@ def _of_layer(params: Params, index: int) -> Params:
     """The parameters of one layer: those behind its prefix, and those without any."""
     prefix = f"layers.{index}."
     common = {name: value for name, value in params.items() if not name.startswith("layers.")}
-    return common | {name.removeprefix(prefix): value for name, value in params.items() if name.startswith(prefix)}
+    return common | within(params, prefix)
 
 
 def _refuse_unfit(scheme: Scheme, params: Params, config: Any, index: int) -> None:

@@ -18,6 +18,7 @@ from kvdsl.scheme import SIDES, Saliency
 from kvdsl.segments import segments
 from kvdsl.tier_contents import held
 from kvdsl.tier_kernels import TierKernels, compiled
+from kvdsl.tier_params import measured_scales
 from kvdsl.tiered_cache import TieredCache
 
 from .cases import Case, require, require_equal, require_within
@@ -40,7 +41,7 @@ def tier_params(case: Case, k: Tensor, v: Tensor) -> dict[str, Tensor]:
     for number, segment in enumerate(segments(case.scheme)):
         if segment.scheme is not None:
             own = replace(case, scheme=segment.scheme).params(k, v)
-            measured = {f"{side}.scale" for side in SIDES if (about := segment.of(side)) and about.by == "range"}
+            measured = measured_scales(segment)
             found |= {f"tiers[{number}].{name}": x for name, x in own.items() if name not in measured}
     return found
 
