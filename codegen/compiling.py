@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvdsl.scheme import Scheme
-from kvdsl.segments import parts
+from kvdsl.segments import shaped
 from kvdsl.shape import Shape
 
 from . import render, store
@@ -24,8 +24,8 @@ def compiled(scheme: Scheme, shape: Shape, name: str, arches: Sequence[str]) -> 
     """(the generated file, one row a kernel and architecture); of a scheme with tiers the file of the last one, and the
     kernels of each behind its place.  Raises BackendError where this machine cannot."""
     path, rows = Path(), list[dict[str, Any]]()
-    for place, part in parts(scheme).items():
-        path, own = _compiled(part, shape, f"{name}_{place}" if place else name, arches)
+    for place, (part, its) in shaped(scheme, shape).items():
+        path, own = _compiled(part, its, f"{name}_{place}" if place else name, arches)
         rows += [{**row, "kernel": f"{place} {row['kernel']}".strip()} for row in own]
     return path, rows
 

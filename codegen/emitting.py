@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kvdsl.kernels import Backend
 from kvdsl.scheme import Scheme
-from kvdsl.segments import parts
+from kvdsl.segments import shaped
 from kvdsl.shape import Shape
 
 from . import render, store
@@ -19,8 +19,8 @@ def emitted(scheme: Scheme, shape: Shape, name: str, backend: Backend, out: Path
     each, and for its exact tokens."""
     out.mkdir(parents=True, exist_ok=True)
     files = []
-    for place, part in parts(scheme).items():
+    for place, (part, its) in shaped(scheme, shape).items():
         called = re.sub(r"\W+", "_", f"{name} {place}".strip()).strip("_")
         files.append(out / f"{called}_{backend}.py")
-        store.write(files[-1], render(plan_for(part, shape), backend, called))
+        store.write(files[-1], render(plan_for(part, its), backend, called))
     return files

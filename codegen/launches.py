@@ -19,6 +19,7 @@ POINTERS = {
     "bytes_ptr": "*u8", "above_ptr": "*u8",
     "first_ptr": "*i32", "begin_ptr": "*i32", "end_ptr": "*i32", "table_ptr": "*i32", "packed_keys_ptr": "*i32",
     "packed_values_ptr": "*i32", "length_ptr": "*i32", "start_ptr": "*i32", "position_ptr": "*i32",
+    "place_ptr": "*i32", "asked_ptr": "*i32",
 }  # fmt: skip
 GIVEN = {"scale": "scale", "second": "scale.scale", "table": "code"}  # pointer -> name of the parameter behind its side
 GIVEN_POINTERS = {f"{side}_{name}_ptr": f"{side}.{path}" for side in SIDES for name, path in GIVEN.items()}

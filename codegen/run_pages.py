@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from kvdsl.kernels import Params, Side
+from kvdsl.kernels import Params, Places, Side
 from kvdsl.params import ROPE
 from kvdsl.rope import NEAR, in_order, near, table
 
@@ -36,7 +36,8 @@ class PageModule(KernelModule):
     """The kernels of one generated module that write pages and read them back."""
 
     def pack(self, side: Side, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor,
-             reach: tuple[int, int], pool: Tensor, table: Tensor, params: Params) -> None:  # fmt: skip
+             reach: tuple[int, int], pool: Tensor, table: Tensor, params: Params,
+             places: Places | None = None) -> None:  # fmt: skip
         part, rows = self.plan.side(side), rows.contiguous()
         if not part.turned and part.residual is None:
             self._pack(part, rows, first, offset, begin, end, reach, pool, table, params)
@@ -44,7 +45,7 @@ class PageModule(KernelModule):
         for low, high in self._chunks(part, *reach, rows.shape[0]):
             at, source, start, taken, chosen, above = first, rows, offset, None, None, None
             if part.rope is not None:
-                source = self._without_positions(rows, first, offset, begin, end, (low, high), params)
+                source = self._without_positions(rows, first, offset, begin, end, (low, high), params, places)
             elif part.sparse or part.parted:
                 source = rows_of(rows, first, offset, low, high)
             if source is not rows:
@@ -122,11 +123,11 @@ class PageModule(KernelModule):
             self._pack(band, coded, at, 0, begin, end, reach, pool, table, params, beside)
 
     def _without_positions(self, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor,
-                           reach: tuple[int, int], params: Params) -> Tensor:  # fmt: skip
+                           reach: tuple[int, int], params: Params, places: Places | None) -> Tensor:  # fmt: skip
         """Keys of a chunk's tokens u in `reach`, as far as they are in [begin, end), float32 (B, H, tokens, D)."""
         given = mapping(rows, first, offset, begin, end, reach, rows.shape[3])
         grid = (-(-(reach[1] - reach[0]) // ROTATE_ROWS), rows.shape[0] * rows.shape[1])
-        self._run("unrope_keys", grid, given | self._positions(reach[1], rows.device, params), None, params)
+        self._run("unrope_keys", grid, given | self._positions(reach[1], rows.device, params, places), None, params)
         found: Tensor = given["out_ptr"]
         return found
 
@@ -155,7 +156,10 @@ class PageModule(KernelModule):
         }  # fmt: skip
         self._run(f"pack_{term.label}", (max(0, high - low), batch * heads), given, pool, params)
 
-    def unpack(self, side: Side, pool: Tensor, table: Tensor, begin: int, end: int, params: Params) -> Tensor:
+    def unpack(
+        self, side: Side, pool: Tensor, table: Tensor, begin: int, end: int, params: Params,
+        places: Places | None = None,
+    ) -> Tensor:  # fmt: skip
         part = self.plan.side(side)
         if not part.turned and part.residual is None or begin >= end:
             return self._unpack(part, pool, table, begin, end, self.plan.shape.head_dim, params)
@@ -163,15 +167,15 @@ class PageModule(KernelModule):
         for low, high in self._chunks(part, begin, end, table.shape[0]):
             *others, last = (self._decoded(term, pool, table, low, high, params) for term in part.spaces)
             whole = sum(reversed(others), last)  # each store's number plus that of all that it left
-            found.append(whole if part.rope is None else self._at_positions(whole, low, params))
+            found.append(whole if part.rope is None else self._at_positions(whole, low, params, places))
         return found[0] if len(found) == 1 else torch.cat(found, 2)
 
-    def _at_positions(self, x: Tensor, low: int, params: Params) -> Tensor:
+    def _at_positions(self, x: Tensor, low: int, params: Params, places: Places | None) -> Tensor:
         """Keys (B, H, tokens, D) of the tokens from u = low on, with their positions."""
         batch, heads, count, _ = x.shape
         out = torch.empty_like(x)
         given = {"coded_ptr": x, "low": low, "count": count, "out_ptr": out}
-        given |= self._positions(low + count, x.device, params)
+        given |= self._positions(low + count, x.device, params, places)
         self._run("rope_keys", (-(-count // ROTATE_ROWS), batch * heads), given, None, params)
         return out
 
@@ -203,15 +207,28 @@ class PageModule(KernelModule):
             self._run(f"unpack_{band.label}", (steps, batch * heads), given, pool, params)
         return out
 
-    def _positions(self, end: int, device: torch.device, params: Params) -> dict[str, Any]:
-        """Cosines and sines of all positions of tokens u below `end`, and of the first ones by channel."""
+    def _positions(
+        self, end: int, device: torch.device, params: Params, places: Places | None = None
+    ) -> dict[str, Any]:
+        """Cosines and sines of all positions of tokens u below `end`, and of the first ones by channel; or of all
+        positions that there are, and where tokens stand."""
         rope, dim, frequencies = self.plan.keys.rope, self.plan.shape.head_dim, params[ROPE]
         assert rope is not None
+        if places is not None:
+            rows = table(frequencies, dim, places.end, device)
+            return {"rope_ptr": rows, "PAIRS": len(frequencies), **self._places(places)}
         rows = table(frequencies, dim, self.plan.sinks + end + NEAR, device)
         first = near(frequencies, dim, rope.interleaved, device)
         if self.plan.keys.ordered:
             first = _in_order(first, params["keys.order"])
         return {"rope_ptr": rows, "near_ptr": first, "PAIRS": len(frequencies)}
+
+
+    def _places(self, places: Places | None) -> dict[str, Any]:
+        """The arguments that say where tokens stand."""
+        if places is None:
+            return {}
+        return {"place_ptr": places.at, "room": places.at.shape[2], "origin": places.origin}
 
 
 def _beside_rows(term: SidePlan, rows: Tensor, channels: Tensor) -> Tensor:

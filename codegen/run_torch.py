@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvdsl.kernels import AttentionState, Fold, Params, Segments
+from kvdsl.kernels import AttentionState, Fold, Params, Places, Segments
 from kvdsl.spaces import applied
 
 from .host_beside import met_at
@@ -32,15 +32,19 @@ class TorchModule(TorchPages):
         """(B, H, Q * group, n) back to (B, Hq, Q, n)."""
         return x.unflatten(2, (queries, self.plan.shape.group)).movedim(3, 2).flatten(1, 2)
 
-    def scores(self, query: Tensor, pool: Tensor, table: Tensor, tokens: int, params: Params) -> Tensor:
+    def scores(
+        self, query: Tensor, pool: Tensor, table: Tensor, tokens: int, params: Params, places: Places | None = None
+    ) -> Tensor:
         batch, heads, queries, _ = query.shape
         if tokens == 0:
             return torch.empty(batch, heads, queries, 0, device=query.device)
         pages = -(-tokens // self.plan.layout.page_tokens)
-        score = self._scores_of_codes(self._rows(query, 1.0), self._gather(pool, table, 0, pages), 0, params)
+        score = self._scores_of_codes(self._rows(query, 1.0), self._gather(pool, table, 0, pages), 0, params, places)
         return self._heads(score.mT[..., :tokens], queries)
 
-    def _scores_of_codes(self, columns: Tensor, pages: Tensor, first: int, params: Params) -> Tensor:
+    def _scores_of_codes(
+        self, columns: Tensor, pages: Tensor, first: int, params: Params, places: Places | None = None
+    ) -> Tensor:
         """q.k of the tokens of pages (B, pages, page_bytes), packed from u = first on, for queries (B, H, D, rows): the
         query is mapped, not the keys, but for rotary positions and what is behind them."""
         if self.plan.keys.rope is not None:
@@ -52,7 +56,7 @@ class TorchModule(TorchPages):
                 decoded = applied(params["keys.decode"], decoded)
             if self.plan.keys.shifted:
                 decoded = decoded + params["keys.decode_shift"][:, None]
-            return self._placed(sum(others, decoded), first, params, torch.float32) @ columns
+            return self._placed(sum(others, decoded), first, params, torch.float32, places) @ columns
         first_score, *others = (self._term_scores(term, columns, pages, params) for term in self.plan.keys.spaces)
         return sum(others, first_score)
 
@@ -127,7 +131,8 @@ class TorchModule(TorchPages):
         score = columns.new_full((*columns.shape[:2], len(u), columns.shape[-1]), -torch.inf)
         if coded:
             packed = self._gather(state.pool, state.table, low, pages)
-            score[:, :, :coded] = self._scores_of_codes(columns, packed, low * tokens, params)[:, :, :coded]
+            found = self._scores_of_codes(columns, packed, low * tokens, params, state.places)
+            score[:, :, :coded] = found[:, :, :coded]
         tail = slice(exact_from - low * tokens, len(u))
         alive = self._alive(state, u[tail], state.packed_keys)
         exact = self._exact_rows(state, state.key_rows, u[tail], alive) @ columns
@@ -139,7 +144,7 @@ class TorchModule(TorchPages):
         if state.softcap is not None:
             score = torch.tanh(score / state.softcap) * (state.softcap * LOG2E)
         u = torch.cat((torch.arange(-sinks, 0, device=query.device), u))
-        score = torch.where(self._seen(state, queries, u)[:, None], score, -torch.inf)
+        score = torch.where(self._seen(state, queries, u), score, -torch.inf)
 
         most = score.amax(-2, keepdim=True) if score.shape[-2] else score.new_full((1, 1, 1, 1), -torch.inf)
         weights = torch.exp2(score - torch.where(most == -torch.inf, 0.0, most))
@@ -162,6 +167,8 @@ class TorchModule(TorchPages):
 
     def _first_page(self, state: AttentionState, queries: int, last: int) -> int:
         """The first page that any query of any sequence may see; `last` where a window begins behind all tokens."""
+        if state.places is not None:
+            return 0
         oldest = state.start
         if state.window is not None:
             oldest = torch.maximum(oldest, state.length + state.ahead - queries - state.window + 1)
@@ -183,13 +190,19 @@ class TorchModule(TorchPages):
         return torch.where(alive[:, None, :, None], rows.gather(2, index).to(torch.float32), 0.0)
 
     def _seen(self, state: AttentionState, queries: int, u: Tensor) -> Tensor:
-        """(B, tokens, rows): does the query row see the token at u."""
-        position = (state.length + state.ahead - queries)[:, None] + torch.arange(queries, device=u.device)
-        position = position.repeat_interleave(self.plan.shape.group, -1)[:, None] - self.plan.sinks
-        t = u[None, :, None]
-        seen = (t <= position) & (t >= (state.start - self.plan.sinks)[:, None, None])
-        seen = seen & (t < (state.length - self.plan.sinks)[:, None, None])
-        return seen if state.window is None else seen & (t > position - state.window)
+        """(B, H or 1, tokens, rows): does the query row see the token at u."""
+        asked = state.length + state.ahead if state.places is None else state.places.asked
+        assert asked is not None
+        position = (asked - queries)[:, None] + torch.arange(queries, device=u.device)
+        return self._sees(state, position.repeat_interleave(self.plan.shape.group, -1), u)
+
+    def _sees(self, state: AttentionState, position: Tensor, u: Tensor) -> Tensor:
+        """(B, H or 1, tokens, rows): does a row at position (B, rows) see the token at u."""
+        stand = (u + self.plan.sinks)[None, None] if state.places is None else self._positions(u[None], state.places)
+        stand, position = stand[..., None], position[:, None, None]
+        seen = (stand <= position) & (stand >= state.start[:, None, None, None])
+        seen = seen & ((u + self.plan.sinks) < state.length[:, None])[:, None, :, None]
+        return seen if state.window is None else seen & (stand > position - state.window)
 
 
 def _by_stored(x: Tensor, together: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvdsl.codes import SLOT_TOKENS
-from kvdsl.kernels import Params, Side
+from kvdsl.kernels import Params, Places, Side
 from kvdsl.params import ROPE
 from kvdsl.rope import table
 
@@ -76,18 +76,29 @@ class TorchPages:
         theirs = among(self._channels(part, pages), part.choice.tokens, found.shape[3])[:, :, span]
         return torch.where(theirs == part.store.gathers, found, 0.0)
 
-    def _placed(self, x: Tensor, begin: int, params: Params, dtype: torch.dtype) -> Tensor:
+    def _placed(
+        self, x: Tensor, begin: int, params: Params, dtype: torch.dtype, places: Places | None = None
+    ) -> Tensor:
         """x (B, H, T, D) at the positions of the tokens from u = begin on."""
         u = torch.arange(begin, begin + x.shape[2], device=x.device)[None]
-        return self._rotated(x, u, params, dtype, 1)
+        return self._rotated(x, self._positions(u, places), params, dtype, 1)
 
-    def _rotated(self, x: Tensor, u: Tensor, params: Params, dtype: torch.dtype, sign: int) -> Tensor:
-        """Rotary positions put on x (n, H, T, D) of the tokens at u (n or 1, T), or with sign -1 taken off.
+    def _positions(self, u: Tensor, places: Places | None, b: Tensor | None = None) -> Tensor:
+        """Where the tokens at u (n or 1, T) stand, those of the sequences b (n,), or of all: (n or 1, H or 1, T).  Of
+        tokens that are not there it is any position that there is."""
+        t = (u + self.plan.sinks).clamp(min=0)[:, None]
+        if places is None:
+            return t
+        at = places.at if b is None else places.at[b]
+        stand = at.gather(2, t.clamp(max=at.shape[2] - 1).expand(*at.shape[:2], -1)).long() + places.origin
+        return stand.clamp(0, places.end - 1)
+
+    def _rotated(self, x: Tensor, position: Tensor, params: Params, dtype: torch.dtype, sign: int) -> Tensor:
+        """Rotary positions put on x (n, H, T, D) of tokens at these (n or 1, H or 1, T), or with sign -1 taken off.
 
         A NaN spoils its vector."""
-        position = (u + self.plan.sinks).clamp(min=0)
         channels, frequencies = x.shape[3], params[ROPE]
-        rows = table(frequencies, channels, int(position.max()) + 1, x.device)[position][:, None].to(dtype)
+        rows = table(frequencies, channels, int(position.max()) + 1, x.device)[position].to(dtype)
         cos, sin = (half[..., : len(frequencies)] for half in rows.chunk(2, -1))
         rope = self.plan.keys.rope
         assert rope is not None
@@ -95,18 +106,20 @@ class TorchPages:
         return torch.where(spoilt, torch.nan, rotated(x, (cos, sign * sin), rope.interleaved))
 
     def pack(self, side: Side, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor,
-             reach: tuple[int, int], pool: Tensor, table: Tensor, params: Params) -> None:  # fmt: skip
+             reach: tuple[int, int], pool: Tensor, table: Tensor, params: Params,
+             places: Places | None = None) -> None:  # fmt: skip
         tokens = self.plan.layout.page_tokens
         low, high = reach[0] // tokens, -(-reach[1] // tokens)
         starts = torch.arange(low, max(low, high), device=pool.device) * tokens
         touched = (starts < end[:, None]) & (starts + tokens > begin[:, None])
-        sequences, places = touched.nonzero(as_tuple=True)
+        sequences, numbers = touched.nonzero(as_tuple=True)
         for chunk in range(0, len(sequences), PACK_AT_ONCE):
-            b, page = sequences[chunk : chunk + PACK_AT_ONCE], places[chunk : chunk + PACK_AT_ONCE] + low
-            self._pack_pages(side, rows, first, offset, begin, end, pool, table, params, b, page)
+            b, page = sequences[chunk : chunk + PACK_AT_ONCE], numbers[chunk : chunk + PACK_AT_ONCE] + low
+            self._pack_pages(side, rows, first, offset, begin, end, pool, table, params, b, page, places)
 
     def _pack_pages(self, side: Side, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor,
-                    pool: Tensor, table: Tensor, params: Params, b: Tensor, page: Tensor) -> None:  # fmt: skip
+                    pool: Tensor, table: Tensor, params: Params, b: Tensor, page: Tensor,
+                    places: Places | None = None) -> None:  # fmt: skip
         layout = self.plan.layout
         u = page[:, None] * layout.page_tokens + torch.arange(layout.page_tokens, device=pool.device)
         inside = (u >= begin[b, None]) & (u < end[b, None])
@@ -118,7 +131,7 @@ class TorchPages:
         pages = pool[ids]
         whole = self.plan.side(side)
         if whole.rope is not None:
-            x = self._rotated(saturated(x), u, params, torch.float64, -1)
+            x = self._rotated(saturated(x), self._positions(u, places, b), params, torch.float64, -1)
         taken = split(x, whole.sparse, side, params.get(f"{side}.outliers")) if whole.sparse else None
         chosen, above = self._choose(whole, x, inside, pages) if whole.parted else None, None
         for part in whole.spaces:
@@ -223,7 +236,10 @@ class TorchPages:
         view = target[..., offset : offset + new.shape[-1]]
         view.copy_(torch.where(marks, new, view))
 
-    def unpack(self, side: Side, pool: Tensor, table: Tensor, begin: int, end: int, params: Params) -> Tensor:
+    def unpack(
+        self, side: Side, pool: Tensor, table: Tensor, begin: int, end: int, params: Params,
+        places: Places | None = None,
+    ) -> Tensor:  # fmt: skip
         shape, tokens = self.plan.shape, self.plan.layout.page_tokens
         if end <= begin:
             return torch.empty(table.shape[0], shape.kv_heads, 0, shape.head_dim, device=pool.device)
@@ -232,4 +248,4 @@ class TorchPages:
         whole = self.plan.side(side)
         *others, last = (self._decoded(part, pages, params, span) for part in whole.spaces)
         found = sum(reversed(others), last)  # each store's number plus that of all that it left
-        return found if whole.rope is None else self._placed(found, begin, params, torch.float64)
+        return found if whole.rope is None else self._placed(found, begin, params, torch.float64, places)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from kvdsl.kernels import AttentionState, Params, Segments
+from kvdsl.kernels import AttentionState, Params, Places, Segments
 from kvdsl.params import ROPE
 
 from .host_channels import ready_rows
@@ -33,7 +33,7 @@ ROWS = WeakTensorKeyDictionary()
 class TritonModule(PageModule):
     """The kernels of one generated module, bound to torch tensors."""
 
-    def _query(self, query: Tensor, end: int, params: Params) -> dict[str, Any]:
+    def _query(self, query: Tensor, end: int, params: Params, places: Places | None = None) -> dict[str, Any]:
         """The query, and where keys are mapped what it becomes for packed tokens, u below `end`."""
         keys, shape = self.plan.keys, self.plan.shape
         query = query.contiguous()
@@ -42,7 +42,7 @@ class TritonModule(PageModule):
             if keys.sparse:
                 gathered = by_turned_channel(query, shape.kv_heads, len(params[ROPE]), keys.rope.interleaved)
                 given["gathered_ptr"] = gathered
-            return given | self._positions(end, query.device, params)
+            return given | self._positions(end, query.device, params, places)
         if any(term.store.gathers for term in keys.terms):
             given["gathered_ptr"] = by_channel(query, shape.kv_heads)
         if keys.masked:
@@ -69,13 +69,15 @@ class TritonModule(PageModule):
         rows: Tensor = ROWS[matrix]
         return rows
 
-    def scores(self, query: Tensor, pool: Tensor, table: Tensor, tokens: int, params: Params) -> Tensor:
+    def scores(
+        self, query: Tensor, pool: Tensor, table: Tensor, tokens: int, params: Params, places: Places | None = None
+    ) -> Tensor:
         shape = self.plan.shape
         batch, heads, queries, _ = query.shape
         out = torch.empty(batch, heads, queries, tokens, dtype=torch.float32, device=query.device)
         blocks = -(-queries * shape.group // self.plan.rows(many=True))
         given = {
-            **self._query(query, tokens, params), "table_ptr": table, "out_ptr": out, "queries": queries,
+            **self._query(query, tokens, params, places), **self._places(places), "table_ptr": table, "out_ptr": out, "queries": queries,
             "table_width": table.shape[1], "tokens": tokens, "scaling": 1.0,
         }  # fmt: skip
         self._run("scores", (batch * shape.kv_heads, -(-tokens // self.plan.tile), blocks), given, pool, params)
@@ -131,9 +133,11 @@ class TritonModule(PageModule):
 
     def _reading(self, query: Tensor, state: AttentionState, params: Params) -> dict[str, Any]:
         """The arguments of a kernel that reads a state for a query."""
-        capped = state.softcap is not None
+        capped, places = state.softcap is not None, state.places
         return {
-            **self._query(query, state.longest, params), "queries": query.shape[2], "table_ptr": state.table,
+            **self._query(query, state.longest, params, places), **self._places(places),
+            "asked_ptr": None if places is None else places.asked,
+            "window": NO_WINDOW if state.window is None else state.window, "queries": query.shape[2], "table_ptr": state.table,
             "table_width": state.table.shape[1], "packed_keys_ptr": state.packed_keys,
             "packed_values_ptr": state.packed_values, "length_ptr": state.length, "start_ptr": state.start,
             "first_ptr": state.first, "key_rows_ptr": state.key_rows, "value_rows_ptr": state.value_rows,
@@ -146,7 +150,7 @@ class TritonModule(PageModule):
         state = part.state
         given = {
             **self._reading(part.query, state, part.params), **into, "splits": part.clean, "edge_splits": part.edges,
-            "window": NO_WINDOW if state.window is None else state.window, "ahead": state.ahead,
+            "ahead": state.ahead,
         }  # fmt: skip
         kernel = "decode" if part.query.shape[2] == 1 else "extend"
         self._run(kernel, (part.programs, part.count, part.blocks), given, state.pool, part.params)

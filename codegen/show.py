@@ -10,7 +10,7 @@ from typing import Any
 from kvdsl import cost
 from kvdsl.kernels import Backend
 from kvdsl.scheme import SIDES, Scheme, Side
-from kvdsl.segments import parts
+from kvdsl.segments import shaped
 from kvdsl.shape import Shape
 from kvdsl.window import Window, windows
 
@@ -49,8 +49,8 @@ def show(view: View, stage: str) -> Stage:
     if stage == "cost":
         return tiers_cost(view)
     each = {
-        place: STAGES[stage](replace(view, name=f"{view.name} {place}", scheme=part))
-        for place, part in parts(view.scheme).items()
+        place: STAGES[stage](replace(view, name=f"{view.name} {place}", scheme=part, shape=shape))
+        for place, (part, shape) in shaped(view.scheme, view.shape).items()
     }
     lines = [line for place, (_, told) in each.items() for line in (f"# {place}", "", *told, "")]
     return {place: data for place, (data, _) in each.items()}, lines[:-1]
@@ -63,6 +63,10 @@ def tiers_cost(view: View) -> Stage:
     sides: dict[str, Any] = {side: _side_bits(found, side) for side in SIDES}
     lines = [BITS, *(_row_of_bits(side, part) for side, part in sides.items()), ""]
     lines += [f"{side}: {part['formula']}" for side, part in sides.items()]
+    before = [place for place, (_, its) in shaped(view.scheme, shape).items() if its.placed]
+    if before:
+        fact = f"{', '.join(before)}: keys stand before their rotary positions, and tokens in any order: a step reads"
+        lines.append(f"{fact} {4 * shape.head_dim} bytes of cosines and sines for each token of a head, and its place")
     if view.tokens is None:
         lines.append("of a sequence without end, its exact tokens not counted; --tokens N counts those of N tokens")
     return {**sides, "mean": found.mean, "constants_bytes": found.constants}, lines
@@ -142,6 +146,7 @@ def plan_stage(view: View) -> Stage:
         f"tile     {plan.tile} tokens are read at a time{halves}",
         f"rows     {plan.rows(many=False)} query rows a program in decode, {plan.rows(many=True)} in extend and scores",
         *(f"pack     one program quantizes {span} tokens of the {place}" for place, span in data["span"].items()),
+        *_placed(plan),
         "",
     ]
     for record in records:
@@ -154,6 +159,14 @@ def plan_stage(view: View) -> Stage:
         if record["constants"]:
             lines.append(" " * 15 + ", ".join(f"{name} = {value}" for name, value in record["constants"]))
     return data, lines
+
+
+def _placed(plan: Plan) -> list[str]:
+    """Where tokens stand in any order: what is loaded for each of them beside its codes."""
+    if not plan.shape.placed:
+        return []
+    waves = f", and {4 * plan.shape.head_dim} bytes of cosines and sines" if plan.keys.rope is not None else ""
+    return [f"places   tokens stand in any order: the main loop masks, and loads where each stands{waves}"]
 
 
 def source_stage(view: View) -> Stage:

@@ -73,7 +73,7 @@ class TorchReceived(TorchModule):
             ) -> Tensor:  # fmt: skip
                 if packed is None:
                     return rows @ columns
-                coded = self._scores_of_codes(columns, packed, low, params)[:, :, : exact.shape[1]]
+                coded = self._scores_of_codes(columns, packed, low, params, state.places)[:, :, : exact.shape[1]]
                 if all_packed:
                     return coded
                 coded = torch.nn.functional.pad(coded, (0, 0, 0, exact.shape[1] - coded.shape[2]))
@@ -88,7 +88,6 @@ class TorchReceived(TorchModule):
         score = scores(self._rows(query, state.scaling))
         if state.softcap is not None:
             score = torch.tanh(score / state.softcap) * state.softcap
-        last = torch.minimum(position, state.length[:, None] - 1).repeat_interleave(self.plan.shape.group, -1)
-        t = u[None, :, None] + self.plan.sinks
-        seen = (t <= last[:, None]) & (t >= state.start[:, None, None])
-        return torch.where(seen[:, None], score, -torch.inf)
+        last = position if state.places is not None else torch.minimum(position, state.length[:, None] - 1)
+        seen = self._sees(state, last.repeat_interleave(self.plan.shape.group, -1), u)
+        return torch.where(seen, score, -torch.inf)

@@ -9,6 +9,9 @@ Glossary of the attention skeleton (for maintainers; not emitted):
   asked         position behind the last query's: the sequence's length, and more where newer tokens stand elsewhere
   size          power of two that a row of the query was divided by; scores and maxima are in its units
   turned        the query mapped into the space that keys are coded in; exact rows meet the query itself
+
+Where tokens stand in any order (see `triton_places`) asked, last and oldest are positions, no page is clean for good,
+and the main loop, over pages that are packed on both sides, masks.
 """
 
 from __future__ import annotations
@@ -18,12 +21,13 @@ from .text import Lines, fill, literal
 from .triton_bands import FoldedKeys, FoldedValues
 from .triton_keys import KeySide
 from .triton_meta import section
+from .triton_places import LOOSE, PLACES, base, of_tile, order, seen, stand_name
 from .triton_terms import keys_of, sections_of, values_of
 from .triton_values import ValueSide
 
 LOG2E = 1.4426950408889634
 ATTEND = """
-@triton.jit(do_not_specialize=["queries", "ring", "window", "ahead", "splits", "edge_splits"])
+@triton.jit(do_not_specialize=["queries", "ring", "window", $loose, "splits", "edge_splits"])
 def $name(
     $args
 ):
@@ -37,7 +41,7 @@ def $name(
     packed_values = tl.load(packed_values_ptr + b)
     length = tl.load(length_ptr + b)
     start = tl.load(start_ptr + b)
-    asked = length + ahead
+    asked = $asked
     table = table_ptr + b.to(tl.int64) * table_width
 
     # which rows: (query token, head of the group)
@@ -45,20 +49,12 @@ def $name(
     live = row_index < queries * $group
     token = row_index // $group
     head = (b * $q_heads + h * $group + row_index % $group).to(tl.int64)
+    $places
     $query
     peak = tl.full([ROWS], -1.0e30, tl.float32)
     mass = tl.zeros([ROWS], tl.float32)
 
-    # clean pages: every row sees all of their tokens, and both sides are packed
-    newest_start = tl.maximum(start, asked - window) - $sinks
-    low = (tl.maximum(newest_start, 0) + $page_less) // $page
-    high = tl.minimum(tl.minimum(packed_keys, packed_values), asked - queries + 1 - $sinks)
-    high = tl.maximum(high, 0) // $page
-    oldest_start = tl.maximum(start, asked - queries - window + 1) - $sinks
-    edge = tl.maximum(tl.minimum(oldest_start, length - $sinks), 0) // $page
-    clean = high > low
-    low = tl.where(clean, low, edge)
-    high = tl.where(clean, high, edge)
+    $bounds
     if split < splits:
         $lanes
         $prologue
@@ -79,8 +75,7 @@ def $name(
         first = tl.load(first_ptr + b)
         key_rows = key_rows_ptr + bh.to(tl.int64) * ($sinks + ring) * $head_dim
         value_rows = value_rows_ptr + bh.to(tl.int64) * ($sinks + ring) * $head_dim
-        last = tl.minimum(asked - queries + token, length - 1) - $sinks  # [rows]
-        oldest = tl.maximum(start, asked - queries + token - window + 1) - $sinks  # [rows]
+        $rows_see
         end = length - $sinks
         $lanes
         $exact_query
@@ -96,8 +91,7 @@ def $name(
             in_pages = (tile >= 0) & (tile * $edge_tile < tl.maximum(packed_keys, packed_values))
             page = tl.load(table + tile * $edge_tile // $page, mask=in_pages, other=0).to(tl.int64)
             t = tl.maximum(u, 0) % $page
-            seen = (u[:, None] <= last[None, :]) & (u[:, None] >= oldest[None, :]) & (u >= $minus_sinks)[:, None]
-            here = (u >= $minus_sinks) & (u < end)
+            $seen
             row = $row
             $edge_addresses
             $edges
@@ -116,7 +110,7 @@ tl.store(lse_ptr + out + tl.arange(0, ROWS), lse)
 """
 
 SCORES = """
-@triton.jit(do_not_specialize=["queries", "tokens"])
+@triton.jit(do_not_specialize=["queries", "tokens"$loose])
 def scores($args):
     ROWS: tl.constexpr = $rows
     bh = tl.program_id(0)
@@ -131,6 +125,7 @@ def scores($args):
     $query
     $lanes
     $prologue
+    $places
     page = tl.load(table_ptr + b.to(tl.int64) * table_width + tile$per_page).to(tl.int64)
     $addresses
     out = out_ptr + ((head * queries + token) * tokens)[None, :]
@@ -208,18 +203,22 @@ class Attend:
         return lines
 
     def clean(self) -> list[str]:
-        """The main loop's body: scores, online softmax, weighted values; no masks."""
-        plan, lines = self.plan, []
+        """The main loop's body: scores, online softmax, weighted values; masks only where tokens stand in any order."""
+        plan, lines, placed = self.plan, [], self.plan.shape.placed
         halves = range(plan.halves)
         for half in halves:
+            lines += of_tile(plan, half) if placed else []
             lines += self.keys.scores(half, tokens_name(plan, half))
             lines += self._capped("s")
+            if placed:
+                lines += [seen(f"seen{half}", stand_name(plan, half)), f"s = tl.where(seen{half}, s, -1.0e30)"]
             if plan.halves > 1:
                 lines.append(f"s{half}_all = s")
         names = [f"s{half}_all" for half in halves] if plan.halves > 1 else ["s"]
         lines += self._softmax(names)
         for half in halves:
-            lines.append(f"p = tl.exp2({names[half]} * size[None, :] - (peak * size)[None, :])")
+            p = f"tl.exp2({names[half]} * size[None, :] - (peak * size)[None, :])"
+            lines.append(f"p = tl.where(seen{half}, {p}, 0.0)" if placed else f"p = {p}")
             lines.append("mass = mass * decay + tl.sum(p, 0)" if half == 0 else "mass = mass + tl.sum(p, 0)")
             lines += self.values.accumulate(half, tokens_name(plan, half))
         return lines
@@ -276,7 +275,9 @@ class Attend:
         args = [*["query_ptr"] * itself, *self.keys.inputs(), *self.pools, "table_ptr", *parameters(plan)]
         args += ["packed_keys_ptr", "packed_values_ptr", "length_ptr", "start_ptr", "first_ptr"]
         args += ["key_rows_ptr", "value_rows_ptr", "partial_ptr"]
-        args += [*values.outputs(), "lse_ptr", "queries", "table_width", "ring", "window", "ahead"]
+        placed = plan.shape.placed
+        args += [*values.outputs(), "lse_ptr", "queries", "table_width", "ring", "window"]
+        args += ["asked_ptr", *PLACES] if placed else ["ahead"]
         args += [
             "splits",
             "edge_splits",
@@ -296,6 +297,7 @@ class Attend:
             accumulators=values.prologue(),
             addresses=self.addresses(),
             clean=self.clean(),
+            **order(plan, self._shared(rows)),
             epilogue=values.epilogue(),
             edge_prologue=[*self.keys.edge_prologue(), *size],
             edge_accumulators=values.edge_prologue(),
@@ -314,9 +316,10 @@ class Attend:
 
     def scores(self, rows: int) -> str:
         """The text of `scores`."""
-        plan, halves = self.plan, Lines()
+        plan, halves, placed = self.plan, Lines(), self.plan.shape.placed
         addresses = self.keys_of(self.addresses())
         for half in range(plan.halves):
+            halves.extend(of_tile(plan, half, "u < tokens") if placed else [])
             halves.extend(self.keys.scores(half, tokens_name(plan, half)))
             shift = f" + {half * plan.half}" if half else ""
             halves.add(f"u = tile * {plan.tile}{shift} + tl.arange(0, {plan.half})")
@@ -325,10 +328,12 @@ class Attend:
         args = [*([] if plan.keys.through else ["query_ptr"]), *self.keys.inputs()]
         args += [*(p for p in self.pools if p in text), "table_ptr"]
         args += [p for p in parameters(plan) if p.startswith("keys")]
-        args += ["out_ptr", "queries", "table_width", "tokens", "scaling"]
+        args += ["out_ptr", "queries", "table_width", "tokens", "scaling", *(PLACES if placed else [])]
         return fill(
             SCORES,
             **self._shared(rows),
+            loose=LOOSE if placed else "",
+            places=[base(plan)] if placed else [],
             args=", ".join(args),
             query=self._query(self.keys.query),
             lanes=self.keys.lane_lines(),

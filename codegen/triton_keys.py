@@ -141,6 +141,9 @@ class Keys(Planes):
         words = [[] if self.side.floats else reader.load(half, tokens) for reader in self.readers]
         planes = [reader.packed_channels(half, tokens) for reader in self.readers]
         unmap, wave = positions.unmap, positions.near_waves
+        if positions.placed:
+            start, own = unmap.first(half) if unmap is not None else [], positions.own_waves
+            return start + self._at_positions(positions, words, planes, positions.placed_waves(half), own)
         if positions.anew:
             start, wave = positions.first(half), positions.turned_waves
             start += unmap.first(half) if unmap is not None else []
@@ -324,7 +327,8 @@ class KeySide:
     def prologue(self) -> list[str]:
         """Load the query rows, plane by plane, and prepare them for the planes."""
         if self.positions is not None:
-            return self._rows() + self.positions.prologue()
+            fixed = self.positions.fixed() if self.positions.placed else []
+            return self._rows() + fixed + self.positions.prologue()
         lines = self._rows()
         for term in self.terms:
             lines += [*(term.operands() if term.decoded else []), *term.prepared()]

@@ -7,7 +7,7 @@ that are packed throughout as `scores` does, everything else as the edges of att
 Glossary of both skeletons (for maintainers; not emitted), beside that of `triton_attend`:
   pages         pages that are packed throughout
   position      the token that a query row stands at, from the first of its sequence; -1 of rows that do not count
-  last, oldest  the first and the last u that a row sees
+  last, oldest  the first and the last u that a row sees, or positions, where tokens stand in any order
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from functools import cached_property
 
 from .text import fill, literal
 from .triton_attend import LOG2E, Attend, parameters, tokens_name
+from .triton_places import LOOSE, PLACES, base, of_tile, seen, stand_name
 
 Then = Callable[[int], list[str]]
 """What is done with the scores of a sub-tile, by its number."""
-SEEN = "seen = (u[:, None] <= last[None, :]) & (u >= oldest)[:, None]"
 
 ROWS = """
 row_index = block * ROWS + tl.arange(0, ROWS)
@@ -29,11 +29,11 @@ live = row_index < queries * $group
 token = row_index // $group
 head = (b * $q_heads + h * $group + row_index % $group).to(tl.int64)
 position = tl.load(position_ptr + b.to(tl.int64) * queries + token, mask=live, other=-1)
-last = tl.minimum(position, length - 1) - $sinks  # [rows]
+$last
 """
 
 REACH = """
-@triton.jit(do_not_specialize=["queries", "ring", "splits", "edge_splits"])
+@triton.jit(do_not_specialize=["queries", "ring", "splits", "edge_splits"$loose])
 def reach(
     $args
 ):
@@ -50,8 +50,7 @@ def reach(
     if split < splits:
         $lanes
         $prologue
-        low = tl.maximum(oldest, 0) // $page
-        high = tl.maximum(tl.minimum(pages, (tl.maximum(newest, -1) + $page) // $page), low)
+        $bounds
         share = (high - low + splits - 1) // splits
         begin = tl.minimum(low + split * share, high)
         stop = tl.minimum(begin + share, high)
@@ -64,8 +63,7 @@ def reach(
         $rows_of_keys
         $lanes
         $edge_prologue
-        before = tl.maximum(pages * $edge_sub, tl.maximum(oldest, 0) // $edge_tile)
-        count = tl.maximum((tl.minimum(end, newest + 1) + $edge_tile_less) // $edge_tile - before, 0)
+        $edge_bounds
         for step in tl.range(split - splits, $sink_tiles + count, edge_splits, num_stages=1):
             tile = $edge_index
             $edge_tokens
@@ -74,7 +72,7 @@ def reach(
 """
 
 RECEIVED = """
-@triton.jit(do_not_specialize=["queries", "ring", "tiles", "longest"])
+@triton.jit(do_not_specialize=["queries", "ring", "tiles", "longest"$loose])
 def received(
     $args
 ):
@@ -94,7 +92,7 @@ def received(
             for block in tl.range(0, blocks, num_stages=1):
                 $query_rows
                 $counted
-                if tl.max(last, 0) >= tile * $tile:
+                if tl.max(last, 0) >= $tile_begin:
                     $query
                     $row_lanes
                     $prologue
@@ -112,7 +110,7 @@ def received(
             for block in tl.range(0, blocks, num_stages=1):
                 $query_rows
                 $counted
-                if tl.max(last, 0) >= tile * $edge_tile:
+                if tl.max(last, 0) >= $edge_begin:
                     $query
                     $row_lanes
                     $edge_prologue
@@ -125,7 +123,7 @@ b = bh // $heads
 h = bh % $heads
 packed_keys = tl.load(packed_keys_ptr + b)
 length = tl.load(length_ptr + b)
-oldest = tl.maximum(tl.load(start_ptr + b), 0) - $sinks
+$begin
 table = table_ptr + b.to(tl.int64) * table_width
 pages = packed_keys // $page
 """
@@ -143,6 +141,7 @@ in_pages = (tile >= 0) & (tile * $edge_tile < packed_keys)
 page = tl.load(table + tile // $edge_sub, mask=in_pages, other=0).to(tl.int64)
 t = tl.maximum(u, 0) % $page
 here = (u >= $minus_sinks) & (u < end)
+$stands
 row = $row
 $edge_addresses
 coded = (u >= 0) & (u < packed_keys)
@@ -155,6 +154,29 @@ lse = tl.load(lse_ptr + head * queries + token, mask=live, other=0.0)
 last = tl.where(lse != float("-inf"), last, $nowhere)
 lse = lse * $log2e
 """
+
+BOUNDS = """
+low = tl.maximum(oldest, 0) // $page
+high = tl.maximum(tl.minimum(pages, (tl.maximum(newest, -1) + $page) // $page), low)
+"""
+
+EDGE_BOUNDS = """
+before = tl.maximum(pages * $edge_sub, tl.maximum(oldest, 0) // $edge_tile)
+count = tl.maximum((tl.minimum(end, newest + 1) + $edge_tile_less) // $edge_tile - before, 0)
+"""
+
+# The same where tokens stand in any order; `oldest` is of the row then, too.
+PLACED = """
+low = 0
+high = pages
+"""
+
+PLACED_EDGES = """
+before = pages * $edge_sub
+count = tl.maximum((end + $edge_tile_less) // $edge_tile - before, 0)
+"""
+
+PLACED_ROWS = ("last = position  # [rows]", "oldest = tl.maximum(visible, last - window + 1)  # [rows]")
 
 STORE = """
 lse = (peak * size + tl.log2(tl.where(mass == 0.0, 1.0, mass))) * 0.6931471805599453
@@ -176,7 +198,7 @@ class Received(Attend):
             ),
             fill(
                 RECEIVED, **self._parts, args=self._arguments("tiles", "longest", "lse_ptr", "sum_ptr", "square_ptr"),
-                counted=fill(COUNTED, log2e=literal(LOG2E), nowhere=-1 - self.plan.sinks).splitlines(),
+                counted=fill(COUNTED, log2e=literal(LOG2E), nowhere=self._nowhere).splitlines(),
                 clean=self._clean(self._added), edges=self._edges(self._added),
                 **self._sums(),
             ),
@@ -194,6 +216,11 @@ class Received(Attend):
         """Lines that score edge tokens."""
         return self.keys.either()
 
+    @property
+    def _nowhere(self) -> int:
+        """What `last` is of a row that sees nothing."""
+        return -1 if self.plan.shape.placed else -1 - self.plan.sinks
+
     def _itself(self) -> bool:
         """Whether exact rows meet the query itself."""
         return self.keys.exact_rows is not None or not self.plan.keys.through
@@ -210,7 +237,8 @@ class Received(Attend):
         args = [*["query_ptr"] * self._itself(), *self.keys.inputs(), *(p for p in self.pools if p in read)]
         args += ["table_ptr", *(p for p in parameters(plan) if p.startswith("keys"))]
         args += ["packed_keys_ptr", "length_ptr", "start_ptr", "first_ptr", "key_rows_ptr", "position_ptr"]
-        args += ["queries", "table_width", "ring", *last, "scaling", *["softcap"] * plan.shape.softcap]
+        args += [*(["window", *PLACES] if plan.shape.placed else []), "queries", "table_width", "ring"]
+        args += [*last, "scaling", *["softcap"] * plan.shape.softcap]
         return [f"{arg}," for arg in args]
 
     @cached_property
@@ -226,38 +254,63 @@ class Received(Attend):
         itself = self._query("query") if plan.keys.through and self._itself() else []
         before, index = shared["sink_tiles"], "before + step"
         index = f"tl.where(step < {before}, step - {before}, before + step - {before})" if sinks else index
-        tokens = fill(EDGE_TOKENS, **shared, edge_addresses=self.keys_of(self.sections())).splitlines()
+        order = self._order(shared)
+        tokens = fill(EDGE_TOKENS, **shared, **order, edge_addresses=self.keys_of(self.sections())).splitlines()
         lanes = self.keys.lane_lines()
         moved = of_rows(lanes)
         return {
-            **shared, "edge_index": index, "sequence": fill(SEQUENCE, **shared).splitlines(),
-            "query_rows": fill(ROWS, **shared).splitlines(), "query": [*self._query(self.keys.query), *itself],
+            **shared, **order, "edge_index": index, "sequence": fill(SEQUENCE, **shared, **order).splitlines(),
+            "query_rows": fill(ROWS, **shared, **order).splitlines(), "query": [*self._query(self.keys.query), *itself],
             "lanes": lanes, "row_lanes": moved, "fixed_lanes": [line for line in lanes if line not in moved],
             "prologue": [*self.keys.prologue(), *size], "edge_prologue": [*self.keys.edge_prologue(), *size],
             "addresses": self.keys_of(self.addresses()), "rows_of_keys": fill(KEY_ROWS, **shared).splitlines(),
             "edge_tokens": tokens,
         }  # fmt: skip
 
+    def _order(self, shared: dict[str, int | str]) -> dict[str, list[str] | str | int]:
+        """What follows from the order of tokens, or, where they have none, is done with all of them."""
+        plan, placed = self.plan, self.plan.shape.placed
+        bounds, edge_bounds = (PLACED, PLACED_EDGES) if placed else (BOUNDS, EDGE_BOUNDS)
+        last = f"last = tl.minimum(position, length - 1) - {plan.sinks}  # [rows]"
+        start = "tl.maximum(tl.load(start_ptr + b), 0)"
+        return {
+            "bounds": fill(bounds, **shared).splitlines(), "edge_bounds": fill(edge_bounds, **shared).splitlines(),
+            "last": [*PLACED_ROWS] if placed else [last], 
+            "begin": [f"visible = {start}", base(plan)] if placed else [f"oldest = {start} - {plan.sinks}"],
+            "loose": f', "window"{LOOSE}' if placed else "",
+            "stands": ["stand = tl.load(places + u, mask=here, other=0) + origin"] if placed else [],
+            "tile_begin": 0 if placed else f"tile * {plan.tile}",
+            "edge_begin": 0 if placed else f"tile * {plan.edge_tile}",
+        }  # fmt: skip
+
+    def _seen(self, half: int | None) -> str:
+        """The line that says which rows see the tokens of a sub-tile, or of an edge tile."""
+        if not self.plan.shape.placed:
+            return "seen = (u[:, None] <= last[None, :]) & (u >= oldest)[:, None]"
+        line = seen("seen", "stand" if half is None else stand_name(self.plan, half))
+        return line if half is not None else f"{line} & here[:, None]"
+
     def _clean(self, then: Then) -> list[str]:
         """Lines that score a tile of packed tokens, and go on with each of its sub-tiles."""
         plan, lines = self.plan, []
         for half in range(plan.halves):
+            lines += of_tile(plan, half) if plan.shape.placed else []
             lines += [*self._scores[half], *self._capped("s")]
             shift = f" + {half * plan.half}" if half else ""
-            lines.append(f"u = tile * {plan.tile}{shift} + tl.arange(0, {plan.half})")
-            lines += then(half)
+            if not plan.shape.placed:
+                lines.append(f"u = tile * {plan.tile}{shift} + tl.arange(0, {plan.half})")
+            lines += [self._seen(half), *then(half)]
         return lines
 
     def _edges(self, then: Then) -> list[str]:
         """The same of a tile of edge tokens."""
-        return [*self._either, *self._capped("s"), *then(0)]
+        return [*self._either, *self._capped("s"), self._seen(None), *then(0)]
 
     # ---- what each does with scores -------------------------------------------------------------------------------
 
     def _reached(self, half: int) -> list[str]:
         """Add a sub-tile to the sums of `reach`."""
         return [
-            SEEN,
             "s = tl.where(seen, s, -1.0e30)",
             *self._softmax(["s"]),
             'p = tl.exp2(tl.where(seen, s * size[None, :] - (peak * size)[None, :], float("-inf")))',
@@ -267,7 +320,6 @@ class Received(Attend):
     def _added(self, half: int) -> list[str]:
         """Add the weights of a block of rows to the sums of a sub-tile's tokens."""
         return [
-            SEEN,
             'p = tl.exp2(tl.where(seen, s * size[None, :] - lse[None, :], float("-inf")))',
             f"sum{half} = sum{half} + tl.sum(p, 1)",
             f"square{half} = square{half} + tl.sum(p * p, 1)",

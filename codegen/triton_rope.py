@@ -13,6 +13,7 @@ from kvdsl.scheme import PreRope
 
 from .plan import Plan
 from .text import fill, padded, plus
+from .triton_places import LOOSE, PLACES, of_tokens, stand_name
 from .triton_planes import Planes
 from .triton_unmap import Unmap, unseen
 
@@ -36,7 +37,7 @@ def $name($args):
     partner = tl.load(source_ptr + row[:, None] * $dim + other[None, :], mask=known, other=0.0).to(tl.float32)
     spoilt = tl.max(nan(x), 1)
     $clean
-    wave = rope_ptr + tl.where(inside, u + $sinks, 0).to(tl.int64)[:, None] * $dim + pair[None, :]
+    wave = rope_ptr + tl.where(inside, $stand, 0).to(tl.int64)[:, None] * $dim + pair[None, :]
     cosine = tl.load(wave, mask=known, other=1.0).to(tl.float64)
     sine = tl.load(wave + $sines, mask=known, other=0.0).to(tl.float64)
     sine = sine * turn[None, :].to(tl.float64)
@@ -74,7 +75,8 @@ def _rotate(plan: Plan, name: str, back: bool, **holes: list[str] | str | int) -
     channels = ("d", 0, padded(dim))
     turned = sign(rope, *channels)
     return fill(
-        ROTATE, name=name, rows=ROTATE_ROWS, heads=plan.shape.kv_heads, dim=dim, padded=padded(dim), sinks=plan.sinks,
+        ROTATE, name=name, rows=ROTATE_ROWS, heads=plan.shape.kv_heads, dim=dim, padded=padded(dim),
+        stand="stand" if plan.shape.placed else f"u + {plan.sinks}",
         other=other(rope, *channels), pair=pair(rope, *channels), sines=dim // 2,
         sign=turned if back else f"-{turned}", **holes,
     )  # fmt: skip
@@ -83,23 +85,26 @@ def _rotate(plan: Plan, name: str, back: bool, **holes: list[str] | str | int) -
 def unrope(plan: Plan) -> str:
     """The text of `unrope_keys`: tokens u in [low, low + count) of the rows without their positions, to be coded."""
     args = ["source_ptr", "first_ptr", "begin_ptr", "end_ptr", "rope_ptr", "out_ptr", "PAIRS: tl.constexpr"]
-    args += ["total_rows", "offset", "ring", "low", "count"]
+    args += ["total_rows", "offset", "ring", "low", "count", *(PLACES if plan.shape.placed else [])]
     where = [
         "u = low + n",
         "inside = (n < count) & (u >= tl.load(begin_ptr + b)) & (u < tl.load(end_ptr + b))",
         "row = (offset + tl.where(inside, u - tl.load(first_ptr + b), 0) % ring).to(tl.int64)",
         "row = bh.to(tl.int64) * total_rows + row",
+        *(of_tokens(plan, "u", "inside") if plan.shape.placed else []),
     ]
     clean = ["x = finite(x)", "partner = finite(partner)"]
-    loose = '"offset", "ring", "low", "count"'
+    loose = '"offset", "ring", "low", "count"' + (LOOSE if plan.shape.placed else "")
     return _rotate(plan, "unrope_keys", False, args=", ".join(args), loose=loose, where=where, clean=clean)
 
 
 def rope(plan: Plan) -> str:
     """The text of `rope_keys`: decoded numbers (programs, count, D) of tokens from u = low on, at their positions."""
     args = ["coded_ptr", "rope_ptr", "out_ptr", "PAIRS: tl.constexpr", "low", "count"]
-    where = ["u = low + n", "inside = n < count", "row = bh.to(tl.int64) * count + n"]
-    text = _rotate(plan, "rope_keys", True, args=", ".join(args), loose='"low", "count"', where=where, clean=[])
+    where, loose = ["u = low + n", "inside = n < count", "row = bh.to(tl.int64) * count + n"], '"low", "count"'
+    if plan.shape.placed:
+        args, where, loose = [*args, *PLACES], [*where, *of_tokens(plan, "u", "inside")], loose + LOOSE
+    text = _rotate(plan, "rope_keys", True, args=", ".join(args), loose=loose, where=where, clean=[])
     return text.replace("source_ptr", "coded_ptr").replace("b = bh // " + str(plan.shape.kv_heads) + "\n    ", "")
 
 
@@ -113,6 +118,7 @@ class Positions:
         self.precise = ', input_precision="ieee"' if plan.exact_keys else ""
         self.count = range(planes.side.layout.planes)
         self.unmap = Unmap(plan, planes, self.operand, self.precise) if self.side.mixed else None
+        self.placed = plan.shape.placed
 
     @property
     def anew(self) -> bool:
@@ -122,7 +128,8 @@ class Positions:
 
     def inputs(self) -> list[str]:
         """The arguments that stand beside the query."""
-        found = [*INPUTS, *(self.unmap.inputs() if self.unmap is not None else [])]
+        found = [name for name in INPUTS if not (self.placed and name == "near_ptr")]
+        found += self.unmap.inputs() if self.unmap is not None else []
         found += ["keys_order_ptr"] * self.side.ordered + ["keys_outer_ptr"] * self.side.factored
         return found + ["keys_inner_shift_ptr"] * self.side.shifted
 
@@ -220,8 +227,12 @@ class Positions:
 
     def own(self) -> list[str]:
         """The address of the waves of the edge tokens u, a row each."""
-        row = f"tl.where(coded, u{plus(self.plan.sinks)}, 0).to(tl.int64)[:, None] * {self.dim}"
-        return [f"wave = rope_ptr + {row}"]
+        stand = "stand" if self.placed else f"u{plus(self.plan.sinks)}"
+        return [f"wave = rope_ptr + tl.where(coded, {stand}, 0).to(tl.int64)[:, None] * {self.dim}"]
+
+    def placed_waves(self, half: int) -> list[str]:
+        """The same of the tokens of sub-tile `half`, which stand anywhere."""
+        return [f"wave = rope_ptr + {stand_name(self.plan, half)}.to(tl.int64)[:, None] * {self.dim}"]
 
     def own_waves(self, j: int) -> list[str]:
         mask = self._lanes(j)

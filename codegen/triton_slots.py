@@ -16,6 +16,7 @@ from .sections import Slots
 from .text import plus
 from .triton_gather import where_gathered
 from .triton_keys import Keys
+from .triton_places import stand_name
 from .triton_planes import Planes
 from .triton_rope import pair
 from .triton_values import Values
@@ -87,17 +88,21 @@ class SlottedKeys(Slotted, Keys):
         return []
 
     def _scores(self, half: int, tokens: str) -> list[str]:
+        if self.plan.shape.placed:
+            return self._met_by(tokens, stand_name(self.plan, half))
         first = f"tile * {self.plan.tile}{plus(half * self.plan.half)}"
         return self._met_by(tokens, f"{first} + tl.arange(0, {self.plan.half})")
 
     def tokens(self) -> list[str]:
-        return self.own(self._met_by("t", "tl.where(coded, u, 0)"))
+        return self.own(self._met_by("t", f"tl.where(coded, {'stand' if self.plan.shape.placed else 'u'}, 0)"))
 
     def _met_by(self, tokens: str, u: str) -> list[str]:
-        """The query's numbers at the places of `tokens` of the page, those at u, each times what stands there."""
+        """The query's numbers at the places of `tokens` of the page, those at u, or at these positions, each times what
+        stands there."""
         p, dim, rope, lines = self.prefix, self.plan.shape.head_dim, self.side.rope, list[str]()
         if rope is not None:
-            lines.append(f"{p}_wave = ({u}{plus(self.plan.sinks)}) * {dim}")
+            before = 0 if self.plan.shape.placed else self.plan.sinks
+            lines.append(f"{p}_wave = ({u}{plus(before)}) * {dim}")
         for i in range(self.held.count):
             lines += self.of_tokens(i, tokens)
             place = f"tl.minimum({p}_place, {dim - 1})"  # of a token that was never packed it is any

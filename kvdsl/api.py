@@ -127,11 +127,13 @@ def attend(
         given |= dict(q=q, v=v, scale=scale, sliding=sliding, start=start, softcap=softcap)
         out, lse = by_heads(attend, scheme, k, **given)
         return out, lse
-    if scheme.routed and (sliding is not None or start is not None):
-        raise ShapeError("sliding, start: tokens in tiers stand in no order; leave both out, or use a scheme without")
+    if scheme.routed and start is not None:
+        raise ShapeError(
+            "start: padding is never sent to tiers; leave it out, and give sequences without their padding"
+        )
     with torch.no_grad():
         if scheme.routed:
-            return routed_api.attend(scheme, q, k, v, backend, scale, window, params, labels, queries, softcap)
+            return routed_api.attend(scheme, q, k, v, backend, scale, window, params, labels, queries, softcap, sliding)
         count = q.shape[2] if isinstance(q, Tensor) and q.dim() == 4 else 0
         capped = softcap is not None
         run = _Run.of(scheme, k, v, q, backend, window, params, queries=count, softcap=capped, sliding=sliding)

@@ -58,6 +58,9 @@ class Decision:
     def send(self) -> None:
         """Carry it out."""
         labels = self._labels()
+        for tier in self.tiers:
+            if tier is not None:
+                tier.within(max(self.front.lengths))
         self._measure_prompts()
         for number, tier in reversed(tuple(enumerate(self.tiers))):
             if tier is None:
@@ -139,10 +142,10 @@ class Decision:
         worth = torch.zeros_like(one)
         metrics = [self.cache.watch.metric(now) for now in first]
         for metric in sorted({metric for metric, due in zip(metrics, self.due, strict=True) if due}):
-            found = importance(metric, one, t, lengths, queries)
+            found = importance(metric, one, t, lengths, queries, self.cache.window)
             if metric == "mean_std":
                 group = (self.cache.kernels.shape.q_heads or heads) // heads
-                found = self._protected(found, deviation(one, two, t, lengths, group), router.scope)
+                found = self._protected(found, deviation(one, two, t, lengths, group, self.cache.window), router.scope)
             mine = column([one == metric for one in metrics], self.device) > 0
             worth = torch.where(mine[..., None], found, worth)
         if router.pool > 1:

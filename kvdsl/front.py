@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .inputs import DTYPES
-from .kernels import AttentionState, Side
+from .kernels import AttentionState, Places, Side
 from .pages import upload
 from .rows import chunk_index, gather, write
 from .scheme import SIDES, Scheme
@@ -147,6 +147,13 @@ class Front:
         place = torch.remainder(torch.arange(self.ring, device=device) - begin, self.ring)
         live = place < upload(self.waiting, device, torch.int64)[:, None]
         self.sums[..., self.sinks :].mul_(live[:, None])
+
+    def stands(self, asked: Tensor) -> Places:
+        """Where the exact tokens stand in their sequences, those that have left counted, too."""
+        heads, device = self.keys.shape[1], self.keys.device
+        place = torch.arange(max(self.held, default=0), dtype=torch.int32, device=device)
+        at = torch.where(place < self.sinks, place, place + upload(self.gone, device)[:, None])
+        return Places(at[:, None].repeat(1, heads, 1), max(self.lengths, default=0), asked=asked)
 
     def state(self, pool: Tensor, zeros: Tensor) -> AttentionState:
         """What attention reads of the exact tokens, counted from the first that is still there."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
@@ -25,11 +25,17 @@ class Module(Protocol):
     """The functions that every backend's generated module is bound to; see KernelSet for what they take."""
 
     def pack(self, side: Side, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor,
-             reach: tuple[int, int], pool: Tensor, table: Tensor, params: Params) -> None: ...  # fmt: skip
+             reach: tuple[int, int], pool: Tensor, table: Tensor, params: Params,
+             places: Places | None = None) -> None: ...  # fmt: skip
 
-    def unpack(self, side: Side, pool: Tensor, table: Tensor, begin: int, end: int, params: Params) -> Tensor: ...
+    def unpack(
+        self, side: Side, pool: Tensor, table: Tensor, begin: int, end: int, params: Params,
+        places: Places | None = None,
+    ) -> Tensor: ...  # fmt: skip
 
-    def scores(self, query: Tensor, pool: Tensor, table: Tensor, tokens: int, params: Params) -> Tensor: ...
+    def scores(
+        self, query: Tensor, pool: Tensor, table: Tensor, tokens: int, params: Params, places: Places | None = None
+    ) -> Tensor: ...
 
     def attend(
         self, query: Tensor, state: AttentionState, params: Params, splits: int | None = None
@@ -44,6 +50,22 @@ class Module(Protocol):
     def received(
         self, query: Tensor, position: Tensor, lse: Tensor, state: AttentionState, params: Params
     ) -> tuple[Tensor, Tensor]: ...
+
+
+class Places(NamedTuple):
+    """Where tokens stand, whose places follow no order: token t of a head, t = 0 the first of the sequence's here, at
+    position at[b, h, t] + origin.
+
+    at       int32 (B, H, room), contiguous; what stands behind a sequence's tokens is never read
+    end      host: every position is below it
+    origin   host: what is added to each
+    asked    int32 (B,): the position behind the last query's, query i of Q stands at asked_b - Q + i; `attend` needs it
+    """
+
+    at: Tensor
+    end: int
+    origin: int = 0
+    asked: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +88,8 @@ class AttentionState:
     ahead         how many positions behind the last token the last query stands: query i is at position
                   length_b - Q + i + ahead; 0 where the queries' own tokens are the last ones here, Q or more where
                   every query sees every token but for the window
+    places        only where Shape.placed: where tokens stand; causality, window and `start` are of these positions
+                  then, rotary positions too, and `ahead` says nothing
     """
 
     pool: Tensor
@@ -83,6 +107,7 @@ class AttentionState:
     softcap: float | None = None
     window: int | None = None
     ahead: int = 0
+    places: Places | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,21 +131,32 @@ class KernelSet:
     module: Module
 
     def pack(self, side: Side, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor,
-             reach: tuple[int, int], pool: Tensor, table: Tensor, params: Params) -> None:  # fmt: skip
+             reach: tuple[int, int], pool: Tensor, table: Tensor, params: Params,
+             places: Places | None = None) -> None:  # fmt: skip
         """Quantize tokens u in [begin_b, end_b) of one side and write them into the pages of `table`.
 
         rows (B, H, offset + ring, D) with token u in row `offset + (u - first_b) % ring`; first, begin, end int32 (B,);
         `reach` = (min of begin, max of end), host integers.  Whole blocks only.  Bytes of other tokens are untouched.
+        `places` only where Shape.placed.
         """
-        self.module.pack(side, rows, first, offset, begin, end, reach, pool, table, params)
+        self.refuse_places(places)
+        self.module.pack(side, rows, first, offset, begin, end, reach, pool, table, params, places)
 
-    def unpack(self, side: Side, pool: Tensor, table: Tensor, begin: int, end: int, params: Params) -> Tensor:
+    def unpack(
+        self, side: Side, pool: Tensor, table: Tensor, begin: int, end: int, params: Params,
+        places: Places | None = None,
+    ) -> Tensor:  # fmt: skip
         """Decoded tokens u in [begin, end) of every sequence: float32 (B, H, end - begin, D)."""
-        return self.module.unpack(side, pool, table, begin, end, params)
+        self.refuse_places(places)
+        return self.module.unpack(side, pool, table, begin, end, params, places)
 
-    def scores(self, query: Tensor, pool: Tensor, table: Tensor, tokens: int, params: Params) -> Tensor:
-        """Estimates of q.k for packed u in [0, tokens), unscaled: query (B, Hq, Q, D) -> float32 (B, Hq, Q, tokens)."""
-        return self.module.scores(query, pool, table, tokens, params)
+    def scores(
+        self, query: Tensor, pool: Tensor, table: Tensor, tokens: int, params: Params, places: Places | None = None
+    ) -> Tensor:
+        """Estimates of q.k for packed u in [0, tokens), unscaled: query (B, Hq, Q, D) -> float32 (B, Hq, Q, tokens);
+        `places`, as for `pack`, of all these tokens of every sequence."""
+        self.refuse_places(places)
+        return self.module.scores(query, pool, table, tokens, params, places)
 
     def attend(
         self, query: Tensor, state: AttentionState, params: Params, splits: int | None = None
@@ -132,16 +168,19 @@ class KernelSet:
         `splits` is the number of programs that share the packed tokens of one sequence, and of those that share the
         exact ones (None: chosen from the batch and the machine).  Given, a sequence gets from the Triton kernels to
         the bit what it gets alone, whatever batch it is in."""
+        self.refuse_places(state.places)
         return self.module.attend(query, state, params, splits)
 
     def reach(self, query: Tensor, position: Tensor, state: AttentionState, params: Params) -> Tensor:
         """How much attention query rows have to give: query (B, Hq, P, D), position int32 (B, P) -> float32 (B, Hq, P),
         the natural logarithm of the sum of exp(score) over the tokens that a row sees, -inf where there are none.
 
-        Rows stand anywhere, in any order: row i of sequence b at token position[b, i], counted like `state.length`.  It
-        sees the tokens t <= position that the state has, from `start` on.  At -1 stands a row that does not count.
-        Raises BackendError for a state with a sliding window.
+        Rows stand anywhere, in any order: row i of sequence b at token position[b, i], counted like `state.length`, or
+        among the positions of `state.places`.  It sees the tokens t <= position that the state has, from `start` on,
+        and no others than `state.window` allows.  At -1 stands a row that does not count.  Raises BackendError for a
+        state with a sliding window, unless Shape.placed.
         """
+        self.refuse_places(state.places)
         _refuse_window(state)
         return self.module.reach(query, position, state, params)
 
@@ -156,8 +195,18 @@ class KernelSet:
         saliency is made of (H2O, arXiv 2306.14048; ZipCache, arXiv 2405.14256, section 4: of a few rows, over how many
         of them see the token), in memory of the inputs' and the outputs' size.  Raises BackendError as `reach` does.
         """
+        self.refuse_places(state.places)
         _refuse_window(state)
         return self.module.received(query, position, lse, state, params)
+
+    def refuse_places(self, places: Places | None) -> None:
+        """BackendError where positions are given to kernels that know none, or none to those that need them."""
+        if self.shape.placed != (places is not None):
+            missing = "places: missing; these kernels are of tokens in any order, say where each stands"
+            given = (
+                "places: these kernels are of tokens in the order of their places; build for a shape with placed=True"
+            )
+            raise BackendError(missing if places is None else given)
 
 
 class Fold(NamedTuple):
@@ -194,13 +243,14 @@ def attend_segments(query: Tensor, segments: Sequence[Segment], splits: int | No
     if not segments:
         raise ShapeError("segments: none; give those of the cache, one at least")
     first = segments[0].kernels
-    for position, (kernels, *_) in enumerate(segments):
+    for position, (kernels, state, *_) in enumerate(segments):
+        kernels.refuse_places(state.places)
         if kernels.backend != first.backend:
             raise BackendError(
                 f"segments[{position}]: compiled for {kernels.backend}, segments[0] for {first.backend}; build all of "
                 f"them for one backend"
             )
-        if kernels.shape != first.shape:
+        if replace(kernels.shape, placed=False) != replace(first.shape, placed=False):
             raise ShapeError(f"segments[{position}]: {kernels.shape}, segments[0]: {first.shape}; build all for one")
     held = [segment for segment in segments if segment.state.longest] or segments[:1]
     if len(held) == 1 and held[0].fold is None:
@@ -210,7 +260,7 @@ def attend_segments(query: Tensor, segments: Sequence[Segment], splits: int | No
 
 
 def _refuse_window(state: AttentionState) -> None:
-    if state.window is not None:
+    if state.window is not None and state.places is None:
         raise BackendError(
             f"state.window: attention within the newest {state.window} tokens is not summed by token; give a state "
             "whose window is None"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from .errors import CacheError
 from .head_cache import HeadCache, Held
 from .head_groups import head_groups
 from .kernels import Backend, Params
@@ -36,8 +36,7 @@ def made(
 ) -> AnyCache:
     """An empty cache of `batch` sequences: a QuantizedCache, where tokens go to tiers a TieredCache, and where heads
     have schemes of their own a HeadCache of these.  Other options as for QuantizedCache.
-
-    Raises CacheError for tiers in a layer that attends in a sliding window."""
+    """
     if scheme.heads:
         held = []
         for group in head_groups(scheme, shape.kv_heads):
@@ -47,8 +46,7 @@ def made(
             )  # fmt: skip
             held.append(Held(group, cache))
         return HeadCache(held)
-    if window is not None and scheme.routed:
-        raise CacheError(f"cache: a sliding window of {window} over tokens in tiers, whose order is not kept")
     if scheme.routed:
-        return TieredCache(build_tiers(scheme, shape, backend), batch, device=device, params=params, **options)
+        kernels = build_tiers(scheme, replace(shape, placed=window is not None), backend)
+        return TieredCache(kernels, batch, device=device, params=params, window=window, **options)
     return QuantizedCache(build(scheme, shape, backend), batch, device=device, params=params, window=window, **options)

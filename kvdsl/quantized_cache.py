@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .errors import CacheError, ShapeError
 from .inputs import checked_counts, checked_index, checked_number, checked_pair, refuse_query
-from .kernels import AttentionState, KernelSet, Params, Side
+from .kernels import AttentionState, KernelSet, Params, Places, Side
 from .members import Member, Policy
 from .pages import ZERO, PagePool
 from .params import checked
@@ -131,16 +131,17 @@ class QuantizedCache:
             return torch.empty_like(query), query.new_zeros(query.shape[:3], dtype=torch.float32)
         return self.kernels.attend(query, state, self.params)
 
-    def dense(self, side: Side) -> Tensor:
+    def dense(self, side: Side, places: Places | None = None) -> Tensor:
         """All tokens of a side as numbers, (B, H, longest, D) in the model's dtype: packed ones decoded, the others
-        exact. Right aligned: a shorter sequence, and tokens a sliding window let go of, are zeros."""
+        exact. Right aligned: a shorter sequence, and tokens a sliding window let go of, are zeros.  `places` only where
+        kernels are of tokens in any order (Shape.placed): where all of these stand."""
         now, policy, packed = self._now, self._now.policy, self.packed(side)
         most, rows = max(packed, default=0), now.rows(side)
         gone = [min(m.gone, p) for m, p in zip(now.members, packed, strict=True)]
         index, held = dense_index(policy.sinks, policy.ring, most, self.lengths, packed, gone)
         with torch.no_grad():
             if most:
-                decoded = self.kernels.unpack(side, self.pool.bytes, now.table.tensor, 0, most, self.params)
+                decoded = self.kernels.unpack(side, self.pool.bytes, now.table.tensor, 0, most, self.params, places)
                 rows = torch.cat([decoded.to(rows.dtype), rows], 2)
             return gather(rows, index).masked_fill_(~held.to(self.device)[:, None, :, None], 0)
 
@@ -178,18 +179,20 @@ class QuantizedCache:
         counts: Sequence[int] | None = None,
         scaling: float | None = None,
         softcap: float | None = None,
+        places: Places | None = None,
     ) -> AttentionState:
         """Add keys and values (B, H, m, D); sequence b takes the last counts_b of the m tokens (default: all).
 
         Returns what the attention of this step reads.  prefill="exact": fresh tokens exactly, older ones as they were
         stored before; "stored": all as they are stored now.  The state is numbers and references: it stays true until
-        the cache changes next, and a first chunk that is large is read from the given tensors themselves.
+        the cache changes next, and a first chunk that is large is read from the given tensors themselves.  `places` as
+        for `dense`, these tokens among them.
 
         ShapeError names a wrong tensor, CacheError a full pool; either way nothing has changed.
         """
         counts = checked_pair(keys, values, counts, self.batch, self.kernels.shape, self.device)
         with self._changing() as now:
-            step = self._machine.append(now, {"keys": keys, "values": values}, counts)
+            step = self._machine.append(now, {"keys": keys, "values": values}, counts, places)
             state = self._scaled(step.state, scaling, softcap)
             self._commit(step.after, step.dropped)
         return state

@@ -61,7 +61,8 @@ def scores(
         read, most = tier.read(), max(tier.cache.packed("keys"), default=0)
         if most:
             met, bias = (query, None) if read.keys is None else read.keys.met(query)
-            own = read.kernels.scores(met.contiguous(), read.state.pool, read.state.table, most, read.params)
+            state, places = read.state, read.state.places
+            own = read.kernels.scores(met.contiguous(), state.pool, state.table, most, read.params, places)
             own = own if bias is None else own + bias[..., None]
             at = tier.beside.positions[:, :, :most].long() + cache.front.sinks
             valid = torch.arange(most, device=at.device) < column(tier.cache.packed("keys"), at.device)
@@ -72,7 +73,7 @@ def scores(
 
 def attend(
     scheme: Scheme, q: Tensor, k: Tensor, v: Tensor, backend: Backend | None, scale: float | None, window: bool,
-    params: Params | None, choice: Tensor | None, queries: Tensor | None, softcap: float | None,
+    params: Params | None, choice: Tensor | None, queries: Tensor | None, softcap: float | None, sliding: int | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `kvdsl.attend`."""
     if q.shape[2] > k.shape[2]:
@@ -80,7 +81,8 @@ def attend(
             f"q: {q.shape[2]} queries for {k.shape[2]} tokens; they belong to the last tokens, give at most those"
         )
     old = k.shape[2] - q.shape[2]
-    cache, query = _filled(scheme, k, v, q, backend, window, params, choice, queries, old, softcap is not None)
+    capped = softcap is not None
+    cache, query = _filled(scheme, k, v, q, backend, window, params, choice, queries, old, capped, sliding)
     assert query is not None
     fresh = (x[:, :, old:].to(cache.device) for x in (k, v))
     step = cache.append(*fresh, scaling=k.shape[3] ** -0.5 if scale is None else scale, softcap=softcap)
@@ -106,6 +108,7 @@ def calibrate(scheme: Scheme, k: Tensor, v: Tensor, q: Tensor | None) -> dict[st
 def _filled(
     scheme: Scheme, k: Tensor, v: Tensor, q: Tensor | None, backend: Backend | None, window: bool,
     params: Params | None, choice: Tensor | None, queries: Tensor | None, tokens: int, softcap: bool = False,
+    sliding: int | None = None,
 ) -> tuple[TieredCache, Tensor | None]:  # fmt: skip
     """A cache given the first `tokens` tokens in one step, routed by labels (B, H, T), by positions, by the tokens, or
     by `queries` (B, Hq, T, D) of all of them."""
@@ -127,9 +130,10 @@ def _filled(
         mend = "" if balanced else ", or labels=kvdsl.labels(scheme, q, k, v)"
         why = "the router goes by attention" if asks else "keys are balanced against queries"
         raise ShapeError(f"queries: missing; {why}, give those of all tokens, (B, Hq, T, D){mend}")
-    kernels = build_tiers(stored, shape, backend)
+    kernels = build_tiers(stored, replace(shape, placed=sliding is not None), backend)
     device = _device(kernels.exact, k)
-    cache = TieredCache(kernels, k.shape[0], device=device, params=params, capacity=max(1, k.shape[2]))
+    size = max(1, k.shape[2])
+    cache = TieredCache(kernels, k.shape[0], device=device, params=params, window=sliding, capacity=size)
     keys, values = (x[:, :, :tokens].to(device) for x in (k, v))
     query = None if q is None else q.to(device)
     step = cache.append(keys, values)

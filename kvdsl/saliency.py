@@ -52,14 +52,19 @@ class Read(NamedTuple):
 @dataclass(frozen=True)
 class Rows:
     """Queries (B, Hq, P, D) and, of each, its place among the exact tokens, int32 (B, P): -1 where it counts for
-    nothing."""
+    nothing; `gone`, int32 (B, 1): how many tokens before it have left these."""
 
     query: Tensor
     position: Tensor
+    gone: Tensor
 
     def met(self, read: Read) -> tuple[Tensor, Tensor, Tensor | float]:
         """The query as the keys of `read` meet it, its positions there, and what is added to scaled scores."""
-        position = self.position if read.causal else torch.where(self.position < 0, -1, EVERYWHERE)
+        position = self.position
+        if read.state.places is not None:
+            position = torch.where(position < 0, -1, position + self.gone)
+        elif not read.causal:
+            position = torch.where(position < 0, -1, EVERYWHERE)
         if read.keys is None:
             return self.query, position, 0.0
         turned, shift = read.keys.met(self.query)
@@ -93,7 +98,8 @@ def carried(
     queries, device = query.shape[2], query.device
     place = torch.arange(queries, device=device)
     position = place + column(front.held, device) - queries
-    rows = Rows(query, torch.where(place >= queries - column(counts, device), position, -1).to(torch.int32))
+    position = torch.where(place >= queries - column(counts, device), position, -1).to(torch.int32)
+    rows = Rows(query, position, upload(front.gone, device)[:, None])
     lse = reach(rows, reads) if lse is None else lse
     exact, *others = (received(rows, lse, read) if read.state.longest else None for read in reads)
     sums = front.sums
@@ -128,26 +134,34 @@ def chosen_rows(watch: Watch, first: Sequence[bool], lengths: Sequence[int], gon
     positions = [[-1] * (most - len(row)) + row for row in positions]
     index = upload(places, query.device, torch.int64).view(len(places), most)
     picked = query.gather(2, index[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
-    return Rows(picked, upload(positions, query.device).view(len(positions), most))
+    return Rows(picked, upload(positions, query.device).view(len(positions), most), upload(gone, query.device)[:, None])
 
 
 def importance(
-    metric: Metric, first: Tensor, positions: Tensor, lengths: Sequence[int], queries: Sequence[int]
-) -> Tensor:
+    metric: Metric, first: Tensor, positions: Tensor, lengths: Sequence[int], queries: Sequence[int],
+    window: int | None = None,
+) -> Tensor:  # fmt: skip
     """How much tokens matter, float32 like first (B, H, T), the sums of their weights, by their positions t int (B, 1
-    or H, T) in sequences of lengths_b tokens, `queries_b` of whose queries are at hand."""
+    or H, T) in sequences of lengths_b tokens, `queries_b` of whose queries are at hand; of attention in a sliding
+    window, if any."""
     if metric in ("accumulated", "last"):
         return first
-    seen = (column(lengths, first.device)[..., None] - positions).clamp(min=1)
-    if metric == "normalized":
-        seen = torch.minimum(seen, column(queries, first.device)[..., None].clamp(min=1))
-    return first / seen
+    return first / seeing(positions, lengths, queries if metric == "normalized" else lengths, window)
 
 
-def deviation(first: Tensor, second: Tensor, positions: Tensor, lengths: Sequence[int], group: int) -> Tensor:
+def seeing(positions: Tensor, lengths: Sequence[int], queries: Sequence[int], window: int | None) -> Tensor:
+    """How many of the newest queries_b queries can see the tokens at these positions, 1 at least."""
+    end, rows = (column(counts, positions.device)[..., None] for counts in (lengths, queries))
+    last = end if window is None else torch.minimum(end, positions + window)
+    return (last - torch.maximum(positions, end - rows)).clamp(min=1)
+
+
+def deviation(
+    first: Tensor, second: Tensor, positions: Tensor, lengths: Sequence[int], group: int, window: int | None = None
+) -> Tensor:
     """The standard deviation of a token's weights over the queries that could see it, each of `group` heads, float32
     like first (B, H, T)."""
-    seen = group * (column(lengths, first.device)[..., None] - positions).clamp(min=1)
+    seen = group * seeing(positions, lengths, lengths, window)
     return (second / seen - (first / seen).square()).clamp(min=0).sqrt()
 
 

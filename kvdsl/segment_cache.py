@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernels import KernelSet, Params, Side
+from .kernels import KernelSet, Params, Places, Side
 from .measuring import Affine, measure, nothing
 from .quantized_cache import QuantizedCache
 from .routing import column
@@ -24,11 +24,13 @@ Tokens = dict[Side, Tensor]
 @dataclass(frozen=True)
 class Beside:
     """What stands beside the pages at one moment: factors and shifts of either side; of the token in place j of a
-    sequence and head its position behind the sinks, int32 (B, H, room), and its sums, float32 (sums, B, H, room)."""
+    sequence and head its position behind the sinks, int32 (B, H, room), and its sums, float32 (sums, B, H, room);
+    `end`: no sequence was ever longer, sinks included."""
 
     affine: dict[Side, Affine]
     positions: Tensor
     sums: Tensor
+    end: int = 0
 
 
 class SegmentCache:
@@ -36,15 +38,15 @@ class SegmentCache:
 
     def __init__(
         self, segment: Segment, kernels: TierSet, params: Params, batch: int, sums: int, device: torch.device,
-        capacity: int, placed: bool = True,
+        capacity: int, placed: bool = True, sinks: int = 0,
     ) -> None:  # fmt: skip
-        self.segment, self.kernels, self.params = segment, kernels, params
+        self.segment, self.kernels, self.params, self.sinks = segment, kernels, params, sinks
         self.cache = QuantizedCache(kernels.packing, batch, device=device, params=params, capacity=capacity)
         shape, about = kernels.packing.shape, {side: segment.of(side) for side in SIDES}
         sizes = (batch, shape.kv_heads, shape.head_dim)
         affine = {side: nothing(one, sizes, device) for side, one in about.items() if one is not None}
-        # Without a router a tier has all tokens in their order: none is told where it stood.
-        self.placed = placed
+        # Without a router a tier has all tokens in their order: none is told where it stood, unless kernels ask.
+        self.placed = placed or kernels.reading.shape.placed
         positions = torch.zeros(batch, shape.kv_heads, 0, dtype=torch.int32, device=device)
         self.beside = Beside(affine, positions, torch.zeros(sums, batch, shape.kv_heads, 0, device=device))
 
@@ -77,7 +79,7 @@ class SegmentCache:
         if not any(counts):
             return
         self._note(self.counts, counts, positions, sums)
-        self.cache.append(*self._coded(tokens), counts=counts)
+        self.cache.append(*self._coded(tokens), counts=counts, places=self._places())
 
     def rebuild(self, tokens: Tokens, counts: Sequence[int], positions: Tensor, sums: Tensor, due: Sequence[bool],
                 query: Tensor | None) -> None:  # fmt: skip
@@ -140,15 +142,16 @@ class SegmentCache:
         self.cache.own()
 
     def put(self, slots: Tensor, live: Tensor, tokens: Tokens, positions: Tensor, sums: Tensor) -> None:
-        """Tokens (B, H, K, D) take the places `slots` (B, H, K) of each head, where they are live."""
+        """Tokens (B, H, K, D), at positions, take the places `slots` (B, H, K) of each head, where they are live."""
         single, size = self._single(), self._single().page_tokens
         coded = dict(zip(SIDES, self._coded(tokens), strict=True))
         for k in range(slots.shape[2]):
             (pool, table), at = self._pages(slots[:, :, k : k + 1]), (slots[:, :, k].flatten() % size).to(torch.int32)
             end = at + live[:, :, k].flatten().to(torch.int32)
+            places = self._single_places(positions[:, :, k])
             for side in SIDES:
                 rows = coded[side][:, :, k].flatten(0, 1)[:, None, None].contiguous()
-                single.pack(side, rows, at, 0, at, end, (0, size), pool, table, self.params)
+                single.pack(side, rows, at, 0, at, end, (0, size), pool, table, self.params, places)
         room = self.beside.positions.shape[2]
         at = torch.where(live, slots, room - 1)
         self.beside.positions.scatter_(2, at, positions.to(torch.int32))
@@ -156,14 +159,29 @@ class SegmentCache:
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
-    def read(self) -> Read:
-        """What a query that sees all tokens reads."""
-        affine = self.beside.affine
-        return Read(self.kernels.reading, self.cache.state(), self.params, affine.get("keys"), affine.get("values"))
+    def read(self, asked: Tensor | None = None) -> Read:
+        """What a query that sees all tokens reads, or, where tokens are told where they stand, one at a position: those
+        of the newest queries stand before `asked`, int32 (B,)."""
+        affine, places = self.beside.affine, self._places(asked)
+        state = replace(self.cache.state(), places=places)
+        return Read(self.kernels.reading, state, self.params, affine.get("keys"), affine.get("values"))
+
+    def _places(self, asked: Tensor | None = None) -> Places | None:
+        """Where its tokens stand, for kernels that ask."""
+        if not self.kernels.reading.shape.placed:
+            return None
+        return Places(self.beside.positions, self.beside.end, self.sinks, asked)
+
+    def _single_places(self, positions: Tensor) -> Places | None:
+        """The same for pages of one head each, of which one token counts, int (B, H, ...)."""
+        if not self.kernels.reading.shape.placed:
+            return None
+        at = positions.flatten().to(torch.int32)[:, None, None].repeat(1, 1, self._single().page_tokens)
+        return Places(at, self.beside.end, self.sinks)
 
     def numbers(self, side: Side) -> Tensor:
         """All tokens decoded, token j in place j: (B, H, most, D), float32."""
-        found, most = self.cache.dense(side), max(self.counts, default=0)
+        found, most = self.cache.dense(side, self._places()), max(self.counts, default=0)
         shift = most - column(self.counts, found.device)
         at = (torch.arange(most, device=found.device) + shift).clamp(max=max(0, most - 1))
         found = found.gather(2, at[:, None, :, None].expand_as(found)).float()
@@ -173,7 +191,8 @@ class SegmentCache:
     def fetch(self, side: Side, slots: Tensor) -> Tensor:
         """Single tokens decoded, by their places int64 (B, H, K): float32 (B, H, K, D).  A page is decoded for each."""
         single, (pool, table), slots_flat = self._single(), self._pages(slots), slots.flatten()
-        numbers = single.unpack(side, pool, table, 0, single.page_tokens, self.params)[:, 0]
+        places = self._single_places(self.beside.positions.gather(2, slots))
+        numbers = single.unpack(side, pool, table, 0, single.page_tokens, self.params, places)[:, 0]
         at = (slots_flat % single.page_tokens)[:, None, None].expand(-1, 1, numbers.shape[2])
         found, affine = numbers.gather(1, at).view(*slots.shape, -1), self.beside.affine.get(side)
         return found if affine is None else affine.given_back(found)
@@ -200,7 +219,12 @@ class SegmentCache:
     def back(self, mark: tuple[Any, Beside]) -> None:
         """The tokens as at a mark; those that were written over in their places are not."""
         self.cache.back(mark[0])
-        self.beside = mark[1]
+        self.within(max(mark[1].end, self.beside.end), mark[1])  # places behind the tokens may say so
+
+    def within(self, end: int, beside: Beside | None = None) -> None:
+        """From now on, or with another `beside`, no position is known to be as large as `end`."""
+        beside = self.beside if beside is None else beside
+        self.beside = replace(beside, end=max(beside.end, end))
 
     # -- moving -------------------------------------------------------------------------------------------------------
 
@@ -213,4 +237,4 @@ class SegmentCache:
         positions = (
             beside.positions.index_select(0, at) if self.placed else beside.positions[:1].expand(len(index), -1, -1)
         )
-        self.beside = Beside(affine, positions, beside.sums.index_select(1, at))
+        self.beside = replace(beside, affine=affine, positions=positions, sums=beside.sums.index_select(1, at))

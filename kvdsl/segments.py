@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import dataclasses as dc
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
 from .part import ALL
 from .scheme import SIDES, ChannelScale, Recent, Scheme, Side, Sinks, Store, Tier, Uniform
+from .shape import Shape
 from .window import waiting
 
 
@@ -43,6 +44,10 @@ class Segment:
     tier: Tier
     scheme: Scheme | None
     measured: tuple[Measured | None, Measured | None] = (None, None)
+
+    def placed(self, shape: Shape) -> Shape:
+        """The shape that this tier is compiled for: keys before their rotary positions are told where they stand."""
+        return replace(shape, placed=True) if self.scheme is not None and self.scheme.keys.rope is not None else shape
 
     def of(self, side: Side) -> Measured | None:
         """What is measured of a side."""
@@ -73,6 +78,14 @@ def parts(scheme: Scheme) -> dict[str, Scheme]:
         if one.scheme is not None and one.scheme not in found.values():
             found[f"tiers[{number}]"] = one.scheme
     return found
+
+
+def shaped(scheme: Scheme, shape: Shape) -> dict[str, tuple[Scheme, Shape]]:
+    """The parts of a scheme, each with the shape that it is compiled for."""
+    return {
+        place: (part, Segment(Tier(), part).placed(shape) if "tiers[" in place else shape)
+        for place, part in parts(scheme).items()
+    }
 
 
 def segment(scheme: Scheme, tier: Tier) -> Segment:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from .errors import ShapeError
@@ -14,7 +14,9 @@ InputFormat = Literal["fp16", "bf16", "fp32"]
 class Shape:
     """What kernels are specialised for: one layer's heads, head_dim, the dtype of q, k and v, and logit soft-capping.
 
-    `q_heads` None: as many as kv heads.  Raises ShapeError naming the field, its value and what would be right.
+    `q_heads` None: as many as kv heads.  `placed`: tokens stand in any order, each head has its own, and every call is
+    told where each token stands (`kernels.Places`); else they stand in the order of their places.  Raises ShapeError
+    naming the field, its value and what would be right.
     """
 
     head_dim: int
@@ -22,14 +24,15 @@ class Shape:
     q_heads: int | None = None
     dtype: InputFormat = "fp16"
     softcap: bool = False
+    placed: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.q_heads is None:
             object.__setattr__(self, "q_heads", self.kv_heads)
-        for field in ("head_dim", "kv_heads", "q_heads"):
-            value = getattr(self, field)
+        for name in ("head_dim", "kv_heads", "q_heads"):
+            value = getattr(self, name)
             if type(value) is not int or value < 1:
-                raise ShapeError(f"shape.{field}: {value!r} is no positive integer")
+                raise ShapeError(f"shape.{name}: {value!r} is no positive integer")
         if self.head_dim % 8 or not 32 <= self.head_dim <= 256:
             raise ShapeError(
                 f"shape.head_dim: {self.head_dim} is no multiple of 8 from 32 to 256; "

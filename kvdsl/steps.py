@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .errors import CacheError
-from .kernels import AttentionState, KernelSet, Params, Side
+from .kernels import AttentionState, KernelSet, Params, Places, Side
 from .members import Cut
 from .pages import PagePool, upload
 from .rows import chunk_index, gather, ring_index, write
@@ -39,23 +39,23 @@ class Machine:
     params: Params
     pool: PagePool
 
-    def append(self, now: Now, fresh: dict[Side, Tensor], counts: Sequence[int]) -> Step:
+    def append(self, now: Now, fresh: dict[Side, Tensor], counts: Sequence[int], places: Places | None = None) -> Step:
         """The last counts_b of the m tokens of fresh (B, H, m, D) join sequence b, and what is due is packed."""
         policy, pairs = now.policy, list(zip(now.members, counts, strict=True))
         large = any(policy.is_large(*pair) for pair in set(pairs))
         following = {pair: policy.advance(*pair, large=large) for pair in set(pairs)}
         members = tuple(following[pair] for pair in pairs)
         moves = list(zip(now.members, members, strict=True))
-        places = {move: policy.touched(*move) for move in set(moves)}
+        touched = {move: policy.touched(*move) for move in set(moves)}
         table, dropped = now.table, list[int]()
-        if any(places.values()) or any(m.gone for m in set(now.members)):
+        if any(touched.values()) or any(m.gone for m in set(now.members)):
             gone = [m.gone // policy.page_tokens for m in now.members]
-            table, dropped = table.claim(self.pool, [places[move] for move in moves], gone)
+            table, dropped = table.claim(self.pool, [touched[move] for move in moves], gone)
         after = now.moved(members, table=table)
         rows, firsts = self._written(now, fresh, counts, large)
         first = upload(firsts, now.length.device) if any(firsts) else now.zeros
         for side in SIDES:
-            self._pack(side, rows[side], first, now, after)
+            self._pack(side, rows[side], first, now, after, places)
         if large:
             source_ring = max(1, rows["keys"].shape[2] - policy.sinks)
             index = ring_index(policy.sinks, policy.ring, after.lengths, firsts, source_ring)
@@ -80,7 +80,9 @@ class Machine:
         index = chunk_index(policy.sinks, policy.ring, chunk, now.lengths, counts, firsts)
         return {side: gather(torch.cat([now.rows(side), fresh[side]], 2), index) for side in SIDES}, firsts
 
-    def _pack(self, side: Side, rows: Tensor, first: Tensor, now: Now, after: Now) -> None:
+    def _pack(
+        self, side: Side, rows: Tensor, first: Tensor, now: Now, after: Now, places: Places | None = None
+    ) -> None:
         """Write the blocks of one side that are due into the pages of `after`."""
         moves = list(zip(now.members, after.members, strict=True))
         spans = {(now.policy.begins(*move)[SIDES.index(side)], move[1].packed_of(side)) for move in set(moves)}
@@ -92,7 +94,7 @@ class Machine:
             reach = (min(b for b, _ in due), max(e for _, e in due))
             self.kernels.pack(
                 side, rows, first, now.policy.sinks, begin, after.packed(side), reach,
-                self.pool.bytes, after.table.tensor, self.params,
+                self.pool.bytes, after.table.tensor, self.params, places,
             )  # fmt: skip
 
     def crop(self, now: Now, lengths: Sequence[int], *, requantize: bool) -> tuple[Now, list[int], int]:

@@ -27,7 +27,11 @@ class TierSet:
 
 @dataclass(frozen=True, eq=False)
 class TierKernels:
-    """A scheme with tiers, compiled for a shape: kernels of the exact tokens, and of each tier, None where it drops."""
+    """A scheme with tiers, compiled for a shape: kernels of the exact tokens, and of each tier, None where it drops.
+
+    Of a shape with `placed` all of them know where tokens stand, as a sliding window asks; else those tiers alone whose
+    keys are stored before their rotary positions.
+    """
 
     scheme: Scheme
     shape: Shape
@@ -38,6 +42,11 @@ class TierKernels:
     def backend(self) -> Backend:
         """Of all of them."""
         return self.exact.backend
+
+    @property
+    def any_placed(self) -> bool:
+        """Whether some of them are told where tokens stand."""
+        return self.shape.placed or any(one is not None and one.reading.shape.placed for one in self.tiers)
 
     @property
     def why(self) -> str:
@@ -57,6 +66,7 @@ def compiled(scheme: Scheme, shape: Shape, backend: Backend | None, build: Build
 def _tier(scheme: Scheme, one: Segment, shape: Shape, backend: Backend | None, build: Build) -> TierSet | None:
     if one.scheme is None:
         return None
+    shape = one.placed(shape)
     reading = build(one.scheme, shape, backend)
     rows = replace(shape, dtype="fp32") if any(one.measured) else shape
     packing = reading if rows == shape else build(one.scheme, rows, backend)

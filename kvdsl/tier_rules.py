@@ -104,9 +104,6 @@ def _of_heads(store: Store) -> bool:
 
 def _stores(scheme: Scheme) -> Iterator[Fault]:
     for place, store in stores(scheme):
-        if store.rope is not None:
-            fact = "tokens of a tier stand in any order, and their positions would have to be kept"
-            yield Fault(f"{place}.transform[0]", fact, "leave PreRope out")
         for position, part in enumerate(store.transform):  # type: ignore[arg-type]
             if isinstance(part, ChannelScale) and part.when != "calibrated":
                 yield from _measured(scheme, part, f"{place}.transform[{position}]", position)

@@ -34,7 +34,8 @@ def _rebuilt(
 
 def _options(cache: TieredCache) -> dict[str, Any]:
     params = {name: x.cpu() for name, x in cache.params.items()}
-    return {"batch": cache.batch, "device": str(cache.device), "params": params, "capacity": cache.capacity}
+    options = {"batch": cache.batch, "device": str(cache.device), "params": params, "capacity": cache.capacity}
+    return options | {"window": cache.window}
 
 
 def _empty(kind: type[TieredCache], kernels: Any, options: dict[str, Any]) -> TieredCache:

@@ -19,6 +19,7 @@ from .errors import CacheError, ShapeError
 from .front import Front
 from .inputs import checked_index, checked_number, checked_pair, refuse_query
 from .kernels import Params, Segment, Side, attend_segments
+from .pages import upload
 from .quantized_cache import CAPACITY
 from .routing import column, due
 from .saliency import Read, carried
@@ -29,6 +30,8 @@ from .tier_kernels import TierKernels
 from .tier_params import checked_of_tiers
 from .tier_saving import HELD, copied, reduced
 from .watch import Watch
+
+PLACED = "build for a shape with placed=True, and give the cache its window"
 
 
 def real(query: Tensor, counts: Sequence[int]) -> Tensor:
@@ -52,20 +55,25 @@ class TieredCache:
 
     kernels   the compiled scheme; `params` the calibrated numbers of its tiers, `tiers[0].keys.scale` and so on
     device    default: CUDA for the triton backend where there is one, else the CPU
+    window    sliding window in tokens: a query at position p sees t > p - window.  Tokens beyond it stay where they
+              are and receive nothing any more: a router that takes tokens down moves them, memory is not given back.
+              CacheError where kernels know no positions (Shape.placed)
     capacity  tokens a sequence and tier, as for QuantizedCache
 
     Sequences may have their own lengths, see QuantizedCache.  Any method that changes the cache either succeeds or
     raises and leaves it as it was.
     """
 
-    window = None
-
     def __init__(
         self, kernels: TierKernels, batch: int, *, device: torch.device | str | None = None,
-        params: Params | None = None, capacity: int = CAPACITY,
+        params: Params | None = None, window: int | None = None, capacity: int = CAPACITY,
     ) -> None:  # fmt: skip
         checked_number("batch", batch, 0)
         checked_number("capacity", capacity, 1)
+        checked_number("window", 1 if window is None else window, 1)
+        if window is not None and not kernels.shape.placed:
+            raise CacheError(f"window: {window} tokens, and the kernels know no positions; {PLACED}")
+        self.window = window
         scheme, shape = kernels.scheme, kernels.shape
         if device is None:
             device = "cuda" if kernels.backend == "triton" and torch.cuda.is_available() else "cpu"
@@ -83,7 +91,17 @@ class TieredCache:
             self._pool = torch.zeros(1, 64, dtype=torch.uint8, device=self.device)  # of no page
             self._zeros = torch.zeros(batch, dtype=torch.int32, device=self.device)
             self.tiers = tuple(
-                SegmentCache(one, both, given, batch, self.watch.sums, self.device, capacity, scheme.router is not None)
+                SegmentCache(
+                    one,
+                    both,
+                    given,
+                    batch,
+                    self.watch.sums,
+                    self.device,
+                    capacity,
+                    scheme.router is not None,
+                    self.front.sinks,
+                )
                 if both
                 else None
                 for one, both, given in zip(segments(scheme), kernels.tiers, ready, strict=True)
@@ -111,15 +129,21 @@ class TieredCache:
 
     def state(self, *, scaling: float | None = None, softcap: float | None = None) -> Step:
         """What attention over the cache as it stands reads; valid until the cache changes."""
-        exact = Read(self.kernels.exact, self.front.state(self._pool, self._zeros), {}, causal=True)
-        reads = (exact, *(one.read() for one in self.tiers if one is not None))
-        return self.tuned(Step(reads), exact.state.scaling if scaling is None else scaling, softcap, None)
+        state, asked = self.front.state(self._pool, self._zeros), None
+        if self.kernels.any_placed:
+            asked = upload(self.lengths, self.device)
+            state = replace(state, places=self.front.stands(asked) if self.kernels.shape.placed else None)
+        exact = Read(self.kernels.exact, state, {}, causal=True)
+        reads = (exact, *(one.read(asked) for one in self.tiers if one is not None))
+        return self.tuned(Step(reads), state.scaling if scaling is None else scaling, softcap, self.window)
 
     def tuned(self, step: Step, scaling: float, softcap: float | None, window: int | None) -> Step:
-        """The step with the factor on q.k and the cap of scores of one call.  ValueError for a sliding window."""
-        if window is not None:
-            raise ValueError(f"attention: a sliding window of {window} over tokens in tiers, whose order is not kept")
-        return Step(tuple(r._replace(state=replace(r.state, scaling=scaling, softcap=softcap)) for r in step.reads))
+        """The step with the factor on q.k, the cap of scores and the sliding window of one call.  ValueError for a
+        window where kernels know no positions."""
+        if window is not None and not self.kernels.shape.placed:
+            raise ValueError(f"attention: a sliding window of {window}, and the kernels know no positions; {PLACED}")
+        states = (replace(r.state, scaling=scaling, softcap=softcap, window=window) for r in step.reads)
+        return Step(tuple(read._replace(state=state) for read, state in zip(step.reads, states, strict=True)))
 
     def attend(self, query: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """Attention of query (B, Hq, Q, D) over a step: (out (B, Hq, Q, D), lse (B, Hq, Q) float32), see KernelSet."""

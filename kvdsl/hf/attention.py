@@ -67,14 +67,14 @@ def attention(
         calls["fresh_calls"] += 1
         out: Tensor
         out, _ = sdpa_attention_forward(module, query, step.keys, step.values, None, scaling=scaling, is_causal=True)
-        step.routed(query, scaling)
+        step.routed(query, scaling, window=window)
         return out, None
     calls["packed_calls"] += 1
     assert step.layer.packed is not None
     state = step.layer.packed.tuned(step.state, scaling, softcap, window)
     query = query.contiguous() if order is None else permuted(query, order)
     out, lse = step.layer.packed.attend(query, state)
-    step.routed(query, scaling, softcap, lse)
+    step.routed(query, scaling, softcap, lse, window)
     if s_aux is not None:
         out = out * torch.sigmoid(lse - s_aux.float()[None, :, None])[..., None].to(out.dtype)
     if order is not None:

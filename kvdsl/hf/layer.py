@@ -57,14 +57,15 @@ class Step:
             self.state = self.layer.append(self, counts, q_heads, softcap)
 
     def routed(
-        self, query: Tensor | None = None, scaling: float = 1.0, softcap: float | None = None, lse: Tensor | None = None
-    ) -> None:
-        """Behind the step's attention by its queries (B, Hq, Q, D): send to tiers what is due; none where it is done,
-        or where other code has computed the attention, whose queries are not known."""
+        self, query: Tensor | None = None, scaling: float = 1.0, softcap: float | None = None,
+        lse: Tensor | None = None, window: int | None = None,
+    ) -> None:  # fmt: skip
+        """Behind the step's attention by its queries (B, Hq, Q, D), in a sliding window: send to tiers what is due;
+        none where it is done, or where other code has computed the attention, whose queries are not known."""
         packed = self.layer.packed
         if self._waits and packed is not None and self.state is not None:
             self._waits = False
-            state = self.state if query is None else packed.tuned(self.state, scaling, softcap, None)
+            state = self.state if query is None else packed.tuned(self.state, scaling, softcap, window)
             packed.route(query, state, lse)
 
     def numbers(self) -> dict[Which, Tensor]:

@@ -90,11 +90,6 @@ def _layers(
             )
         own, numbers = scheme.for_layer(index, len(theirs)), _of_layer(params, index)
         _refuse_unfit(own, numbers, config, index)
-        if own.routed and type(layer) is DynamicSlidingWindowLayer:
-            raise ValueError(
-                f"model: layer {index} attends in a sliding window, and tokens in tiers stand in no order; give it a "
-                f"scheme of its own, as layers={{{index}: kvdsl.load('kivi4')}}"
-            )
         layers.append(
             PackedLayer(
                 own,

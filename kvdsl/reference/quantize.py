@@ -24,7 +24,7 @@ from .chosen import among, choose, gathered, kept_of, put_back
 from .low_rank import factors, multiplied
 from .measure import Measured, measure, refitted, shifted
 from .rounding import LARGEST_INPUT, MINIFLOATS, f32, ratio, sum64
-from .spaces import Params, cartesian, encoded, maps, polar, restored, widened, with_rope, without_rope
+from .spaces import At, Params, cartesian, encoded, maps, polar, restored, widened, with_rope, without_rope
 from .sparse import Picked, kept_numbers, pick, placed
 
 __all__ = ["Params", "Quantized", "encoded_rows", "level_count", "links", "maps", "quantize", "widened"]
@@ -66,10 +66,11 @@ class Quantized:
         return self.bands or (self, *(self.residual.terms if self.residual else ()))
 
 
-def quantize(store: Store, x: Tensor, params: Params | None = None, side: str = "keys", at: int = 0) -> Quantized:
+def quantize(store: Store, x: Tensor, params: Params | None = None, side: str = "keys", at: At = 0) -> Quantized:
     """Codes, stored metadata and decoded numbers of every number of `x` (B, H, T, D), whole blocks.
 
-    `at` is the position of the first token in its sequence, which counts where rotary positions are taken off.
+    `at` is the position of the first token in its sequence, or int64 (B, H, T) that of each, which count where rotary
+    positions are taken off.
 
     `params` holds what is calibrated: `<side>.scale`, `<side>.scale.scale`, `<side>.code`, `<side>.transform[<i>]`.
     Raises ShapeError for a tensor that is no whole number of blocks and for params missing or of another shape.
@@ -94,7 +95,7 @@ class Link(NamedTuple):
     picked: Picked | None = None
 
 
-def links(store: Store, x: Tensor, params: Params | None = None, side: str = "keys", at: int = 0) -> Iterator[Link]:
+def links(store: Store, x: Tensor, params: Params | None = None, side: str = "keys", at: At = 0) -> Iterator[Link]:
     """The terms of a store, one after the other: each is given what those before it left of x, the first one x with
     other numbers where single ones are taken out."""
     x = rest = without_rope(store, x, params, side, at)

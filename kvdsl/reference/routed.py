@@ -21,12 +21,15 @@ from .tiers import Rows, TierRows
 class RoutedStream:
     """A cache of B sequences of one length that keeps everything and says what a real one must hold.
 
+    sliding   a query sees the newest `sliding` tokens up to its own
     doubt     how far weights may be off, relative, in a cache whose choices are imposed: bounds `choices`
     choices   the decisions so far, each with what tokens were worth
     """
 
-    def __init__(self, scheme: Scheme, params: Params | None = None, *, doubt: float = 0.0) -> None:
-        self.scheme, self.doubt, self.router = scheme, doubt, scheme.router
+    def __init__(
+        self, scheme: Scheme, params: Params | None = None, *, doubt: float = 0.0, sliding: int | None = None
+    ) -> None:
+        self.scheme, self.doubt, self.router, self.sliding = scheme, doubt, scheme.router, sliding
         self.tiers = [
             None if tier.drops else TierRows(scheme, tier, number, params)
             for number, tier in enumerate(scheme.tiers or (Tier(),))
@@ -73,7 +76,10 @@ class RoutedStream:
         scores = scores * (q.shape[3] ** -0.5 if scale is None else scale)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        hidden = torch.arange(self.tokens) > torch.tensor(positions)[:, None]
+        token, position = torch.arange(self.tokens), torch.tensor(positions)[:, None]
+        hidden = token > position
+        if self.sliding is not None:
+            hidden = hidden | (token <= position - self.sliding)
         scores = scores.masked_fill(hidden, -torch.inf)
         return scores.masked_fill(self.dropped().repeat_interleave(group, 1)[:, :, None], -torch.inf)
 
@@ -154,7 +160,7 @@ class RoutedStream:
         self.sums = [x + y for x, y in zip(old, new, strict=True)] if old else new
 
     def _received(self, weights: Tensor, queries: int = 0) -> Received:
-        return received(weights, self.where.shape[1], queries)
+        return received(weights, self.where.shape[1], queries, self.sliding)
 
     def _due(self, waiting: int, first: bool) -> int:
         """How many of the tokens that wait leave now."""
@@ -203,7 +209,7 @@ class RoutedStream:
         """The least and the most that each token may be worth."""
         metric = router.metric if first or router.later is None else router.later
         if carried(router):
-            found = Received(self.sums[0], self.sums[1], self.tokens, self.group)
+            found = Received(self.sums[0], self.sums[1], self.tokens, self.group, self.sliding)
         else:
             at_hand = len(self.queries)
             rows = [at_hand - 1] if metric == "last" else probe_rows(router.probes, at_hand, self.tokens)

@@ -13,18 +13,25 @@ from kvdsl.tiers import Metric, Saliency
 @dataclass(frozen=True)
 class Received:
     """The sums of weights, and of their squares, that tokens receive of the rows at hand and the query heads of a kv
-    head, float64 (B, H, T); `queries` are at hand, which are `group` rows each."""
+    head, float64 (B, H, T); `queries` are at hand, which are `group` rows each, and see the newest `sliding` tokens."""
 
     first: Tensor
     second: Tensor
     queries: int
     group: int
+    sliding: int | None = None
+
+    def seeing(self, t: int, queries: int) -> int:
+        """How many of the newest queries see token t, which stand at the last of all tokens; one at least."""
+        tokens = self.first.shape[2]
+        rows = range(max(0, tokens - queries), tokens)
+        return max(1, sum(t <= p and (self.sliding is None or t > p - self.sliding) for p in rows))
 
 
-def received(weights: Tensor, heads: int, queries: int) -> Received:
+def received(weights: Tensor, heads: int, queries: int, sliding: int | None = None) -> Received:
     """The sums of weights (B, Hq, P, T)."""
     rows = weights.unflatten(1, (heads, -1))
-    return Received(rows.sum((2, 3)), rows.square().sum((2, 3)), queries, rows.shape[2])
+    return Received(rows.sum((2, 3)), rows.square().sum((2, 3)), queries, rows.shape[2], sliding)
 
 
 def importance(found: Received, metric: Metric) -> Tensor:
@@ -33,9 +40,9 @@ def importance(found: Received, metric: Metric) -> Tensor:
     out = found.first.clone()
     for t in range(tokens):
         if metric == "normalized":
-            out[:, :, t] /= max(1, min(found.queries, tokens - t))
+            out[:, :, t] /= found.seeing(t, found.queries)
         elif metric in ("mean", "mean_std"):
-            out[:, :, t] /= tokens - t
+            out[:, :, t] /= found.seeing(t, tokens)
     return out
 
 
@@ -45,7 +52,7 @@ def protected(
     """The least and the most that tokens may be worth by `mean_std`: infinity where their weights vary, but for as many
     `ranked` ones (T,) as are a `scope` share of `kept`, which vary least and are worth their mean."""
     tokens, steady = mean.shape[2], kept - int((1 - scope) * kept)
-    seen = (tokens - torch.arange(tokens, dtype=torch.float64)) * found.group
+    seen = torch.tensor([found.seeing(t, tokens) for t in range(tokens)], dtype=torch.float64) * found.group
     square, middle = found.second / seen, (found.first / seen).square()
     error = 4 * doubt * (square + middle)
     spread = (square - middle).clamp(min=0)

@@ -28,6 +28,8 @@ from .rounding import LARGEST_INPUT, f32
 
 Params = Mapping[str, Tensor]
 Maps = tuple[Tensor, Tensor, Tensor, Tensor]
+At = int | Tensor
+"""The position of the first of neighbouring tokens, or int64 (B, H, T), that of each token of each head."""
 
 
 def widened(x: Tensor, name: str) -> Tensor:
@@ -179,8 +181,9 @@ def restored(y: Tensor, mapped: Maps | None) -> Tensor:
     return f32(applied(w, y) + v[:, None, :])
 
 
-def without_rope(store: Store, x: Tensor, params: Params | None, side: str, at: int) -> Tensor:
-    """R_t^-1 x of x (B, H, T, D), whose first token stands at position t = `at`; x itself without PreRope.
+def without_rope(store: Store, x: Tensor, params: Params | None, side: str, at: At) -> Tensor:
+    """R_t^-1 x of x (B, H, T, D), whose first token stands at position t = `at`, or each at its own; x itself without
+    PreRope.
 
     Every number of a vector with a NaN is NaN; numbers beyond +-65504 saturate before they are rotated.
     """
@@ -191,7 +194,7 @@ def without_rope(store: Store, x: Tensor, params: Params | None, side: str, at: 
     return torch.where(spoiled, torch.full_like(x, float("nan")), _rotated(store, clean, params, side, at, -1))
 
 
-def with_rope(store: Store, x: Tensor, params: Params | None, side: str, at: int) -> Tensor:
+def with_rope(store: Store, x: Tensor, params: Params | None, side: str, at: At) -> Tensor:
     """R_t x; a NaN spoils its vector."""
     if store.rope is None:
         return x
@@ -234,7 +237,7 @@ def cartesian(store: Store, y: Tensor) -> Tensor:
     return f32(radius)
 
 
-def _rotated(store: Store, x: Tensor, params: Params | None, side: str, at: int, sign: int) -> Tensor:
+def _rotated(store: Store, x: Tensor, params: Params | None, side: str, at: At, sign: int) -> Tensor:
     """(a, b) -> (a cos - b sin, b cos + a sin) for every pair, one float64 sum each, rounded once; sign -1: back."""
     name, channels = f"{side}.transform[0]", x.shape[3]
     if params is None or name not in params:
@@ -245,7 +248,11 @@ def _rotated(store: Store, x: Tensor, params: Params | None, side: str, at: int,
         raise ShapeError(
             f"params[{name!r}]: shape {tuple(frequencies.shape)}; give one frequency a pair, at most {channels // 2}"
         )
-    cos, sin = (wave.to(torch.float64) for wave in waves(frequencies, at, at + x.shape[2]))
+    if isinstance(at, Tensor):
+        last = int(at.max()) + 1 if at.numel() else 0
+        cos, sin = (wave[at].to(torch.float64) for wave in waves(frequencies, 0, last))
+    else:
+        cos, sin = (wave.to(torch.float64) for wave in waves(frequencies, at, at + x.shape[2]))
     assert store.rope is not None
     if store.rope.interleaved:
         first, second = slice(0, 2 * count, 2), slice(1, 2 * count, 2)

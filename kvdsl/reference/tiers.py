@@ -84,7 +84,9 @@ class TierRows:
     def _coded(self, store: Store, x: Tensor, whole: int, side: Side) -> Tensor:
         if not whole:
             return x
-        return torch.cat([quantize(store, x[:, :, :whole], self.params, side).decoded, x[:, :, whole:]], 2)
+        assert self.tokens is not None
+        at = self.tokens[:, :, :whole]
+        return torch.cat([quantize(store, x[:, :, :whole], self.params, side, at).decoded, x[:, :, whole:]], 2)
 
 
 def _sizes(scale: ChannelScale, x: Tensor, query: Tensor | None) -> Tensor:

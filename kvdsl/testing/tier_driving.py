@@ -31,7 +31,7 @@ DRAWS = 6
 
 
 def tier_kernels(case: Case) -> TierKernels:
-    """The scheme's tiers, compiled."""
+    """The scheme's tiers, compiled; of a shape with `placed` for caches with sliding windows."""
     return compiled(case.scheme, case.shape, case.backend, build)
 
 
@@ -48,8 +48,14 @@ def tier_params(case: Case, k: Tensor, v: Tensor) -> dict[str, Tensor]:
 
 def new_tiers(case: Case, batch: int, params: Params) -> TieredCache:
     """An empty cache for the case."""
-    kernels = tier_kernels(case)
-    return TieredCache(kernels, batch, params=params, capacity=4 * case.tokens + 512, device=device_of(kernels))  # type: ignore[arg-type]
+    kernels, capacity = tier_kernels(case), 4 * case.tokens + 512
+    device = device_of(kernels)  # type: ignore[arg-type]
+    return TieredCache(kernels, batch, params=params, window=sliding(case), capacity=capacity, device=device)
+
+
+def sliding(case: Case) -> int | None:
+    """The sliding window of the case's attention, where it has one: of a share of its tokens, that its seed gives."""
+    return max(1, case.tokens * (case.seed % 7 + 1) // 9) if case.shape.placed else None
 
 
 def chunks(case: Case, tokens: int) -> list[int]:
@@ -80,7 +86,7 @@ class Run:
         k, v = pair[0] if k is None else k, pair[1] if v is None else v
         q, params = case.query(k.shape[2]), tier_params(case, *pair)
         unsure = error_of_weights(case, q, k) if doubt and isinstance(case.scheme.router, Saliency) else 0.0
-        told = [RoutedStream(case.scheme, params, doubt=unsure) for _ in range(k.shape[0])]
+        told = [RoutedStream(case.scheme, params, doubt=unsure, sliding=sliding(case)) for _ in range(k.shape[0])]
         return cls(case, k, v, q, new_tiers(case, k.shape[0], params), told, [0] * k.shape[0])
 
     @property
