@@ -223,7 +223,6 @@ class PageModule(KernelModule):
             first = _in_order(first, params["keys.order"])
         return {"rope_ptr": rows, "near_ptr": first, "PAIRS": len(frequencies)}
 
-
     def _places(self, places: Places | None) -> dict[str, Any]:
         """The arguments that say where tokens stand."""
         if places is None:

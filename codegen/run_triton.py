@@ -77,7 +77,8 @@ class TritonModule(PageModule):
         out = torch.empty(batch, heads, queries, tokens, dtype=torch.float32, device=query.device)
         blocks = -(-queries * shape.group // self.plan.rows(many=True))
         given = {
-            **self._query(query, tokens, params, places), **self._places(places), "table_ptr": table, "out_ptr": out, "queries": queries,
+            **self._query(query, tokens, params, places), **self._places(places), "table_ptr": table, "out_ptr": out,
+            "queries": queries,
             "table_width": table.shape[1], "tokens": tokens, "scaling": 1.0,
         }  # fmt: skip
         self._run("scores", (batch * shape.kv_heads, -(-tokens // self.plan.tile), blocks), given, pool, params)
@@ -137,7 +138,8 @@ class TritonModule(PageModule):
         return {
             **self._query(query, state.longest, params, places), **self._places(places),
             "asked_ptr": None if places is None else places.asked,
-            "window": NO_WINDOW if state.window is None else state.window, "queries": query.shape[2], "table_ptr": state.table,
+            "window": NO_WINDOW if state.window is None else state.window, "queries": query.shape[2],
+            "table_ptr": state.table,
             "table_width": state.table.shape[1], "packed_keys_ptr": state.packed_keys,
             "packed_values_ptr": state.packed_values, "length_ptr": state.length, "start_ptr": state.start,
             "first_ptr": state.first, "key_rows_ptr": state.key_rows, "value_rows_ptr": state.value_rows,

@@ -60,7 +60,7 @@ def calibrated(scheme: Scheme, model: str, text: str, out: Path, tokens: int) ->
     from kvdsl.fisher import Gradients, weighted
     from kvdsl.generation import opened
     from kvdsl.hf import completed, observed, weighed
-    from kvdsl.params import ROPE, save
+    from kvdsl.params import ROPE, rope_of, save
     from kvdsl.rules import layer_faults, refuse_for
     from kvdsl.shape import Shape
 
@@ -82,7 +82,7 @@ def calibrated(scheme: Scheme, model: str, text: str, out: Path, tokens: int) ->
     for index, (keys, values, queries, gradients) in enumerate(layers):
         own = scheme.for_layer(index, len(layers))
         refuse_for(own, Shape(keys.shape[3], keys.shape[1]))
-        rope = {ROPE: known[f"layers.{index}.{ROPE}"]} if own.keys.rope is not None else None
+        rope = {ROPE: known[f"layers.{index}.{ROPE}"]} if rope_of(own) is not None else None
         measured = calibrate(own, keys, values, queries, params=rope, gradients=gradients)
         numbers |= {f"layers.{index}.{name}": tensor for name, tensor in measured.items()}
     save(out, scheme, numbers)

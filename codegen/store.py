@@ -95,7 +95,7 @@ def _say(message: str) -> None:
 
 def key(plan: Plan, backend: str) -> str:
     """What a stored text depends on: the scheme, the shape, the backend, the compiler itself."""
-    parts = (plan.scheme.hash, repr(plan.shape), backend, compiler_digest(), *["placed"] * plan.shape.placed)
+    parts = (plan.scheme.hash, repr(plan.shape), backend, compiler_digest())
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 

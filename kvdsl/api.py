@@ -177,7 +177,7 @@ def calibrate(
     if scheme.heads:
         return calibrated(calibrate, scheme, k, v=v, q=q, params=params, gradients=gradients)
     if scheme.routed:
-        return routed_api.calibrate(scheme, k, v, q)
+        return routed_api.calibrate(scheme, k, v, q, params, gradients)
     shape, found = _shape(k, None), dict[str, Tensor]()
     refuse_tensor("v", v, tuple(k.shape), shape, k.device)
     sinks = scheme.sinks.tokens if scheme.sinks else 0

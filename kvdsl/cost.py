@@ -174,7 +174,8 @@ def _of_tiers(scheme: Scheme, side: Side, shape: Shape, tokens: int | None) -> S
         if (measured := one.of(side)) is not None and tokens is not None and part:
             metadata += EXACT * (2 if measured.by == "range" else 1) / tokens
     carried = scheme.router.carried if isinstance(scheme.router, Saliency) else 0
-    kept = 0.0 if scheme.router is None else kept
+    before = any(one.scheme is not None and one.scheme.keys.rope is not None for one in segments(scheme))
+    kept = 0.0 if scheme.router is None and not before else kept
     metadata += kept * POSITION * (1 + carried) / (2 * shape.head_dim)
     return SideBits(code, metadata, padding, EXACT * rest, rest)
 

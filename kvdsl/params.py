@@ -20,7 +20,7 @@ from torch import Tensor
 from .errors import ShapeError
 from .fisher import weighted
 from .kernels import Params
-from .scheme import SIDES, ChannelScale, Codebook, Count, Float, Scheme, Side, Store
+from .scheme import SIDES, ChannelScale, Codebook, Count, Float, PreRope, Scheme, Side, Store
 from .shape import Shape
 from .spaces import calibrated, in_loop, maps, refuse_others
 
@@ -63,7 +63,17 @@ def wanted(scheme: Scheme, shape: Shape) -> dict[str, tuple[int, ...]]:
 
 def from_data(scheme: Scheme, shape: Shape) -> list[str]:
     """The names among `wanted` of what is measured: all but the frequencies of PreRope, which are the model's."""
+    if scheme.routed:
+        from .tier_params import ropes_of_tiers
+
+        return [name for name in wanted(scheme, shape) if name not in ropes_of_tiers(scheme)]
     return [name for name in wanted(scheme, shape) if name != ROPE or scheme.keys.rope is None]
+
+
+def rope_of(scheme: Scheme) -> PreRope | None:
+    """How the keys of a scheme, or of one of its tiers, are rotated, where they are stored without."""
+    stores = (scheme.keys, *(tier.keys for tier in scheme.tiers if tier.keys is not None))
+    return next((store.rope for store in stores if store.rope is not None), None)
 
 
 def _blocks(size: Count, whole: int) -> int:

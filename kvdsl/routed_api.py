@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .errors import Fault, SchemeError, ShapeError
+from .fisher import Gradients
 from .inputs import refuse_tensor
 from .kernels import Backend, Params
 from .routing import column
@@ -15,6 +16,7 @@ from .scheme import SIDES, Saliency, Scheme
 from .segments import segments
 from .shape import Shape
 from .tier_contents import held
+from .tier_params import of_tier
 from .tiered_cache import TieredCache
 
 
@@ -90,7 +92,9 @@ def attend(
     return out.to(k.device), lse.to(k.device)
 
 
-def calibrate(scheme: Scheme, k: Tensor, v: Tensor, q: Tensor | None) -> dict[str, Tensor]:
+def calibrate(
+    scheme: Scheme, k: Tensor, v: Tensor, q: Tensor | None, params: Params | None, gradients: Gradients | None
+) -> dict[str, Tensor]:
     """See `kvdsl.calibrate`: of every tier what it takes from data, over all tokens."""
     from .api import calibrate as plain
     from .params import wanted
@@ -100,7 +104,7 @@ def calibrate(scheme: Scheme, k: Tensor, v: Tensor, q: Tensor | None) -> dict[st
     for number, one in enumerate(segments(scheme)):
         prefix = f"tiers[{number}]."
         if one.scheme is not None and any(name.startswith(prefix) for name in names):
-            own = plain(one.scheme, k, v, q)
+            own = plain(one.scheme, k, v, q, params=of_tier(params or {}, number), gradients=gradients)
             found |= {prefix + name: x for name, x in own.items() if prefix + name in names}
     return found
 

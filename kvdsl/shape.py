@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from .errors import ShapeError
@@ -10,7 +10,7 @@ from .errors import ShapeError
 InputFormat = Literal["fp16", "bf16", "fp32"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Shape:
     """What kernels are specialised for: one layer's heads, head_dim, the dtype of q, k and v, and logit soft-capping.
 
@@ -24,7 +24,7 @@ class Shape:
     q_heads: int | None = None
     dtype: InputFormat = "fp16"
     softcap: bool = False
-    placed: bool = field(default=False, repr=False)
+    placed: bool = False
 
     def __post_init__(self) -> None:
         if self.q_heads is None:
@@ -42,6 +42,10 @@ class Shape:
             raise ShapeError(f"shape.q_heads: {self.q_heads} query heads are no multiple of {self.kv_heads} kv heads")
         if self.dtype not in ("fp16", "bf16", "fp32"):
             raise ShapeError(f"shape.dtype: {self.dtype!r} is none of fp16, bf16, fp32")
+
+    def __repr__(self) -> str:
+        named = [field.name for field in fields(self) if field.name != "placed" or self.placed]
+        return f"Shape({', '.join(f'{name}={getattr(self, name)!r}' for name in named)})"
 
     def of_heads(self, kv_heads: int) -> Shape:
         """The same for so many of the kv heads, with the query heads that read them."""

@@ -22,7 +22,7 @@ from torch import Generator, Tensor
 from .api import attend, calibrate, roundtrip, scores
 from .fisher import of_outputs, weighted
 from .kernels import Backend
-from .params import ROPE
+from .params import ROPE, rope_of
 from .rope import turned, usual
 from .scheme import Rotate, Scheme, Sketch, Store, TopChannels
 
@@ -153,14 +153,14 @@ def _errors(scheme: Scheme, backend: Backend | None) -> tuple[float, ...]:
 
 def _measured(scheme: Scheme, data: Data) -> dict[str, Tensor]:
     """What the scheme takes from the other tokens."""
-    rope = {} if scheme.keys.rope is None else {ROPE: FREQUENCIES}
+    rope = {} if rope_of(scheme) is None else {ROPE: FREQUENCIES}
     q, k, v = data.others
     return calibrate(scheme, k, v, q, params=rope, gradients=of_outputs(q, k, v) if weighted(scheme) else None)
 
 
 def _placed(scheme: Scheme, data: Data) -> Data:
     """The data as a model would give it: keys with rotary positions, where the scheme takes them off."""
-    rope = scheme.keys.rope
+    rope = rope_of(scheme)
     if rope is None:
         return data
     q, k, v = data.others

@@ -1,4 +1,5 @@
-"""Numbers of tiers beside their pages: each name stands behind its tier's, as `tiers[0].keys.scale`."""
+"""Numbers of tiers beside their pages: each name stands behind its tier's, as `tiers[0].keys.scale`, but for the
+frequencies of PreRope, which may be given once."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .kernels import Params
-from .params import checked, wanted, within
+from .params import ROPE, checked, wanted, within
 from .scheme import SIDES, Scheme
 from .segments import Segment, segments
 from .shape import Shape
@@ -29,9 +30,20 @@ def checked_of_tiers(
     missing or does not fit."""
     found = []
     for number, one in enumerate(segments(scheme)):
-        given = within(params or {}, f"tiers[{number}].") | dict.fromkeys(measured_scales(one), _unit(shape))
+        given = of_tier(params or {}, number) | dict.fromkeys(measured_scales(one), _unit(shape))
         found.append({} if one.scheme is None else checked(one.scheme, shape, given, device))
     return tuple(found)
+
+
+def of_tier(params: Params, number: int) -> dict[str, Tensor]:
+    """What is given for one tier; the model's frequencies may stand for all of them."""
+    return ({ROPE: params[ROPE]} if ROPE in params else {}) | within(params, f"tiers[{number}].")
+
+
+def ropes_of_tiers(scheme: Scheme) -> list[str]:
+    """The names of the frequencies of tiers whose keys are stored without their rotary positions."""
+    each = enumerate(segments(scheme))
+    return [f"tiers[{i}].{ROPE}" for i, one in each if one.scheme is not None and one.scheme.keys.rope is not None]
 
 
 def measured_scales(one: Segment) -> list[str]:

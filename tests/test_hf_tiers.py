@@ -16,6 +16,7 @@ from kvdsl.scheme import (
     DROP,
     ChannelScale,
     Float,
+    PreRope,
     Probes,
     Recent,
     Saliency,
@@ -99,9 +100,20 @@ def test_what_was_sent_to_tiers_is_not_taken_back() -> None:
         packed.crop(-10)
 
 
-def test_sliding_windows_are_refused_before_a_token_comes() -> None:
-    with pytest.raises(ValueError, match="layer 0 attends in a sliding window, and tokens in tiers stand in no order"):
-        cache(SCHEMES["streaming"], model("mistral"))
+def test_tiers_in_layers_with_sliding_windows_give_the_library_s_tokens() -> None:
+    """Where both tiers keep numbers as they are, and keys before their positions are kept in float32, too."""
+    network = model("mistral")
+    expected = generated(network, prompt(2), max_new_tokens=24)
+    for keys in (EXACT, EXACT.with_(transform=PreRope())):
+        scheme = Scheme(
+            keys=keys, values=EXACT, sinks=Sinks(1), recent=Recent(2), tiers=(Tier(top=0.5), Tier()),
+            router=Saliency(every=3),
+        )  # fmt: skip
+        packed = cache(scheme, network)
+        assert {layer.window for layer in packed.packed_layers} == {network.config.sliding_window}
+        assert torch.equal(generated(network, prompt(2), packed, max_new_tokens=24), expected)
+        stats = packed.stats()
+        assert stats["fallbacks"] == 0 and all(min(layer["tiers"]) > 0 for layer in stats["layers"])
 
 
 def test_only_some_layers_may_have_tiers() -> None:

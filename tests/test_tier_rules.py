@@ -67,9 +67,8 @@ WORDS = [
     (tiers(keys=FOUR, values=FOUR, both=None, requantize="on_flush",
            **{"recent": Recent(8, "whole")}), "recent.flush: a window that leaves at once is a router's `every`; leave "
      "flush out"),
-    (lambda: Scheme(keys=FOUR.with_(transform=PreRope()), values=FOUR, tiers=(Tier(),)),
-     "keys.transform[0]: tokens of a tier stand in any order, and their positions would have to be kept; leave PreRope "
-     "out"),
+    (lambda: Scheme(keys=FOUR.with_(transform=(PreRope(), ChannelScale(when="prompt"))), values=FOUR, tiers=(Tier(),)),
+     "keys.transform[1]: what is measured on a tier's tokens is of the vector itself; put it first"),
     (lambda: Scheme(both=Store(Uniform(4), scale=per_channel()), tiers=(Tier(),)),
      "keys.scale: one scale over all tokens cannot be appended to; use requantize='on_flush', or a group such as "
      "tokens=64\nvalues.scale: one scale over all tokens cannot be appended to; use requantize='on_flush', or a group "
@@ -190,6 +189,15 @@ def test_a_shipped_scheme_with_tiers_obeys_every_law(name: str) -> None:
     assert len(found) >= 4 and not [one for one in found if not one.passed]
     for law in applicable(short(name)):
         law(case(name, "torch"))
+
+
+def test_a_sliding_window_asks_for_kernels_that_know_positions() -> None:
+    kernels = kvdsl.build_tiers(tiers()(), Shape(32, 2, 4, "fp32"), "torch")
+    with pytest.raises(CacheError, match="window: 9 tokens, and the kernels know no positions; build for a shape with"):
+        TieredCache(kernels, 1, window=9)
+    cache = TieredCache(kernels, 1)
+    with pytest.raises(ValueError, match="attention: a sliding window of 9, and the kernels know no positions"):
+        cache.tuned(cache.state(), 1.0, None, 9)
 
 
 def test_largest_tokens_come_first() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -53,7 +53,8 @@ TWO_TIERS = (Tier(4, top=0.5), Tier(2))
 @given(st.data())
 def test_any_scheme_with_tiers_obeys_the_law(law: str, data: Any) -> None:
     scheme: Scheme = data.draw(routed_schemes(longest=24).filter(LAWS[law].applies))
-    some = [Shape(32, 2, 4), Shape(64, 1, 3, "bf16"), Shape(32, 2, 2, "fp32", True)]
+    some = [Shape(32, 2, 4), Shape(64, 1, 3, "bf16", placed=True), Shape(32, 2, 2, "fp32", True)]
+    some += [replace(some[0], placed=True), replace(some[2], placed=True)]
     shape = data.draw(st.sampled_from([shape for shape in some if not shape_faults(scheme, shape)]))
     LAWS[law](data.draw(cases(scheme, shape, "torch", kinds=LAWS[law].kinds, batch=2, most=90)))
 

@@ -20,7 +20,7 @@ from transformers import DynamicCache
 
 from kvdsl.errors import ShapeError
 from kvdsl.kernels import Params
-from kvdsl.params import ROPE
+from kvdsl.params import ROPE, rope_of
 from kvdsl.rope import turned
 from kvdsl.scheme import Scheme
 
@@ -39,11 +39,11 @@ def completed(scheme: Scheme, model: Any, params: Params | None) -> dict[str, Te
     for a model whose rotation PreRope does not describe, or whose frequencies change with the length.
     """
     given = dict(params or {})
-    if all(own.keys.rope is None for own in (scheme, *(inner for _, inner in scheme.layers))):
+    if all(rope_of(own) is None for own in (scheme, *(inner for _, inner in scheme.layers))):
         return given
     config = model.config.get_text_config(decoder=True)
     count = len(DynamicCache(config=config).layers) or config.num_hidden_layers
-    ropes = {i: rope for i in range(count) if (rope := scheme.for_layer(i, count).keys.rope) is not None}
+    ropes = {i: rope for i in range(count) if (rope := rope_of(scheme.for_layer(i, count))) is not None}
     probe = Probe.of(model)
     for index, rope in ropes.items():
         if index in probe.keys:  # layers of other kinds have no keys

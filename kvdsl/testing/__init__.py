@@ -150,15 +150,15 @@ def _quiet() -> Iterator[None]:
 
 
 def _some_shapes(scheme: Scheme) -> list[Any]:
-    """A few shapes the scheme fits, each compiled once: small first."""
+    """A few shapes the scheme fits, each compiled once: small first; of tiers some for a sliding window."""
     from kvdsl.rules import shape_faults
     from kvdsl.shape import Shape
 
     found = [
-        Shape(dim, heads, heads * group, dtype, softcap)  # type: ignore[arg-type]
-        for dim, heads, group, dtype, softcap in (
-            (32, 1, 1, "fp16", False), (64, 2, 3, "fp16", False), (128, 2, 4, "bf16", False), (80, 1, 8, "fp32", True),
-            (96, 4, 1, "fp16", True), (256, 2, 2, "fp16", False),
+        Shape(dim, heads, heads * group, dtype, softcap, scheme.routed and placed)  # type: ignore[arg-type]
+        for dim, heads, group, dtype, softcap, placed in (
+            (32, 1, 1, "fp16", False, False), (64, 2, 3, "fp16", False, True), (128, 2, 4, "bf16", False, False),
+            (80, 1, 8, "fp32", True, True), (96, 4, 1, "fp16", True, False), (256, 2, 2, "fp16", False, False),
         )
     ]  # fmt: skip
     return [shape for shape in found if not shape_faults(scheme, shape)][:4]

@@ -287,18 +287,20 @@ def _blocks(draw: Draw, longest: int, calibrated: bool) -> Block:
 
 
 def shapes(scheme: Scheme, *, widest: int = 128) -> st.SearchStrategy[Shape]:
-    """Shapes that the scheme fits: every legal head_dim up to `widest`, up to four kv heads, every dtype."""
+    """Shapes that the scheme fits: every legal head_dim up to `widest`, up to four kv heads, every dtype; of one with
+    tiers, with and without a sliding window."""
     heads, widths = _heads(scheme), _legal_widths(scheme, widest) or _legal_widths(scheme, 256)[:1]
     usual = [d for d in widths if d in (32, 64, 80, 96, 112, 128)] or widths
     return st.builds(
-        lambda width, factor, group, dtype, softcap: Shape(
-            width, factor * heads, factor * heads * group, dtype, softcap
+        lambda width, factor, group, dtype, softcap, placed: Shape(
+            width, factor * heads, factor * heads * group, dtype, softcap, placed
         ),
         st.one_of(st.sampled_from(usual), st.sampled_from(widths)),
         st.integers(1, 2),
         st.sampled_from([1, 2, 3, 5, 8, 16]),
         st.sampled_from(["fp16", "fp16", "bf16", "fp32"]),
         st.sampled_from([False, False, True]),
+        st.sampled_from([False, False, True]) if scheme.routed else st.just(False),
     )
 
 

@@ -16,6 +16,7 @@ from kvdsl.scheme import (
     Float,
     Largest,
     Origin,
+    PreRope,
     Probes,
     Recent,
     Rotate,
@@ -82,13 +83,13 @@ def _routed(draw: Draw, longest: int, attention: bool) -> Scheme:
     anew = draw(st.sampled_from(["never", "never", "on_flush"]))
     rolling = st.builds(Recent, st.integers(1, longest))
     if draw(st.integers(0, 4)) == 4:  # no tiers, or one
-        keys, values = draw(_stores(anew, "new")), draw(_stores(anew, "new"))
+        keys, values = draw(_keys(anew, "new")), draw(_stores(anew, "new"))
         tiers = draw(st.sampled_from([(), (Tier(),)])) if anew == "on_flush" else (Tier(),)
         whole = st.builds(Recent, st.integers(1, longest), st.just("whole"))
         recent = draw(st.one_of(st.none(), rolling, *([] if tiers else [whole])))
         return Scheme(keys, values, sinks=sinks, recent=recent, tiers=tiers, requantize=anew)
     router = draw(_routers(attention, anew, longest))
-    keys, values = draw(_stores(anew, router.moves)), draw(_stores(anew, router.moves))
+    keys, values = draw(_keys(anew, router.moves)), draw(_stores(anew, router.moves))
     keys = draw(st.sampled_from([keys] * 7 + [BALANCED]))
     tiers = draw(_tiers(keys, values, anew, router))
     recent = draw(st.one_of(st.none(), rolling, rolling))
@@ -102,6 +103,18 @@ def _stores(draw: Draw, anew: str, moves: str) -> Store:
         return draw(st.sampled_from([*ALONE, MEASURED[1]]))
     more = (*ANEW, *ANEW) if anew == "on_flush" else ()
     return draw(st.sampled_from([*ALONE, *ALONE, *GIVEN, *TOGETHER, *MEASURED, *more]))
+
+
+@st.composite
+def _keys(draw: Draw, anew: str, moves: str) -> Store:
+    """The same of keys: of four, one is stored before its rotary positions where it can be."""
+    store: Store = draw(_stores(anew, moves))
+    spans = store.scale is not None and store.scale.when == "online" and store.scale.block.tokens is ALL
+    if store.residual is not None or spans or draw(st.integers(0, 3)) != 3:
+        return store
+    measured = [part for part in store.transform if isinstance(part, ChannelScale) and part.when != "calibrated"]
+    rest = [part for part in store.transform if part not in measured]
+    return store.with_(transform=(*measured, PreRope(draw(st.booleans())), *rest))
 
 
 @st.composite
@@ -134,7 +147,7 @@ def _tiers(draw: Draw, keys: Store, values: Store, anew: str, router: Router) ->
     for place in range(count):
         tier = Tier(draw(st.sampled_from(fits)))
         if draw(st.integers(0, 3)) == 3:
-            tier = Tier(keys=draw(_stores(anew, router.moves)), values=draw(_stores(anew, router.moves)))
+            tier = Tier(keys=draw(_keys(anew, router.moves)), values=draw(_stores(anew, router.moves)))
         if place == count - 1 and draw(st.integers(0, 2)) == 2:
             tier = DROP
         elif place < count - 1 and not isinstance(router, Origin):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvdsl import reference
+from kvdsl.params import rope_of
 from kvdsl.reference.tiers import TierRows
 from kvdsl.scheme import SIDES, Largest, Saliency, Scheme, Tier
 from kvdsl.tier_rules import decides_by_position
@@ -180,9 +181,8 @@ def decisions_know_no_future(case: Case) -> None:
     one = Run.of(case, k=k, v=v)
     other = Run.of(case, k=torch.where(same, k, later[0]), v=torch.where(same, v, later[1]))
     other.q = torch.where(same, one.q, case.query(case.tokens, seed=5))
-    other.cache = type(one.cache)(
-        one.cache.kernels, case.batch, params=tier_params(case, k, v), device=one.cache.device
-    )
+    params, cache = tier_params(case, k, v), one.cache
+    other.cache = type(cache)(cache.kernels, case.batch, params=params, window=cache.window, device=cache.device)
     for number, size in enumerate(sizes):
         results = one.step([size] * case.batch), other.step([size] * case.batch)
         if number < cut:
@@ -196,14 +196,19 @@ def decisions_know_no_future(case: Case) -> None:
             require_equal("labels of what was decided", now[decided >= 0], decided[decided >= 0])
 
 
-@law("P1", token_by_token, kinds=("normal", "positive"), routed=True)
+def without_positions(scheme: Scheme) -> bool:
+    """Whether what is kept of a token depends on that token alone, wherever it stands."""
+    return token_by_token(scheme) and rope_of(scheme) is None
+
+
+@law("P1", without_positions, kinds=("normal", "positive"), routed=True)
 def the_order_of_tokens_is_no_matter(case: Case) -> None:
     """P1: tokens that come in another order, to the same tiers, change no output but by rounding."""
     share = 1 / max(1, len(case.scheme.tiers))
     tiers = tuple(replace(tier, top=share) for tier in case.scheme.tiers[:-1])
     router = Largest("keys", "norm") if case.scheme.tiers[1:] else None
     scheme = case.scheme.with_(tiers=(*tiers, *case.scheme.tiers[-1:]), router=router, sinks=None, recent=None)
-    case = replace(case, scheme=scheme)
+    case = replace(case, scheme=scheme, shape=replace(case.shape, placed=False))
     k, v = case.pair(case.tokens)
     order = torch.randperm(case.tokens, generator=torch.Generator().manual_seed(case.seed))
     outputs = list[Tensor]()
