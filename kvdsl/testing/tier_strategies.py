@@ -112,8 +112,9 @@ def _keys(draw: Draw, anew: str, moves: str) -> Store:
     spans = store.scale is not None and store.scale.when == "online" and store.scale.block.tokens is ALL
     if store.residual is not None or spans or draw(st.integers(0, 3)) != 3:
         return store
-    measured = [part for part in store.transform if isinstance(part, ChannelScale) and part.when != "calibrated"]
-    rest = [part for part in store.transform if part not in measured]
+    parts = list(store.transform)  # type: ignore[arg-type]
+    measured = [part for part in parts if isinstance(part, ChannelScale) and part.when != "calibrated"]
+    rest = [part for part in parts if part not in measured]
     return store.with_(transform=(*measured, PreRope(draw(st.booleans())), *rest))
 
 
