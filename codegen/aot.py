@@ -243,7 +243,7 @@ def _binary(module: ModuleType, launch: Launch, arch: str, stages: int) -> Any:
             constexprs={(place[name],): value for name, value in launch.values(stages).items()},
             attrs={(place[name],): [["tt.divisibility", 16]] for name in launch.aligned},
         )
-        target = triton.backends.compiler.GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+        target = _aimed_at(arch)
         options: dict[str, object] = {"num_warps": launch.warps, "num_stages": stages}
         options |= {"enable_fp_fusion": launch.fp_fusion, **assembled(launch.assembler[0])}
         return triton.compile(source, target=target, options=options)
@@ -253,6 +253,24 @@ def _binary(module: ModuleType, launch: Launch, arch: str, stages: int) -> Any:
     except Exception as error:  # Triton raises many kinds, and an assertion of LLVM's Python side is one of them
         message = " ".join(str(error).split()) or "no message"
         raise CompileError([f"{launch.kernel} for {arch}: {type(error).__name__}: {message[-600:]}"]) from error
+
+
+class _Aim:
+    """What Triton asks for its target, where a kernel depends on it: a driver of a GPU that need not be there."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+
+def _aimed_at(arch: str) -> Any:
+    """The target, which is also what kernels are told that ask for it."""
+    triton = _triton()
+    target = triton.backends.compiler.GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    triton.runtime.driver.set_active(_Aim(target))
+    return target
 
 
 def _measured(launch: Launch, arch: str, stages: int, shared: int, assembly: Assembly) -> CompiledKernel:

@@ -17,7 +17,8 @@ from collections.abc import Callable
 from functools import cached_property
 
 from .text import fill, literal
-from .triton_attend import LOG2E, Attend, parameters, tokens_name
+from .triton_attend import LOG2E, Attend, parameters
+from .triton_names import tokens_name
 
 Then = Callable[[int], list[str]]
 """What is done with the scores of a sub-tile, by its number."""

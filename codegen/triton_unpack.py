@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from .plan import Plan, SidePlan
 from .text import Lines, fill, plus
-from .triton_attend import parameters, pools, tokens_name
+from .triton_attend import parameters, pools
+from .triton_names import tokens_name
 from .triton_planes import Planes
 
 UNPACK = """
