@@ -39,8 +39,8 @@ Made by `python benchmarks/static.py > docs/static.md`; not written by hand. Not
 compiled ahead of time, and what their machine code has in the main loop is counted. `kvdsl compile NAME` counts the
 same for your scheme and shape, and every other kernel. [speed.md](speed.md) has what was measured.
 
-Decode attention at head_dim {SHAPE.head_dim}, {SHAPE.group} query heads a kv head, float16. Of a scheme with tiers there is
-what its tiers store, where no other stores the same. Cells with three figures are of {", ".join(ARCHES)}.
+Decode attention at head_dim {SHAPE.head_dim}, {SHAPE.group} query heads a kv head, float16. Cells with three figures
+are of {", ".join(ARCHES)}. Of a scheme with tiers there is what its tiers store, where no other scheme stores the same.
 
 * slots: instructions of all warps of a program for {LINE} packed bytes, code that is rarely run left out.
 * products: m16n8k16 products over the fewest that the codes take, 4/b for {LINE} bytes of codes of b bits. More are of

@@ -280,14 +280,15 @@ class Code:
 
         A pipelined loop has asynchronous copies; without one any loop may be chosen that has products or loads, and
         None if there is none.  Copies come first because a loop over rows in full precision, or over the edges of what
-        is packed, has as many products as the main loop or more, and is not pipelined.
+        is packed, has as many products as the main loop or more, and is not pipelined; where the main loop is of
+        float32 numbers it has none.
         """
 
         def weight(loop: Loop) -> tuple[bool, int, int, int]:
             counts = self.counts(loop.body)
             copies, products = counts.get("async_copy", 0), counts.get("mma", 0)
             loads = copies + counts.get("global_load", 0) + counts.get("shared_load", 0)
-            return copies > 0 and products > 0, products, loads, -len(loop.body)
+            return copies > 0, products, loads, -len(loop.body)
 
         weights = {loop: weight(loop) for loop in self.loops}
         busy = [loop for loop in self.loops if weights[loop][1] or weights[loop][2]]

@@ -140,7 +140,7 @@ def pipes_told(work: Mapping[str, float]) -> str:
 def reasons(plan: Plan) -> list[str]:
     """What of a scheme makes its main loop do more than unpack codes of 4 bits under one scale a token, in words."""
     found = []
-    if plan.shape.dtype == "fp32":
+    if plan.shape.dtype == "fp32" or any(term.floats == "fp32" for term in plan.terms):
         found.append("products are of float32 numbers, outside the tensor cores")
     if plan.keys.rope is not None:
         found.append("keys are stored without rotary positions, and every decoded pair of channels is turned by them")
@@ -167,7 +167,7 @@ def _of_codes(term: SidePlan) -> list[str]:
         widths = " and ".join(str(stream.width) for stream in term.layout.streams)
         found.append(f"codes of {alphabet.bits} bits stand in streams of {widths}")
     if alphabet.small is not None:
-        found.append(f"the bits of {alphabet.small.name} are moved to those of a float16")
+        found.append(f"each code of {alphabet.small.name} becomes a float16")
     elif alphabet.kind == "table":
         whose = "the parameters" if alphabet.given else "the scheme"
         found.append(f"each code is looked up in a table of {alphabet.count} levels of {whose}")
@@ -177,7 +177,7 @@ def _of_codes(term: SidePlan) -> list[str]:
         found.append(f"vectors of rank {term.factors.rank} are multiplied beside the codes")
     if term.slots is not None:
         each = "token" if term.name == "keys" else f"channel of {SLOT_TOKENS} tokens"
-        found.append(f"{term.slots.count} single numbers a {each} are brought to their places")
+        found.append(f"numbers, {term.slots.count} a {each}, are brought to their places")
     if term.beside is not None:
         found.append(f"{term.beside.count} numbers a token of chosen channels are read beside the codes")
     if term.joined > 1:

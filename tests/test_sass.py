@@ -46,6 +46,13 @@ def test_the_pipelined_loop_is_the_main_one_even_with_fewer_products() -> None:
     assert main is not None and code.counts(main.path) == {"mma": 1, "async_copy": 1, "control": 1}
 
 
+def test_the_pipelined_loop_is_the_main_one_even_without_products() -> None:
+    """Products of float32 numbers are no matrix products; exact rows may have some."""
+    code = sass.parse(listing(*(line.replace("HMMA.16816.F32", "FFMA") for line in MAIN), *TAIL, *END))
+    main = code.main_loop()
+    assert main is not None and code.counts(main.path) == {"fp32": 1, "async_copy": 1, "control": 1}
+
+
 def test_without_copies_the_loop_with_most_products_is_the_main_one() -> None:
     few = [line.replace("LDGSTS.E.BYPASS.128", "LDG.E.128") for line in MAIN]
     code = sass.parse(listing(*few, *TAIL, *END))

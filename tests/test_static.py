@@ -97,17 +97,18 @@ def test_a_plain_scheme_needs_no_reason_and_every_other_has_those_of_its_plan() 
         return "\n".join(reasons(plan_for(ALL[name], SHAPE)))
 
     assert words("token4") == words("int8_tensor") == ""
+    assert words("fp32") == "products are of float32 numbers, outside the tensor cores"
     assert words("token2") == "455 numbers are in 128 bytes: each is unpacked and multiplied, and tokens have softmax"
     assert "keys and values: codes of 3 bits stand in streams of 2 and 1" in words("token3")
     assert "keys: groups of 32 tokens have scales of their own a channel" in words("kivi2")
     assert "values: 4 groups of 32 channels of a token have their own scales and products" in words("kivi2")
     assert "every decoded pair of channels is turned" in words("nuq4") and "levels of the parameters" in words("nuq4")
     assert "table of 16 levels of the scheme" in words("turboquant4")
-    assert "bits of e2m1" in words("nvfp4") and "scales are of two levels" in words("nvfp4")
-    assert "vectors of rank" in words("gear2") and "single numbers a token" in words("kvquant4")
-    assert "keys and values: radii and angles become channels" in words("polar") and "digits of three levels" in words(
-        "kvtq"
-    )
+    assert "each code of e2m1" in words("nvfp4") and "scales are of two levels" in words("nvfp4")
+    assert "vectors of rank" in words("gear2")
+    assert "numbers, 2 a token, are brought to their places" in words("kvquant4")
+    assert "keys and values: radii and angles become channels" in words("polar")
+    assert "digits of three levels" in words("kvtq")
     assert "256 signs stand for 128 channels" in words("qjl_gauss") and "chosen channels" in words("kitty")
 
 
