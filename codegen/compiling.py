@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ HEAD = (
     "kernel", "arch", "registers", "spills", "shared", "instructions", "16-byte loads", "loop", "packed bytes",
     "per byte", "predicted share",
 )  # fmt: skip
+WIDTH, INDENT = 118, 12  # of the lines behind the table
 SHOWN = "decode"  # the kernel that a step of generation waits for
 
 
@@ -70,18 +72,34 @@ def block(kernel: Mapping[str, Any]) -> list[str]:
     loads = f"  loads     {loads_told(kernel['loads'])}"
     if kernel["predicted_share"] is None:
         classes = ", ".join(f"{name} {count}" for name, count in kernel["counts"].items())
-        return [f"{title}, the whole kernel", f"  classes   {classes}", loads]
+        return wrapped([f"{title}, the whole kernel", f"  classes   {classes}", loads])
     lines = kernel["loop_packed_bytes"] / LINE
     classes = ", ".join(f"{name} {kernel['warps'] * n / lines:.2f}" for name, n in kernel["counts"].items())
     shares = ", ".join(f"{share:.0%} of {name}" for name, share in kernel["shares"].items())
-    return [
-        f"{title}, main loop, per {LINE} packed bytes: {kernel['slots']:.1f} instructions",
-        f"  classes   {classes}",
-        f"  cycles    {pipes_told(kernel['work'])}",
-        f"  products  {_products(kernel)}",
-        loads + f"; {kernel['loop_copied_bytes']} bytes of memory for {kernel['loop_packed_bytes']} packed ones",
-        f"  predicted {shares}",
-    ]
+    return wrapped(
+        [
+            f"{title}, main loop, per {LINE} packed bytes: {kernel['slots']:.1f} instructions",
+            f"  classes   {classes}",
+            f"  cycles    {pipes_told(kernel['work'])}",
+            f"  products  {_products(kernel)}",
+            loads + f"; {kernel['loop_copied_bytes']} bytes of memory for {kernel['loop_packed_bytes']} packed ones",
+            f"  predicted {shares}",
+        ]
+    )
+
+
+def wrapped(texts: Sequence[str]) -> list[str]:
+    """Lines of a terminal's width, broken behind commas."""
+    lines: list[str] = []
+    for text in texts:
+        first, *rest = re.split(r"(?<=[,;]) ", text)
+        lines.append(first)
+        for part in rest:
+            if len(lines[-1]) + 1 + len(part) > WIDTH:
+                lines.append(" " * INDENT + part)
+            else:
+                lines[-1] += " " + part
+    return lines
 
 
 def _products(kernel: Mapping[str, Any]) -> str:

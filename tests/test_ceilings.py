@@ -44,7 +44,7 @@ CEILINGS = {
 """Slots on sm_90.  Up to 21 an H100 is predicted to read at 85 % of its limit."""
 GOLDEN = json.loads((ROOT / "tests" / "slots.json").read_text(encoding="utf-8"))
 CHANGED = 0.03  # of the golden's slots: less is the assembler's own doing
-OTHER_TRITON = 1.05  # times the ceiling: what versions of Triton and of its assembler differ by
+OTHER_TRITON = 1.07  # times the ceiling: what 3.6, 3.7 and 3.9, and their assemblers, differ by
 PRODUCTS = 0.02  # of the ideal
 PAGE_NUMBER = {"LDG.32": 1}  # the one load of the loop that is no copy: the next page's number
 
@@ -78,7 +78,7 @@ def test_a_decode_kernel_costs_no_more_than_its_ceiling(name: str) -> None:
     codes = sum(stream.size for term in plan.terms for stream in term.layout.streams)
     codes = codes * plan.tile // plan.layout.page_tokens
     wide = 16 * 32 * kernel.warps * kernel.loads.get("LDGSTS.128", 0)
-    if not codes <= wide <= loop_bytes(plan):  # metadata may be narrower, and is all the rest
+    if wide < codes:  # metadata may be narrower; where lanes of it are masked 16 bytes are more than there are
         faults.append(f"{wide} bytes are copied 16 a lane, codes are {codes} of {loop_bytes(plan)}")
     known = GOLDEN["slots"].get(name, {}).get("sm_90")
     if same and known and abs(kernel.slots / known - 1) > CHANGED:

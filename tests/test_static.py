@@ -127,6 +127,8 @@ def test_a_kernel_is_told_in_a_row_and_a_block() -> None:
     assert "mma 0.94, bit 4.00" in text and "LDGSTS.128 x16, LDGSTS.64 x2, LDG.32 x1, LDSM.128 x20" in text
     assert "0.94 of 16x8x16, 1.00 times the 0.94 that the codes take" in text and "93% of H100, 92% of H200" in text
     assert "merge on sm_90" not in text
+    many = Figures(replace(KERNEL, counts={f"class{i}": 68 for i in range(30)}), None).row()
+    assert all(len(line) <= 118 for line in told([many])[4:]) and "\n            class" in "\n".join(told([many]))
     assert "merge on sm_90, the whole kernel" in "\n".join(told(rows, details=True))
     hidden = Figures(replace(KERNEL, hidden_mma=8), 64 / 68).row()
     assert "8 an iteration in tensor memory" in "\n".join(told([hidden]))
