@@ -21,10 +21,10 @@ from kvdsl.codegen.launch import Launch
 from kvdsl.codegen.launches import launches
 from kvdsl.codegen.lint import faults_in
 from kvdsl.codegen.plan import Plan, plan_for
+from kvdsl.codegen.static import untiered
 from kvdsl.rules import shape_faults
 from kvdsl.scheme import Float, Recent, Scheme, Store, Uniform, per_channel, per_token
 from kvdsl.schemes import ALL
-from kvdsl.segments import parts
 from kvdsl.shape import Shape
 
 pytest.importorskip("triton")
@@ -68,16 +68,6 @@ def arches(name: str, scheme: Scheme, turn: int) -> tuple[str, ...]:
     return (ARCHES[turn % len(ARCHES)],) if even else ()
 
 
-def flat() -> dict[str, Scheme]:
-    """Every shipped scheme without tiers, and what tiers store, each once."""
-    found = {name: scheme for name, scheme in ALL.items() if not scheme.routed}
-    for name, scheme in ALL.items():
-        for place, part in parts(scheme).items() if scheme.routed else ():
-            if part not in found.values():
-                found[re.sub(r"\W+", "_", f"{name} {place}").strip("_")] = part
-    return found
-
-
 def evenly(store: Store) -> bool:
     """Whether a side's numbers lie on even levels, or are kept as they are."""
     code = store.code
@@ -98,7 +88,7 @@ def test_keys_in_an_order_behind_their_positions_fit_the_registers_and_tensor_me
 def test_every_kernel_of_every_shipped_scheme_compiles_without_spills(shape: Shape, tmp_path: Path) -> None:
     sources: dict[tuple[str, ...], list[tuple[Path, tuple[Launch, ...]]]] = {}
     seen: dict[tuple[str, ...], set[object]] = {}
-    for turn, (name, scheme) in enumerate({**flat(), "mine": MINE}.items()):
+    for turn, (name, scheme) in enumerate({**untiered(ALL), "mine": MINE}.items()):
         targets = arches(name, scheme, turn)
         if shape_faults(scheme, shape) or not targets:
             continue
