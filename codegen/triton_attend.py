@@ -25,7 +25,7 @@ from .triton_values import ValueSide
 
 LOG2E = 1.4426950408889634
 ATTEND = """
-@triton.jit(do_not_specialize=["queries", "ring", "window", "ahead", "splits", "edge_splits"])
+@triton.jit(do_not_specialize=["queries", "table_width", "ring", "window", "ahead", "splits", "edge_splits"])
 def $name(
     $args
 ):
@@ -118,7 +118,7 @@ tl.store(lse_ptr + out + tl.arange(0, ROWS), lse)
 """
 
 SCORES = """
-@triton.jit(do_not_specialize=["queries", "tokens"])
+@triton.jit(do_not_specialize=["queries", "table_width", "tokens"])
 def scores($args):
     ROWS: tl.constexpr = $rows
     bh = tl.program_id(0)

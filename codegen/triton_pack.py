@@ -21,7 +21,7 @@ from .triton_meta import entry, section, static_read
 from .triton_planes import Planes
 
 PACK = """
-@triton.jit(do_not_specialize=["offset", "ring", "first_step"])
+@triton.jit(do_not_specialize=["total_rows", "table_width", "offset", "ring", "first_step"])
 def pack_$side(
     $args
 ):

@@ -34,7 +34,7 @@ last = tl.minimum(position, length - 1) - $sinks  # [rows]
 """
 
 REACH = """
-@triton.jit(do_not_specialize=["queries", "ring", "splits", "edge_splits"])
+@triton.jit(do_not_specialize=["queries", "table_width", "ring", "splits", "edge_splits"])
 def reach(
     $args
 ):
@@ -75,7 +75,7 @@ def reach(
 """
 
 RECEIVED = """
-@triton.jit(do_not_specialize=["queries", "ring", "tiles", "longest"])
+@triton.jit(do_not_specialize=["queries", "table_width", "ring", "tiles", "longest"])
 def received(
     $args
 ):

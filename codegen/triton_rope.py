@@ -91,7 +91,7 @@ def unrope(plan: Plan) -> str:
         "row = bh.to(tl.int64) * total_rows + row",
     ]
     clean = ["x = finite(x)", "partner = finite(partner)"]
-    loose = '"offset", "ring", "low", "count"'
+    loose = '"total_rows", "offset", "ring", "low", "count"'
     return _rotate(plan, "unrope_keys", False, args=", ".join(args), loose=loose, where=where, clean=clean)
 
 

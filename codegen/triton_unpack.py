@@ -9,7 +9,7 @@ from .triton_names import tokens_name
 from .triton_planes import Planes
 
 UNPACK = """
-@triton.jit(do_not_specialize=["begin", "end"])
+@triton.jit(do_not_specialize=["begin", "end", "table_width"])
 def unpack_$side($args):
     step = tl.program_id(0) + begin // $tile
     bh = tl.program_id(1)

@@ -31,6 +31,7 @@ SHAPE = Shape(128, 8, 32)
 CEILINGS = {
     "int8_token_head": 7.0,
     "int8_tensor": 7.0,
+    "fp8_tensor": 6.5,
     "token4": 10.9,
     "int4_token_head": 10.9,
     "quarot4": 10.9,

@@ -8,6 +8,7 @@ they score tokens, and take as long to compile: the fast profile has those of tw
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 from dataclasses import replace
@@ -106,3 +107,25 @@ def test_every_kernel_of_every_shipped_scheme_compiles_without_spills(shape: Sha
         if one.spilled
     ]
     assert not spilled, "\n" + "\n".join(spilled)
+
+
+def loose_arguments(text: str) -> dict[str, set[str]]:
+    """Of every kernel of a generated text the arguments that it is not specialized for."""
+    return {
+        node.name: set(re.findall(r"'(\w+)'", " ".join(map(ast.unparse, node.decorator_list))))
+        for node in ast.parse(text).body
+        if isinstance(node, ast.FunctionDef)
+    }
+
+
+def test_no_kernel_is_compiled_anew_for_another_length() -> None:
+    """Triton compiles a kernel again where an argument that it may specialize becomes, or ceases to be, a multiple of
+    16: only numbers that belong to the parameters may be such."""
+    for name, scheme in untiered(ALL).items():
+        plan = plan_for(scheme, Shape(128, 8, 32))
+        text = render(plan, "triton", name)
+        loose = loose_arguments(text)
+        for launch in launches(plan, text):
+            whole = {argument for argument, kind in launch.signature if kind == "i32"} - loose[launch.kernel]
+            others = [argument for argument in whole if not re.fullmatch(r"(keys|values)\w*_(stride|shifts)", argument)]
+            assert not others, f"{name}: {launch.kernel} is specialized for {others}"
