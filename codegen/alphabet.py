@@ -22,7 +22,10 @@ EXTREMES = ("absmax", "signed_absmax")  # ranges whose scale is the largest numb
 
 @dataclass(frozen=True)
 class Small:
-    """A float format of few bits: sign, exponent, `mantissa` bits; numbers below 2**least are spaced as those above."""
+    """A float format of few bits: sign, exponent, `mantissa` bits; numbers below 2**least are spaced as those above.
+
+    converted   some GPUs have an instruction that makes float16 numbers of them
+    """
 
     name: str
     bits: int
@@ -30,11 +33,13 @@ class Small:
     least: int
     top: float
     nan: int | None
+    converted: bool = False
 
     @property
     def unit(self) -> int:
-        """The bits, moved to their places in a float16, are the number times 2**-unit."""
-        return self.least + 14
+        """What a product reads is the number times 2**-unit: the number, where it is converted, else its bits, moved to
+        their places in a float16."""
+        return 0 if self.converted else self.least + 14
 
     def value(self, code: int) -> float:
         """The number of a code; NaN and infinity where the format has them."""
@@ -48,13 +53,15 @@ class Small:
         return math.copysign(number, -1 if code > size else 1)
 
     def half(self, code: int) -> int:
-        """The code's bits at their places in a float16."""
+        """What a product reads of a code, the bits of a float16."""
+        if self.converted:
+            return half_bits(self.value(code))
         sign, size = divmod(code, 2 ** (self.bits - 1))
         return sign << 15 | size << (10 - self.mantissa)
 
 
 SMALL = {
-    "e4m3": Small("e4m3", 8, 3, -6, 448.0, 0x7F),
+    "e4m3": Small("e4m3", 8, 3, -6, 448.0, 0x7F, converted=True),
     "e5m2": Small("e5m2", 8, 2, -14, 57344.0, 0x7E),
     "e2m1": Small("e2m1", 4, 1, 0, 6.0, None),
 }
@@ -197,6 +204,8 @@ def prove(alphabet: Alphabet) -> list[tuple[str, str]]:
             want = alphabet.small.value(code)
             if math.isfinite(want) and half_number(bits) * 2.0**alphabet.unit != want:
                 raise ProofError(f"the bits of {alphabet.small.name} code {code} are not those of {want}")
+        if alphabet.small.converted:
+            return [(f"every number of {alphabet.small.name} is a float16", method)]
         return [(f"bits of {alphabet.small.name} moved into a float16 = number * 2^-{alphabet.unit}", method)]
     for words, level in zip(_looked_up(alphabet.words), alphabet.levels, strict=True):
         if abs(half_number(words) * 2.0**alphabet.unit - level) > abs(level) * 2.0**-11:

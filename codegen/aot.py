@@ -27,7 +27,7 @@ from kvdsl.errors import BackendError
 
 from .assembling import Assembly, fewest_spills
 from .launch import Launch, assembled
-from .roofline import GPUS, LINE, predicted_share
+from .roofline import GPUS, LINE, predicted_share, shares
 
 ARCHES = tuple(GPUS)
 INTERPRETER = "TRITON_INTERPRET"
@@ -58,11 +58,18 @@ class CompiledKernel:
     loop_instructions    of one warp in one iteration of the main loop, guarded code left out; 0 without a main loop
     guarded_instructions of the main loop that an iteration may skip
     loop_packed_bytes    packed bytes that a program reads in an iteration, as the launch says
+    loop_copied_bytes    bytes of memory that the copies and loads of that iteration ask for, had no lane been masked;
+                         far more than the packed bytes where heads are read together or words are read again
     loop_mma             instructions on matrix units in that iteration
+    hidden_mma           of the loop, products of tensor memory (sm_100): their size is in a register, `mma` is without
+                         them
     instructions_per_byte, slots   instructions of all warps per packed byte, per 128 packed bytes
     mma                  m16n8k16 products of all warps per 128 packed bytes
     predicted_share      of the read limit of `gpu`; None where no packed bytes are read in a loop
-    counts               class -> instructions in the loop (of the whole kernel where there is no main loop)
+    shares               the same of every GPU that runs this code, by its name; empty where that is None
+    counts               class -> instructions in the loop (of the whole kernel where no packed bytes are read in one)
+    pipes                pipe of the law -> instructions of all warps per 128 packed bytes, "mma" in m16n8k16 products
+    loads                kind and bits a lane, "LDGSTS.128" -> copies and loads, as `counts`
     """
 
     kernel: str
@@ -80,13 +87,18 @@ class CompiledKernel:
     loop_instructions: int
     guarded_instructions: int
     loop_packed_bytes: int
+    loop_copied_bytes: int
     loop_mma: int
+    hidden_mma: int
     instructions_per_byte: float
     slots: float
     mma: float
     predicted_share: float | None
     cubin_bytes: int
+    shares: Mapping[str, float] = field(hash=False)
     counts: Mapping[str, int] = field(hash=False)
+    pipes: Mapping[str, float] = field(hash=False)
+    loads: Mapping[str, int] = field(hash=False)
 
     @property
     def spilled(self) -> bool:
@@ -243,7 +255,7 @@ def _binary(module: ModuleType, launch: Launch, arch: str, stages: int) -> Any:
             constexprs={(place[name],): value for name, value in launch.values(stages).items()},
             attrs={(place[name],): [["tt.divisibility", 16]] for name in launch.aligned},
         )
-        target = triton.backends.compiler.GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+        target = _aimed_at(arch)
         options: dict[str, object] = {"num_warps": launch.warps, "num_stages": stages}
         options |= {"enable_fp_fusion": launch.fp_fusion, **assembled(launch.assembler[0])}
         return triton.compile(source, target=target, options=options)
@@ -255,13 +267,31 @@ def _binary(module: ModuleType, launch: Launch, arch: str, stages: int) -> Any:
         raise CompileError([f"{launch.kernel} for {arch}: {type(error).__name__}: {message[-600:]}"]) from error
 
 
+class _Aim:
+    """What Triton asks for its target, where a kernel depends on it: a driver of a GPU that need not be there."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+
+def _aimed_at(arch: str) -> Any:
+    """The target, which is also what kernels are told that ask for it."""
+    triton = _triton()
+    target = triton.backends.compiler.GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    triton.runtime.driver.set_active(_Aim(target))
+    return target
+
+
 def _measured(launch: Launch, arch: str, stages: int, shared: int, assembly: Assembly) -> CompiledKernel:
     code = assembly.code
     loop = code.main_loop()
     path = loop.path if loop else ()
     lines = launch.loop_packed_bytes / LINE if loop else 0.0
     per_line = launch.warps / lines if lines else 0.0
-    counts = code.counts(path or range(len(code.instructions)))
+    told = path if lines else range(len(code.instructions))
     pipes = {name: per_line * count for name, count in code.pipes(path).items()}
     return CompiledKernel(
         kernel=launch.kernel,
@@ -279,13 +309,18 @@ def _measured(launch: Launch, arch: str, stages: int, shared: int, assembly: Ass
         loop_instructions=len(path),
         guarded_instructions=len(loop.body) - len(path) if loop else 0,
         loop_packed_bytes=launch.loop_packed_bytes,
+        loop_copied_bytes=code.copied(path) * launch.warps,
         loop_mma=code.counts(path).get("mma", 0),
+        hidden_mma=sum(code.instructions[at].hidden for at in (loop.body if loop else ())),
         instructions_per_byte=len(path) * per_line / LINE,
         slots=len(path) * per_line,
         mma=pipes["mma"],
         predicted_share=predicted_share(arch, pipes) if lines else None,
         cubin_bytes=len(assembly.cubin),
-        counts=counts,
+        shares=shares(arch, pipes) if lines else {},
+        counts=code.counts(told),
+        pipes=pipes,
+        loads=code.loads(told),
     )
 
 

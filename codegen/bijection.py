@@ -10,7 +10,8 @@ from kvdsl.codes import TRITS
 from kvdsl.errors import ProofError
 from kvdsl.scheme import SIDES
 
-from .layout import PAIR, Layout, SideLayout, Stream
+from .layout import Layout, SideLayout, Stream
+from .tiling import PAIR
 
 
 @dataclass(frozen=True)

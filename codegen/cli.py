@@ -171,9 +171,11 @@ def compile_(
     kv_heads: KvHeads = 8,
     q_heads: QHeads = None,
     dtype: Dtype = InputFormatName.fp16,
+    details: Annotated[bool, typer.Option("--details", help="what every kernel is made of, not decode alone")] = False,
     json: AsJson = False,
 ) -> None:
-    """Compile ahead of time, with no GPU: registers, spills, instructions per packed byte, predicted share."""
+    """Compile ahead of time, with no GPU: registers, spills, instructions per packed byte by class, products against
+    the fewest that do, loads by width, predicted share of the read limit."""
     from .compiling import compiled, told
 
     scheme = loaded(name)
@@ -183,7 +185,7 @@ def compile_(
     if json:
         answer.document({"kernels": kernels, "path": str(path)})
         return
-    answer.lines([*told(kernels), "", f"source {path}"])
+    answer.lines([*told(kernels, details=details), "", f"source {path}"])
 
 
 @app.command()

@@ -5,6 +5,7 @@ As in device.py, what is inline assembly for the compiler exists a second time f
 
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
 from .device import INTERPRETED, half, nearest
 
@@ -36,9 +37,14 @@ if INTERPRETED:
         return words & others
 
     @triton.jit
-    def with_nan(halves):
-        """e4m3 numbers moved into float16 bits, the one that stands for NaN made one."""
-        return halves | (((halves & 0x3F80) + 128) & 0x4000)
+    def e4m3_halves(words, HIGH: tl.constexpr, NAN: tl.constexpr):
+        """The lower, or the HIGH, byte of each 16-bit word read as e4m3, as float16; NAN: it may be one."""
+        if HIGH:
+            words = words >> 8
+        halves = ((words & 127) << 7) | ((words & 128) << 8)
+        if NAN:
+            halves = halves | (((halves & 0x3F80) + 128) & 0x4000)
+        return halves.to(tl.int16).to(tl.float16, bitcast=True) * 256.0
 
     @triton.jit
     def entry(codes, LOW, HIGH):
@@ -122,6 +128,37 @@ else:
             "or.b32 $0, $1, t; }",
             "=r,r", [halves], dtype=tl.int16, is_pure=True, pack=2,
         )  # fmt: skip
+
+    @triton.jit
+    def e4m3_halves(words, HIGH: tl.constexpr, NAN: tl.constexpr):
+        """The lower, or the HIGH, byte of each 16-bit word read as e4m3, as float16; NAN: it may be one."""
+        if not cuda_capability_geq(8, 9):
+            return e4m3_by_bits(words, HIGH, NAN)
+        # the lower bytes of both words of a register go into its lower half, the high ones into the other
+        if HIGH:
+            halves = tl.inline_asm_elementwise(
+                "{ .reg .b16 l, h; .reg .b32 t; prmt.b32 t, $1, 0, 0x3120; mov.b32 {l, h}, t; "
+                "cvt.rn.f16x2.e4m3x2 $0, h; }",
+                "=r,r", [words], dtype=tl.int16, is_pure=True, pack=2,
+            )  # fmt: skip
+        else:
+            halves = tl.inline_asm_elementwise(
+                "{ .reg .b16 l, h; .reg .b32 t; prmt.b32 t, $1, 0, 0x3120; mov.b32 {l, h}, t; "
+                "cvt.rn.f16x2.e4m3x2 $0, l; }",
+                "=r,r", [words], dtype=tl.int16, is_pure=True, pack=2,
+            )  # fmt: skip
+        return halves.to(tl.float16, bitcast=True)
+
+    @triton.jit
+    def e4m3_by_bits(words, HIGH: tl.constexpr, NAN: tl.constexpr):
+        """The same on GPUs that do not convert them: bits moved to their places, and a power of two."""
+        if HIGH:
+            halves = both(field(words, 1, 0, 0x3F80), field(words, 0, 0, -32768))
+        else:
+            halves = both(field(words, 0, 7, 0x3F80), field(words, 0, 8, -32768))
+        if NAN:
+            halves = with_nan(halves)
+        return halves.to(tl.float16, bitcast=True) * 256.0
 
     # Words are their own selectors: of a register with words x and y one byte of either is taken, of whose codes two of
     # x and two of y select at once.  NVIDIA's assembler leaves out a shift by 0, and does once what calls for other

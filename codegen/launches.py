@@ -8,8 +8,8 @@ from functools import cache
 from kvdsl.scheme import SIDES
 
 from .launch import CONSTEXPR, Launch
-from .layout import NARROWEST
 from .plan import DECODE_ROWS, WIDEST, Plan
+from .tiling import NARROWEST
 
 POINTERS = {
     "query_ptr": "input", "rows_ptr": "input", "source_ptr": "input", "key_rows_ptr": "input",

@@ -17,14 +17,13 @@ from kvdsl.codes import SLOT_TOKENS, in_trits, trit_bytes
 from kvdsl.codes import width as code_bits
 from kvdsl.scheme import ALL, SIDES, Band, Chosen, Float, LowRank, MetaFormat, Scheme, Sparse, Store
 from kvdsl.shape import Shape
-from kvdsl.window import token_block, waiting
+from kvdsl.window import tile_tokens, token_block, waiting
 
 from .sections import Beside, Channels, Factors, Slots
+from .tiling import NARROWEST, PAIR
 
 ALIGN = 16  # bytes: what one asynchronous copy moves
-PAIR = 32  # tokens t and t + 32 share a word where one token is too narrow for a tensor-core operand
 FACTORED = 32  # lanes of a plane that vectors of low rank are read in: wider ones fill the registers
-NARROWEST = 16  # words a tensor-core operand wants along its inner side
 
 
 @dataclass(frozen=True)
@@ -303,7 +302,7 @@ def lay_out(scheme: Scheme, shape: Shape) -> Layout:
     is of what a store left behind its own, and stretches one behind the other."""
     stores = {(side, depth): store for side in SIDES for depth, store in enumerate(scheme.side(side).terms)}
     dims = {at: store.coded(shape.head_dim) for at, store in stores.items()}
-    tokens = math.lcm(2 * PAIR, *map(waiting, stores.values()))
+    tokens = math.lcm(tile_tokens(scheme), *map(waiting, stores.values()))
     offset, codes = 0, {}
     for at, store in stores.items():
         dim, width = dims[at], plane_width(store, dims[at])

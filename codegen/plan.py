@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
 
 from kvdsl.rules import refuse_for
 from kvdsl.scheme import SIDES, Band, Scheme, Side, Store
@@ -13,20 +12,12 @@ from kvdsl.window import token_block
 
 from .alphabet import alphabet_of
 from .bijection import BijectionProof, prove_bijection
-from .layout import (
-    NARROWEST,
-    PAIR,
-    Layout,
-    SideLayout,
-    lay_out,
-)
+from .layout import Layout, SideLayout, lay_out
 from .placement import When, place
 from .side import SidePlan
+from .tiling import NARROWEST, sub_tile, tile
 
 __all__ = ["Plan", "SidePlan", "plan_for"]
-
-if TYPE_CHECKING:
-    pass
 
 DECODE_ROWS = 8
 EXTEND_ROWS = 16
@@ -37,7 +28,8 @@ EXACT_TILE = 16  # tokens a tile where products are of float32 numbers, outside 
 
 @dataclass(frozen=True)
 class Plan:
-    """`tile` tokens are read at a time, as `halves` sub-tiles: two where tokens share words, or 32 of them a scale."""
+    """`tile` tokens are read at a time, as `halves` sub-tiles: several where tokens share words, or few of them a
+    scale."""
 
     scheme: Scheme
     shape: Shape
@@ -106,15 +98,16 @@ def plan_for(scheme: Scheme, shape: Shape) -> Plan:
     keys, values = (_planned(name, scheme.side(name), layout.side(name), shape) for name in SIDES)
     terms = keys.terms + values.terms
     paired = any(term.layout.paired for term in terms)
-    blocked = [term for term in terms if term.when is When.ONCE_PER_TILE or term.factors]
-    narrow = any(token_block(term.store) % (2 * PAIR) for term in blocked)
-    narrow = narrow or any(term.chosen and term.chosen.tokens % (2 * PAIR) for term in terms)
     # two planes at once are decoded, with what they become, or looked up
-    narrow = narrow or any(term.polar or term.alphabet.looked_up and term.alphabet.small is None for term in terms)
-    tile, halves = 2 * PAIR, 2 if paired or narrow else 1
+    narrow = any(term.polar or term.alphabet.looked_up and term.alphabet.small is None for term in terms)
+    blocked = [term for term in terms if term.when is When.ONCE_PER_TILE or term.factors]
+    blocks = [token_block(term.store) for term in blocked] + [term.chosen.tokens for term in terms if term.chosen]
+    in_loop = shape.dtype == "fp32" or any(term.when is When.IN_LOOP or term.joined > 1 for term in terms)
+    tokens = tile(scheme, shape, in_loop=in_loop)
+    half = sub_tile(tokens, blocks, narrow=paired or narrow)
     if not paired and any(term.floats == "fp32" for term in terms):
-        tile, halves = EXACT_TILE, 1
-    return Plan(scheme, shape, layout, keys, values, tile, halves, proofs)
+        tokens = half = EXACT_TILE
+    return Plan(scheme, shape, layout, keys, values, tokens, tokens // half, proofs)
 
 
 def _planned(name: Side, store: Store, part: SideLayout, shape: Shape, depth: int = 0, first: int = 0) -> SidePlan:

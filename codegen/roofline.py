@@ -6,7 +6,8 @@ packed bytes.  The *sum* of the pipes fits because the few resident warps of the
 
 The weights were fitted to 30 decode kernels (8 to 1 bit, head_dim 64 to 256) on an H200; they agree with the pipes'
 issue rates.  Mean error 6 % of the share, worst 22 %.  Latency, bank conflicts and the last wave are not seen, and
-other GPUs are extrapolated.
+other GPUs are extrapolated: what is bound by instructions mostly comes out slower than the law says, so that it tells
+what is possible.  docs/static.md has it beside what was measured.
 """
 
 from __future__ import annotations
@@ -22,15 +23,23 @@ _WEIGHTS = {"alu": 2.0, "fp": 1.0, "mma": 4.0, "xu": 2.0, "mem": 5.0}
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU: `clock` in GHz under load, `bandwidth` in TB/s as a reading kernel reaches it, `shared` memory that one
-    program may have in bytes."""
+    """A GPU and where its figures come from.
+
+    arch        of the machine code that runs on it
+    processors  streaming multiprocessors
+    clock       GHz under load
+    bandwidth   TB/s, as a reading kernel reaches it where it was measured
+    shared      bytes of shared memory that one program may have
+    origin      of clock and bandwidth: what was measured, and what a data sheet says
+    """
 
     name: str
+    arch: str
     processors: int
     clock: float
     bandwidth: float
     shared: int
-    measured: bool
+    origin: str
 
     @property
     def cycles_per_line(self) -> float:
@@ -38,19 +47,35 @@ class Gpu:
         return LINE * self.processors * 4 * self.clock / (self.bandwidth * 1000)
 
 
-# Architecture -> the GPU its shares are stated for.  Only the H200's bandwidth was measured; the rest are data sheets.
-GPUS = {
-    "sm_80": Gpu("A100 80 GB", 108, 1.41, 1.75, 163 << 10, measured=False),
-    "sm_90": Gpu("H200", 132, 1.98, 4.40, 227 << 10, measured=True),
-    "sm_100": Gpu("B200", 148, 1.85, 8.0, 227 << 10, measured=False),
-}
+CARDS = (
+    Gpu("A100 80 GB", "sm_80", 108, 1.41, 1.75, 163 << 10, "clock of the data sheet; 86 % of its bandwidth, assumed"),
+    Gpu("H100", "sm_90", 132, 1.98, 3.114, 227 << 10, "clock of the data sheet; bandwidth measured, docs/speed.md"),
+    Gpu("H200", "sm_90", 132, 1.98, 4.40, 227 << 10, "clock and bandwidth measured"),
+    Gpu("B200", "sm_100", 148, 1.85, 8.0, 227 << 10, "clock and bandwidth of data sheets"),
+)
+GPUS = {gpu.arch: gpu for gpu in CARDS}
+"""Architecture -> the GPU that one share is stated for: the last of the table."""
 
 
-def predicted_share(arch: str, pipes_per_line: Mapping[str, float]) -> float:
-    """Share of the read limit of `GPUS[arch]`, between 0 and 0.93.
+def cycles(pipes_per_line: Mapping[str, float]) -> dict[str, float]:
+    """Cycles of one scheduler by pipe, for the instructions by pipe per 128 packed bytes."""
+    return {pipe: _WEIGHTS[pipe] * count for pipe, count in pipes_per_line.items()}
+
+
+def share_on(gpu: Gpu, pipes_per_line: Mapping[str, float]) -> float:
+    """Share of a GPU's read limit, between 0 and 0.93.
 
     `pipes_per_line`: instructions by pipe ("alu", "fp", "mma" in m16n8k16 products, "xu", "mem") per 128 packed bytes.
     """
-    work = sum(_WEIGHTS[pipe] * count for pipe, count in pipes_per_line.items())
-    load = work / GPUS[arch].cycles_per_line
+    load = sum(cycles(pipes_per_line).values()) / gpu.cycles_per_line
     return float((_REACHED**-_SHARPNESS + load**_SHARPNESS) ** (-1 / _SHARPNESS))
+
+
+def shares(arch: str, pipes_per_line: Mapping[str, float]) -> dict[str, float]:
+    """The same for every GPU that code of this architecture is for, by its name."""
+    return {gpu.name: share_on(gpu, pipes_per_line) for gpu in CARDS if gpu.arch == arch}
+
+
+def predicted_share(arch: str, pipes_per_line: Mapping[str, float]) -> float:
+    """The same for `GPUS[arch]`."""
+    return share_on(GPUS[arch], pipes_per_line)

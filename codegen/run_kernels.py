@@ -18,6 +18,7 @@ from kvdsl.kernels import Params
 from .assembling import fewest_spills
 from .launch import DEPTH, assembled
 from .launches import ASSEMBLER, GIVEN_POINTERS, arguments, fused, stages, warps
+from .occupancy import residents
 from .plan import Plan
 
 VIEWS = {
@@ -39,6 +40,7 @@ class KernelModule:
         self.plan, self.module = plan, module
         self.arguments = arguments(source)
         self.settings: dict[str, Setting] = {}  # kernel -> those found best
+        self.residents: dict[str, int] = {}  # kernel -> programs that a processor of the GPU holds at once
 
     def _run(
         self, kernel: str, grid: tuple[int, ...], given: Mapping[str, Any], pool: Tensor | None, params: Params
@@ -56,11 +58,13 @@ class KernelModule:
                 values[name] = _parameter(name, params)
         function = getattr(self.module, kernel)[grid]
         options = {"num_warps": warps(kernel, self.plan), "enable_fp_fusion": fused(kernel)}
+        compiled: dict[Setting, Any] = {}
 
         def launch(depth: int, setting: str | None) -> Any:
             """Run the kernel; gives what Triton compiled."""
             given = {name: depth if name == DEPTH else values[name] for name in self.arguments[kernel]}
-            return function(**given, **options, num_stages=depth, **assembled(setting))
+            compiled[depth, setting] = function(**given, **options, num_stages=depth, **assembled(setting))
+            return compiled[depth, setting]
 
         if kernel in self.settings:
             launch(*self.settings[kernel])
@@ -77,7 +81,9 @@ class KernelModule:
                 break
         if not found:
             raise BackendError(f"{kernel} does not fit this GPU: {refused}")
-        self.settings[kernel] = min(found, key=lambda one: found[one])
+        best = self.settings[kernel] = min(found, key=lambda one: found[one])
+        if (held := residents(compiled[best], options["num_warps"])) is not None:
+            self.residents[kernel] = held
 
 
 def _setting(launch: Callable[[str | None], Any]) -> tuple[str | None, int]:

@@ -44,6 +44,11 @@ class Part:
         return self.clean + self.edges
 
     @property
+    def kernel(self) -> str:
+        """The kernel that reads it."""
+        return "decode" if self.query.shape[2] == 1 else "extend"
+
+    @property
     def rows(self) -> int:
         """Query rows of a program."""
         return self.plan.rows(many=self.query.shape[2] > 1)

@@ -14,6 +14,7 @@ from kvdsl.params import ROPE
 
 from .host_channels import ready_rows
 from .host_slots import by_channel, by_turned_channel
+from .occupancy import MOST_SPLITS, splits
 from .plan import SidePlan
 from .run_pages import PageModule
 from .run_parts import Part, Scratch, within
@@ -23,9 +24,8 @@ from .triton_turn import QUERY_LANES, QUERY_ROWS
 
 NO_WINDOW = 1 << 30
 LOG2E = 1.4426950408889634
-# Programs that share a sequence, as measured on an H100 from 1x8x1024 to 8x8x131072 (batch, kv heads, tokens)
-FEW_SPLITS, MOST_SPLITS, MOST_EDGES = 24, 128, 32
-PAGES_A_SPLIT = 8
+MOST_EDGES = 32  # programs that share the edges of a sequence, as measured on an H100
+USUAL = 8  # programs that a processor holds at once, of a kernel of which it is not known
 ROWS = WeakTensorKeyDictionary()
 """Maps of sketches -> their rows, ready for codes: made once for those that are used again in every step."""
 
@@ -84,14 +84,13 @@ class TritonModule(PageModule):
         self._run("scores", (batch * shape.kv_heads, -(-tokens // self.plan.tile), blocks), given, pool, params)
         return out
 
-    def splits(self, programs: int, longest: int) -> int:
-        """How many programs share one sequence: enough to fill the machine, but with some pages each, as what they
-        found must be merged."""
-        pages = max(1, -(-longest // self.plan.layout.page_tokens))
+    def splits(self, programs: int, longest: int, kernel: str = "") -> int:
+        """How many programs of a kernel share one sequence, see `occupancy.splits`."""
+        page = self.plan.layout.page_tokens
+        pages = max(1, -(-longest // page))
         if not torch.cuda.is_available():
             return min(2, pages)
-        worthwhile = max(FEW_SPLITS, pages // PAGES_A_SPLIT)
-        return max(1, min(pages, 8 * self.processors() // max(1, programs), worthwhile, MOST_SPLITS))
+        return splits(max(1, programs), pages, page, self.residents.get(kernel, USUAL) * self.processors())
 
     def edge_splits(self, programs: int, state: AttentionState) -> int:
         """How many programs share the edges of one sequence: one a tile while the machine has room for them, else one
@@ -100,6 +99,10 @@ class TritonModule(PageModule):
         exact = min(state.longest, state.key_rows.shape[2] + cut * self.plan.layout.page_tokens)
         tiles = min(-(-exact // self.plan.edge_tile), MOST_EDGES)
         return tiles if programs * tiles <= 2 * self.processors() else max(1, tiles // 2)
+
+    def unknown(self, kernel: str) -> bool:
+        """Whether it is not known yet how many programs of a kernel the GPU holds at once."""
+        return kernel not in self.residents and torch.cuda.is_available()
 
     def processors(self) -> int:
         """Multiprocessors of the GPU; 1 where kernels are interpreted."""
@@ -114,6 +117,11 @@ class TritonModule(PageModule):
 
     def union(self, query: Tensor, segments: Segments, splits: int | None = None) -> tuple[Tensor, Tensor]:
         parts = _parts(query, segments, splits)
+        if splits is None and any(part.module.unknown(part.kernel) for part in parts):
+            # the first launch tells how many programs a processor holds; what is returned must not depend on it
+            for part in parts:
+                part.module._attend(part, part.own())
+            parts = _parts(query, segments, splits)
         end = next((part for part in parts if part.plain), parts[0])
         if len(parts) == 1 and end.fold is None:
             scratch = end.own()
@@ -154,8 +162,7 @@ class TritonModule(PageModule):
             **self._reading(part.query, state, part.params), **into, "splits": part.clean, "edge_splits": part.edges,
             "ahead": state.ahead,
         }  # fmt: skip
-        kernel = "decode" if part.query.shape[2] == 1 else "extend"
-        self._run(kernel, (part.programs, part.count, part.blocks), given, state.pool, part.params)
+        self._run(part.kernel, (part.programs, part.count, part.blocks), given, state.pool, part.params)
 
     def _collect(self, part: Part, into: Scratch, like: Part) -> None:
         """Write one partial of every row, of the head's own numbers, at its place among those of another segment."""
@@ -189,7 +196,7 @@ def _parts(query: Tensor, segments: Segments, splits: int | None) -> list[Part]:
     ]
     if splits is not None:  # a fixed plan: what a sequence gets must not depend on who else is in the batch
         return [replace(part, clean=splits, edges=splits) for part in parts]
-    clean = [part.module.splits(part.programs * part.blocks, part.state.longest) for part in parts]
+    clean = [part.module.splits(part.programs * part.blocks, part.state.longest, part.kernel) for part in parts]
     edges = [part.module.edge_splits(part.programs * part.blocks, part.state) for part in parts]
     shares = zip(parts, within(clean, MOST_SPLITS), within(edges, MOST_EDGES), strict=True)
     return [replace(part, clean=few, edges=others) for part, few, others in shares]

@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 _LABEL = re.compile(r"^\s*(\.L_\w+):")
-_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P(?:\d+|T))\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?)\s*;")
+_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P(?:\d+|T))\s+)?([A-Z][A-Za-z0-9_.]*)\s*(.*?)\s*;")
 _TARGET = re.compile(r"`?\(?(\.L_\w+)\)?")
 RESOURCE = re.compile(r"\b(REG|STACK|SHARED|LOCAL):(\d+)")  # in the text of `cuobjdump --dump-resource-usage`
 _PREDICATE = re.compile(r"^!?U?P\d\b")
+_SIZES = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}  # modifiers; without one 32 bits
+_MATRICES = {"2": 64, "4": 128}  # of LDSM: 8 x 8 numbers of 16 bits, 32 bits a lane each
+_GROUPED = ("HGMMA", "IGMMA", "QGMMA", "BGMMA")  # four warps run the same instruction and do a quarter each
 
 # First part of an opcode -> class.  Anything that starts with U and is not listed runs on the uniform path.
 _CLASSES = {
@@ -30,8 +33,8 @@ _CLASSES = {
     "special": "MUFU",
     "fp32": "FFMA FMUL FADD FMNMX FMNMX3 FSETP FSEL FSET FCHK FFMA2 FMUL2 FADD2 FHADD FHFMA",
     "fp16": "HADD2 HMUL2 HFMA2 HMNMX2 HSETP2 HSET2",
-    "shuffle": "SHFL VOTE VOTEU REDUX MATCH MOVM",
-    "sync": "BAR WARPSYNC DEPBAR LDGDEPBAR SYNCS WARPGROUP WARPGROUPDEPBAR MEMBAR FENCE ERRBAR ARRIVES",
+    "shuffle": "SHFL VOTE VOTEU REDUX CREDUX MATCH MOVM ELECT",
+    "sync": "BAR WARPSYNC DEPBAR LDGDEPBAR SYNCS WARPGROUP WARPGROUPDEPBAR MEMBAR FENCE ERRBAR ARRIVES ENDCOLLECTIVE",
     "local": "LDL STL",
     "integer": "MOV IMAD IADD3 ISETP LEA IADD SEL IMNMX VIADD VIADDMNMX CS2R S2R P2R R2P PLOP3 VIMNMX VIMNMX3 IABS "
     "IMUL IMUL3 IDP IDP4A ISCADD ICMP XMAD VABSDIFF LDC",
@@ -40,6 +43,8 @@ _CLASSES = {
 }
 _CLASS_OF = {opcode: name for name, opcodes in _CLASSES.items() for opcode in opcodes.split()}
 CLASSES = (*_CLASSES, "other")
+LOADS = ("async_copy", "global_load", "shared_load")  # of global memory: the first two
+WARP = 32
 
 # Pipe of the cost law -> the classes that it takes.
 PIPES = {
@@ -84,12 +89,28 @@ class Instruction:
         return self.guard not in ("", "@PT", "@UPT") or bool(_PREDICATE.match(self.operands))
 
     @property
-    def mma_units(self) -> float:
-        """Its work in units of an m16n8k16 product of 16-bit operands, read from the shape in the opcode.
+    def bits(self) -> int | None:
+        """What a load, store or copy moves for one lane; None where no opcode tells: bulk copies, tensor memory."""
+        if self.head in ("UBLKCP", "UTMALDG", "LDT", "LDTM", "STT", "STTM"):
+            return None
+        parts = self.opcode.split(".")[1:]
+        if self.head in ("LDSM", "STSM"):
+            return _MATRICES.get(parts[-1] if parts else "", 32)
+        return next((_SIZES[part] for part in parts if part in _SIZES), 32)
 
-        "HMMA.16816" is 1; "HGMMA.64x8x16" is 4; an 8-bit operand counts half of the same shape.
+    @property
+    def hidden(self) -> bool:
+        """A product of tensor memory: its size is in a register, and one thread starts it for the program."""
+        return self.kind == "mma" and self.head.startswith("UTC")
+
+    @property
+    def mma_units(self) -> float:
+        """The work of one warp in units of an m16n8k16 product of 16-bit operands, read from the shape in the opcode.
+
+        "HMMA.16816" is 1; "HGMMA.64x8x16" is 1 for each of its four warps; an 8-bit operand counts half of the same
+        shape; what is hidden counts 0.
         """
-        if self.kind != "mma":
+        if self.kind != "mma" or self.hidden:
             return 0.0
         eight_bit = self.head[0] in "IQ"
         if found := re.search(r"\.(\d+)x(\d+)x(\d+)", self.opcode):
@@ -98,7 +119,7 @@ class Instruction:
             m, n, k = map(int, found.groups())
         else:
             return 1.0
-        return m * n * k / (16 * 8 * (32 if eight_bit else 16))
+        return m * n * k / (4 if self.head in _GROUPED else 1) / (16 * 8 * (32 if eight_bit else 16))
 
 
 @dataclass(frozen=True)
@@ -239,19 +260,35 @@ class Code:
         found = {pipe: float(sum(counts.get(kind, 0) for kind in kinds)) for pipe, kinds in PIPES.items()}
         return {**found, "mma": sum(self.instructions[at].mma_units for at in positions)}
 
+    def loads(self, positions: Iterable[int]) -> dict[str, int]:
+        """Loads and copies at these positions by kind and bits a lane, "LDGSTS.128": those of global memory first."""
+        found: Counter[tuple[int, str, int]] = Counter()
+        for at in positions:
+            one = self.instructions[at]
+            if one.kind in LOADS:
+                found[LOADS.index(one.kind), one.head, -(one.bits or 0)] += 1
+        return {f"{kind[1]}.{-kind[2]}" if kind[2] else kind[1]: found[kind] for kind in sorted(found)}
+
+    def copied(self, positions: Iterable[int]) -> int:
+        """Bytes of global memory that all lanes of one warp ask for at these positions, had none of them been masked;
+        bulk copies are not counted."""
+        asked = (self.instructions[at] for at in positions)
+        return sum(WARP * (one.bits or 0) // 8 for one in asked if one.kind in LOADS[:2])
+
     def main_loop(self) -> Loop | None:
         """The innermost pipelined loop with most matrix products, then most copies and loads, then the shortest.
 
         A pipelined loop has asynchronous copies; without one any loop may be chosen that has products or loads, and
         None if there is none.  Copies come first because a loop over rows in full precision, or over the edges of what
-        is packed, has as many products as the main loop or more, and is not pipelined.
+        is packed, has as many products as the main loop or more, and is not pipelined; where the main loop is of
+        float32 numbers it has none.
         """
 
         def weight(loop: Loop) -> tuple[bool, int, int, int]:
             counts = self.counts(loop.body)
             copies, products = counts.get("async_copy", 0), counts.get("mma", 0)
             loads = copies + counts.get("global_load", 0) + counts.get("shared_load", 0)
-            return copies > 0 and products > 0, products, loads, -len(loop.body)
+            return copies > 0, products, loads, -len(loop.body)
 
         weights = {loop: weight(loop) for loop in self.loops}
         busy = [loop for loop in self.loops if weights[loop][1] or weights[loop][2]]

@@ -6,8 +6,9 @@ from typing import Any
 
 from kvdsl.codes import TRITS
 
-from .layout import PAIR, Meta, SideLayout, Stream, aligned
+from .layout import Meta, SideLayout, Stream, aligned
 from .plan import Plan, SidePlan
+from .tiling import PAIR
 
 KINDS = {
     "byte": "8-bit scales",

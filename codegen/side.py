@@ -10,9 +10,10 @@ from kvdsl.scheme import Band, Float, Parted, PreRope, Scale, Sketch, Sparse, St
 from kvdsl.window import token_block
 
 from .alphabet import Alphabet
-from .layout import PAIR, Place, SideLayout, Stream
+from .layout import Place, SideLayout, Stream
 from .placement import When
 from .sections import Beside, Channels, Factors, Slots
+from .tiling import PAIR
 
 if TYPE_CHECKING:
     from .absorb import Absorbed
@@ -388,12 +389,9 @@ class SidePlan:
         place = stream.places[plane]
         if self.rescaled:
             return range(place.bit // stream.width, place.bit // stream.width + 1)
-        positions = [
-            other.bit // stream.width
-            for other in stream.places
-            if (other.tile, other.byte) == (place.tile, place.byte) and self.group(other.plane) == self.group(plane)
-        ]
-        return range(min(positions), max(positions) + 1)
+        byte = [other for other in stream.places if (other.tile, other.byte) == (place.tile, place.byte)]
+        found = [other.bit // stream.width for other in byte if self.group(other.plane) == self.group(plane)]
+        return range(min(found), max(found) + 1)
 
     def group(self, plane: int) -> int:
         """The channel group that plane belongs to, of those counted by `groups`."""

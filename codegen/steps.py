@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import sympy as sp
 
@@ -36,8 +37,7 @@ class Steps:
 
     def printed(self, expression: sp.Expr, axes: Mapping[str, tuple[str, ...]], names: Mapping[str, str]) -> str:
         """An expression over plain symbols, broadcast over the first symbol's axes, with names put in."""
-        want = next(iter(axes.values()))
-        return renamed(TilePrinter(axes, self.lead).print(expression, want), names)
+        return renamed(_printed(expression, tuple(axes.items()), self.lead), names)
 
     def prepared(self, source: str) -> list[str]:
         """q<width>_<plane> = the combination of query planes that multiplies that dirty plane."""
@@ -153,3 +153,9 @@ def plain(expression: sp.Expr) -> sp.Expr:
 def renamed(text: str, names: Mapping[str, str]) -> str:
     """Every name of the text that stands in `names`, replaced."""
     return re.sub(r"\b[A-Za-z_]\w*\b", lambda match: names.get(match[0], match[0]), text)
+
+
+@cache
+def _printed(expression: sp.Expr, axes: tuple[tuple[str, tuple[str, ...]], ...], lead: str) -> str:
+    """An expression over plain symbols, the same for all planes and tiles, broadcast over the first symbol's axes."""
+    return TilePrinter(dict(axes), lead).print(expression, axes[0][1])

@@ -95,9 +95,9 @@ def helpers(module: str) -> tuple[str, ...]:
 
 def helpers_used(modules: Iterable[str], body: str) -> str:
     """The import statements of the functions of these modules that a text calls."""
-    statements = ""
+    statements, called = "", set(re.findall(r"(?<![\w.])(\w+)\(", body))
     for module in modules:
-        used = [name for name in helpers(module) if re.search(rf"(?<![\w.]){name}\(", body)]
+        used = [name for name in helpers(module) if name in called]
         statements += imported(f"kvdsl.codegen.{module}", used) if used else ""
     return statements
 

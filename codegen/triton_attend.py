@@ -18,16 +18,18 @@ from __future__ import annotations
 
 from .plan import Plan, SidePlan
 from .text import Lines, fill, literal
+from .tiling import PAIR
 from .triton_bands import FoldedKeys, FoldedValues
 from .triton_keys import KeySide
 from .triton_meta import section
+from .triton_names import pair_name, tokens_name
 from .triton_places import LOOSE, PLACES, base, of_tile, order, seen, stand_name
 from .triton_terms import keys_of, sections_of, values_of
 from .triton_values import ValueSide
 
 LOG2E = 1.4426950408889634
 ATTEND = """
-@triton.jit(do_not_specialize=["queries", "ring", "window", $loose, "splits", "edge_splits"])
+@triton.jit(do_not_specialize=["queries", "table_width", "ring", "window", $loose, "splits", "edge_splits"])
 def $name(
     $args
 ):
@@ -110,7 +112,7 @@ tl.store(lse_ptr + out + tl.arange(0, ROWS), lse)
 """
 
 SCORES = """
-@triton.jit(do_not_specialize=["queries", "tokens"$loose])
+@triton.jit(do_not_specialize=["queries", "table_width", "tokens"$loose])
 def scores($args):
     ROWS: tl.constexpr = $rows
     bh = tl.program_id(0)
@@ -168,7 +170,9 @@ class Attend:
             shift = f" + {half * plan.half}" if half else ""
             lines.append(f"{tokens_name(plan, half)} = page_token{shift} + tl.arange(0, {plan.half})")
         if any(term.layout.paired for term in plan.terms):
-            lines.append("pair = page_token // 2 + tl.arange(0, 32)")
+            for half in range(0, plan.halves, 2):
+                shift = f" + {half // 2 * PAIR}" if half else ""
+                lines.append(f"{pair_name(plan, half)} = page_token // 2{shift} + tl.arange(0, {PAIR})")
         return lines + self.sections(several=several)
 
     def sections(self, *, several: bool = True) -> list[str]:
@@ -219,15 +223,22 @@ class Attend:
         for half in halves:
             p = f"tl.exp2({names[half]} * size[None, :] - (peak * size)[None, :])"
             lines.append(f"p = tl.where(seen{half}, {p}, 0.0)" if placed else f"p = {p}")
-            lines.append("mass = mass * decay + tl.sum(p, 0)" if half == 0 else "mass = mass + tl.sum(p, 0)")
+            if plan.halves > 1:  # numbers of one thread are summed first, and exchanged once a tile
+                lines.append("weights = weights + p" if half else "weights = p")
+            if half == plan.halves - 1:
+                lines.append(f"mass = mass * decay + tl.sum({'weights' if plan.halves > 1 else 'p'}, 0)")
             lines += self.values.accumulate(half, tokens_name(plan, half))
         return lines
 
     def _softmax(self, names: list[str]) -> list[str]:
-        top = f"tl.max({names[0]}, 0)"
+        top = names[0]
         for name in names[1:]:
-            top = f"tl.maximum({top}, tl.max({name}, 0))"
-        return [f"higher = tl.maximum(peak, {top})", "decay = tl.exp2((peak - higher) * size)", "peak = higher"]
+            top = f"tl.maximum({top}, {name})"
+        return [
+            f"higher = tl.maximum(peak, tl.max({top}, 0))",
+            "decay = tl.exp2((peak - higher) * size)",
+            "peak = higher",
+        ]
 
     def _capped(self, name: str) -> list[str]:
         if not self.plan.shape.softcap:
@@ -341,11 +352,6 @@ class Attend:
             addresses=addresses,
             halves=halves.lines,
         )
-
-
-def tokens_name(plan: Plan, half: int) -> str:
-    """The vector of a sub-tile's tokens, counted in the page."""
-    return "t" if plan.halves == 1 else f"t{half}"
 
 
 def parameters(plan: Plan) -> list[str]:

@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from .layout import NARROWEST, PAIR, Place, SideLayout, Span, Stream
+from .layout import Place, SideLayout, Span, Stream
 from .plan import Plan, SidePlan
 from .text import plus
+from .tiling import NARROWEST, PAIR
 from .triton_keys import Keys
 from .triton_planes import Planes
 from .triton_values import Values

@@ -192,10 +192,13 @@ class Keys(Planes):
 
     def _rescaled_queries(self, base: str, half: int) -> list[str]:
         """r<width>_<plane>: the prepared queries times the scale of the sub-tile's token block, in float16: queries in
-        float32 kept beside them would fill the registers.  What offsets add is summed in float32."""
+        float32 kept beside them would fill the registers.  What offsets add is rounded to float16 for two planes at a
+        time, whose channels are as many powers of two apart, and summed in float32."""
         lines, streams = [], self.side.operands
         factor, start = f"{self.prefix}_factor", f"{self.prefix}_start"
         sums: dict[int, str] = {}
+        last = {self._power(j): j for j in range(self.side.layout.planes)}
+        waiting: dict[int, str] = {}
         for j in range(self.side.layout.planes):
             lines += [*self._block_numbers(base, half, j), f"{factor} = {self.scale}.to(tl.float16)"]
             for stream in streams:
@@ -205,13 +208,23 @@ class Keys(Planes):
                 lines.append(f"{start} = {self.offset}.to(tl.float16)")
             added = self.steps.added(j, f"q{streams[0].width}_{j}", factor, start)
             if added:
-                power = streams[0].places[j].bit - streams[0].shift
+                power, value = self._power(j), added[0].split(" = ", 1)[1]
                 name = f"b{power}" if power >= 0 else f"b_{-power}"
-                value = f"({added[0].split(' = ', 1)[1]}).to(tl.float32)"
+                if power not in waiting and j != last[power]:
+                    waiting[power] = f"{self.prefix}_half_{name}"
+                    lines.append(f"{waiting[power]} = {value}")
+                    continue
+                pair = waiting.pop(power, "")
+                value = f"({pair}{' + ' * bool(pair)}{value}).to(tl.float32)"
                 lines.append(f"{name} = {f'{name} + {value}' if power in sums else value}")
                 sums[power] = name
         terms = [name + (f" * {number(2**power)}" if power else "") for power, name in sums.items()]
         return [*lines, f"total0 = tl.sum({' + '.join(terms)}, 0)"] if terms else lines
+
+    def _power(self, plane: int) -> int:
+        """Bits that a plane's codes stand above those of numbers, in what a product reads."""
+        stream = self.side.operands[0]
+        return stream.places[plane].bit - stream.shift
 
     def _block_numbers(self, base: str, half: int, plane: int) -> list[str]:
         """Lines that read a plane's scales and offsets of the token block of sub-tile `half`."""

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import re
 
+from .plan import Plan
 from .side import SidePlan
 
-OWN = re.compile(r"\b(?:(s|known)|([abenoqrsxy]|total|carried)(_?\d+(?:_\d+)?))\b")
+OWN = re.compile(r"\b(?:(s|known)|([abenoqrsxy]|total|carried|added)(_?\d+(?:_\d+)?))\b")
 """Names that a term's lines give to what is its own: numbered ones, its scores, its mask of lanes."""
-OF_HEAD = "scale|offset|outer|meta|factor|start|three|digit"
+OF_HEAD = "scale|offset|outer|meta|factor|start|three|digit|half"
 """What behind a side's letter names something of one head; so do words, which have a digit there."""
 
 
@@ -38,3 +39,13 @@ def _of_head(line: str, side: SidePlan, head: int) -> str:
     line = re.sub(r"\bh\b", head_name(side, head), line)
     line = re.sub(rf"\b(?:{side.name[:-1]}_(?=floats\b)|(?=words\b))", f"{letter}_", line)
     return re.sub(rf"\b{side.letter}(?=\d|_(?:{OF_HEAD}))", letter, line)
+
+
+def tokens_name(plan: Plan, half: int) -> str:
+    """The vector of a sub-tile's tokens, counted in the page."""
+    return "t" if plan.halves == 1 else f"t{half}"
+
+
+def pair_name(plan: Plan, half: int) -> str:
+    """The rows of words that the tokens of two sub-tiles share, `half` being either."""
+    return "pair" if plan.halves == 2 else f"pair{half // 2}"

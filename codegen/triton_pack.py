@@ -10,17 +10,18 @@ from kvdsl.window import token_block
 
 from .codec import call, coding, stored_numbers, words
 from .codec_text import functions
-from .layout import PAIR, Stream
+from .layout import Stream
 from .placement import within_groups
 from .plan import Plan, SidePlan
 from .text import Lines, bare, fill, padded, plus
+from .tiling import PAIR
 from .triton_attend import parameters, pools
 from .triton_blocks import Block, Given, InPlanes, OverHeads, Walked, measured
 from .triton_meta import entry, section, static_read
 from .triton_planes import Planes
 
 PACK = """
-@triton.jit(do_not_specialize=["offset", "ring", "first_step"])
+@triton.jit(do_not_specialize=["total_rows", "table_width", "offset", "ring", "first_step"])
 def pack_$side(
     $args
 ):

@@ -8,13 +8,14 @@ import sympy as sp
 
 from .alphabet import packed_table
 from .codec import given
-from .layout import PAIR, Stream
+from .layout import Stream
 from .plan import Plan, SidePlan
 from .printer import number
 from .steps import Steps
 from .text import padded, plus
+from .tiling import PAIR
 from .triton_meta import entry, pointer, read, static_read
-from .triton_names import head_name, mark, own
+from .triton_names import head_name, mark, own, pair_name
 from .triton_tables import look_up, of_byte, small_floats
 
 UNIT = 2**24  # a masked word read as float16 is the code times 2**-24
@@ -160,33 +161,34 @@ class Planes:
         return " & ".join(([token] if tokens else []) + ([lane] if inside else []))
 
     def words(self, stream: Stream, tile: int, half: int) -> str:
-        which = "" if stream.paired or self.plan.halves == 1 else f"_{half}"
-        return f"{self.prefix}{stream.width}_{tile}{which}"
+        which = half // 2 if stream.paired else half
+        several = self.plan.halves > (2 if stream.paired else 1)
+        return f"{self.prefix}{stream.width}_{tile}{f'_{which}' if several else ''}"
 
     def load(self, half: int, tokens: str) -> list[str]:
-        """Load the words of sub-tile `half`, whose tokens of the page are `tokens`; paired words come with half 0.
+        """Load the words of sub-tile `half`, whose tokens of the page are `tokens`; paired words come with the first
+        of the two that share them.
 
         A page is whole, so words of tokens that were never packed are read too: any code, never used."""
         lines = []
         mask = self.mask("")
         other = f", mask={mask}, other=0" if mask else ""
         for stream in self.side.layout.streams:
-            if stream.paired and half:
+            if stream.paired and half % 2:
                 continue
-            token, lane = self.grid("pair" if stream.paired else tokens, self.lane)
+            token, lane = self.grid(pair_name(self.plan, half) if stream.paired else tokens, self.lane)
             for tile in range(stream.tiles):
                 start = stream.offset // 2 + tile * self.width
                 address = f"{token} * {stream.row_words} + {lane}{plus(start)}"
                 lines.append(f"{self.words(stream, tile, half)} = tl.load(words + {address}{other})")
         for stream in self.side.layout.streams:
             for tile in range(stream.tiles):
-                high = half == 1 if stream.paired else True
-                if high:
+                if not stream.paired or half % 2:
                     name = self.words(stream, tile, half)
                     lines.append(f"{name}_high = upper({name})")
             if stream.digits:
                 name = self.words(stream, 0, half)
-                lines += self._digits(f"{name}_high" if half else f"lower({name})")
+                lines += self._digits(f"{name}_high" if half % 2 else f"lower({name})")
         return lines
 
     def _digits(self, bytes_: str) -> list[str]:
@@ -214,7 +216,7 @@ class Planes:
             ((name, _),) = self._parts(plane, half)
             return f"{name}.to(tl.float16, bitcast=True)"
         place = stream.places[plane]
-        high = bool(half) if stream.paired else bool(place.byte)
+        high = bool(half % 2) if stream.paired else bool(place.byte)
         name = self.words(stream, place.tile, half) + ("_high" if high else "")
         lowest = self.side.run(stream, plane).start * stream.width
         if place.bit + stream.width == 8 and lowest == 0 and high:
@@ -224,9 +226,8 @@ class Planes:
     def _looked_up(self, parts: list[tuple[str, int]]) -> str:
         """The levels of one plane's codes as float16, over 2**unit."""
         if self.side.alphabet.small is not None:
-            text = small_floats(self.side, *parts)
-        else:
-            text = look_up(self.side, parts, self._known("half", self.side.alphabet.words))
+            return small_floats(self.side, *parts)
+        text = look_up(self.side, parts, self._known("half", self.side.alphabet.words))
         return f"{text}.to(tl.float16, bitcast=True)"
 
     def _parts(self, plane: int, half: int) -> list[tuple[str, int]]:
@@ -237,7 +238,7 @@ class Planes:
             if stream.digits:
                 found.append((self._digit(place.bit), 0))
             else:
-                byte = half if stream.paired else place.byte
+                byte = half % 2 if stream.paired else place.byte
                 found.append((self.words(stream, place.tile, half), 8 * byte + place.bit))
         return found
 

@@ -8,7 +8,7 @@ from .text import fill, padded
 LANES = 1024
 
 PUT = """
-@triton.jit(do_not_specialize=["low", "blocks"])
+@triton.jit(do_not_specialize=["table_width", "low", "blocks"])
 def $name(
     $given, begin_ptr, end_ptr, $pools, table_ptr, table_width, low, blocks
 ):

@@ -17,7 +17,8 @@ from collections.abc import Callable
 from functools import cached_property
 
 from .text import fill, literal
-from .triton_attend import LOG2E, Attend, parameters, tokens_name
+from .triton_attend import LOG2E, Attend, parameters
+from .triton_names import tokens_name
 from .triton_places import LOOSE, PLACES, base, of_tile, seen, stand_name
 
 Then = Callable[[int], list[str]]
@@ -33,7 +34,7 @@ $last
 """
 
 REACH = """
-@triton.jit(do_not_specialize=["queries", "ring", "splits", "edge_splits"$loose])
+@triton.jit(do_not_specialize=["queries", "table_width", "ring", "splits", "edge_splits"$loose])
 def reach(
     $args
 ):
@@ -72,7 +73,7 @@ def reach(
 """
 
 RECEIVED = """
-@triton.jit(do_not_specialize=["queries", "ring", "tiles", "longest"$loose])
+@triton.jit(do_not_specialize=["queries", "table_width", "ring", "tiles", "longest"$loose])
 def received(
     $args
 ):

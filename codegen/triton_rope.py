@@ -94,7 +94,7 @@ def unrope(plan: Plan) -> str:
         *(of_tokens(plan, "u", "inside") if plan.shape.placed else []),
     ]
     clean = ["x = finite(x)", "partner = finite(partner)"]
-    loose = '"offset", "ring", "low", "count"' + (LOOSE if plan.shape.placed else "")
+    loose = '"total_rows", "offset", "ring", "low", "count"' + (LOOSE if plan.shape.placed else "")
     return _rotate(plan, "unrope_keys", False, args=", ".join(args), loose=loose, where=where, clean=clean)
 
 

@@ -32,16 +32,19 @@ def look_up(side: SidePlan, parts: Sequence[Part], registers: Sequence[str], *, 
 
 
 def small_floats(side: SidePlan, part: Part) -> str:
-    """The float16 bits of one plane's small floats, but for a power of two."""
-    (name, bit), small = of_byte(part), side.alphabet.small
+    """The float16 numbers of one plane's small floats, but for a power of two."""
+    small = side.alphabet.small
     assert small is not None
+    if small.converted:
+        return f"{small.name}_halves({part[0]}, HIGH={part[1] > 7}, NAN={side.store.measure is None})"
+    name, bit = of_byte(part)
     sizes, sign = 10 - small.mantissa - bit, 16 - side.alphabet.bits - bit
     low, high = (2 ** (side.alphabet.bits - 1) - 1) << (sizes + bit), -(2**15)
     if sizes == sign:
         text = f"field({name}, 0, {sizes}, {high | low})"
     else:
         text = f"both(field({name}, 0, {sizes}, {low}), field({name}, 0, {sign}, {high}))"
-    return f"with_nan({text})" if side.store.measure is None and small.name == "e4m3" else text
+    return f"{text}.to(tl.float16, bitcast=True)"
 
 
 def of_byte(part: Part) -> Part:

@@ -193,7 +193,8 @@ def turn(plan: Plan, side: SidePlan) -> str:
         "row = bh.to(tl.int64) * total_rows + row",
     ]
     return _turn(
-        plan, side, f"turn_{side.space}", args=", ".join(args), loose='"offset", "ring", "low", "count"', where=where,
+        plan, side, f"turn_{side.space}", args=", ".join(args), where=where,
+        loose='"total_rows", "offset", "ring", "low", "count"',
         source=rows, total="total_rows", clean=["x = tl.where(x == x, finite(x), x)"], **_squares(side),
     )  # fmt: skip
 

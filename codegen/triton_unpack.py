@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from .plan import Plan, SidePlan
 from .text import Lines, fill, plus
-from .triton_attend import parameters, pools, tokens_name
+from .triton_attend import parameters, pools
+from .triton_names import tokens_name
 from .triton_planes import Planes
 
 UNPACK = """
-@triton.jit(do_not_specialize=["begin", "end"])
+@triton.jit(do_not_specialize=["begin", "end", "table_width"])
 def unpack_$side($args):
     step = tl.program_id(0) + begin // $tile
     bh = tl.program_id(1)

@@ -90,14 +90,21 @@ class Values(Planes):
             weight = self.steps.weight("p", self.scale)
             lines.append(f"weight = {f'({weight})' if ' ' in weight else weight}.to(tl.float16)")
             if carried is not None:
-                past = f"carried{group} * decay" if half == 0 else f"carried{group}"
-                lines.append(f"carried{group} = {past} + tl.sum({carried[0]}, 0)")
+                lines += self._carry(group, carried[0], half)
             for stream in side.operands:
                 for j in range(layout.planes):
                     if side.group(j) == group:
                         name = f"a{stream.width}_{j}"
                         lines.append(f"{name} = tl.dot({self.operand(stream, j, half)}, weight, {name}{decay})")
         return lines
+
+    def _carry(self, group: int, added: str, half: int) -> list[str]:
+        """Add to the sum that carries a group's offsets: once a tile, what the numbers of one thread make."""
+        if self.plan.halves == 1:
+            return [f"carried{group} = carried{group} * decay + tl.sum({added}, 0)"]
+        lines = [f"added{group} = added{group} + {added}" if half else f"added{group} = {added}"]
+        last = half == self.plan.halves - 1
+        return lines + [f"carried{group} = carried{group} * decay + tl.sum(added{group}, 0)"] * last
 
     def cast(self, name: str) -> str:
         """A number as an operand of products with decoded ones."""

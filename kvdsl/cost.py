@@ -14,10 +14,9 @@ from .segments import segments
 from .shape import Shape
 from .tier_shares import shares
 from .tiers import Saliency
-from .window import windows
+from .window import tile_tokens, windows
 
 ALIGN = 16  # bytes: every section of a page begins at a multiple
-PAGE = 64  # tokens: a page holds whole words and whole blocks, at least these
 EXACT = 16  # bits of a number that a window or a sink keeps as it came
 PLACE = 8  # bits that say where a single number stands: which channel of a token, or which token of a block
 POSITION = 32  # bits that say where a token of a tier stood, and of each sum that is carried on
@@ -119,7 +118,7 @@ def bits(
 
 def page_tokens(scheme: Scheme) -> int:
     """Tokens of a page of a scheme without tiers: whole words and whole blocks of both sides."""
-    return math.lcm(PAGE, *(window.block for window in windows(scheme).values()))
+    return math.lcm(tile_tokens(scheme), *(window.block for window in windows(scheme).values()))
 
 
 def _layer(scheme: Scheme, shape: Shape, tokens: int | None) -> tuple[tuple[SideBits, SideBits], int]:

@@ -31,8 +31,9 @@ from .segments import segments
 from .shape import Shape
 from .sites import RULES, Site, rule
 from .transforms import Pick
+from .window import TILE
 
-LONGEST_PAGE = 4096  # tokens: a page holds whole blocks of both sides and whole words
+LONGEST_PAGE = 4096  # tokens: a page holds whole blocks of both sides and whole words, or two of each
 
 
 def faults(scheme: Scheme) -> tuple[Fault, ...]:
@@ -182,10 +183,10 @@ def _a_block_leaves_the_window_whole(site: Site) -> Iterator[Fault]:
 @rule("~.scale.block.tokens", "~.scale.when", "~.code.tokens", "~.outliers")
 def _whole_blocks_fit_a_page(site: Site) -> Iterator[Fault]:
     keys, values = _waiting_in(site.scheme.keys), _waiting_in(site.scheme.values)
-    page, tokens = math.lcm(64, keys, values), _waiting(site.store)
+    page, tokens = math.lcm(TILE, keys, values), _waiting(site.store)
     if page > LONGEST_PAGE and tokens > 1 and (site.side == "keys" or keys == 1):
-        others = f"groups of {values} and " if site.side == "keys" and values > 1 else ""
-        fact = f"groups of {tokens} tokens, {others}words of 64 meet every {page} tokens, a page holds {LONGEST_PAGE}"
+        more = f"groups of {values} and " if site.side == "keys" and values > 1 else ""
+        fact = f"groups of {tokens} tokens, {more}words of {TILE} meet every {page} tokens, a page holds {LONGEST_PAGE}"
         yield site.fault(_where(site.store), fact, f"use {2 ** round(math.log2(tokens))}")
 
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .scheme import SIDES, Chosen, LowRank, Scheme, Sparse, Store
+from .scheme import SIDES, Chosen, LowRank, Scheme, Sparse, Store, Uniform
+
+TILE = 64
+WIDE = 128
+FEW_BITS = 6
 
 
 @dataclass(frozen=True)
@@ -55,3 +59,15 @@ def token_block(store: Store) -> int:
     scale = store.measure
     tokens = scale.block.tokens if scale is not None and scale.when == "online" else 1
     return tokens if isinstance(tokens, int) else 1
+
+
+def tile_tokens(scheme: Scheme) -> int:
+    """Tokens of which a page holds a whole number: as many as a program reads at a time.
+
+    What it does once for all of them, as to find their maxima and to scale sums by how much those grew, is shared by
+    WIDE tokens where a key's and a value's number together take FEW_BITS bits at most, as codes of even levels.
+    """
+    stores = [scheme.side(side) for side in SIDES]
+    codes = [store.code for store in stores if len(store.terms) == 1 and store.rope is None]
+    bits = [code.bits for code in codes if isinstance(code, Uniform) and code.bits is not None]
+    return WIDE if len(bits) == len(SIDES) and sum(bits) <= FEW_BITS else TILE

@@ -112,6 +112,9 @@ def test_a_kernel_is_compiled_and_counted_on_every_architecture(small: Path) -> 
         assert sum(kernel.counts.values()) == kernel.loop_instructions < kernel.instructions
         assert kernel.predicted_share is not None and 0.3 < kernel.predicted_share < 0.93
         assert kernel.counts["async_copy"] >= 8 and kernel.cubin_bytes > 1000
+        assert kernel.loads["LDGSTS.128"] == 8 and kernel.loop_copied_bytes == kernel.loop_packed_bytes
+        assert kernel.pipes["mma"] == kernel.mma and kernel.hidden_mma == 0
+        assert kernel.shares[kernel.gpu] == kernel.predicted_share
 
 
 def test_the_mode_of_this_process_does_not_reach_the_child(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:

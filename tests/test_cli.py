@@ -117,6 +117,13 @@ def test_compile_gives_figures_without_a_gpu(capsys: Captured) -> None:
     assert all(keys <= row.keys() and row["arch"] == "sm_90" for row in found)
     decode = next(row for row in found if row["kernel"] == "decode")
     assert decode["registers"] > 0 and decode["spills"] == 0 and 0 < decode["predicted_share"] < 1
+    assert decode["mma_ratio"] == pytest.approx(1, abs=0.02) and decode["slots"] < 10
+    assert decode["shares"].keys() == {"H100", "H200"} and sum(decode["work"].values()) == pytest.approx(1)
+    assert decode["loads"]["LDG.32"] == 1 and decode["loads"]["LDGSTS.128"] == decode["wide_loads"]
+    assert sum(decode["counts"].values()) == decode["loop_instructions"]
+    pack = next(row for row in found if row["kernel"] == "pack_keys")
+    assert pack["predicted_share"] is pack["ideal_mma"] is None and pack["loads"] and pack["instructions"] > 0
+    assert sum(pack["counts"].values()) == pack["instructions"]
 
 
 def test_doctor_says_what_is_live_and_why(capsys: Captured) -> None:

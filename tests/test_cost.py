@@ -91,7 +91,7 @@ def test_figures_of_settings_that_are_not_shipped() -> None:
         assert bits(Scheme(both=Store(Sketch(rows)))).values == count
 
 
-WIDE = Scheme(both=Store(Uniform(2), scale=Scale(Block(64), range="absmax")), recent=Recent(64))
+WIDE = Scheme(both=Store(Uniform(4), scale=Scale(Block(64), range="absmax")), recent=Recent(64))
 SHARED = Scheme(both=Store(Uniform(3), scale=Scale(Block(64, heads=2), range="absmax")), recent=Recent(64))
 MIXED = Scheme(
     keys=Store(Uniform(5), scale=per_channel(tokens=48, dtype="fp32")),
@@ -128,7 +128,7 @@ def test_digits_take_the_bytes_of_their_rows() -> None:
 
 def test_padding_is_counted_apart() -> None:
     side = bits(WIDE).side("keys")  # one fp16 scale in a section of 16 bytes
-    assert (side.code, side.metadata, side.padding) == (2, 16 / 8192, 112 / 8192)
+    assert (side.code, side.metadata, side.padding) == (4, 16 / 8192, 112 / 8192)
     assert bits(kivi2).padding == 0
 
 
@@ -165,7 +165,7 @@ def test_formulas_say_what_is_divided_by_what() -> None:
     assert bits(kivi2).formula("keys") == "2 + (16 + 16)/32 = 3 bits"
     assert bits(int8_token_head, head_dim=80).formula("values") == "8 + 32/80 = 8.4 bits"
     assert bits(int8_tensor).formula("keys") == "8 bits"
-    assert bits(WIDE).formula("keys") == "2 + 16/8192 + 0.0136719 of padding = 2.01562 bits"
+    assert bits(WIDE).formula("keys") == "4 + 16/8192 + 0.0136719 of padding = 4.01562 bits"
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -91,29 +91,29 @@ def test_metadata_by_hand() -> None:
     scheme = Scheme(
         keys=Store(Uniform(2), scale=per_channel(32)), values=Store(Uniform(2), scale=per_token(32)), recent=Recent(32)
     )
-    # a blob: 64 tokens * 64 codes * 2 bits = 1024 bytes twice, 2 * 64 and 2 * 64 words of 4 bytes
-    assert reference.page_tokens(scheme) == 64 and reference.page_bytes(scheme, Shape(64, 2)) == 2 * (2048 + 2 * 512)
-    first, second = reference.pages(scheme, Shape(64, 2), k, v)[0].view("<u4")
-    blob = 3072 // 4
-    assert first[blob + 512 + 64 + 5] == 0x3C003C00  # [block 1 of 2, channel 5] of head 1: fp16 1.0 and 1.0
-    assert second[blob + 512 + 128 + 64 + 6] == 0x40004000  # [group 1, token 6]: fp16 2.0 and 2.0
-    assert np.count_nonzero(first[[*range(512, 768), *range(blob + 512, blob + 768)]]) == 1
+    # a blob: 128 tokens * 64 codes * 2 bits = 2048 bytes twice, 4 * 64 and 2 * 128 words of 4 bytes
+    assert reference.page_tokens(scheme) == 128 and reference.page_bytes(scheme, Shape(64, 2)) == 2 * (4096 + 2 * 1024)
+    (page,) = reference.pages(scheme, Shape(64, 2), k, v)[0].view("<u4")
+    blob = 6144 // 4
+    assert page[blob + 1024 + 64 + 5] == 0x3C003C00  # [block 1 of 4, channel 5] of head 1: fp16 1.0 and 1.0
+    assert page[blob + 1024 + 256 + 128 + 70] == 0x40004000  # [group 1, token 70]: fp16 2.0 and 2.0
+    assert np.count_nonzero(page[[*range(1024, 1536), *range(blob + 1024, blob + 1536)]]) == 2
 
 
 def test_shared_and_wide_metadata_by_hand() -> None:
     k = torch.zeros(1, 4, 64, 32)
-    k[0, 2:, 9] = torch.linspace(1, 4, 64).reshape(2, 32)
-    keys = Store(Uniform(2), scale=per_token(heads=2, dtype="fp32"))
+    k[0, 2:, 9] = torch.linspace(1, 16, 64).reshape(2, 32)
+    keys = Store(Uniform(4), scale=per_token(heads=2, dtype="fp32"))
     values = Store(Uniform(4), scale=per_token(heads=ALL, range="absmax"))
     scheme = Scheme(keys=keys, values=values)
-    # blobs of 64 * 32 * (2 + 4) / 8 bytes, scales [2, 64] and offsets [2, 64] of 4 bytes, 64 scales of 2 bytes
-    blob, total = 1536, 4 * 1536 + 1024 + 128
+    # blobs of 64 * 32 * (4 + 4) / 8 bytes, scales [2, 64] and offsets [2, 64] of 4 bytes, 64 scales of 2 bytes
+    blob, total = 2048, 4 * 2048 + 1024 + 128
     assert reference.page_bytes(scheme, Shape(32, 4)) == total
     page = reference.pages(scheme, Shape(32, 4), k, k)[0, 0]
     tail = page[4 * blob : 4 * blob + 1024].view("<f4")
     assert tail[64 + 9] == 1 and tail[128 + 64 + 9] == 1 and np.count_nonzero(tail) == 2
     shared = page[4 * blob + 1024 :].view("<f2")
-    assert shared[9] == np.float16(4 / 7) and np.count_nonzero(shared) == 1
+    assert shared[9] == np.float16(16 / 7) and np.count_nonzero(shared) == 1
 
 
 def test_zero_points_and_nan_by_hand() -> None:

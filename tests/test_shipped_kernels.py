@@ -8,6 +8,7 @@ they score tokens, and take as long to compile: the fast profile has those of tw
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 from dataclasses import replace
@@ -21,10 +22,10 @@ from kvdsl.codegen.launch import Launch
 from kvdsl.codegen.launches import launches
 from kvdsl.codegen.lint import faults_in
 from kvdsl.codegen.plan import Plan, plan_for
+from kvdsl.codegen.static import untiered
 from kvdsl.rules import shape_faults
 from kvdsl.scheme import Float, Recent, Scheme, Store, Uniform, per_channel, per_token
 from kvdsl.schemes import ALL
-from kvdsl.segments import parts
 from kvdsl.shape import Shape
 
 pytest.importorskip("triton")
@@ -68,16 +69,6 @@ def arches(name: str, scheme: Scheme, turn: int) -> tuple[str, ...]:
     return (ARCHES[turn % len(ARCHES)],) if even else ()
 
 
-def flat() -> dict[str, Scheme]:
-    """Every shipped scheme without tiers, and what tiers store, each once."""
-    found = {name: scheme for name, scheme in ALL.items() if not scheme.routed}
-    for name, scheme in ALL.items():
-        for place, part in parts(scheme).items() if scheme.routed else ():
-            if part not in found.values():
-                found[re.sub(r"\W+", "_", f"{name} {place}").strip("_")] = part
-    return found
-
-
 def evenly(store: Store) -> bool:
     """Whether a side's numbers lie on even levels, or are kept as they are."""
     code = store.code
@@ -98,7 +89,7 @@ def test_keys_in_an_order_behind_their_positions_fit_the_registers_and_tensor_me
 def test_every_kernel_of_every_shipped_scheme_compiles_without_spills(shape: Shape, tmp_path: Path) -> None:
     sources: dict[tuple[str, ...], list[tuple[Path, tuple[Launch, ...]]]] = {}
     seen: dict[tuple[str, ...], set[object]] = {}
-    for turn, (name, scheme) in enumerate({**flat(), "mine": MINE}.items()):
+    for turn, (name, scheme) in enumerate({**untiered(ALL), "mine": MINE}.items()):
         targets = arches(name, scheme, turn)
         if shape_faults(scheme, shape) or not targets:
             continue
@@ -116,3 +107,25 @@ def test_every_kernel_of_every_shipped_scheme_compiles_without_spills(shape: Sha
         if one.spilled
     ]
     assert not spilled, "\n" + "\n".join(spilled)
+
+
+def loose_arguments(text: str) -> dict[str, set[str]]:
+    """Of every kernel of a generated text the arguments that it is not specialized for."""
+    return {
+        node.name: set(re.findall(r"'(\w+)'", " ".join(map(ast.unparse, node.decorator_list))))
+        for node in ast.parse(text).body
+        if isinstance(node, ast.FunctionDef)
+    }
+
+
+def test_no_kernel_is_compiled_anew_for_another_length() -> None:
+    """Triton compiles a kernel again where an argument that it may specialize becomes, or ceases to be, a multiple of
+    16: only numbers that belong to the parameters may be such."""
+    for name, scheme in untiered(ALL).items():
+        plan = plan_for(scheme, Shape(128, 8, 32))
+        text = render(plan, "triton", name)
+        loose = loose_arguments(text)
+        for launch in launches(plan, text):
+            whole = {argument for argument, kind in launch.signature if kind == "i32"} - loose[launch.kernel]
+            others = [argument for argument in whole if not re.fullmatch(r"(keys|values)\w*_(stride|shifts)", argument)]
+            assert not others, f"{name}: {launch.kernel} is specialized for {others}"

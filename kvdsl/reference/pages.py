@@ -65,7 +65,16 @@ def page_tokens(scheme: Scheme) -> int:
     """Tokens a page holds: whole rows of words, and whole blocks of both sides."""
     stores = _stores(scheme).values()
     choices = (store.chosen.tokens for store in stores if store.chosen is not None)
-    return math.lcm(64, *map(_block_tokens, stores), *choices)
+    return math.lcm(128 if _few_bits(scheme) else 64, *map(_block_tokens, stores), *choices)
+
+
+def _few_bits(scheme: Scheme) -> bool:
+    """Whether both sides are codes of even levels and nothing else, of 6 bits a key's and a value's number at most."""
+    stores = _stores(scheme)
+    if len(stores) > 2 or any(store.rope is not None for store in stores.values()):
+        return False
+    bits = [store.code.bits if isinstance(store.code, Uniform) else None for store in stores.values()]
+    return None not in bits and sum(b or 0 for b in bits) <= 6
 
 
 def page_bytes(scheme: Scheme, shape: Shape) -> int:

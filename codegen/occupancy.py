@@ -1,0 +1,55 @@
+"""How many programs of a kernel a GPU holds at once, and how many of them should share one sequence.
+
+A kernel that reads packed bytes is as fast as its programs are many: each waits for memory most of the time.  So all
+places for programs should be taken, once or a whole number of times: a few more programs than there are places run
+alone, behind all others.  Measured on an H200, 8 x 8 x 131072, share of the read limit by programs a sequence:
+`token2`, of which a processor holds 12, 54 % with 16, 78 % with 24 and 75 % with 32; `channel4`, of which it holds 8,
+95 % with 16, 82 % with 24 and 94 % with 32.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from kvdsl.window import TILE
+
+MOST_SPLITS = 128
+START = 1.5  # what a program does beside its tiles, in tiles
+MERGE = 0.07  # what one more partial of a row costs where all are merged, in tiles
+REGISTERS = 65536  # of a processor, on every GPU that Triton knows of NVIDIA's
+PARTITIONS = 4  # of a processor: each has a quarter of its registers, and warps of its own
+ALLOCATED = 8  # registers of a thread that are given together
+RESERVED = 1024  # bytes of shared memory that a program takes beside its own
+
+
+def residents(compiled: Any, warps: int) -> int | None:
+    """Programs of a kernel that Triton compiled which a processor of the current GPU holds at once; None where it was
+    interpreted."""
+    registers, shared = (getattr(compiled, "n_regs", None), getattr(compiled, "metadata", None))
+    if not registers or shared is None or not torch.cuda.is_available():
+        return None
+    gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return held(registers, shared.shared, warps, gpu.shared_memory_per_multiprocessor)
+
+
+def held(registers: int, shared: int, warps: int, room: int) -> int:
+    """Programs of `warps` warps of `registers` a thread and `shared` bytes that a processor with `room` bytes of shared
+    memory holds; at least one."""
+    given = -(-registers // ALLOCATED) * ALLOCATED * 32
+    in_registers = PARTITIONS * (REGISTERS // PARTITIONS // given) // warps
+    return max(1, min(in_registers, room // (shared + RESERVED)))
+
+
+@lru_cache(maxsize=4096)
+def splits(programs: int, pages: int, page_tokens: int, places: int) -> int:
+    """How many programs should share a sequence of so many pages, where `programs` are needed without sharing and the
+    GPU has `places`: few if they fill it, as what they found must be merged."""
+
+    def cost(count: int) -> float:
+        waves = -(-programs * count // places)
+        return waves * (-(-pages // count) * page_tokens / TILE + START) + MERGE * count
+
+    return min(range(1, max(1, min(pages, MOST_SPLITS)) + 1), key=cost)
