@@ -103,7 +103,8 @@ def plan_for(scheme: Scheme, shape: Shape) -> Plan:
     blocked = [term for term in terms if term.when is When.ONCE_PER_TILE or term.factors]
     blocks = [token_block(term.store) for term in blocked] + [term.chosen.tokens for term in terms if term.chosen]
     in_loop = shape.dtype == "fp32" or any(term.when is When.IN_LOOP or term.joined > 1 for term in terms)
-    tokens = tile(scheme, shape, in_loop=in_loop)
+    ragged = any(term.layout.plane_width < NARROWEST for term in terms)
+    tokens = tile(scheme, shape, heavy=in_loop or ragged)
     half = sub_tile(tokens, blocks, narrow=paired or narrow)
     if not paired and any(term.floats == "fp32" for term in terms):
         tokens = half = EXACT_TILE

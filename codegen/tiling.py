@@ -18,11 +18,11 @@ NARROWEST = 16  # words a tensor-core operand wants along its inner side
 WIDE_BITS = 768  # codes of both sides of a token of a head, up to which a tile may have more than TILE tokens
 
 
-def tile(scheme: Scheme, shape: Shape, *, in_loop: bool) -> int:
-    """Tokens of a tile; `in_loop`: numbers are decoded there, or are float32."""
+def tile(scheme: Scheme, shape: Shape, *, heavy: bool) -> int:
+    """Tokens of a tile; `heavy`: numbers are decoded in the loop, or are float32, or planes are narrower than an
+    operand, so that there are many, each with instructions of its own."""
     bits = [code.bits or 0 for code in (scheme.side(side).code for side in SIDES) if isinstance(code, Uniform)]
-    heavy = in_loop or sum(bits) * shape.head_dim > WIDE_BITS
-    return TILE if heavy else tile_tokens(scheme)
+    return TILE if heavy or sum(bits) * shape.head_dim > WIDE_BITS else tile_tokens(scheme)
 
 
 def sub_tile(tokens: int, blocks: list[int], *, narrow: bool) -> int:
