@@ -47,10 +47,13 @@ def params_digest(params: Params) -> str:
 
 def identity(kernels: KernelSet) -> Document:
     """What a saved cache and the kernels that read it must agree on."""
+    shape = dataclasses.asdict(kernels.shape)
+    if not kernels.shape.placed:  # files that were written before there was such a thing say nothing of it
+        del shape["placed"]
     return {
         "format": FORMAT,
         "scheme": kernels.scheme.hash,
-        "shape": dataclasses.asdict(kernels.shape),
+        "shape": shape,
         "page_tokens": kernels.page_tokens,
         "page_bytes": kernels.page_bytes,
     }

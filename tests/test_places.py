@@ -12,6 +12,7 @@ from kvdsl.codegen import build
 from kvdsl.codegen.show import View, show
 from kvdsl.scheme import Largest, PreRope, Scheme, Tier
 from kvdsl.shape import Shape
+from kvdsl.snapshot import identity
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -36,6 +37,7 @@ def test_kernels_of_tokens_in_any_order_are_others() -> None:
     """Kept in a file of their own; the shape says so, and only where it is so."""
     plain, placed = (build(SCHEMES["plain"], Shape(32, 1, 1, placed=both), "torch") for both in (False, True))
     assert plain.path != placed.path and plain.module is not placed.module
+    assert [("placed" in identity(one)["shape"]) for one in (plain, placed)] == [False, True]
     assert "placed" not in repr(plain.shape) and repr(placed.shape).endswith("softcap=False, placed=True)")
 
 
