@@ -24,7 +24,7 @@ EACH = pytest.mark.parametrize("name", SCHEMES)
 def saved(path: Path, name: str = "whole") -> QuantizedCache:
     """A small cache, ragged and with a shared page, saved at `path`."""
     keys, values = pair(2, 120)
-    cache = QuantizedCache(compiled(name), 2, capacity=256)
+    cache = QuantizedCache(compiled(name), 2, capacity=512)
     cache.append(keys, values, counts=(120, 41))
     cache.select([0, 1, 0])
     cache.hide([4, 0, 0])
@@ -47,7 +47,7 @@ def joined(header: dict[str, Any], data: bytes) -> bytes:
 def test_saved_caches_come_back(name: str, tmp_path: Path) -> None:
     """Lengths, packed bytes, exact rows, starts and sharing survive, and both go on alike."""
     cache = saved(tmp_path / "cache.safetensors", name)
-    back = QuantizedCache.load(tmp_path / "cache.safetensors", compiled(name), capacity=256)
+    back = QuantizedCache.load(tmp_path / "cache.safetensors", compiled(name), capacity=512)
     assert same(view(back), view(cache))
     keys, values = pair(3, 70, seed=8)
     for one in (cache, back):
