@@ -239,7 +239,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "too many": (lambda: searched(pairs=(2, 9)), "code.bits: 9 bits are more than 8"),
     "trials": (lambda: searched(trials=0), "trials: 0 is no whole number of 1 or more"),
     "seed": (lambda: searched(seed=-1), "seed: -1 is no whole number of 0 or more"),
-    "short": (lambda: searched(tokens=40), "text: 40 tokens, of which the scheme quantizes none; give at least 64"),
+    "short": (lambda: searched(tokens=40), "text: 40 tokens, of which the scheme quantizes none; give at least 128"),
     "layers": (
         lambda: kvdsl.search(kivi2.with_(layers={0: ALL["kivi4"]}), "/none", TEXT, bits=4),
         "layers: they are what is searched for",
