@@ -13,8 +13,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from multiprocessing import get_context
@@ -255,10 +256,10 @@ def _binary(module: ModuleType, launch: Launch, arch: str, stages: int) -> Any:
             constexprs={(place[name],): value for name, value in launch.values(stages).items()},
             attrs={(place[name],): [["tt.divisibility", 16]] for name in launch.aligned},
         )
-        target = _aimed_at(arch)
         options: dict[str, object] = {"num_warps": launch.warps, "num_stages": stages}
         options |= {"enable_fp_fusion": launch.fp_fusion, **assembled(launch.assembler[0])}
-        return triton.compile(source, target=target, options=options)
+        with _aimed_at(arch) as target:
+            return triton.compile(source, target=target, options=options)
     except OSError as error:
         folder = os.environ.get("TRITON_CACHE_DIR", "~/.triton/cache")
         raise BackendError(f"Triton cannot use its cache folder {folder} ({error}); set TRITON_CACHE_DIR") from error
@@ -277,12 +278,23 @@ class _Aim:
         return self.target
 
 
-def _aimed_at(arch: str) -> Any:
-    """The target, which is also what kernels are told that ask for it."""
+@contextmanager
+def _aimed_at(arch: str) -> Iterator[Any]:
+    """The target, which meanwhile is also what kernels are told that ask for it; the driver of a GPU that is there is
+    the active one again behind it."""
     triton = _triton()
+    driver = triton.runtime.driver
     target = triton.backends.compiler.GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    triton.runtime.driver.set_active(_Aim(target))
-    return target
+    try:
+        before = driver.active
+    except RuntimeError:  # there is no GPU, and nothing to give back
+        before = None
+    driver.set_active(_Aim(target))
+    try:
+        yield target
+    finally:
+        if before is not None:
+            driver.set_active(before)
 
 
 def _measured(launch: Launch, arch: str, stages: int, shared: int, assembly: Assembly) -> CompiledKernel:
