@@ -1,11 +1,26 @@
-"""Rows of the tokens of a chunk that are made ready to be packed."""
+"""Chunks of tokens that wait to be packed, or are decoded for many queries, so that working memory has a bound."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from kvdsl.kernels import AttentionState
+
+from .plan import Plan
+
+WORKING = 1 << 28  # bytes that attention to decoded tokens takes at a time
+
+
+def decoded_chunks(plan: Plan, state: AttentionState, bytes_a_token: int) -> Iterator[tuple[int, int]]:
+    """Spans of tokens u, cut at whole pages, that fit WORKING; those behind the packed ones are with the last."""
+    page, end = plan.layout.page_tokens, max(0, state.longest - plan.sinks)
+    size = max(1, WORKING // max(1, bytes_a_token) // page) * page
+    cuts = [*range(0, max(1, min(state.packed_most, end)), size), end]
+    return zip(cuts, cuts[1:], strict=False)
 
 
 def rows_of(rows: Tensor, first: Tensor, offset: int, low: int, high: int) -> Tensor:

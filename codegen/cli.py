@@ -118,7 +118,12 @@ def show(
     q_heads: QHeads = None,
     dtype: Dtype = InputFormatName.fp16,
     backend: Annotated[BackendName, typer.Option(help="whose source")] = BackendName.triton,
-    tokens: Annotated[int | None, typer.Option(help="count the window of a sequence of so many tokens", min=1)] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="count the window of a sequence of so many tokens, and choose attention's form for it", min=1
+        ),
+    ] = None,
     json: AsJson = False,
 ) -> None:
     """One stage of the compiler, or all, as a person would want to read it."""

@@ -158,16 +158,17 @@ class PageModule(KernelModule):
 
     def unpack(
         self, side: Side, pool: Tensor, table: Tensor, begin: int, end: int, params: Params,
-        places: Places | None = None,
+        places: Places | None = None, dtype: torch.dtype = torch.float32,
     ) -> Tensor:  # fmt: skip
-        part = self.plan.side(side)
+        """See KernelSet; what is decoded is rounded to `dtype` where a kernel stores it."""
+        part, batch, dim = self.plan.side(side), table.shape[0], self.plan.shape.head_dim
         if not part.turned and part.residual is None or begin >= end:
-            return self._unpack(part, pool, table, begin, end, self.plan.shape.head_dim, params)
+            return self._unpack(part, pool, table, begin, end, dim, params, dtype)
         found = []
-        for low, high in self._chunks(part, begin, end, table.shape[0]):
+        for low, high in self._chunks(part, begin, end, batch):
             *others, last = (self._decoded(term, pool, table, low, high, params) for term in part.spaces)
             whole = sum(reversed(others), last)  # each store's number plus that of all that it left
-            found.append(whole if part.rope is None else self._at_positions(whole, low, params, places))
+            found.append((whole if part.rope is None else self._at_positions(whole, low, params, places)).to(dtype))
         return found[0] if len(found) == 1 else torch.cat(found, 2)
 
     def _at_positions(self, x: Tensor, low: int, params: Params, places: Places | None) -> Tensor:
@@ -197,10 +198,11 @@ class PageModule(KernelModule):
         return out
 
     def _unpack(
-        self, term: SidePlan, pool: Tensor, table: Tensor, begin: int, end: int, dim: int, params: Params
-    ) -> Tensor:
+        self, term: SidePlan, pool: Tensor, table: Tensor, begin: int, end: int, dim: int, params: Params,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:  # fmt: skip
         heads, tile, batch = self.plan.shape.kv_heads, self.plan.tile, table.shape[0]
-        out = torch.empty(batch, heads, max(0, end - begin), dim, dtype=torch.float32, device=pool.device)
+        out = torch.empty(batch, heads, max(0, end - begin), dim, dtype=dtype, device=pool.device)
         given = {"table_ptr": table, "out_ptr": out, "begin": begin, "end": end, "table_width": table.shape[1]}
         steps = -(-end // tile) - begin // tile if end > begin else 0
         for band in term.parts:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvdsl.kernels import AttentionState, Fold, Params
+from kvdsl.kernels import AttentionState, Fold, Form, Params
 
 from .plan import Plan
 
@@ -24,7 +24,8 @@ one a row; where exact rows add to the output itself, `exact_ptr` and `share_ptr
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """One segment: of every sequence `clean` programs share the pages that all queries see, `edges` what is left."""
+    """One segment: of every sequence `clean` programs share the pages that all queries see, `edges` what is left; of a
+    dense one `clean` share all of it."""
 
     module: TritonModule
     query: Tensor
@@ -33,6 +34,7 @@ class Part:
     clean: int = 1
     edges: int = 1
     fold: Fold | None = None
+    form: Form = "decode"
 
     @property
     def plan(self) -> Plan:
@@ -44,14 +46,9 @@ class Part:
         return self.clean + self.edges
 
     @property
-    def kernel(self) -> str:
-        """The kernel that reads it."""
-        return "decode" if self.query.shape[2] == 1 else "extend"
-
-    @property
     def rows(self) -> int:
-        """Query rows of a program."""
-        return self.plan.rows(many=self.query.shape[2] > 1)
+        """Query rows of a program, and of a block of partials."""
+        return self.plan.rows(many=self.form != "decode")
 
     @property
     def blocks(self) -> int:
@@ -66,7 +63,7 @@ class Part:
     @property
     def plain(self) -> bool:
         """Whether partials are of the head's own numbers, so that they may be merged with those of other segments."""
-        return not self.plan.values.through
+        return self.form == "dense" or not self.plan.values.through
 
     def places(self, count: int) -> int:
         """Of `count` partials of every row."""
@@ -116,6 +113,7 @@ class Part:
 
 
 def within(counts: Sequence[int], most: int) -> list[int]:
-    """Counts, in proportion to those given where these are more than `most` together; each one at least."""
+    """Counts, in proportion to those given where these are more than `most` together; each that is not 0 one at
+    least."""
     total = sum(counts)
-    return list(counts) if total <= most else [max(1, count * most // total) for count in counts]
+    return list(counts) if total <= most else [max(min(1, count), count * most // total) for count in counts]

@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvdsl.kernels import AttentionState, Fold, Params, Places, Segments
+from kvdsl.kernels import AttentionState, Fold, Form, Params, Places, Segments, Side
 from kvdsl.spaces import applied
 
+from .chunks import WORKING, decoded_chunks
 from .host_beside import met_at
 from .host_channels import queries
 from .plan import SidePlan
@@ -88,16 +89,25 @@ class TorchModule(TorchPages):
             total = total + params[f"{term.home}.decode_shift"][..., None] * weights.sum(-2, keepdim=True)
         return total
 
+    def form(self, queries: int, packed: int, exact: int, window: int | None) -> Form:
+        """Products of codes, for all tokens at once, while their scores fit working memory, else chunk by chunk."""
+        scores = 4 * queries * self.plan.shape.kv_heads * self.plan.shape.group * (packed + exact)
+        return "dense" if scores > WORKING else "decode" if queries == 1 else "extend"
+
     def attend(
-        self, query: Tensor, state: AttentionState, params: Params, splits: int | None = None
+        self, query: Tensor, state: AttentionState, params: Params, splits: int | None = None, form: Form | None = None
     ) -> tuple[Tensor, Tensor]:
-        """See KernelSet; `splits` is a matter of the GPU and changes nothing here."""
-        out, lse = self._attended(query, state, params)
+        """See KernelSet; `splits` is a matter of the GPU, and only asks for products of codes here."""
+        out, lse = self._read(query, state, params, splits, form)
         return out.to(query.dtype), lse
 
-    def union(self, query: Tensor, segments: Segments, splits: int | None = None) -> tuple[Tensor, Tensor]:
+    def union(
+        self, query: Tensor, segments: Segments, splits: int | None = None, form: Form | None = None
+    ) -> tuple[Tensor, Tensor]:
         found = [
-            module._attended(query, state, params) if fold is None else module._folded(fold, state, params)
+            module._read(query, state, params, splits, form)
+            if fold is None
+            else module._folded(fold, state, params, splits, form)
             for module, state, params, fold in segments
         ]
         out, lse = (torch.stack(each) for each in zip(*found, strict=True))
@@ -105,9 +115,19 @@ class TorchModule(TorchPages):
         weights = torch.exp(lse - torch.where(whole == -torch.inf, 0.0, whole))
         return (out * weights[..., None]).sum(0).to(query.dtype), whole
 
-    def _folded(self, fold: Fold, state: AttentionState, params: Params) -> tuple[Tensor, Tensor]:
+    def _read(
+        self, query: Tensor, state: AttentionState, params: Params, splits: int | None, form: Form | None
+    ) -> tuple[Tensor, Tensor]:
+        """Output (B, Hq, Q, D) and log-sum-exp (B, Hq, Q), float32, in the form that is asked for or the usual one."""
+        if form is None and splits is None:
+            form = self.form(query.shape[2], state.packed_most, state.longest - state.packed_most, state.window)
+        return self._dense(query, state, params) if form == "dense" else self._attended(query, state, params)
+
+    def _folded(
+        self, fold: Fold, state: AttentionState, params: Params, splits: int | None, form: Form | None
+    ) -> tuple[Tensor, Tensor]:
         """The same where something was taken out of the segment's numbers."""
-        out, lse = self._attended(fold.query, state, params)
+        out, lse = self._read(fold.query, state, params, splits, form)
         group = self.plan.shape.group
         if fold.factor is not None:
             out = out * fold.factor.repeat_interleave(group, 1)[:, :, None]
@@ -164,6 +184,43 @@ class TorchModule(TorchPages):
         lse = (most[..., 0, :] + torch.log2(mass)) / LOG2E
         lse = torch.where(mass > 0, lse, -torch.inf) if score.shape[-2] else torch.full_like(mass, -torch.inf)
         return self._heads(out.mT, queries), self._heads(lse[..., None], queries)[..., 0]
+
+    def _dense(self, query: Tensor, state: AttentionState, params: Params) -> tuple[Tensor, Tensor]:
+        """The same by decoded numbers, chunk by chunk."""
+        queries, sinks, dim = query.shape[2], self.plan.sinks, query.shape[3]
+        columns = self._rows(query, state.scaling if state.softcap is not None else state.scaling * LOG2E)
+        heads, rows = columns.shape[0] * columns.shape[1], columns.shape[3]
+        most = columns.new_full((*columns.shape[:2], 1, rows), -torch.inf)
+        mass, total = torch.zeros_like(most), torch.zeros_like(columns)
+        spans = [(-sinks, 0)] if sinks else []
+        for low, high in [*spans, *decoded_chunks(self.plan, state, 4 * heads * (2 * rows + 4 * dim))]:
+            u = torch.arange(low, high, device=query.device)
+            score = self._numbers("keys", state, low, high, params) @ columns
+            if state.softcap is not None:
+                score = torch.tanh(score / state.softcap) * (state.softcap * LOG2E)
+            score = torch.where(self._seen(state, queries, u), score, -torch.inf)
+            higher = torch.maximum(most, score.amax(-2, keepdim=True)) if len(u) else most
+            even = torch.where(higher == -torch.inf, 0.0, higher)
+            weights, decay = torch.exp2(score - even), torch.exp2(most - even)
+            mass = mass * decay + weights.sum(-2, keepdim=True)
+            total = total * decay + self._numbers("values", state, low, high, params).mT @ weights
+            most = higher
+        total = total / torch.where(mass > 0, mass, 1.0)
+        lse = torch.where(mass > 0, most + torch.log2(mass), -torch.inf) / LOG2E
+        return self._heads(total.mT, queries), self._heads(lse.mT, queries)[..., 0]
+
+    def _numbers(self, side: Side, state: AttentionState, low: int, high: int, params: Params) -> Tensor:
+        """Tokens u in [low, high), sinks or others, decoded where they are packed: float32 (B, H, high - low, D)."""
+        keys = side == "keys"
+        rows, packed = (state.key_rows, state.packed_keys) if keys else (state.value_rows, state.packed_values)
+        u = torch.arange(low, high, device=rows.device)
+        exact = self._exact_rows(state, rows, u, None if low < 0 else self._alive(state, u, packed))
+        end = min(high, state.packed_most)
+        if end <= low or low < 0:
+            return exact
+        found = self.unpack(side, state.pool, state.table, low, end, params, state.places)
+        found = torch.nn.functional.pad(found, (0, 0, 0, high - end))
+        return torch.where((u < packed[:, None])[:, None, :, None], found, exact)
 
     def _first_page(self, state: AttentionState, queries: int, last: int) -> int:
         """The first page that any query of any sequence may see; `last` where a window begins behind all tokens."""

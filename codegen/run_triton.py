@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from kvdsl.kernels import AttentionState, Params, Places, Segments
+from kvdsl.kernels import AttentionState, Form, Params, Places, Segments
 from kvdsl.params import ROPE
 
+from . import forms, run_dense
 from .host_channels import ready_rows
 from .host_slots import by_channel, by_turned_channel
 from .occupancy import MOST_SPLITS, splits
@@ -92,6 +93,13 @@ class TritonModule(PageModule):
             return min(2, pages)
         return splits(max(1, programs), pages, page, self.residents.get(kernel, USUAL) * self.processors())
 
+    def _clean_splits(self, part: Part) -> int:
+        """How many programs share the pages of one sequence that all its queries see, or all of it."""
+        if part.form != "dense":
+            return self.splits(part.programs * part.blocks, part.state.longest, part.form)
+        tiles = -(-part.state.longest // run_dense.LEAST)
+        return splits(max(1, run_dense.programs(part)), max(1, tiles), run_dense.LEAST, self.processors())
+
     def edge_splits(self, programs: int, state: AttentionState) -> int:
         """How many programs share the edges of one sequence: one a tile while the machine has room for them, else one
         for two tiles."""
@@ -110,35 +118,43 @@ class TritonModule(PageModule):
             return 1
         return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
 
-    def attend(
-        self, query: Tensor, state: AttentionState, params: Params, splits: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        return self.union(query, [(self, state, params, None)], splits)
+    def form(self, queries: int, packed: int, exact: int, window: int | None) -> Form:
+        return forms.form(self.plan, queries, packed, exact, window)
 
-    def union(self, query: Tensor, segments: Segments, splits: int | None = None) -> tuple[Tensor, Tensor]:
-        parts = _parts(query, segments, splits)
-        if splits is None and any(part.module.unknown(part.kernel) for part in parts):
+    def attend(
+        self, query: Tensor, state: AttentionState, params: Params, splits: int | None = None, form: Form | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return self.union(query, [(self, state, params, None)], splits, form)
+
+    def union(
+        self, query: Tensor, segments: Segments, splits: int | None = None, form: Form | None = None
+    ) -> tuple[Tensor, Tensor]:
+        parts = _parts(query, segments, splits, form)
+        unknown = [part for part in parts if part.form != "dense" and part.module.unknown(part.form)]
+        if splits is None and unknown:
             # the first launch tells how many programs a processor holds; what is returned must not depend on it
-            for part in parts:
+            for part in unknown:
                 part.module._attend(part, part.own())
-            parts = _parts(query, segments, splits)
+            parts = _parts(query, segments, splits, form)
         end = next((part for part in parts if part.plain), parts[0])
-        if len(parts) == 1 and end.fold is None:
+        if len(parts) == 1 and end.fold is None and end.form != "dense":
             scratch = end.own()
             self._attend(end, scratch)
             return self._output("merge", end, scratch, end.count)
-        among = [part.plain and part.rows == end.rows for part in parts]
+        among = [part.form == "dense" or part.plain and part.rows == end.rows for part in parts]
         counts = [part.count if direct else 1 for part, direct in zip(parts, among, strict=True)]
         scratch, before = end.shared(sum(counts)), 0
         for part, direct, count in zip(parts, among, counts, strict=True):
             into = end.behind(scratch, before)
-            if direct:
+            if part.form == "dense":
+                run_dense.attend(part, into, end.blocks * end.rows)
+            elif direct:
                 part.module._attend(part, into)
             else:
                 part.module._collect(part, into, end)
             part.unfold(into, count, end.rows, end.blocks)
             before += count
-        return end.module._output("merge" if end.plain else "unite", end, scratch, before)
+        return end.module._output("unite" if end.plan.values.through else "merge", end, scratch, before)
 
     def _reading(self, query: Tensor, state: AttentionState, params: Params) -> dict[str, Any]:
         """The arguments of a kernel that reads a state for a query."""
@@ -162,7 +178,7 @@ class TritonModule(PageModule):
             **self._reading(part.query, state, part.params), **into, "splits": part.clean, "edge_splits": part.edges,
             "ahead": state.ahead,
         }  # fmt: skip
-        self._run(part.kernel, (part.programs, part.count, part.blocks), given, state.pool, part.params)
+        self._run(part.form, (part.programs, part.count, part.blocks), given, state.pool, part.params)
 
     def _collect(self, part: Part, into: Scratch, like: Part) -> None:
         """Write one partial of every row, of the head's own numbers, at its place among those of another segment."""
@@ -188,15 +204,30 @@ class TritonModule(PageModule):
         self._run(kernel, (batch * heads, queries), given, None, part.params)
 
 
-def _parts(query: Tensor, segments: Segments, splits: int | None) -> list[Part]:
-    """Segments with the programs that share a sequence's tokens in each: `splits`, or as many as are worthwhile."""
+def _parts(query: Tensor, segments: Segments, splits: int | None, form: Form | None) -> list[Part]:
+    """Segments with the form they are read in, the cheapest if none is asked for, and the programs that share a
+    sequence's tokens in each: `splits`, or as many as are worthwhile."""
     parts = [
         Part(module, query if fold is None else fold.query, state, params, fold=fold)
         for module, state, params, fold in segments
     ]
+    parts = [replace(part, form=form or _form(part, fixed=splits is not None)) for part in parts]
+    dense = [part.form == "dense" for part in parts]
     if splits is not None:  # a fixed plan: what a sequence gets must not depend on who else is in the batch
-        return [replace(part, clean=splits, edges=splits) for part in parts]
-    clean = [part.module.splits(part.programs * part.blocks, part.state.longest, part.kernel) for part in parts]
-    edges = [part.module.edge_splits(part.programs * part.blocks, part.state) for part in parts]
+        return [
+            replace(part, clean=splits, edges=0 if once else splits) for part, once in zip(parts, dense, strict=True)
+        ]
+    clean = [part.module._clean_splits(part) for part in parts]
+    edges = [
+        0 if once else part.module.edge_splits(part.programs * part.blocks, part.state)
+        for part, once in zip(parts, dense, strict=True)
+    ]
     shares = zip(parts, within(clean, MOST_SPLITS), within(edges, MOST_EDGES), strict=True)
     return [replace(part, clean=few, edges=others) for part, few, others in shares]
+
+
+def _form(part: Part, *, fixed: bool) -> Form:
+    """The cheapest form; of those that read pages where what a sequence gets must not depend on the batch."""
+    state, queries = part.state, part.query.shape[2]
+    found = part.module.form(queries, state.packed_most, state.longest - state.packed_most, state.window)
+    return "extend" if fixed and found == "dense" else found

@@ -14,7 +14,7 @@ from kvdsl.segments import shaped
 from kvdsl.shape import Shape
 from kvdsl.window import Window, windows
 
-from . import render
+from . import forms, render
 from .launches import launches, loop_bytes
 from .multiplications import multiplications
 from .plan import Plan, SidePlan, plan_for
@@ -38,6 +38,7 @@ class View:
 
 
 Stage = tuple[dict[str, Any], list[str]]
+TOKENS = 32768  # of a sequence that forms of attention are told for, where no other length is asked
 BITS = "bits an element   code  metadata  padding   window    total"
 
 
@@ -139,6 +140,8 @@ def plan_stage(view: View) -> Stage:
         "halves": plan.halves,
         "rows": {"decode": plan.rows(many=False), "extend": plan.rows(many=True)},
         "span": {term.path: term.span for term in plan.terms},
+        "tokens": view.tokens or TOKENS,
+        "forms": forms.thresholds(plan, view.tokens or TOKENS),
         "kernels": records,
     }
     halves = f", as two halves of {plan.half} whose tokens share words" if plan.halves > 1 else ""
@@ -147,6 +150,8 @@ def plan_stage(view: View) -> Stage:
         f"rows     {plan.rows(many=False)} query rows a program in decode, {plan.rows(many=True)} in extend and scores",
         *(f"pack     one program quantizes {span} tokens of the {place}" for place, span in data["span"].items()),
         *_placed(plan),
+        f"queries  of a step, over {data['tokens']} packed tokens; chosen by what each form costs",
+        *(f"         {sentence}" for sentence in forms.told(plan, data["tokens"])),
         "",
     ]
     for record in records:

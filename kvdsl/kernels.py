@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 Side = Literal["keys", "values"]
 Backend = Literal["triton", "torch"]
+Form = Literal["decode", "extend", "dense"]
+"""How attention reads packed tokens: by programs of few query rows, of more, in passes, or decoded once for all."""
 Params = Mapping[str, "Tensor"]
 Segments = Sequence[tuple[Any, "AttentionState", Params, "Fold | None"]]
 """Modules, what each of them reads, and its parameters."""
@@ -37,11 +39,15 @@ class Module(Protocol):
         self, query: Tensor, pool: Tensor, table: Tensor, tokens: int, params: Params, places: Places | None = None
     ) -> Tensor: ...
 
+    def form(self, queries: int, packed: int, exact: int, window: int | None) -> Form: ...
+
     def attend(
-        self, query: Tensor, state: AttentionState, params: Params, splits: int | None = None
+        self, query: Tensor, state: AttentionState, params: Params, splits: int | None = None, form: Form | None = None
     ) -> tuple[Tensor, Tensor]: ...
 
-    def union(self, query: Tensor, segments: Segments, splits: int | None = None) -> tuple[Tensor, Tensor]:
+    def union(
+        self, query: Tensor, segments: Segments, splits: int | None = None, form: Form | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Attention over the tokens of all segments; their modules are of the same backend and shape."""
         ...
 
@@ -158,8 +164,13 @@ class KernelSet:
         self.refuse_places(places)
         return self.module.scores(query, pool, table, tokens, params, places)
 
+    def form(self, queries: int, packed: int, exact: int = 0, window: int | None = None) -> Form:
+        """How `attend` reads a sequence of so many packed and exact tokens for so many queries, where neither `splits`
+        nor `form` is given: the cheapest form by the backend's model, see `kvdsl show --stage plan`."""
+        return self.module.form(queries, packed, exact, window)
+
     def attend(
-        self, query: Tensor, state: AttentionState, params: Params, splits: int | None = None
+        self, query: Tensor, state: AttentionState, params: Params, splits: int | None = None, form: Form | None = None
     ) -> tuple[Tensor, Tensor]:
         """Causal attention: query (B, Hq, Q, D), query i at position length_b - Q + i + state.ahead -> (out like
         query, in its dtype, lse (B, Hq, Q) float32, natural logarithm).  A query that sees no token gives zeros
@@ -167,9 +178,11 @@ class KernelSet:
 
         `splits` is the number of programs that share the packed tokens of one sequence, and of those that share the
         exact ones (None: chosen from the batch and the machine).  Given, a sequence gets from the Triton kernels to
-        the bit what it gets alone, whatever batch it is in."""
+        the bit what it gets alone, whatever batch it is in: from those that read pages.
+
+        `form` asks for one way to read them; None: that of `self.form`."""
         self.refuse_places(state.places)
-        return self.module.attend(query, state, params, splits)
+        return self.module.attend(query, state, params, splits, form)
 
     def reach(self, query: Tensor, position: Tensor, state: AttentionState, params: Params) -> Tensor:
         """How much attention query rows have to give: query (B, Hq, P, D), position int32 (B, P) -> float32 (B, Hq, P),
@@ -232,13 +245,16 @@ class Segment(NamedTuple):
     fold: Fold | None = None
 
 
-def attend_segments(query: Tensor, segments: Sequence[Segment], splits: int | None = None) -> tuple[Tensor, Tensor]:
+def attend_segments(
+    query: Tensor, segments: Sequence[Segment], splits: int | None = None, form: Form | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention over the tokens of all segments, whatever their order: query (B, Hq, Q, D) -> (out like query, in its
     dtype, lse (B, Hq, Q) float32, natural logarithm), as `KernelSet.attend`.
 
     The queries' own tokens are the last ones of one segment, whose state has `ahead` 0; one of older tokens has `ahead`
-    Q or more.  `splits` as for `KernelSet.attend`, in every segment.  A segment without tokens costs nothing, and one
-    alone gives what its own `attend` gives.  Raises ShapeError or BackendError where schemes are not compiled alike.
+    Q or more.  `splits` and `form` as for `KernelSet.attend`, in every segment.  A segment without tokens costs
+    nothing, and one alone gives what its own `attend` gives.  Raises ShapeError or BackendError where schemes are not
+    compiled alike.
     """
     if not segments:
         raise ShapeError("segments: none; give those of the cache, one at least")
@@ -254,9 +270,9 @@ def attend_segments(query: Tensor, segments: Sequence[Segment], splits: int | No
             raise ShapeError(f"segments[{position}]: {kernels.shape}, segments[0]: {first.shape}; build all for one")
     held = [segment for segment in segments if segment.state.longest] or segments[:1]
     if len(held) == 1 and held[0].fold is None:
-        return held[0].kernels.attend(query, held[0].state, held[0].params, splits)
+        return held[0].kernels.attend(query, held[0].state, held[0].params, splits, form)
     parts = [(segment.kernels.module, segment.state, segment.params, segment.fold) for segment in held]
-    return held[0].kernels.module.union(query, parts, splits)
+    return held[0].kernels.module.union(query, parts, splits, form)
 
 
 def _refuse_window(state: AttentionState) -> None:

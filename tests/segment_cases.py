@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvdsl.inputs import DTYPES
-from kvdsl.kernels import Segment, attend_segments
+from kvdsl.kernels import Form, Segment, attend_segments
 from kvdsl.reference.attention import softmax_rows
 from kvdsl.scheme import SIDES
 from kvdsl.testing import Case
@@ -72,10 +72,10 @@ def _stretch(x: Tensor, starts: Sequence[int], ends: Sequence[int]) -> Tensor:
     return found
 
 
-def attended(cuts: Sequence[Cut], splits: int | None = None) -> tuple[Tensor, Tensor]:
+def attended(cuts: Sequence[Cut], splits: int | None = None, form: Form | None = None) -> tuple[Tensor, Tensor]:
     """What the kernels give, on the CPU."""
     query = cuts[0].step.q.to(device_of(cuts[0].case.kernels))
-    out, lse = attend_segments(query, [one.segment() for one in cuts], splits)
+    out, lse = attend_segments(query, [one.segment() for one in cuts], splits, form)
     return out.cpu(), lse.cpu()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvdsl import reference
 from kvdsl.inputs import DTYPES
-from kvdsl.kernels import AttentionState, Params, Side
+from kvdsl.kernels import AttentionState, Form, Params, Side
 from kvdsl.reference.attention import softmax_rows
 from kvdsl.reference.quantize import level_count
 from kvdsl.reference.timeline import packed_tokens
@@ -59,11 +59,13 @@ def step_of(case: Case, queries: int, *, ragged: bool = True, **options: Any) ->
     return Step(case.query(queries), k, v, lengths, tuple(n - fresh for n in lengths), params, options)
 
 
-def attend(case: Case, step: Step, splits: int | None = None, poison: Poison = USUAL) -> tuple[Tensor, Tensor]:
+def attend(
+    case: Case, step: Step, splits: int | None = None, poison: Poison = USUAL, form: Form | None = None
+) -> tuple[Tensor, Tensor]:
     """The kernels' output and log-sum-exp, on the CPU."""
     device = device_of(case.kernels)
     q = step.q.to(device)
-    out, lse = case.kernels.attend(q, step.state(case, poison), ready(case.kernels, step.params), splits)
+    out, lse = case.kernels.attend(q, step.state(case, poison), ready(case.kernels, step.params), splits, form)
     return out.cpu(), lse.cpu()
 
 
@@ -182,6 +184,22 @@ def extend_is_attention(case: Case) -> None:
     """P32: several queries in one step, causal among themselves, within the three-way rule."""
     step = step_of(case, case.random.choice((2, 3, 5, 17)))
     require_close(case, step, attend(case, step))
+
+
+@law("P32", kinds=MODEST)
+def decoding_once_is_attention(case: Case) -> None:
+    """P32, P29: many queries over tokens that are decoded once, from a first visible one on and within a window or not,
+    within the three-way rule; whatever stands in places that hold no token, to the bit."""
+    queries = case.random.choice((1, 7, 33, 70))
+    window = case.random.choice((None, None, 5, 40, max(case.tokens, queries)))
+    step = step_of(case, queries, window=window)
+    if case.random.random() < 0.5:
+        step = replace(step, options={**step.options, "start": [case.random.randint(0, n) for n in step.lengths]})
+    got = attend(case, step, form="dense")
+    require_close(case, step, got)
+    if case.random.random() < 0.2:
+        other = attend(case, step, poison=Poison(0xFF, math.inf, spare=9, seed=5), form="dense")
+        require_equal("output with another poison, in other places", other[0], got[0])
 
 
 @law("P29", kinds=MODEST)
