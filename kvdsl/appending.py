@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def write_token(rows: Tensor, fresh: Tensor, length: Tensor, sinks: int) -> None:
-    """Put fresh (B, H, 1, D), token t = length_b - 1 of sequence b, into its row of a buffer (B, H, sinks + ring, D)."""
+    """Put fresh (B, H, 1, D), token t = length_b - 1 of sequence b, into its row of (B, H, sinks + ring, D)."""
     import torch
 
     t, ring = length.long() - 1, rows.shape[2] - sinks

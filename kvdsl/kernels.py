@@ -237,8 +237,8 @@ class KernelSet:
         """BackendError where packing needs to know where a token stands."""
         if self.shape.placed or self.scheme.keys.rope is not None:
             raise BackendError(
-                "append: keys are stored without their positions (PreRope), so that packing must know on the host where "
-                "they stand; use QuantizedCache.append"
+                "append: keys are stored without their positions (PreRope), so that the host must know where they stand "
+                "when they are packed; use QuantizedCache.append"
             )
 
     def refuse_places(self, places: Places | None) -> None:

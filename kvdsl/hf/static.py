@@ -1,8 +1,8 @@
 """Decoding in place under transformers: layers of which `generate()` compiles a step, and a CUDA graph holds it.
 
-A prompt is appended as ever.  Behind it every layer's StaticCache takes over: a step's tokens then go through one opaque
-operation, `kvdsl::step`, whose layer it finds by number.  What the layer holds is no tensor of the traced graph: its
-addresses never change, and nothing but that operation touches it.
+A prompt is appended as ever.  Behind it every layer's StaticCache takes over: a step's tokens then go through one
+opaque operation, `kvdsl::step`, whose layer it finds by number.  What the layer holds is no tensor of the traced graph:
+its addresses never change, and nothing but that operation touches it.
 """
 
 from __future__ import annotations
