@@ -95,7 +95,7 @@ class PageModule(KernelModule):
         self._run("append", (batch * heads, 2), given, into.pool, params)
         for side in SIDES:
             if not packs(self.plan.side(side)):
-                pack_due(self, side, into, params, self.plan.sinks, self.plan.layout.page_tokens)
+                pack_due(self.pack, side, into, params, self.plan.sinks, self.plan.layout.page_tokens)
 
     def _put(self, kernel: str, rows: Mapping[str, Tensor], begin: Tensor, end: Tensor, low: int, pool: Tensor,
              table: Tensor) -> None:  # fmt: skip

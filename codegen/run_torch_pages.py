@@ -122,7 +122,7 @@ class TorchPages:
     def append(self, keys: Tensor, values: Tensor, into: Room, params: Params) -> None:
         for side, fresh in zip(SIDES, (keys, values), strict=True):
             write_token(into.rows(side), fresh, into.length, self.plan.sinks)
-            pack_due(self, side, into, params, self.plan.sinks, self.plan.layout.page_tokens)
+            pack_due(self.pack, side, into, params, self.plan.sinks, self.plan.layout.page_tokens)
 
     def _pack_pages(self, side: Side, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor,
                     pool: Tensor, table: Tensor, params: Params, b: Tensor, page: Tensor,

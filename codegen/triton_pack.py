@@ -122,7 +122,11 @@ class Pack(Planes):
         args += [p for p in pool_args if p in text] + ["table_ptr", *params]
         args += ["total_rows", "offset", "ring", "table_width"]
         self.arguments = tuple(args)
-        holes = {"side": side.label, "heads": plan.shape.kv_heads, "args": [f"{name}," for name in args]}
+        holes: dict[str, list[str] | str | int] = {
+            "side": side.label,
+            "heads": plan.shape.kv_heads,
+            "args": [f"{name}," for name in args],
+        }
         keep = fill(
             KEEP, **holes, rows_ptr=rows, span=self.span, lanes_t=self.tokens, page=plan.layout.page_tokens,
             lanes=self.lane_lines(), lane=self.lane,

@@ -233,11 +233,16 @@ class KernelSet:
         _refuse_window(state)
         return self.module.received(query, position, lse, state, params)
 
+    @property
+    def by_position(self) -> bool:
+        """Whether what is stored of a token depends on where it stands, which the host must know then."""
+        return self.shape.placed or self.scheme.keys.rope is not None
+
     def refuse_positions(self) -> None:
         """BackendError where packing needs to know where a token stands."""
-        if self.shape.placed or self.scheme.keys.rope is not None:
+        if self.by_position:
             raise BackendError(
-                "append: keys are stored without their positions (PreRope), so that the host must know where they stand "
+                "append: keys are stored without their positions (PreRope), so the host must know where they stand "
                 "when they are packed; use QuantizedCache.append"
             )
 

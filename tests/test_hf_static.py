@@ -41,7 +41,7 @@ def test_a_step_is_one_graph_for_all_lengths_and_prompts(family: str) -> None:
         graphs = torch._dynamo.utils.counters["stats"]
         graphs.clear()
         compiled = CompileConfig(backend="eager", fullgraph=True, mode=None)  # type: ignore[arg-type]
-        compiled._compile_all_devices = True
+        compiled._compile_all_devices = True  # type: ignore[assignment]
         plain, static = cache(scheme, made, capacity=96), cache(scheme, made, capacity=96, static=True)
         for padded in (0, 7):
             wanted = tokens(made, plain, padded)
@@ -75,7 +75,7 @@ def test_what_cannot_go_in_place_is_refused() -> None:
     with pytest.raises(CacheError, match="capacity: 30 tokens"):
         tokens(made, held, 0)
         held.stats()
-    held.reset()
+    held.reset()  # type: ignore[no-untyped-call]
     made(IDS, past_key_values=held)
     with pytest.raises(CacheError, match="1 sequences, it holds 2"):
         made(IDS[:1], past_key_values=held)

@@ -32,7 +32,7 @@ class Awaited:
 AWAITED = Awaited()
 
 
-class StaticLayer(PackedLayer):
+class StaticLayer(PackedLayer):  # type: ignore[no-untyped-call]
     """A packed layer of `capacity` tokens a sequence that decodes in place once it holds a prompt.
 
     `before` are the model's layers so far: they move the counts on for those behind them.
