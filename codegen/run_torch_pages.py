@@ -36,7 +36,8 @@ class TorchPages:
 
     def _gather(self, pool: Tensor, table: Tensor, low: int, high: int) -> Tensor:
         """Pages `low` to `high` of every sequence: uint8 (B, pages, page_bytes)."""
-        return pool[table[:, low:high].long()]
+        ids = table[:, low:high]
+        return pool.index_select(0, ids.flatten()).unflatten(0, ids.shape)  # copies whole pages, unlike pool[ids]
 
     def _inputs(self, part: SidePlan, pages: Tensor, params: Params) -> list[Tensor]:
         """The arguments of a function that reads one term, or all bands, of pages (B, pages, page_bytes)."""

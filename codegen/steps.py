@@ -66,9 +66,14 @@ class Steps:
 
     def added(self, plane: int, query: str, scale: str, offset: str) -> list[str]:
         """b<plane>: what adds up, over channels, to the offset's share of the score; no line if it has none."""
+        share = self.share(query, scale, offset)
+        return [] if share is None else [f"b{plane} = {share}"]
+
+    def share(self, query: str, scale: str, offset: str) -> str | None:
+        """What adds up, over channels, to the offset's share of the score; None if it has none."""
         parts = (plain(t.channel_factor * t.token_factor) for t in self.side.form.terms if not t.coded)
         rest = sum(parts, sp.Integer(0))
-        return [] if rest == 0 else [f"b{plane} = {self._of_channel(rest, query, scale, offset)}"]
+        return None if rest == 0 else self._of_channel(rest, query, scale, offset)
 
     def _of_channel(self, factor: sp.Expr, query: str, scale: str, offset: str) -> str:
         axes = {"q": ("w", "r"), "s": ("w",), "z": ("w",)}
