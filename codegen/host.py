@@ -148,19 +148,29 @@ def bits_fp32(x: Tensor) -> Tensor:
     return as_int(x + 0.0)
 
 
-def halves(words: Tensor) -> Tensor:
-    """The low and the high 16 bits of 32-bit words, read as float16: (...) -> (..., 2)."""
-    return words.contiguous()[..., None].view(torch.float16)
+def halves(words: Tensor) -> tuple[Tensor, ...]:
+    """The low and the high 16 bits of 32-bit words, read as float16, as float32."""
+    return words.contiguous()[..., None].view(torch.float16).to(torch.float32).unbind(-1)
 
 
 def low_half(words: Tensor) -> Tensor:
     """The low 16 bits of each 32-bit word, read as float16, as float32."""
-    return halves(words)[..., 0].to(torch.float32)
+    return words.to(torch.int16).contiguous().view(torch.float16).to(torch.float32)
 
 
 def high_half(words: Tensor) -> Tensor:
     """The high 16 bits of each 32-bit word, read as float16, as float32."""
-    return halves(words)[..., 1].to(torch.float32)
+    return low_half(words >> 16)
+
+
+def rounded_fp16(x: Tensor) -> Tensor:
+    """What float16 holds of x, within its range.  A zero has no sign."""
+    return (x.to(torch.float16) + 0.0).to(torch.float32)
+
+
+def rounded_bf16(x: Tensor) -> Tensor:
+    """What bfloat16 holds of x.  A zero has no sign."""
+    return (x.to(torch.bfloat16) + 0.0).to(torch.float32)
 
 
 def low_half_bf16(words: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ however their axes are named: of a matrix with few columns a product takes three
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
@@ -20,7 +19,12 @@ def weighed(codes: Tensor, weights: Tensor) -> Tensor:
     return (weights.mT @ codes).mT
 
 
+def unreached(weights: Tensor, tokens: int) -> Tensor:
+    """Which blocks of tokens no weight (B, H, tokens, rows) reaches: (B, H, token blocks, 1)."""
+    blocks = weights.sum(-1) if tokens == 1 else weights.unflatten(-2, (-1, tokens)).sum((-2, -1))
+    return (blocks == 0)[..., None]
+
+
 def used(numbers: Tensor, weights: Tensor, tokens: int) -> Tensor:
     """Numbers (B, H, token blocks, ...) with those of blocks that no weight reaches made 0: they may be anything."""
-    reached = (weights > 0).any(-1).unflatten(-1, (-1, tokens)).any(-1)
-    return torch.where(reached[..., None], numbers, 0.0)
+    return numbers.masked_fill(unreached(weights, tokens), 0.0)

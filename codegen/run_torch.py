@@ -201,7 +201,8 @@ class TorchModule(TorchPages):
             coded = self._scores_of_codes(columns, packed, floor, params, state.places).mT
         if span.alike:
             found += [coded[..., : span.keys - floor]] if span.keys > floor else []
-            found += [rows @ self._slices(state, state.key_rows, span, span.keys).mT] if span.keys < tail else []
+            exact = self._slices(state.key_rows, self.plan.sinks, span.first, span.keys, tail)
+            found.append(rows @ exact.mT)
         else:
             u = torch.arange(span.keys, tail, device=columns.device)
             exact = rows @ self._exact_rows(state, state.key_rows, u, self._alive(state, u, state.packed_keys)).mT
@@ -211,7 +212,6 @@ class TorchModule(TorchPages):
                 late = late[..., span.keys - floor : tail - floor]
                 exact = torch.where((u >= state.packed_keys[:, None])[:, None, None], exact, late)
             found.append(exact)
-        found = found or [rows.new_empty(*rows.shape[:-1], 0)]
         return torch.cat(found, -1) if len(found) > 1 else found[0]
 
     def _all_sums(
@@ -224,7 +224,7 @@ class TorchModule(TorchPages):
         late = weights[..., span.values - floor :]
         if span.alike:
             on_pages = weights[..., : span.values - floor]
-            rows = self._slices(state, state.value_rows, span, span.values) if late.shape[-1] else None
+            rows = self._slices(state.value_rows, self.plan.sinks, span.first, span.values, span.end)
         else:
             u = torch.arange(floor, span.end, device=weights.device)
             on_pages = torch.where((u < state.packed_values[:, None])[:, None, None], weights, 0.0)
@@ -235,10 +235,7 @@ class TorchModule(TorchPages):
             places = packed.shape[1] * self.plan.layout.page_tokens
             on_pages = torch.nn.functional.pad(on_pages[..., :places], (0, max(0, places - on_pages.shape[-1])))
             found.append(self._sums_of_codes(on_pages.mT, packed, params).mT)
-        found += [late @ rows] if rows is not None else []
-        if not found:
-            return weights.new_zeros(*weights.shape[:-1], self.plan.shape.head_dim)
-        return sum(found[1:], found[0])
+        return sum(found, late @ rows)
 
     def _sinks(self, state: AttentionState, rows: Tensor, alike: bool) -> Tensor:
         """Exact rows of the sinks that there are, float32; 0 those of shorter sequences."""
@@ -247,17 +244,6 @@ class TorchModule(TorchPages):
             return held
         there = torch.arange(held.shape[2], device=rows.device) < state.length[:, None]
         return torch.where(there[:, None, :, None], held, 0.0)
-
-    def _slices(self, state: AttentionState, rows: Tensor, span: Span, begin: int) -> Tensor:
-        """Exact rows of the tokens u from `begin` on, float32 (B, H, tokens, D), where all sequences are alike."""
-        sinks = self.plan.sinks
-        ring, parts = rows.shape[2] - sinks, []
-        while begin < span.end:
-            row = (begin - span.first) % ring
-            count = min(span.end - begin, ring - row)
-            parts.append(rows[:, :, sinks + row : sinks + row + count])
-            begin += count
-        return (torch.cat(parts, 2) if len(parts) > 1 else parts[0]).to(torch.float32)
 
     def _alive(self, state: AttentionState, u: Tensor, packed: Tensor) -> Tensor:
         """(B, tokens): the token at u is there, and exact."""

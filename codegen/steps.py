@@ -116,6 +116,14 @@ class Steps:
         axes = {"p": ("t", "r"), "s": ("t",), "z": ("t",)}
         return self.printed(rest, axes, {"p": weights, "s": scale, "z": offset}), coefficient
 
+    def carried_by_token(self, scale: str, offset: str) -> str | None:
+        """What each weight is multiplied by in the offsets' sum, where tokens are scaled; None if nothing is."""
+        terms = [t for t in self.side.form.terms if not t.coded]
+        if not terms:
+            return None
+        each = sum(plain(t.token_factor * t.channel_factor) for t in terms) / sp.Symbol("p")
+        return self.printed(sp.expand(each), {"s": ("t",), "z": ("t",)}, {"s": scale, "z": offset})
+
     def clean(self, plane: int) -> str:
         """The sum of codes of one plane, from the sums over dirty planes."""
         text = ""

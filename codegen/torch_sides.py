@@ -65,6 +65,8 @@ class TorchSide(TorchPack):
                 out.add(f"return scale_over_zero_point(word, {mask}), (word & {mask}).to(torch.float32)")
             elif not side.has_offset:
                 out.add(f"return {whole}(word){outer}")
+            elif (low, outer) == ("low_half", ""):
+                out.add("return halves(word)")
             elif meta.kind == "words":
                 out.add(f"return as_float(word){outer}, as_float(second_word){outer}")
             else:
@@ -297,8 +299,8 @@ class TorchSide(TorchPack):
             out.extend(self._numbers())
             meta = side.layout.meta
             if meta is not None:
-                for name in self._names:
-                    out.add(f"{name} = used({name}, weights, {meta.tokens})")
+                out.add(f"unused = unreached(weights, {meta.tokens})")
+                out.add(*(f"{name} = {name}.masked_fill(unused, 0.0)" for name in self._names))
             if side.when is When.AFTER_DOT:
                 self._weigh_groups(out)
             else:
@@ -308,16 +310,17 @@ class TorchSide(TorchPack):
     def _weigh_groups(self, out: Lines) -> None:
         """The scales that each group has for the tokens on the weights."""
         out.extend(self._per_token())
-        carried = self.steps.carried("weights", "scale_g", "offset_g")
-        for group in range(self.side.groups):
-            out.extend(self._scale_of_group(group))
-            text = f"weighed({self._of_group('code', group)}, {self.steps.weight('weights', 'scale_g')})"
+        groups, carried = self.side.groups, self.steps.carried_by_token("scale", "offset")
+        out.extend([f"carried = weighed({carried}, weights)"] if carried is not None else [])
+        for group in range(groups):
+            out.add(f"scale_g = scale[..., {group}]")
+            weight = self.steps.weight("weights", "scale_g")
+            text = f"weighed({self._of_group('code', group)}, {weight})"
             if carried is not None:
-                out.add(f"carried{group} = ({bare(carried[0])}).sum(-2)")
-                text = self.steps.plus_carried(text, group, carried[1])
-            out.add(f"o{group} = {text}")
-        groups = listed(f"o{group}" for group in range(self.side.groups))
-        out.add(f"return torch.cat(({groups}), -2)" if self.side.groups > 1 else "return o0")
+                text += f" + carried[..., {group}:{group + 1}, :]" if groups > 1 else " + carried"
+            out.add(f"o{group} = {text}" if groups > 1 else f"return {text}")
+        if groups > 1:
+            out.add(f"return torch.cat(({listed(f'o{group}' for group in range(groups))}), -2)")
 
     def _weigh_scaled(self, out: Lines) -> None:
         """Scales on the sums: of each token block, or calibrated."""
