@@ -244,6 +244,7 @@ def bench(
     peers: Annotated[
         bool, typer.Option("--peers/--no-peers", help="other systems' kernels beside, if installed")
     ] = True,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="bits and speed, drawn: .svg, .png or .pdf")] = None,
     json: AsJson = False,
 ) -> None:
     """Decode attention over a filled cache: time, shares of the read limit of this GPU, times over float16 attention,
@@ -251,10 +252,14 @@ def bench(
     four, and the ratios of the torch kernels."""
     from kvdsl.peers import known
 
+    from .bench_plot import drawn, refuse_plot
     from .bench_told import told
     from .benching import results
 
+    refuse_plot(plot)
     found = results(_several("bench", names, all_), shape or (), group, head_dim, known() if peers else ())
+    if plot is not None:
+        drawn(found, plot)
     if json:
         answer.document(found)
         return
