@@ -36,6 +36,8 @@ def $name(
     $args
 ):
     ROWS: tl.constexpr = $rows
+    if PDL:
+        let_next_begin()
     bh = tl.program_id(0)
     split = tl.program_id(1)
     block = tl.program_id(2)
@@ -290,6 +292,7 @@ class Attend:
             "scaling",
             *(["softcap"] if plan.shape.softcap else []),
             "STAGES: tl.constexpr",
+            "PDL: tl.constexpr",
         ]
         return fill(
             ATTEND,
