@@ -17,6 +17,7 @@ from kvdsl.window import Window, windows
 from . import render
 from .launches import launches, loop_bytes
 from .multiplications import multiplications
+from .overlap import CROWDED, LEAST_MAJOR
 from .plan import Plan, SidePlan, plan_for
 from .show_algebra import normal_form
 from .show_layout import page
@@ -38,6 +39,10 @@ class View:
 
 
 Stage = tuple[dict[str, Any], list[str]]
+OVERLAPPED = (
+    "merge    launched before decode has ended where the GPU can (sm_90 and newer), and waits for it in its place; in",
+    f"         the usual way where {CROWDED[0]:g} to {CROWDED[1]:g} programs stand on each processor",
+)
 BITS = "bits an element   code  metadata  padding   window    total"
 
 
@@ -139,6 +144,7 @@ def plan_stage(view: View) -> Stage:
         "halves": plan.halves,
         "rows": {"decode": plan.rows(many=False), "extend": plan.rows(many=True)},
         "span": {term.path: term.span for term in plan.terms},
+        "overlap": {"least_compute_capability": LEAST_MAJOR, "crowded": CROWDED},
         "kernels": records,
     }
     halves = f", as two halves of {plan.half} whose tokens share words" if plan.halves > 1 else ""
@@ -147,6 +153,7 @@ def plan_stage(view: View) -> Stage:
         f"rows     {plan.rows(many=False)} query rows a program in decode, {plan.rows(many=True)} in extend and scores",
         *(f"pack     one program quantizes {span} tokens of the {place}" for place, span in data["span"].items()),
         *_placed(plan),
+        *OVERLAPPED,
         "",
     ]
     for record in records:
