@@ -119,6 +119,8 @@ def _bits(dtype: str, name: str, ns: Namespace) -> str:
 
 
 def _rounded(dtype: str, name: str, ns: Namespace) -> str:
+    if ns == "torch." and dtype in ("fp16", "bf16"):
+        return _bits(dtype, name, ns).replace("bits_", "rounded_", 1)  # fewer calls than by way of the bits
     back = {"fp16": "low_half", "bf16": "low_half_bf16", "fp32": "as_float", "e4m3": "e4m3"}[dtype]
     return f"{back}({_bits(dtype, name, ns)})"
 

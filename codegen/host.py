@@ -148,6 +148,11 @@ def bits_fp32(x: Tensor) -> Tensor:
     return as_int(x + 0.0)
 
 
+def halves(words: Tensor) -> tuple[Tensor, ...]:
+    """The low and the high 16 bits of 32-bit words, read as float16, as float32."""
+    return words.contiguous()[..., None].view(torch.float16).to(torch.float32).unbind(-1)
+
+
 def low_half(words: Tensor) -> Tensor:
     """The low 16 bits of each 32-bit word, read as float16, as float32."""
     return words.to(torch.int16).contiguous().view(torch.float16).to(torch.float32)
@@ -156,6 +161,16 @@ def low_half(words: Tensor) -> Tensor:
 def high_half(words: Tensor) -> Tensor:
     """The high 16 bits of each 32-bit word, read as float16, as float32."""
     return low_half(words >> 16)
+
+
+def rounded_fp16(x: Tensor) -> Tensor:
+    """What float16 holds of x, within its range.  A zero has no sign."""
+    return (x.to(torch.float16) + 0.0).to(torch.float32)
+
+
+def rounded_bf16(x: Tensor) -> Tensor:
+    """What bfloat16 holds of x.  A zero has no sign."""
+    return (x.to(torch.bfloat16) + 0.0).to(torch.float32)
 
 
 def low_half_bf16(words: Tensor) -> Tensor:
@@ -271,22 +286,21 @@ def section(pages: Tensor, offset: int, count: int, dtype: torch.dtype) -> Tenso
     return pages[..., offset : offset + count * size].contiguous().view(dtype)
 
 
-def byte_rows(pages: Tensor, offset: int, rows: int, words: int, *, paired: bool) -> tuple[Tensor, ...]:
-    """The bytes of a stream, one row a token: uint8 (..., pages, bytes) -> (..., tokens, words).
+def word_rows(pages: Tensor, offset: int, rows: int, words: int) -> Tensor:
+    """The words of a stream, one row a token: uint8 (..., pages, bytes) -> int16 (..., tokens, words)."""
+    return section(pages, offset, rows * words, torch.int16).unflatten(-1, (rows, words)).flatten(-3, -2)
 
-    Two tensors, low and high bytes, where a row of words is one token; one where it is tokens t and t + 32.
-    """
-    lead = pages.shape[:-2]
-    both = pages[..., offset : offset + 2 * rows * words].reshape(*lead, -1, 2 * words if not paired else 64 * words)
-    if not paired:
-        both = both.reshape(*lead, -1, words, 2)
-        return both[..., 0], both[..., 1]
-    both = both.reshape(*lead, -1, 32, words, 2).movedim(-1, -3)
-    return (both.reshape(*lead, -1, words),)
+
+def byte_rows(pages: Tensor, offset: int, rows: int, words: int) -> Tensor:
+    """The bytes of a stream whose rows are tokens t and t + 32, one row a token: uint8 (..., pages, bytes) ->
+    (..., tokens, words)."""
+    both = section(pages, offset, 2 * rows * words, torch.uint8).unflatten(-1, (rows // 32, 32, words, 2))
+    return both.movedim(-1, -3).flatten(-5, -2)
 
 
 def rows_of_bytes(parts: tuple[Tensor, ...], *, paired: bool) -> Tensor:
-    """The inverse of `byte_rows`: uint8 (..., tokens, words) each -> (..., bytes of a section)."""
+    """The inverse of `byte_rows`, or of `word_rows` for their low and high bytes: uint8 (..., tokens, words) each ->
+    (..., bytes of a section)."""
     if not paired:
         return torch.stack(parts, -1).flatten(-3)
     (part,) = parts
@@ -380,9 +394,3 @@ def entries(words: Tensor, blocks: int, groups: int, *, token_major: bool) -> Te
     if token_major:
         return words.unflatten(-1, (blocks, groups)).flatten(2, 3)
     return words.unflatten(-1, (groups, blocks)).mT.flatten(2, 3)
-
-
-def used(numbers: Tensor, weights: Tensor, tokens: int) -> Tensor:
-    """Numbers (B, H, token blocks, ...) with those of blocks that no weight reaches made 0: they may be anything."""
-    reached = (weights > 0).any(-1).unflatten(-1, (-1, tokens)).any(-1)
-    return torch.where(reached[..., None], numbers, 0.0)

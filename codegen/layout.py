@@ -159,6 +159,12 @@ class SideLayout:
         return (self, *(self.rest.terms if self.rest else ()))
 
     @property
+    def rowwise(self) -> bool:
+        """Tokens, or blocks of them, have bytes of their own: no word and no row of numbers is of several."""
+        others = (term.factors or term.slots or term.beside or term.channels for term in self.terms)
+        return not any(others) and not any(stream.paired for term in self.terms for stream in term.streams)
+
+    @property
     def planes(self) -> int:
         return len(self.spans)
 

@@ -5,6 +5,8 @@ It runs on any device.  Working memory grows with the packed tokens that a call 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -14,10 +16,31 @@ from kvdsl.spaces import applied
 from .chunks import WORKING, decoded_chunks
 from .host_beside import met_at
 from .host_channels import queries
+from .host_products import scored
 from .plan import SidePlan
 from .run_torch_pages import TorchPages
 
 LOG2E = 1.4426950408889634
+LOWEST = torch.finfo(torch.float32).min
+
+
+class Span(NamedTuple):
+    """Which tokens u one call reads: from the first one of page `low` on, those before `end`; those that some sequence
+    has packed are before page `high`.
+
+    `alike`: every sequence has the same numbers, so exact rows are slices and no token is another's; else `keys` and
+    `values`, from which on tokens are exact, are the lowest of all sequences.  `masked`: some query row does not see
+    some token.
+    """
+
+    low: int
+    high: int
+    end: int
+    keys: int
+    values: int
+    first: int
+    alike: bool
+    masked: bool
 
 
 class TorchModule(TorchPages):
@@ -57,7 +80,7 @@ class TorchModule(TorchPages):
                 decoded = applied(params["keys.decode"], decoded)
             if self.plan.keys.shifted:
                 decoded = decoded + params["keys.decode_shift"][:, None]
-            return self._placed(sum(others, decoded), first, params, torch.float32, places) @ columns
+            return scored(self._placed(sum(others, decoded), first, params, torch.float32, places), columns)
         first_score, *others = (self._term_scores(term, columns, pages, params) for term in self.plan.keys.spaces)
         return sum(others, first_score)
 
@@ -69,10 +92,13 @@ class TorchModule(TorchPages):
         if term.beside:
             met = met_at(columns, self._channels(term, pages))
             return getattr(self.module, term.product)(met, *self._inputs(term, pages, params))
-        met = params[f"{term.home}.decode"].mT @ columns if term.mapped else columns
-        met = _by_stored(met, term.joined)
-        score: Tensor = getattr(self.module, term.product)(met, *self._inputs(term, pages, params))
-        score = _by_reader(score, term.joined).unflatten(2, (term.joined, -1)).sum(2)
+        met = (columns.mT @ params[f"{term.home}.decode"]).mT if term.mapped else columns
+        inputs, together = self._inputs(term, pages, params), term.joined
+        if together == 1:
+            score: Tensor = getattr(self.module, term.product)(met, *inputs)
+        else:
+            score = getattr(self.module, term.product)(_by_stored(met, together), *inputs)
+            score = _by_reader(score, together).unflatten(2, (together, -1)).sum(2)
         return score + (params[f"{term.home}.decode_shift"][:, None] @ columns) if term.shifted else score
 
     def _sums_of_codes(self, weights: Tensor, pages: Tensor, params: Params) -> Tensor:
@@ -81,10 +107,14 @@ class TorchModule(TorchPages):
         return sum(others, total)
 
     def _term_sums(self, term: SidePlan, weights: Tensor, pages: Tensor, params: Params) -> Tensor:
-        every = _by_stored(weights.repeat(1, 1, term.joined, 1), term.joined)
-        total = _by_reader(getattr(self.module, term.product)(every, *self._inputs(term, pages, params)), term.joined)
+        inputs, together = self._inputs(term, pages, params), term.joined
+        if together == 1:
+            total: Tensor = getattr(self.module, term.product)(weights, *inputs)
+        else:
+            every = _by_stored(weights.repeat(1, 1, together, 1), together)
+            total = _by_reader(getattr(self.module, term.product)(every, *inputs), together)
         if term.mapped:
-            total = params[f"{term.home}.decode"] @ total
+            total = (total.mT @ params[f"{term.home}.decode"].mT).mT
         if term.shifted:
             total = total + params[f"{term.home}.decode_shift"][..., None] * weights.sum(-2, keepdim=True)
         return total
@@ -98,14 +128,14 @@ class TorchModule(TorchPages):
         self, query: Tensor, state: AttentionState, params: Params, splits: int | None = None, form: Form | None = None
     ) -> tuple[Tensor, Tensor]:
         """See KernelSet; `splits` is a matter of the GPU, and only asks for products of codes here."""
-        out, lse = self._read(query, state, params, splits, form)
+        out, lse = self._in_form(query, state, params, splits, form)
         return out.to(query.dtype), lse
 
     def union(
         self, query: Tensor, segments: Segments, splits: int | None = None, form: Form | None = None
     ) -> tuple[Tensor, Tensor]:
         found = [
-            module._read(query, state, params, splits, form)
+            module._in_form(query, state, params, splits, form)
             if fold is None
             else module._folded(fold, state, params, splits, form)
             for module, state, params, fold in segments
@@ -115,7 +145,7 @@ class TorchModule(TorchPages):
         weights = torch.exp(lse - torch.where(whole == -torch.inf, 0.0, whole))
         return (out * weights[..., None]).sum(0).to(query.dtype), whole
 
-    def _read(
+    def _in_form(
         self, query: Tensor, state: AttentionState, params: Params, splits: int | None, form: Form | None
     ) -> tuple[Tensor, Tensor]:
         """Output (B, Hq, Q, D) and log-sum-exp (B, Hq, Q), float32, in the form that is asked for or the usual one."""
@@ -127,7 +157,7 @@ class TorchModule(TorchPages):
         self, fold: Fold, state: AttentionState, params: Params, splits: int | None, form: Form | None
     ) -> tuple[Tensor, Tensor]:
         """The same where something was taken out of the segment's numbers."""
-        out, lse = self._read(fold.query, state, params, splits, form)
+        out, lse = self._in_form(fold.query, state, params, splits, form)
         group = self.plan.shape.group
         if fold.factor is not None:
             out = out * fold.factor.repeat_interleave(group, 1)[:, :, None]
@@ -136,54 +166,44 @@ class TorchModule(TorchPages):
         return out, lse if fold.bias is None else lse + fold.bias
 
     def _attended(self, query: Tensor, state: AttentionState, params: Params) -> tuple[Tensor, Tensor]:
-        """Output (B, Hq, Q, D) and log-sum-exp (B, Hq, Q), float32."""
-        queries, tokens, sinks = query.shape[2], self.plan.layout.page_tokens, self.plan.sinks
+        """Output (B, Hq, Q, D) and log-sum-exp (B, Hq, Q), float32.  Scores and weights are (B, H, rows, tokens), the
+        sinks' first: rows of many tokens lie one behind the other in memory."""
+        queries, span = query.shape[2], self._span(state, query.shape[2])
         factor = state.scaling if state.softcap is not None else state.scaling * LOG2E
         columns = self._rows(query, factor)
-        end = max(0, state.longest - sinks)
-        pages = -(-min(state.packed_most, end) // tokens)
-        low = self._first_page(state, queries, min(pages, end // tokens))
-        exact_from = max(low * tokens, int(torch.minimum(state.packed_keys, state.packed_values).min()))
-        exact_from = min(exact_from, end)
-        u = torch.arange(low * tokens, end, device=query.device)
-        coded = max(0, min(pages * tokens, end) - low * tokens)
-
-        score = columns.new_full((*columns.shape[:2], len(u), columns.shape[-1]), -torch.inf)
-        if coded:
-            packed = self._gather(state.pool, state.table, low, pages)
-            found = self._scores_of_codes(columns, packed, low * tokens, params, state.places)
-            score[:, :, :coded] = found[:, :, :coded]
-        tail = slice(exact_from - low * tokens, len(u))
-        alive = self._alive(state, u[tail], state.packed_keys)
-        exact = self._exact_rows(state, state.key_rows, u[tail], alive) @ columns
-        score[:, :, tail] = torch.where(
-            (u[tail] >= state.packed_keys[:, None])[:, None, :, None], exact, score[:, :, tail]
-        )
-        first = self._exact_rows(state, state.key_rows, torch.arange(-sinks, 0, device=query.device), None) @ columns
-        score = torch.cat((first, score), -2)
+        packed = self._gather(state.pool, state.table, span.low, span.high) if span.high > span.low else None
+        score = self._all_scores(columns, packed, state, span, params)
         if state.softcap is not None:
             score = torch.tanh(score / state.softcap) * (state.softcap * LOG2E)
-        u = torch.cat((torch.arange(-sinks, 0, device=query.device), u))
-        score = torch.where(self._seen(state, queries, u), score, -torch.inf)
+        if span.masked:
+            score = torch.where(self._seen(state, queries, self._read(state, span)).mT, score, -torch.inf)
+        most = score.amax(-1, keepdim=True) if score.shape[-1] else score.new_full((*score.shape[:-1], 1), -torch.inf)
+        weights = torch.exp2(score - most.clamp(min=LOWEST))
+        mass = weights.sum(-1, keepdim=True)
+        out = self._all_sums(weights, packed, state, span, params) / mass.clamp(min=1.0)  # its largest term is 1
+        lse = torch.where(mass > 0, (most + torch.log2(mass)) / LOG2E, -torch.inf)
+        return self._heads(out, queries), self._heads(lse, queries)[..., 0]
 
-        most = score.amax(-2, keepdim=True) if score.shape[-2] else score.new_full((1, 1, 1, 1), -torch.inf)
-        weights = torch.exp2(score - torch.where(most == -torch.inf, 0.0, most))
-        mass = weights.sum(-2)
-        on_sinks, weights = weights.split((sinks, score.shape[-2] - sinks), -2)
-        out = self._exact_rows(state, state.value_rows, u[:sinks], None).mT @ on_sinks
-        u = u[sinks:]
-        on_pages = torch.where((u < state.packed_values[:, None])[:, None, :, None], weights, 0.0)
-        if coded:
-            rest = pages * tokens - low * tokens - coded
-            on_pages = torch.nn.functional.pad(on_pages[:, :, :coded], (0, 0, 0, rest))
-            out = out + self._sums_of_codes(on_pages, packed, params)
-        alive = self._alive(state, u[tail], state.packed_values)
-        on_rows = torch.where(alive[:, None, :, None], weights[:, :, tail], 0.0)
-        out = out + self._exact_rows(state, state.value_rows, u[tail], alive).mT @ on_rows
-        out = out / torch.where(mass > 0, mass, 1.0)[..., None, :]
-        lse = (most[..., 0, :] + torch.log2(mass)) / LOG2E
-        lse = torch.where(mass > 0, lse, -torch.inf) if score.shape[-2] else torch.full_like(mass, -torch.inf)
-        return self._heads(out.mT, queries), self._heads(lse[..., None], queries)[..., 0]
+    def _span(self, state: AttentionState, queries: int) -> Span:
+        """Which tokens a call reads; waits for the device, once."""
+        numbers = (state.packed_keys, state.packed_values, state.length, state.start, state.first)
+        of_all = torch.stack(numbers).tolist()
+        keys, values, length, start, first = (min(of_one) for of_one in of_all)
+        alike = all(len(set(of_one)) == 1 for of_one in of_all)
+        tokens, sinks = self.plan.layout.page_tokens, self.plan.sinks
+        end = max(0, state.longest - sinks)
+        pages = -(-min(state.packed_most, end) // tokens)
+        low = 0
+        if state.places is None:
+            oldest, newest = start, length + state.ahead  # what the first query sees; the position behind the last one
+            if state.window is not None:
+                oldest = max(oldest, newest - queries - state.window + 1)
+            low = min(pages, end // tokens, max(0, oldest - sinks) // tokens)
+        least = 0 if sinks else low * tokens
+        masked = not alike or state.places is not None or start > least or queries - state.ahead > 1
+        masked = masked or state.window is not None and least <= length + state.ahead - 1 - state.window
+        floor = low * tokens
+        return Span(low, pages, end, min(max(keys, floor), end), min(max(values, floor), end), first, alike, masked)
 
     def _dense(self, query: Tensor, state: AttentionState, params: Params) -> tuple[Tensor, Tensor]:
         """The same by decoded numbers, chunk by chunk."""
@@ -192,7 +212,7 @@ class TorchModule(TorchPages):
         heads, rows = columns.shape[0] * columns.shape[1], columns.shape[3]
         most = columns.new_full((*columns.shape[:2], 1, rows), -torch.inf)
         mass, total = torch.zeros_like(most), torch.zeros_like(columns)
-        spans = [(-sinks, 0)] if sinks else []
+        spans = [(-sinks, min(sinks, state.longest) - sinks)] if sinks else []
         for low, high in [*spans, *decoded_chunks(self.plan, state, 4 * heads * (2 * rows + 4 * dim))]:
             u = torch.arange(low, high, device=query.device)
             score = self._numbers("keys", state, low, high, params) @ columns
@@ -213,34 +233,82 @@ class TorchModule(TorchPages):
         """Tokens u in [low, high), sinks or others, decoded where they are packed: float32 (B, H, high - low, D)."""
         keys = side == "keys"
         rows, packed = (state.key_rows, state.packed_keys) if keys else (state.value_rows, state.packed_values)
-        u = torch.arange(low, high, device=rows.device)
-        exact = self._exact_rows(state, rows, u, None if low < 0 else self._alive(state, u, packed))
-        end = min(high, state.packed_most)
-        if end <= low or low < 0:
+        if low < 0:
+            return self._sinks(state, rows, False)
+        u, end = torch.arange(low, high, device=rows.device), min(high, state.packed_most)
+        exact = self._exact_rows(state, rows, u, self._alive(state, u, packed))
+        if end <= low:
             return exact
         found = self.unpack(side, state.pool, state.table, low, end, params, state.places)
         found = torch.nn.functional.pad(found, (0, 0, 0, high - end))
         return torch.where((u < packed[:, None])[:, None, :, None], found, exact)
 
-    def _first_page(self, state: AttentionState, queries: int, last: int) -> int:
-        """The first page that any query of any sequence may see; `last` where a window begins behind all tokens."""
-        if state.places is not None:
-            return 0
-        oldest = state.start
-        if state.window is not None:
-            oldest = torch.maximum(oldest, state.length + state.ahead - queries - state.window + 1)
-        return min(last, max(0, int(oldest.min()) - self.plan.sinks) // self.plan.layout.page_tokens)
+    def _read(self, state: AttentionState, span: Span) -> Tensor:
+        """The tokens u that a call reads, in the order of scores."""
+        sinks, device = min(self.plan.sinks, state.longest), state.length.device
+        u = torch.arange(span.low * self.plan.layout.page_tokens, span.end, device=device)
+        return torch.cat((torch.arange(-self.plan.sinks, sinks - self.plan.sinks, device=device), u)) if sinks else u
+
+    def _all_scores(
+        self, columns: Tensor, packed: Tensor | None, state: AttentionState, span: Span, params: Params
+    ) -> Tensor:
+        """Scores of the sinks, and of the tokens u of a span, by codes or by exact rows."""
+        rows, floor, tail = columns.mT, span.low * self.plan.layout.page_tokens, span.end
+        found = [rows @ self._sinks(state, state.key_rows, span.alike).mT] if self.plan.sinks else []
+        if packed is not None:
+            coded = self._scores_of_codes(columns, packed, floor, params, state.places).mT
+        if span.alike:
+            found += [coded[..., : span.keys - floor]] if span.keys > floor else []
+            exact = self._slices(state.key_rows, self.plan.sinks, span.first, span.keys, tail)
+            found.append(rows @ exact.mT)
+        else:
+            u = torch.arange(span.keys, tail, device=columns.device)
+            exact = rows @ self._exact_rows(state, state.key_rows, u, self._alive(state, u, state.packed_keys)).mT
+            if packed is not None:
+                found.append(coded[..., : span.keys - floor])
+                late = torch.nn.functional.pad(coded, (0, max(0, tail - floor - coded.shape[-1])))
+                late = late[..., span.keys - floor : tail - floor]
+                exact = torch.where((u >= state.packed_keys[:, None])[:, None, None], exact, late)
+            found.append(exact)
+        return torch.cat(found, -1) if len(found) > 1 else found[0]
+
+    def _all_sums(
+        self, weights: Tensor, packed: Tensor | None, state: AttentionState, span: Span, params: Params
+    ) -> Tensor:
+        """Sums of the same tokens' values under weights: (B, H, rows, D)."""
+        floor, sinks = span.low * self.plan.layout.page_tokens, min(self.plan.sinks, state.longest)
+        found = [weights[..., :sinks] @ self._sinks(state, state.value_rows, span.alike)] if self.plan.sinks else []
+        weights = weights[..., sinks:]
+        late = weights[..., span.values - floor :]
+        if span.alike:
+            on_pages = weights[..., : span.values - floor]
+            rows = self._slices(state.value_rows, self.plan.sinks, span.first, span.values, span.end)
+        else:
+            u = torch.arange(floor, span.end, device=weights.device)
+            on_pages = torch.where((u < state.packed_values[:, None])[:, None, None], weights, 0.0)
+            alive = self._alive(state, u[span.values - floor :], state.packed_values)
+            rows = self._exact_rows(state, state.value_rows, u[span.values - floor :], alive)
+            late = torch.where(alive[:, None, None], late, 0.0)
+        if packed is not None and on_pages.shape[-1]:
+            places = packed.shape[1] * self.plan.layout.page_tokens
+            on_pages = torch.nn.functional.pad(on_pages[..., :places], (0, max(0, places - on_pages.shape[-1])))
+            found.append(self._sums_of_codes(on_pages.mT, packed, params).mT)
+        return sum(found, late @ rows)
+
+    def _sinks(self, state: AttentionState, rows: Tensor, alike: bool) -> Tensor:
+        """Exact rows of the sinks that there are, float32; 0 those of shorter sequences."""
+        held = rows[:, :, : min(self.plan.sinks, state.longest)].to(torch.float32)
+        if alike:
+            return held
+        there = torch.arange(held.shape[2], device=rows.device) < state.length[:, None]
+        return torch.where(there[:, None, :, None], held, 0.0)
 
     def _alive(self, state: AttentionState, u: Tensor, packed: Tensor) -> Tensor:
         """(B, tokens): the token at u is there, and exact."""
         return (u >= packed[:, None]) & (u < (state.length - self.plan.sinks)[:, None])
 
-    def _exact_rows(self, state: AttentionState, rows: Tensor, u: Tensor, alive: Tensor | None) -> Tensor:
+    def _exact_rows(self, state: AttentionState, rows: Tensor, u: Tensor, alive: Tensor) -> Tensor:
         """Exact rows of the tokens at u, float32 (B, H, tokens, D); rows of tokens that are not alive are 0."""
-        if alive is None:  # sinks: rows from the first on, those beyond a short sequence 0
-            sinks = self.plan.sinks
-            there = (u + sinks < state.length[:, None])[:, None, :, None]
-            return torch.where(there, rows[:, :, :sinks].to(torch.float32), 0.0)
         ring = rows.shape[2] - self.plan.sinks
         place = self.plan.sinks + torch.remainder(u - state.first[:, None], max(1, ring))
         index = place[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3])

@@ -7,10 +7,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from kvdsl.appending import pack_due, write_token
 from kvdsl.codes import SLOT_TOKENS
-from kvdsl.kernels import Params, Places, Side
+from kvdsl.kernels import Params, Places, Room, Side
 from kvdsl.params import ROPE
 from kvdsl.rope import table
+from kvdsl.scheme import SIDES
 
 from .host import cartesian, mapped, polar, rotated, rows_of_bytes, saturated, section
 from .host_beside import Taken, level_counts, placed, rows_there
@@ -36,7 +38,20 @@ class TorchPages:
 
     def _gather(self, pool: Tensor, table: Tensor, low: int, high: int) -> Tensor:
         """Pages `low` to `high` of every sequence: uint8 (B, pages, page_bytes)."""
-        return pool[table[:, low:high].long()]
+        ids = table[:, low:high]
+        return pool.index_select(0, ids.flatten()).unflatten(0, ids.shape)  # copies whole pages, unlike pool[ids]
+
+    @staticmethod
+    def _slices(rows: Tensor, offset: int, first: int, begin: int, end: int) -> Tensor:
+        """Rows of the tokens u in [begin, end), float32 (B, H, tokens, D), where all sequences' rings begin at u =
+        `first`, behind `offset` other rows."""
+        ring, parts = rows.shape[2] - offset, []
+        while begin < end:
+            row = (begin - first) % ring
+            count = min(end - begin, ring - row)
+            parts.append(rows[:, :, offset + row : offset + row + count])
+            begin += count
+        return (torch.cat(parts, 2) if len(parts) > 1 else (parts or [rows[:, :, :0]])[0]).to(torch.float32)
 
     def _inputs(self, part: SidePlan, pages: Tensor, params: Params) -> list[Tensor]:
         """The arguments of a function that reads one term, or all bands, of pages (B, pages, page_bytes)."""
@@ -110,12 +125,61 @@ class TorchPages:
              places: Places | None = None) -> None:  # fmt: skip
         tokens = self.plan.layout.page_tokens
         low, high = reach[0] // tokens, -(-reach[1] // tokens)
+        if high - low == 1 and self.plan.side(side).layout.rowwise:
+            of_all = {tuple(of_one) for of_one in torch.stack((begin, end, first), 1).tolist()}
+            if len(of_all) == 1:
+                self._pack_rows(side, rows, of_all.pop()[2], offset, reach, pool, table, params, places)
+                return
         starts = torch.arange(low, max(low, high), device=pool.device) * tokens
         touched = (starts < end[:, None]) & (starts + tokens > begin[:, None])
         sequences, numbers = touched.nonzero(as_tuple=True)
         for chunk in range(0, len(sequences), PACK_AT_ONCE):
             b, page = sequences[chunk : chunk + PACK_AT_ONCE], numbers[chunk : chunk + PACK_AT_ONCE] + low
             self._pack_pages(side, rows, first, offset, begin, end, pool, table, params, b, page, places)
+
+    def append(self, keys: Tensor, values: Tensor, into: Room, params: Params) -> None:
+        for side, fresh in zip(SIDES, (keys, values), strict=True):
+            write_token(into.rows(side), fresh, into.length, self.plan.sinks)
+            pack_due(self.pack, side, into, params, self.plan.sinks, self.plan.layout.page_tokens)
+
+    def _pack_rows(self, side: Side, rows: Tensor, first: int, offset: int, reach: tuple[int, int], pool: Tensor,
+                   table: Tensor, params: Params, places: Places | None) -> None:  # fmt: skip
+        """Tokens u in `reach`, of one page, of all sequences: as in most steps of decoding.  Only these are quantized,
+        and what is written of them are slices."""
+        page, at = divmod(reach[0], self.plan.layout.page_tokens)
+        span = slice(at, at + reach[1] - reach[0])
+        x, ids = self._slices(rows, offset, first, *reach), table[:, page].long()
+        pages, whole = pool.index_select(0, ids), self.plan.side(side)
+        if whole.rope is not None:
+            u = torch.arange(*reach, device=pool.device)[None]
+            x = self._rotated(saturated(x), self._positions(u, places), params, torch.float64, -1)
+        for part in whole.spaces:
+            turned = self._turned(part, x, params)
+            for term in part.parts:
+                numbers = turned[..., term.first : term.first + term.dim] if term.band else turned
+                self._write_rows(term, self._sections(term, x, numbers, params), span, pages)
+            if part.residual is not None:
+                x = saturated(x) - self._decoded(part, pages[:, None], params, span)
+        pool.index_copy_(0, ids, pages)
+
+    def _write_rows(self, part: SidePlan, sections: list[Tensor], span: slice, pages: Tensor) -> None:
+        """Write the sections of one term of the tokens in `span` into pages."""
+        layout, (blobs, shared) = self.plan.layout, self._blobs(pages)
+        rows = [(stream.offset, 2 * stream.row_words) for stream in part.layout.streams]
+        if part.floats:
+            rows = [(part.layout.float_offset, sections[0].shape[-1] // (span.stop - span.start))]
+        for (offset, size), new in zip(rows, sections, strict=False):
+            held = blobs[..., offset : offset + layout.page_tokens * size].unflatten(-1, (-1, size))[..., span, :]
+            held.copy_(new.unflatten(-1, (-1, size)))
+        meta = part.layout.meta
+        if meta is None:
+            return
+        here = shared if meta.shared else blobs
+        start = meta.offset - (layout.head_bytes * layout.kv_heads if meta.shared else 0)
+        each = meta.element * (meta.groups if meta.tokens > 1 else 1)  # bytes that blocks are apart
+        held = here[..., start : start + meta.size].unflatten(-1, (-1, meta.blocks, each))
+        held = held[..., span.start // meta.tokens : span.stop // meta.tokens, :]
+        held.copy_(sections[-1].unflatten(-1, tuple(held.shape[-3:])))
 
     def _pack_pages(self, side: Side, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor,
                     pool: Tensor, table: Tensor, params: Params, b: Tensor, page: Tensor,
@@ -191,14 +255,7 @@ class TorchPages:
                chosen: Taken | None = None) -> Tensor | None:  # fmt: skip
         """Write one term of x (pages, H, T, D), whose numbers to be coded are given, into pages, where tokens are
         inside; the bits of codes above those that stand among the others', where some have more."""
-        layout = self.plan.layout
-        given = [turned]
-        if part.sketched:  # one sum a token, before the vector is mapped: (pages, H, T, 1)
-            given.append(saturated(x).to(torch.float64).square().sum(-1, keepdim=True))
-        if chosen is not None and part.raised:
-            given.append(level_counts(part, chosen.theirs))
-        more = [params[f"{part.home}.start"]] if part.factors else []
-        sections = list(getattr(self.module, f"pack_{part.label}")(*given, *self._given(part, params), *more))
+        layout, sections = self.plan.layout, self._sections(part, x, turned, params, chosen)
         blobs, shared = self._blobs(pages)
         if part.floats:
             size = part.layout.float_offset
@@ -229,6 +286,18 @@ class TorchPages:
             else:
                 self._merge(blobs, meta.offset, sections.pop(0), marks[:, None])
         return sections[0] if part.raised else None
+
+    def _sections(
+        self, part: SidePlan, x: Tensor, turned: Tensor, params: Params, chosen: Taken | None = None
+    ) -> list[Tensor]:
+        """What the generated function makes of one term of x (n, H, T, D), whose numbers to be coded are given."""
+        given = [turned]
+        if part.sketched:  # one sum a token, before the vector is mapped: (n, H, T, 1)
+            given.append(saturated(x).to(torch.float64).square().sum(-1, keepdim=True))
+        if chosen is not None and part.raised:
+            given.append(level_counts(part, chosen.theirs))
+        more = [params[f"{part.home}.start"]] if part.factors else []
+        return list(getattr(self.module, f"pack_{part.label}")(*given, *self._given(part, params), *more))
 
     @staticmethod
     def _merge(target: Tensor, offset: int, new: Tensor, marks: Tensor) -> None:

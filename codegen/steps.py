@@ -66,9 +66,14 @@ class Steps:
 
     def added(self, plane: int, query: str, scale: str, offset: str) -> list[str]:
         """b<plane>: what adds up, over channels, to the offset's share of the score; no line if it has none."""
+        share = self.share(query, scale, offset)
+        return [] if share is None else [f"b{plane} = {share}"]
+
+    def share(self, query: str, scale: str, offset: str) -> str | None:
+        """What adds up, over channels, to the offset's share of the score; None if it has none."""
         parts = (plain(t.channel_factor * t.token_factor) for t in self.side.form.terms if not t.coded)
         rest = sum(parts, sp.Integer(0))
-        return [] if rest == 0 else [f"b{plane} = {self._of_channel(rest, query, scale, offset)}"]
+        return None if rest == 0 else self._of_channel(rest, query, scale, offset)
 
     def _of_channel(self, factor: sp.Expr, query: str, scale: str, offset: str) -> str:
         axes = {"q": ("w", "r"), "s": ("w",), "z": ("w",)}
@@ -110,6 +115,14 @@ class Steps:
         coefficient, rest = sum(plain(t.token_factor * t.channel_factor) for t in terms).as_coeff_Mul()
         axes = {"p": ("t", "r"), "s": ("t",), "z": ("t",)}
         return self.printed(rest, axes, {"p": weights, "s": scale, "z": offset}), coefficient
+
+    def carried_by_token(self, scale: str, offset: str) -> str | None:
+        """What each weight is multiplied by in the offsets' sum, where tokens are scaled; None if nothing is."""
+        terms = [t for t in self.side.form.terms if not t.coded]
+        if not terms:
+            return None
+        each = sum(plain(t.token_factor * t.channel_factor) for t in terms) / sp.Symbol("p")
+        return self.printed(sp.expand(each), {"s": ("t",), "z": ("t",)}, {"s": scale, "z": offset})
 
     def clean(self, plane: int) -> str:
         """The sum of codes of one plane, from the sums over dirty planes."""

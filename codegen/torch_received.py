@@ -57,7 +57,7 @@ class TorchReceived(TorchModule):
         sinks, tokens, device = self.plan.sinks, self.plan.layout.page_tokens, state.pool.device
         u = torch.arange(-sinks, min(0, state.longest - sinks), device=device)
         if len(u):
-            held = self._exact_rows(state, state.key_rows, torch.arange(-sinks, 0, device=device), None)[:, :, : len(u)]
+            held = self._sinks(state, state.key_rows, alike=False)
             yield u, held.__matmul__
         least = int(state.packed_keys.min()) if len(state.packed_keys) else 0
         for low in range(0, max(0, state.longest - sinks), PACK_AT_ONCE * tokens):

@@ -6,27 +6,26 @@ Arrays lead with (B, H); tokens and query rows are the last two axes of scores, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 from kvdsl.codes import SLOT_TOKENS
 
 from .codec import READ, call
 from .codec_text import functions
-from .layout import Stream
 from .placement import When
 from .sections import Beside, Slots
 from .text import Lines, bare, listed
-from .torch_pack import TorchPack, unpacked
+from .torch_pack import TorchPack
 
 
 class TorchSide(TorchPack):
-    """Prints `pack_<side>`, `numbers_<side>`, `unpack_<side>`, and `score` or `weigh`."""
+    """Prints `pack_<side>`, `numbers_<side>`, `codes_<side>`, `unpack_<side>`, and `score` or `weigh`."""
 
     def functions(self) -> list[str]:
         texts = functions(self.side, "torch.") if self.side.coded else []
         texts += [] if self.side.beside else [self.pack()]  # what is kept of chosen channels is bytes when it comes
         if self.side.layout.meta is not None:
             texts.append(self.numbers())
+        texts += [self.codes()] if self.side.coded else []
         texts.append(self.unpack())
         if self.side.band and self.side.depth:
             return texts
@@ -35,6 +34,11 @@ class TorchSide(TorchPack):
         return texts
 
     # ---- reading --------------------------------------------------------------------------------------------------
+
+    @property
+    def _names(self) -> list[str]:
+        """What is stored of a block."""
+        return ["scale", *(["offset"] if self.side.has_offset else [])]
 
     def numbers(self) -> str:
         """Stored scales and offsets of every token block and channel group."""
@@ -61,30 +65,53 @@ class TorchSide(TorchPack):
                 out.add(f"return scale_over_zero_point(word, {mask}), (word & {mask}).to(torch.float32)")
             elif not side.has_offset:
                 out.add(f"return {whole}(word){outer}")
+            elif (low, outer) == ("low_half", ""):
+                out.add("return halves(word)")
             elif meta.kind == "words":
                 out.add(f"return as_float(word){outer}, as_float(second_word){outer}")
             else:
                 out.add(f"return {low}(word){outer}, {high}(word){outer}")
         return str(out)
 
-    def _read(self) -> list[str]:
-        """Lines that load the streams' bytes, one row a token."""
+    def codes(self) -> str:
+        """The codes of every token, plane beside plane."""
+        out = Lines()
+        with out.deeper(f"def codes_{self.side.label}(pages):"):
+            out.add('"""The codes of every token of the pages: whole numbers (B, H, tokens, D)."""')
+            for stream in self.side.layout.streams:
+                name = f"{self.prefix}{stream.width}"
+                rows = "byte_rows" if stream.paired else "word_rows"
+                out.add(f"{name} = {rows}(pages, {stream.offset}, {stream.rows}, {stream.row_words})")
+            for j in self.planes:
+                out.extend(self._code(j))
+            planes = listed(f"c{j}" for j in self.planes)
+            out.add(f"return torch.cat(({planes}), -1)" if len(self.planes) > 1 else "return c0")
+        return str(out)
+
+    def _code(self, plane: int) -> list[str]:
+        """Lines that join the codes c<plane> of a plane over the streams."""
         lines = []
-        for stream in self.side.layout.streams:
-            name = f"{self.prefix}{stream.width}"
-            names = f"({name},)" if stream.paired else f"{name}_low, {name}_high"
-            call = f"byte_rows(pages, {stream.offset}, {stream.rows}, {stream.row_words}, paired={stream.paired})"
-            lines.append(f"{names} = {call}")
+        for i, stream in enumerate(self.side.layout.streams):
+            place, span = stream.places[plane], self.side.layout.spans[plane]
+            row = f"{self.prefix}{stream.width}"
+            if stream.digits:
+                return [f"c{plane} = digit({row}[..., {span.low}:{span.high}], {place.bit})"]
+            if stream.tiles > 1:
+                row = f"{row}[..., {place.tile * self.width}:{(place.tile + 1) * self.width}]"
+            bit = place.bit + 8 * place.byte
+            shifted = f"({row} >> {bit})" if bit else row
+            whole = stream.width == 8 and stream.paired
+            kept = shifted if whole else f"({shifted} & {2**stream.width - 1})"
+            part = f"({kept} << {stream.shift})" if stream.shift else kept
+            lines.append(f"c{plane} = c{plane} | {part}" if i else f"c{plane} = {bare(part)}")
         return lines
 
-    def _byte(self, stream: Stream, plane: int) -> str:
-        place, span = stream.places[plane], self.side.layout.spans[plane]
-        if stream.digits:
-            return f"{self.prefix}{stream.width}[..., {span.low}:{span.high}]"
-        name = f"{self.prefix}{stream.width}" + ("" if stream.paired else ("_low", "_high")[place.byte])
-        if stream.tiles == 1:
-            return name
-        return f"{name}[..., {place.tile * self.width}:{(place.tile + 1) * self.width}]"
+    def _codes(self) -> list[str]:
+        """Lines that read what a product takes of every number, float32: its code, or the level of that."""
+        codes = f"codes_{self.side.label}(pages)"
+        if not self.side.alphabet.looked_up:
+            return [f"code = {codes}.to(torch.float32)"]
+        return [*self._given("levels"), f"code = {call(self.side, 'levels', [codes])}"]
 
     def _numbers(self) -> list[str]:
         side = self.side
@@ -126,16 +153,11 @@ class TorchSide(TorchPack):
             if (beside := side.beside) is not None:
                 self._from_channels(out, beside)
                 return str(out)
-            out.extend([*self._given("levels"), *self._read()])
-            for j in self.planes:
-                out.extend(self._code(j))
-            code = f"torch.cat(({listed(f'c{j}' for j in self.planes)}), -1)"
-            looked_up = side.alphabet.looked_up
-            out.add(f"code = {call(side, 'levels', [code]) if looked_up else f'{code}.to(torch.float32)'}")
+            out.extend(self._codes())
             out.extend(self._numbers() if side.store.measure is not None else [])
             meta = side.layout.meta
             if meta is not None:
-                for name in ["scale", *(["offset"] if side.has_offset else [])]:
+                for name in self._names:
                     out.add(f"{name} = spread({name}, {meta.tokens}, {meta.channels}, 1)")
             out.add(f"return {self.steps.number('code', 'scale', 'offset')}")
         return str(out)
@@ -177,51 +199,16 @@ class TorchSide(TorchPack):
             out.add("return torch.cat((", *(f"    {call}," for call in calls), "), -1)")
         return str(out)
 
-    def _code(self, plane: int) -> list[str]:
-        """Lines that join the codes c<plane> of a plane over the streams."""
-        lines = []
-        for i, stream in enumerate(self.side.layout.streams):
-            if stream.digits:
-                return [f"c{plane} = digit({self._byte(stream, plane)}, {stream.places[plane].bit})"]
-            bit = stream.places[plane].bit
-            shifted = f"({self._byte(stream, plane)} >> {bit})" if bit else self._byte(stream, plane)
-            kept = f"({shifted} & {2**stream.width - 1})" if stream.width < 8 else shifted
-            part = f"({kept} << {stream.shift})" if stream.shift else kept
-            lines.append(f"c{plane} = c{plane} | {part}" if i else f"c{plane} = {bare(part)}")
-        return lines
-
-    def _levels(self) -> list[str]:
-        """Lines that look up the levels l<plane> of every plane; none where codes are read as they are."""
-        if not self.side.alphabet.looked_up:
-            return []
-        lines = self._given("levels")
-        for j in self.planes:
-            lines += [*self._code(j), f"l{j} = {call(self.side, 'levels', [f'c{j}'])}"]
-        return lines
-
-    def _plane(self, stream: Stream, plane: int) -> str:
-        """What a product reads of a plane, float32 (..., tokens, lanes): dirty codes, or levels."""
-        if self.side.alphabet.looked_up:
-            return f"l{plane}"
-        if self.side.layout.digits:
-            return f"{self._code(plane)[0].split(' = ')[1]}.to(torch.float32)"
-        place = stream.places[plane]
-        low = self.side.run(stream, plane).start * stream.width
-        mask = 2 ** (place.bit + stream.width) - 2**low
-        byte = self._byte(stream, plane)
-        return f"{byte}.to(torch.float32)" if mask == 255 else f"({byte} & {mask}).to(torch.float32)"
-
-    def _channels(self, name: str, plane: int) -> str:
-        """The stored numbers of a plane's channels, of (..., groups) numbers."""
+    def _of_channels(self) -> list[str]:
+        """Lines that give every channel of a group the group's numbers; calibrated ones are of channels already."""
         meta = self.side.layout.meta
-        channels = meta.channels if meta is not None else 1
-        groups = meta.groups if meta is not None else self.plan.shape.head_dim
-        block = self.side.scale.block
-        if self.side.static and not isinstance(block.channels, int) or groups == 1:
-            return name
-        spread = name if channels == 1 or self.side.static else f"{name}.repeat_interleave({channels}, -1)"
-        channels_of = self.side.layout.spans[plane].channels
-        return f"{spread}[..., {channels_of[0]}:{channels_of[-1] + 1}]"
+        if self.side.static:
+            spread = "[:, 0]"  # (H, 1, channels): the middle axis is not there for a query
+        elif meta is not None and meta.channels > 1 and meta.groups > 1:
+            spread = f".repeat_interleave({meta.channels}, -1)"
+        else:
+            return []
+        return [f"{name} = {name}{spread}" for name in self._names]
 
     # ---- products -------------------------------------------------------------------------------------------------
 
@@ -235,15 +222,13 @@ class TorchSide(TorchPack):
                 out.add(
                     f"blocks = unpack_{side.space}({', '.join(self.inputs_of_all())}).unflatten(2, (-1, {held.tokens}))"
                 )
-                out.add("return (blocks @ query).flatten(2, 3)")
+                out.add("return scored(blocks, query).flatten(2, 3)")
                 return str(out)
             out.add('"""q.k of every packed token: query float32 (B, H, D, rows) -> (B, H, tokens, rows)."""')
             if side.when in (When.NEVER, When.IN_LOOP):
-                out.add(f"return {self._channels_of(f'unpack_{side.space}')} @ query")
+                out.add(f"return scored({self._channels_of(f'unpack_{side.space}')}, query)")
                 return str(out)
-            out.add(f"{unpacked(f'x{j}' for j in self.planes)} = query.split({self.sizes}, -2)")
-            out.extend([*self._read(), *self._levels()])
-            out.extend(self._numbers())
+            out.extend([*self._codes(), *self._numbers()])
             if side.when is When.AFTER_DOT:
                 self._score_after_dot(out)
             else:
@@ -262,61 +247,42 @@ class TorchSide(TorchPack):
         meta = self.side.layout.meta
         if meta is None or meta.tokens == 1 or self.side.when is not When.AFTER_DOT:
             return []
-        names = ["scale", *(["offset"] if self.side.has_offset else [])]
-        return [f"{name} = {name}.repeat_interleave({meta.tokens}, -2)" for name in names]
+        return [f"{name} = {name}.repeat_interleave({meta.tokens}, -2)" for name in self._names]
 
     def _score_after_dot(self, out: Lines) -> None:
+        """Each group's dot product, then the scale that the group has for the token."""
         side = self.side
         out.extend(self._per_token())
-        out.extend(self.steps.prepared("x"))
         for group in range(side.groups):
-            members = [j for j in self.planes if side.group(j) == group]
-            products = [f"{self._plane(s, j)} @ q{s.width}_{j}" for s in side.operands for j in members]
-            out.add(f"s = {products[0]}", *(f"s = s + {product}" for product in products[1:]))
+            out.add(f"s = scored({self._of_group('code', group)}, {self._of_group('query', group, ', :')})")
             if self.steps.offset_in_score:
-                out.add(f"total = {self._over_lanes('x', members)}")
-            out.add(f"scale_g = scale[..., {group}]")
-            if side.has_offset:
-                out.add(f"offset_g = offset[..., {group}]")
+                out.add(f"total = {self._of_group('query', group, ', :')}.sum(-2)")
+            out.extend(self._scale_of_group(group))
             text = self.steps.assembled("s", "total", "scale_g", "offset_g")
             out.add(f"score = {'score + ' if group else ''}{text}")
         out.add("return score")
+
+    def _of_group(self, name: str, group: int, behind: str = "") -> str:
+        """The channels of one group of those whose scales are applied behind the dot product."""
+        size = self.side.dim // self.side.groups
+        return f"{name}[..., {group * size}:{(group + 1) * size}{behind}]" if self.side.groups > 1 else name
+
+    def _scale_of_group(self, group: int) -> list[str]:
+        return [f"{name}_g = {name}[..., {group}]" for name in self._names]
 
     def _score_scaled(self, out: Lines) -> None:
         """Scales on the query: of each token block, or calibrated."""
         side, meta = self.side, self.side.layout.meta
         blocked = side.when is When.ONCE_PER_TILE
-        for j in self.planes:
-            query = f"x{j}[:, :, None]" if blocked else f"x{j}"
-            if blocked:
-                out.add(f"x{j} = {query}")
-            out.add(f"scale_j = {self._channels(self._static_row('scale'), j)}")
-            if side.has_offset:
-                out.add(f"offset_j = {self._channels(self._static_row('offset'), j)}")
-            out.extend(self.steps.scaled(j, f"x{j}", "scale_j", "offset_j"))
-        out.extend(self.steps.prepared("y"))
-        for i, (stream, j) in enumerate((s, j) for s in side.operands for j in self.planes):
-            plane = self._plane(stream, j)
-            if blocked:
-                assert meta is not None
-                plane = f"{plane}.unflatten(-2, (-1, {meta.tokens}))"
-            out.add(f"s = {'s + ' if i else ''}{plane} @ q{stream.width}_{j}")
-        if self.steps.offset_in_score:
-            out.add(f"total = {self._over_lanes('b', self.planes)}")
-            out.add("s = s + total[..., None, :]")
+        if blocked:
+            assert meta is not None
+            out.add(f"code = code.unflatten(-2, (-1, {meta.tokens}))", "query = query[:, :, None]")
+        out.extend(self._of_channels())
+        out.add(f"s = scored(code, {self.steps.times_scale('query', 'scale', 'offset')})")
+        share = self.steps.share("query", "scale", "offset")
+        if share is not None:
+            out.add(f"total = ({share}).sum(-2)", "s = s + total[..., None, :]")
         out.add("return s.flatten(2, 3)" if blocked else "return s")
-
-    def _over_lanes(self, name: str, planes: Sequence[int]) -> str:
-        """The sum of <name>0, <name>1, ... over all lanes of these planes."""
-        names = [f"{name}{j}" for j in planes]
-        if not self.sizes.isdigit():
-            return " + ".join(f"{name}.sum(-2)" for name in names)
-        together = " + ".join(names)
-        return f"({together}).sum(-2)" if len(names) > 1 else f"{together}.sum(-2)"
-
-    def _static_row(self, name: str) -> str:
-        """Calibrated numbers stand as (H, 1, channels): the middle axis is not there for a query."""
-        return f"{name}[:, 0]" if self.side.static else name
 
     def weigh(self) -> str:
         """Sums of packed values under weights."""
@@ -324,60 +290,46 @@ class TorchSide(TorchPack):
         with out.deeper(f"def {side.product}({', '.join(['weights', *self.inputs_of_all()])}):"):
             out.add('"""Sums of packed values: weights float32 (B, H, tokens, rows) -> (B, H, D, rows)."""')
             if side.when in (When.NEVER, When.IN_LOOP):
-                out.add(f"return used({self._channels_of(f'unpack_{side.space}')}, weights, 1).mT @ weights")
+                decoded = self._channels_of(f"unpack_{side.space}")
+                out.add(f"return weighed(used({decoded}, weights, 1), weights)")
                 return str(out)
-            out.extend([*self._read(), *self._levels()])
+            out.extend(self._codes())
             if side.alphabet.small is not None:  # a code that was never written may be a NaN
-                out.add(*(f"l{j} = used(l{j}, weights, 1)" for j in self.planes))
+                out.add("code = used(code, weights, 1)")
             out.extend(self._numbers())
             meta = side.layout.meta
             if meta is not None:
-                for name in ["scale", *(["offset"] if side.has_offset else [])]:
-                    out.add(f"{name} = used({name}, weights, {meta.tokens})")
-            out.extend(self._per_token())
-            if side.when is When.ONCE_PER_TILE:
-                self._weigh_blocks(out)
+                out.add(f"unused = unreached(weights, {meta.tokens})")
+                out.add(*(f"{name} = {name}.masked_fill(unused, 0.0)" for name in self._names))
+            if side.when is When.AFTER_DOT:
+                self._weigh_groups(out)
             else:
-                self._weigh_planes(out)
-            out.add(f"return torch.cat(({listed(f'o{j}' for j in self.planes)}), -2)")
+                self._weigh_scaled(out)
         return str(out)
 
-    def _weigh_planes(self, out: Lines) -> None:
-        side = self.side
-        carried = self.steps.carried("weights", "scale_g", "offset_g")
-        for group in range(side.groups):
-            if side.when is When.AFTER_DOT:
-                out.add(f"scale_g = scale[..., {group}]")
-                if side.has_offset:
-                    out.add(f"offset_g = offset[..., {group}]")
-            out.add(f"weight = {self.steps.weight('weights', 'scale_g')}")
+    def _weigh_groups(self, out: Lines) -> None:
+        """The scales that each group has for the tokens on the weights."""
+        out.extend(self._per_token())
+        groups, carried = self.side.groups, self.steps.carried_by_token("scale", "offset")
+        out.extend([f"carried = weighed({carried}, weights)"] if carried is not None else [])
+        for group in range(groups):
+            out.add(f"scale_g = scale[..., {group}]")
+            weight = self.steps.weight("weights", "scale_g")
+            text = f"weighed({self._of_group('code', group)}, {weight})"
             if carried is not None:
-                text = f"({carried[0]})" if " " in carried[0] else carried[0]
-                out.add(f"carried{group} = {text}.sum(-2)")
-            for stream in side.operands:
-                for j in (j for j in self.planes if side.group(j) == group):
-                    out.add(f"a{stream.width}_{j} = {self._plane(stream, j)}.mT @ weight")
-        for j in self.planes:
-            text = self.steps.clean(j)
-            if side.when is When.ONCE_PER_QUERY:
-                out.add(f"total = {text}", f"scale_j = {self._channels(self._static_row('scale'), j)}")
-                if side.has_offset:
-                    out.add(f"offset_j = {self._channels(self._static_row('offset'), j)}")
-                text = self.steps.output("total", "carried0", "scale_j", "offset_j")
-            elif carried is not None:
-                text = self.steps.plus_carried(text, side.group(j), carried[1])
-            out.add(f"o{j} = {text}")
+                text += f" + carried[..., {group}:{group + 1}, :]" if groups > 1 else " + carried"
+            out.add(f"o{group} = {text}" if groups > 1 else f"return {text}")
+        if groups > 1:
+            out.add(f"return torch.cat(({listed(f'o{group}' for group in range(groups))}), -2)")
 
-    def _weigh_blocks(self, out: Lines) -> None:
+    def _weigh_scaled(self, out: Lines) -> None:
+        """Scales on the sums: of each token block, or calibrated."""
         side, meta = self.side, self.side.layout.meta
-        assert meta is not None
-        out.add(f"weight = weights.unflatten(-2, (-1, {meta.tokens}))", "weighed = weight.sum(-2)")
-        for stream in side.operands:
-            for j in self.planes:
-                plane = f"{self._plane(stream, j)}.unflatten(-2, (-1, {meta.tokens}))"
-                out.add(f"a{stream.width}_{j} = {plane}.mT @ weight")
-        for j in self.planes:
-            out.add(f"total = {self.steps.clean(j)}", f"scale_j = {self._channels('scale', j)}")
-            if side.has_offset:
-                out.add(f"offset_j = {self._channels('offset', j)}")
-            out.add(f"o{j} = ({self.steps.output('total', 'weighed', 'scale_j', 'offset_j')}).sum(2)")
+        if side.when is When.ONCE_PER_TILE:
+            assert meta is not None
+            out.add(*(f"{name} = {name}.unflatten(-2, (-1, {meta.tokens}))" for name in ("code", "weights")))
+        out.extend(self._of_channels())
+        out.add("total = weighed(code, weights)")
+        text = self.steps.output("total", "mass", "scale", "offset")
+        out.extend(["mass = weights.sum(-2)"] if "mass" in text else [])
+        out.add(f"return ({text}).sum(2)" if side.when is When.ONCE_PER_TILE else f"return {text}")
