@@ -128,7 +128,9 @@ class TorchPages:
         if high - low == 1 and self.plan.side(side).layout.rowwise:
             of_all = {tuple(of_one) for of_one in torch.stack((begin, end, first), 1).tolist()}
             if len(of_all) == 1:
-                self._pack_rows(side, rows, of_all.pop()[2], offset, reach, pool, table, params, places)
+                one, other, row = of_all.pop()
+                if one < other:
+                    self._pack_rows(side, rows, row, offset, (one, other), pool, table, params, places)
                 return
         starts = torch.arange(low, max(low, high), device=pool.device) * tokens
         touched = (starts < end[:, None]) & (starts + tokens > begin[:, None])
