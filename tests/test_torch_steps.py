@@ -84,3 +84,13 @@ def test_a_step_packs_the_tokens_that_are_due_and_gathers_no_row(monkeypatch: py
     for _ in range(3):
         cache.append_and_attend(numbers(1, SHAPE.kv_heads * SHAPE.group), numbers(1), numbers(1, 2))
     assert packed == [1, 1, 1]
+
+
+def test_what_is_packed_is_told_by_sequence_not_by_the_host_s_bounds() -> None:
+    kernels = build(kvdsl.load("int8_token_head"), SHAPE, backend="torch")
+    rows, zeros = numbers(64), torch.zeros(2, dtype=torch.int32)
+    pools = [torch.zeros(3, kernels.page_bytes, dtype=torch.uint8) for _ in range(2)]
+    table = torch.tensor([[1], [2]], dtype=torch.int32)
+    for pool, reach in zip(pools, ((5, 7), (0, 64)), strict=True):
+        kernels.pack("keys", rows, zeros, 0, zeros + 5, zeros + 7, reach, pool, table, {})
+    assert torch.equal(*pools) and pools[0].any()
