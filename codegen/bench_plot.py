@@ -58,10 +58,13 @@ def _speedups(axes: Any, found: Mapping[str, Any]) -> None:
     """Times over SDPA on float16 numbers, and what bits alone would make of it."""
     rows = _points(axes, found, "speedup_fp16")
     if rows:
-        widths = sorted({row["bits"] for row in rows} | {16.0})
+        least = min(row["bits"] for row in rows)
+        widths = [least * (16 / least) ** (i / 50) for i in range(51)]
         axes.plot(widths, [16 / width for width in widths], color="black", linewidth=1, label="16 / bits")
     axes.set_ylabel("times over SDPA, float16")
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     _finished(axes, "")
 
 

@@ -14,6 +14,7 @@ FORMATS = {
     "gbps": "{:.0f}",
     "share": "{:.0%}",
     "share_own": "{:.0%}",
+    "predicted_share": "{:.0%}",
     "gbps_hot": "{:.0f}",
     "slots": "{:.1f}",
     "speedup_fp16": "{:.2f}",
@@ -22,12 +23,13 @@ FORMATS = {
 }
 SCHEME = {
     "bits": "bits", "us": "us", "gbps": "GB/s", "share": "of the limit", "share_own": "of that at its bytes",
-    "gbps_hot": "GB/s, hot", "speedup_fp16": "over fp16", "speedup_unpack": "over unpack + fp16", "error": "error",
+    "predicted_share": "predicted", "gbps_hot": "GB/s, hot", "speedup_fp16": "over fp16",
+    "speedup_unpack": "over unpack + fp16", "error": "error",
 }  # fmt: skip
 PEER = {
     name: title for name, title in SCHEME.items() if name in ("bits", "us", "gbps", "share", "speedup_fp16", "error")
 }
-ONLY_GPU = ("us", "gbps", "share", "share_own", "gbps_hot")
+ONLY_GPU = ("us", "gbps", "share", "share_own", "predicted_share", "gbps_hot")
 
 
 def told(found: Mapping[str, Any]) -> list[Table]:

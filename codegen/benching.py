@@ -68,7 +68,8 @@ def results(
     machine: Machine | None = None,
 ) -> dict[str, Any]:
     """device, versions, date, read_limit_gbps (None on a CPU), what kept a path from being taken, what machine code
-    predicts, a row a scheme and shape, and one a peer and shape; `failed` where one does not fit the memory."""
+    predicts, a row a scheme and shape, and one a peer and shape; `failed` where one does not fit the memory or does not
+    run."""
     from kvdsl.bench import Size
 
     from .doctor import versions
@@ -81,6 +82,9 @@ def results(
     with progress("measuring how fast memory is read"):
         limit = machine.limit(None) if machine.limit is not None else None
     rows = [_row(name, scheme, size, machine) for name, scheme in schemes.items() for size in sizes]
+    for row in rows if gpu else ():
+        mine = (one.get("share") for one in predicted if one["scheme"] == row["scheme"])
+        row["predicted_share"] = next(mine, None)
     others = [_peer(peer, size, machine) for size in sizes for peer in peers]
     _compared(rows, others)
     return {
@@ -113,8 +117,9 @@ def _row(name: str, scheme: Scheme, size: Size, machine: Machine) -> dict[str, A
             found = measured(kernels, size, machine.device, machine.clock)
             of_all, own = (None, None) if limit is None else (limit(None), limit(found.read_bytes))
             return result(name, size, found, of_all, own)
-        except torch.OutOfMemoryError as error:
-            failed = str(error).partition(". ")[0]
+        except RuntimeError as error:  # of the GPU, or of its memory: the rows before are worth keeping
+            kind = "" if isinstance(error, torch.OutOfMemoryError) else f"{type(error).__name__}: "
+            failed = kind + str(error).partition(". ")[0].partition("\n")[0]
             return {"scheme": name, "kernel": "decode", "shape": str(size), "failed": failed}
         finally:
             _free(machine)

@@ -125,10 +125,11 @@ class TorchPages:
              places: Places | None = None) -> None:  # fmt: skip
         tokens = self.plan.layout.page_tokens
         low, high = reach[0] // tokens, -(-reach[1] // tokens)
-        if high - low == 1 and self.plan.side(side).layout.rowwise:
+        if self.plan.side(side).layout.rowwise:
             of_all = {tuple(of_one) for of_one in torch.stack((begin, end, first), 1).tolist()}
-            if len(of_all) == 1:
-                self._pack_rows(side, rows, of_all.pop()[2], offset, reach, pool, table, params, places)
+            start, stop, ring = of_all.pop() if len(of_all) == 1 else (0, 0, 0)
+            if start < stop and start // tokens == (stop - 1) // tokens:
+                self._pack_rows(side, rows, ring, offset, (start, stop), pool, table, params, places)
                 return
         starts = torch.arange(low, max(low, high), device=pool.device) * tokens
         touched = (starts < end[:, None]) & (starts + tokens > begin[:, None])

@@ -31,6 +31,21 @@ def test_the_page_of_figures_is_of_the_results() -> None:
     assert (ROOT / "docs" / "speed.md").read_text(encoding="utf-8") == made["page"](made["documents"]())
 
 
+def test_the_page_takes_newer_results_too() -> None:
+    """What does not fit and what is missing is passed over; other systems have a table of their own."""
+    made = runpy.run_path(str(ROOT / "benchmarks" / "page.py"))
+    shape = {"shape": "1x8x1024"}
+    row = shape | {"scheme": "token4", "us": 10.0, "us_fp16": 20.0, "share": 0.5, "speedup_unpack": None}
+    theirs = shape | {"peer": "theirs", "us": 40.0, "share": 0.25, "speedup_fp16": 0.5, "bits": 8.0, "error": None}
+    document = made["documents"]()[0] | {
+        "results": [row, shape | {"scheme": "too_large", "failed": "CUDA out of memory"}],
+        "peers": [theirs, shape | {"peer": "absent", "missing": "not installed"}],
+    }
+    text = made["page"]([document])
+    assert "| `token4` | 10.0 (50%, 2.00) |  |" in text and "| theirs | 8.00 | 40.0 (25%, 0.50) | unchecked |" in text
+    assert "too_large" not in text and "absent" not in text
+
+
 def test_bytes_to_read_are_those_of_tokens_and_pages() -> None:
     """kivi4, 300 and 200 tokens: keys leave the window 128 at a time, values one by one; 5 bits a packed number, 16 an
     exact one, a page number for 64 tokens."""

@@ -72,7 +72,7 @@ def of(
 def test_a_row_has_the_medians_quantiles_and_shares_of_its_samples() -> None:
     """The call is timed first, then hot, then what users do without it, then SDPA; 21 samples, cold but for the hot."""
     clock = FakeClock()
-    (row,) = of(clock=clock)["results"]
+    (row,) = of(clock=clock, rows=[{"scheme": "token4", "gpu": "GPU", "share": 0.9}])["results"]
     assert clock.calls[:4] == [(True, True), (False, True), (True, True), (True, True)]
     assert [row[name] for name in ("us", "us_hot", "us_unpack", "us_fp16")] == pytest.approx([2, 3, 4, 5])
     assert (row["us_p10"], row["us_p90"]) == pytest.approx((1.2, 2.8))
@@ -80,7 +80,7 @@ def test_a_row_has_the_medians_quantiles_and_shares_of_its_samples() -> None:
     assert row["gbps"] == pytest.approx(rate / 1e9) and row["limit_gbps"] == LIMIT / 2e9
     assert (row["share"], row["share_own"]) == pytest.approx((rate / LIMIT, 2 * rate / LIMIT))
     assert (row["speedup_fp16"], row["speedup_unpack"]) == pytest.approx((2.5, 2))
-    assert row["error"] < 1e-3 and row["error_rows"] == 2 * 8 and 4 < row["bits"] < 6
+    assert row["predicted_share"] == 0.9 and row["error"] < 1e-3 and row["error_rows"] == 2 * 8 and 4 < row["bits"] < 6
 
 
 def test_the_document_has_what_scripts_read() -> None:
@@ -128,9 +128,10 @@ def test_what_does_not_fit_is_a_row_in_words(monkeypatch: pytest.MonkeyPatch) ->
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4 GiB.")
 
     monkeypatch.setattr(bench, "measured", refused)
-    found = of([Sdpa()])
+    found = of([Sdpa()], rows=[{"scheme": "token4", "gpu": "GPU", "share": 0.9}])
     assert found["results"][0]["failed"] == "CUDA out of memory" and found["peers"][0]["us"] > 0
     assert cells(found["results"][0], ["bits", "us"]) == ["failed", ""]
+    assert "token4: failed: CUDA out of memory" in str(told(found)[0].caption)
 
 
 @pytest.mark.parametrize("name", ["token4", "kivi2_sinks", "h2o"])
