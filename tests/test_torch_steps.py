@@ -17,7 +17,8 @@ from kvdsl.kernels import KernelSet
 from kvdsl.quantized_cache import QuantizedCache
 from kvdsl.shape import Shape
 
-SHAPE = Shape(64, 2, 4, "fp32")
+Q_HEADS = 4
+SHAPE = Shape(64, 2, Q_HEADS, "fp32")
 SCHEMES = ("kivi4", "kivi2_sinks", "int8_token_head", "quarot4", "q4_1", "fp16")
 
 
@@ -30,7 +31,7 @@ def steps(kernels: KernelSet, window: int | None = None) -> Iterator[tuple[Quant
     cache = QuantizedCache(kernels, 2, window=window)
     cache.append(numbers(150), numbers(150, 2))
     for step, (keys, values) in enumerate(zip(numbers(70).split(1, 2), numbers(71).split(1, 2), strict=False)):
-        out, lse = cache.append_and_attend(numbers(1, SHAPE.q_heads) + step, keys, values)
+        out, lse = cache.append_and_attend(numbers(1, Q_HEADS) + step, keys, values)
         if step % 23 == 0:
             yield cache, out, lse
 
@@ -66,12 +67,18 @@ def test_a_step_packs_the_tokens_that_are_due_and_gathers_no_row(monkeypatch: py
     module = kernels.module
     assert isinstance(module, TorchModule)
     pack = module.module.pack_values
-    monkeypatch.setattr(module.module, "pack_values", lambda x: packed.append(x.shape[2]) or pack(x))
+
+    def counted(x: Tensor) -> tuple[Tensor, ...]:
+        packed.append(x.shape[2])
+        sections: tuple[Tensor, ...] = pack(x)
+        return sections
+
+    monkeypatch.setattr(module.module, "pack_values", counted)
     for slow in ("_exact_rows", "_seen"):
         monkeypatch.setattr(TorchModule, slow, lambda *_: pytest.fail("sequences that are alike were read one by one"))
     monkeypatch.setattr(TorchPages, "_pack_pages", lambda *_: pytest.fail("a whole page was packed"))
     for _ in range(3):
-        cache.append_and_attend(numbers(1, SHAPE.q_heads), numbers(1), numbers(1, 2))
+        cache.append_and_attend(numbers(1, Q_HEADS), numbers(1), numbers(1, 2))
     assert packed == [1, 1, 1]
 
 
