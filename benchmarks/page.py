@@ -45,7 +45,7 @@ def page(found: Iterable[Mapping[str, Any]]) -> str:
 
 def section(device: str, found: list[Mapping[str, Any]]) -> list[str]:
     """A table: a row a scheme, a column a shape."""
-    rows = [row for document in found for row in document["results"]]
+    rows = [row for document in found for row in timed(document["results"])]
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     versions = {f"torch {document['versions']['torch']}, Triton {document['versions']['triton']}" for document in found}
     limits = ", ".join(f"{document['read_limit_gbps']:.0f}" for document in found)
@@ -55,14 +55,42 @@ def section(device: str, found: list[Mapping[str, Any]]) -> list[str]:
     lines.append(markdown_row(("SDPA, float16", *(f"{exact(rows, shape):.1f}" for shape in shapes), "")))
     for document in found:
         by_scheme: dict[str, dict[str, Mapping[str, Any]]] = {}
-        for row in document["results"]:
+        for row in timed(document["results"]):
             by_scheme.setdefault(row["scheme"], {})[row["shape"]] = row
-        over = {row["shape"]: exact(document["results"], row["shape"]) for row in document["results"]}
+        over = {row["shape"]: exact(timed(document["results"]), row["shape"]) for row in timed(document["results"])}
         for name, measured in by_scheme.items():
             cells = [cell(measured[shape], over[shape]) if shape in measured else "" for shape in shapes]
             slower = next(iter(measured.values()))["speedup_unpack"]
             lines.append(markdown_row((f"`{name}`", *cells, "" if slower is None else f"{slower:.0f}")))
+    lines += others(found)
     lines += ["", "How they were run:", "", *(f"* `{document['command']}`" for document in found), ""]
+    return lines
+
+
+def timed(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Those that were measured."""
+    return [row for row in rows if row.get("us") is not None]
+
+
+def others(found: Iterable[Mapping[str, Any]]) -> list[str]:
+    """A table of other systems in the same runs, where some were there; documents of older versions have none."""
+    rows = [row for document in found for row in timed(document.get("peers", ()))]
+    if not rows:
+        return []
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    lines = ["", "Other systems in the same runs:", "", markdown_row(("system", "bits", *shapes, "error"))]
+    lines.append("| --- |" + " ---: |" * (len(shapes) + 2))
+    for name in dict.fromkeys(row["peer"] for row in rows):
+        own = {row["shape"]: row for row in rows if row["peer"] == name}
+        cells = [
+            f"{own[shape]['us']:.1f} ({own[shape]['share']:.0%}, {own[shape]['speedup_fp16'] or 0:.2f})"
+            if shape in own
+            else ""
+            for shape in shapes
+        ]
+        errors = [row["error"] for row in own.values() if row["error"] is not None]
+        bits = next(iter(own.values()))["bits"]
+        lines.append(markdown_row((name, f"{bits:.2f}", *cells, f"{max(errors):.0e}" if errors else "unchecked")))
     return lines
 
 

@@ -241,17 +241,30 @@ def bench(
     ] = None,
     group: Annotated[int, typer.Option(help="query heads of a kv head", min=1)] = 4,
     head_dim: HeadDim = 128,
+    peers: Annotated[
+        bool, typer.Option("--peers/--no-peers", help="other systems' kernels beside, if installed")
+    ] = True,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="bits and speed, drawn: .svg, .png or .pdf")] = None,
     json: AsJson = False,
 ) -> None:
-    """Decode attention over a filled cache: time, share of the read limit of this GPU, times over float16 attention and
-    over unpacking first. Without a GPU the ratios of the torch kernels."""
-    from .benching import results, told
+    """Decode attention over a filled cache: time, shares of the read limit of this GPU, times over float16 attention,
+    over unpacking first and over other systems, error against float64. Without a GPU what machine code predicts of
+    four, and the ratios of the torch kernels."""
+    from kvdsl.peers import known
 
-    found = results(_several("bench", names, all_), shape or (), group, head_dim)
+    from .bench_plot import drawn, refuse_plot
+    from .bench_told import told
+    from .benching import results
+
+    refuse_plot(plot)
+    found = results(_several("bench", names, all_), shape or (), group, head_dim, known() if peers else ())
+    if plot is not None:
+        drawn(found, plot)
     if json:
         answer.document(found)
-    else:
-        answer.table(told(found))
+        return
+    for table in told(found):
+        answer.table(table)
 
 
 @app.command()

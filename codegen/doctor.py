@@ -24,6 +24,7 @@ PACKAGES = (
     "hypothesis",
     "gguf",
     "tokenizers",
+    "matplotlib",
 )
 
 
@@ -41,6 +42,7 @@ def report() -> dict[str, Any]:
             _aot(),
             _extra("transformers", "hf"),
             _extra("hypothesis", "check"),
+            _extra("matplotlib", "plot"),
         ],
         "default": choose_backend(None)[1],
     }
@@ -115,6 +117,10 @@ def _aot() -> dict[str, Any]:
 
 def _extra(package: str, extra: str) -> dict[str, Any]:
     live = _version(package) is not None
-    what = {"hf": "models generate through a packed cache", "check": "the laws can be run"}[extra]
+    command, what = {
+        "hf": ("kvdsl generate", "models generate through a packed cache"),
+        "check": ("kvdsl check", "the laws can be run"),
+        "plot": ("kvdsl bench --plot", "bits and speed can be drawn"),
+    }[extra]
     why = what if live else f"{package} is not installed; pip install 'kvdsl[{extra}]'"
-    return {"path": {"hf": "kvdsl generate", "check": "kvdsl check"}[extra], "live": live, "why": why}
+    return {"path": command, "live": live, "why": why}

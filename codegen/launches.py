@@ -10,16 +10,17 @@ from kvdsl.scheme import SIDES
 from .launch import CONSTEXPR, Launch
 from .plan import DECODE_ROWS, WIDEST, Plan
 from .tiling import NARROWEST
+from .triton_append import packs
 
 POINTERS = {
     "query_ptr": "input", "rows_ptr": "input", "source_ptr": "input", "key_rows_ptr": "input",
-    "value_rows_ptr": "input",
+    "value_rows_ptr": "input", "fresh_keys_ptr": "input", "fresh_values_ptr": "input",
     "pool8_ptr": "*u8", "pool16_ptr": "*i16", "pool32_ptr": "*i32", "pool_fp16_ptr": "*fp16", "pool_fp32_ptr": "*fp32",
     "squares_ptr": "*fp64", "numbers_ptr": "*i16", "places_ptr": "*u8",
     "bytes_ptr": "*u8", "above_ptr": "*u8",
     "first_ptr": "*i32", "begin_ptr": "*i32", "end_ptr": "*i32", "table_ptr": "*i32", "packed_keys_ptr": "*i32",
     "packed_values_ptr": "*i32", "length_ptr": "*i32", "start_ptr": "*i32", "position_ptr": "*i32",
-    "place_ptr": "*i32", "asked_ptr": "*i32",
+    "place_ptr": "*i32", "asked_ptr": "*i32", "due_keys_ptr": "*i32", "due_values_ptr": "*i32",
 }  # fmt: skip
 GIVEN = {"scale": "scale", "second": "scale.scale", "table": "code"}  # pointer -> name of the parameter behind its side
 GIVEN_POINTERS = {f"{side}_{name}_ptr": f"{side}.{path}" for side in SIDES for name, path in GIVEN.items()}
@@ -42,6 +43,8 @@ def warps(kernel: str, plan: Plan) -> int:
     products are of float32 numbers, values are sums of codes, single numbers and vectors of low rank, keys are rotated,
     or radii and angles become channels level by level."""
     exact = plan.shape.dtype == "fp32" or any(term.floats == "fp32" for term in plan.terms)
+    if kernel == "append":
+        return max((warps(f"pack_{side}", plan) for side in SIDES if packs(plan.side(side))), default=1)
     if kernel.startswith("pack"):
         name = kernel.removeprefix("pack_")
         # A table of the parameters is in registers, and so are the middles between its levels.
@@ -69,7 +72,7 @@ def warps(kernel: str, plan: Plan) -> int:
 
 def fused(kernel: str) -> bool:
     """Whether the compiler may fuse a product and a sum: not where a number is stored or given back."""
-    return not kernel.startswith(("pack", "unpack", "turn", "restore", "unrope", "rope"))
+    return not kernel.startswith(("pack", "append", "unpack", "turn", "restore", "unrope", "rope"))
 
 
 def stages(kernel: str, plan: Plan) -> tuple[int, ...]:
@@ -112,10 +115,12 @@ def loop_bytes(plan: Plan, *, repeated: bool = False) -> int:
 def arguments(source: str) -> dict[str, tuple[str, ...]]:
     """The argument names of every kernel of a generated text."""
     tree = ast.parse(source)
+    called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
     return {
         node.name: tuple(arg.arg for arg in node.args.args)
         for node in tree.body
         if isinstance(node, ast.FunctionDef) and any(arg.arg.endswith("_ptr") for arg in node.args.args)
+        if node.name not in called
     }
 
 

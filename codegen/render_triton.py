@@ -1,11 +1,12 @@
-"""A plan as one Triton module, in this order: imports, maps, pack, unpack, scores, decode, extend, merges, reach,
-received."""
+"""A plan as one Triton module, in this order: imports, maps, pack, append, unpack, scores, decode, extend, merges,
+reach, received."""
 
 from __future__ import annotations
 
 from .header import heading
 from .plan import Plan
 from .text import helpers_used, without_unused
+from .triton_append import append
 from .triton_attend import Attend
 from .triton_merge import collect, merge, unite
 from .triton_received import Received
@@ -23,6 +24,7 @@ def render(plan: Plan, name: str) -> str:
     kernels += [turn_query(plan)] if plan.keys.through else []
     kernels += [unrope(plan), rope(plan)] if plan.keys.rope is not None else []
     kernels += [pack_of(plan, term) for term in plan.terms]
+    kernels.append(append(plan))
     kernels += [unpack_of(plan, term, attend.addresses(several=False)) for term in plan.terms]
     kernels.append(attend.scores(plan.rows(many=True)))
     kernels.append(attend.attention("decode", plan.rows(many=False)))

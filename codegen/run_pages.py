@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from kvdsl.kernels import Params, Places, Side
+from kvdsl.appending import pack_due
+from kvdsl.kernels import Params, Places, Room, Side
 from kvdsl.params import ROPE
 from kvdsl.rope import NEAR, in_order, near, table
+from kvdsl.scheme import SIDES
 
 from .chunks import mapping, rows_of
 from .host import cartesian, polar, saturated
@@ -23,6 +25,7 @@ from .host_slots import kept, split
 from .plan import SidePlan
 from .run_kernels import KernelModule
 from .text import padded
+from .triton_append import packs
 from .triton_beside_pages import PUT_TOKENS
 from .triton_rope import ROTATE_ROWS
 from .triton_turn import TURN_LANES, turn_rows
@@ -79,6 +82,20 @@ class PageModule(KernelModule):
                         term, pool, table, low, high, params
                     )
                     at, start = torch.full_like(first, low), 0
+
+    def append(self, keys: Tensor, values: Tensor, into: Room, params: Params) -> None:
+        batch, heads, _, _ = keys.shape
+        given = {
+            "fresh_keys_ptr": keys.contiguous(), "fresh_values_ptr": values.contiguous(),
+            "key_rows_ptr": into.key_rows, "value_rows_ptr": into.value_rows, "length_ptr": into.length,
+            "packed_keys_ptr": into.packed["keys"], "packed_values_ptr": into.packed["values"],
+            "due_keys_ptr": into.due["keys"], "due_values_ptr": into.due["values"], "table_ptr": into.table,
+            "table_width": into.table.shape[1], "ring": into.key_rows.shape[2] - self.plan.sinks,
+        }  # fmt: skip
+        self._run("append", (batch * heads, 2), given, into.pool, params)
+        for side in SIDES:
+            if not packs(self.plan.side(side)):
+                pack_due(self.pack, side, into, params, self.plan.sinks, self.plan.layout.page_tokens)
 
     def _put(self, kernel: str, rows: Mapping[str, Tensor], begin: Tensor, end: Tensor, low: int, pool: Tensor,
              table: Tensor) -> None:  # fmt: skip

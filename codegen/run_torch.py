@@ -5,6 +5,7 @@ It runs on any device.  Working memory grows with the packed tokens that a call 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -148,7 +149,8 @@ class TorchModule(TorchPages):
     def _attended(self, query: Tensor, state: AttentionState, params: Params) -> tuple[Tensor, Tensor]:
         """Output (B, Hq, Q, D) and log-sum-exp (B, Hq, Q), float32.  Scores and weights are (B, H, rows, tokens), the
         sinks' first: rows of many tokens lie one behind the other in memory."""
-        queries, span = query.shape[2], self._span(state, query.shape[2])
+        queries = query.shape[2]
+        state, span = self._span(state, queries)
         factor = state.scaling if state.softcap is not None else state.scaling * LOG2E
         columns = self._rows(query, factor)
         packed = self._gather(state.pool, state.table, span.low, span.high) if span.high > span.low else None
@@ -164,15 +166,17 @@ class TorchModule(TorchPages):
         lse = torch.where(mass > 0, (most + torch.log2(mass)) / LOG2E, -torch.inf)
         return self._heads(out, queries), self._heads(lse, queries)[..., 0]
 
-    def _span(self, state: AttentionState, queries: int) -> Span:
-        """Which tokens a call reads; waits for the device, once."""
+    def _span(self, state: AttentionState, queries: int) -> tuple[AttentionState, Span]:
+        """The state with no more tokens than there are, where the host's maxima are those of a capacity, and which of
+        them a call reads; waits for the device, once."""
         numbers = (state.packed_keys, state.packed_values, state.length, state.start, state.first)
         of_all = torch.stack(numbers).tolist()
         keys, values, length, start, first = (min(of_one) for of_one in of_all)
         alike = all(len(set(of_one)) == 1 for of_one in of_all)
         tokens, sinks = self.plan.layout.page_tokens, self.plan.sinks
+        state = replace(state, longest=min(state.longest, max(of_all[2])))
         end = max(0, state.longest - sinks)
-        pages = -(-min(state.packed_most, end) // tokens)
+        pages = -(-min(state.packed_most, max(of_all[0] + of_all[1]), end) // tokens)
         low = 0
         if state.places is None:
             oldest, newest = start, length + state.ahead  # what the first query sees; the position behind the last one
@@ -183,7 +187,8 @@ class TorchModule(TorchPages):
         masked = not alike or state.places is not None or start > least or queries - state.ahead > 1
         masked = masked or state.window is not None and least <= length + state.ahead - 1 - state.window
         floor = low * tokens
-        return Span(low, pages, end, min(max(keys, floor), end), min(max(values, floor), end), first, alike, masked)
+        keys, values = (min(max(count, floor), end) for count in (keys, values))
+        return state, Span(low, pages, end, keys, values, first, alike, masked)
 
     def _read(self, state: AttentionState, span: Span) -> Tensor:
         """The tokens u that a call reads, in the order of scores."""

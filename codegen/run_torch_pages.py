@@ -7,10 +7,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from kvdsl.appending import pack_due, write_token
 from kvdsl.codes import SLOT_TOKENS
-from kvdsl.kernels import Params, Places, Side
+from kvdsl.kernels import Params, Places, Room, Side
 from kvdsl.params import ROPE
 from kvdsl.rope import table
+from kvdsl.scheme import SIDES
 
 from .host import cartesian, mapped, polar, rotated, rows_of_bytes, saturated, section
 from .host_beside import Taken, level_counts, placed, rows_there
@@ -135,6 +137,11 @@ class TorchPages:
         for chunk in range(0, len(sequences), PACK_AT_ONCE):
             b, page = sequences[chunk : chunk + PACK_AT_ONCE], numbers[chunk : chunk + PACK_AT_ONCE] + low
             self._pack_pages(side, rows, first, offset, begin, end, pool, table, params, b, page, places)
+
+    def append(self, keys: Tensor, values: Tensor, into: Room, params: Params) -> None:
+        for side, fresh in zip(SIDES, (keys, values), strict=True):
+            write_token(into.rows(side), fresh, into.length, self.plan.sinks)
+            pack_due(self.pack, side, into, params, self.plan.sinks, self.plan.layout.page_tokens)
 
     def _pack_rows(self, side: Side, rows: Tensor, first: int, offset: int, reach: tuple[int, int], pool: Tensor,
                    table: Tensor, params: Params, places: Places | None) -> None:  # fmt: skip

@@ -20,18 +20,19 @@ from .triton_blocks import Block, Given, InPlanes, OverHeads, Walked, measured
 from .triton_meta import entry, section, static_read
 from .triton_planes import Planes
 
-PACK = """
-@triton.jit(do_not_specialize=["total_rows", "table_width", "offset", "ring", "first_step"])
-def pack_$side(
+KEEP = """
+@triton.jit
+def keep_$side(
+    step,
+    bh,
+    begin,
+    end,
+    first,
     $args
 ):
-    step = tl.program_id(0) + first_step
-    bh = tl.program_id(1)
+    # the tokens of block `step` that are in [begin, end): measured, coded, stored
     b = bh // $heads
     h = bh % $heads
-    begin = tl.load(begin_ptr + b)
-    end = tl.load(end_ptr + b)
-    first = tl.load(first_ptr + b)
     u = step * $span + tl.arange(0, $lanes_t)
     inside = (u >= begin) & (u < end)$span_mask
     if (step * $span < end) & (step * $span + $span > begin):
@@ -39,8 +40,32 @@ def pack_$side(
         t = u % $page
         row = (offset + (u - first) % ring).to(tl.int64)
         $lanes
-        source = $rows_ptr + (bh.to(tl.int64) * total_rows + row)[:, None] * $head_dim + $lane[None, :]$first
+        source = $rows_ptr + (bh.to(tl.int64) * total_rows + row)[:, None] * $head_dim + $lane[None, :]$first_lane
         $body
+"""
+
+PACK = """
+@triton.jit(do_not_specialize=["total_rows", "table_width", "offset", "ring", "first_step"])
+def pack_$side(
+    first_ptr,
+    begin_ptr,
+    end_ptr,
+    $args
+    first_step,
+):
+    bh = tl.program_id(1)
+    b = bh // $heads
+    begin = tl.load(begin_ptr + b)
+    end = tl.load(end_ptr + b)
+    first = tl.load(first_ptr + b)
+    keep_$side(
+        tl.program_id(0) + first_step,
+        bh,
+        begin,
+        end,
+        first,
+        $args
+    )
 """
 
 
@@ -92,17 +117,23 @@ class Pack(Planes):
         text = "\n".join(body)
         beside = ["counts_ptr", "above_ptr"] if side.raised else []  # how many levels, and codes above the lowest bits
         rows = "coded_ptr" if side.turned or side.depth else "rows_ptr"  # mapped by `turn_<side>`, or what is left
-        args = [rows, *(["squares_ptr"] if side.sketched else []), *beside, "first_ptr", "begin_ptr", "end_ptr"]
+        args = [rows, *(["squares_ptr"] if side.sketched else []), *beside]
         args += [f"{side.space}_start_ptr"] if side.factors else []
         args += [p for p in pool_args if p in text] + ["table_ptr", *params]
-        args += ["total_rows", "offset", "ring", "table_width", "first_step"]
-        kernel = fill(
-            PACK, side=side.label, rows_ptr=rows, args=[f"{name}," for name in args], heads=plan.shape.kv_heads,
-            span=self.span, lanes_t=self.tokens, page=plan.layout.page_tokens, lanes=self.lane_lines(), lane=self.lane,
+        args += ["total_rows", "offset", "ring", "table_width"]
+        self.arguments = tuple(args)
+        holes: dict[str, list[str] | str | int] = {
+            "side": side.label,
+            "heads": plan.shape.kv_heads,
+            "args": [f"{name}," for name in args],
+        }
+        keep = fill(
+            KEEP, **holes, rows_ptr=rows, span=self.span, lanes_t=self.tokens, page=plan.layout.page_tokens,
+            lanes=self.lane_lines(), lane=self.lane,
             span_mask=f" & (tl.arange(0, {self.tokens}) < {self.span})" if self.tokens != self.span else "",
-            head_dim=side.stride, first=plus(side.first) if side.band else "", body=body,
+            head_dim=side.stride, first_lane=plus(side.first) if side.band else "", body=body,
         )  # fmt: skip
-        return "\n\n".join([*(functions(side, "tl.") if side.coded else []), kernel])
+        return "\n\n".join([*(functions(side, "tl.") if side.coded else []), keep, fill(PACK, **holes)])
 
     def _floats(self, body: Lines) -> None:
         layout, side = self.plan.layout, self.side

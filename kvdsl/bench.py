@@ -1,41 +1,31 @@
 """How fast decode attention reads a filled cache, beside attention over float16 numbers and the memory's own limit.
 
-What is timed is what a step of generation runs: all kernels of one call over the pages and exact rows of a
-`QuantizedCache`, with lengths that differ from sequence to sequence.  On a GPU a CUDA graph holds the call, the L2
-cache is emptied by reading before every sample, and the median counts.  On a CPU only ratios mean anything.
+What is timed is what a step of generation runs: all kernels of one call over the pages and exact rows of a cache, with
+lengths that differ from sequence to sequence.  On a GPU a CUDA graph holds the call, the L2 cache is emptied by reading
+before every sample, and the median counts.  On a CPU only ratios mean anything.
 """
 
 from __future__ import annotations
 
-import random
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-from .api import calibrate
-from .cost import bits
+from .bench_cache import Filled, Kernels, Numbers, filled, read_bytes
 from .errors import ShapeError
-from .fisher import of_outputs, weighted
-from .kernels import AttentionState, KernelSet, Params
-from .params import ROPE
-from .quantized_cache import QuantizedCache
-from .rope import usual
-from .scheme import SIDES
+from .exact import attended, relative_error
 from .shape import Shape
+from .timing import Clock, Times, timed
 
-Numbers = Callable[[int, int], Tensor]
-"""Heads, tokens -> standard normal numbers (batch, heads, tokens, head_dim)."""
-CHUNK = 4096  # tokens appended at a time
-FLUSH = 256 << 20  # bytes read to empty the L2 cache
-LIMIT = 4 << 30  # bytes read to find the limit
-EXACT_BYTES = 2  # of a number of an exact row
-ENTRY_BYTES = 4  # of a page's number in the table
+__all__ = ["Measured", "Size", "Times", "measured", "numbers", "read_bytes", "result"]
+
+FLOAT16 = 2  # bytes
+CHECKED = 2  # sequences that are compared with float64
+Limit = Callable[[int | None], float]
+"""Bytes of one call, or None for many -> bytes a second at which the device reads so many."""
 
 
 @dataclass(frozen=True)
@@ -65,23 +55,13 @@ class Size:
     def shape(self) -> Shape:
         return Shape(self.head_dim, self.kv_heads, self.q_heads)
 
+    @property
+    def numbers(self) -> int:
+        """Of the keys and values of all sequences."""
+        return 2 * self.batch * self.kv_heads * self.tokens * self.head_dim
+
     def __str__(self) -> str:
         return f"{self.batch}x{self.kv_heads}x{self.tokens}"
-
-
-@dataclass(frozen=True)
-class Times:
-    """Seconds of the samples of one call."""
-
-    samples: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.samples)
-
-    def at(self, share: float) -> float:
-        """The quantile."""
-        return sorted(self.samples)[round(share * (len(self.samples) - 1))]
 
 
 @dataclass(frozen=True)
@@ -89,152 +69,105 @@ class Measured:
     """One call over one cache, and what it stands beside.
 
     read_bytes    packed codes and metadata, exact rows and page numbers that the call must read once
+    bits          of them for each number of keys and values
     ours          the call
+    hot           the same kernels over few pages, which the L2 cache holds: what instructions allow; None
+                  where no page is full
     fp16          attention over float16 keys and values of `tokens` tokens in every sequence
     unpacked      decoding the whole cache to float16 and that; None where memory does not hold it
+    error         of the call's output against float64 attention over the same decoded cache, relative
+    error_rows    how many rows of the output, one a sequence and query head, were compared
     """
 
     read_bytes: int
+    bits: float
     ours: Times
+    hot: Times | None
     fp16: Times
     unpacked: Times | None
+    error: float
+    error_rows: int
 
 
-def timed(call: Callable[[], object], device: torch.device, samples: int = 21) -> Times:
-    """Median and spread of a call that leaves nothing behind: on a GPU replays of its CUDA graph, cold."""
-    if device.type != "cuda":
-        call()
-        return Times(tuple(_clocked(call) for _ in range(5)))
-    for _ in range(3):
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    found = []
-    for _ in range(samples + 2):
-        _flush(device).sum(dtype=torch.int32)
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        found.append(begin.elapsed_time(end) / 1e3)
-    return Times(tuple(found[2:]))
-
-
-def _clocked(call: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
-
-
-@cache
-def _flush(device: torch.device) -> Tensor:
-    return torch.randint(0, 100, (FLUSH // 4,), dtype=torch.int32, device=device)
-
-
-def read_limit(device: torch.device) -> float:
-    """Bytes a second at which the device reads: the best of two reductions of many bytes."""
-    free = torch.cuda.mem_get_info(device)[0]
-    x = torch.empty(min(LIMIT, free // 2) // 4, dtype=torch.int32, device=device).random_()
-    reductions: tuple[Callable[[], object], ...] = (lambda: x.sum(dtype=torch.int32), lambda: x.amax())
-    return max(4 * x.numel() / timed(one, device).median for one in reductions)
-
-
-def measured(kernels: KernelSet, size: Size, device: torch.device) -> Measured:
-    """Fill a cache with normal numbers and time one query a sequence over it."""
-    generator = torch.Generator(device).manual_seed(0)
+def numbers(size: Size, device: torch.device, seed: int = 0) -> Numbers:
+    """Standard normal float16 numbers, always the same ones."""
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(heads: int, tokens: int) -> Tensor:
-        numbers = torch.empty(size.batch, heads, tokens, size.head_dim, dtype=torch.float16, device=device)
-        return numbers.normal_(generator=generator)
+        found = torch.empty(size.batch, heads, tokens, size.head_dim, dtype=torch.float16, device=device)
+        return found.normal_(generator=generator)
 
+    return normal
+
+
+def measured(kernels: Kernels, size: Size, device: torch.device, clock: Clock) -> Measured:
+    """Fill a cache with normal numbers and time one query a sequence over it."""
+    from .peers.sdpa import Sdpa
+
+    normal = numbers(size, device)
     query = normal(size.q_heads, 1)
-    total, ours, unpacked = _of_a_cache(kernels, size, query, normal)
-    keys, values = (normal(size.kv_heads, size.tokens) for _ in SIDES)
-    fp16 = timed(lambda: scaled_dot_product_attention(query, keys, values, enable_gqa=True), device)
-    return Measured(total, ours, fp16, unpacked)
+    ours = _of_a_cache(kernels, size, query, normal, clock)
+    fp16 = timed(Sdpa().prepare(size, normal).call, clock)
+    return Measured(fp16=fp16, **ours)
 
 
-def _of_a_cache(kernels: KernelSet, size: Size, query: Tensor, normal: Numbers) -> tuple[int, Times, Times | None]:
-    """The first three of `Measured`; the cache's memory is free again afterwards."""
-    full = _filled(kernels, size, query.device, normal)
-    state = full.state()
-    ours = timed(lambda: full.attend(query, state), query.device)
+def _of_a_cache(kernels: Kernels, size: Size, query: Tensor, normal: Numbers, clock: Clock) -> dict[str, Any]:
+    """The fields of `Measured` that are of the cache, whose memory is free again afterwards."""
+    full = filled(kernels, size.batch, size.tokens, normal)
+    ours = timed(lambda: full.attend(query), clock)
+    hot = timed(lambda: full.attend_hot(query), clock, cold=False) if full.paged else None
     fits = _fits(size, query.device)
-    unpacked = timed(lambda: _dense(full, query, state), query.device) if fits else None
-    return read_bytes(full), ours, unpacked
-
-
-def _filled(kernels: KernelSet, size: Size, device: torch.device, normal: Numbers) -> QuantizedCache:
-    """A cache in which every sequence has up to a page less than `size.tokens`."""
-    found = QuantizedCache(
-        kernels, size.batch, device=device, params=_params(kernels, normal), capacity=size.tokens + kernels.page_tokens
+    unpacked = timed(lambda: full.attend_unpacked(query), clock) if fits else None
+    error, rows = _error(full, query)
+    width = 8 * full.read_bytes / (2 * full.tokens * size.kv_heads * size.head_dim)
+    return dict(
+        read_bytes=full.read_bytes, bits=width, ours=ours, hot=hot, unpacked=unpacked, error=error, error_rows=rows
     )
-    draw = random.Random(0)
-    first = min(CHUNK, size.tokens)
-    counts = [first - draw.randrange(min(kernels.page_tokens, first)) for _ in range(size.batch)]
-    found.append(normal(size.kv_heads, first), normal(size.kv_heads, first), counts=counts)
-    for begin in range(first, size.tokens, CHUNK):
-        chunk = min(CHUNK, size.tokens - begin)
-        found.append(normal(size.kv_heads, chunk), normal(size.kv_heads, chunk))
-    return found
 
 
-def _params(kernels: KernelSet, normal: Numbers) -> Params:
-    """What the scheme takes from data, measured on other numbers of the kind."""
-    heads = kernels.shape.kv_heads
-    k, v, q = (normal(n, 1024)[:1].cpu() for n in (heads, heads, heads * kernels.shape.group))
-    rope = {ROPE: usual(kernels.shape.head_dim)} if kernels.scheme.keys.rope is not None else {}
-    gradients = of_outputs(q, k, v) if weighted(kernels.scheme) else None
-    return calibrate(kernels.scheme, k, v, q, params=rope, gradients=gradients)
-
-
-def read_bytes(full: QuantizedCache) -> int:
-    """Bytes that one query over the cache must read."""
-    kernels, each = full.kernels, bits(full.kernels.scheme, full.kernels.shape.head_dim)
-    numbers = kernels.shape.kv_heads * kernels.shape.head_dim
-    total = sum(-(-length // kernels.page_tokens) * ENTRY_BYTES for length in full.lengths)
-    for side, width in zip(SIDES, (each.keys, each.values), strict=True):
-        packed = sum(full.packed(side))
-        total += round(packed * numbers * width / 8) + (sum(full.lengths) - packed) * numbers * EXACT_BYTES
-    return total
+def _error(full: Filled, query: Tensor) -> tuple[float, int]:
+    """(the relative error of the output of the first and the last sequence, how many of its rows that is)."""
+    which = sorted({0, query.shape[0] - 1})[:CHECKED]
+    out = full.attend(query)[which, :, 0]
+    exact = torch.stack(
+        [attended(query[b, :, 0], pieces) for b, pieces in zip(which, full.decoded(which), strict=True)]
+    )
+    return relative_error(out, exact), out.shape[0] * out.shape[1]
 
 
 def _fits(size: Size, device: torch.device) -> bool:
     """Whether the decoded cache fits beside itself: float32 of a side, both sides as float16, and a copy."""
     if device.type != "cuda":
         return True
-    numbers = size.batch * size.kv_heads * size.tokens * size.head_dim
-    return 4 * numbers + 3 * EXACT_BYTES * numbers < torch.cuda.mem_get_info(device)[0] * 0.8
+    side = size.numbers // 2
+    return 4 * side + 3 * FLOAT16 * side < torch.cuda.mem_get_info(device)[0] * 0.8
 
 
-def _dense(full: QuantizedCache, query: Tensor, state: AttentionState) -> Tensor:
-    """What users do without such kernels: decode the packed tokens, then attend to them."""
-    count = min(min(full.packed(side)) for side in SIDES)
-    keys, values = (
-        full.kernels.unpack(side, state.pool, state.table, 0, count, full.params).to(query.dtype) for side in SIDES
-    )
-    return scaled_dot_product_attention(query, keys, values, enable_gqa=True)
-
-
-def result(name: str, size: Size, found: Measured, limit: float | None) -> dict[str, object]:
-    """One row of `kvdsl bench`: microseconds, GB/s and share of the limit (on a GPU alone), and times over others."""
+def result(name: str, size: Size, found: Measured, limit: float | None, own: float | None = None) -> dict[str, object]:
+    """One row of `kvdsl bench`: microseconds, GB/s and shares of the limit and of the limit at the call's own bytes
+    (on a GPU alone), and times over others; `seconds` are for comparing with peers."""
     ours, gpu = found.ours.median, limit is not None
+    micro = {"us": found.ours, "us_fp16": found.fp16, "us_unpack": found.unpacked, "us_hot": found.hot}
+    rate = found.read_bytes / ours
     return {
         "scheme": name,
         "kernel": "decode",
         "shape": str(size),
         "group": size.group,
         "head_dim": size.head_dim,
+        "bits": found.bits,
         "bytes": found.read_bytes,
-        "us": ours * 1e6 if gpu else None,
+        "seconds": ours,
         "us_p10": found.ours.at(0.1) * 1e6 if gpu else None,
         "us_p90": found.ours.at(0.9) * 1e6 if gpu else None,
-        "us_fp16": found.fp16.median * 1e6 if gpu else None,
-        "gbps": found.read_bytes / ours / 1e9 if gpu else None,
-        "share": found.read_bytes / ours / limit if limit is not None else None,
+        **{key: times.median * 1e6 if gpu and times else None for key, times in micro.items()},
+        "gbps": rate / 1e9 if gpu else None,
+        "gbps_hot": found.read_bytes / found.hot.median / 1e9 if gpu and found.hot else None,
+        "limit_gbps": own / 1e9 if own is not None else None,
+        "share": rate / limit if limit is not None else None,
+        "share_own": rate / own if own is not None else None,
         "speedup_fp16": found.fp16.median / ours,
         "speedup_unpack": found.unpacked.median / ours if found.unpacked else None,
+        "error": found.error,
+        "error_rows": found.error_rows,
     }

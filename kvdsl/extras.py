@@ -11,7 +11,7 @@ class MissingExtra(ImportError):
 
 
 def need(module: str, extra: str) -> Any:
-    """The imported module, or MissingExtra naming the extra (`hf`, `demo`, `check`, `search`) that brings it."""
+    """The imported module, or MissingExtra naming the extra that brings it: hf, demo, check, search, plot."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

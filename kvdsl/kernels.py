@@ -28,6 +28,8 @@ class Module(Protocol):
              reach: tuple[int, int], pool: Tensor, table: Tensor, params: Params,
              places: Places | None = None) -> None: ...  # fmt: skip
 
+    def append(self, keys: Tensor, values: Tensor, into: Room, params: Params) -> None: ...
+
     def unpack(
         self, side: Side, pool: Tensor, table: Tensor, begin: int, end: int, params: Params,
         places: Places | None = None,
@@ -111,6 +113,30 @@ class AttentionState:
 
 
 @dataclass(frozen=True, eq=False)
+class Room:
+    """Where one token more of every sequence goes, all of it on the device and written in place.
+
+    pool, table, key_rows, value_rows, length   as for AttentionState; length counts the token itself
+    packed        side -> int32 (B,): u below this is packed
+    due           side -> int32 (B,): u below this is packed once the token is there
+    most          side -> host: due - packed is no more than this
+    """
+
+    pool: Tensor
+    table: Tensor
+    key_rows: Tensor
+    value_rows: Tensor
+    length: Tensor
+    packed: Mapping[Side, Tensor]
+    due: Mapping[Side, Tensor]
+    most: Mapping[Side, int]
+
+    def rows(self, side: Side) -> Tensor:
+        """The row buffer of one side."""
+        return self.key_rows if side == "keys" else self.value_rows
+
+
+@dataclass(frozen=True, eq=False)
 class KernelSet:
     """A scheme compiled for a shape.
 
@@ -141,6 +167,14 @@ class KernelSet:
         """
         self.refuse_places(places)
         self.module.pack(side, rows, first, offset, begin, end, reach, pool, table, params, places)
+
+    def append(self, keys: Tensor, values: Tensor, into: Room, params: Params) -> None:
+        """Write the exact rows of one token of every sequence, keys and values (B, H, 1, D), and pack what is due.
+
+        Nothing is read from the device, and what runs does not depend on lengths: a CUDA graph may hold it.  Raises
+        BackendError for keys without their rotary positions, which are packed by their place in the sequence."""
+        self.refuse_positions()
+        self.module.append(keys, values, into, params)
 
     def unpack(
         self, side: Side, pool: Tensor, table: Tensor, begin: int, end: int, params: Params,
@@ -198,6 +232,19 @@ class KernelSet:
         self.refuse_places(state.places)
         _refuse_window(state)
         return self.module.received(query, position, lse, state, params)
+
+    @property
+    def by_position(self) -> bool:
+        """Whether what is stored of a token depends on where it stands, which the host must know then."""
+        return self.shape.placed or self.scheme.keys.rope is not None
+
+    def refuse_positions(self) -> None:
+        """BackendError where packing needs to know where a token stands."""
+        if self.by_position:
+            raise BackendError(
+                "append: keys are stored without their positions (PreRope), so the host must know where they stand "
+                "when they are packed; use QuantizedCache.append"
+            )
 
     def refuse_places(self, places: Places | None) -> None:
         """BackendError where positions are given to kernels that know none, or none to those that need them."""

@@ -216,6 +216,24 @@ class QuantizedCache:
             self._commit(step.after, step.dropped)
         return result
 
+    def reserve(self, capacity: int) -> Now:
+        """The state with pages of its own for all tokens of a sequence up to `capacity`: for `StaticCache`, which
+        writes them.  CacheError, with nothing changed, where the pool has not that many."""
+        size = self.kernels.page_tokens
+        with self._changing() as now:
+            places = -(-now.policy.after_sinks(capacity) // size)
+            touched = [range(m.first // size, places) for m in now.members]
+            table, dropped = now.table.claim(self.pool, touched, [0] * self.batch)
+            self._commit(replace(now, table=table), dropped)
+        return self._now
+
+    def grown(self, counts: Sequence[int], key_rows: Tensor, value_rows: Tensor) -> None:
+        """The cache with counts_b tokens more that something else has written: into pages it owns, and row buffers that
+        take the place of the cache's."""
+        with self._changing() as now:
+            members = tuple(now.policy.advance(m, n, large=False) for m, n in zip(now.members, counts, strict=True))
+            self._commit(now.moved(members, key_rows=key_rows, value_rows=value_rows))
+
     # -- cutting and moving --------------------------------------------------------------------------------------------
 
     def crop(self, length: int | Sequence[int], *, requantize: bool = True) -> None:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .appending import from_own_pages
 from .errors import CacheError
 from .kernels import AttentionState, KernelSet, Params, Places, Side
 from .members import Cut
@@ -92,10 +93,14 @@ class Machine:
                 now.packed(side), moves, lambda a, b: (a.packed_of(side), now.policy.begins(a, b)[SIDES.index(side)])
             )
             reach = (min(b for b, _ in due), max(e for _, e in due))
+            end, table, size = after.packed(side), after.table.tensor, self.kernels.page_tokens
+            pages = -(-(size - 1 + max(e - b for b, e in due)) // size)
+            if reach[1] - reach[0] > pages * size and not self.kernels.by_position:
+                first, begin, end, table = from_own_pages(table, size, pages, first, begin, end)
+                reach = (0, pages * size)
             self.kernels.pack(
-                side, rows, first, now.policy.sinks, begin, after.packed(side), reach,
-                self.pool.bytes, after.table.tensor, self.params, places,
-            )  # fmt: skip
+                side, rows, first, now.policy.sinks, begin, end, reach, self.pool.bytes, table, self.params, places
+            )
 
     def crop(self, now: Now, lengths: Sequence[int], *, requantize: bool) -> tuple[Now, list[int], int]:
         """Sequence b at most lengths_b tokens long: (state, pages to release, codes that became exact rows)."""

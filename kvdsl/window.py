@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from .scheme import SIDES, Chosen, LowRank, Scheme, Sparse, Store, Uniform
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TILE = 64
 WIDE = 128
@@ -28,6 +32,16 @@ class Window:
         """How many tokens after the sinks are packed once `tokens` have arrived and the window was flushed."""
         routed = max(0, tokens - self.sinks)
         return routed // self.recent * self.recent if self.whole else max(0, routed - self.recent)
+
+    def packed_there(self, tokens: Tensor) -> Tensor:
+        """The same of a tensor of counts, where it stands."""
+        routed = (tokens - self.sinks).clamp(min=0)
+        return routed // self.recent * self.recent if self.whole else (routed - self.recent).clamp(min=0)
+
+    @property
+    def step(self) -> int:
+        """Tokens that one more token packs at most."""
+        return self.recent if self.whole else 1
 
     @property
     def ring(self) -> int:

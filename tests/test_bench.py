@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import runpy
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
+from rich.table import Table
 
 from kvdsl.bench import Size, Times, read_bytes
 from kvdsl.codegen import build
+from kvdsl.codegen.bench_told import told
 from kvdsl.codegen.cli import run
+from kvdsl.codegen.roofline import CARDS
 from kvdsl.errors import ShapeError
 from kvdsl.quantized_cache import QuantizedCache
 from kvdsl.schemes import ALL
@@ -26,6 +31,21 @@ def test_the_page_of_figures_is_of_the_results() -> None:
     assert (ROOT / "docs" / "speed.md").read_text(encoding="utf-8") == made["page"](made["documents"]())
 
 
+def test_the_page_takes_newer_results_too() -> None:
+    """What does not fit and what is missing is passed over; other systems have a table of their own."""
+    made = runpy.run_path(str(ROOT / "benchmarks" / "page.py"))
+    shape = {"shape": "1x8x1024"}
+    row = shape | {"scheme": "token4", "us": 10.0, "us_fp16": 20.0, "share": 0.5, "speedup_unpack": None}
+    theirs = shape | {"peer": "theirs", "us": 40.0, "share": 0.25, "speedup_fp16": 0.5, "bits": 8.0, "error": None}
+    document = made["documents"]()[0] | {
+        "results": [row, shape | {"scheme": "too_large", "failed": "CUDA out of memory"}],
+        "peers": [theirs, shape | {"peer": "absent", "missing": "not installed"}],
+    }
+    text = made["page"]([document])
+    assert "| `token4` | 10.0 (50%, 2.00) |  |" in text and "| theirs | 8.00 | 40.0 (25%, 0.50) | unchecked |" in text
+    assert "too_large" not in text and "absent" not in text
+
+
 def test_bytes_to_read_are_those_of_tokens_and_pages() -> None:
     """kivi4, 300 and 200 tokens: keys leave the window 128 at a time, values one by one; 5 bits a packed number, 16 an
     exact one, a page number for 64 tokens."""
@@ -38,17 +58,30 @@ def test_bytes_to_read_are_those_of_tokens_and_pages() -> None:
     assert read_bytes(cache) == packed * 2 * 64 * 5 // 8 + (2 * 500 - packed) * 2 * 64 * 2 + 4 * pages
 
 
-def test_on_a_cpu_there_are_ratios_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_on_a_cpu_there_are_ratios_and_what_machine_code_predicts(capsys: pytest.CaptureFixture[str]) -> None:
+    """No time of a CPU is told; each GPU of the table has a share, where Triton can compile."""
     if torch.cuda.is_available():
         pytest.skip("has a GPU")
     assert run(["bench", "token4", "--shape", "1x2x100", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["device"] == "cpu" and found["read_limit_gbps"] is None and "nothing about a GPU" in found["note"]
     (row,) = found["results"]
-    assert row["us"] is row["gbps"] is row["share"] is None
+    assert {row[name] for name in ("us", "gbps", "share", "share_own", "us_hot")} == {None}
     assert row["speedup_fp16"] > 0 and row["speedup_unpack"] > 0
-    assert run(["bench", "token4", "--shape", "1x2x100"]) == 0
-    assert "as ratios" in capsys.readouterr().out
+    assert row["speedup_peers"].keys() == {"SDPA fp16"} and row["error"] < 1e-3
+    assert {row["us"] for row in found["peers"] if "missing" not in row} == {None}
+    shown = "\n".join(map(plain, told(found)))
+    assert "as ratios" in shown and "not installed: pip install flashinfer-python" in " ".join(shown.split())
+    if "failed" not in found["predicted"][0]:
+        assert [row["gpu"] for row in found["predicted"]] == [gpu.name for gpu in CARDS]
+        assert all(0.5 < row["share"] < 1 for row in found["predicted"]) and "H200" in shown
+
+
+def plain(table: Table) -> str:
+    """What a terminal shows."""
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(table)
+    return console.export_text()
 
 
 @pytest.mark.parametrize("text", ["8x8", "8x8x0", "8x8xmany", ""])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -172,3 +173,22 @@ def test_hidden_tokens() -> None:
         out[:1].double(), attention(query[:1], dense[0][:1, :, 20:], dense[1][:1, :, 20:]), rtol=1e-5, atol=1e-5
     )
     torch.testing.assert_close(out[1:].double(), attention(query[1:], dense[0][1:], dense[1][1:]), rtol=1e-5, atol=1e-5)
+
+
+def test_packing_looks_at_what_is_due_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences of any lengths that pack in one step cost what those of one length do: each a few blocks of its own."""
+    cache = QuantizedCache(compiled("bare"), 2, capacity=2000)
+    keys, values = pair(2, 1500)
+    cache.append(keys, values, counts=(1500, 3))
+    kind, seen = type(cache.kernels.module), list[tuple[int, int]]()
+    plain = kind.pack
+
+    def pack(
+        self: Any, side: Any, rows: Any, first: Any, offset: Any, begin: Any, end: Any, reach: Any, *rest: Any
+    ) -> None:
+        seen.append(reach)
+        plain(self, side, rows, first, offset, begin, end, reach, *rest)
+
+    monkeypatch.setattr(kind, "pack", pack)
+    cache.append(keys[:, :, :1], values[:, :, :1])
+    assert len(seen) == 2 and all(high - low <= 2 * cache.kernels.page_tokens for low, high in seen)

@@ -105,3 +105,40 @@ def test_no_step_waits_for_the_device(name: str) -> None:
             cache.append_and_attend(query, keys, values)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_graph_holds_a_step(name: str) -> None:
+    """One captured step, replayed for tokens of a ragged batch and again behind a prompt: what appends alone leave and
+    attend to, to the bit where splits are the same."""
+    from kvdsl.codegen import build
+    from kvdsl.static_cache import StaticCache
+    from kvdsl.testing.caches import require_same
+
+    kernels = build(SCHEMES[name], SHAPE, backend="triton")
+    keys, values = (x.cuda() for x in pair(2, 330))
+    queries = numbers(2, 330, heads=4, seed=4).cuda()
+    told, cache = (QuantizedCache(kernels, 2, capacity=400, device="cuda") for _ in range(2))
+    static, graph = StaticCache(cache, 330), torch.cuda.CUDAGraph()
+    given = [x[:, :, :1].clone() for x in (queries, keys, values)]
+    static.begin()
+    for _ in range(2):  # what is compiled, and where it was
+        static.step(*given, splits=2)
+    cache.reset()
+    static.begin()
+    with torch.cuda.graph(graph):
+        out, _ = static.step(*given, splits=2)
+    for begin, prompt, end in ((0, 40, 120), (120, 230, 330)):
+        for each in (told, cache):
+            counts = (prompt - begin, prompt - begin - 7)
+            each.append(keys[:, :, begin:prompt], values[:, :, begin:prompt], counts=counts)
+        static.begin()
+        for at in range(prompt, end):
+            fresh = [x[:, :, at : at + 1] for x in (queries, keys, values)]
+            for place, one in zip(given, fresh, strict=True):
+                place.copy_(one)
+            graph.replay()
+            state = told.append(*fresh[1:])
+            assert torch.equal(out, kernels.attend(fresh[0], state, told.params, splits=2)[0])
+        static.settle()
+        require_same(f"behind {end} tokens", cache, told)

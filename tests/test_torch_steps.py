@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,14 +12,13 @@ from torch import Tensor
 import kvdsl
 from kvdsl.codegen import build
 from kvdsl.codegen.layout import SideLayout
-from kvdsl.codegen.run_torch import TorchModule
+from kvdsl.codegen.run_torch import Span, TorchModule
 from kvdsl.codegen.run_torch_pages import TorchPages
-from kvdsl.kernels import KernelSet
+from kvdsl.kernels import AttentionState, KernelSet
 from kvdsl.quantized_cache import QuantizedCache
 from kvdsl.shape import Shape
 
-Q_HEADS = 4
-SHAPE = Shape(64, 2, Q_HEADS, "fp32")
+SHAPE = Shape(64, 2, 4, "fp32")
 SCHEMES = ("kivi4", "kivi2_sinks", "int8_token_head", "quarot4", "q4_1", "fp16")
 
 
@@ -31,7 +31,7 @@ def steps(kernels: KernelSet, window: int | None = None) -> Iterator[tuple[Quant
     cache = QuantizedCache(kernels, 2, window=window)
     cache.append(numbers(150), numbers(150, 2))
     for step, (keys, values) in enumerate(zip(numbers(70).split(1, 2), numbers(71).split(1, 2), strict=False)):
-        out, lse = cache.append_and_attend(numbers(1, Q_HEADS) + step, keys, values)
+        out, lse = cache.append_and_attend(numbers(1, SHAPE.kv_heads * SHAPE.group) + step, keys, values)
         if step % 23 == 0:
             yield cache, out, lse
 
@@ -43,8 +43,13 @@ def test_sequences_that_are_alike_are_read_as_any(
 ) -> None:
     kernels = build(kvdsl.load(name), SHAPE, backend="torch")
     found = [(out, lse) for _, out, lse in steps(kernels, window)]
-    span = TorchModule._span
-    monkeypatch.setattr(TorchModule, "_span", lambda *given: span(*given)._replace(alike=False, masked=True))
+    plain = TorchModule._span
+
+    def span(self: TorchModule, state: AttentionState, queries: int) -> tuple[AttentionState, Span]:
+        state, found = plain(self, state, queries)
+        return state, found._replace(alike=False, masked=True)
+
+    monkeypatch.setattr(TorchModule, "_span", span)
     for (out, lse), (_, each_out, each_lse) in zip(found, steps(kernels, window), strict=True):
         torch.testing.assert_close(out, each_out, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(lse, each_lse, rtol=1e-5, atol=1e-5)
@@ -68,17 +73,16 @@ def test_a_step_packs_the_tokens_that_are_due_and_gathers_no_row(monkeypatch: py
     assert isinstance(module, TorchModule)
     pack = module.module.pack_values
 
-    def counted(x: Tensor) -> tuple[Tensor, ...]:
+    def counted(x: Tensor) -> Any:
         packed.append(x.shape[2])
-        sections: tuple[Tensor, ...] = pack(x)
-        return sections
+        return pack(x)
 
     monkeypatch.setattr(module.module, "pack_values", counted)
     for slow in ("_exact_rows", "_seen"):
         monkeypatch.setattr(TorchModule, slow, lambda *_: pytest.fail("sequences that are alike were read one by one"))
     monkeypatch.setattr(TorchPages, "_pack_pages", lambda *_: pytest.fail("a whole page was packed"))
     for _ in range(3):
-        cache.append_and_attend(numbers(1, Q_HEADS), numbers(1), numbers(1, 2))
+        cache.append_and_attend(numbers(1, SHAPE.kv_heads * SHAPE.group), numbers(1), numbers(1, 2))
     assert packed == [1, 1, 1]
 
 

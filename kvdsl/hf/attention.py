@@ -12,6 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from .handle import Handle, step_of
 from .layer import Step, permuted
 from .masks import padding_of
+from .static import AWAITED
 
 DENSE: Counter[str] = Counter()
 """`calls`: how often the function was given plain tensors (no cache, another's cache, encoders)."""
@@ -44,6 +45,8 @@ def attention(
     """
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if AWAITED.layer is not None:
+        return _in_place(query, key, value, scaling, dropout, softcap, s_aux, kwargs), None
     step = step_of(key, value)
     if step is None:
         # One of the two may still be a handle, where a model computes with the other: then that one is decoded too.
@@ -76,10 +79,35 @@ def attention(
     out, lse = step.layer.packed.attend(query, state)
     step.routed(query, scaling, softcap, lse, window)
     if s_aux is not None:
-        out = out * torch.sigmoid(lse - s_aux.float()[None, :, None])[..., None].to(out.dtype)
+        out = _with_sinks(out, lse, s_aux)
     if order is not None:
         out = permuted(out, order.argsort(dim=1))
     return out.transpose(1, 2).contiguous(), None
+
+
+def _in_place(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    dropout: float,
+    softcap: float | None,
+    s_aux: Tensor | None,
+    keywords: dict[str, Any],
+) -> Tensor:
+    """One token of every sequence over a static layer, whose keys and values are the fresh ones: (B, 1, Hq, D)."""
+    layer, AWAITED.layer = AWAITED.layer, None
+    assert layer is not None
+    refuse(keywords, dropout)
+    out, lse = layer.attended(query, key, value, scaling, softcap)
+    if s_aux is not None:
+        out = _with_sinks(out, lse, s_aux)
+    return out.transpose(1, 2).contiguous()
+
+
+def _with_sinks(out: Tensor, lse: Tensor, s_aux: Tensor) -> Tensor:
+    """The output where one more logit a head joins the softmax."""
+    return out * torch.sigmoid(lse - s_aux.float()[None, :, None])[..., None].to(out.dtype)
 
 
 def refuse(keywords: dict[str, Any], dropout: float) -> None:

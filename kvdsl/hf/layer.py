@@ -112,6 +112,8 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     is_compileable = False
     is_croppable = True
     supports_early_init = False
+    begun = False
+    """Whether tokens go in place, see static.py."""
 
     def __init__(
         self,
@@ -325,7 +327,7 @@ class PackedCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """See PackedLayer.update.  CacheError when a forward failed halfway, so that layers hold different tokens."""
         mine = self.packed_layers
-        if self.layers[layer_idx] is mine[0]:
+        if self.layers[layer_idx] is mine[0] and not any(layer.begun for layer in mine):
             lengths = {layer.get_seq_length() for layer in mine}
             if len(lengths) > 1:
                 raise CacheError(

@@ -57,6 +57,12 @@ def mask(
     (B, 1, Q, K) bool, or what the library makes of it: everything else.
     """
 
+    if isinstance(q_offset, Tensor):  # of a cache that counts on the device: what it holds is no padding
+        if q_length == 1 and (mask_function is causal_mask_function or local_size is not None):
+            return None
+        q_offset = int(q_offset)
+        kv_length = q_offset + q_length
+
     def full(**changes: Any) -> Tensor | None:
         arguments = dict(
             batch_size=batch_size,

@@ -28,6 +28,7 @@ from .attention import attention
 from .layer import PackedCache, PackedLayer
 from .masks import mask
 from .rotary import completed
+from .static import StaticLayer
 
 NAME = "kvdsl"
 OWN_MASKS = frozenset({"doge"})
@@ -43,6 +44,7 @@ def cache(
     params: Params | None = None,
     backend: Backend | None = None,
     capacity: int | None = None,
+    static: bool = False,
 ) -> PackedCache:
     """A cache for `model`, to be passed as `past_key_values`; the model's attention is set to the one that reads it.
 
@@ -51,25 +53,29 @@ def cache(
               of a scheme with PreRope are the model's, and given ones are held against them
     backend   "triton" or "torch"; default by the device of the model
     capacity  tokens a sequence for which address space is reserved
+    static    tokens behind a prompt go in place, up to `capacity` a sequence: `generate()` compiles the step where it
+              compiles any, and a CUDA graph holds it
 
     Raises ValueError for a model with layers whose state is no pair of keys and values of one head size, or whose RoPE
     PreRope cannot take off, SchemeError for a scheme that does not fit its heads or layers, ShapeError for calibrated
     parameters that are missing or do not fit.
     """
     scheme = load(scheme)
-    return _cache(scheme, model, completed(scheme, model, params), backend, capacity)
+    return _cache(scheme, model, completed(scheme, model, params), backend, capacity, static)
 
 
-def _cache(scheme: Scheme, model: Any, params: Params, backend: Backend | None, capacity: int | None) -> PackedCache:
+def _cache(
+    scheme: Scheme, model: Any, params: Params, backend: Backend | None, capacity: int | None, static: bool = False
+) -> PackedCache:
     """`cache`, given all parameters."""
-    layers, calls = _layers(scheme, model, params, backend, capacity)
+    layers, calls = _layers(scheme, model, params, backend, capacity, static)
     if model.config._attn_implementation != NAME:
         model.set_attn_implementation(NAME)
     return PackedCache(layers, scheme, calls)
 
 
 def _layers(
-    scheme: Scheme, model: Any, params: Params, backend: Backend | None, capacity: int | None
+    scheme: Scheme, model: Any, params: Params, backend: Backend | None, capacity: int | None, static: bool = False
 ) -> tuple[list[Any], Counter[str]]:
     """A packed layer where the library would have a dynamic one; layers without keys and values stay the library's."""
     config = model.config.get_text_config(decoder=True)
@@ -90,19 +96,32 @@ def _layers(
             )
         own, numbers = scheme.for_layer(index, len(theirs)), _of_layer(params, index)
         _refuse_unfit(own, numbers, config, index)
-        layers.append(
-            PackedLayer(
-                own,
-                window=getattr(layer, "sliding_window", None),
-                params=numbers,
-                backend=backend,
-                heads=getattr(config, "num_attention_heads", None),
-                softcap=getattr(config, "attn_logit_softcapping", None) is not None,
-                capacity=capacity,
-                calls=calls,
-            )
+        options: dict[str, Any] = dict(
+            window=getattr(layer, "sliding_window", None),
+            params=numbers,
+            backend=backend,
+            heads=getattr(config, "num_attention_heads", None),
+            softcap=getattr(config, "attn_logit_softcapping", None) is not None,
+            calls=calls,
         )
+        if static:
+            room = _refuse_moving(own, capacity, index)
+            before = [other for other in layers if isinstance(other, StaticLayer)]
+            layers.append(StaticLayer(own, capacity=room, before=before, **options))
+        else:
+            layers.append(PackedLayer(own, capacity=capacity, **options))
     return layers, calls
+
+
+def _refuse_moving(scheme: Scheme, capacity: int | None, index: int) -> int:
+    """The capacity; ValueError without one, or for a scheme whose tokens move by what the host decides."""
+    if capacity is None:
+        raise ValueError("static: no capacity; say how many tokens a sequence may have, prompt included")
+    if scheme.routed or scheme.heads:
+        raise ValueError(f"static: layer {index} sends tokens to tiers, which the host decides; leave static out")
+    if scheme.keys.rope is not None:
+        raise ValueError(f"static: layer {index} packs keys without their positions (PreRope); leave static out")
+    return capacity
 
 
 def _of_layer(params: Params, index: int) -> Params:
@@ -149,6 +168,7 @@ def use(
     params: Params | None = None,
     backend: Backend | None = None,
     capacity: int | None = None,
+    static: bool = False,
 ) -> Iterator[Use]:
     """Inside, every `model.generate()` given no cache gets a fresh one of `scheme`; afterwards the model is as before.
 
@@ -162,12 +182,12 @@ def use(
 
     def generate(*args: Any, **kwargs: Any) -> Any:
         if kwargs.get("past_key_values") is None and kwargs.get("use_cache", True):
-            used.cache = _cache(loaded, model, ready, backend, capacity)
+            used.cache = _cache(loaded, model, ready, backend, capacity, static)
             kwargs["past_key_values"] = used.cache
         return plain(*args, **kwargs)
 
     try:
-        _layers(loaded, model, ready, backend, capacity)
+        _layers(loaded, model, ready, backend, capacity, static)
         model.set_attn_implementation(NAME)
         object.__setattr__(model, "generate", generate)
         yield used

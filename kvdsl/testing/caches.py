@@ -12,12 +12,15 @@ from torch import Tensor
 from kvdsl import reference
 from kvdsl.quantized_cache import QuantizedCache
 from kvdsl.scheme import SIDES
+from kvdsl.static_cache import StaticCache
+from kvdsl.window import Window, windows
 
 from .attention import Step, require_close
-from .cases import Case, law, require, require_equal
+from .cases import Case, law, require, require_equal, require_within
 from .data import MODEST
 from .driving import device_of
 
+STEPS = 6
 PLAIN = ("normal", "outlier_channel", "constant", "tiny")
 
 
@@ -66,6 +69,36 @@ def chunks_do_not_matter(case: Case) -> None:
     require_same("one by one", filled(case, k, v, [n for n in singles if n]), whole)
     cuts = [case.random.randint(0, case.tokens) for _ in range(5)]
     require_same(f"cut at {sorted(cuts)}", filled(case, k, v, cuts), whole)
+
+
+@law("P28", lambda scheme: scheme.keys.rope is None, kinds=PLAIN)
+def steps_in_place_are_appends(case: Case) -> None:
+    """P28: tokens that come in place, by counts on the device alone, leave the same bytes, and their attention is the
+    same.  Of the longest sequence a window is full on the way, where one ever is."""
+    k, v = case.pair(case.tokens)
+    flushed = [n for n in range(1, case.tokens - 1) if any(w.packed(n + 1) > w.packed(n) for w in _windows(case))]
+    begin = max(0, flushed[-1] - 2) if flushed else max(0, case.tokens - STEPS)
+    counts = (begin, *(case.random.randint(0, begin) for _ in range(case.batch - 1)))
+    told, cache = new_cache(case, k, v), new_cache(case, k, v)
+    for each in (told, cache):
+        each.append(*(x[:, :, :begin].to(each.device) for x in (k, v)), counts=counts)
+    static = StaticCache(cache, case.tokens)
+    static.begin()
+    softcap = 30.0 if case.shape.softcap else None
+    for at in range(begin, min(begin + STEPS, case.tokens)):
+        fresh = [x[:, :, at : at + 1].to(cache.device) for x in (k, v)]
+        q = case.query(1, seed=at).to(cache.device)
+        wanted = told.append_and_attend(q, *fresh, softcap=softcap)
+        got = static.step(q, *fresh, softcap=softcap)
+        for what, one, other in zip(("output", "log-sum-exp"), got, wanted, strict=True):
+            close = 1e-3 * float(other.abs().max()) + 1e-6
+            require_within(f"{what} of token {at}", one.cpu(), other.cpu(), close)
+    static.settle()
+    require_same("in place", cache, told)
+
+
+def _windows(case: Case) -> list[Window]:
+    return list(windows(case.scheme).values())
 
 
 @law("P30", kinds=PLAIN)
