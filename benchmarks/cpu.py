@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -36,7 +36,7 @@ class Watch:
     """Seconds that functions take, by name, those of others that they call not counted."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self._within: list[float] = []
 
     def watched(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
