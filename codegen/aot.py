@@ -28,7 +28,6 @@ from kvdsl.errors import BackendError
 
 from .assembling import Assembly, fewest_spills
 from .launch import Launch, assembled
-from .overlap import overlapping
 from .roofline import GPUS, LINE, predicted_share, shares
 
 ARCHES = tuple(GPUS)
@@ -250,12 +249,11 @@ def _binary(module: ModuleType, launch: Launch, arch: str, stages: int) -> Any:
     if names != list(kernel.arg_names):
         raise CompileError([f"{launch.kernel} for {arch}: launch has arguments {names}, text {list(kernel.arg_names)}"])
     place = {name: index for index, name in enumerate(names)}
-    overlap = overlapping(int(arch.removeprefix("sm_")) // 10)
     try:
         source = triton.compiler.ASTSource(
             fn=kernel,
             signature=dict(launch.signature),
-            constexprs={(place[name],): value for name, value in launch.values(stages, overlap=overlap).items()},
+            constexprs={(place[name],): value for name, value in launch.values(stages).items()},
             attrs={(place[name],): [["tt.divisibility", 16]] for name in launch.aligned},
         )
         options: dict[str, object] = {"num_warps": launch.warps, "num_stages": stages}

@@ -28,16 +28,6 @@ if INTERPRETED:
         """dividend / divisor, rounded to nearest; the divisor a positive or negative float16 widened to float32."""
         return tl.div_rn(dividend, tl.broadcast_to(divisor, dividend.shape))
 
-    @triton.jit
-    def let_next_begin():
-        """The kernel behind this one may be launched, if that was asked for."""
-        pass
-
-    @triton.jit
-    def await_last():
-        """What the kernel in front of this one has written is there."""
-        pass
-
 else:
 
     @triton.jit
@@ -55,16 +45,6 @@ else:
             "and.b32 $0, $1, $2;", "=r,r,r", [words, mask], dtype=tl.int16, is_pure=True, pack=2
         )
         return kept.to(tl.float16, bitcast=True)
-
-    @triton.jit
-    def let_next_begin():
-        """The kernel behind this one may be launched, if that was asked for."""
-        tl.extra.cuda.gdc_launch_dependents()
-
-    @triton.jit
-    def await_last():
-        """What the kernel in front of this one has written is there."""
-        tl.extra.cuda.gdc_wait()
 
     @triton.jit
     def quotient(dividend, divisor):

@@ -8,7 +8,6 @@ from typing import Any
 
 CONSTEXPR = "constexpr"
 DEPTH = "STAGES"  # the constexpr argument that takes the depth of the pipeline
-OVERLAP = "PDL"  # the constexpr argument that says whether the GPU can launch a kernel before the last one has ended
 
 
 @dataclass(frozen=True)
@@ -17,7 +16,7 @@ class Launch:
 
     kernel             name of the `@triton.jit` function in the generated text
     signature          argument name -> "*fp16", "*u8", "i32", "fp32", ... or "constexpr", in the order of the arguments
-    constants          values of the constexpr arguments, DEPTH and OVERLAP apart
+    constants          values of the constexpr arguments, DEPTH apart
     warps              `num_warps`
     stages             depths of the asynchronous pipeline in the order they are tried, until the buffers fit and no
                        number is moved to memory
@@ -40,7 +39,7 @@ class Launch:
 
     def __post_init__(self) -> None:
         names = [name for name, _ in self.signature]
-        constexprs = {name for name, kind in self.signature if kind == CONSTEXPR and name not in (DEPTH, OVERLAP)}
+        constexprs = {name for name, kind in self.signature if kind == CONSTEXPR and name != DEPTH}
         given = [name for name, _ in self.constants]
         if len(set(names)) != len(names):
             raise ValueError(f"launch of {self.kernel}: an argument stands twice in the signature {names}")
@@ -51,11 +50,10 @@ class Launch:
         if unknown := set(self.aligned) - (set(names) - constexprs):
             raise ValueError(f"launch of {self.kernel}: aligned names {sorted(unknown)} that are no run-time arguments")
 
-    def values(self, stages: int, *, overlap: bool = False) -> dict[str, object]:
-        """The constexpr arguments at this depth, on a GPU whose launches can overlap or cannot."""
-        given = {DEPTH: stages, OVERLAP: overlap}
-        mine = {name: value for name, value in given.items() if (name, CONSTEXPR) in self.signature}
-        return {**dict(self.constants), **mine}
+    def values(self, stages: int) -> dict[str, object]:
+        """The constexpr arguments at this depth."""
+        depth = {DEPTH: stages} if (DEPTH, CONSTEXPR) in self.signature else {}
+        return {**dict(self.constants), **depth}
 
     def to_json(self) -> dict[str, Any]:
         """A mapping of plain values; constants must be numbers, strings, booleans or None."""

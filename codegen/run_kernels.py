@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cached_property, partial
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -16,10 +16,9 @@ from kvdsl.errors import BackendError
 from kvdsl.kernels import Params
 
 from .assembling import fewest_spills
-from .launch import DEPTH, OVERLAP, assembled
+from .launch import DEPTH, assembled
 from .launches import ASSEMBLER, GIVEN_POINTERS, arguments, fused, stages, warps
 from .occupancy import residents
-from .overlap import here
 from .plan import Plan
 
 VIEWS = {
@@ -43,25 +42,12 @@ class KernelModule:
         self.settings: dict[str, Setting] = {}  # kernel -> those found best
         self.residents: dict[str, int] = {}  # kernel -> programs that a processor of the GPU holds at once
 
-    @cached_property
-    def overlap(self) -> bool:
-        """Whether the GPU can launch a kernel before the last one has ended."""
-        return here()
-
     def _run(
-        self,
-        kernel: str,
-        grid: tuple[int, ...],
-        given: Mapping[str, Any],
-        pool: Tensor | None,
-        params: Params,
-        *,
-        early: bool = False,
+        self, kernel: str, grid: tuple[int, ...], given: Mapping[str, Any], pool: Tensor | None, params: Params
     ) -> None:
-        """Launch a kernel; `early`: one that waits itself for the kernel in front of it, before that has ended."""
         if 0 in grid:
             return
-        values = {**given, OVERLAP: self.overlap}
+        values = dict(given)
         for name in self.arguments[kernel]:
             if name in VIEWS:
                 assert pool is not None
@@ -72,7 +58,6 @@ class KernelModule:
                 values[name] = _parameter(name, params)
         function = getattr(self.module, kernel)[grid]
         options = {"num_warps": warps(kernel, self.plan), "enable_fp_fusion": fused(kernel)}
-        options |= {"launch_pdl": True} if early and self.overlap else {}
         compiled: dict[Setting, Any] = {}
 
         def launch(depth: int, setting: str | None) -> Any:

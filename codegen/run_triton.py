@@ -16,7 +16,6 @@ from . import forms, run_dense
 from .host_channels import ready_rows
 from .host_slots import by_channel, by_turned_channel
 from .occupancy import MOST_SPLITS, splits
-from .overlap import worthwhile
 from .plan import SidePlan
 from .run_pages import PageModule
 from .run_parts import Part, Scratch, within
@@ -202,8 +201,7 @@ class TritonModule(PageModule):
             **scratch, **more, "queries": queries, "blocks": part.blocks, "splits": count, "clean": part.clean,
             "ROWS": part.rows, "SPLITS": padded(count),
         }  # fmt: skip
-        early = worthwhile(part.programs * part.blocks * count, self.processors())
-        self._run(kernel, (batch * heads, queries), given, None, part.params, early=early)
+        self._run(kernel, (batch * heads, queries), given, None, part.params)
 
 
 def _parts(query: Tensor, segments: Segments, splits: int | None, form: Form | None) -> list[Part]:

@@ -17,7 +17,6 @@ from kvdsl.window import Window, windows
 from . import forms, render
 from .launches import launches, loop_bytes
 from .multiplications import multiplications
-from .overlap import CROWDED, LEAST_MAJOR
 from .plan import Plan, SidePlan, plan_for
 from .show_algebra import normal_form
 from .show_layout import page
@@ -40,10 +39,6 @@ class View:
 
 Stage = tuple[dict[str, Any], list[str]]
 TOKENS = 32768  # of a sequence that forms of attention are told for, where no other length is asked
-OVERLAPPED = (
-    "merge    launched before decode has ended where the GPU can (sm_90 and newer), and waits for it in its place; in",
-    f"         the usual way where {CROWDED[0]:g} to {CROWDED[1]:g} programs stand on each processor",
-)
 BITS = "bits an element   code  metadata  padding   window    total"
 
 
@@ -147,7 +142,6 @@ def plan_stage(view: View) -> Stage:
         "span": {term.path: term.span for term in plan.terms},
         "tokens": view.tokens or TOKENS,
         "forms": forms.thresholds(plan, view.tokens or TOKENS),
-        "overlap": {"least_compute_capability": LEAST_MAJOR, "crowded": CROWDED},
         "kernels": records,
     }
     halves = f", as two halves of {plan.half} whose tokens share words" if plan.halves > 1 else ""
@@ -158,7 +152,6 @@ def plan_stage(view: View) -> Stage:
         *_placed(plan),
         f"queries  of a step, over {data['tokens']} packed tokens; chosen by what each form costs",
         *(f"         {sentence}" for sentence in forms.told(plan, data["tokens"])),
-        *OVERLAPPED,
         "",
     ]
     for record in records:

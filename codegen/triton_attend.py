@@ -6,7 +6,6 @@ Glossary of the attention skeleton (for maintainers; not emitted):
   clean pages   visible to every row and packed on both sides: the main loop, no masks
   edge tiles    sinks, the first page when it is partly visible, and everything from the last clean page on: one more
                 program (or several) decodes what is packed, takes exact rows for the rest, and masks
-  shared        the query's rows: asked for beside the length and the first page's number, before either is waited for
   asked         position behind the last query's: the sequence's length, and more where newer tokens stand elsewhere
   size          power of two that a row of the query was divided by; scores and maxima are in its units
   turned        the query mapped into the space that keys are coded in; exact rows meet the query itself
@@ -21,7 +20,6 @@ from .plan import Plan, SidePlan
 from .text import Lines, fill, literal
 from .tiling import PAIR
 from .triton_bands import FoldedKeys, FoldedValues
-from .triton_deal import deal
 from .triton_keys import KeySide
 from .triton_meta import section
 from .triton_names import pair_name, tokens_name
@@ -36,8 +34,6 @@ def $name(
     $args
 ):
     ROWS: tl.constexpr = $rows
-    if PDL:
-        let_next_begin()
     bh = tl.program_id(0)
     split = tl.program_id(1)
     block = tl.program_id(2)
@@ -47,8 +43,8 @@ def $name(
     packed_values = tl.load(packed_values_ptr + b)
     length = tl.load(length_ptr + b)
     start = tl.load(start_ptr + b)
+    asked = $asked
     table = table_ptr + b.to(tl.int64) * table_width
-    $early
 
     # which rows: (query token, head of the group)
     row_index = block * ROWS + tl.arange(0, ROWS)
@@ -59,14 +55,19 @@ def $name(
     $query
     peak = tl.full([ROWS], -1.0e30, tl.float32)
     mass = tl.zeros([ROWS], tl.float32)
-    $lanes
-    $shared
+
     $bounds
     if split < splits:
+        $lanes
         $prologue
         $accumulators
-        $first
-        $loop
+        share = (high - low + splits - 1) // splits
+        begin = tl.minimum(low + split * share, high)
+        stop = tl.minimum(begin + share, high)
+        next_page = tl.load(table + begin)
+        for tile in tl.range(begin$tiles, stop$tiles, num_stages=STAGES):
+            page = next_page.to(tl.int64)
+            next_page = tl.load(table + $next)
             $addresses
             $clean
         $epilogue
@@ -76,11 +77,12 @@ def $name(
         first = tl.load(first_ptr + b)
         key_rows = key_rows_ptr + bh.to(tl.int64) * ($sinks + ring) * $head_dim
         value_rows = value_rows_ptr + bh.to(tl.int64) * ($sinks + ring) * $head_dim
+        $rows_see
+        end = length - $sinks
+        $lanes
         $exact_query
         $edge_prologue
         $edge_accumulators
-        $rows_see
-        end = length - $sinks
         before = (low - edge) * $edge_sub
         after = (tl.maximum(end - high * $page, 0) + $edge_tile_less) // $edge_tile
         for step in tl.range(split - splits, $sink_tiles + before + after, edge_splits, num_stages=1):
@@ -154,6 +156,7 @@ class Attend:
             "head_dim": plan.shape.head_dim, "sinks": plan.sinks, "page": plan.layout.page_tokens,
             "page_less": plan.layout.page_tokens - 1, "tile": plan.tile, "tile_less": plan.tile - 1, "sub": sub,
             "per_page": f" // {sub}" if sub > 1 else "", "tiles": f" * {sub}" if sub > 1 else "",
+            "next": f"(tile + 1) // {sub}" if sub > 1 else "tile + 1",
         }  # fmt: skip
 
     def addresses(self, *, several: bool = True) -> list[str]:
@@ -276,7 +279,7 @@ class Attend:
         """The text of `decode` or `extend`."""
         plan = self.plan
         size = ["true_size = size", "size = tl.full([ROWS], 1.0, tl.float32)"] if plan.shape.softcap else []
-        values, shared = self.values, self.keys.shared()
+        values = self.values
         edge_tile, sinks = plan.edge_tile, plan.sinks
         sink_tiles = -(-sinks // edge_tile)
         itself = self.keys.exact_rows is not None or not plan.keys.through
@@ -292,7 +295,6 @@ class Attend:
             "scaling",
             *(["softcap"] if plan.shape.softcap else []),
             "STAGES: tl.constexpr",
-            "PDL: tl.constexpr",
         ]
         return fill(
             ATTEND,
@@ -302,15 +304,13 @@ class Attend:
             lanes=[*self.keys.lane_lines(), *values.lane_lines()],
             query=self._query(self.keys.query),
             exact_query=self._query("query") if plan.keys.through and itself else [],
-            shared=shared,
-            prologue=[*self.keys.prologue()[len(shared) :], *size],
+            prologue=[*self.keys.prologue(), *size],
             accumulators=values.prologue(),
             addresses=self.addresses(),
             clean=self.clean(),
-            **deal(plan),
             **order(plan, self._shared(rows)),
             epilogue=values.epilogue(),
-            edge_prologue=[*self.keys.edge_prologue()[len(shared) :], *size],
+            edge_prologue=[*self.keys.edge_prologue(), *size],
             edge_accumulators=values.edge_prologue(),
             edge_sub=plan.layout.page_tokens // edge_tile,
             edge_tile=edge_tile,

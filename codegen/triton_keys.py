@@ -322,17 +322,14 @@ class KeySide:
 
     # ---- once per query -------------------------------------------------------------------------------------------
 
-    def _loads(self) -> list[str]:
-        """Load the query rows of all terms."""
-        return [line for term in self.terms for line in term.loads(self.query)]
-
     def _rows(self, others: list[str] | None = None) -> list[str]:
-        """Divide the query rows of all terms by one size; `others` share it."""
+        """Load the query rows of all terms, divided by one size; `others` share it."""
+        lines = [line for term in self.terms for line in term.loads(self.query)]
         names = [name for term in self.terms for name in term.rows()]
         turned = [f"w{j}" for j in range(self.side.layout.planes)] if self.positions is not None else []
         more = [*names[1:], *(others or [])]
         more += turned if self.side.factored else []  # other factors than those of their partners in x are on them
-        lines = [f"top = tl.max(tl.abs({names[0]}), 0)"]
+        lines.append(f"top = tl.max(tl.abs({names[0]}), 0)")
         lines += [f"top = tl.maximum(top, tl.max(tl.abs({name}), 0))" for name in more]
         lines.append("size, inverse = above(top)  # [rows]")
         lines += [f"{name} = {name} * inverse[None, :]" for name in [*names, *turned]]
@@ -340,16 +337,12 @@ class KeySide:
             lines.append("bias = tl.load(bias_ptr + head * queries + token, mask=live, other=0.0) * scaling * inverse")
         return lines
 
-    def shared(self) -> list[str]:
-        """What both prologues begin with: the query rows, divided by their size where exact rows meet the same."""
-        return self._loads() + (self._rows() if self.exact_rows is None else [])
-
     def prologue(self) -> list[str]:
         """Load the query rows, plane by plane, and prepare them for the planes."""
         if self.positions is not None:
             fixed = self.positions.fixed() if self.positions.placed else []
-            return self._loads() + self._rows() + fixed + self.positions.prologue()
-        lines = self._loads() + self._rows()
+            return self._rows() + fixed + self.positions.prologue()
+        lines = self._rows()
         for term in self.terms:
             lines += [*(term.operands() if term.decoded else []), *term.prepared()]
         return lines
@@ -358,8 +351,8 @@ class KeySide:
         """The operands for decoded numbers, and for exact ones."""
         rows = self.exact_rows
         if rows is None:
-            return self.shared() + [line for term in self.terms for line in term.operands()]
-        lines = [*self._loads(), *rows.lanes(), *rows.queries(), *self._rows([f"r{j}" for j in rows.planes])]
+            return self._rows() + [line for term in self.terms for line in term.operands()]
+        lines = [*rows.lanes(), *rows.queries(), *self._rows([f"r{j}" for j in rows.planes])]
         if self.positions is not None:
             lines += [*self.positions.fixed(), *self.positions.prologue()]
         else:

@@ -18,8 +18,6 @@ MERGE = """
 def $name(
     $args
 ):
-    if PDL:
-        await_last()
     head = tl.program_id(0)
     token = tl.program_id(1)
     b = head // $q_heads
@@ -137,7 +135,6 @@ def _text(plan: Plan, name: str, through: bool, into: str) -> str:
     args += [f"{into}_lse_ptr", "queries", "blocks", "splits", *["clean"] * apart, *["to_blocks"] * (into == "to")]
     loose = [name for name in ("queries", "splits", "blocks", "clean", "to_blocks") if name in args]
     args += ["ROWS: tl.constexpr", "SPLITS: tl.constexpr", *["TO_ROWS: tl.constexpr"] * (into == "to")]
-    args.append("PDL: tl.constexpr")
     end = fill(OUTPUT if into == "out" else PARTIAL, **holes, result=result)
     return fill(
         MERGE, name=name, loose=", ".join(f'"{one}"' for one in loose), args=[f"{arg}," for arg in args],

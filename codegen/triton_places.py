@@ -17,7 +17,6 @@ PLACES = ["place_ptr", "room", "origin"]
 LOOSE = ', "room", "origin"'
 """Those that no kernel is compiled anew for."""
 BOUNDS = """
-asked = length + ahead
 # clean pages: every row sees all of their tokens, and both sides are packed
 newest_start = tl.maximum(start, asked - window) - $sinks
 low = (tl.maximum(newest_start, 0) + $page_less) // $page
@@ -80,15 +79,14 @@ def order(plan: Plan, shared: dict[str, int | str]) -> Holes:
     """What attention's masks and bounds follow from: places in the order of tokens, or where each token stands."""
     sinks = plan.sinks
     if plan.shape.placed:
-        rows = ["asked = tl.load(asked_ptr + b)", "last = asked - queries + token  # [rows]"]
-        rows.append("oldest = tl.maximum(start, last - window + 1)  # [rows]")
+        rows = ["last = asked - queries + token  # [rows]", "oldest = tl.maximum(start, last - window + 1)  # [rows]"]
         return {
-            "loose": LOOSE.removeprefix(", "), "places": [base(plan), *rows],
+            "loose": LOOSE.removeprefix(", "), "asked": "tl.load(asked_ptr + b)", "places": [base(plan), *rows],
             "bounds": fill(PLACED_BOUNDS, **shared).splitlines(), "rows_see": [], "seen": of_edges(plan),
         }  # fmt: skip
     last = f"last = tl.minimum(asked - queries + token, length - 1) - {sinks}  # [rows]"
     return {
-        "loose": '"ahead"', "places": [],
+        "loose": '"ahead"', "asked": "length + ahead", "places": [],
         "bounds": fill(BOUNDS, **shared).splitlines(),
         "rows_see": [last, f"oldest = tl.maximum(start, asked - queries + token - window + 1) - {sinks}  # [rows]"],
         "seen": [f"{seen('seen', 'u')} & (u >= {-sinks})[:, None]", f"here = (u >= {-sinks}) & (u < end)"],
