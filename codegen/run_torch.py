@@ -20,6 +20,7 @@ from .host_channels import queries
 from .host_products import scored
 from .plan import SidePlan
 from .run_torch_pages import TorchPages
+from .torch_alone import one_by_one
 
 LOG2E = 1.4426950408889634
 LOWEST = torch.finfo(torch.float32).min
@@ -128,13 +129,19 @@ class TorchModule(TorchPages):
     def attend(
         self, query: Tensor, state: AttentionState, params: Params, splits: int | None = None, form: Form | None = None
     ) -> tuple[Tensor, Tensor]:
-        """See KernelSet; `splits` is a matter of the GPU, and only asks for products of codes here."""
+        """See KernelSet; given `splits`, sequences are read one by one, by products of codes."""
+        if splits is not None and query.shape[0] > 1:
+            return one_by_one(
+                lambda q, own: self.attend(q, *own[0][1:3], splits, form), query, [(self, state, params, None)]
+            )
         out, lse = self._in_form(query, state, params, splits, form)
         return out.to(query.dtype), lse
 
     def union(
         self, query: Tensor, segments: Segments, splits: int | None = None, form: Form | None = None
     ) -> tuple[Tensor, Tensor]:
+        if splits is not None and query.shape[0] > 1:
+            return one_by_one(lambda q, own: self.union(q, own, splits, form), query, segments)
         found = [
             module._in_form(query, state, params, splits, form)
             if fold is None

@@ -19,6 +19,7 @@ Backend = Literal["triton", "torch"]
 Form = Literal["decode", "extend", "dense"]
 """How attention reads packed tokens: by programs of few query rows, of more, in passes, or decoded once for all."""
 Params = Mapping[str, "Tensor"]
+MOST_FIXED, FIXED_PAGES = 32, 2
 Segments = Sequence[tuple[Any, "AttentionState", Params, "Fold | None"]]
 """Modules, what each of them reads, and its parameters."""
 
@@ -211,8 +212,8 @@ class KernelSet:
         and -inf.
 
         `splits` is the number of programs that share the packed tokens of one sequence, and of those that share the
-        exact ones (None: chosen from the batch and the machine).  Given, a sequence gets from the Triton kernels to
-        the bit what it gets alone, whatever batch it is in: from those that read pages.
+        exact ones (None: chosen from the batch and the machine).  Given, a sequence gets to the bit what it gets
+        alone, whatever batch it is in: Triton kernels read pages then, torch's one sequence after the other.
 
         `form` asks for one way to read them; None: that of `self.form`."""
         self.refuse_places(state.places)
@@ -267,6 +268,12 @@ class KernelSet:
                 "places: these kernels are of tokens in the order of their places; build for a shape with placed=True"
             )
             raise BackendError(missing if places is None else given)
+
+
+def fixed_splits(capacity: int, page_tokens: int) -> int:
+    """How many programs share a sequence where neither the batch nor the GPU may decide: one for two pages of what it
+    has room for, and 32 at most, so that the partials of a large batch stay few."""
+    return max(1, min(MOST_FIXED, -(-capacity // (FIXED_PAGES * page_tokens))))
 
 
 class Fold(NamedTuple):

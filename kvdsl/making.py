@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .errors import CacheError
 from .head_cache import HeadCache, Held
 from .head_groups import head_groups
 from .kernels import Backend, Params
@@ -19,6 +20,15 @@ from .tiered_cache import TieredCache
 
 BuildTiers = Callable[[Scheme, Shape, Backend | None], TierKernels]
 AnyCache = QuantizedCache | TieredCache | HeadCache
+
+
+def refuse_invariant(scheme: Scheme, asked: bool) -> None:
+    """CacheError for a scheme with tiers."""
+    if asked and scheme.routed:
+        raise CacheError(
+            "batch_invariant: which tokens go to which tier follows from sums whose order depends on the batch; take a "
+            "scheme without tiers"
+        )
 
 
 def made(
@@ -47,6 +57,7 @@ def made(
             held.append(Held(group, cache))
         return HeadCache(held)
     if scheme.routed:
+        refuse_invariant(scheme, options.pop("batch_invariant", False))
         kernels = build_tiers(scheme, replace(shape, placed=window is not None), backend)
         return TieredCache(kernels, batch, device=device, params=params, window=window, **options)
     return QuantizedCache(build(scheme, shape, backend), batch, device=device, params=params, window=window, **options)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .errors import CacheError, ShapeError
 from .inputs import checked_counts, checked_index, checked_number, checked_pair, refuse_query
-from .kernels import AttentionState, KernelSet, Params, Places, Side
+from .kernels import AttentionState, KernelSet, Params, Places, Side, fixed_splits
 from .members import Member, Policy
 from .pages import ZERO, PagePool
 from .params import checked
@@ -36,6 +36,9 @@ class QuantizedCache:
               freed
     capacity  tokens a sequence, for which address space is reserved: memory is taken page by page as it is used,
               nothing is ever moved or copied when the cache grows, and a full cache raises CacheError (see reserve.py)
+    batch_invariant   attention gives a sequence to the bit what it gives it alone in a cache of this capacity, whatever
+              stands beside it: how many programs share a sequence follows from `capacity` alone.  Slower, unless the
+              number that the batch and the GPU would have is much the same
 
     A sequence may have its own length: `counts` of an append says how many of a chunk's *last* tokens it takes, which
     is what left-padded batches need (padding is then never stored).  Lengths live as integers on the host and as
@@ -54,6 +57,7 @@ class QuantizedCache:
         params: Params | None = None,
         window: int | None = None,
         capacity: int = CAPACITY,
+        batch_invariant: bool = False,
     ) -> None:
         checked_number("batch", batch, 0)
         checked_number("capacity", capacity, 1)
@@ -62,6 +66,7 @@ class QuantizedCache:
             device = "cuda" if kernels.backend == "triton" and torch.cuda.is_available() else "cpu"
         self.kernels = kernels
         self.capacity = capacity
+        self.splits = fixed_splits(capacity, kernels.page_tokens) if batch_invariant else None
         self.requantized = 0
         with torch.inference_mode(False), torch.no_grad():
             self.device = torch.empty(0, device=device).device
@@ -129,7 +134,7 @@ class QuantizedCache:
         refuse_query(query, self.batch, self.kernels.shape, self.device)
         if not query.numel():
             return torch.empty_like(query), query.new_zeros(query.shape[:3], dtype=torch.float32)
-        return self.kernels.attend(query, state, self.params)
+        return self.kernels.attend(query, state, self.params, self.splits)
 
     def dense(self, side: Side, places: Places | None = None) -> Tensor:
         """All tokens of a side as numbers, (B, H, longest, D) in the model's dtype: packed ones decoded, the others

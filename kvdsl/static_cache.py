@@ -137,7 +137,7 @@ class StaticCache:
             cache.kernels.append(keys, values, self._room, cache.params)
             given = self._state.scaling if scaling is None else scaling
             state = replace(self._state, scaling=given, softcap=softcap)
-            return cache.kernels.attend(query, state, cache.params, splits)
+            return cache.kernels.attend(query, state, cache.params, cache.splits if splits is None else splits)
 
     def settle(self) -> None:
         """Tell the cache what came since `begin`: waits for the device.  `begin` goes on from there.  CacheError, with

@@ -125,11 +125,13 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         heads: int | None = None,
         softcap: bool = False,
         capacity: int | None = None,
+        batch_invariant: bool = False,
         calls: Counter[str] | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.scheme, self.window, self.params, self.backend = scheme, window, params, backend
         self.heads, self.softcap, self.capacity = heads, softcap, capacity
+        self.batch_invariant = batch_invariant
         self.calls: Counter[str] = Counter() if calls is None else calls
         self.is_sliding = window is not None
         self.record_past = False
@@ -209,10 +211,10 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         backend = self.backend
         if backend is None and keys.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             backend = "torch"
-        options = {} if self.capacity is None else {"capacity": self.capacity}
+        options: dict[str, Any] = {} if self.capacity is None else {"capacity": self.capacity}
         return made(
             self.scheme, shape, keys.shape[0], build, build_tiers, backend=backend, device=keys.device,
-            params=self.params, window=self.window, **options,
+            params=self.params, window=self.window, batch_invariant=self.batch_invariant, **options,
         )  # fmt: skip
 
     def settle(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import (
@@ -18,6 +18,7 @@ from transformers.cache_utils import (
 
 from kvdsl.errors import SchemeError, ShapeError
 from kvdsl.kernels import Backend, Params
+from kvdsl.making import refuse_invariant
 from kvdsl.params import checked, missing, wanted, within
 from kvdsl.registry import load
 from kvdsl.rules import layer_faults, refuse_for
@@ -45,6 +46,7 @@ def cache(
     backend: Backend | None = None,
     capacity: int | None = None,
     static: bool = False,
+    batch_invariant: bool = False,
 ) -> PackedCache:
     """A cache for `model`, to be passed as `past_key_values`; the model's attention is set to the one that reads it.
 
@@ -55,28 +57,35 @@ def cache(
     capacity  tokens a sequence for which address space is reserved
     static    tokens behind a prompt go in place, up to `capacity` a sequence: `generate()` compiles the step where it
               compiles any, and a CUDA graph holds it
+    batch_invariant   attention over the cache gives a sequence what it gives it alone, to the bit, whatever batch it is
+              in (the model's own products are the model's affair); not of schemes with tiers, CacheError
 
     Raises ValueError for a model with layers whose state is no pair of keys and values of one head size, or whose RoPE
     PreRope cannot take off, SchemeError for a scheme that does not fit its heads or layers, ShapeError for calibrated
     parameters that are missing or do not fit.
     """
     scheme = load(scheme)
-    return _cache(scheme, model, completed(scheme, model, params), backend, capacity, static)
+    return _cache(scheme, model, completed(scheme, model, params), Options(backend, capacity, static, batch_invariant))
 
 
-def _cache(
-    scheme: Scheme, model: Any, params: Params, backend: Backend | None, capacity: int | None, static: bool = False
-) -> PackedCache:
+class Options(NamedTuple):
+    """What is asked of the layers of a cache; see `cache`."""
+
+    backend: Backend | None
+    capacity: int | None
+    static: bool
+    batch_invariant: bool
+
+
+def _cache(scheme: Scheme, model: Any, params: Params, options: Options) -> PackedCache:
     """`cache`, given all parameters."""
-    layers, calls = _layers(scheme, model, params, backend, capacity, static)
+    layers, calls = _layers(scheme, model, params, options)
     if model.config._attn_implementation != NAME:
         model.set_attn_implementation(NAME)
     return PackedCache(layers, scheme, calls)
 
 
-def _layers(
-    scheme: Scheme, model: Any, params: Params, backend: Backend | None, capacity: int | None, static: bool = False
-) -> tuple[list[Any], Counter[str]]:
+def _layers(scheme: Scheme, model: Any, params: Params, asked: Options) -> tuple[list[Any], Counter[str]]:
     """A packed layer where the library would have a dynamic one; layers without keys and values stay the library's."""
     config = model.config.get_text_config(decoder=True)
     if config.model_type in OWN_MASKS:
@@ -95,21 +104,23 @@ def _layers(
                 f"model: layer {index} keeps a {type(layer).__name__}, which is no plain pair of keys and values"
             )
         own, numbers = scheme.for_layer(index, len(theirs)), _of_layer(params, index)
+        refuse_invariant(own, asked.batch_invariant)
         _refuse_unfit(own, numbers, config, index)
         options: dict[str, Any] = dict(
             window=getattr(layer, "sliding_window", None),
             params=numbers,
-            backend=backend,
+            backend=asked.backend,
+            batch_invariant=asked.batch_invariant,
             heads=getattr(config, "num_attention_heads", None),
             softcap=getattr(config, "attn_logit_softcapping", None) is not None,
             calls=calls,
         )
-        if static:
-            room = _refuse_moving(own, capacity, index)
+        if asked.static:
+            room = _refuse_moving(own, asked.capacity, index)
             before = [other for other in layers if isinstance(other, StaticLayer)]
             layers.append(StaticLayer(own, capacity=room, before=before, **options))
         else:
-            layers.append(PackedLayer(own, capacity=capacity, **options))
+            layers.append(PackedLayer(own, capacity=asked.capacity, **options))
     return layers, calls
 
 
@@ -169,6 +180,7 @@ def use(
     backend: Backend | None = None,
     capacity: int | None = None,
     static: bool = False,
+    batch_invariant: bool = False,
 ) -> Iterator[Use]:
     """Inside, every `model.generate()` given no cache gets a fresh one of `scheme`; afterwards the model is as before.
 
@@ -179,15 +191,16 @@ def use(
     had, own = "generate" in vars(model), vars(model).get("generate")
     plain = model.generate
     used, ready = Use(), completed(loaded, model, params)
+    options = Options(backend, capacity, static, batch_invariant)
 
     def generate(*args: Any, **kwargs: Any) -> Any:
         if kwargs.get("past_key_values") is None and kwargs.get("use_cache", True):
-            used.cache = _cache(loaded, model, ready, backend, capacity, static)
+            used.cache = _cache(loaded, model, ready, options)
             kwargs["past_key_values"] = used.cache
         return plain(*args, **kwargs)
 
     try:
-        _layers(loaded, model, ready, backend, capacity, static)
+        _layers(loaded, model, ready, options)
         model.set_attn_implementation(NAME)
         object.__setattr__(model, "generate", generate)
         yield used
