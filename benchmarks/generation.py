@@ -31,7 +31,7 @@ def model() -> Any:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float16)
     with torch.device("cuda"):
-        return LlamaForCausalLM(config).eval()
+        return LlamaForCausalLM(config).eval()  # type: ignore[no-untyped-call]
 
 
 def seconds(made: Any, ids: torch.Tensor, held: Any, new: int) -> float:
