@@ -130,7 +130,7 @@ def power_bits(scale: Tensor) -> Tensor:
 
 def _bits(x: Tensor, dtype: torch.dtype, nan: int) -> Tensor:
     words = (x.to(dtype) + 0.0).view(torch.int16).to(torch.int32) & 0xFFFF
-    return torch.where(x == x, words, nan)
+    return words.masked_fill_(x != x, nan)
 
 
 def bits_fp16(x: Tensor) -> Tensor:
@@ -340,19 +340,15 @@ def blocks(x: Tensor, block: Block) -> Tensor:
     return x.reshape(n, h // heads, heads, t // tokens, tokens, d // channels, channels)
 
 
-def lowest_of(x: Tensor, block: Block) -> Tensor:
-    """The lowest number of every block, made finite: (n, H/heads, T/tokens, D/channels)."""
-    return blocks(finite(x), block).amin(OVER_BLOCK)
-
-
-def highest_of(x: Tensor, block: Block) -> Tensor:
-    """The highest number of every block, made finite."""
-    return blocks(finite(x), block).amax(OVER_BLOCK)
+def range_of(x: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+    """The lowest and the highest number of every block, made finite: (n, H/heads, T/tokens, D/channels) each."""
+    numbers = blocks(finite(x), block)
+    return numbers.amin(OVER_BLOCK), numbers.amax(OVER_BLOCK)
 
 
 def nan_in(x: Tensor, block: Block) -> Tensor:
     """1 where a block holds a NaN."""
-    return blocks(torch.isnan(x), block).any(-1).any(-2).any(2).to(torch.int32)
+    return blocks(torch.isnan(x), block).any(OVER_BLOCK).to(torch.int32)
 
 
 def summed(x: Tensor, block: Block) -> Tensor:
@@ -378,7 +374,7 @@ def magnitude(x: Tensor) -> Tensor:
 def spread(numbers: Tensor, tokens: int, channels: int, heads: int) -> Tensor:
     """A number of every block at each of its places: the shape that `blocks` took, up to expansion."""
     for dim, count in ((1, heads), (2, tokens), (3, channels)):
-        if numbers.shape[dim] > 1 or dim == 2:
+        if count > 1 and (numbers.shape[dim] > 1 or dim == 2):
             numbers = numbers.repeat_interleave(count, dim)
     return numbers
 

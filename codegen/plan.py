@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 from kvdsl.rules import refuse_for
 from kvdsl.scheme import SIDES, Band, Scheme, Side, Store
@@ -47,7 +47,12 @@ class Plan:
 
     def side(self, name: str) -> SidePlan:
         """A side, or a term of one, by its label."""
-        return next(term for term in self.terms if name in (term.label, term.space))
+        return self._by_label[name]
+
+    @cached_property
+    def _by_label(self) -> dict[str, SidePlan]:
+        """Terms by their own names; bands by that of their row, which is the first one's."""
+        return {name: term for term in reversed(self.terms) for name in (term.label, term.space)}
 
     @property
     def terms(self) -> tuple[SidePlan, ...]:

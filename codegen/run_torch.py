@@ -201,7 +201,8 @@ class TorchModule(TorchPages):
         keys, values, length, start, first = (min(of_one) for of_one in of_all)
         alike = all(len(set(of_one)) == 1 for of_one in of_all)
         tokens, sinks = self.plan.layout.page_tokens, self.plan.sinks
-        state = replace(state, longest=min(state.longest, max(of_all[2])))
+        if state.longest > max(of_all[2]):
+            state = replace(state, longest=max(of_all[2]))
         end = max(0, state.longest - sinks)
         pages = -(-min(state.packed_most, max(of_all[0] + of_all[1]), end) // tokens)
         low = 0

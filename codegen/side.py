@@ -48,7 +48,7 @@ class SidePlan:
     home: str = ""
     """Where its store stands in the spec: the beginning of the names of the map of its row."""
 
-    @property
+    @cached_property
     def terms(self) -> tuple[SidePlan, ...]:
         """This and those behind it, as `Store.terms`."""
         return (self, *(self.rest.terms if self.rest else ()))
@@ -63,27 +63,27 @@ class SidePlan:
         """What is stored of what this term leaves."""
         return None if self.band else self.rest
 
-    @property
+    @cached_property
     def spaces(self) -> tuple[SidePlan, ...]:
         """The terms whose numbers are those of a map of their own; of bands, which share one, the first."""
         return (self,) if self.band else self.terms
 
-    @property
+    @cached_property
     def parts(self) -> tuple[SidePlan, ...]:
         """The terms that the numbers of this one's space are stored as: its bands, or itself."""
         return self.terms if self.band else (self,)
 
-    @property
+    @cached_property
     def label(self) -> str:
         """The end of the names of this term's functions."""
         return f"{self.name}_band{self.depth}" if self.band else self.space
 
-    @property
+    @cached_property
     def space(self) -> str:
         """The end of the names of the functions of the map of this term's row."""
         return self.home.replace(".store", "").replace(".", "_")
 
-    @property
+    @cached_property
     def product(self) -> str:
         """The name of the torch function that multiplies what is packed: with a query, or under weights."""
         return ("score" if self.name == "keys" else "weigh") + self.space.removeprefix(self.name)

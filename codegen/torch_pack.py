@@ -140,12 +140,13 @@ class TorchPack:
     def _measured(self, out: Lines) -> None:
         """Statistics of every block, what is stored of it, its words."""
         side, block = self.side, self._block
-        taken = {"low": "lowest_of(x, {})", "high": "highest_of(x, {})", "squares": "summed(square(x), {})"}
+        taken = {"low, high": "range_of(x, {})", "squares": "summed(square(x), {})"}
         taken["sizes"] = "summed(magnitude(x), {})"
         if side.sketched:
             out.add("spoilt = nan(squares)")
         else:
-            out.add(*(f"{name} = {taken[name].format(block)}" for name in statistics(side)))
+            names = ", ".join(statistics(side))
+            out.add(f"{names} = {taken[names].format(block)}")
             out.add(f"spoilt = nan_in(x, {block})")
         for i, clip in enumerate(clips(side)):
             under = [*statistics(side), *counted(side), *([repr(float(clip))] if searched(side) else [])]

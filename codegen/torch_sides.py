@@ -250,25 +250,24 @@ class TorchSide(TorchPack):
         return [f"{name} = {name}.repeat_interleave({meta.tokens}, -2)" for name in self._names]
 
     def _score_after_dot(self, out: Lines) -> None:
-        """Each group's dot product, then the scale that the group has for the token."""
+        """The dot product, then the scale that the token has; of several groups of channels decoded numbers."""
         side = self.side
         out.extend(self._per_token())
-        for group in range(side.groups):
-            out.add(f"s = scored({self._of_group('code', group)}, {self._of_group('query', group, ', :')})")
-            if self.steps.offset_in_score:
-                out.add(f"total = {self._of_group('query', group, ', :')}.sum(-2)")
-            out.extend(self._scale_of_group(group))
-            text = self.steps.assembled("s", "total", "scale_g", "offset_g")
-            out.add(f"score = {'score + ' if group else ''}{text}")
-        out.add("return score")
+        if side.groups > 1:
+            out.extend(self._groups())
+            out.add("return scored(x, query)")
+            return
+        out.add(*(f"{name} = {name}[..., 0]" for name in self._names), "s = scored(code, query)")
+        out.extend(["total = query.sum(-2)"] if self.steps.offset_in_score else [])
+        text = self.steps.assembled("s", "total", "scale", "offset")
+        out.add(f"return {text}")
 
-    def _of_group(self, name: str, group: int, behind: str = "") -> str:
-        """The channels of one group of those whose scales are applied behind the dot product."""
+    def _groups(self) -> list[str]:
+        """Lines that decode numbers whose groups of channels have scales of their own: that takes fewer calls, and no
+        more time, than a product for each group."""
         size = self.side.dim // self.side.groups
-        return f"{name}[..., {group * size}:{(group + 1) * size}{behind}]" if self.side.groups > 1 else name
-
-    def _scale_of_group(self, group: int) -> list[str]:
-        return [f"{name}_g = {name}[..., {group}]" for name in self._names]
+        text = self.steps.number("code", "scale[..., None]", "offset[..., None]")
+        return [f"code = code.unflatten(-1, ({self.side.groups}, {size}))", f"x = ({text}).flatten(-2)"]
 
     def _score_scaled(self, out: Lines) -> None:
         """Scales on the query: of each token block, or calibrated."""
@@ -302,25 +301,23 @@ class TorchSide(TorchPack):
                 out.add(f"unused = unreached(weights, {meta.tokens})")
                 out.add(*(f"{name} = {name}.masked_fill(unused, 0.0)" for name in self._names))
             if side.when is When.AFTER_DOT:
-                self._weigh_groups(out)
+                self._weigh_tokens(out)
             else:
                 self._weigh_scaled(out)
         return str(out)
 
-    def _weigh_groups(self, out: Lines) -> None:
-        """The scales that each group has for the tokens on the weights."""
+    def _weigh_tokens(self, out: Lines) -> None:
+        """The scales of tokens on their weights; of several groups of channels decoded numbers."""
         out.extend(self._per_token())
-        groups, carried = self.side.groups, self.steps.carried_by_token("scale", "offset")
+        if self.side.groups > 1:
+            out.extend(self._groups())
+            out.add("return weighed(x, weights)")
+            return
+        carried = self.steps.carried_by_token("scale", "offset")
         out.extend([f"carried = weighed({carried}, weights)"] if carried is not None else [])
-        for group in range(groups):
-            out.add(f"scale_g = scale[..., {group}]")
-            weight = self.steps.weight("weights", "scale_g")
-            text = f"weighed({self._of_group('code', group)}, {weight})"
-            if carried is not None:
-                text += f" + carried[..., {group}:{group + 1}, :]" if groups > 1 else " + carried"
-            out.add(f"o{group} = {text}" if groups > 1 else f"return {text}")
-        if groups > 1:
-            out.add(f"return torch.cat(({listed(f'o{group}' for group in range(groups))}), -2)")
+        out.add("scale = scale[..., 0]")
+        text = f"weighed(code, {self.steps.weight('weights', 'scale')})"
+        out.add(f"return {text} + carried" if carried is not None else f"return {text}")
 
     def _weigh_scaled(self, out: Lines) -> None:
         """Scales on the sums: of each token block, or calibrated."""

@@ -19,8 +19,8 @@ def refuse_tensor(name: str, tensor: Tensor, sizes: tuple[int | None, ...], shap
     gradient."""
     if not isinstance(tensor, Tensor):
         raise ShapeError(f"{name}: {type(tensor).__name__} is no tensor")
-    right = "(" + ", ".join("any" if size is None else str(size) for size in sizes) + ")"
     if tensor.dim() != len(sizes) or any(s is not None and s != t for s, t in zip(sizes, tensor.shape, strict=True)):
+        right = "(" + ", ".join("any" if size is None else str(size) for size in sizes) + ")"
         raise ShapeError(f"{name}: shape {tuple(tensor.shape)} is not (batch, heads, tokens, head_dim) = {right}")
     if tensor.dtype != DTYPES[shape.dtype]:
         raise ShapeError(

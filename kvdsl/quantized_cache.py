@@ -124,6 +124,8 @@ class QuantizedCache:
 
     def tuned(self, state: AttentionState, scaling: float, softcap: float | None, window: int | None) -> AttentionState:
         """The state with the factor on q.k, the cap of scores and the sliding window of one call."""
+        if (state.scaling, state.softcap, state.window) == (scaling, softcap, window):
+            return state
         return replace(state, scaling=scaling, softcap=softcap, window=window)
 
     def route(self, query: Tensor | None, state: AttentionState, lse: Tensor | None = None) -> None:
@@ -376,4 +378,5 @@ class QuantizedCache:
         self.pool.release(dropped)
 
     def _scaled(self, state: AttentionState, scaling: float | None, softcap: float | None) -> AttentionState:
-        return replace(state, scaling=state.scaling if scaling is None else scaling, softcap=softcap)
+        scaling = state.scaling if scaling is None else scaling
+        return self.tuned(state, scaling, softcap, state.window)

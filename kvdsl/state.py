@@ -65,9 +65,10 @@ class Now:
         """The same with other members, and the device tensors that follow from them."""
 
         moves = list(zip(self.members, members, strict=True))
+        each = set(moves)
 
         def move(tensor: Tensor, number: Callable[[Member], int]) -> Tensor:
-            return shifted(tensor, moves, lambda old, new: (number(old), number(new)))
+            return shifted(tensor, moves, lambda old, new: (number(old), number(new)), each)
 
         return replace(
             self,
@@ -107,10 +108,15 @@ class Now:
         )
 
 
-def shifted(tensor: Tensor, moves: Moves, numbers: Callable[[Member, Member], tuple[int, int]]) -> Tensor:
+def shifted(
+    tensor: Tensor,
+    moves: Moves,
+    numbers: Callable[[Member, Member], tuple[int, int]],
+    each: set[tuple[Member, Member]] | None = None,
+) -> Tensor:
     """The device tensor of the second number of each move, given that of the first: by arithmetic where all sequences
-    move alike, so that nothing has to be sent to the device."""
-    steps = {b - a for a, b in (numbers(*move) for move in set(moves))}
+    move alike, so that nothing has to be sent to the device.  `each`: the moves that there are, if they are known."""
+    steps = {b - a for a, b in (numbers(*move) for move in (set(moves) if each is None else each))}
     if steps <= {0}:
         return tensor
     return tensor + steps.pop() if len(steps) == 1 else upload([numbers(*move)[1] for move in moves], tensor.device)
