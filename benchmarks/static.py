@@ -124,7 +124,8 @@ def found(chosen: Mapping[str, Scheme], arches: Sequence[str], workers: int) -> 
 def page(chosen: Mapping[str, Scheme], compiled: Mapping[str, Mapping[str, Figures]]) -> str:
     """The page: the table, then what keeps the slow ones from the limit."""
     versions = {one.kernel.triton for rows in compiled.values() for one in rows.values()}
-    lines = [HEAD, f"Triton {', '.join(sorted(versions))}.", "", *cards(), ""]
+    those = f"Triton {', '.join(sorted(versions))}; {len(chosen)} of the {len(schemes([]))} schemes that there are."
+    lines = [HEAD, those, "", *cards(), ""]
     head = ["scheme", "bits", "slots", "products", "registers", "spills", "copied", *(gpu.name for gpu in CARDS)]
     rows = [head, *(cells(name, chosen[name], compiled[name]) for name in chosen)]
     lines += [*table(rows, right=range(1, len(head))), "", *compared(compiled), ""]
