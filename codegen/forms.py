@@ -129,4 +129,4 @@ def _exact_bytes(plan: Plan) -> int:
 
 def _item(plan: Plan) -> int:
     """Bytes of a decoded number."""
-    return 4 if plan.exact_keys or plan.values.floats == "fp32" else 2
+    return 4 if plan.exact_numbers else 2

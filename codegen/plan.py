@@ -45,6 +45,11 @@ class Plan:
         """Whether products with decoded keys are of float32 numbers."""
         return self.shape.dtype == "fp32" or self.keys.floats == "fp32"
 
+    @property
+    def exact_numbers(self) -> bool:
+        """Whether products with decoded keys, or with decoded values, are of float32 numbers."""
+        return self.exact_keys or self.values.floats == "fp32"
+
     def side(self, name: str) -> SidePlan:
         """A side, or a term of one, by its label."""
         return self._by_label[name]

@@ -16,19 +16,17 @@ from kvdsl.errors import BackendError
 from .chunks import decoded_chunks
 from .device_dense import attend_dense
 from .plan import Plan
-from .run_parts import LOG2E, Part, Scratch
+from .run_parts import LOG2E, NO_WINDOW, Part, Scratch
 from .text import padded
 
 LEAST = 256  # tokens that a program has at least, to be worth its partial
 WARPS = 8
 WIDE = 128  # channels up to which a program may have 128 rows
-NO_WINDOW = 1 << 30
 
 
 def dense_type(plan: Plan) -> torch.dtype:
     """Of decoded numbers."""
-    exact = plan.exact_keys or plan.values.floats == "fp32"
-    return torch.float32 if exact else torch.float16
+    return torch.float32 if plan.exact_numbers else torch.float16
 
 
 def tiles(plan: Plan, rows: int) -> dict[str, int]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .run_triton import TritonModule
 
 LOG2E = 1.4426950408889634
+NO_WINDOW = 1 << 30
 Scratch = dict[str, Tensor]
 """Partials by argument, float32: of n splits `partial_ptr` (n * programs * blocks * rows, numbers), and `lse_ptr` with
 one a row; where exact rows add to the output itself, `exact_ptr` and `share_ptr` of the programs that read them."""

@@ -18,13 +18,11 @@ from .host_slots import by_channel, by_turned_channel
 from .occupancy import MOST_SPLITS, splits
 from .plan import SidePlan
 from .run_pages import PageModule
-from .run_parts import Part, Scratch, within
+from .run_parts import LOG2E, NO_WINDOW, Part, Scratch, within
 from .text import padded
 from .triton_masked import BESIDE, alike
 from .triton_turn import QUERY_LANES, QUERY_ROWS
 
-NO_WINDOW = 1 << 30
-LOG2E = 1.4426950408889634
 MOST_EDGES = 32  # programs that share the edges of a sequence, as measured on an H100
 USUAL = 8  # programs that a processor holds at once, of a kernel of which it is not known
 ROWS = WeakTensorKeyDictionary()

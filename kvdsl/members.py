@@ -88,6 +88,11 @@ class Policy:
         """The window of one side."""
         return self.keys if side == "keys" else self.values
 
+    @property
+    def windows(self) -> dict[Side, Window]:
+        """The window of each side."""
+        return {"keys": self.keys, "values": self.values}
+
     def after_sinks(self, tokens: int) -> int:
         """u of the token that follows `tokens` tokens."""
         return max(0, tokens - self.sinks)

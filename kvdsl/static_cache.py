@@ -78,12 +78,11 @@ class StaticCache:
         self.cache, self.capacity, self._owns_counts = cache, capacity, counts is None
         self.counts = counts or Counts(cache.batch, capacity, cache.device)
         self._members, self._steps = tuple[Member, ...](), torch.zeros_like(self.counts.steps)  # where it began
-        windows = {side: now.policy.window_of(side) for side in SIDES}
         table = torch.zeros(cache.batch, -(-capacity // size) + 1, dtype=torch.int32, device=cache.device)
         self._room = Room(
             pool=cache.pool.bytes, table=table, key_rows=torch.zeros_like(now.key_rows),
             value_rows=torch.zeros_like(now.value_rows), length=self.counts.length, packed=self.counts.packed,
-            due=self.counts.due, most={side: windows[side].step for side in SIDES},
+            due=self.counts.due, most={side: window.step for side, window in now.policy.windows.items()},
         )  # fmt: skip
         before = self.counts.packed if now.policy.exact else self.counts.due
         self._state = AttentionState(
@@ -100,12 +99,13 @@ class StaticCache:
         CacheError where the pool has not that many, or the shared counts are of other tokens; nothing has changed then.
         """
         cache = self.cache
-        windows = {side: cache.mark().policy.window_of(side) for side in SIDES}
-        if not self._owns_counts and (self.counts.members, self.counts.windows) != (cache.mark().members, windows):
+        now = cache.mark()
+        here = now.members, now.policy.windows
+        if not self._owns_counts and (self.counts.members, self.counts.windows) != here:
             raise CacheError("counts: the layer that moves them on holds other tokens; let each have its own")
         now = cache.reserve(self.capacity)
         if self._owns_counts:
-            self.counts.begin(now.members, windows)
+            self.counts.begin(*here)
         self._members = now.members
         self._steps.copy_(self.counts.steps)
         width = min(now.table.tensor.shape[1], self._room.table.shape[1])

@@ -42,9 +42,9 @@ class StaticLayer(PackedLayer):  # type: ignore[no-untyped-call]
 
     def __init__(self, *args: Any, capacity: int, before: list[StaticLayer], **kwargs: Any) -> None:
         super().__init__(*args, capacity=capacity, **kwargs)
+        self.capacity: int
         self.number = next(NUMBERS)
         LAYERS[self.number] = self
-        self.room = capacity
         self.static: StaticCache | None = None
         self.begun = False
         self.there = torch.zeros((), dtype=torch.int64)
@@ -72,16 +72,16 @@ class StaticLayer(PackedLayer):  # type: ignore[no-untyped-call]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """As of the library's static layers."""
-        return (self.room, 0) if self.begun else super().get_mask_sizes(query_length)
+        return (self.capacity, 0) if self.begun else super().get_mask_sizes(query_length)
 
     def get_max_length(self) -> int:
         """Tokens that there is room for."""
-        return self.room
+        return self.capacity
 
     def append(self, step: Step, counts: Any, q_heads: int | None, softcap: bool) -> Any:
         """Store a prompt's tokens; steps go in place from then on."""
         if self.packed is not None and self.packed.batch != step.keys.shape[0]:
-            if self.packed.lengths and any(self.packed.lengths):
+            if any(self.packed.lengths):
                 raise CacheError(f"cache: {step.keys.shape[0]} sequences, it holds {self.packed.batch}; reset() it")
             self.packed = self.static = None
         state = super().append(step, counts, q_heads, softcap)
@@ -92,7 +92,7 @@ class StaticLayer(PackedLayer):  # type: ignore[no-untyped-call]
         assert self.packed is not None
         if self.static is None:
             shared = [layer.static.counts for layer in self._before if layer.static is not None and self._alike(layer)]
-            self.static = StaticCache(self.packed, self.room, *shared[:1])
+            self.static = StaticCache(self.packed, self.capacity, *shared[:1])
             if self.there.device != self.packed.device:
                 self.there = self.there.to(self.packed.device)
             torch._dynamo.mark_static_address(self.there)
@@ -102,24 +102,27 @@ class StaticLayer(PackedLayer):  # type: ignore[no-untyped-call]
 
     def _alike(self, other: StaticLayer) -> bool:
         """Whether tokens are packed when those of another layer are."""
-        mine, theirs = (layer.packed.mark().policy for layer in (self, other))
-        return bool((mine.keys, mine.values) == (theirs.keys, theirs.values))
+        mine, theirs = (layer.packed.mark().policy.windows for layer in (self, other))
+        return bool(mine == theirs)
 
     def settle(self) -> None:
         """Tell the packed cache what came in place: the device is waited for."""
         super().settle()
         if self.begun and self.static is not None:
-            self.begun = False
-            before, self.seen = self.seen, int(self.there)
-            self.calls["packed_calls"] += self.seen - before
+            self._end()
             self.static.settle()
+
+    def _end(self) -> None:
+        """No more steps in place: how many there were is asked of the device."""
+        self.begun = False
+        before, self.seen = self.seen, int(self.there)
+        self.calls["packed_calls"] += self.seen - before
 
     def reset(self) -> None:
         """Forget the tokens, not where they were: a compiled step is good for the next prompt."""
         packed = self.packed
         if self.begun:
-            self.calls["packed_calls"] += int(self.there) - self.seen
-            self.begun = False
+            self._end()
         super().reset()
         if packed is not None:
             packed.reset()
