@@ -68,12 +68,17 @@ class StaticCache:
 
     `begin` takes its state over and `settle` gives it back; between the two the cache itself stands still.  All tensors
     are made here, once: a graph of `step` is good for any number of `begin`s.  `counts` are those of a layer before,
-    which moves them on for this one too.  Raises BackendError for kernels that pack by positions.
+    which moves them on for this one too.  Raises BackendError for kernels that pack by positions, CacheError for
+    counts of another capacity.
     """
 
     def __init__(self, cache: QuantizedCache, capacity: int, counts: Counts | None = None) -> None:
         checked_number("capacity", capacity, max(1, *cache.lengths))
         cache.kernels.refuse_positions()
+        if counts is not None and counts.capacity != capacity:
+            raise CacheError(
+                f"counts: of a capacity of {counts.capacity} tokens, this is {capacity}; give both the same"
+            )
         now, size = cache.mark(), cache.kernels.page_tokens
         self.cache, self.capacity, self._owns_counts = cache, capacity, counts is None
         self.counts = counts or Counts(cache.batch, capacity, cache.device)
@@ -96,13 +101,16 @@ class StaticCache:
     def begin(self) -> None:
         """Stand where the cache does, with pages for all tokens up to the capacity.
 
-        CacheError where the pool has not that many, or the shared counts are of other tokens; nothing has changed then.
+        CacheError where the pool has not that many, the shared counts are of other tokens, or `record` has changed how
+        many exact rows the cache keeps; nothing has changed then.
         """
         cache = self.cache
         now = cache.mark()
         here = now.members, now.policy.windows
         if not self._owns_counts and (self.counts.members, self.counts.windows) != here:
             raise CacheError("counts: the layer that moves them on holds other tokens; let each have its own")
+        if now.key_rows.shape != self._room.key_rows.shape:
+            raise CacheError("cache: it keeps more exact rows since record(); make another StaticCache")
         now = cache.reserve(self.capacity)
         if self._owns_counts:
             self.counts.begin(*here)

@@ -96,6 +96,19 @@ def test_what_is_refused() -> None:
         StaticCache(QuantizedCache(turned, 1, params={ROPE: usual(DIM)}), 20)
 
 
+def test_room_of_another_size_is_refused() -> None:
+    """Counts that stop at another capacity would let a layer write behind its own; a longer ring does not fit rows."""
+    cache = filled("whole", 40)
+    leader = StaticCache(filled("whole", 40), 80)
+    with pytest.raises(CacheError, match="counts: of a capacity of 80 tokens, this is 60"):
+        StaticCache(cache, 60, leader.counts)
+    static = StaticCache(cache, 60)
+    cache.record(8)
+    with pytest.raises(CacheError, match="more exact rows"):
+        static.begin()
+    assert cache.lengths == (40, 35)
+
+
 def test_a_step_changes_tensors_where_they_are() -> None:
     """Counts are on the device and keep their place; the cache itself hears of nothing before `settle`."""
     cache = filled("whole", 40)
