@@ -15,7 +15,7 @@ from kvdsl.params import ROPE
 from . import forms, run_dense
 from .host_channels import ready_rows
 from .host_slots import by_channel, by_turned_channel
-from .occupancy import MOST_SPLITS, splits
+from .occupancy import MOST_EDGES, MOST_SPLITS, edge_splits, splits
 from .plan import SidePlan
 from .run_pages import PageModule
 from .run_parts import LOG2E, NO_WINDOW, Part, Scratch, within
@@ -23,7 +23,6 @@ from .text import padded
 from .triton_masked import BESIDE, alike
 from .triton_turn import QUERY_LANES, QUERY_ROWS
 
-MOST_EDGES = 32  # programs that share the edges of a sequence, as measured on an H100
 USUAL = 8  # programs that a processor holds at once, of a kernel of which it is not known
 ROWS = WeakTensorKeyDictionary()
 """Maps of sketches -> their rows, ready for codes: made once for those that are used again in every step."""
@@ -89,7 +88,11 @@ class TritonModule(PageModule):
         pages = max(1, -(-longest // page))
         if not torch.cuda.is_available():
             return min(2, pages)
-        return splits(max(1, programs), pages, page, self.residents.get(kernel, USUAL) * self.processors())
+        return splits(max(1, programs), pages, page, self.places(kernel))
+
+    def places(self, kernel: str) -> int:
+        """Programs of a kernel that the GPU holds at once."""
+        return self.residents.get(kernel, USUAL) * self.processors()
 
     def _clean_splits(self, part: Part) -> int:
         """How many programs share the pages of one sequence that all its queries see, or all of it."""
@@ -98,13 +101,16 @@ class TritonModule(PageModule):
         tiles = -(-part.state.longest // run_dense.LEAST)
         return splits(max(1, run_dense.programs(part)), max(1, tiles), run_dense.LEAST, self.processors())
 
-    def edge_splits(self, programs: int, state: AttentionState) -> int:
-        """How many programs share the edges of one sequence: one a tile while the machine has room for them, else one
-        for two tiles."""
-        cut = 1 if state.window is None else 2  # pages that are read as edges: the newest, and where a window begins
-        exact = min(state.longest, state.key_rows.shape[2] + cut * self.plan.layout.page_tokens)
-        tiles = min(-(-exact // self.plan.edge_tile), MOST_EDGES)
-        return tiles if programs * tiles <= 2 * self.processors() else max(1, tiles // 2)
+    def edge_splits(self, part: Part) -> int:
+        """How many more programs share the edges of one sequence, see `occupancy.edge_splits`: of exact rows as many as
+        there is room for, of the newest page half, and all of one that a window cuts."""
+        state, plan = part.state, self.plan
+        if not torch.cuda.is_available():
+            return 2
+        page, programs = plan.layout.page_tokens, max(1, part.programs * part.blocks)
+        cut = page // 2 if state.window is None else page // 2 + page
+        tiles = -(-min(state.longest, state.key_rows.shape[2] + cut) // plan.edge_tile)
+        return edge_splits(programs, max(1, -(-state.longest // page)), page, tiles, self.places(part.form))
 
     def unknown(self, kernel: str) -> bool:
         """Whether it is not known yet how many programs of a kernel the GPU holds at once."""
@@ -216,10 +222,7 @@ def _parts(query: Tensor, segments: Segments, splits: int | None, form: Form | N
             replace(part, clean=splits, edges=0 if once else splits) for part, once in zip(parts, dense, strict=True)
         ]
     clean = [part.module._clean_splits(part) for part in parts]
-    edges = [
-        0 if once else part.module.edge_splits(part.programs * part.blocks, part.state)
-        for part, once in zip(parts, dense, strict=True)
-    ]
+    edges = [0 if once else part.module.edge_splits(part) for part, once in zip(parts, dense, strict=True)]
     shares = zip(parts, within(clean, MOST_SPLITS), within(edges, MOST_EDGES), strict=True)
     return [replace(part, clean=few, edges=others) for part, few, others in shares]
 
@@ -227,5 +230,5 @@ def _parts(query: Tensor, segments: Segments, splits: int | None, form: Form | N
 def _form(part: Part, *, fixed: bool) -> Form:
     """The cheapest form; of those that read pages where what a sequence gets must not depend on the batch."""
     state, queries = part.state, part.query.shape[2]
-    found = part.module.form(queries, state.packed_most, state.longest - state.packed_most, state.window)
-    return "extend" if fixed and found == "dense" else found
+    counts = queries, state.packed_most, state.longest - state.packed_most, state.window
+    return forms.pages_form(part.plan, *counts)[0] if fixed else part.module.form(*counts)
