@@ -21,7 +21,7 @@ from .run_pages import PageModule
 from .run_parts import LOG2E, NO_WINDOW, Part, Scratch, within
 from .text import padded
 from .triton_masked import BESIDE, alike
-from .triton_turn import QUERY_LANES, QUERY_ROWS
+from .triton_turn import query_tile
 
 USUAL = 8  # programs that a processor holds at once, of a kernel of which it is not known
 ROWS = WeakTensorKeyDictionary()
@@ -52,8 +52,8 @@ class TritonModule(PageModule):
         given["turned_ptr"] = query.new_empty(*query.shape[:3], keys.row, dtype=torch.float32)
         if keys.shifted:
             given["bias_ptr"] = query.new_empty(query.shape[:3], dtype=torch.float32)
-        blocks = -(-queries * shape.group // QUERY_ROWS)
-        grid = (batch * shape.kv_heads, -(-keys.row // QUERY_LANES), blocks)
+        rows, lanes = query_tile(keys)
+        grid = (batch * shape.kv_heads, -(-keys.row // lanes), -(-queries * shape.group // rows))
         self._run("turn_query", grid, {**given, "queries": queries}, None, params)
         return given
 
