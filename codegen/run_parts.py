@@ -12,6 +12,7 @@ from torch import Tensor
 from kvdsl.kernels import AttentionState, Fold, Form, Params
 
 from .plan import Plan
+from .schedules import Compiled
 
 if TYPE_CHECKING:
     from .run_triton import TritonModule
@@ -26,7 +27,7 @@ one a row; where exact rows add to the output itself, `exact_ptr` and `share_ptr
 @dataclass(frozen=True, eq=False)
 class Part:
     """One segment: of every sequence `clean` programs share the pages that all queries see, `edges` what is left; of a
-    dense one `clean` share all of it."""
+    dense one `clean` share all of it.  `compiled`: how the kernel is, where that was found by timing."""
 
     module: TritonModule
     query: Tensor
@@ -36,6 +37,7 @@ class Part:
     edges: int = 1
     fold: Fold | None = None
     form: Form = "decode"
+    compiled: Compiled | None = None
 
     @property
     def plan(self) -> Plan:
@@ -65,6 +67,10 @@ class Part:
     def plain(self) -> bool:
         """Whether partials are of the head's own numbers, so that they may be merged with those of other segments."""
         return self.form == "dense" or not self.plan.values.through
+
+    def most(self, splits: int) -> int:
+        """So many programs, but no more than a sequence has pages."""
+        return max(1, min(splits, -(-self.state.longest // self.plan.layout.page_tokens)))
 
     def places(self, count: int) -> int:
         """Of `count` partials of every row."""

@@ -27,6 +27,9 @@ PACK_AT_ONCE = 64  # pages quantized at a time: bounds the working memory of a l
 class TorchPages:
     """The functions of one generated module that make pages or decode them."""
 
+    schedule = "torch"
+    """See KernelSet."""
+
     def __init__(self, plan: Plan, module: ModuleType) -> None:
         self.plan, self.module = plan, module
 

@@ -15,10 +15,12 @@ from kvdsl.params import ROPE
 from . import forms, run_dense
 from .host_channels import ready_rows
 from .host_slots import by_channel, by_turned_channel
-from .occupancy import MOST_SPLITS, splits
+from .launches import warps
+from .occupancy import MOST_SPLITS, ranked, splits
 from .plan import SidePlan
 from .run_pages import PageModule
 from .run_parts import LOG2E, NO_WINDOW, Part, Scratch, within
+from .schedules import KERNEL, Bucket, Compiled, Schedule
 from .text import padded
 from .triton_masked import BESIDE, alike
 from .triton_turn import QUERY_LANES, QUERY_ROWS
@@ -89,7 +91,28 @@ class TritonModule(PageModule):
         pages = max(1, -(-longest // page))
         if not torch.cuda.is_available():
             return min(2, pages)
-        return splits(max(1, programs), pages, page, self.residents.get(kernel, USUAL) * self.processors())
+        return splits(max(1, programs), pages, page, self.places(kernel))
+
+    def ranked(self, programs: int, longest: int, compiled: Compiled | None = None) -> tuple[int, ...]:
+        """Numbers of programs of decode that share a sequence, the model's best first."""
+        page = self.plan.layout.page_tokens
+        return ranked(max(1, programs), max(1, -(-longest // page)), page, self.places(KERNEL, compiled))
+
+    def places(self, kernel: str, compiled: Compiled | None = None) -> int:
+        """Programs of a kernel that the GPU holds at once."""
+        return self.residents.get((kernel, compiled), USUAL) * self.processors()
+
+    def tuned(self, part: Part) -> Schedule | None:
+        """The schedule that was found best by timing for a segment that is alone; None: the model's is taken.  Windows
+        and what is taken out of tiers were not timed."""
+        if not self.schedules.best or part.form != KERNEL or part.fold is not None or part.state.window is not None:
+            return None
+        return self.schedules.best.get(Bucket.of(part.query.shape[0], part.state.longest))
+
+    def by_model(self, programs: int, longest: int) -> Schedule:
+        """The model's schedule of decode, where it was launched before; `programs` as for `splits`."""
+        compiled = Compiled(self.settings[KERNEL, None][0], warps(KERNEL, self.plan))
+        return Schedule(self.splits(programs, longest, KERNEL), compiled)
 
     def _clean_splits(self, part: Part) -> int:
         """How many programs share the pages of one sequence that all its queries see, or all of it."""
@@ -108,7 +131,7 @@ class TritonModule(PageModule):
 
     def unknown(self, kernel: str) -> bool:
         """Whether it is not known yet how many programs of a kernel the GPU holds at once."""
-        return kernel not in self.residents and torch.cuda.is_available()
+        return (kernel, None) not in self.residents and torch.cuda.is_available()
 
     def processors(self) -> int:
         """Multiprocessors of the GPU; 1 where kernels are interpreted."""
@@ -128,7 +151,9 @@ class TritonModule(PageModule):
         self, query: Tensor, segments: Segments, splits: int | None = None, form: Form | None = None
     ) -> tuple[Tensor, Tensor]:
         parts = _parts(query, segments, splits, form)
-        unknown = [part for part in parts if part.form != "dense" and part.module.unknown(part.form)]
+        unknown = [
+            part for part in parts if part.form != "dense" and part.compiled is None and part.module.unknown(part.form)
+        ]
         if splits is None and unknown:
             # the first launch tells how many programs a processor holds; what is returned must not depend on it
             for part in unknown:
@@ -176,7 +201,8 @@ class TritonModule(PageModule):
             **self._reading(part.query, state, part.params), **into, "splits": part.clean, "edge_splits": part.edges,
             "ahead": state.ahead,
         }  # fmt: skip
-        self._run(part.form, (part.programs, part.count, part.blocks), given, state.pool, part.params)
+        grid = (part.programs, part.count, part.blocks)
+        self._run(part.form, grid, given, state.pool, part.params, part.compiled)
 
     def _collect(self, part: Part, into: Scratch, like: Part) -> None:
         """Write one partial of every row, of the head's own numbers, at its place among those of another segment."""
@@ -204,7 +230,7 @@ class TritonModule(PageModule):
 
 def _parts(query: Tensor, segments: Segments, splits: int | None, form: Form | None) -> list[Part]:
     """Segments with the form they are read in, the cheapest if none is asked for, and the programs that share a
-    sequence's tokens in each: `splits`, or as many as are worthwhile."""
+    sequence's tokens in each: `splits`, or as many as timing, or else the model, found worthwhile."""
     parts = [
         Part(module, query if fold is None else fold.query, state, params, fold=fold)
         for module, state, params, fold in segments
@@ -215,7 +241,10 @@ def _parts(query: Tensor, segments: Segments, splits: int | None, form: Form | N
         return [
             replace(part, clean=splits, edges=0 if once else splits) for part, once in zip(parts, dense, strict=True)
         ]
-    clean = [part.module._clean_splits(part) for part in parts]
+    found = parts[0].module.tuned(parts[0]) if len(parts) == 1 else None
+    if found is not None:
+        parts = [replace(parts[0], compiled=found.compiled)]
+    clean = [part.module._clean_splits(part) if found is None else part.most(found.splits) for part in parts]
     edges = [
         0 if once else part.module.edge_splits(part.programs * part.blocks, part.state)
         for part, once in zip(parts, dense, strict=True)
