@@ -20,7 +20,7 @@ from .launch import DEPTH, assembled
 from .launches import ASSEMBLER, GIVEN_POINTERS, arguments, fused, stages, warps
 from .occupancy import residents
 from .plan import Plan
-from .schedules import Compiled, known
+from .schedules import known
 
 VIEWS = {
     "pool8_ptr": torch.uint8, "pool16_ptr": torch.int16, "pool32_ptr": torch.int32,
@@ -32,8 +32,8 @@ INNER = {"outliers_": ".outliers.store", "residual_": ".residual"}
 """How an argument's name goes on behind a side's -> its term's place behind the side's."""
 Setting = tuple[int, str | None]
 """Depth of the pipeline, setting of the assembler."""
-Compilation = tuple[str, Compiled | None]
-"""A kernel, and how it is compiled; None: as the model would have it."""
+Asked = tuple[str, int | None]
+"""A kernel, and the depth that timing found for it; None: the one that spills least."""
 
 
 class KernelModule:
@@ -43,8 +43,8 @@ class KernelModule:
         self.plan, self.module = plan, module
         self.arguments = arguments(source)
         self.schedules = known(plan, source)
-        self.settings: dict[Compilation, Setting] = {}  # those found best
-        self.residents: dict[Compilation, int] = {}  # programs that a processor of the GPU holds at once
+        self.settings: dict[Asked, Setting] = {}  # those found best
+        self.residents: dict[Asked, int] = {}  # programs that a processor of the GPU holds at once
 
     @property
     def schedule(self) -> str:
@@ -53,9 +53,9 @@ class KernelModule:
 
     def _run(
         self, kernel: str, grid: tuple[int, ...], given: Mapping[str, Any], pool: Tensor | None, params: Params,
-        asked: Compiled | None = None,
+        asked: int | None = None,
     ) -> None:  # fmt: skip
-        """Launch a kernel, compiled as asked, or where that does not fit the GPU at another depth."""
+        """Launch a kernel, at the depth that is asked for if that fits the GPU."""
         if 0 in grid:
             return
         values = dict(given)
@@ -68,8 +68,7 @@ class KernelModule:
             elif name not in values and name.startswith(("keys_", "values_")):
                 values[name] = _parameter(name, params)
         function = getattr(self.module, kernel)[grid]
-        count = warps(kernel, self.plan) if asked is None else asked.warps
-        options = {"num_warps": count, "enable_fp_fusion": fused(kernel)}
+        options = {"num_warps": warps(kernel, self.plan), "enable_fp_fusion": fused(kernel)}
         compiled: dict[Setting, Any] = {}
 
         def launch(depth: int, setting: str | None) -> Any:
@@ -82,7 +81,7 @@ class KernelModule:
             launch(*self.settings[kernel, asked])
             return
         refused, found = None, dict[Setting, int]()
-        for depth in (*(() if asked is None else (asked.stages,)), *stages(kernel, self.plan)):
+        for depth in (*(() if asked is None else (asked,)), *stages(kernel, self.plan)):
             try:
                 setting, spills = _setting(partial(launch, depth))
             except OutOfResources as error:
@@ -94,7 +93,7 @@ class KernelModule:
         if not found:
             raise BackendError(f"{kernel} does not fit this GPU: {refused}")
         best = self.settings[kernel, asked] = min(found, key=lambda one: found[one])
-        if (held := residents(compiled[best], count)) is not None:
+        if (held := residents(compiled[best], options["num_warps"])) is not None:
             self.residents[kernel, asked] = held
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from kvdsl.kernels import AttentionState, Fold, Form, Params
 
 from .plan import Plan
-from .schedules import Compiled
 
 if TYPE_CHECKING:
     from .run_triton import TritonModule
@@ -27,7 +26,7 @@ one a row; where exact rows add to the output itself, `exact_ptr` and `share_ptr
 @dataclass(frozen=True, eq=False)
 class Part:
     """One segment: of every sequence `clean` programs share the pages that all queries see, `edges` what is left; of a
-    dense one `clean` share all of it.  `compiled`: how the kernel is, where that was found by timing."""
+    dense one `clean` share all of it.  `depth`: of the pipeline, where timing found it."""
 
     module: TritonModule
     query: Tensor
@@ -37,7 +36,7 @@ class Part:
     edges: int = 1
     fold: Fold | None = None
     form: Form = "decode"
-    compiled: Compiled | None = None
+    depth: int | None = None
 
     @property
     def plan(self) -> Plan:

@@ -15,12 +15,11 @@ from kvdsl.params import ROPE
 from . import forms, run_dense
 from .host_channels import ready_rows
 from .host_slots import by_channel, by_turned_channel
-from .launches import warps
 from .occupancy import MOST_SPLITS, ranked, splits
 from .plan import SidePlan
 from .run_pages import PageModule
 from .run_parts import LOG2E, NO_WINDOW, Part, Scratch, within
-from .schedules import KERNEL, Bucket, Compiled, Schedule
+from .schedules import KERNEL, Bucket, Schedule
 from .text import padded
 from .triton_masked import BESIDE, alike
 from .triton_turn import QUERY_LANES, QUERY_ROWS
@@ -93,14 +92,14 @@ class TritonModule(PageModule):
             return min(2, pages)
         return splits(max(1, programs), pages, page, self.places(kernel))
 
-    def ranked(self, programs: int, longest: int, compiled: Compiled | None = None) -> tuple[int, ...]:
+    def ranked(self, programs: int, longest: int, depth: int | None = None) -> tuple[int, ...]:
         """Numbers of programs of decode that share a sequence, the model's best first."""
         page = self.plan.layout.page_tokens
-        return ranked(max(1, programs), max(1, -(-longest // page)), page, self.places(KERNEL, compiled))
+        return ranked(max(1, programs), max(1, -(-longest // page)), page, self.places(KERNEL, depth))
 
-    def places(self, kernel: str, compiled: Compiled | None = None) -> int:
+    def places(self, kernel: str, depth: int | None = None) -> int:
         """Programs of a kernel that the GPU holds at once."""
-        return self.residents.get((kernel, compiled), USUAL) * self.processors()
+        return self.residents.get((kernel, depth), USUAL) * self.processors()
 
     def tuned(self, part: Part) -> Schedule | None:
         """The schedule that was found best by timing for a segment that is alone; None: the model's is taken.  Windows
@@ -111,8 +110,7 @@ class TritonModule(PageModule):
 
     def by_model(self, programs: int, longest: int) -> Schedule:
         """The model's schedule of decode, where it was launched before; `programs` as for `splits`."""
-        compiled = Compiled(self.settings[KERNEL, None][0], warps(KERNEL, self.plan))
-        return Schedule(self.splits(programs, longest, KERNEL), compiled)
+        return Schedule(self.splits(programs, longest, KERNEL), self.settings[KERNEL, None][0])
 
     def _clean_splits(self, part: Part) -> int:
         """How many programs share the pages of one sequence that all its queries see, or all of it."""
@@ -152,7 +150,7 @@ class TritonModule(PageModule):
     ) -> tuple[Tensor, Tensor]:
         parts = _parts(query, segments, splits, form)
         unknown = [
-            part for part in parts if part.form != "dense" and part.compiled is None and part.module.unknown(part.form)
+            part for part in parts if part.form != "dense" and part.depth is None and part.module.unknown(part.form)
         ]
         if splits is None and unknown:
             # the first launch tells how many programs a processor holds; what is returned must not depend on it
@@ -202,7 +200,7 @@ class TritonModule(PageModule):
             "ahead": state.ahead,
         }  # fmt: skip
         grid = (part.programs, part.count, part.blocks)
-        self._run(part.form, grid, given, state.pool, part.params, part.compiled)
+        self._run(part.form, grid, given, state.pool, part.params, part.depth)
 
     def _collect(self, part: Part, into: Scratch, like: Part) -> None:
         """Write one partial of every row, of the head's own numbers, at its place among those of another segment."""
@@ -243,7 +241,7 @@ def _parts(query: Tensor, segments: Segments, splits: int | None, form: Form | N
         ]
     found = parts[0].module.tuned(parts[0]) if len(parts) == 1 else None
     if found is not None:
-        parts = [replace(parts[0], compiled=found.compiled)]
+        parts = [replace(parts[0], depth=found.stages)]
     clean = [part.module._clean_splits(part) if found is None else part.most(found.splits) for part in parts]
     edges = [
         0 if once else part.module.edge_splits(part.programs * part.blocks, part.state)

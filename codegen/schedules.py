@@ -28,30 +28,18 @@ if TYPE_CHECKING:
 FORMAT = 1
 KERNEL = "decode"
 MODEL = "model"
-DEPTHS, WARPS = range(1, 9), (1, 2, 4, 8)
+DEPTHS = range(1, 9)
 LARGEST = 1 << 16  # bytes of a file that is read
 
 
-class Compiled(NamedTuple):
-    """What of a schedule a kernel is compiled with: the depth of its pipeline, warps of a program."""
-
-    stages: int
-    warps: int
-
-
 class Schedule(NamedTuple):
-    """How decode is launched: programs that share the pages of a sequence, and what they are compiled with."""
+    """How decode is launched: programs that share the pages of a sequence, and the depth of their pipeline."""
 
     splits: int
-    compiled: Compiled
-
-    def plain(self) -> dict[str, int]:
-        """Its numbers by name."""
-        return {"splits": self.splits, **self.compiled._asdict()}
+    stages: int
 
     def __str__(self) -> str:
-        stages, warps = self.compiled
-        return f"{self.splits} programs a sequence, {stages} stages, {warps} warp{'s' * (warps > 1)}"
+        return f"{self.splits} programs a sequence, {self.stages} stages"
 
 
 class Card(NamedTuple):
@@ -142,7 +130,7 @@ def keep(found: Schedules, bucket: Bucket, best: Schedule, more: Mapping[str, An
     if (why := store.usable(home)) is not None:
         raise BackendError(f"tune: schedules cannot be kept: {why}; set KVDSL_CACHE_DIR to a folder of your own")
     path = home / f"{_prefix(found.plan, found.card)}b{bucket.batch}_t{bucket.tokens}.json"
-    document = {**_head(found.plan, found.card), **bucket._asdict(), "schedule": best.plain(), **more}
+    document = {**_head(found.plan, found.card), **bucket._asdict(), "schedule": best._asdict(), **more}
     store.write(path, json.dumps(document, indent=2) + "\n")
     found.best[bucket] = best
     return path
@@ -174,8 +162,8 @@ def _read(path: Path, plan: str, card: Card) -> dict[Bucket, Schedule]:
         if bucket != Bucket.of(*bucket):
             raise ValueError(f"batch {bucket.batch} and tokens {bucket.tokens} are no powers of 2")
         chosen = document["schedule"]
-        compiled = Compiled(_among(chosen, "stages", DEPTHS), _among(chosen, "warps", WARPS))
-        return {bucket: Schedule(_among(chosen, "splits", range(1, MOST_SPLITS + 1)), compiled)}
+        splits, depth = _among(chosen, "splits", range(1, MOST_SPLITS + 1)), _among(chosen, "stages", DEPTHS)
+        return {bucket: Schedule(splits, depth)}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         why = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         store.say(f"{path} is no schedule for {card} and is not used: {why}; delete it, or run `kvdsl tune` again")

@@ -143,7 +143,10 @@ def plan_stage(view: View) -> Stage:
         "span": {term.path: term.span for term in plan.terms},
         "tokens": view.tokens or TOKENS,
         "forms": forms.thresholds(plan, view.tokens or TOKENS),
-        "schedule": {"from": tuned.source, "tuned": [{**at._asdict(), **s.plain()} for at, s in tuned.best.items()]},
+        "schedule": {
+            "from": tuned.source,
+            "tuned": [{**at._asdict(), **one._asdict()} for at, one in tuned.best.items()],
+        },
         "kernels": records,
     }
     halves = f", as two halves of {plan.half} whose tokens share words" if plan.halves > 1 else ""
