@@ -99,13 +99,17 @@ class TorchPack:
                 return str(out)
             out.extend(self._given("loss" if side.alphabet.matched and searched(side) else "encode"))
             under: list[str] = []
+            if side.store.measure is not None and not side.sketched:
+                out.extend([] if side.static else [f"spoilt = nan_in(x, {self._block})"])
+                out.add("x = finite(x)")
             if side.static:
                 out.add(*self._calibrated("scale", "start"))
                 under = numbers(side)
             elif meta is not None:
                 self._measured(out)
                 under = [self._spread(name) for name in coding(side)]
-            out.add(f"code = {call(side, 'encode', ['x', *under])}.to(torch.uint8)")
+            coded = call(side, "encode", ["x", *under])
+            out.add(f"code = {coded}" if side.uniform is not None else f"code = {coded}.to(torch.uint8)")
             if side.raised:
                 out.add(f"above, code = code >> {side.alphabet.bits}, code & {2**side.alphabet.bits - 1}")
             if not side.layout.digits:
@@ -147,7 +151,6 @@ class TorchPack:
         else:
             names = ", ".join(statistics(side))
             out.add(f"{names} = {taken[names].format(block)}")
-            out.add(f"spoilt = nan_in(x, {block})")
         for i, clip in enumerate(clips(side)):
             under = [*statistics(side), *counted(side), *([repr(float(clip))] if searched(side) else [])]
             measure = call(side, "measure", under)
