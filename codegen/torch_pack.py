@@ -39,10 +39,10 @@ class TorchPack:
         self.steps = Steps(side, sp.Integer(1), "..., ", "")
 
     @property
-    def sizes(self) -> str:
-        """What splits channels into planes."""
+    def _split(self) -> str:
+        """The call that splits channels into planes."""
         sizes = [span.high - span.low for span in self.side.layout.spans]
-        return f"({listed(map(str, sizes))})" if len(set(sizes)) > 1 else str(sizes[0])
+        return f"split(({listed(map(str, sizes))}), -1)" if len(set(sizes)) > 1 else f"chunk({len(sizes)}, -1)"
 
     # ---- what a function takes ------------------------------------------------------------------------------------
 
@@ -113,7 +113,7 @@ class TorchPack:
             if side.raised:
                 out.add(f"above, code = code >> {side.alphabet.bits}, code & {2**side.alphabet.bits - 1}")
             if not side.layout.digits:
-                out.add(f"{unpacked(f'c{j}' for j in self.planes)} = code.split({self.sizes}, -1)")
+                out.add(f"{unpacked(f'c{j}' for j in self.planes)} = code.{self._split}")
             sections = [self._stream(out, stream) for stream in side.layout.streams]
             if meta is not None:
                 sections.append(self._metadata())
