@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -25,12 +26,9 @@ from .plan import Plan, SidePlan
 PACK_AT_ONCE = 64  # pages quantized at a time: bounds the working memory of a long prompt
 
 
-def _of_all(numbers: tuple[Tensor, ...]) -> tuple[int, ...]:
-    """Numbers of sequences, (B,) each, where all sequences have the same; else zeros.  Waits for the device, once."""
-    if len(numbers[0]) == 1 and not numbers[0].is_cuda:
-        return tuple(map(int, numbers))
-    found = {tuple(of_one) for of_one in torch.stack(numbers, 1).tolist()}
-    return found.pop() if len(found) == 1 else (0,) * len(numbers)
+def on_host(numbers: Sequence[Tensor]) -> list[list[int]]:
+    """Numbers of all sequences, (B,) each, as integers.  Waits for the device, once."""
+    return torch.stack(tuple(numbers)).tolist() if numbers[0].is_cuda else [of_all.tolist() for of_all in numbers]
 
 
 class TorchPages:
@@ -138,7 +136,8 @@ class TorchPages:
         tokens = self.plan.layout.page_tokens
         low, high = reach[0] // tokens, -(-reach[1] // tokens)
         if self.plan.side(side).layout.rowwise:
-            start, stop, ring = _of_all((begin, end, first))
+            of_all = set(zip(*on_host((begin, end, first)), strict=True))
+            start, stop, ring = of_all.pop() if len(of_all) == 1 else (0, 0, 0)
             if start < stop and start // tokens == (stop - 1) // tokens:
                 self._pack_rows(side, rows, ring, offset, (start, stop), pool, table, params, places)
                 return
