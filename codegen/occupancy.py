@@ -45,23 +45,31 @@ def held(registers: int, shared: int, warps: int, room: int) -> int:
     return max(1, min(in_registers, room // (shared + RESERVED)))
 
 
-@lru_cache(maxsize=4096)
 def splits(programs: int, pages: int, page_tokens: int, places: int) -> int:
     """How many programs should share a sequence of so many pages, where `programs` are needed without sharing and the
     GPU has `places`: few if they fill it, as what they found must be merged."""
-
-    def cost(count: int) -> float:
-        waves = -(-programs * count // places)
-        return waves * (-(-pages // count) * page_tokens / TILE + START) + MERGE * count
-
-    return min(range(1, max(1, min(pages, MOST_SPLITS)) + 1), key=cost)
+    return ranked(programs, pages, page_tokens, places)[0]
 
 
 @lru_cache(maxsize=4096)
-def edge_splits(programs: int, pages: int, page_tokens: int, tiles: int, places: int) -> int:
-    """How many more programs should share the edges of a sequence, `tiles` of them, where its pages are shared as
-    `splits` says: they take the places that are left, and those of programs that have ended."""
-    count = splits(programs, pages, page_tokens, places)
+def ranked(programs: int, pages: int, page_tokens: int, places: int) -> tuple[int, ...]:
+    """The same, the best first: of the numbers that give as many waves of programs of as many pages the least, which
+    has the fewest partials to merge."""
+    kinds: dict[tuple[int, int], int] = {}
+    for count in range(1, max(1, min(pages, MOST_SPLITS)) + 1):
+        kinds.setdefault((-(-programs * count // places), -(-pages // count)), count)
+
+    def cost(kind: tuple[int, int]) -> float:
+        waves, each = kind
+        return waves * (each * page_tokens / TILE + START) + MERGE * kinds[kind]
+
+    return tuple(kinds[kind] for kind in sorted(kinds, key=cost))
+
+
+@lru_cache(maxsize=4096)
+def edge_splits(programs: int, count: int, pages: int, page_tokens: int, tiles: int, places: int) -> int:
+    """How many more programs should share the edges of a sequence, `tiles` of them, where `count` share its pages: they
+    take the places that are left, and those of programs that have ended."""
     main = -(-pages // count) * page_tokens / TILE + START
 
     def cost(more: int) -> float:

@@ -15,10 +15,11 @@ from kvdsl.params import ROPE
 from . import forms, run_dense
 from .host_channels import ready_rows
 from .host_slots import by_channel, by_turned_channel
-from .occupancy import MOST_EDGES, MOST_SPLITS, edge_splits, splits
+from .occupancy import MOST_EDGES, MOST_SPLITS, edge_splits, ranked, splits
 from .plan import SidePlan
 from .run_pages import PageModule
 from .run_parts import LOG2E, NO_WINDOW, Part, Scratch, within
+from .schedules import KERNEL, Bucket, Schedule
 from .text import padded
 from .triton_masked import BESIDE, alike
 from .triton_turn import query_tile
@@ -90,9 +91,26 @@ class TritonModule(PageModule):
             return min(2, pages)
         return splits(max(1, programs), pages, page, self.places(kernel))
 
-    def places(self, kernel: str) -> int:
+    def ranked(self, programs: int, longest: int, depth: int | None = None) -> tuple[int, ...]:
+        """Numbers of programs of decode that share a sequence, the model's best first."""
+        page = self.plan.layout.page_tokens
+        return ranked(max(1, programs), max(1, -(-longest // page)), page, self.places(KERNEL, depth))
+
+    def places(self, kernel: str, depth: int | None = None) -> int:
         """Programs of a kernel that the GPU holds at once."""
-        return self.residents.get(kernel, USUAL) * self.processors()
+        return self.residents.get((kernel, depth), USUAL) * self.processors()
+
+    def tuned(self, part: Part) -> Schedule | None:
+        """The schedule that was found best by timing for a segment that is alone; None: the model's is taken.  Windows,
+        what is taken out of tiers and more query rows than a program has were not timed."""
+        untimed = part.form != KERNEL or part.blocks > 1 or part.fold is not None or part.state.window is not None
+        if untimed or not self.schedules.best:
+            return None
+        return self.schedules.best.get(Bucket.of(part.query.shape[0], part.state.longest))
+
+    def by_model(self, programs: int, longest: int) -> Schedule:
+        """The model's schedule of decode, where it was launched before; `programs` as for `splits`."""
+        return Schedule(self.splits(programs, longest, KERNEL), self.settings[KERNEL, None][0])
 
     def _clean_splits(self, part: Part) -> int:
         """How many programs share the pages of one sequence that all its queries see, or all of it."""
@@ -110,11 +128,12 @@ class TritonModule(PageModule):
         page, programs = plan.layout.page_tokens, max(1, part.programs * part.blocks)
         cut = page // 2 if state.window is None else page // 2 + page
         tiles = -(-min(state.longest, state.key_rows.shape[2] + cut) // plan.edge_tile)
-        return edge_splits(programs, max(1, -(-state.longest // page)), page, tiles, self.places(part.form))
+        pages, places = max(1, -(-state.longest // page)), self.places(part.form, part.depth)
+        return edge_splits(programs, part.clean, pages, page, tiles, places)
 
     def unknown(self, kernel: str) -> bool:
         """Whether it is not known yet how many programs of a kernel the GPU holds at once."""
-        return kernel not in self.residents and torch.cuda.is_available()
+        return (kernel, None) not in self.residents and torch.cuda.is_available()
 
     def processors(self) -> int:
         """Multiprocessors of the GPU; 1 where kernels are interpreted."""
@@ -134,7 +153,9 @@ class TritonModule(PageModule):
         self, query: Tensor, segments: Segments, splits: int | None = None, form: Form | None = None
     ) -> tuple[Tensor, Tensor]:
         parts = _parts(query, segments, splits, form)
-        unknown = [part for part in parts if part.form != "dense" and part.module.unknown(part.form)]
+        unknown = [
+            part for part in parts if part.form != "dense" and part.depth is None and part.module.unknown(part.form)
+        ]
         if splits is None and unknown:
             # the first launch tells how many programs a processor holds; what is returned must not depend on it
             for part in unknown:
@@ -182,7 +203,8 @@ class TritonModule(PageModule):
             **self._reading(part.query, state, part.params), **into, "splits": part.clean, "edge_splits": part.edges,
             "ahead": state.ahead,
         }  # fmt: skip
-        self._run(part.form, (part.programs, part.count, part.blocks), given, state.pool, part.params)
+        grid = (part.programs, part.count, part.blocks)
+        self._run(part.form, grid, given, state.pool, part.params, part.depth)
 
     def _collect(self, part: Part, into: Scratch, like: Part) -> None:
         """Write one partial of every row, of the head's own numbers, at its place among those of another segment."""
@@ -210,7 +232,7 @@ class TritonModule(PageModule):
 
 def _parts(query: Tensor, segments: Segments, splits: int | None, form: Form | None) -> list[Part]:
     """Segments with the form they are read in, the cheapest if none is asked for, and the programs that share a
-    sequence's tokens in each: `splits`, or as many as are worthwhile."""
+    sequence's tokens in each: `splits`, or as many as timing, or else the model, found worthwhile."""
     parts = [
         Part(module, query if fold is None else fold.query, state, params, fold=fold)
         for module, state, params, fold in segments
@@ -221,10 +243,13 @@ def _parts(query: Tensor, segments: Segments, splits: int | None, form: Form | N
         return [
             replace(part, clean=splits, edges=0 if once else splits) for part, once in zip(parts, dense, strict=True)
         ]
-    clean = [part.module._clean_splits(part) for part in parts]
-    edges = [0 if once else part.module.edge_splits(part) for part, once in zip(parts, dense, strict=True)]
-    shares = zip(parts, within(clean, MOST_SPLITS), within(edges, MOST_EDGES), strict=True)
-    return [replace(part, clean=few, edges=others) for part, few, others in shares]
+    found = parts[0].module.tuned(parts[0]) if len(parts) == 1 else None
+    if found is not None:
+        parts = [replace(parts[0], depth=found.stages)]
+    clean = [part.module._clean_splits(part) if found is None else part.most(found.splits) for part in parts]
+    parts = [replace(part, clean=few) for part, few in zip(parts, within(clean, MOST_SPLITS), strict=True)]
+    edges = [0 if part.form == "dense" else part.module.edge_splits(part) for part in parts]
+    return [replace(part, edges=few) for part, few in zip(parts, within(edges, MOST_EDGES), strict=True)]
 
 
 def _form(part: Part, *, fixed: bool) -> Form:

@@ -266,7 +266,7 @@ def turn_query(plan: Plan) -> str:
     side, shape = plan.keys, plan.shape
     args = ["query_ptr", *whole_arguments(side), "turned_ptr"]
     rows, lanes = query_tile(side)
-    shared = {
+    shared: dict[str, str | int] = {
         "rows": rows, "lanes": lanes, "heads": shape.kv_heads, "group": shape.group, "q_heads": str(shape.q_heads),
     }  # fmt: skip
     if rotated(side):
