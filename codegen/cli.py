@@ -273,6 +273,29 @@ def bench(
 
 
 @app.command()
+def tune(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="schemes to tune")],
+    head_dim: HeadDim = 128,
+    kv_heads: KvHeads = 8,
+    q_heads: QHeads = None,
+    dtype: Dtype = InputFormatName.fp16,
+    batch: Annotated[list[int] | None, typer.Option(help="sequences; repeatable; default 1 and 8", min=1)] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="of a sequence; repeatable; default 32768", min=1)] = None,
+    json: AsJson = False,
+) -> None:
+    """Time the few schedules of decode that the model of this GPU likes best, and keep the fastest for it: what is
+    built from then on takes it for calls of about this size. Needs a GPU."""
+    from .tuning import BATCHES, TOKENS, results, told
+
+    schemes = {name: loaded(name) for name in names}
+    found = results(schemes, _shape(head_dim, kv_heads, q_heads, dtype), batch or BATCHES, tokens or TOKENS)
+    if json:
+        answer.document({"results": found})
+    else:
+        answer.lines(told(found))
+
+
+@app.command()
 def generate(
     name: Name,
     model: Model,

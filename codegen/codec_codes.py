@@ -1,4 +1,5 @@
-"""From numbers to codes, from codes to levels, and what is folded over them; the same lines for both backends.
+"""From numbers to codes, from codes to levels, and what is folded over them; the same lines for both backends, but for
+those that torch, to which every call is dear, can say in fewer.
 
 `ns` is "tl." or "torch.", as in codec_scales; every operation that decides a code rounds once.
 """
@@ -29,13 +30,18 @@ def encode(side: SidePlan, ns: Namespace) -> list[str]:
         _nearest_level(out, side.alphabet)
         return out.lines
     point = side.has_offset and side.scale.zero != "min"
-    out.add("x = finite(x)")
+    if ns == "tl.":  # torch's functions are given finite numbers
+        out.add("x = finite(x)")
     if side.has_offset and not point:
         out.add("x = x - start * outer" if side.second is not None else "x = x - start")
     if side.second is not None:
         out.add("scale = scale * outer")
-    out.add(f"y = {quotient(side, 'x', f'{ns}where(scale == 0.0, 1.0, scale)')}")
-    out.add(f"y = {ns}where(scale == 0.0, 0.0, y)")
+    if ns == "torch.":
+        out.add(f"y = {quotient(side, 'x', 'scale')}.masked_fill(scale == 0.0, 0.0)")
+    else:
+        out.add(
+            f"y = {quotient(side, 'x', 'tl.where(scale == 0.0, 1.0, scale)')}", "y = tl.where(scale == 0.0, 0.0, y)"
+        )
     if side.uniform is not None:
         _counted(out, side, point, ns)
     elif side.alphabet.small is not None:
@@ -66,7 +72,7 @@ def _counted(out: Lines, side: SidePlan, point: bool, ns: Namespace) -> None:
         out.add(f"y = {below_count('y', ns)}")
     elif point or rounding != "even":
         out.add(f"y = {ns}clamp(y, 0.0, {literal(count - 1)})")
-    out.add("return to_int(y)")
+    out.add("return to_int(y)" if ns == "tl." else "return y.to(torch.uint8)")
 
 
 def _nearest_level(out: Lines, alphabet: Alphabet) -> None:

@@ -1,4 +1,5 @@
-"""From statistics of blocks to what is stored of them, and its words; the same lines for both backends.
+"""From statistics of blocks to what is stored of them, and its words; the same lines for both backends, but for those
+that torch can say in fewer calls.
 
 `ns` is "tl." or "torch.", and the functions without a prefix stand in device.py and host.py under the same names.
 Every operation rounds once: no fused multiply-add (the launch forbids it), exact quotients; sums come in float64 and
@@ -15,6 +16,7 @@ from .plan import SidePlan
 from .text import Lines, literal
 
 NAN_BITS = {"fp16": 0x7E00, "bf16": 0x7FC0, "fp32": 0x7FC00000, "e4m3": 0x7F, "e8m0": 0xFF}
+TORCH_HALVES = {"fp16": "torch.float16", "bf16": "torch.bfloat16"}
 WHOLE = 4194304.0  # integer zero points stay within 2**22, where float32 still has halves
 
 
@@ -156,8 +158,14 @@ def word_lines(side: SidePlan, ns: Namespace) -> list[str]:
     scale, meta, out = side.scale, side.layout.meta, Lines()
     assert meta is not None
     name = stored_numbers(side)[0]
+    paired = side.has_offset and scale.zero != "in_scale" and meta.kind != "words" and scale.dtype in TORCH_HALVES
+    if ns == "torch." and paired and side.second is None:  # both at once, in fewer calls; neither is NaN
+        dtype = TORCH_HALVES[scale.dtype]
+        out.add(f"return halved({name}, start, spoilt, {dtype}, {NAN_BITS[scale.dtype]})")
+        return out.lines
     bits = f"power_bits({name})" if scale.dtype == "e8m0" else f"bits_{scale.dtype}({name})"
-    out.add(f"word = {ns}where(spoilt > 0, {NAN_BITS[scale.dtype]}, {bits})")
+    marks = "spoilt" if ns == "torch." else "spoilt > 0"
+    out.add(f"word = {ns}where({marks}, {NAN_BITS[scale.dtype]}, {bits})")
     if side.has_offset and scale.zero == "in_scale":
         out.add("word = word | to_int(start)")
     elif meta.kind == "words":

@@ -14,7 +14,8 @@ from .text import WIDTH, Lines
 def functions(side: SidePlan, ns: Namespace) -> list[str]:
     """The texts of a side's functions, those that something calls."""
     under = coding(side) if side.store.measure is not None else []
-    made = [_Function("encode", ["x", *under], "The codes of x, int32.", encode)]
+    told = "The codes of x, int32." if ns == "tl." else "The codes of x, whole numbers."
+    made = [_Function("encode", ["x", *under], told, encode)]
     if _names_levels(side, ns):
         made.append(_Function("levels", ["c"], "What codes stand for, float32.", levels_of))
     if not side.static and side.store.measure is not None:

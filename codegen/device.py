@@ -209,7 +209,7 @@ def narrow(x):
 
 @triton.jit
 def hadamard(x, STAGES: tl.constexpr, FACTOR: tl.constexpr):
-    """FACTOR times Sylvester's matrix of 2**STAGES rows times every block of so many numbers of float64 rows.
+    """FACTOR times Sylvester's matrix of 2**STAGES rows times every block of so many numbers of rows.
 
     A stage takes neighbours a, b to a + b, which goes to the first half, and a - b, which goes to the second: the
     lowest bit of a place becomes its highest, and after all stages stands where it was.  A zero has no sign.
@@ -220,7 +220,7 @@ def hadamard(x, STAGES: tl.constexpr, FACTOR: tl.constexpr):
         a, b = tl.split(tl.reshape(y, [blocks, 1 << STAGES - 1, 2]))
         y = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), [blocks, 1 << STAGES])
     y = tl.reshape(y, x.shape)
-    return tl.fma(y, tl.full(y.shape, FACTOR, tl.float64), tl.zeros(y.shape, tl.float64))
+    return tl.fma(y, tl.full(y.shape, FACTOR, x.dtype), tl.zeros(y.shape, x.dtype))
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from typing import Any
 from kvdsl.errors import BackendError
 from kvdsl.kernels import Backend
 
-from . import choose_backend, store
+from . import choose_backend, schedules, store
 
 PACKAGES = (
     "kvdsl",
@@ -36,6 +36,7 @@ def report() -> dict[str, Any]:
         "versions": versions(),
         "gpu": _gpu(),
         "folders": _folders(),
+        "schedules": _schedules(),
         "paths": [
             _backend("torch"),
             _backend("triton"),
@@ -60,6 +61,7 @@ def told(found: dict[str, Any]) -> list[str]:
     lines.append("")
     for path in found["paths"]:
         lines.append(f"{path['path']:22s}{'live' if path['live'] else 'not live'}: {path['why']}")
+    lines += [f"{'schedules of decode':22s}{found['schedules']}"]
     lines += ["", f"what runs by default: {found['default']}"]
     return lines
 
@@ -89,8 +91,22 @@ def _folders() -> list[dict[str, Any]]:
     from kvdsl.models.fetch import cache_folder
 
     triton = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
-    rows = (("generated code", store.folder()), ("models and texts", cache_folder()), ("Triton's binaries", triton))
+    rows = (
+        ("generated code", store.folder()),
+        ("tuned schedules", schedules.folder()),
+        ("models and texts", cache_folder()),
+        ("Triton's binaries", triton),
+    )
     return [_folder(what, path) for what, path in rows]
+
+
+def _schedules() -> str:
+    """Where the schedules of decode come from."""
+    card = schedules.this_card()
+    if card is None:
+        return "kvdsl tune finds them on a GPU; there is none that kernels are compiled for"
+    kept = schedules.count(card)
+    return f"{kept} tuned on {card}, else the model's" if kept else f"the model's; none is tuned on {card}"
 
 
 def _folder(what: str, path: Path) -> dict[str, Any]:

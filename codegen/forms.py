@@ -1,21 +1,23 @@
 """Which form of attention is the cheapest for so many queries: a model of what each costs, in microseconds on an H200.
 
-    decode   a program has few query rows (8, or 16 of wide groups) and reads every page
-    extend   a program has 16 rows where registers allow; more rows are passes, each of which reads every page again
+    decode   a program has few query rows (8, or 16 of wide groups); more are passes, each of which reads every page
+    extend   a program has 16 rows where registers allow, in one pass
     dense    packed tokens are decoded once into memory, and programs of many rows attend to what they are
 
 A pass over packed codes is bound by instructions, not by bytes, from about 16 rows on, so decoding once wins where
 there are rows enough to pay for a round trip of float16 numbers through memory.  Constants are of 2^21 tokens of a kv
-head with head_dim 128 (8 x 8 x 32768):
+head with head_dim 128 (8 x 8 x 32768), four query heads a kv head:
 
-    measured  a pass of 16 rows: 71 us of 4-bit codes (four passes 285, sixteen 1115), 112 us of 2-bit ones (419 and
-              1800), two thirds of that of 8 rows (56 and 71); reading at 4.4 TB/s
-    assumed   attention to float16 at 450 Tflop/s, three quarters of what the framework reaches (453 us for 256 rows);
-              10 us to launch, 20 where tokens are decoded first; maps that decoded numbers go through at the bytes,
-              or the float64 products, that they take
+    measured  a pass of 8 rows: 62 to 68 us of `token4`, 66 to 76 of `token2`, 94 to 114 of `kivi4`, whose scales are
+              of groups; one of 16 rows: 106 of `token4`, 253 of `kivi4` (two of them are slower than four of 8: 275
+              and 803 against 259 and 400); decoding once 377 to 422, attention to what was decoded 340 to 355 for 4 to
+              16 queries, 690 for 64, 2700 for 256
+    assumed   codes that are decoded number by number take 250 us a pass, and a third more for 16 rows; 10 us to launch,
+              20 where tokens are decoded first; maps that decoded numbers go through at the bytes, or the float64
+              products, that they take
 
-Only the order of sizes matters: where dense and extend cost the same, either is right.  One sequence is looked at, so
-that what it gets does not depend on who else is in the batch.
+Only the order of sizes matters: where two forms cost the same, either is right.  One sequence is looked at, so that
+what it gets does not depend on who else is in the batch.
 """
 
 from __future__ import annotations
@@ -23,14 +25,16 @@ from __future__ import annotations
 from kvdsl.kernels import Form
 
 from .launches import loop_bytes
-from .plan import EXTEND_ROWS, Plan, SidePlan
+from .placement import When
+from .plan import DECODE_ROWS, Plan, SidePlan
 
 TOKENS = 1 << 21  # tokens of a kv head that the constants are of
 CHANNELS = 128
-BANDWIDTH = 4.4e6  # bytes a microsecond
-FEW_BITS, MANY_BITS = 112.0, 71.0  # a pass of 16 rows of codes below 4 bits, of others
-FEW_ROWS = 2 / 3  # of that, a pass of 8 rows
-PRODUCTS = 450e6  # floating-point operations a microsecond, of float16
+BANDWIDTH = 4.4e6  # bytes a microsecond, of pages
+ROUND_TRIP = 3.4e6  # of decoding, and of reading what was decoded
+PLAIN, GROUPED, DECODED = 68.0, 100.0, 250.0  # a pass of 8 rows: of codes, of groups with scales, number by number
+TWICE = {PLAIN: 1.6, GROUPED: 2.5, DECODED: 1.3}  # what a pass of 16 rows takes of that
+PRODUCTS = 400e6  # floating-point operations a microsecond, of float16
 EXACT_PRODUCTS = 30e6  # of float32 and of float64
 LAUNCH = 10.0
 MOST = 4096  # queries that thresholds are looked for up to
@@ -38,49 +42,56 @@ MOST = 4096  # queries that thresholds are looked for up to
 
 def form(plan: Plan, queries: int, packed: int, exact: int = 0, window: int | None = None) -> Form:
     """The cheapest for one sequence with so many packed tokens and so many exact ones; one query is always decoded."""
-    few = queries == 1 or queries * plan.shape.group <= plan.rows(many=False)
-    if few or dense_cost(plan, queries, packed, exact) >= pages_cost(plan, queries, packed, exact, window):
-        return "decode" if few else "extend"
-    return "dense"
+    found, cost = pages_form(plan, queries, packed, exact, window)
+    return found if queries == 1 or cost <= dense_cost(plan, queries, packed, exact) else "dense"
 
 
-def pages_cost(plan: Plan, queries: int, packed: int, exact: int = 0, window: int | None = None) -> float:
-    """Of the kernels that read pages, in passes."""
-    rows = queries * plan.shape.group
+def pages_form(plan: Plan, queries: int, packed: int, exact: int = 0, window: int | None = None) -> tuple[Form, float]:
+    """(the cheapest form that reads pages, what it costs)."""
+    decode = pages_cost(plan, queries, packed, exact, window, many=False)
+    few, many = (plan.rows(many=more) for more in (False, True))
+    if few < queries * plan.shape.group <= many:
+        extend = pages_cost(plan, queries, packed, exact, window, many=True)
+        return ("extend", extend) if extend < decode else ("decode", decode)
+    return "decode", decode
+
+
+def pages_cost(
+    plan: Plan, queries: int, packed: int, exact: int = 0, window: int | None = None, *, many: bool
+) -> float:
+    """Of the kernels that read pages, in passes of as many rows as a program has, of decode or (`many`) of extend."""
     if window is not None:
         packed = min(packed, window + queries)
-    many = rows > plan.rows(many=False)
-    each = plan.rows(many=many)
-    return LAUNCH + -(-rows // each) * (packed * _pass(plan, each) + exact * _read(_exact_bytes(plan)))
+    passes = -(-queries * plan.shape.group // plan.rows(many=many))
+    return LAUNCH + passes * (packed * _pass(plan, many=many) + exact * _exact_bytes(plan) / BANDWIDTH)
 
 
 def dense_cost(plan: Plan, queries: int, packed: int, exact: int = 0) -> float:
     """Of decoding all that is packed, and of attention to that and to the exact tokens."""
-    operations, each = 4 * plan.shape.head_dim * plan.shape.kv_heads, plan.rows(many=True)
-    rows = (
-        -(-queries * plan.shape.group // each) * each
-    )  # whole passes, so that more queries never turn the choice back
+    operations, each = 4 * plan.shape.head_dim * plan.shape.kv_heads, plan.rows(many=False)
+    rows = -(-queries * plan.shape.group // each) * each  # whole passes, so that more queries never turn it back
     rate = EXACT_PRODUCTS if _item(plan) == 4 else PRODUCTS
-    attend = max(_read(_exact_bytes(plan)), rows * operations / rate)
+    attend = max(_exact_bytes(plan) / ROUND_TRIP, rows * operations / rate)
     return 2 * LAUNCH + packed * _decode(plan) + (packed + exact) * attend
 
 
-def thresholds(plan: Plan, tokens: int) -> dict[Form, tuple[int, int]]:
-    """Form -> the first and the last number of queries that it is taken for, up to as many as there are tokens."""
-    found: dict[Form, tuple[int, int]] = {}
+def thresholds(plan: Plan, tokens: int) -> list[tuple[Form, int, int]]:
+    """(form, the first and the last number of queries in a row that it is taken for), up to as many as there are
+    tokens."""
+    found: list[tuple[Form, int, int]] = []
     for queries in range(1, min(tokens, MOST) + 1):
         now = form(plan, queries, tokens)
-        found[now] = (found[now][0] if now in found else queries, queries)
+        first = found.pop()[1] if found and found[-1][0] == now else queries
+        found.append((now, first, queries))
     return found
 
 
 def told(plan: Plan, tokens: int) -> list[str]:
     """The same in words."""
-    return [_sentence(plan, *item) for item in thresholds(plan, tokens).items()]
+    return [_sentence(plan, *item) for item in thresholds(plan, tokens)]
 
 
-def _sentence(plan: Plan, form: Form, span: tuple[int, int]) -> str:
-    first, last = span
+def _sentence(plan: Plan, form: Form, first: int, last: int) -> str:
     if form == "dense":
         beyond = f"from {first} on" if first > 1 else "any number of"
         return f"{beyond}: packed tokens are decoded once, and all query rows attend to what they are"
@@ -91,17 +102,19 @@ def _sentence(plan: Plan, form: Form, span: tuple[int, int]) -> str:
     return f"{which}: pages are read by {form}, {rows} query rows a program, in {read}"
 
 
-def _pass(plan: Plan, rows: int) -> float:
+def _pass(plan: Plan, *, many: bool) -> float:
     """Of one pass over a packed token of all kv heads."""
-    read = _read(loop_bytes(plan, repeated=True) * plan.shape.kv_heads / plan.tile)
-    work = (_work(plan.keys) + _work(plan.values)) / 2 * plan.shape.kv_heads * plan.shape.head_dim / CHANNELS
-    return max(read, work / TOKENS * (1.0 if rows == EXTEND_ROWS else FEW_ROWS))
+    read = loop_bytes(plan, repeated=True) * plan.shape.kv_heads / plan.tile / BANDWIDTH
+    wide = plan.rows(many=many) > DECODE_ROWS
+    work = sum(_work(side) * (TWICE[_work(side)] if wide else 1) for side in (plan.keys, plan.values)) / 2
+    return max(read, work / TOKENS * plan.shape.kv_heads * plan.shape.head_dim / CHANNELS)
 
 
 def _work(side: SidePlan) -> float:
-    """Of a pass of 16 rows over 2^21 tokens; of a sum of several terms that of the codes of the fewest bits alone."""
-    few = any(0 < term.alphabet.bits < 4 for term in side.terms if not term.floats)
-    return FEW_BITS if few else MANY_BITS
+    """Of a pass of 8 rows over 2^21 tokens; of a sum of several terms that of the most laborious alone."""
+    if any(term.when is When.IN_LOOP for term in side.terms):
+        return DECODED
+    return GROUPED if any(term.when is When.ONCE_PER_TILE or term.groups > 1 for term in side.terms) else PLAIN
 
 
 def _decode(plan: Plan) -> float:
@@ -115,11 +128,7 @@ def _decode(plan: Plan) -> float:
         for term in side.spaces:
             total += numbers * 8 if term.mapped else 0
             products += 0 if not term.mapped or term.hadamard else 2 * numbers * term.row
-    return _read(total) + products / EXACT_PRODUCTS
-
-
-def _read(total: float) -> float:
-    return total / BANDWIDTH
+    return total / ROUND_TRIP + products / EXACT_PRODUCTS
 
 
 def _exact_bytes(plan: Plan) -> int:

@@ -5,12 +5,10 @@ Also how pages are taken apart: sections of bytes, the rows of words in them, th
 
 from __future__ import annotations
 
-import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
-
-from kvdsl.spaces import applied
 
 LARGEST = 65504.0
 
@@ -35,7 +33,14 @@ exact_quotient = quotient
 
 def over(dividend: Tensor, divisor: float) -> Tensor:
     """dividend / divisor, rounded to nearest (torch would multiply by the inverse of a number)."""
-    return dividend / torch.full_like(dividend, divisor)
+    return dividend / _number(divisor, dividend.dtype, dividend.device)
+
+
+@lru_cache(maxsize=256)
+def _number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number as a tensor of one, made once."""
+    with torch.inference_mode(False):
+        return torch.full((1,), value, dtype=dtype, device=device)
 
 
 def nearest(x: Tensor) -> Tensor:
@@ -148,6 +153,14 @@ def bits_fp32(x: Tensor) -> Tensor:
     return as_int(x + 0.0)
 
 
+def halved(scale: Tensor, start: Tensor, spoilt: Tensor, dtype: torch.dtype, nan: int) -> Tensor:
+    """Numbers that `dtype` holds as the low and the high 16 bits of words; a spoilt scale is NaN, whose bits these
+    are."""
+    words = torch.stack((scale, start), -1).to(dtype).view(torch.int16)
+    words[..., 0].masked_fill_(spoilt, nan)
+    return words.view(torch.int32).squeeze(-1)
+
+
 def halves(words: Tensor) -> tuple[Tensor, ...]:
     """The low and the high 16 bits of 32-bit words, read as float16, as float32."""
     return words.contiguous()[..., None].view(torch.float16).to(torch.float32).unbind(-1)
@@ -233,50 +246,6 @@ def scale_over_zero_point(words: Tensor, mask: int) -> Tensor:
     return as_float(words & ~mask)
 
 
-def mapped(x: Tensor, matrix: Tensor, shift: Tensor | None) -> Tensor:
-    """float32 (n, H, T, in) by a map (H or 1, out, G in) and a shift (H or 1, out), summed in float64, rounded once."""
-    y = applied(matrix.to(torch.float64), x.to(torch.float64))
-    return (y if shift is None else y + shift[:, None].to(torch.float64)).to(torch.float32)
-
-
-def rotated(x: Tensor, waves: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
-    """Rotary positions put on x (n, H, T, D) by cosines and sines, each (n or 1, 1, T, R/2), in their dtype; minus the
-    sines takes them off.  Of the D channels the first R are rotated."""
-    cos, sin = waves
-    count = 2 * cos.shape[-1]
-    one, two = (0, 1) if interleaved else (0, cos.shape[-1])
-    step, stop = (2, count) if interleaved else (1, count // 2)
-    a, b = (x[..., first : first + stop : step].to(cos.dtype) for first in (one, two))
-    turned = a * cos - b * sin, b * cos + a * sin
-    both = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
-    return torch.cat((both.to(x.dtype), x[..., count:]), -1)
-
-
-def polar(x: Tensor, levels: int = 1) -> Tensor:
-    """float32 (..., D) as the D/2 radii, then the angles in [0, 2 pi], of channels i and i + D/2; of more levels the
-    radii are paired again, i and i + D/4, ...: those that are left, then the angles of the first level, the second, ...
-
-    Each is taken in float64 and rounded once.  A NaN spoils its vector."""
-    spoilt = torch.isnan(x).any(-1, keepdim=True)
-    radius, angles = (finite(x) + 0.0).to(torch.float64), []  # a zero without sign
-    for _ in range(levels):
-        a, b = radius.chunk(2, -1)
-        angle = torch.atan2(b, a)
-        angles.append(torch.where(angle < 0, angle + 2 * math.pi, angle))
-        radius = torch.sqrt(a * a + b * b)
-    y = torch.cat((radius, *angles), -1).to(torch.float32)
-    return torch.where(spoilt, torch.nan, y)
-
-
-def cartesian(y: Tensor, levels: int = 1) -> Tensor:
-    """The inverse of `polar`: r cos a, then r sin a, from the last level to the first."""
-    sizes = [y.shape[-1] >> level + 1 for level in range(levels)]
-    radius, *angles = y.to(torch.float64).split([sizes[-1], *sizes], -1)
-    for a in reversed(angles):
-        radius = torch.cat((radius * torch.cos(a), radius * torch.sin(a)), -1)
-    return radius.to(torch.float32)
-
-
 # ---- pages -----------------------------------------------------------------------------------------------------------
 
 
@@ -341,14 +310,14 @@ def blocks(x: Tensor, block: Block) -> Tensor:
 
 
 def range_of(x: Tensor, block: Block) -> tuple[Tensor, Tensor]:
-    """The lowest and the highest number of every block, made finite: (n, H/heads, T/tokens, D/channels) each."""
-    numbers = blocks(finite(x), block)
+    """The lowest and the highest of the finite numbers of every block: (n, H/heads, T/tokens, D/channels) each."""
+    numbers = blocks(x, block)
     return numbers.amin(OVER_BLOCK), numbers.amax(OVER_BLOCK)
 
 
 def nan_in(x: Tensor, block: Block) -> Tensor:
-    """1 where a block holds a NaN."""
-    return blocks(torch.isnan(x), block).any(OVER_BLOCK).to(torch.int32)
+    """Whether a block holds a NaN."""
+    return torch.isnan(blocks(x, block).amax(OVER_BLOCK))
 
 
 def summed(x: Tensor, block: Block) -> Tensor:
@@ -357,8 +326,8 @@ def summed(x: Tensor, block: Block) -> Tensor:
 
 
 def nan(x: Tensor) -> Tensor:
-    """1 where x is not a number."""
-    return torch.isnan(x).to(torch.int32)
+    """Whether x is not a number."""
+    return torch.isnan(x)
 
 
 def square(x: Tensor) -> Tensor:

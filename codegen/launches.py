@@ -11,6 +11,7 @@ from .launch import CONSTEXPR, Launch
 from .plan import DECODE_ROWS, WIDEST, Plan
 from .tiling import NARROWEST
 from .triton_append import packs
+from .triton_turn import rotated
 
 POINTERS = {
     "query_ptr": "input", "rows_ptr": "input", "source_ptr": "input", "key_rows_ptr": "input",
@@ -51,6 +52,8 @@ def warps(kernel: str, plan: Plan) -> int:
         return 8 if plan.side(name).alphabet.given else max(4, min(8, plan.side(name).held // 1024))
     if kernel.startswith("unpack"):
         return max(4, min(16, plan.tile * plan.side(kernel.removeprefix("unpack_")).dim // 2048))
+    if kernel == "turn_query" and rotated(plan.keys):
+        return 1
     if kernel.startswith(("turn_k", "turn_v", "restore")):
         return 1 if plan.side(kernel.partition("_")[2]).hadamard else 8
     if kernel in ("unrope_keys", "rope_keys"):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Literal
 
 from kvdsl.codes import SLOT_TOKENS, in_trits, trit_bytes
@@ -158,7 +158,7 @@ class SideLayout:
         """This and those behind it, as `Store.terms`."""
         return (self, *(self.rest.terms if self.rest else ()))
 
-    @property
+    @cached_property
     def rowwise(self) -> bool:
         """Tokens, or blocks of them, have bytes of their own: no word and no row of numbers is of several."""
         others = (term.factors or term.slots or term.beside or term.channels for term in self.terms)

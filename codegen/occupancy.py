@@ -17,7 +17,9 @@ import torch
 from kvdsl.window import TILE
 
 MOST_SPLITS = 128
+MOST_EDGES = 32
 START = 1.5  # what a program does beside its tiles, in tiles
+EDGE = 0.8  # what a tile at the edges, of fewer tokens, takes
 MERGE = 0.07  # what one more partial of a row costs where all are merged, in tiles
 REGISTERS = 65536  # of a processor, on every GPU that Triton knows of NVIDIA's
 PARTITIONS = 4  # of a processor: each has a quarter of its registers, and warps of its own
@@ -43,13 +45,45 @@ def held(registers: int, shared: int, warps: int, room: int) -> int:
     return max(1, min(in_registers, room // (shared + RESERVED)))
 
 
-@lru_cache(maxsize=4096)
 def splits(programs: int, pages: int, page_tokens: int, places: int) -> int:
     """How many programs should share a sequence of so many pages, where `programs` are needed without sharing and the
     GPU has `places`: few if they fill it, as what they found must be merged."""
+    return ranked(programs, pages, page_tokens, places)[0]
 
-    def cost(count: int) -> float:
-        waves = -(-programs * count // places)
-        return waves * (-(-pages // count) * page_tokens / TILE + START) + MERGE * count
 
-    return min(range(1, max(1, min(pages, MOST_SPLITS)) + 1), key=cost)
+@lru_cache(maxsize=4096)
+def ranked(programs: int, pages: int, page_tokens: int, places: int) -> tuple[int, ...]:
+    """The same, the best first: of the numbers that give as many waves of programs of as many pages the least, which
+    has the fewest partials to merge."""
+    kinds: dict[tuple[int, int], int] = {}
+    for count in range(1, max(1, min(pages, MOST_SPLITS)) + 1):
+        kinds.setdefault((-(-programs * count // places), -(-pages // count)), count)
+
+    def cost(kind: tuple[int, int]) -> float:
+        waves, each = kind
+        return waves * (each * page_tokens / TILE + START) + MERGE * kinds[kind]
+
+    return tuple(kinds[kind] for kind in sorted(kinds, key=cost))
+
+
+@lru_cache(maxsize=4096)
+def edge_splits(programs: int, count: int, pages: int, page_tokens: int, tiles: int, places: int) -> int:
+    """How many more programs should share the edges of a sequence, `tiles` of them, where `count` share its pages: they
+    take the places that are left, and those of programs that have ended."""
+    main = -(-pages // count) * page_tokens / TILE + START
+
+    def cost(more: int) -> float:
+        each = -(-tiles // more) * EDGE + START
+        return _ended(programs * count, main, programs * more, each, places) + MERGE * more
+
+    return min((2**i for i in range(MOST_EDGES.bit_length()) if 2**i < 2 * max(1, tiles)), key=cost)
+
+
+def _ended(first: int, long: float, then: int, each: float, places: int) -> float:
+    """When the last program ends, of `first` that take `long` and `then` behind them that take `each`."""
+    waves, rest = divmod(first, places)
+    free = places - rest
+    beside = free * int(long / each) if rest else 0  # those that end while the last wave of the first ones runs
+    if then <= beside:
+        return waves * long + max(long, -(-then // free) * each)
+    return waves * long + (long if rest else 0.0) + -(-(then - beside) // places) * each

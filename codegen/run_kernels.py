@@ -20,6 +20,7 @@ from .launch import DEPTH, assembled
 from .launches import ASSEMBLER, GIVEN_POINTERS, arguments, fused, stages, warps
 from .occupancy import residents
 from .plan import Plan
+from .schedules import known
 
 VIEWS = {
     "pool8_ptr": torch.uint8, "pool16_ptr": torch.int16, "pool32_ptr": torch.int32,
@@ -31,6 +32,8 @@ INNER = {"outliers_": ".outliers.store", "residual_": ".residual"}
 """How an argument's name goes on behind a side's -> its term's place behind the side's."""
 Setting = tuple[int, str | None]
 """Depth of the pipeline, setting of the assembler."""
+Asked = tuple[str, int | None]
+"""A kernel, and the depth that timing found for it; None: the one that spills least."""
 
 
 class KernelModule:
@@ -39,12 +42,20 @@ class KernelModule:
     def __init__(self, plan: Plan, module: ModuleType, source: str) -> None:
         self.plan, self.module = plan, module
         self.arguments = arguments(source)
-        self.settings: dict[str, Setting] = {}  # kernel -> those found best
-        self.residents: dict[str, int] = {}  # kernel -> programs that a processor of the GPU holds at once
+        self.schedules = known(plan, source)
+        self.settings: dict[Asked, Setting] = {}  # those found best
+        self.residents: dict[Asked, int] = {}  # programs that a processor of the GPU holds at once
+
+    @property
+    def schedule(self) -> str:
+        """See KernelSet."""
+        return self.schedules.source
 
     def _run(
-        self, kernel: str, grid: tuple[int, ...], given: Mapping[str, Any], pool: Tensor | None, params: Params
-    ) -> None:
+        self, kernel: str, grid: tuple[int, ...], given: Mapping[str, Any], pool: Tensor | None, params: Params,
+        asked: int | None = None,
+    ) -> None:  # fmt: skip
+        """Launch a kernel, at the depth that is asked for if that fits the GPU."""
         if 0 in grid:
             return
         values = dict(given)
@@ -66,24 +77,24 @@ class KernelModule:
             compiled[depth, setting] = function(**given, **options, num_stages=depth, **assembled(setting))
             return compiled[depth, setting]
 
-        if kernel in self.settings:
-            launch(*self.settings[kernel])
+        if (kernel, asked) in self.settings:
+            launch(*self.settings[kernel, asked])
             return
         refused, found = None, dict[Setting, int]()
-        for depth in stages(kernel, self.plan):
+        for depth in (*(() if asked is None else (asked,)), *stages(kernel, self.plan)):
             try:
                 setting, spills = _setting(partial(launch, depth))
             except OutOfResources as error:
                 refused = error
                 continue
             found[depth, setting] = spills
-            if not spills:
+            if not spills or asked is not None:
                 break
         if not found:
             raise BackendError(f"{kernel} does not fit this GPU: {refused}")
-        best = self.settings[kernel] = min(found, key=lambda one: found[one])
+        best = self.settings[kernel, asked] = min(found, key=lambda one: found[one])
         if (held := residents(compiled[best], options["num_warps"])) is not None:
-            self.residents[kernel] = held
+            self.residents[kernel, asked] = held
 
 
 def _setting(launch: Callable[[str | None], Any]) -> tuple[str | None, int]:

@@ -17,10 +17,11 @@ from kvdsl.rope import NEAR, in_order, near, table
 from kvdsl.scheme import SIDES
 
 from .chunks import mapping, rows_of
-from .host import cartesian, polar, saturated
+from .host import saturated
 from .host_beside import Taken, level_counts, placed, rows_there
 from .host_channels import among, choose
 from .host_channels import given as beside
+from .host_maps import cartesian, polar
 from .host_slots import kept, split
 from .plan import SidePlan
 from .run_kernels import KernelModule

@@ -26,7 +26,7 @@ one a row; where exact rows add to the output itself, `exact_ptr` and `share_ptr
 @dataclass(frozen=True, eq=False)
 class Part:
     """One segment: of every sequence `clean` programs share the pages that all queries see, `edges` what is left; of a
-    dense one `clean` share all of it."""
+    dense one `clean` share all of it.  `depth`: of the pipeline, where timing found it."""
 
     module: TritonModule
     query: Tensor
@@ -36,6 +36,7 @@ class Part:
     edges: int = 1
     fold: Fold | None = None
     form: Form = "decode"
+    depth: int | None = None
 
     @property
     def plan(self) -> Plan:
@@ -65,6 +66,10 @@ class Part:
     def plain(self) -> bool:
         """Whether partials are of the head's own numbers, so that they may be merged with those of other segments."""
         return self.form == "dense" or not self.plan.values.through
+
+    def most(self, splits: int) -> int:
+        """So many programs, but no more than a sequence has pages."""
+        return max(1, min(splits, -(-self.state.longest // self.plan.layout.page_tokens)))
 
     def places(self, count: int) -> int:
         """Of `count` partials of every row."""

@@ -19,7 +19,7 @@ from .host_beside import met_at
 from .host_channels import queries
 from .host_products import scored
 from .plan import SidePlan
-from .run_torch_pages import TorchPages
+from .run_torch_pages import TorchPages, on_host
 from .torch_alone import one_by_one
 
 LOG2E = 1.4426950408889634
@@ -197,7 +197,7 @@ class TorchModule(TorchPages):
         """The state with no more tokens than there are, where the host's maxima are those of a capacity, and which of
         them a call reads; waits for the device, once."""
         numbers = (state.packed_keys, state.packed_values, state.length, state.start, state.first)
-        of_all = torch.stack(numbers).tolist()
+        of_all = on_host(numbers)
         keys, values, length, start, first = (min(of_one) for of_one in of_all)
         alike = all(len(set(of_one)) == 1 for of_one in of_all)
         tokens, sinks = self.plan.layout.page_tokens, self.plan.sinks

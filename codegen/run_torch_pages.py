@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -14,18 +15,27 @@ from kvdsl.params import ROPE
 from kvdsl.rope import table
 from kvdsl.scheme import SIDES
 
-from .host import cartesian, mapped, polar, rotated, rows_of_bytes, saturated, section
+from .host import rows_of_bytes, saturated, section
 from .host_beside import Taken, level_counts, placed, rows_there
 from .host_channels import among, choose
 from .host_channels import given as beside
+from .host_maps import cartesian, mapped, polar, rotated
 from .host_slots import Split, kept, split
 from .plan import Plan, SidePlan
 
 PACK_AT_ONCE = 64  # pages quantized at a time: bounds the working memory of a long prompt
 
 
+def on_host(numbers: Sequence[Tensor]) -> list[list[int]]:
+    """Numbers of all sequences, (B,) each, as integers.  Waits for the device, once."""
+    return torch.stack(tuple(numbers)).tolist() if numbers[0].is_cuda else [of_all.tolist() for of_all in numbers]
+
+
 class TorchPages:
     """The functions of one generated module that make pages or decode them."""
+
+    schedule = "torch"
+    """See KernelSet."""
 
     def __init__(self, plan: Plan, module: ModuleType) -> None:
         self.plan, self.module = plan, module
@@ -126,7 +136,7 @@ class TorchPages:
         tokens = self.plan.layout.page_tokens
         low, high = reach[0] // tokens, -(-reach[1] // tokens)
         if self.plan.side(side).layout.rowwise:
-            of_all = {tuple(of_one) for of_one in torch.stack((begin, end, first), 1).tolist()}
+            of_all = set(zip(*on_host((begin, end, first)), strict=True))
             start, stop, ring = of_all.pop() if len(of_all) == 1 else (0, 0, 0)
             if start < stop and start // tokens == (stop - 1) // tokens:
                 self._pack_rows(side, rows, ring, offset, (start, stop), pool, table, params, places)
@@ -148,9 +158,10 @@ class TorchPages:
         """Tokens u in `reach`, of one page, of all sequences: as in most steps of decoding.  Only these are quantized,
         and what is written of them are slices."""
         page, at = divmod(reach[0], self.plan.layout.page_tokens)
-        span = slice(at, at + reach[1] - reach[0])
-        x, ids = self._slices(rows, offset, first, *reach), table[:, page].long()
-        pages, whole = pool.index_select(0, ids), self.plan.side(side)
+        span, ids = slice(at, at + reach[1] - reach[0]), table[:, page]
+        x, whole = self._slices(rows, offset, first, *reach), self.plan.side(side)
+        alone = len(ids) == 1 and not pool.is_cuda  # one page is written where it lies
+        pages = pool.narrow(0, int(ids), 1) if alone else pool.index_select(0, ids)
         if whole.rope is not None:
             u = torch.arange(*reach, device=pool.device)[None]
             x = self._rotated(saturated(x), self._positions(u, places), params, torch.float64, -1)
@@ -161,7 +172,8 @@ class TorchPages:
                 self._write_rows(term, self._sections(term, x, numbers, params), span, pages)
             if part.residual is not None:
                 x = saturated(x) - self._decoded(part, pages[:, None], params, span)
-        pool.index_copy_(0, ids, pages)
+        if not alone:
+            pool.index_copy_(0, ids.long(), pages)
 
     def _write_rows(self, part: SidePlan, sections: list[Tensor], span: slice, pages: Tensor) -> None:
         """Write the sections of one term of the tokens in `span` into pages."""

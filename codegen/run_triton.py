@@ -15,15 +15,15 @@ from kvdsl.params import ROPE
 from . import forms, run_dense
 from .host_channels import ready_rows
 from .host_slots import by_channel, by_turned_channel
-from .occupancy import MOST_SPLITS, splits
+from .occupancy import MOST_EDGES, MOST_SPLITS, edge_splits, ranked, splits
 from .plan import SidePlan
 from .run_pages import PageModule
 from .run_parts import LOG2E, NO_WINDOW, Part, Scratch, within
+from .schedules import KERNEL, Bucket, Schedule
 from .text import padded
 from .triton_masked import BESIDE, alike
-from .triton_turn import QUERY_LANES, QUERY_ROWS
+from .triton_turn import query_tile
 
-MOST_EDGES = 32  # programs that share the edges of a sequence, as measured on an H100
 USUAL = 8  # programs that a processor holds at once, of a kernel of which it is not known
 ROWS = WeakTensorKeyDictionary()
 """Maps of sketches -> their rows, ready for codes: made once for those that are used again in every step."""
@@ -53,8 +53,8 @@ class TritonModule(PageModule):
         given["turned_ptr"] = query.new_empty(*query.shape[:3], keys.row, dtype=torch.float32)
         if keys.shifted:
             given["bias_ptr"] = query.new_empty(query.shape[:3], dtype=torch.float32)
-        blocks = -(-queries * shape.group // QUERY_ROWS)
-        grid = (batch * shape.kv_heads, -(-keys.row // QUERY_LANES), blocks)
+        rows, lanes = query_tile(keys)
+        grid = (batch * shape.kv_heads, -(-keys.row // lanes), -(-queries * shape.group // rows))
         self._run("turn_query", grid, {**given, "queries": queries}, None, params)
         return given
 
@@ -89,7 +89,28 @@ class TritonModule(PageModule):
         pages = max(1, -(-longest // page))
         if not torch.cuda.is_available():
             return min(2, pages)
-        return splits(max(1, programs), pages, page, self.residents.get(kernel, USUAL) * self.processors())
+        return splits(max(1, programs), pages, page, self.places(kernel))
+
+    def ranked(self, programs: int, longest: int, depth: int | None = None) -> tuple[int, ...]:
+        """Numbers of programs of decode that share a sequence, the model's best first."""
+        page = self.plan.layout.page_tokens
+        return ranked(max(1, programs), max(1, -(-longest // page)), page, self.places(KERNEL, depth))
+
+    def places(self, kernel: str, depth: int | None = None) -> int:
+        """Programs of a kernel that the GPU holds at once."""
+        return self.residents.get((kernel, depth), USUAL) * self.processors()
+
+    def tuned(self, part: Part) -> Schedule | None:
+        """The schedule that was found best by timing for a segment that is alone; None: the model's is taken.  Windows,
+        what is taken out of tiers and more query rows than a program has were not timed."""
+        untimed = part.form != KERNEL or part.blocks > 1 or part.fold is not None or part.state.window is not None
+        if untimed or not self.schedules.best:
+            return None
+        return self.schedules.best.get(Bucket.of(part.query.shape[0], part.state.longest))
+
+    def by_model(self, programs: int, longest: int) -> Schedule:
+        """The model's schedule of decode, where it was launched before; `programs` as for `splits`."""
+        return Schedule(self.splits(programs, longest, KERNEL), self.settings[KERNEL, None][0])
 
     def _clean_splits(self, part: Part) -> int:
         """How many programs share the pages of one sequence that all its queries see, or all of it."""
@@ -98,17 +119,21 @@ class TritonModule(PageModule):
         tiles = -(-part.state.longest // run_dense.LEAST)
         return splits(max(1, run_dense.programs(part)), max(1, tiles), run_dense.LEAST, self.processors())
 
-    def edge_splits(self, programs: int, state: AttentionState) -> int:
-        """How many programs share the edges of one sequence: one a tile while the machine has room for them, else one
-        for two tiles."""
-        cut = 1 if state.window is None else 2  # pages that are read as edges: the newest, and where a window begins
-        exact = min(state.longest, state.key_rows.shape[2] + cut * self.plan.layout.page_tokens)
-        tiles = min(-(-exact // self.plan.edge_tile), MOST_EDGES)
-        return tiles if programs * tiles <= 2 * self.processors() else max(1, tiles // 2)
+    def edge_splits(self, part: Part) -> int:
+        """How many more programs share the edges of one sequence, see `occupancy.edge_splits`: of exact rows as many as
+        there is room for, of the newest page half, and all of one that a window cuts."""
+        state, plan = part.state, self.plan
+        if not torch.cuda.is_available():
+            return 2
+        page, programs = plan.layout.page_tokens, max(1, part.programs * part.blocks)
+        cut = page // 2 if state.window is None else page // 2 + page
+        tiles = -(-min(state.longest, state.key_rows.shape[2] + cut) // plan.edge_tile)
+        pages, places = max(1, -(-state.longest // page)), self.places(part.form, part.depth)
+        return edge_splits(programs, part.clean, pages, page, tiles, places)
 
     def unknown(self, kernel: str) -> bool:
         """Whether it is not known yet how many programs of a kernel the GPU holds at once."""
-        return kernel not in self.residents and torch.cuda.is_available()
+        return (kernel, None) not in self.residents and torch.cuda.is_available()
 
     def processors(self) -> int:
         """Multiprocessors of the GPU; 1 where kernels are interpreted."""
@@ -128,7 +153,9 @@ class TritonModule(PageModule):
         self, query: Tensor, segments: Segments, splits: int | None = None, form: Form | None = None
     ) -> tuple[Tensor, Tensor]:
         parts = _parts(query, segments, splits, form)
-        unknown = [part for part in parts if part.form != "dense" and part.module.unknown(part.form)]
+        unknown = [
+            part for part in parts if part.form != "dense" and part.depth is None and part.module.unknown(part.form)
+        ]
         if splits is None and unknown:
             # the first launch tells how many programs a processor holds; what is returned must not depend on it
             for part in unknown:
@@ -176,7 +203,8 @@ class TritonModule(PageModule):
             **self._reading(part.query, state, part.params), **into, "splits": part.clean, "edge_splits": part.edges,
             "ahead": state.ahead,
         }  # fmt: skip
-        self._run(part.form, (part.programs, part.count, part.blocks), given, state.pool, part.params)
+        grid = (part.programs, part.count, part.blocks)
+        self._run(part.form, grid, given, state.pool, part.params, part.depth)
 
     def _collect(self, part: Part, into: Scratch, like: Part) -> None:
         """Write one partial of every row, of the head's own numbers, at its place among those of another segment."""
@@ -204,7 +232,7 @@ class TritonModule(PageModule):
 
 def _parts(query: Tensor, segments: Segments, splits: int | None, form: Form | None) -> list[Part]:
     """Segments with the form they are read in, the cheapest if none is asked for, and the programs that share a
-    sequence's tokens in each: `splits`, or as many as are worthwhile."""
+    sequence's tokens in each: `splits`, or as many as timing, or else the model, found worthwhile."""
     parts = [
         Part(module, query if fold is None else fold.query, state, params, fold=fold)
         for module, state, params, fold in segments
@@ -215,17 +243,17 @@ def _parts(query: Tensor, segments: Segments, splits: int | None, form: Form | N
         return [
             replace(part, clean=splits, edges=0 if once else splits) for part, once in zip(parts, dense, strict=True)
         ]
-    clean = [part.module._clean_splits(part) for part in parts]
-    edges = [
-        0 if once else part.module.edge_splits(part.programs * part.blocks, part.state)
-        for part, once in zip(parts, dense, strict=True)
-    ]
-    shares = zip(parts, within(clean, MOST_SPLITS), within(edges, MOST_EDGES), strict=True)
-    return [replace(part, clean=few, edges=others) for part, few, others in shares]
+    found = parts[0].module.tuned(parts[0]) if len(parts) == 1 else None
+    if found is not None:
+        parts = [replace(parts[0], depth=found.stages)]
+    clean = [part.module._clean_splits(part) if found is None else part.most(found.splits) for part in parts]
+    parts = [replace(part, clean=few) for part, few in zip(parts, within(clean, MOST_SPLITS), strict=True)]
+    edges = [0 if part.form == "dense" else part.module.edge_splits(part) for part in parts]
+    return [replace(part, edges=few) for part, few in zip(parts, within(edges, MOST_EDGES), strict=True)]
 
 
 def _form(part: Part, *, fixed: bool) -> Form:
     """The cheapest form; of those that read pages where what a sequence gets must not depend on the batch."""
     state, queries = part.state, part.query.shape[2]
-    found = part.module.form(queries, state.packed_most, state.longest - state.packed_most, state.window)
-    return "extend" if fixed and found == "dense" else found
+    counts = queries, state.packed_most, state.longest - state.packed_most, state.window
+    return forms.pages_form(part.plan, *counts)[0] if fixed else part.module.form(*counts)

@@ -276,29 +276,21 @@ class Code:
         return sum(WARP * (one.bits or 0) // 8 for one in asked if one.kind in LOADS[:2])
 
     def main_loop(self) -> Loop | None:
-        """The innermost pipelined loop with most matrix products, then most copies and loads, then the shortest.
+        """The first innermost loop that has matrix products or asynchronous copies, else the first that has loads at
+        all; None if there is none.
 
-        A pipelined loop has asynchronous copies; without one any loop may be chosen that has products or loads, and
-        None if there is none.  Copies come first because a loop over rows in full precision, or over the edges of what
-        is packed, has as many products as the main loop or more, and is not pipelined; where the main loop is of
-        float32 numbers it has none.
+        The first, as kernels have their loop over pages in front of those over edges, which have as many copies, and
+        where pages are of float32 numbers more products.
         """
 
-        def weight(loop: Loop) -> tuple[bool, int, int, int]:
+        def counted(loop: Loop, *classes: str) -> bool:
             counts = self.counts(loop.body)
-            copies, products = counts.get("async_copy", 0), counts.get("mma", 0)
-            loads = copies + counts.get("global_load", 0) + counts.get("shared_load", 0)
-            return copies > 0, products, loads, -len(loop.body)
+            return any(counts.get(name) for name in classes)
 
-        weights = {loop: weight(loop) for loop in self.loops}
-        busy = [loop for loop in self.loops if weights[loop][1] or weights[loop][2]]
-
-        def holds_another(loop: Loop) -> bool:
-            within = [other for other in busy if other != loop and set(other.body) < set(loop.body)]
-            return any(bool(weights[other][1]) >= bool(weights[loop][1]) for other in within)
-
-        innermost = [loop for loop in busy if not holds_another(loop)]
-        return max(innermost, key=lambda loop: weights[loop], default=None)
+        multiplied = [loop for loop in self.loops if counted(loop, "mma", "async_copy")]
+        busy = multiplied or [loop for loop in self.loops if counted(loop, "global_load", "shared_load")]
+        innermost = [loop for loop in busy if not any(set(other.body) < set(loop.body) for other in busy)]
+        return min(innermost, key=lambda loop: loop.body[0], default=None)
 
 
 def parse(text: str) -> Code:

@@ -14,7 +14,7 @@ from kvdsl.segments import shaped
 from kvdsl.shape import Shape
 from kvdsl.window import Window, windows
 
-from . import forms, render
+from . import forms, render, schedules
 from .launches import launches, loop_bytes
 from .multiplications import multiplications
 from .plan import Plan, SidePlan, plan_for
@@ -134,7 +134,8 @@ def layout_stage(view: View) -> Stage:
 def plan_stage(view: View) -> Stage:
     """Tiles and launches."""
     plan = view.plan
-    records = [record.to_json() for record in launches(plan, render(plan, "triton", view.name))]
+    text = render(plan, "triton", view.name)
+    records, tuned = [record.to_json() for record in launches(plan, text)], schedules.known(plan, text)
     data: dict[str, Any] = {
         "tile": plan.tile,
         "halves": plan.halves,
@@ -142,6 +143,10 @@ def plan_stage(view: View) -> Stage:
         "span": {term.path: term.span for term in plan.terms},
         "tokens": view.tokens or TOKENS,
         "forms": forms.thresholds(plan, view.tokens or TOKENS),
+        "schedule": {
+            "from": tuned.source,
+            "tuned": [{**at._asdict(), **one._asdict()} for at, one in tuned.best.items()],
+        },
         "kernels": records,
     }
     halves = f", as two halves of {plan.half} whose tokens share words" if plan.halves > 1 else ""
@@ -152,6 +157,8 @@ def plan_stage(view: View) -> Stage:
         *_placed(plan),
         f"queries  of a step, over {data['tokens']} packed tokens; chosen by what each form costs",
         *(f"         {sentence}" for sentence in forms.told(plan, data["tokens"])),
+        f"schedule of decode: {'by the model of the GPU' if not tuned.best else tuned.source}",
+        *(f"         {line}" for line in tuned.told()),
         "",
     ]
     for record in records:

@@ -82,14 +82,15 @@ def _home(name: str) -> Path:
     why = usable(folder()) or usable(home)
     if why is None:
         return home
-    _say(f"generated code is kept for this process only: {why}")
+    say(f"generated code is kept for this process only: {why}")
     home = _private() / name
     home.mkdir(parents=True, exist_ok=True)
     return home
 
 
 @cache
-def _say(message: str) -> None:
+def say(message: str) -> None:
+    """A warning, once."""
     warnings.warn(message, RuntimeWarning, stacklevel=5)
 
 
@@ -119,7 +120,7 @@ def find(name: str, plan: Plan, backend: str) -> Path | None:
             text = ""
         if path.stem.rsplit("_", 1)[-1] == digest(text):
             return path
-        _say(f"{path} was damaged and is made anew")
+        say(f"{path} was damaged and is made anew")
         path.unlink(missing_ok=True)
     return None
 
@@ -130,7 +131,7 @@ def keep(name: str, plan: Plan, backend: str, text: str) -> Path:
     try:
         write(path, text)
     except OSError as error:
-        _say(f"generated code is kept for this process only: {path.parent} cannot be written ({error})")
+        say(f"generated code is kept for this process only: {path.parent} cannot be written ({error})")
         path = _private() / name / path.name
         path.parent.mkdir(exist_ok=True)
         write(path, text)

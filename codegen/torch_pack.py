@@ -39,10 +39,10 @@ class TorchPack:
         self.steps = Steps(side, sp.Integer(1), "..., ", "")
 
     @property
-    def sizes(self) -> str:
-        """What splits channels into planes."""
+    def _split(self) -> str:
+        """The call that splits channels into planes."""
         sizes = [span.high - span.low for span in self.side.layout.spans]
-        return f"({listed(map(str, sizes))})" if len(set(sizes)) > 1 else str(sizes[0])
+        return f"split(({listed(map(str, sizes))}), -1)" if len(set(sizes)) > 1 else f"chunk({len(sizes)}, -1)"
 
     # ---- what a function takes ------------------------------------------------------------------------------------
 
@@ -99,17 +99,21 @@ class TorchPack:
                 return str(out)
             out.extend(self._given("loss" if side.alphabet.matched and searched(side) else "encode"))
             under: list[str] = []
+            if side.store.measure is not None and not side.sketched:
+                out.extend([] if side.static else [f"spoilt = nan_in(x, {self._block})"])
+                out.add("x = finite(x)")
             if side.static:
                 out.add(*self._calibrated("scale", "start"))
                 under = numbers(side)
             elif meta is not None:
                 self._measured(out)
                 under = [self._spread(name) for name in coding(side)]
-            out.add(f"code = {call(side, 'encode', ['x', *under])}.to(torch.uint8)")
+            coded = call(side, "encode", ["x", *under])
+            out.add(f"code = {coded}" if side.uniform is not None else f"code = {coded}.to(torch.uint8)")
             if side.raised:
                 out.add(f"above, code = code >> {side.alphabet.bits}, code & {2**side.alphabet.bits - 1}")
             if not side.layout.digits:
-                out.add(f"{unpacked(f'c{j}' for j in self.planes)} = code.split({self.sizes}, -1)")
+                out.add(f"{unpacked(f'c{j}' for j in self.planes)} = code.{self._split}")
             sections = [self._stream(out, stream) for stream in side.layout.streams]
             if meta is not None:
                 sections.append(self._metadata())
@@ -147,7 +151,6 @@ class TorchPack:
         else:
             names = ", ".join(statistics(side))
             out.add(f"{names} = {taken[names].format(block)}")
-            out.add(f"spoilt = nan_in(x, {block})")
         for i, clip in enumerate(clips(side)):
             under = [*statistics(side), *counted(side), *([repr(float(clip))] if searched(side) else [])]
             measure = call(side, "measure", under)

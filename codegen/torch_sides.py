@@ -6,15 +6,19 @@ Arrays lead with (B, H); tokens and query rows are the last two axes of scores, 
 from __future__ import annotations
 
 import math
+import re
 
 from kvdsl.codes import SLOT_TOKENS
 
 from .codec import READ, call
 from .codec_text import functions
+from .layout import Stream
 from .placement import When
 from .sections import Beside, Slots
 from .text import Lines, bare, listed
 from .torch_pack import TorchPack
+
+IN_STEPS = r"(code|\(code (?P<sign>[+-]) (?P<centre>[\d.]+)\)) \* scale(?P<offset> \+ offset)?"
 
 
 class TorchSide(TorchPack):
@@ -82,24 +86,36 @@ class TorchSide(TorchPack):
                 name = f"{self.prefix}{stream.width}"
                 rows = "byte_rows" if stream.paired else "word_rows"
                 out.add(f"{name} = {rows}(pages, {stream.offset}, {stream.rows}, {stream.row_words})")
+            first, *more = self.side.layout.streams
+            if len(self.planes) > 1 and not (more or first.digits):  # the bits that are not the code's, off all at once
+                planes = listed(self._shifted(first, j) for j in self.planes)
+                clean = "" if first.width == 8 and first.paired else f".bitwise_and_({2**first.width - 1})"
+                out.add(f"return torch.cat(({planes}), -1){clean}")
+                return str(out)
             for j in self.planes:
                 out.extend(self._code(j))
             planes = listed(f"c{j}" for j in self.planes)
             out.add(f"return torch.cat(({planes}), -1)" if len(self.planes) > 1 else "return c0")
         return str(out)
 
+    def _shifted(self, stream: Stream, plane: int) -> str:
+        """The words of a stream with a plane's bits lowest."""
+        place, row = stream.places[plane], f"{self.prefix}{stream.width}"
+        if stream.tiles > 1:
+            row = f"{row}[..., {place.tile * self.width}:{(place.tile + 1) * self.width}]"
+        bit = place.bit + 8 * place.byte
+        return f"{row} >> {bit}" if bit else row
+
     def _code(self, plane: int) -> list[str]:
         """Lines that join the codes c<plane> of a plane over the streams."""
         lines = []
         for i, stream in enumerate(self.side.layout.streams):
             place, span = stream.places[plane], self.side.layout.spans[plane]
-            row = f"{self.prefix}{stream.width}"
             if stream.digits:
-                return [f"c{plane} = digit({row}[..., {span.low}:{span.high}], {place.bit})"]
-            if stream.tiles > 1:
-                row = f"{row}[..., {place.tile * self.width}:{(place.tile + 1) * self.width}]"
-            bit = place.bit + 8 * place.byte
-            shifted = f"({row} >> {bit})" if bit else row
+                row = f"{self.prefix}{stream.width}[..., {span.low}:{span.high}]"
+                return [f"c{plane} = digit({row}, {place.bit})"]
+            shifted = self._shifted(stream, plane)
+            shifted = f"({shifted})" if ">>" in shifted else shifted
             whole = stream.width == 8 and stream.paired
             kept = shifted if whole else f"({shifted} & {2**stream.width - 1})"
             part = f"({kept} << {stream.shift})" if stream.shift else kept
@@ -159,7 +175,7 @@ class TorchSide(TorchPack):
             if meta is not None:
                 for name in self._names:
                     out.add(f"{name} = spread({name}, {meta.tokens}, {meta.channels}, 1)")
-            out.add(f"return {self.steps.number('code', 'scale', 'offset')}")
+            out.add(f"return {self._decoded('scale', 'offset')}")
         return str(out)
 
     def _from_slots(self, out: Lines, slots: Slots) -> None:
@@ -266,8 +282,17 @@ class TorchSide(TorchPack):
         """Lines that decode numbers whose groups of channels have scales of their own: that takes fewer calls, and no
         more time, than a product for each group."""
         size = self.side.dim // self.side.groups
-        text = self.steps.number("code", "scale[..., None]", "offset[..., None]")
+        text = self._decoded("scale[..., None]", "offset[..., None]")
         return [f"code = code.unflatten(-1, ({self.side.groups}, {size}))", f"x = ({text}).flatten(-2)"]
+
+    def _decoded(self, scale: str, offset: str) -> str:
+        """Numbers from codes, in the codes' place where that is a step after another: fresh memory takes as long as
+        both steps."""
+        found = re.fullmatch(IN_STEPS, self.steps.number("code", "scale", "offset"))
+        if found is None:
+            return self.steps.number("code", scale, offset)
+        centred = {"-": ".sub_", "+": ".add_"}[found["sign"]] + f"({found['centre']})" if found["sign"] else ""
+        return f"code{centred}.mul_({scale})" + (f".add_({offset})" if found["offset"] else "")
 
     def _score_scaled(self, out: Lines) -> None:
         """Scales on the query: of each token block, or calibrated."""

@@ -4,8 +4,9 @@ Glossary of the attention skeleton (for maintainers; not emitted):
   bh, b, h      program's sequence and kv head; split: its share of the tokens; rows: query tokens x heads of the group
   u             token position counted from the first one after the sinks; a page holds PAGE of them, a tile TILE
   clean pages   visible to every row and packed on both sides: the main loop, no masks
-  edge tiles    sinks, the first page when it is partly visible, and everything from the last clean page on: one more
-                program (or several) decodes what is packed, takes exact rows for the rest, and masks
+  edge tiles    the first page when it is partly visible, everything from the last clean page on, and sinks: one more
+                program (or several) masks; of a mixed tile it decodes what is packed on either side and takes exact
+                rows for the rest, without branches, so that all loads of a tile are asked for at once and ahead
   asked         position behind the last query's: the sequence's length, and more where newer tokens stand elsewhere
   size          power of two that a row of the query was divided by; scores and maxima are in its units
   turned        the query mapped into the space that keys are coded in; exact rows meet the query itself
@@ -17,7 +18,7 @@ and the main loop, over pages that are packed on both sides, masks.
 from __future__ import annotations
 
 from .plan import Plan, SidePlan
-from .text import Lines, fill, literal
+from .text import Lines, fill, literal, plus
 from .tiling import PAIR
 from .triton_bands import FoldedKeys, FoldedValues
 from .triton_keys import KeySide
@@ -84,19 +85,27 @@ def $name(
         $edge_prologue
         $edge_accumulators
         before = (low - edge) * $edge_sub
-        after = (tl.maximum(end - high * $page, 0) + $edge_tile_less) // $edge_tile
-        for step in tl.range(split - splits, $sink_tiles + before + after, edge_splits, num_stages=1):
-            tile = step - $sink_tiles
-            tile = tl.where(tile < before, edge * $edge_sub + tile, high * $edge_sub + tile - before)
-            $sink_step
+        packed = tl.maximum(packed_keys, packed_values)
+        mixed = before + (tl.maximum(packed - high * $page, 0) + $edge_tile_less) // $edge_tile
+        tiles = before + (tl.maximum(end - high * $page, 0) + $edge_tile_less) // $edge_tile
+        for step in tl.range(split - splits, mixed, edge_splits, num_stages=2):
+            tile = tl.where(step < before, edge * $edge_sub + step, high * $edge_sub + step - before)
             u = tile * $edge_tile + tl.arange(0, $edge_tile)
-            in_pages = (tile >= 0) & (tile * $edge_tile < tl.maximum(packed_keys, packed_values))
-            page = tl.load(table + tile * $edge_tile // $page, mask=in_pages, other=0).to(tl.int64)
-            t = tl.maximum(u, 0) % $page
+            page = tl.load(table + tile * $edge_tile // $page).to(tl.int64)
+            t = u % $page
             $seen
             row = $row
             $edge_addresses
             $edges
+        # tiles of exact rows alone, those of sinks behind the others
+        done = (tl.maximum(mixed - split + splits, 0) + edge_splits - 1) // edge_splits * edge_splits
+        for step in tl.range(split - splits + done, tiles$sinks_behind, edge_splits, num_stages=2):
+            tile = high * $edge_sub + step - before
+            $sink_step
+            u = tile * $edge_tile + tl.arange(0, $edge_tile)
+            $seen
+            row = $row
+            $exact
         $edge_partials
 """
 
@@ -246,14 +255,21 @@ class Attend:
         return [f"{name} = softcap * tanh({name} * true_size[None, :] / softcap) * {literal(LOG2E)}"]
 
     def edges(self) -> list[str]:
-        """The edge loop's body: every token is decoded or exact on either side, or not visible."""
-        lines = ["coded = (u >= 0) & (u < packed_keys)", "exact = here & ((u < 0) | (u >= packed_keys))"]
-        lines += [*self.keys.either(), *self._capped("s"), "s = tl.where(seen, s, -1.0e30)"]
-        lines += self._softmax(["s"])
-        lines.append("p = tl.where(seen, tl.exp2(s * size[None, :] - (peak * size)[None, :]), 0.0)")
-        lines.append("mass = mass * decay + tl.sum(p, 0)")
-        lines += ["coded = (u >= 0) & (u < packed_values)", "exact = here & ((u < 0) | (u >= packed_values))"]
+        """The body of the loop over mixed tiles: every token is decoded or exact on either side, or not visible."""
+        lines = ["coded = u < packed_keys", "exact = here & (u >= packed_keys)", *self.keys.either()]
+        lines += self._edge_weights("s")
+        lines += ["coded = u < packed_values", "exact = here & (u >= packed_values)"]
         return lines + self.values.either()
+
+    def exact(self) -> list[str]:
+        """The body of the loop over tiles of exact rows."""
+        return [*self.keys.exact("here"), *self._edge_weights("r"), *self.values.exact("here")]
+
+    def _edge_weights(self, scores: str) -> list[str]:
+        """p = weights of an edge tile's tokens under these scores, 0 where a row does not see them."""
+        lines = [*self._capped(scores), f"s = tl.where(seen, {scores}, -1.0e30)", *self._softmax(["s"])]
+        lines.append("p = tl.where(seen, tl.exp2(s * size[None, :] - (peak * size)[None, :]), 0.0)")
+        return [*lines, "mass = mass * decay + tl.sum(p, 0)"]
 
     def _row(self) -> str:
         sinks = self.plan.sinks
@@ -315,12 +331,12 @@ class Attend:
             edge_sub=plan.layout.page_tokens // edge_tile,
             edge_tile=edge_tile,
             edge_tile_less=edge_tile - 1,
-            sink_tiles=sink_tiles,
-            minus_sinks=-sinks,
-            sink_step=[f"tile = tl.where(step < {sink_tiles}, step - {sink_tiles}, tile)"] if sinks else [],
+            sinks_behind=plus(sink_tiles),
+            sink_step=[f"tile = tl.where(step < tiles, tile, step - tiles - {sink_tiles})"] if sinks else [],
             row=self._row(),
             edge_addresses=self.sections(),
             edges=self.edges(),
+            exact=self.exact(),
             clean_partials=self._partials(False),
             edge_partials=self._partials(True),
         )

@@ -14,7 +14,7 @@ from .text import plus
 from .triton_meta import entry, read, static_read, token_entry
 from .triton_planes import Planes
 from .triton_rope import Positions
-from .triton_rows import ExactRows, where_any
+from .triton_rows import ExactRows
 
 
 class Keys(Planes):
@@ -281,12 +281,12 @@ class Keys(Planes):
         start = positions.unmap.first(0) if positions.unmap is not None else []
         return start + self._at_positions(positions, words, planes, positions.own(), positions.own_waves)
 
-    def exact_scores(self) -> list[str]:
-        """r = scores of exact edge tokens, in the planes of the decoded ones."""
+    def exact_scores(self, there: str) -> list[str]:
+        """r = scores of exact edge tokens, where a mask says that they are there, in the planes of the decoded ones."""
         token, lane = self.grid("row", self.lane)
         lines = [f"source = key_rows + {token} * {self.plan.shape.head_dim} + {lane}"]
         for j in range(self.side.layout.planes):
-            load = f"tl.load({self.at('source', j)}, mask={self.mask('exact', j)}, other=0.0)"
+            load = f"tl.load({self.at('source', j)}, mask={self.mask(there, j)}, other=0.0)"
             lines.append(f"k = {load}.to(tl.float32).to({self.exact})")
             lines.append(f"r = tl.dot(k, e{j}{', r' if j else ''}{self.precise})")
         return self.own(lines)
@@ -372,14 +372,17 @@ class KeySide:
         lines += [f"s = {' + '.join(names)}"] * (len(names) > 1)
         return lines + ["s = s + bias[None, :]"] * (self.side.shifted and self.side.hoisted)
 
+    def decoded(self) -> list[str]:
+        """s = scores of edge tokens, decoded."""
+        return self._summed([term.tokens() for term in self.terms])
+
+    def exact(self, there: str) -> list[str]:
+        """r = scores of edge tokens, from exact rows, where a mask says that they are there."""
+        if self.exact_rows is not None:
+            return self.exact_rows.scores(there)
+        plain = (term for term in self.terms if term.side is self.side.plain)
+        return next(plain, self.first).exact_scores(there)  # of bands the one that has all
+
     def either(self) -> list[str]:
         """s = scores of edge tokens: decoded where `coded`, from exact rows where `exact`."""
-        tokens = self._summed([term.tokens() for term in self.terms])
-        if self.exact_rows is not None:
-            rows = self.exact_rows.scores()
-        else:
-            plain = (term for term in self.terms if term.side is self.side.plain)
-            rows = next(plain, self.first).exact_scores()  # of bands the one that has all
-        rows.append("s = tl.where(coded[:, None], s, r)")
-        start = f"s = tl.zeros([{self.plan.edge_tile}, ROWS], tl.float32)"
-        return [start, *where_any(self.plan, "coded", tokens), *where_any(self.plan, "exact", rows)]
+        return [*self.decoded(), *self.exact("exact"), "s = tl.where(coded[:, None], s, r)"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from .plan import Plan
 from .text import fill, padded
-from .triton_turn import whole_arguments, whole_map
+from .triton_turn import rotated, stages_of, whole_arguments, whole_map, with_signs
 
 MERGE_LANES = 32  # coded numbers that are mapped back at a time
 
@@ -93,6 +93,20 @@ $shift
 total = total / tl.where(mass > 0.0, mass, 1.0)
 """
 
+# Of a rotation all at once.
+ROTATED_SUM = """
+$exact
+part = tl.load(
+    partial_ptr + place[:, None] * $dim + d[None, :],
+    mask=((s < splits) & (weight > 0.0))[:, None] & (d < $dim)[None, :],
+    other=0.0,
+)
+coded = tl.sum(part * weight[:, None], 0)
+coded = tl.reshape(hadamard(coded[None, :], $stages, $factor), [$lanes])
+$signs
+total = (total + coded) / tl.where(mass > 0.0, mass, 1.0)
+"""
+
 SHIFT = """
 share = tl.load(share_ptr + slot, mask=(s >= clean) & (s < splits) & (weight > 0.0), other=0.0)
 share = tl.sum(tl.where(s < clean, weight, share * weight), 0)
@@ -130,7 +144,11 @@ def _text(plan: Plan, name: str, through: bool, into: str) -> str:
         shift = fill(SHIFT, head_dim=shape.head_dim).splitlines() if shifted else []
         exact = [f"total = tl.zeros([{padded(shape.head_dim)}], tl.float32)"]
         exact = fill(APART_SUM, **holes).splitlines() if apart else exact
-        total = fill(TURNED_SUM, **turned, exact=exact, shift=shift)
+        if rotated(values):
+            rotation = {**stages_of(values), "lanes": padded(shape.head_dim), "signs": with_signs(values, "d", "coded")}
+            total = fill(ROTATED_SUM, **turned, **rotation, exact=exact)
+        else:
+            total = fill(TURNED_SUM, **turned, exact=exact, shift=shift)
     args = ["partial_ptr", *["exact_ptr"] * apart, *["share_ptr"] * shifted, "lse_ptr", *sources, f"{into}_ptr"]
     args += [f"{into}_lse_ptr", "queries", "blocks", "splits", *["clean"] * apart, *["to_blocks"] * (into == "to")]
     loose = [name for name in ("queries", "splits", "blocks", "clean", "to_blocks") if name in args]

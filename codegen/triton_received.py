@@ -215,7 +215,16 @@ class Received(Attend):
     @cached_property
     def _either(self) -> list[str]:
         """Lines that score edge tokens."""
-        return self.keys.either()
+        start = f"s = tl.zeros([{self.plan.edge_tile}, ROWS], tl.float32)"
+        rows = [*self.keys.exact("exact"), "s = tl.where(coded[:, None], s, r)"]
+        return [start, *self._where_any("coded", self.keys.decoded()), *self._where_any("exact", rows)]
+
+    def _where_any(self, tokens: str, lines: list[str]) -> list[str]:
+        """Lines that a tile without any of these tokens ("coded", "exact") leaves out.  Not of radii and angles:
+        branches keep apart what fills the registers one by one, but two planes at once fill them in any of them."""
+        if any(term.polar for term in self.plan.terms):
+            return lines
+        return [f"if tl.max({tokens}.to(tl.int32), 0) > 0:", *(f"    {line}" for line in lines)]
 
     @property
     def _nowhere(self) -> int:

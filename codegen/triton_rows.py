@@ -7,14 +7,6 @@ from .plan import Plan, SidePlan
 from .text import plus
 
 
-def where_any(plan: Plan, tokens: str, lines: list[str]) -> list[str]:
-    """Lines that a tile without any of these tokens ("coded", "exact") leaves out.  Not of radii and angles: branches
-    keep apart what fills the registers one by one, but two planes at once fill them in any of them."""
-    if any(term.polar for term in plan.terms):
-        return lines
-    return [f"if tl.max({tokens}.to(tl.int32), 0) > 0:", *(f"    {line}" for line in lines)]
-
-
 class ExactRows:
     """Keys lie [tokens, lanes], values [lanes, tokens], as for packed tokens."""
 
@@ -51,12 +43,12 @@ class ExactRows:
             for j in self.planes
         ]
 
-    def scores(self) -> list[str]:
-        """r = scores of exact rows."""
+    def scores(self, there: str) -> list[str]:
+        """r = scores of exact rows, where a mask says that they are there."""
         lines = [f"source = key_rows + row[:, None] * {self.dim} + {self.lane}[None, :]"]
         for j in self.planes:
             at = f"source{plus(j * self.width)}"
-            mask = f"exact[:, None]{self._inside(j, '[None, :]')}"
+            mask = f"{there}[:, None]{self._inside(j, '[None, :]')}"
             lines.append(f"k = tl.load({at}, mask={mask}, other=0.0).to(tl.float32).to({self.operand})")
             lines.append(f"r = tl.dot(k, f{j}{', r' if j else ''}{self.precise})")
         return lines
@@ -69,12 +61,12 @@ class ExactRows:
     def accumulators(self) -> list[str]:
         return [f"{name} = tl.zeros([{self.width}, ROWS], tl.float32)" for name in self.names()]
 
-    def accumulate(self) -> list[str]:
-        """Add exact rows under `weight` to sums that have decayed."""
+    def accumulate(self, there: str) -> list[str]:
+        """Add exact rows, where a mask says that they are there, under `weight` to sums that have decayed."""
         lines = [f"source = value_rows + row[None, :] * {self.dim} + {self.lane}[:, None]"]
         for j in self.planes:
             at = f"source{plus(j * self.width)}"
-            mask = f"exact[None, :]{self._inside(j, '[:, None]')}"
+            mask = f"{there}[None, :]{self._inside(j, '[:, None]')}"
             lines.append(f"v = tl.load({at}, mask={mask}, other=0.0).to(tl.float32).to({self.operand})")
             lines.append(f"g{j} = tl.dot(v, weight, g{j}{self.precise})")
         return lines

@@ -2,7 +2,7 @@
 
 A Hadamard rotation takes log2(size) sums a number, any other matrix as many products as a vector has numbers.  Sums run
 in float64 where their result is stored or given back: products of float32 numbers are exact there, so their
-order decides nothing.  Queries are summed in float32.
+order decides nothing.  Queries are summed in float32, and outputs.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ TURN_ROWS = 32  # tokens of a program
 TURN_LANES = 128  # numbers of the result of a program
 # Numbers of a program that rotates: a warp of its own has them all, so that they are exchanged without a barrier.
 ROTATED = 1024
-QUERY_ROWS = 16
-QUERY_LANES = 32
+QUERY_ROWS, QUERY_LANES = 16, 32  # query rows of a program, and numbers of the result
 
 # One row of the source at a time would wait for memory; a whole tile of products would not fit: one number of every
 # row against one column of the map, whose numbers are neighbours, and float64 already as conversions are slow.
@@ -96,6 +95,23 @@ def turn_query($args):
     $bias
 """
 
+ROTATE_QUERY = """
+@triton.jit(do_not_specialize=["queries"])
+def turn_query($args):
+    bh = tl.program_id(0)
+    b = bh // $heads
+    h = bh % $heads
+    row_index = tl.program_id(2) * $rows + tl.arange(0, $rows)
+    live = row_index < queries * $group
+    place = (b * $q_heads + h * $group + row_index % $group).to(tl.int64) * queries + row_index // $group
+    i = tl.arange(0, $lanes)
+    known = live[:, None] & (i < $dim)[None, :]
+    x = tl.load(query_ptr + place[:, None] * $dim + i[None, :], mask=known, other=0.0).to(tl.float32)
+    $signs
+    y = hadamard(x, $stages, $factor)
+    tl.store(turned_ptr + place[:, None] * $dim + i[None, :], y, mask=known)
+"""
+
 
 def entry(size: int) -> float:
     """The size of every entry of a Hadamard rotation, a float32 number."""
@@ -110,22 +126,31 @@ def turn_rows(side: SidePlan) -> int:
 
 def _rotate(plan: Plan, side: SidePlan, name: str, **holes: list[str] | str | int) -> str:
     dim, size, lanes, back = side.stride, side.hadamard, padded(side.stride), name.startswith("restore")
-    signs = []
-    if drawn(side):
-        at = f"{side.space}_encode_ptr + h.to(tl.int64) * {side.space}_stride + i // {size} * {size * dim} + i"
-        mask = f", mask=i < {dim}, other=0.0" if lanes > dim else ""
-        row = "y" if back else "x"
-        signs = [
-            f"first = tl.load({at}{mask})  # of each block the row that has the signs alone",
-            f"{row} = tl.where(first[None, :] < 0.0, -{row}, {row})",
-        ]
+    signs = with_signs(side, "i", "y" if back else "x", "[None, :]")
     # A number of one block that is not finite reaches those of the others as a product with 0.
     spread = ["y = y + tl.sum(x * 0.0, 1).to(tl.float64)[:, None]"] if size < dim else []
     return fill(
         ROTATE, name=name, rows=turn_rows(side), lanes=lanes, heads=plan.shape.kv_heads, dim=dim,
-        stages=size.bit_length() - 1, factor=literal(entry(size)), before=[] if back else signs,
-        after=signs if back else [], spread=spread, **holes,
+        **stages_of(side), before=[] if back else signs, after=signs if back else [], spread=spread, **holes,
     )  # fmt: skip
+
+
+def stages_of(side: SidePlan) -> dict[str, str | int]:
+    """What `hadamard` takes beside rows."""
+    return {"stages": side.hadamard.bit_length() - 1, "factor": literal(entry(side.hadamard))}
+
+
+def with_signs(side: SidePlan, lane: str, row: str, index: str = "") -> list[str]:
+    """Lines that give a row (or rows under `index`) the random signs of a rotation, if it has any."""
+    if not drawn(side):
+        return []
+    dim, size = side.stride, side.hadamard
+    at = f"{side.space}_encode_ptr + h.to(tl.int64) * {side.space}_stride + {lane} // {size} * {size * dim} + {lane}"
+    mask = f", mask={lane} < {dim}, other=0.0" if padded(dim) > dim else ""
+    return [
+        f"first = tl.load({at}{mask})  # of each block the row that has the signs alone",
+        f"{row} = tl.where(first{index} < 0.0, -{row}, {row})",
+    ]
 
 
 def _turn(plan: Plan, side: SidePlan, name: str, source: str, total: str, **holes: list[str] | str | int) -> str:
@@ -174,8 +199,15 @@ def whole_map(side: SidePlan) -> tuple[str, str]:
     return f"{side.space}_{'decode' if side.residual is None else 'read'}_ptr", f"{name}_stride"
 
 
+def rotated(side: SidePlan) -> bool:
+    """Whether the map of a side's whole row is a Hadamard rotation."""
+    return bool(side.hadamard) and len(side.terms) == 1
+
+
 def whole_arguments(side: SidePlan) -> list[str]:
     """The arguments of a kernel that applies the map of a side's whole row."""
+    if rotated(side):
+        return map_arguments(side, "decode")
     shift = [f"{side.space}_decode_shift_ptr", f"{side.space}_shifts"] if side.shifted else []
     return [*whole_map(side), *shift]
 
@@ -224,10 +256,24 @@ def restore(plan: Plan, side: SidePlan) -> str:
     )  # fmt: skip
 
 
+def query_tile(side: SidePlan) -> tuple[int, int]:
+    """(query rows of a program of `turn_query`, numbers of its result)."""
+    return (turn_rows(side), padded(side.row)) if rotated(side) else (QUERY_ROWS, QUERY_LANES)
+
+
 def turn_query(plan: Plan) -> str:
     """The text of `turn_query`: what multiplies a coded key in a score (B, Hq, Q, M), and what is added to it."""
     side, shape = plan.keys, plan.shape
     args = ["query_ptr", *whole_arguments(side), "turned_ptr"]
+    rows, lanes = query_tile(side)
+    shared: dict[str, str | int] = {
+        "rows": rows, "lanes": lanes, "heads": shape.kv_heads, "group": shape.group, "q_heads": str(shape.q_heads),
+    }  # fmt: skip
+    if rotated(side):
+        return fill(
+            ROTATE_QUERY, args=", ".join([*args, "queries"]), **shared, dim=side.row, **stages_of(side),
+            signs=with_signs(side, "i", "x", "[None, :]"),
+        )  # fmt: skip
     bias = []
     if side.shifted:
         args.append("bias_ptr")
@@ -236,7 +282,6 @@ def turn_query(plan: Plan) -> str:
             "tl.store(bias_ptr + place, tl.sum(q * shift[None, :], 1), mask=live)",
         ]
     return fill(
-        QUERY, args=", ".join([*args, "queries"]), lanes=QUERY_LANES, rows=QUERY_ROWS, heads=shape.kv_heads,
-        group=shape.group, q_heads=str(shape.q_heads), padded=padded(shape.head_dim), taken=shape.head_dim,
+        QUERY, args=", ".join([*args, "queries"]), **shared, padded=padded(shape.head_dim), taken=shape.head_dim,
         given=side.row, bias=bias, matrix_ptr=whole_map(side)[0], stride=whole_map(side)[1],
     )  # fmt: skip

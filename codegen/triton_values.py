@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from sympy import Expr
 
 from .placement import When
-from .plan import WIDEST, Plan, SidePlan
+from .plan import Plan, SidePlan
 from .text import plus
 from .triton_meta import entry, read, static_read, token_entry
 from .triton_planes import Planes
-from .triton_rows import ExactRows, where_any
+from .triton_rows import ExactRows
 
 
 class Values(Planes):
@@ -159,12 +159,12 @@ class Values(Planes):
             lines.append(f"o{j} = tl.dot(v, weight, o{j}{self.precise})")
         return self.own(lines)
 
-    def exact_tokens(self) -> list[str]:
-        """Add exact edge tokens to the same sums."""
+    def exact_tokens(self, there: str) -> list[str]:
+        """Add exact edge tokens, where a mask says that they are there, to the same sums."""
         token, lane = self.grid("row", self.lane)
         lines = [f"source = value_rows + {token} * {self.plan.shape.head_dim} + {lane}"]
         for j in range(self.side.layout.planes):
-            load = f"tl.load({self.at('source', j)}, mask={self.mask('exact', j)}, other=0.0)"
+            load = f"tl.load({self.at('source', j)}, mask={self.mask(there, j)}, other=0.0)"
             lines.append(f"v = {load}.to(tl.float32).to({self.exact})")
             lines.append(f"o{j} = tl.dot(v, weight, o{j}{self.precise})")
         return self.own(lines)
@@ -234,17 +234,25 @@ class ValueSide:
 
     def either(self) -> list[str]:
         """Add edge tokens under weights p: decoded where `coded`, from exact rows where `exact`."""
+        lines = [*self._decayed(), *(line for term in self.terms for line in term.tokens())]
+        if self.side.shifted:
+            lines.append("coded_mass = coded_mass + tl.sum(tl.where(coded[:, None], p, 0.0), 0)")
+        return lines + self._rows("exact")
+
+    def exact(self, there: str) -> list[str]:
+        """Add edge tokens under weights p from exact rows, where a mask says that they are there."""
+        return self._decayed() + self._rows(there)
+
+    def _decayed(self) -> list[str]:
+        """All sums over edge tokens, decayed, and the weights as an operand."""
         sums = [name for term in self.terms for name in term.sums()]
         sums += self.exact_rows.names() if self.exact_rows is not None else []
         lines = [f"weight = {self.first.cast('p')}", *(f"{name} = {name} * decay[None, :]" for name in sums)]
-        lines += where_any(self.plan, "coded", [line for term in self.terms for line in term.tokens()])
-        if self.side.shifted:
-            lines.append("coded_mass = coded_mass * decay + tl.sum(tl.where(coded[:, None], p, 0.0), 0)")
+        return lines + ["coded_mass = coded_mass * decay"] * self.side.shifted
+
+    def _rows(self, there: str) -> list[str]:
+        """Lines that add exact rows to sums that have decayed."""
         if self.exact_rows is not None:
-            rows = self.exact_rows.accumulate()
-        else:
-            plain = (term for term in self.terms if term.side is self.side.plain)
-            rows = next(plain, self.first).exact_tokens()  # of bands the one that has all
-        if self.side.row > WIDEST:  # so many sums would be moved to memory and back at one more branch
-            return lines + rows
-        return lines + where_any(self.plan, "exact", rows)
+            return self.exact_rows.accumulate(there)
+        plain = (term for term in self.terms if term.side is self.side.plain)
+        return next(plain, self.first).exact_tokens(there)  # of bands the one that has all

@@ -18,6 +18,7 @@ _PLACES = {
     "registry": ("load", "name_of", "names"),
     "cost": ("bits",),
     "codegen": ("build", "build_tiers"),
+    "codegen.tuning": ("tune",),
     "api": ("attend", "calibrate", "roundtrip", "scores"),
     "routed_api": ("labels",),
     "hf": ("cache", "use"),

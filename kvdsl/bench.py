@@ -89,12 +89,12 @@ class Measured:
     error_rows: int
 
 
-def numbers(size: Size, device: torch.device, seed: int = 0) -> Numbers:
-    """Standard normal float16 numbers, always the same ones."""
+def numbers(size: Size, device: torch.device, seed: int = 0, dtype: torch.dtype = torch.float16) -> Numbers:
+    """Standard normal numbers, always the same ones."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(heads: int, tokens: int) -> Tensor:
-        found = torch.empty(size.batch, heads, tokens, size.head_dim, dtype=torch.float16, device=device)
+        found = torch.empty(size.batch, heads, tokens, size.head_dim, dtype=dtype, device=device)
         return found.normal_(generator=generator)
 
     return normal

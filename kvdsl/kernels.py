@@ -27,6 +27,9 @@ Segments = Sequence[tuple[Any, "AttentionState", Params, "Fold | None"]]
 class Module(Protocol):
     """The functions that every backend's generated module is bound to; see KernelSet for what they take."""
 
+    @property
+    def schedule(self) -> str: ...
+
     def pack(self, side: Side, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor,
              reach: tuple[int, int], pool: Tensor, table: Tensor, params: Params,
              places: Places | None = None) -> None: ...  # fmt: skip
@@ -246,6 +249,12 @@ class KernelSet:
         self.refuse_places(state.places)
         _refuse_window(state)
         return self.module.received(query, position, lse, state, params)
+
+    @property
+    def schedule(self) -> str:
+        """Where the schedule of decoding comes from: "model", or "tuned on" a GPU by `kvdsl tune`; "torch" where torch
+        has none."""
+        return self.module.schedule
 
     @property
     def by_position(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvdsl.codegen.occupancy import MOST_SPLITS, held, splits
+from kvdsl.codegen.occupancy import MOST_SPLITS, edge_splits, held, splits
 
 PROCESSORS = 132
 ROOM = 228 << 10
@@ -33,3 +33,17 @@ def test_short_sequences_are_shared_by_few() -> None:
     counts = [splits(8, pages, 64, places) for pages in (1, 4, 16, 64, 256, 2048)]
     assert counts == sorted(counts) and counts[0] == 1 and counts[-1] == MOST_SPLITS
     assert splits(4096, 256, 64, places) <= 2
+
+
+def test_edges_are_shared_by_many_where_the_gpu_has_room_and_by_few_where_it_is_full() -> None:
+    """Eleven tiles: of one short sequence each has a program; beside long ones one program has them all."""
+    places = 8 * PROCESSORS
+    assert edge_splits(8, 16, 16, 64, 11, places) >= 6
+    assert edge_splits(64, 16, 2048, 64, 11, places) <= 2
+    counts = [edge_splits(8, 16, 16, 64, tiles, places) for tiles in (0, 1, 2, 4, 8, 64)]
+    assert counts == sorted(counts) and counts[0] == 1
+
+
+def test_edges_that_find_no_place_wait_for_programs_that_end() -> None:
+    """All places are taken once: edges begin behind, and sharing them among more than there are places is no use."""
+    assert edge_splits(PROCESSORS, 1, 1, 64, 16, PROCESSORS) == 1

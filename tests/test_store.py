@@ -24,7 +24,7 @@ SHAPE = Shape(64, 2)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("KVDSL_CACHE_DIR", str(tmp_path))
     codegen._build.cache_clear()
-    store._say.cache_clear()
+    store.say.cache_clear()
     return tmp_path
 
 
