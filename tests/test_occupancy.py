@@ -12,9 +12,16 @@ ROOM = 228 << 10
 
 @pytest.mark.parametrize(
     ("registers", "shared", "warps", "right"),
-    [(168, 18 << 10, 1, 12), (169, 18 << 10, 1, 8), (255, 20 << 10, 1, 8), (168, 34 << 10, 1, 6), (128, 1024, 4, 4)],
+    [
+        (168, 18 << 10, 1, 12),
+        (169, 18 << 10, 1, 8),
+        (255, 20 << 10, 1, 8),
+        (168, 24 << 10, 1, 8),
+        (168, 34 << 10, 1, 4),
+        (128, 1024, 4, 4),
+    ],
 )
-def test_registers_of_a_partition_or_shared_memory_end_first(
+def test_registers_of_a_partition_or_shared_memory_end_first_and_partitions_have_as_many(
     registers: int, shared: int, warps: int, right: int
 ) -> None:
     assert held(registers, shared, warps, ROOM) == right
