@@ -181,6 +181,7 @@ WRONG = {
     ("generate", "kivi2", "--model", "x", "--file", "/none"): "/none: No such file or directory",
     ("calibrate", "int8_tensor", "--model", "/none", "--text", __file__, "--out", "x"): "model '/none'",
     (
+        "eval",
         "calibrate",
         "kivi2",
         "--model",
@@ -242,6 +243,7 @@ def test_every_command_has_a_help_text(capsys: Captured) -> None:
         "study",
         "bench",
         "generate",
+        "eval",
         "calibrate",
         "search",
         "doctor",
