@@ -91,7 +91,10 @@ def told(found: Evaluation) -> tuple[list[Table], list[str]]:
     """Tables for the terminal, a row a scheme: what is lost, and bits over lengths; then how it was measured."""
     done = [one for one in found.results if one.refused is None]
     lines = [f"note      {note}" for note in found.notes]
-    lines += [f"left out  {one.scheme}: {one.refused}" for one in found.results if one.refused is not None]
+    for one in found.results:
+        if one.refused is not None:
+            first, *others = one.refused.splitlines()
+            lines.append(f"left out  {one.scheme}: {first}" + (f"; and {len(others)} more" if others else ""))
     return ([_losses(found, done), _bits(done)] if done else []), lines
 
 
@@ -127,7 +130,7 @@ def _cells(one: SchemeResult, *, full: bool) -> Iterator[tuple[str, str]]:
     if (copy := tasks.copy) is not None:
         yield "copy", f"{copy.full_accuracy if full else copy.accuracy:.0%}"
     if (more := tasks.greedy) is not None and not full:
-        yield "greedy", f"{more.same:.0%}, first {more.first:.0f}"
+        yield "greedy", f"{more.same:.0%}, first {more.first:.1f}"
     if (layers := tasks.layers) is not None and not full:
         told = [x for x in (layers.mean_output, layers.mean_score) if x is not None]
         yield "error of outputs, scores", ", ".join(f"{x:.3f}" for x in told)

@@ -12,7 +12,7 @@ import tiny
 import torch
 
 import kvdsl
-from kvdsl import Recent, SchemeError, ShapeError
+from kvdsl import Recent, Rotate, SchemeError, ShapeError
 from kvdsl.cost import bits, page_parts
 from kvdsl.evaluation import TASKS, Evaluation, Settings, evaluate
 from kvdsl.evaluation.corpus import parted
@@ -311,6 +311,16 @@ def test_a_scheme_that_does_not_fit_is_refused_or_left_out(small: Loaded) -> Non
         of(small, ["int8_tensor"], settings, params={"int8_tensor": {}})
 
 
+def test_a_prompt_that_reads_what_is_stored_is_run_through_the_cache(small: Loaded) -> None:
+    """Then errors add up in it, and the notes say so."""
+    scheme = INT2.with_(prefill="stored")
+    exact, stored_ = of(small, {"exact": INT2, "stored": scheme}, SMALL.with_(tasks=["perplexity"])).results
+    assert (exact.prompt, stored_.prompt) == ("exact", "stored") and exact.reads and stored_.reads
+    assert stored_.reads.packed_calls > exact.reads.packed_calls and stored_.perplexity != exact.perplexity
+    notes = of(small, {"stored": scheme}, SMALL.with_(tasks=["perplexity"])).notes
+    assert "stored: the prompt's own attention reads what is stored, too, so errors add up in it" in notes
+
+
 # -- rows ------------------------------------------------------------------------------------------------------------
 
 
@@ -386,13 +396,19 @@ def test_the_real_model_loses_in_the_published_order() -> None:
         settings = Settings(
             tasks=("perplexity", "needle"), windows=1, context=384, score=64, lengths=(512,), sizes=(64,)
         )
-        names = ["int8_token_head", "kivi4", "kivi2", "token2", "quarot2"]
-        found = evaluate(names, "smollm2", settings=settings.with_(depths=(0.3,)))
+        turn = Rotate("random_hadamard", seed=0)
+        names = ("int8_token_head", "token4", "kivi4", "kivi2", "token2")
+        schemes = {name: load(name) for name in names}
+        for name in ("token4", "token2"):
+            one = schemes[name]
+            schemes[f"{name} rotated"] = one.with_(keys=one.keys.with_(transform=turn))
+        found = evaluate(schemes, "smollm2", settings=settings.with_(depths=(0.5,)))
     except ModelError as error:
         pytest.skip(str(error))
     kl = {one.scheme: one.tasks.perplexity.kl for one in found.results if one.tasks.perplexity}
     assert kl["int8_token_head"] < 0.005 and kl["kivi4"] < 0.02
-    assert kl["kivi4"] < kl["kivi2"] < kl["token2"] / 4 and kl["quarot2"] < kl["token2"] / 2
+    assert kl["int8_token_head"] < kl["kivi4"] < kl["token4"] / 1.5 and kl["kivi4"] < kl["kivi2"] < kl["token2"] / 4
+    assert kl["token2 rotated"] < kl["token2"] / 2 and kl["token4 rotated"] < kl["token4"]
     lost = {one.scheme: one.tasks.needle for one in found.results}
     assert lost["kivi4"] and lost["token2"] and lost["kivi4"].exact == lost["kivi4"].full_exact == 1
     assert lost["token2"].nll > 3 * lost["kivi4"].nll

@@ -240,6 +240,7 @@ class SchemeResult:
     calibrated   names of what was measured on the first part of the text, or given
     refused      why the scheme was left out; then there are no figures
     backend      whose kernels ran
+    prompt       exact: a prompt is attended in full precision, then packed; stored: it reads what is packed of itself
     seconds      spent on it, without what schemes share
     """
 
@@ -253,6 +254,7 @@ class SchemeResult:
     storage: Storage | None = None
     reads: Reads | None = None
     backend: str | None = None
+    prompt: str = "exact"
     calibrated: tuple[str, ...] = ()
     seconds: float = 0.0
     refused: str | None = None

@@ -93,7 +93,7 @@ def evaluate(
         about_model=_model(model, network, run.digest),
         about_text=Text(corpus.name, corpus.sha256, len(corpus.first) + len(corpus.ids), len(corpus.first)),
         settings=asked.to_dict(),
-        versions={name: _version(name) for name in ("kvdsl", "torch", "transformers")},
+        versions=versions(),
         results=found,
         notes=_notes(asked, corpus, found, run.dtype),
     )
@@ -130,7 +130,10 @@ class Run:
         self.dtype = str(self.model.dtype).removeprefix("torch.")
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         plain = self.model.device.type == "cpu" and not interpreted
-        self.where = [self.digest, self.dtype, self.model.device.type, self.backend or ("torch" if plain else "triton")]
+        self.where = [
+            *versions().values(), self.digest, self.dtype, self.model.device.type,
+            self.backend or ("torch" if plain else "triton"),
+        ]  # fmt: skip
         self._seen = dict[bool, Any]()
 
     def admit(self, name: str, scheme: Scheme, params: Params | None) -> None:
@@ -282,6 +285,7 @@ def _result(entry: Entry, run: Run, units: list[Unit], tokenizer: Any) -> Scheme
         storage=made(Storage, {"keys": formulas[0], "values": formulas[1], "sizes": entry.sizes or []}),
         reads=read if told else None,
         backend=told[0]["backend"] if told else run.where[-1],
+        prompt="stored" if any(own.prefill != "exact" for own in of_all_layers(scheme)) else "exact",
         calibrated=tuple(dict.fromkeys(name for own in of_all_layers(scheme) for name in from_data(own, shape))),
         seconds=round(sum(row["seconds"] for _, row in pairs), 3),
     )
@@ -303,6 +307,11 @@ def _model(model: str | Path | Loaded, network: Any, digest: str) -> Model:
     )
 
 
+def versions() -> dict[str, str]:
+    """Of the packages that figures depend on: rows of others are measured anew."""
+    return {name: _version(name) for name in ("kvdsl", "torch", "transformers")}
+
+
 def _version(name: str) -> str:
     try:
         return metadata.version(name)
@@ -313,12 +322,17 @@ def _version(name: str) -> str:
 def _notes(settings: Settings, corpus: Corpus, found: Iterable[SchemeResult], dtype: str) -> tuple[str, ...]:
     done = [one for one in found if one.refused is None]
     ran = ", ".join(sorted({str(one.backend) for one in done})) or "none"
+    stored = [one.scheme for one in done if one.prompt == "stored"]
     notes = [
         f"backend {ran}, model in {dtype}; text {corpus.name}, sha256 {corpus.sha256}, no token put in front",
         f"prompts are attended exactly and then packed, as a real prompt is; tokens behind them follow in chunks of "
         f"{settings.chunk}, which see each other exactly and all before them as it is stored",
         f"intervals are of 95 %, by {settings.resamples} resamples over windows; few windows make them too narrow",
     ]
+    if stored:
+        notes.append(
+            f"{', '.join(stored)}: the prompt's own attention reads what is stored, too, so errors add up in it"
+        )
     if some := [one.scheme for one in done if one.calibrated]:
         notes.append(
             f"{', '.join(some)}: calibrated on the first {len(corpus.first)} tokens of the text; none of them is scored"

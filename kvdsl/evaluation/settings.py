@@ -44,7 +44,7 @@ class Settings:
     copied: int = 128
     continued: int = 2
     start: int = 384
-    new: int = 32
+    new: int = 24
     queries: int = 32
     sizes: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
     resamples: int = 2000
