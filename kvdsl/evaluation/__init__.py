@@ -11,6 +11,7 @@ rows       what is measured already, kept in a file
 summary    rows put together, with intervals
 results    what comes out, there and back as JSON
 run        all of it
+harness    the same for tasks of lm-evaluation-harness
 """
 
 from __future__ import annotations

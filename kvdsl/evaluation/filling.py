@@ -67,6 +67,11 @@ class Prompt:
         """Log-probabilities in full precision, float64, of what follows the prompt; see kvdsl.generation.continued."""
         return continued(self.model, self.ids, self.in_full(), context=self.unit.context, chunk=self.unit.chunk)
 
+    @cached_property
+    def weights(self) -> Tensor:
+        """The probabilities that these are the logarithms of."""
+        return self.expected.exp()
+
     def packed(self, scheme: Scheme, params: Params | None, backend: Backend | None) -> PackedCache:
         """A packed cache with the prompt in it.
 

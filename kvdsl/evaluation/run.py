@@ -235,7 +235,7 @@ class _Act:
         if unit.task == "greedy":
             self.tokens = greedy(self.prompt, self.prompt.in_full())
         else:
-            self.prompt.expected  # noqa: B018  # now, so that no scheme's time has it
+            self.prompt.weights  # noqa: B018  # now, so that no scheme's time has it
 
     def __call__(self, scheme: Scheme, params: Params | None) -> Row:
         run = self.run

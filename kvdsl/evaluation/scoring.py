@@ -22,10 +22,10 @@ def scored(prompt: Prompt, cache: PackedCache) -> Row:
     kl, same         of every token: KL(full || packed) in nats, and whether the same token is the likeliest
     hit, full_hit    share of tokens whose right one is the likeliest; 1 says that greedy generation gives them all
     """
-    unit, full = prompt.unit, prompt.expected
+    unit, full, weights = prompt.unit, prompt.expected, prompt.weights
     found = continued(prompt.model, prompt.ids, cache, context=unit.context, chunk=unit.chunk)
     target = prompt.ids[unit.context + 1 :, None]
-    kl = (full.exp() * (full - found)).sum(1)
+    kl = (weights * (full - found)).sum(1)
     best, right = found.argmax(1), full.argmax(1)
     return {
         "nll": -found.gather(1, target).mean().item(),
@@ -40,15 +40,16 @@ def scored(prompt: Prompt, cache: PackedCache) -> Row:
 def greedy(prompt: Prompt, cache: Any) -> list[int]:
     """The likeliest token, and so on, one by one, behind a prompt whose last token is put in first."""
     token, found = prompt.ids[prompt.unit.context], list[int]()
-    with torch.no_grad():
-        for _ in range(prompt.unit.about["tokens"]):
-            token = _next(prompt.model, token, cache)
-            found.append(int(token))
+    for _ in range(prompt.unit.about["tokens"]):
+        token = likeliest(prompt.model, token, cache)
+        found.append(int(token))
     return found
 
 
-def _next(model: Any, token: Tensor, cache: Any) -> Tensor:
-    logits: Tensor = model(input_ids=token[None, None], past_key_values=cache, use_cache=True).logits[0, -1]
+def likeliest(model: Any, token: Tensor, cache: Any) -> Tensor:
+    """The likeliest successor of one token, which joins what stands in the cache."""
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=token[None, None], past_key_values=cache, use_cache=True).logits[0, -1]
     return logits.argmax()
 
 
