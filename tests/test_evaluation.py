@@ -149,6 +149,22 @@ def test_errors_of_outlier_channels_stand_apart(small: Loaded) -> None:
     assert found["score"][0][1] <= found["score_outlier"][0][1] + found["score_other"][0][1]
 
 
+@pytest.mark.parametrize("family", ["qwen3", "mistral", "gemma2", "gemma3_text", "gpt_oss"])
+def test_other_families_lose_nothing_through_an_exact_scheme_either(family: str) -> None:
+    """Sliding windows, caps of scores and attention sinks among them."""
+    loaded = tiny.plain(tiny.model(family)), tiny.characters()
+    schemes = {"exact": tiny.FP32, "int2": INT2} | ({} if family == "gemma2" else {"tiers": TIERS})
+    exact, *others = of(loaded, schemes, SMALL.with_(tasks=["perplexity", "greedy", "layers"], windows=1)).results
+    assert exact.tasks.perplexity and exact.tasks.layers and exact.tasks.layers.mean_output is not None
+    assert exact.tasks.perplexity.kl < 1e-8 and exact.tasks.greedy and exact.tasks.greedy.equal == 1
+    assert exact.tasks.layers.mean_output < 1e-5 and exact.reads and exact.reads.fallbacks == 0
+    for one in others:
+        assert one.tasks.perplexity and one.tasks.perplexity.kl > 1e-4 and one.reads and one.reads.fallbacks == 0
+    if family == "gemma2":
+        with pytest.raises(SchemeError, match="softcap"):
+            of(loaded, {"tiers": TIERS})
+
+
 # -- bytes -----------------------------------------------------------------------------------------------------------
 
 

@@ -30,8 +30,8 @@ def errors(
     last N - context ask, seeing each other exactly.  Attention is the plain one, under the layer's sliding window.
 
     output       |out^ - out| / |out|, over the head's queries
-    score        |q.k^ - q.k| / |q.k|, over the context's tokens; score_outlier, score_other: with the error of keys in
-                 outlier channels alone, and in the others alone
+    score        |q.k^ - q.k| / |q.k|, over the context's tokens, in a sliding window those that the first query sees;
+                 score_outlier, score_other: with the error of keys in outlier channels alone, and in the others alone
     key, value   |x^ - x| / |x|; key_outlier, key_other: of these channels alone
     outliers     how many channels they are
 
@@ -49,7 +49,7 @@ def _of_layer(cache: Any, index: int, layer: Layer, context: int) -> Row:
     heads, fresh = keys.shape[1], keys.shape[2] - context
     put(cache, index, keys[:, :, :context], values[:, :, :context], queries[:, :, :context])
     packed, window = cache.layers[index].packed, cache.layers[index].window
-    begin = 0 if window is None else max(0, keys.shape[2] - window)
+    begin = 0 if window is None else max(0, context + 1 - window)  # what the first query sees
     asked = queries[:, :, context:].contiguous()
     found: dict[str, Any] = _of_numbers(packed, keys, values, asked, begin, context)
     out, _ = packed.append_and_attend(asked, keys[:, :, context:], values[:, :, context:])
@@ -69,7 +69,7 @@ def _of_numbers(packed: Any, keys: Tensor, values: Tensor, queries: Tensor, begi
     counts = outlier.sum(1).tolist()
     names = ("score", "score_outlier", "score_other", "key", "key_outlier", "key_other", "value")
     try:
-        dk, dv = (packed.dense(s)[:, :, begin - context :].double() - x for s, x in (("keys", k), ("values", v)))
+        dk, dv = (packed.dense(s)[:, :, begin:context].double() - x for s, x in (("keys", k), ("values", v)))
     except CacheError:
         return {**{name: [None] * heads for name in names}, "outliers": counts}
     own = outlier[None, :, None]

@@ -131,7 +131,8 @@ def shape_of(model: Any) -> Shape:
     config = model.config.get_text_config(decoder=True)
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return Shape(width, getattr(config, "num_key_value_heads", None) or heads, heads, FORMATS[model.dtype])
+    softcap = getattr(config, "attn_logit_softcapping", None) is not None
+    return Shape(width, getattr(config, "num_key_value_heads", None) or heads, heads, FORMATS[model.dtype], softcap)
 
 
 def formula(scheme: Scheme, side: Side, shape: Shape) -> str:
