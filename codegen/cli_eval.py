@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -39,17 +39,31 @@ def evaluate(
         Path | None,
         typer.Option(metavar="FOLDER", help="keeps what is measured as it comes; go on where it ends; results.json"),
     ] = None,
+    workers: Annotated[
+        int, typer.Option(help="processes that share the schemes, each with a model in memory", min=1)
+    ] = 1,
+    rows_only: Annotated[bool, typer.Option("--rows-only", hidden=True)] = False,
     json: AsJson = False,
 ) -> None:
     """How good a model is through packed caches, beside full precision: perplexity and divergence of a text, keys
     found in prompts, passages copied, greedy agreement, errors layer by layer, bytes by what they hold."""
+    from .eval_workers import kept, measured_by, repeated
     from .evaluating import found_by, settings_of, told
 
     schemes = several("eval", names, all_)
     with of_a_model():
         asked = settings_of(full, tasks, lengths, windows=windows, context=context, score=score, chunk=chunk, seed=seed)
-        with answer.progress("evaluating") as say:
-            found = found_by(schemes, model, text, asked, backend.value if backend else None, out, say, leave_out=all_)
+        given: dict[str, Any] = dict(backend=backend.value if backend else None, leave_out=all_ or rows_only)
+        with answer.progress("evaluating") as say, kept(out, workers) as folder:
+            if workers > 1 and not rows_only:
+                options = repeated(
+                    model=model, text=text, tasks=tasks, windows=windows, context=context, score=score, chunk=chunk,
+                    lengths=lengths, seed=seed, full=full, backend=given["backend"], out=folder,
+                )  # fmt: skip
+                measured_by(workers, list(schemes), options, folder, say)
+            found = found_by(schemes, model, text, asked, folder, say, written=not rows_only, **given)
+    if rows_only:
+        return
     if json:
         answer.document(found.to_dict())
         return

@@ -51,14 +51,17 @@ def found_by(
     model: str,
     text: Path | None,
     settings: Settings,
-    backend: Backend | None,
     out: Path | None,
     say: Callable[[str], None],
     *,
+    backend: Backend | None,
     leave_out: bool,
+    written: bool = True,
 ) -> Evaluation:
-    """What kvdsl.evaluate finds; with a folder also in its results.json.  Interrupted, it says that rows are kept."""
-    from kvdsl.evaluation.run import ROWS, evaluate
+    """What kvdsl.evaluate finds; with a folder also, where it is to be written, in its results.json.  Interrupted, it
+    says that rows are kept."""
+    from kvdsl.evaluation.run import evaluate
+    from kvdsl.evaluation.settings import ROWS
 
     words, name = _text(text)
     quiet()
@@ -69,7 +72,7 @@ def found_by(
         if out is not None:
             answer.complain(f"what was measured is in {out / ROWS}; the same command goes on from there")
         raise
-    if out is not None:
+    if out is not None and written:
         part = out / f".{RESULTS}.part"
         part.write_text(json.dumps(answer.finite(found.to_dict()), indent=1, ensure_ascii=False), encoding="utf-8")
         os.replace(part, out / RESULTS)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tiny
 
-from kvdsl.codegen import evaluating
+from kvdsl.codegen import eval_workers, evaluating
 from kvdsl.codegen.cli import run
 from kvdsl.evaluation import Evaluation
 
@@ -79,6 +79,25 @@ def test_an_interruption_says_what_is_kept(
     assert run(["eval", "kivi2", *asked, "--out", str(tmp_path)]) == 130
     said = capsys.readouterr().err
     assert f"what was measured is in {tmp_path / 'rows.jsonl'}; the same command goes on from there" in said
+
+
+def test_processes_share_schemes_and_come_to_the_same(asked: list[str], tmp_path: Path, capsys: Captured) -> None:
+    capsys.readouterr()
+    names = ["int8_token_head", "int4_token_head", "bitdecoding4"]  # which does not fit
+    command = [*asked, *FEW, "--tasks", "perplexity"]
+    alone = document(capsys, *names[:2], *command)
+    assert "bitdecoding4" in refused(capsys, *names, *command, "--workers", "2", "--out", str(tmp_path))
+    lines = (tmp_path / "rows.jsonl").read_text().splitlines()
+    assert len({json.loads(line)["key"] for line in lines}) == len(lines) == 2 * 3
+    shared = document(capsys, *names[:2], *command, "--out", str(tmp_path))
+    for one in (alone, shared):
+        for result in one["results"]:
+            result["seconds"] = 0
+    assert shared == alone
+    assert (tmp_path / "rows.jsonl").read_text().splitlines() == lines
+    assert eval_workers.share(names, 2) == [["int8_token_head", "bitdecoding4"], ["int4_token_head"]]
+    assert eval_workers.share(names, 9) == [[name] for name in names]
+    assert eval_workers.repeated(model="m", text=None, full=True, seed=0) == ["--model", "m", "--full", "--seed", "0"]
 
 
 def test_wrong_use_is_told_in_one_line(asked: list[str], tmp_path: Path, capsys: Captured) -> None:

@@ -17,8 +17,8 @@ from kvdsl.cost import bits, page_parts
 from kvdsl.evaluation import TASKS, Evaluation, Settings, evaluate
 from kvdsl.evaluation.corpus import parted
 from kvdsl.evaluation.filling import Prompt, unchanged
-from kvdsl.evaluation.run import ROWS
 from kvdsl.evaluation.scoring import scored
+from kvdsl.evaluation.settings import ROWS
 from kvdsl.evaluation.storage import formula, parts_of, shape_of, stored
 from kvdsl.evaluation.summary import interval, standard_error
 from kvdsl.evaluation.units import Unit, places, planned

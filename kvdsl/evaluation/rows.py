@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,12 @@ class Rows:
 
     def __init__(self, path: Path | None) -> None:
         self.path, self.known = path, dict[str, Row]()
+        self._before = ""
         if path is not None and path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
+            told = path.read_text(encoding="utf-8", errors="replace")
+            self._before = "" if told.endswith("\n") or not told else "\n"  # behind a line that is half written
+            for line in told.splitlines():
                 self._read(line)
-        self.old = frozenset(self.known)
-        """Keys that the file held when it was opened."""
 
     def _read(self, line: str) -> None:
         """A line that a stopped process has left half written is no row."""
@@ -45,15 +47,17 @@ class Rows:
         return self.known.get(name)
 
     def add(self, name: str, row: Row, **about: object) -> None:
-        """Keep a row; it is in the file when this returns.  `about` says in the file what it is of."""
+        """Keep a row; it is in the file when this returns.  `about` says in the file what it is of.
+
+        One line is one write at the end of the file, so processes may share it.
+        """
         self.known[name] = row
-        if self.path is not None:
-            with self.path.open("a+b") as file:
-                if file.tell() and not _ended(file):
-                    file.write(b"\n")
-                file.write(json.dumps({"key": name, **about, "row": row}).encode() + b"\n")
-
-
-def _ended(file: Any) -> bool:
-    file.seek(-1, 2)
-    return bool(file.read(1) == b"\n")
+        if self.path is None:
+            return
+        line = json.dumps({"key": name, **about, "row": row}) + "\n"
+        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            os.write(file, (self._before + line).encode())
+        finally:
+            os.close(file)
+        self._before = ""

@@ -27,12 +27,11 @@ from .filling import Prompt, unchanged
 from .results import Evaluation, Model, Reads, SchemeResult, Storage, Tasks, Text, made
 from .rows import Row, Rows, key
 from .scoring import compared, greedy, reads, scored
-from .settings import Settings
+from .settings import ROWS, Settings
 from .storage import formula, series, shape_of
 from .summary import tasks_of
 from .units import Unit, planned
 
-ROWS = "rows.jsonl"
 LEAVES_OUT = (SchemeError, ShapeError, CacheError, BackendError, ValueError)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+ROWS = "rows.jsonl"
+"""The file of a folder that rows are kept in."""
 TASKS = ("perplexity", "passkey", "needle", "copy", "greedy", "layers")
 
 
