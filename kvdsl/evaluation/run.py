@@ -326,8 +326,11 @@ def _notes(settings: Settings, corpus: Corpus, found: Iterable[SchemeResult], dt
         f"backend {ran}, model in {dtype}; text {corpus.name}, sha256 {corpus.sha256}, no token put in front",
         f"prompts are attended exactly and then packed, as a real prompt is; tokens behind them follow in chunks of "
         f"{settings.chunk}, which see each other exactly and all before them as it is stored",
-        f"intervals are of 95 %, by {settings.resamples} resamples over windows; few windows make them too narrow",
     ]
+    if "perplexity" in settings.tasks and settings.windows > 1:
+        notes.append(
+            f"intervals are of 95 %, by {settings.resamples} resamples over windows; few windows make them too narrow"
+        )
     if stored:
         notes.append(
             f"{', '.join(stored)}: the prompt's own attention reads what is stored, too, so errors add up in it"
