@@ -181,7 +181,6 @@ WRONG = {
     ("generate", "kivi2", "--model", "x", "--file", "/none"): "/none: No such file or directory",
     ("calibrate", "int8_tensor", "--model", "/none", "--text", __file__, "--out", "x"): "model '/none'",
     (
-        "eval",
         "calibrate",
         "kivi2",
         "--model",
