@@ -17,14 +17,15 @@ if TYPE_CHECKING:
 
 def document(data: Any) -> None:
     """One JSON document on stdout.  Infinities and NaN become null: they are no JSON."""
-    print(json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False))
+    print(json.dumps(finite(data), indent=2, ensure_ascii=False, allow_nan=False))
 
 
-def _finite(data: Any) -> Any:
+def finite(data: Any) -> Any:
+    """The data with None where a number is not finite."""
     if isinstance(data, dict):
-        return {str(key): _finite(value) for key, value in data.items()}
+        return {str(key): finite(value) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
-        return [_finite(value) for value in data]
+        return [finite(value) for value in data]
     return None if isinstance(data, float) and not math.isfinite(data) else data
 
 

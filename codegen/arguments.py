@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -15,6 +15,10 @@ from kvdsl.errors import SchemeError, ShapeError
 
 if TYPE_CHECKING:
     from kvdsl.scheme import Scheme
+
+
+# Typer has its own copy of click or takes the package, by its version: the class is reached through what it exports.
+UsageError: type[Any] = typer.BadParameter.__bases__[0]
 
 
 class Refused(Exception):
@@ -71,6 +75,20 @@ def loaded(name: str) -> Scheme:
         raise
     except Exception as error:
         raise Refused(f"{name}: {type(error).__name__}: {error}") from None
+
+
+def refuse(message: str) -> NoReturn:
+    """Wrong use of a command, told with where its help is."""
+    raise UsageError(message)
+
+
+def several(command: str, names: Sequence[str] | None, all_: bool) -> dict[str, Scheme]:
+    """The schemes that a command was given by name, or all."""
+    from kvdsl.registry import names as known
+
+    if all_ == bool(names):
+        refuse(f"{command}: name one or more schemes, or give --all")
+    return {name: loaded(name) for name in (known() if all_ else names or ())}
 
 
 def label(name: str, scheme: Scheme) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,19 +28,20 @@ from .arguments import (
     QHeads,
     Refused,
     Stage,
+    UsageError,
     label,
     loaded,
     of_a_model,
+    refuse,
+    several,
     text_of,
 )
+from .cli_eval import evaluate
 
 if TYPE_CHECKING:
-    from kvdsl.scheme import Scheme
     from kvdsl.shape import Shape
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
-# Typer has its own copy of click or takes the package, by its version: the class is reached through what it exports.
-UsageError: type[Any] = typer.BadParameter.__bases__[0]
 app = typer.Typer(
     name="kvdsl",
     help="State how a KV cache is quantized; read, check and run what is generated from it.",
@@ -74,23 +75,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
     return WRONG
 
 
-def _several(command: str, names: Sequence[str] | None, all_: bool) -> dict[str, Scheme]:
-    """The schemes that a command was given by name, or all."""
-    from kvdsl.registry import names as known
-
-    if all_ == bool(names):
-        _refuse(f"{command}: name one or more schemes, or give --all")
-    return {name: loaded(name) for name in (known() if all_ else names or ())}
-
-
 def _shape(head_dim: int, kv_heads: int, q_heads: int | None, dtype: InputFormatName) -> Shape:
     from kvdsl.shape import Shape
 
     return Shape(head_dim, kv_heads, 4 * kv_heads if q_heads is None else q_heads, dtype.value)
-
-
-def _refuse(message: str) -> NoReturn:
-    raise UsageError(message)
 
 
 @app.command("list")
@@ -205,7 +193,7 @@ def check(
     """Property tests: every law that applies to a scheme.  Exit status 1 with the smallest counterexample."""
     from .checking import results, told
 
-    schemes = _several("check", names, all_)
+    schemes = several("check", names, all_)
     found = results(schemes, examples=examples, seed=seed, backend=backend.value if backend else None)
     if json:
         answer.document({"results": found})
@@ -228,7 +216,7 @@ def study(
     channels; mean and standard deviation over the seeds of rotations and sketches."""
     from .studying import page, results, told
 
-    found = results(_several("study", names, all_), seeds=seeds, backend=backend.value if backend else None)
+    found = results(several("study", names, all_), seeds=seeds, backend=backend.value if backend else None)
     if json:
         answer.document({"results": found})
     elif markdown:
@@ -262,7 +250,7 @@ def bench(
     from .benching import results
 
     refuse_plot(plot)
-    found = results(_several("bench", names, all_), shape or (), group, head_dim, known() if peers else ())
+    found = results(several("bench", names, all_), shape or (), group, head_dim, known() if peers else ())
     if plot is not None:
         drawn(found, plot)
     if json:
@@ -310,7 +298,7 @@ def generate(
     from .running import generated, told
 
     if (prompt is None) == (file is None):
-        _refuse("generate: give either --prompt TEXT or --file F")
+        refuse("generate: give either --prompt TEXT or --file F")
     text = prompt if prompt is not None else text_of(file)
     scheme = loaded(name)
     with answer.progress(f"generating with {name} and in full precision"), of_a_model():
@@ -319,6 +307,9 @@ def generate(
         answer.document(found)
     else:
         answer.lines(told(found))
+
+
+app.command("eval")(evaluate)
 
 
 @app.command()

@@ -23,6 +23,7 @@ _PLACES = {
     "routed_api": ("labels",),
     "hf": ("cache", "use"),
     "search_maps": ("search",),
+    "evaluation": ("evaluate",),
     "kernels": ("AttentionState", "KernelSet"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _PLACES.items() for name in names}

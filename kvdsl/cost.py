@@ -121,6 +121,31 @@ def page_tokens(scheme: Scheme) -> int:
     return math.lcm(tile_tokens(scheme), *(window.block for window in windows(scheme).values()))
 
 
+def page_parts(scheme: Scheme, shape: Shape) -> dict[Side, dict[str, Fraction]]:
+    """Of a scheme without tiers, bits per packed element of each side, exact: code, metadata, index, padding.
+
+    index: what says where single numbers and chosen channels stand, which `bits` counts as metadata.  Of a page of
+    `page_tokens` tokens they are all of its bytes.
+    """
+    tokens, found = page_tokens(scheme), dict[Side, dict[str, Fraction]]()
+    for side in SIDES:
+        code, metadata, padding = _of_side(scheme, side, shape)
+        index = sum((_index(store, shape, tokens, side) for store in scheme.side(side).terms), Fraction(0))
+        found[side] = {"code": code, "metadata": metadata - index, "index": index, "padding": padding}
+    return found
+
+
+def _index(store: Store, shape: Shape, tokens: int, side: Side) -> Fraction:
+    """Of the metadata bits per element, those that are places."""
+    if isinstance(store.code, Sparse):
+        return Fraction(PLACE * store.code.slots, shape.head_dim if side == "keys" else SLOT_TOKENS)
+    if isinstance(store.code, Chosen):
+        return _choice(store.code.choice, shape, tokens)[0]
+    if isinstance(store.code, LowRank) or store.chosen is None:
+        return Fraction(0)
+    return _choice(store.chosen, shape, tokens)[0]
+
+
 def _layer(scheme: Scheme, shape: Shape, tokens: int | None) -> tuple[tuple[SideBits, SideBits], int]:
     """Bits of both sides, the mean over groups of heads by their number, and bytes of constants."""
     pairs, constants = list[tuple[SideBits, SideBits]](), 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,6 +147,21 @@ def opened(model: str | Path | Loaded, device: str | None = None) -> Loaded:
     from .models import load
 
     return load(model, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def called(model: str | Path | Loaded, network: Any) -> str:
+    """The name of a model, without the folders that lead to it."""
+    given = network.config.name_or_path if isinstance(model, tuple) else str(model)
+    return Path(given).name or str(network.config.model_type)
+
+
+def digest_of(network: Any) -> str:
+    """Of the names, shapes and first numbers of all weights."""
+    found = hashlib.sha256()
+    for name, weight in network.state_dict().items():
+        found.update(f"{name} {tuple(weight.shape)}".encode())
+        found.update(weight.flatten()[:64].float().cpu().numpy().tobytes())
+    return found.hexdigest()[:12]
 
 
 def full_cache(model: Any) -> Any:

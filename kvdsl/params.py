@@ -70,6 +70,16 @@ def from_data(scheme: Scheme, shape: Shape) -> list[str]:
     return [name for name in wanted(scheme, shape) if name != ROPE or scheme.keys.rope is None]
 
 
+def of_all_layers(scheme: Scheme) -> tuple[Scheme, ...]:
+    """The scheme, and those of layers that have one of their own."""
+    return (scheme, *(inner for _, inner in scheme.layers))
+
+
+def takes_data(scheme: Scheme) -> bool:
+    """Whether any layer takes a number from data, so that `kvdsl calibrate` has something to measure."""
+    return any(from_data(own, Shape(128)) for own in of_all_layers(scheme))
+
+
 def rope_of(scheme: Scheme) -> PreRope | None:
     """How the keys of a scheme, or of one of its tiers, are rotated, where they are stored without."""
     stores = (scheme.keys, *(tier.keys for tier in scheme.tiers if tier.keys is not None))

@@ -19,7 +19,7 @@ from typing import Any
 from .cost import bits as counted
 from .cost import page_tokens
 from .errors import Fault, SchemeError
-from .generation import Loaded, opened
+from .generation import Loaded, called, digest_of, opened
 from .kernels import Backend
 from .params import ROPE, from_data
 from .registry import load, name_of
@@ -100,7 +100,7 @@ def search(
     costs = [_costs(base, choices, keys.shape) for keys, _, _ in layers]
     _refuse_budget(base, bits, costs)
     asked = {
-        "scheme": f"{name_of(base)} {base.hash}", "model": _model_digest(network), "text": _digest(ids.cpu().numpy()),
+        "scheme": f"{name_of(base)} {base.hash}", "model": digest_of(network), "text": _digest(ids.cpu().numpy()),
         "seed": seed, "pairs": " ".join(map(str, choices)), "bits": float(bits),
     }  # fmt: skip
     kept = study_opened(None if study is None else Path(study), asked)
@@ -132,7 +132,7 @@ def search(
     points = [Point(trial.bits, trial.loss, spread(offered, trial.pairs)) for trial in done]
     shown = tuple(points[i] for i in front([(p.bits, p.loss) for p in points]))
     best = [point for point in shown if point.bits <= bits + ROUNDING][-1]
-    source = f"{name_of(base)} in bits by layer, as kvdsl search finds for {_called(model, network)} at {bits:g} bits"
+    source = f"{name_of(base)} in bits by layer, as kvdsl search finds for {called(model, network)} at {bits:g} bits"
     return Found(mapped(base, best.pairs, source), best, shown, len(done))
 
 
@@ -232,20 +232,5 @@ def _begun(
     return [*dict.fromkeys([*asked, *even])]
 
 
-def _model_digest(network: Any) -> str:
-    """Of the names, shapes and first numbers of all weights."""
-    found = hashlib.sha256()
-    for name, weight in network.state_dict().items():
-        found.update(f"{name} {tuple(weight.shape)}".encode())
-        found.update(weight.flatten()[:64].float().cpu().numpy().tobytes())
-    return found.hexdigest()[:12]
-
-
 def _digest(array: Any) -> str:
     return hashlib.sha256(array.tobytes()).hexdigest()[:12]
-
-
-def _called(model: str | Path | Loaded, network: Any) -> str:
-    """The name of a model, without the folders that lead to it."""
-    given = network.config.name_or_path if isinstance(model, tuple) else str(model)
-    return Path(given).name or network.config.model_type

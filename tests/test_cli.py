@@ -246,6 +246,7 @@ def test_every_command_has_a_help_text(capsys: Captured) -> None:
         "bench",
         "tune",
         "generate",
+        "eval",
         "calibrate",
         "search",
         "doctor",

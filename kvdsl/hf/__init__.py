@@ -1,12 +1,13 @@
 """transformers: a cache of packed bytes, and the attention that reads it where it lies.
 
-    plug       `cache` and `use`: what a user calls
-    layer      the library's layer protocol over one QuantizedCache a layer
-    handle     what a layer hands to the attention: a tensor by name, a reference in fact
-    attention  the registered attention function
-    masks      the registered mask function
-    rotary     the frequencies of a model's rotary positions, for keys that are stored without them
-    observe    what the layers of a model are given, to calibrate on
+    plug          `cache` and `use`: what a user calls
+    layer         the library's layer protocol over one QuantizedCache a layer
+    handle        what a layer hands to the attention: a tensor by name, a reference in fact
+    attention     the registered attention function
+    masks         the registered mask function
+    rotary        the frequencies of a model's rotary positions, for keys that are stored without them
+    observe       what the layers of a model are given, to calibrate on
+    calibrating   what a scheme takes from data, of every layer of a model
 
 transformers is imported when `cache` or `use` is first called.
 """
@@ -18,14 +19,15 @@ from typing import TYPE_CHECKING, Any
 from kvdsl.extras import need
 
 if TYPE_CHECKING:
+    from .calibrating import measured, seen
     from .layer import PackedCache
     from .observe import observed, weighed
     from .plug import cache, use
     from .rotary import completed
 
-__all__ = ["PackedCache", "cache", "completed", "observed", "use", "weighed"]
+__all__ = ["PackedCache", "cache", "completed", "measured", "observed", "seen", "use", "weighed"]
 _HOME = {"cache": "plug", "use": "plug", "PackedCache": "layer", "completed": "rotary"}
-_HOME |= {"observed": "observe", "weighed": "observe"}
+_HOME |= {"observed": "observe", "weighed": "observe", "measured": "calibrating", "seen": "calibrating"}
 OLDEST = "5.17"
 
 
