@@ -1,7 +1,8 @@
 """`python benchmarks/static.py > docs/static.md`: what machine code tells of every scheme's decode kernel, as a page.
 
-No GPU is needed.  NAMES takes some schemes alone; `--golden > tests/slots.json` writes what tests hold the
-kernels to.  Triton keeps what it has compiled in TRITON_CACHE_DIR, by default build/aot of this checkout, as tests do.
+No GPU is needed.  NAMES takes some schemes alone; `--golden > tests/slots.json` and, of pack kernels, `--golden pack >
+tests/packing.json` write what tests hold the kernels to.  Triton keeps what it has compiled in TRITON_CACHE_DIR, by
+default build/aot of this checkout, as tests do.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SHAPE = Shape(128, 8, 32)
 QUICK = ("int8_token_head", "token4", "kivi4", "token2", "bitdecoding2", "token3")
 """What the fast profile of the tests compiles."""
+PACKED = ("int8_token_head", "fp8_token_head", "token4", "int4_token_head", "kivi4", "kivi2")
+"""The same of pack kernels."""
 RESULTS, LARGEST = ROOT / "benchmarks" / "results", "8x8x131072"
 NEAR = 0.1  # of the limit: what the law is good for
 REFERENCE, ENOUGH = "H100", 0.85
@@ -111,12 +114,11 @@ def schemes(names: Sequence[str]) -> dict[str, Scheme]:
 
 def found(chosen: Mapping[str, Scheme], arches: Sequence[str], workers: int) -> dict[str, dict[str, Figures]]:
     """The decode kernel of every scheme by architecture."""
-    cache = Path(os.environ.get("TRITON_CACHE_DIR") or ROOT / "build" / "aot")
     names, all_ = list(chosen), dict[str, dict[str, Figures]]()
     for begin in range(0, len(names), TOGETHER):
         some = {name: chosen[name] for name in names[begin : begin + TOGETHER]}
         print(f"{begin} of {len(names)}: {', '.join(some)}", file=sys.stderr, flush=True)
-        for name, rows in figures(some, SHAPE, arches, cache_folder=cache, workers=workers).items():
+        for name, rows in figures(some, SHAPE, arches, cache_folder=cache(), workers=workers).items():
             all_[name] = {one.kernel.arch: one for one in rows}
     return all_
 
@@ -181,12 +183,38 @@ def golden(compiled: Mapping[str, Mapping[str, Figures]]) -> str:
     return json.dumps({"triton": max(versions), "slots": slots}, indent=1)
 
 
+def golden_of_packing(chosen: Mapping[str, Scheme], workers: int) -> str:
+    """Instructions a number of both pack kernels on sm_90, as tests read them."""
+    kernels = ("pack_keys", "pack_values")
+    rows = figures(chosen, SHAPE, ("sm_90",), kernels=kernels, cache_folder=cache(), workers=workers)
+    versions = {one.kernel.triton for row in rows.values() for one in row}
+    told = {
+        name: {one.kernel.kernel: round(one.instructions_per_element or 0, 2) for one in row}
+        for name, row in rows.items()
+    }
+    return json.dumps({"triton": max(versions), "instructions_per_element": told}, indent=1)
+
+
+def cache() -> Path:
+    """Where Triton keeps what it has compiled."""
+    return Path(os.environ.get("TRITON_CACHE_DIR") or ROOT / "build" / "aot")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks/static.py", description="Static figures of decode kernels.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="schemes, or what a tier stores; default all")
-    parser.add_argument("--golden", action="store_true", help="slots on sm_90 of those that fast tests take")
+    parser.add_argument(
+        "--golden",
+        nargs="?",
+        const="decode",
+        choices=("decode", "pack"),
+        help="on sm_90, of those that fast tests take",
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes")
     given = parser.parse_args()
+    if given.golden == "pack":
+        print(golden_of_packing(schemes(given.names or PACKED), given.workers))
+        return
     if given.golden:
         print(golden(found(schemes(given.names or QUICK), ("sm_90",), given.workers)))
         return

@@ -55,6 +55,8 @@ class CompiledKernel:
     registers            per thread
     spills, stack        instructions on local memory; bytes of stack per thread: both 0 in a good kernel
     shared_bytes         shared memory of a program
+    straight_instructions   of one warp on the way that loads and stores most, of a kernel without loops: no slow paths,
+                         no early ends; 0 of a kernel that has a loop
     loop_spills          of the spills, those that every iteration of the main loop runs
     loop_instructions    of one warp in one iteration of the main loop, guarded code left out; 0 without a main loop
     guarded_instructions of the main loop that an iteration may skip
@@ -84,6 +86,7 @@ class CompiledKernel:
     stack: int
     shared_bytes: int
     instructions: int
+    straight_instructions: int
     loop_spills: int
     loop_instructions: int
     guarded_instructions: int
@@ -317,6 +320,7 @@ def _measured(launch: Launch, arch: str, stages: int, shared: int, assembly: Ass
         stack=assembly.stack,
         shared_bytes=int(shared),
         instructions=len(code.instructions),
+        straight_instructions=len(code.straight),
         loop_spills=code.counts(path).get("local", 0),
         loop_instructions=len(path),
         guarded_instructions=len(loop.body) - len(path) if loop else 0,

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+from .placement import within_groups
 from .plan import SidePlan
 
 Namespace = Literal["tl.", "torch."]
@@ -34,8 +35,19 @@ READ = {
 
 
 def statistics(side: SidePlan) -> list[str]:
-    """What is measured of a block's numbers: low, high (extremes), squares, sizes (sums)."""
+    """What is measured of a block's numbers: low, high or top (extremes), squares, sizes (sums)."""
+    if side.scale.dtype == "e8m0" or side.scale.range == "absmax":
+        return ["top"]
     return {"norm": ["squares"], "absmean": ["sizes"]}.get(side.scale.range or "", ["low", "high"])
+
+
+def settled(side: SidePlan) -> bool:
+    """Whether a pack kernel has a block's numbers in registers when it measures their extremes, and makes them finite
+    there, where that is needed at all: whatever is done with them later takes them as they are."""
+    meta = side.layout.meta
+    if side.static or side.store.measure is None or side.sketched or meta is None or meta.heads > 1:
+        return False
+    return statistics(side)[-1] in ("high", "top") and (meta.channels == 1 or within_groups(side.layout, meta.channels))
 
 
 def clips(side: SidePlan) -> tuple[float, ...]:
@@ -106,7 +118,12 @@ def given_name(side: SidePlan, name: str) -> str:
     return f"{side.letter}_{name}"
 
 
-def quotient(side: SidePlan, dividend: str, divisor: str) -> str:
-    """An exactly rounded quotient by a stored scale: the fast form is proven for float16 scales only."""
-    fast = side.store.measure is not None and side.scale.dtype in ("fp16", "e4m3") and not side.static
-    return f"{'quotient' if fast and side.second is None else 'exact_quotient'}({dividend}, {divisor})"
+def in_steps(side: SidePlan, number: str, ns: Namespace) -> str:
+    """A number over the stored scale, exactly rounded, and 0 where the scale is 0.
+
+    A scale that was not measured of the numbers themselves may be far smaller than they are.
+    """
+    free = side.static or side.second is not None
+    if side.scale.dtype in ("fp16", "e4m3") and not free:
+        return f"in_half_steps({number}, scale)"
+    return f"in_steps({number}, scale{f', {side.fine or free}, {free}' if ns == 'tl.' else ''})"

@@ -9,8 +9,8 @@ from __future__ import annotations
 import sympy as sp
 
 from .alphabet import Alphabet, single
-from .codec import Namespace, coding, given, numbers, quotient
-from .codec_scales import WHOLE, below_count
+from .codec import Namespace, coding, given, in_steps, numbers, settled
+from .codec_scales import WHOLE, below_count, widened
 from .placement import centre, levels
 from .plan import SidePlan
 from .steps import Steps
@@ -27,27 +27,22 @@ def encode(side: SidePlan, ns: Namespace) -> list[str]:
         return out.lines
     if side.store.measure is None:
         out.add("y = finite(x)")
-        _nearest_level(out, side.alphabet)
+        _nearest_level(out, side.alphabet, ns)
         return out.lines
     point = side.has_offset and side.scale.zero != "min"
-    if ns == "tl.":  # torch's functions are given finite numbers
+    if ns == "tl." and not settled(side):  # torch's functions are given finite numbers
         out.add("x = finite(x)")
     if side.has_offset and not point:
         out.add("x = x - start * outer" if side.second is not None else "x = x - start")
     if side.second is not None:
         out.add("scale = scale * outer")
-    if ns == "torch.":
-        out.add(f"y = {quotient(side, 'x', 'scale')}.masked_fill(scale == 0.0, 0.0)")
-    else:
-        out.add(
-            f"y = {quotient(side, 'x', 'tl.where(scale == 0.0, 1.0, scale)')}", "y = tl.where(scale == 0.0, 0.0, y)"
-        )
+    out.add(f"y = {in_steps(side, 'x', ns)}")
     if side.uniform is not None:
         _counted(out, side, point, ns)
     elif side.alphabet.small is not None:
         _patterned(out, side, "y", ns)
     else:
-        _nearest_level(out, side.alphabet)
+        _nearest_level(out, side.alphabet, ns)
     return out.lines
 
 
@@ -58,6 +53,10 @@ def _counted(out: Lines, side: SidePlan, point: bool, ns: Namespace) -> None:
     count = levels(code, scale)
     mid = 0 if side.has_offset else centre(code, scale)
     rounding = "floor" if code.grid == "cells" else code.rounding
+    measured = scale.when == "online" and side.second is None and not side.raised
+    if ns == "tl." and point and rounding == "even" and measured and widened(scale):
+        out.add(f"return within(nearest_code(y) + to_int(start), {count - 1})")  # no more steps than levels
+        return
     # bounds of whole numbers: clamping before rounding gives the same code
     least, most = (-WHOLE, WHOLE) if point else (float(-mid), float(count - 1 - mid))
     if side.raised and not point:
@@ -65,6 +64,9 @@ def _counted(out: Lines, side: SidePlan, point: bool, ns: Namespace) -> None:
     else:
         out.add(f"y = {ns}clamp(y, {literal(least)}, {literal(most)})")
     rounded = {"even": "nearest", "half_up": "nearest_half_up", "away": "nearest_away", "floor": f"{ns}floor"}
+    if ns == "tl." and rounding == "even" and not point:
+        out.add(f"return nearest_code(y){f' + {mid}' if mid else ''}")
+        return
     out.add(f"y = {rounded[rounding]}(y)")
     if point or mid:
         out.add(f"y = y + {'start' if point else literal(mid)}")
@@ -72,17 +74,20 @@ def _counted(out: Lines, side: SidePlan, point: bool, ns: Namespace) -> None:
         out.add(f"y = {below_count('y', ns)}")
     elif point or rounding != "even":
         out.add(f"y = {ns}clamp(y, 0.0, {literal(count - 1)})")
-    out.add("return to_int(y)" if ns == "tl." else "return y.to(torch.uint8)")
+    out.add("return nearest_code(y)" if ns == "tl." else "return y.to(torch.uint8)")
 
 
-def _nearest_level(out: Lines, alphabet: Alphabet) -> None:
-    """How many middles of neighbouring levels a number lies above."""
+def _nearest_level(out: Lines, alphabet: Alphabet, ns: Namespace) -> None:
+    """How many middles of neighbouring levels a number lies above; of known ones, which rise, the last."""
     for i in range(alphabet.count - 1):
         if alphabet.given:
             middle = f"(level{i} + level{i + 1}) * 0.5"
         else:
             middle = literal(single((alphabet.levels[i] + alphabet.levels[i + 1]) / 2))
-        out.add(f"c = {'c + ' if i else ''}to_int(y > {middle})")
+        if ns == "tl." and not alphabet.given:  # sums of conditions are counted in memory by some compilers
+            out.add(f"c = tl.where(y > {middle}, {i + 1}, {'c' if i else 0})")
+        else:
+            out.add(f"c = {'c + ' if i else ''}to_int(y > {middle})")
     out.add("return c")
 
 

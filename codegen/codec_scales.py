@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import math
 
-from .codec import Namespace, clips, numbers, quotient, searched, stored_numbers, sums, words
+from kvdsl.scheme import Scale
+
+from .codec import Namespace, clips, in_steps, numbers, searched, stored_numbers, sums, words
 from .placement import centre, levels
 from .plan import SidePlan
 from .text import Lines, literal
@@ -26,14 +28,14 @@ def measure(side: SidePlan, ns: Namespace) -> list[str]:
     constant = clips(side)[0]
     clip = " * clip" if searched(side) else f" * {literal(constant)}" if constant != 1.0 else ""
     if scale.dtype == "e8m0":
-        out.add(f"scale = {ns}maximum({ns}abs(low), {ns}abs(high)){clip}")
+        out.add(f"scale = top{clip}")
         out.add(f"scale = power_of_two(scale, {math.frexp(_top(side))[1] - 1})")
     elif scale.range == "norm":
         out.add(f"scale = root(over(narrow(squares), {literal(_count(side))})){clip}")
     elif scale.range == "absmean":
         out.add(f"scale = over(narrow(sizes), {literal(_count(side))}){clip}")
     elif scale.range == "absmax":
-        out.add(f"scale = {ns}maximum({ns}abs(low), {ns}abs(high)){clip}")
+        out.add(f"scale = top{clip}")
         _over_top(out, side, ns)
     elif scale.range == "signed_absmax":
         out.add(f"scale = {ns}where(high >= -low, high, low){clip}")
@@ -87,11 +89,16 @@ def _over_top(out: Lines, side: SidePlan, ns: Namespace) -> None:
         out.add(f"scale = over(scale, {literal(_top(side))})")
 
 
+def widened(scale: Scale) -> bool:
+    """Whether 0 is in the range, so that an integer zero point is one of the codes."""
+    return scale.range == "minmax_zero" or scale.zero == "in_scale"
+
+
 def _affine(out: Lines, side: SidePlan, clip: str, ns: Namespace) -> None:
     """A range with two ends: Uniform levels count from the lower one, those of a table stand about the middle."""
     if clip:
         out.add(f"low = low{clip}", f"high = high{clip}")
-    if side.scale.range == "minmax_zero" or side.scale.zero == "in_scale":
+    if widened(side.scale):
         out.add(f"low = {ns}where(low < 0.0, low, 0.0)", f"high = {ns}where(high > 0.0, high, 0.0)")
     out.add("scale = high - low")
     code = side.uniform
@@ -140,14 +147,12 @@ def _offset(out: Lines, side: SidePlan, ns: Namespace) -> None:
         _stored(out, side, "start", ns)
         return
     assert side.uniform is not None
-    widened = scale.range == "minmax_zero" or scale.zero == "in_scale"
-    least, most = (0.0, float(levels(side.uniform, scale) - 1)) if widened else (-WHOLE, WHOLE)
-    out.add(f"start = {quotient(side, '-low', f'{ns}where(scale == 0.0, 1.0, scale)')}")
-    if side.raised and widened:
+    least, most = (0.0, float(levels(side.uniform, scale) - 1)) if widened(scale) else (-WHOLE, WHOLE)
+    out.add(f"start = {in_steps(side, '-low', ns)}")
+    if side.raised and widened(scale):
         out.add(f"start = nearest({below_count('start', ns)})")
     else:
         out.add(f"start = nearest({ns}clamp(start, {literal(least)}, {literal(most)}))")
-    out.add(f"start = {ns}where(scale == 0.0, 0.0, start)")
     if scale.zero == "point":
         out.add(f"start = {ns}where(constant, {ns}where(low < 0.0, 1.0, 0.0), start)")
         _stored(out, side, "start", ns, divided=False)

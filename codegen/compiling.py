@@ -17,7 +17,7 @@ from .aot import compile_in_child
 from .launches import launches
 from .plan import plan_for
 from .roofline import LINE
-from .static import Figures, ideal_mma, loads_told, pipes_told
+from .static import figures_of, loads_told, pipes_told
 
 HEAD = (
     "kernel", "arch", "registers", "spills", "shared", "instructions", "16-byte loads", "loop", "packed bytes",
@@ -43,7 +43,7 @@ def _compiled(scheme: Scheme, shape: Shape, name: str, arches: Sequence[str]) ->
     path = store.find(name, plan, "triton") or store.keep(name, plan, "triton", render(plan, "triton", name))
     records = launches(plan, path.read_text(encoding="utf-8"))
     found = compile_in_child(path, records, arches)
-    return path, [Figures(kernel, ideal_mma(plan, kernel.kernel)).row() for kernel in found]
+    return path, [figures_of(plan, kernel).row() for kernel in found]
 
 
 def told(kernels: Sequence[dict[str, Any]], *, details: bool = False) -> list[str]:
@@ -72,7 +72,8 @@ def block(kernel: Mapping[str, Any]) -> list[str]:
     loads = f"  loads     {loads_told(kernel['loads'])}"
     if kernel["predicted_share"] is None:
         classes = ", ".join(f"{name} {count}" for name, count in kernel["counts"].items())
-        return wrapped([f"{title}, the whole kernel", f"  classes   {classes}", loads])
+        loads += f"; {kernel['wide_loads']} of {kernel['memory_loads']} loads of memory are of 16 bytes a lane"
+        return wrapped([f"{title}, the whole kernel", f"  classes   {classes}", loads, *_packing(kernel)])
     lines = kernel["loop_packed_bytes"] / LINE
     classes = ", ".join(f"{name} {kernel['warps'] * n / lines:.2f}" for name, n in kernel["counts"].items())
     shares = ", ".join(f"{share:.0%} of {name}" for name, share in kernel["shares"].items())
@@ -86,6 +87,20 @@ def block(kernel: Mapping[str, Any]) -> list[str]:
             f"  predicted {shares}",
         ]
     )
+
+
+def _packing(kernel: Mapping[str, Any]) -> list[str]:
+    """What a program of a pack kernel moves, and what it takes for each number."""
+    if kernel["elements"] is None:
+        return []
+    each, straight = kernel["instructions_per_element"], kernel["straight_instructions"]
+    work = f"  work      {straight} instructions of each of {kernel['warps']} warps, slow paths and early ends left out"
+    tokens = kernel["tokens"]
+    return [
+        f"  bytes     {kernel['bytes_read'] / tokens:g} read and {kernel['bytes_written'] / tokens:g} written a token "
+        f"and kv head, {tokens} tokens a program",
+        f"{work}: {each:.1f} a number" if each is not None else "  work      not told a number, the kernel has loops",
+    ]
 
 
 def wrapped(texts: Sequence[str]) -> list[str]:

@@ -24,9 +24,9 @@ if INTERPRETED:
         return (words & MASK).to(tl.float16, bitcast=True)
 
     @triton.jit
-    def quotient(dividend, divisor):
-        """dividend / divisor, rounded to nearest; the divisor a positive or negative float16 widened to float32."""
-        return tl.div_rn(dividend, tl.broadcast_to(divisor, dividend.shape))
+    def finite_halves(x):
+        """NaN to 0, and infinities to the largest float16 numbers."""
+        return tl.minimum(tl.maximum(tl.where(x == x, x, 0.0), -65504.0), 65504.0).to(tl.float16)
 
 else:
 
@@ -47,31 +47,19 @@ else:
         return kept.to(tl.float16, bitcast=True)
 
     @triton.jit
-    def quotient(dividend, divisor):
-        """dividend / divisor, rounded to nearest; the divisor a positive or negative float16 widened to float32.
-
-        One correction of an approximate quotient leaves a relative error near 2**-44; a quotient by a divisor of 11
-        significant bits lies at least 2**-36 away from the middle of two float32 numbers, so the rounding is the exact
-        one.
-        """
-        inverse = tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [divisor], dtype=tl.float32, is_pure=True, pack=1
-        )
-        inverse = tl.broadcast_to(inverse, dividend.shape)
-        first = dividend * inverse
-        return tl.fma(tl.fma(-first, tl.broadcast_to(divisor, dividend.shape), dividend), inverse, first)
+    def finite_halves(x):
+        """NaN to 0, and infinities to the largest float16 numbers."""
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t, m; set.eq.u32.f16x2 m, $1, $1; and.b32 t, $1, m; mov.b32 m, 0xFBFFFBFF; "
+            "max.f16x2 t, t, m; mov.b32 m, 0x7BFF7BFF; min.f16x2 $0, t, m; }",
+            "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2,
+        )  # fmt: skip
 
 
 @triton.jit
 def exact_quotient(dividend, divisor):
     """dividend / divisor, rounded to nearest, of any float32 numbers."""
     return tl.div_rn(dividend, tl.broadcast_to(divisor, dividend.shape))
-
-
-@triton.jit
-def over(dividend, DIVISOR: tl.constexpr):
-    """dividend / DIVISOR, rounded to nearest."""
-    return tl.div_rn(dividend, tl.full(dividend.shape, DIVISOR, tl.float32))
 
 
 @triton.jit
@@ -231,8 +219,13 @@ def to_float(x):
 
 @triton.jit
 def finite(x):
-    """NaN to 0, and everything into the range of float16."""
-    return tl.minimum(tl.maximum(tl.where(x == x, x, 0.0), -65504.0), 65504.0)
+    """NaN to 0, and everything into the range of float16; as float32."""
+    if x.dtype == tl.float16:
+        x = finite_halves(x).to(tl.float32)
+    else:
+        x = x.to(tl.float32)
+        x = tl.minimum(tl.maximum(tl.where(x == x, x, 0.0), -65504.0), 65504.0)
+    return x
 
 
 @triton.jit
@@ -245,6 +238,12 @@ def lowest(x, inside):
 def highest(x, inside):
     """x made finite, or less than anything where it does not count."""
     return tl.where(inside, finite(x), -65504.0)
+
+
+@triton.jit
+def top_of(x):
+    """The size of x made finite."""
+    return tl.abs(finite(x))
 
 
 @triton.jit

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from triton.language.target_info import cuda_capability_geq
 
-from .device import INTERPRETED, half, nearest
+from .device import INTERPRETED, half
+from .device_steps import nearest_code
 
 if INTERPRETED:
 
@@ -75,6 +76,11 @@ if INTERPRETED:
         lower = tl.where(code < 4, entry(code, A, E), entry(code - 4, B, F))
         upper = tl.where(code < 12, entry(code - 8, C, G), entry(code - 12, D, H))
         return tl.where(code < 8, lower, upper).to(tl.int16)
+
+    @triton.jit
+    def small_float(x, MANTISSA: tl.constexpr, LEAST: tl.constexpr, TOP: tl.constexpr, SIGN: tl.constexpr):
+        """The bits of the nearest small float, see `small_float_by_bits`."""
+        return small_float_by_bits(x, MANTISSA, LEAST, TOP, SIGN)
 
 else:
 
@@ -148,6 +154,29 @@ else:
                 "=r,r", [words], dtype=tl.int16, is_pure=True, pack=2,
             )  # fmt: skip
         return halves.to(tl.float16, bitcast=True)
+
+    @triton.jit
+    def eight_bits(x, MANTISSA: tl.constexpr):
+        """The bits of the nearest e4m3, or e5m2 of two mantissa bits, as int32; saturating, for GPUs from sm_89 on."""
+        if MANTISSA == 3:
+            code = tl.inline_asm_elementwise(
+                "{ .reg .b16 h; cvt.rn.satfinite.e4m3x2.f32 h, 0f00000000, $1; cvt.u32.u16 $0, h; }",
+                "=r,f", [x], dtype=tl.int32, is_pure=True, pack=1,
+            )  # fmt: skip
+        else:
+            code = tl.inline_asm_elementwise(
+                "{ .reg .b16 h; cvt.rn.satfinite.e5m2x2.f32 h, 0f00000000, $1; cvt.u32.u16 $0, h; }",
+                "=r,f", [x], dtype=tl.int32, is_pure=True, pack=1,
+            )  # fmt: skip
+        return code
+
+    @triton.jit
+    def small_float(x, MANTISSA: tl.constexpr, LEAST: tl.constexpr, TOP: tl.constexpr, SIGN: tl.constexpr):
+        """The bits of the nearest small float, see `small_float_by_bits`."""
+        if SIGN != 128 or not cuda_capability_geq(8, 9):
+            return small_float_by_bits(x, MANTISSA, LEAST, TOP, SIGN)
+        # half the smallest number and less are 0, and would keep their sign
+        return eight_bits(tl.where(tl.abs(x) > 2.0 ** (LEAST - MANTISSA - 1), x, 0.0), MANTISSA)
 
     @triton.jit
     def e4m3_by_bits(words, HIGH: tl.constexpr, NAN: tl.constexpr):
@@ -252,15 +281,15 @@ def digits_byte(number):
 
 
 @triton.jit
-def small_float(x, MANTISSA: tl.constexpr, LEAST: tl.constexpr, TOP: tl.constexpr, SIGN: tl.constexpr):
+def small_float_by_bits(x, MANTISSA: tl.constexpr, LEAST: tl.constexpr, TOP: tl.constexpr, SIGN: tl.constexpr):
     """The bits of the nearest small float (ties to even), saturating at TOP; a zero has no sign.
 
     Numbers from 2**LEAST on have MANTISSA bits behind the first; smaller ones are spaced as those just above.
     """
     size = tl.minimum(tl.abs(x), TOP)
     exponent = tl.maximum(((size.to(tl.int32, bitcast=True) >> 23) & 255) - 127, LEAST)
-    steps = nearest(size * ((127 + MANTISSA - exponent) << 23).to(tl.float32, bitcast=True))
-    code = ((exponent - LEAST) << MANTISSA) + steps.to(tl.int32)
+    steps = nearest_code(size * ((127 + MANTISSA - exponent) << 23).to(tl.float32, bitcast=True))
+    code = ((exponent - LEAST) << MANTISSA) + steps
     return tl.where((x < 0.0) & (code > 0), code + SIGN, code)
 
 

@@ -23,12 +23,17 @@ def saturated(x: Tensor) -> Tensor:
     return torch.where(x == x, finite(x), x)
 
 
-def quotient(dividend: Tensor, divisor: Tensor) -> Tensor:
+def exact_quotient(dividend: Tensor, divisor: Tensor) -> Tensor:
     """dividend / divisor, rounded to nearest."""
     return dividend / divisor
 
 
-exact_quotient = quotient
+def in_steps(x: Tensor, scale: Tensor) -> Tensor:
+    """x / scale, rounded to nearest; 0 where the scale is 0."""
+    return (x / scale).masked_fill(scale == 0.0, 0.0)
+
+
+in_half_steps = in_steps
 
 
 def over(dividend: Tensor, divisor: float) -> Tensor:
@@ -296,56 +301,6 @@ def digit(bytes_: Tensor, place: int) -> Tensor:
 def bytes_of(words: Tensor) -> Tensor:
     """Words as bytes: (..., n) -> uint8 (..., n * size)."""
     return words.contiguous().view(torch.uint8)
-
-
-Block = tuple[int, int, int]
-OVER_BLOCK = (2, 4, 6)
-
-
-def blocks(x: Tensor, block: Block) -> Tensor:
-    """x (n, H, T, D) in blocks of (tokens, channels, heads): (n, H/heads, heads, T/tokens, tokens, D/channels,
-    channels)."""
-    (n, h, t, d), (tokens, channels, heads) = x.shape, block
-    return x.reshape(n, h // heads, heads, t // tokens, tokens, d // channels, channels)
-
-
-def range_of(x: Tensor, block: Block) -> tuple[Tensor, Tensor]:
-    """The lowest and the highest of the finite numbers of every block: (n, H/heads, T/tokens, D/channels) each."""
-    numbers = blocks(x, block)
-    return numbers.amin(OVER_BLOCK), numbers.amax(OVER_BLOCK)
-
-
-def nan_in(x: Tensor, block: Block) -> Tensor:
-    """Whether a block holds a NaN."""
-    return torch.isnan(blocks(x, block).amax(OVER_BLOCK))
-
-
-def summed(x: Tensor, block: Block) -> Tensor:
-    """The sum of every block."""
-    return blocks(x, block).sum(OVER_BLOCK)
-
-
-def nan(x: Tensor) -> Tensor:
-    """Whether x is not a number."""
-    return torch.isnan(x)
-
-
-def square(x: Tensor) -> Tensor:
-    """Squares of numbers made finite, float64."""
-    return finite(x).to(torch.float64) ** 2
-
-
-def magnitude(x: Tensor) -> Tensor:
-    """Sizes of numbers made finite, float64."""
-    return finite(x).to(torch.float64).abs()
-
-
-def spread(numbers: Tensor, tokens: int, channels: int, heads: int) -> Tensor:
-    """A number of every block at each of its places: the shape that `blocks` took, up to expansion."""
-    for dim, count in ((1, heads), (2, tokens), (3, channels)):
-        if count > 1 and (numbers.shape[dim] > 1 or dim == 2):
-            numbers = numbers.repeat_interleave(count, dim)
-    return numbers
 
 
 def heads_of(shared: Tensor, groups: int, heads: int) -> Tensor:

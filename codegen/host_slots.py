@@ -15,7 +15,8 @@ from kvdsl.codes import SLOT_TOKENS, Sparse
 from kvdsl.rope import pairs as partners
 from kvdsl.scheme import Side
 
-from .host import bits_fp16, blocks, finite, saturated, to_int16
+from .host import bits_fp16, finite, saturated, to_int16
+from .host_blocks import blocks
 
 
 class Split(NamedTuple):

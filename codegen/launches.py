@@ -7,8 +7,10 @@ from functools import cache
 
 from kvdsl.scheme import SIDES
 
+from .codec import searched, settled
 from .launch import CONSTEXPR, Launch
 from .plan import DECODE_ROWS, WIDEST, Plan
+from .side import SidePlan
 from .tiling import NARROWEST
 from .triton_append import packs
 from .triton_turn import rotated
@@ -45,11 +47,11 @@ def warps(kernel: str, plan: Plan) -> int:
     or radii and angles become channels level by level."""
     exact = plan.shape.dtype == "fp32" or any(term.floats == "fp32" for term in plan.terms)
     if kernel == "append":
-        return max((warps(f"pack_{side}", plan) for side in SIDES if packs(plan.side(side))), default=1)
+        # Both sides' blocks, in loops around them, and few programs: twice the warps that pack either.
+        packed = [2 * warps(f"pack_{side}", plan) for side in SIDES if packs(plan.side(side))]
+        return min(8, max(4, *packed)) if packed else 1
     if kernel.startswith("pack"):
-        name = kernel.removeprefix("pack_")
-        # A table of the parameters is in registers, and so are the middles between its levels.
-        return 8 if plan.side(name).alphabet.given else max(4, min(8, plan.side(name).held // 1024))
+        return _pack_warps(plan.side(kernel.removeprefix("pack_")))
     if kernel.startswith("unpack"):
         return max(4, min(16, plan.tile * plan.side(kernel.removeprefix("unpack_")).dim // 2048))
     if kernel == "turn_query" and rotated(plan.keys):
@@ -71,6 +73,18 @@ def warps(kernel: str, plan: Plan) -> int:
     narrow = narrow or plan.keys.masked and plan.keys.row > WIDEST
     wide = plan.values.row > WIDEST or narrow or beside and any(term.alphabet.bits >= 4 for term in plan.terms)
     return 1 if plan.rows(many=kernel != "decode") == DECODE_ROWS and not wide else 2
+
+
+def _pack_warps(side: SidePlan) -> int:
+    """Few where little is done with each number, so that what every lane does once is done for many; where channels are
+    measured over tokens all lanes that share one repeat it.  A table of the parameters is in registers, and so are the
+    middles between its levels."""
+    meta = side.layout.meta
+    plain = settled(side) and not (searched(side) or side.scale.refit or side.alphabet.kind == "table")
+    if side.alphabet.given or meta is None or not plain:
+        return 8 if side.alphabet.given else max(4, min(8, side.held // 1024))
+    alone = meta.tokens > 1 and meta.channels == 1
+    return min(8, max(1, side.span * side.dim // 4096) if alone else max(2, side.held // 2048))
 
 
 def fused(kernel: str) -> bool:

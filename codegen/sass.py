@@ -248,6 +248,30 @@ class Code:
                     dominators[block], changed = found, True
         return dominators
 
+    @cached_property
+    def straight(self) -> tuple[int, ...]:
+        """Positions on the way through a kernel without loops that loads and stores most, and of those the shortest:
+        without slow paths and early ends.  Empty where the kernel has a loop."""
+        if self.loops or not self.instructions:
+            return ()
+        worth: dict[int, tuple[int, int]] = {}  # of the best way from a block on: accesses of memory, -instructions
+        todo = [0]
+        while todo:
+            block = todo[-1]
+            end, targets = self.blocks[block]
+            if missing := [target for target in targets if target not in worth]:
+                todo += missing
+                continue
+            todo.pop()
+            counts = self.counts(range(block, end))
+            moved, length = max((worth[target] for target in targets), default=(0, 0))
+            moved += counts.get("global_load", 0) + counts.get("global_store", 0)
+            worth[block] = (moved, length - (end - block))
+        path = [0]
+        while targets := self.blocks[path[-1]][1]:
+            path.append(max(targets, key=lambda target: worth[target]))
+        return self._positions(path)
+
     def counts(self, positions: Iterable[int]) -> dict[str, int]:
         """Instructions by class at these positions; classes that do not occur are left out."""
         found = Counter(self.instructions[at].kind for at in positions)

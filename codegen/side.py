@@ -45,6 +45,8 @@ class SidePlan:
     """Where the numbers of this term begin in the side's row, see `Store.rows`."""
     in_row: bool = True
     """Whether it has a place there."""
+    fine: bool = False
+    """Whether its numbers may be smaller than float16 has any."""
     home: str = ""
     """Where its store stands in the spec: the beginning of the names of the map of its row."""
 

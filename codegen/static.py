@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from .aot import CompiledKernel, compile_many
 from .launches import ATTEND, launches, loop_bytes
 from .plan import DECODE_ROWS, Plan, plan_for
 from .roofline import LINE, cycles
+from .sass import WARP
 from .side import SidePlan
 
 PRODUCT = 16 * 16  # numbers that one m16n8k16 product takes, each for 8 query rows
@@ -30,15 +31,41 @@ FEW_BITS = 3.1  # an element: below, work a number and not a byte is what counts
 
 
 @dataclass(frozen=True)
+class Packing:
+    """What one program of a pack kernel does, where it has all of its tokens.
+
+    tokens         of one kv head, a program
+    elements       numbers that become codes
+    bytes_read     of their rows, each number once
+    bytes_written  codes and what is stored beside them
+    """
+
+    tokens: int
+    elements: int
+    bytes_read: int
+    bytes_written: int
+
+
+@dataclass(frozen=True)
 class Figures:
     """One kernel on one architecture.
 
     kernel     what its machine code is
     ideal_mma  m16n8k16 products per 128 packed bytes that its codes take at least, see `ideal_mma`; None without any
+    packing    what a program packs, see `packing`; None of other kernels
     """
 
     kernel: CompiledKernel
     ideal_mma: float | None
+    packing: Packing | None = None
+
+    @property
+    def instructions_per_element(self) -> float | None:
+        """Instructions of all lanes of a program, on the way through the whole kernel that all programs with tokens
+        take, for each number that it packs; None where the kernel has loops."""
+        if self.packing is None or not self.kernel.straight_instructions:
+            return None
+        return self.kernel.straight_instructions * self.kernel.warps * WARP / self.packing.elements
 
     @property
     def mma_ratio(self) -> float | None:
@@ -66,8 +93,31 @@ class Figures:
 
     def row(self) -> dict[str, Any]:
         """Plain values by their names: a row of `kvdsl compile --json`."""
-        names = ("ideal_mma", "mma_ratio", "work", "memory_loads", "wide_loads")
-        return {**asdict(self.kernel), **{name: getattr(self, name) for name in names}}
+        names = ("ideal_mma", "mma_ratio", "work", "memory_loads", "wide_loads", "instructions_per_element")
+        packing = asdict(self.packing) if self.packing else dict.fromkeys(one.name for one in fields(Packing))
+        return {**asdict(self.kernel), **{name: getattr(self, name) for name in names}, **packing}
+
+
+def figures_of(plan: Plan, kernel: CompiledKernel) -> Figures:
+    """A compiled kernel of a plan beside what the plan says of it."""
+    return Figures(kernel, ideal_mma(plan, kernel.kernel), packing(plan, kernel.kernel))
+
+
+def packing(plan: Plan, kernel: str) -> Packing | None:
+    """What a program of a pack kernel reads and writes; None of other kernels, and of those that store vectors of low
+    rank, single numbers or chosen channels."""
+    if not kernel.startswith("pack_"):
+        return None
+    side, layout = plan.side(kernel.removeprefix("pack_")), plan.layout
+    if side.factors or side.slots or side.beside:
+        return None
+    wide = plan.shape.dtype == "fp32" or side.turned or side.depth  # what is mapped, or left over, is float32
+    page = sum(stream.size for stream in side.layout.streams)
+    page += layout.page_tokens * side.dim * {"fp32": 4, "fp16": 2}.get(side.floats or "", 0)
+    if (meta := side.layout.meta) is not None:
+        page += meta.size // (layout.kv_heads if meta.shared else 1)
+    elements = side.span * side.dim
+    return Packing(side.span, elements, elements * (4 if wide else 2), page * side.span // layout.page_tokens)
 
 
 def ideal_mma(plan: Plan, kernel: str) -> float | None:
@@ -121,7 +171,7 @@ def figures(
             sources.append((path, [launch for launch in launches(plan, text) if launch.kernel in kernels]))
         found = compile_many(sources, arches, workers=workers, cache_folder=cache_folder)
     return {
-        name: [Figures(kernel, ideal_mma(plan, kernel.kernel)) for kernel in rows]
+        name: [figures_of(plan, kernel) for kernel in rows]
         for (name, plan), rows in zip(plans.items(), found, strict=True)
     }
 

@@ -144,7 +144,7 @@ class TorchPack:
     def _measured(self, out: Lines) -> None:
         """Statistics of every block, what is stored of it, its words."""
         side, block = self.side, self._block
-        taken = {"low, high": "range_of(x, {})", "squares": "summed(square(x), {})"}
+        taken = {"low, high": "range_of(x, {})", "top": "top_of(x, {})", "squares": "summed(square(x), {})"}
         taken["sizes"] = "summed(magnitude(x), {})"
         if side.sketched:
             out.add("spoilt = nan(squares)")

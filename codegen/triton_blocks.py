@@ -6,11 +6,12 @@ block.  A block knows how to visit its numbers; a fold says what is taken of eac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .codec import call, clips, counted, numbers, searched, statistics, sums, tried
+from .codec import call, clips, counted, numbers, searched, settled, statistics, sums, tried
 from .plan import SidePlan
 from .text import Lines, literal
 
@@ -21,28 +22,41 @@ if TYPE_CHECKING:
 KINDS = {
     "low": ("65504.0", "tl.float32", "tl.min", "tl.minimum({}, {})"),
     "high": ("-65504.0", "tl.float32", "tl.max", "tl.maximum({}, {})"),
+    "top": ("0.0", "tl.float32", "tl.max", "tl.maximum({}, {})"),
     "spoilt": ("0", "tl.int32", "tl.max", "tl.maximum({}, {})"),
     "sum": ("0.0", "tl.float64", "tl.sum", "{} + {}"),
 }
 OF = {
-    "low": "lowest({x}, {inside})",
-    "high": "highest({x}, {inside})",
-    "spoilt": "nan({x})",
-    "squares": "square({x})",
-    "sizes": "magnitude({x})",
-}
+    "low": ("lowest({x}, {inside})", "finite({x})"),
+    "high": ("highest({x}, {inside})", "finite({x})"),
+    "top": ("top_of({x})", "top_of({x})"),
+    "spoilt": ("above_infinity({x})", "above_infinity({x})"),
+    "squares": ("square({x})", "square({x})"),
+    "sizes": ("magnitude({x})", "magnitude({x})"),
+}  # where a mask says which numbers count, the others being 0, and where all of them do
+RAW = {
+    "low": ("tl.where({inside}, {x}, 65504.0)", "{x}"),
+    "high": ("tl.where({inside}, {x}, -65504.0)", "{x}"),
+    "top": ("tl.abs({x})", "tl.abs({x})"),
+}  # of numbers that are not made finite
 
 
 @dataclass(frozen=True)
 class Fold:
     """Accumulators by name; `taken` gives lines, and the value of each accumulator, of a tile of numbers and the mask
-    of those that count."""
+    of those that count.  `raw`: numbers are not made finite, and the largest one is NaN where any is."""
 
     names: Sequence[str]
     taken: Callable[[str, str], tuple[list[str], list[str]]]
+    raw: bool = False
 
     def kind(self, name: str) -> tuple[str, str, str, str]:
-        return KINDS.get(name, KINDS["sum"])
+        start, kind, reduce, joined = KINDS.get(name, KINDS["sum"])
+        return (
+            (start, kind, "largest", "larger({}, {})")
+            if self.raw and reduce == "tl.max"
+            else (start, kind, reduce, joined)
+        )
 
 
 class Block:
@@ -76,16 +90,21 @@ class Block:
         """Tiles of numbers and their masks, within the loop that brings them."""
         raise NotImplementedError
 
-    def _join(self, out: Lines, fold: Fold, x: str, inside: str, *, first: bool = False) -> None:
+    def counted(self, plane: int) -> str:
+        """The mask of a plane's numbers that count: without that of tokens where these stay apart, or are all there."""
+        return self.pack.mask(self.pack.inside_t if 0 in self.axes else "", plane)
+
+    def _reduced(self, fold: Fold, name: str, value: str) -> str:
+        """The value of a tile of numbers as one number a block."""
+        for axis in self.axes:
+            value = f"{fold.kind(name)[2]}({value}, {axis})"
+        return value
+
+    def _join(self, out: Lines, fold: Fold, x: str, inside: str) -> None:
         lines, values = fold.taken(x, inside)
         out.extend(lines)
         for name, value in zip(fold.names, values, strict=True):
-            _, kind, reduce, joined = fold.kind(name)
-            for axis in self.axes:
-                value = f"{reduce}({value}, {axis})"
-            if first and self.axes == (1, 0):
-                value = f"{value} + tl.zeros([1], {kind})"
-            out.add(f"{name} = {value if first else joined.format(name, value)}")
+            out.add(f"{name} = {fold.kind(name)[3].format(name, self._reduced(fold, name, value))}")
 
 
 class Visit:
@@ -122,9 +141,17 @@ class InPlanes(Block):
             self.axes, self.shape, self.column = (1, 0), "[1]", "[:, None]"
 
     def fold(self, fold: Fold) -> list[str]:
+        """Planes are joined number by number, so that one tile alone is reduced."""
         out = Lines()
         for i, j in enumerate(self.members):
-            self._join(out, fold, f"x{j}", self.pack.mask("inside", j), first=i == 0)
+            lines, values = fold.taken(f"x{j}", self.counted(j))
+            out.extend(lines)
+            for name, value in zip(fold.names, values, strict=True):
+                value = fold.kind(name)[3].format(name, value) if i else value
+                if j == self.members[-1]:
+                    value = self._reduced(fold, name, value)
+                    value = f"{value} + tl.zeros([1], {fold.kind(name)[1]})" if self.axes == (1, 0) else value
+                out.add(f"{name} = {value}")
         return out.lines
 
 
@@ -156,9 +183,8 @@ class OverHeads(Block):
 
         def tiles() -> Iterator[tuple[str, str]]:
             for j in range(pack.side.layout.planes):
-                inside = pack.mask("inside", j)
-                out.add(f"x = tl.load({pack.at('other', j)}, mask={inside}, other=0.0).to(tl.float32)")
-                yield "x", inside
+                out.add(f"x = {pack.loaded('other', j)}")
+                yield "x", self.counted(j)
 
         return Visit(out, [head], [other], tiles())
 
@@ -176,18 +202,17 @@ class Walked(Block):
     def visited(self, out: Lines) -> Visit:
         pack, meta = self.pack, self.pack.side.layout.meta
         assert meta is not None
-        lane, inside = f"({pack.lane} + {pack.start(self.plane)})", pack.mask("inside", self.plane)
+        lane, inside = f"({pack.lane} + {pack.start(self.plane)})", pack.mask(pack.inside_t, self.plane)
         near = f"({lane} // {meta.channels} * {meta.channels} + near - {pack.lane})[None, :]"
-        load = f"x = tl.load(source + {near}, mask={inside}, other=0.0).to(tl.float32)"
-        return Visit(out, [f"for near in range(0, {meta.channels}):"], [load], iter([("x", inside)]))
+        load = f"x = tl.load(source + {near}{f', mask={inside}, other=0.0' if inside else ''})"
+        return Visit(out, [f"for near in range(0, {meta.channels}):"], [load], iter([("x", self.counted(self.plane))]))
 
 
 def measured(side: SidePlan, block: Block) -> list[str]:
     """Lines from the numbers of blocks to what is stored of them, and whether a NaN spoilt them."""
-    names = [*statistics(side), "spoilt"]
     out = Lines()
-    told = Fold(names, lambda x, inside: ([], [OF[name].format(x=x, inside=inside) for name in names]))
-    out.extend(block.fold(told))
+    if not settled(side):
+        out.extend(block.fold(_statistics([*statistics(side), "spoilt"], OF)))
     if not searched(side):
         out.extend(_candidate(side, block, ""))
         return out.lines
@@ -202,6 +227,30 @@ def measured(side: SidePlan, block: Block) -> list[str]:
         out.add(*(f"best_{name} = tl.where(closer, {name}, best_{name})" for name in tried(side)))
     out.add(*(f"{name} = best_{name}" for name in tried(side)))
     return out.lines
+
+
+def settle(side: SidePlan, blocks: Mapping[str, InPlanes], *, halves: bool) -> list[str]:
+    """Lines that fold the extremes of blocks' numbers as they come, float16 or as float32, and make all finite where
+    that shows any that are not.  The mark of a block ends the names of what is measured of it."""
+    names, out = statistics(side), Lines()
+    fold, clean = _statistics(names, RAW, raw=True), "finite_halves" if halves else "finite"
+    most, folds = "", {}
+    for mark, block in blocks.items():
+        folds[mark] = [re.sub(r"\b(low|high|top)\b", rf"\g<1>{mark}", line) for line in block.fold(fold)]
+        out.extend([] if halves else [f"x{j} = x{j}.to(tl.float32)" for j in block.members])
+        out.extend([*folds[mark], f"spoilt{mark} = nan({names[-1]}{mark})"])
+        top = f"top{mark}" if names == ["top"] else f"larger(high{mark}, -low{mark})"
+        out.add(f"most = {f'larger(most, {top})' if most else top}")
+        most = "most"
+    with out.deeper("if odd(most):"):
+        for mark, block in blocks.items():
+            out.extend([f"x{j} = {clean}(x{j})" for j in block.members] + folds[mark])
+    return out.lines
+
+
+def _statistics(names: Sequence[str], of: Mapping[str, tuple[str, str]], *, raw: bool = False) -> Fold:
+    """What is measured of numbers."""
+    return Fold(names, lambda x, inside: ([], [of[name][not inside].format(x=x, inside=inside) for name in names]), raw)
 
 
 def _candidate(side: SidePlan, block: Block, clip: str) -> list[str]:
@@ -220,6 +269,6 @@ def _masked(side: SidePlan, block: Block, function: str, under: Sequence[str], n
     def taken(x: str, inside: str) -> tuple[list[str], list[str]]:
         made = [f"each{i}" for i in range(len(names))]
         text = call(side, function, [x, *(f"{name}{block.column}" for name in under)])
-        return [f"{', '.join(made)} = {text}"], [f"tl.where({inside}, {one}, 0.0)" for one in made]
+        return [f"{', '.join(made)} = {text}"], [f"tl.where({inside}, {one}, 0.0)" if inside else one for one in made]
 
     return Fold(names, taken)

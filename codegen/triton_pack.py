@@ -5,10 +5,12 @@ One pack program owns one token block (or 32 single tokens) of one kv head: stat
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from kvdsl.codes import TRITS
 from kvdsl.window import token_block
 
-from .codec import call, coding, stored_numbers, words
+from .codec import call, coding, settled, statistics, stored_numbers, words
 from .codec_text import functions
 from .layout import Stream
 from .placement import within_groups
@@ -16,7 +18,7 @@ from .plan import Plan, SidePlan
 from .text import Lines, bare, fill, padded, plus
 from .tiling import PAIR
 from .triton_attend import parameters, pools
-from .triton_blocks import Block, Given, InPlanes, OverHeads, Walked, measured
+from .triton_blocks import Block, Given, InPlanes, OverHeads, Walked, measured, settle
 from .triton_meta import entry, section, static_read
 from .triton_planes import Planes
 
@@ -34,11 +36,13 @@ def keep_$side(
     b = bh // $heads
     h = bh % $heads
     u = step * $span + tl.arange(0, $lanes_t)
+    lowest_u = tl.maximum(step * $span, begin)
     inside = (u >= begin) & (u < end)$span_mask
     if (step * $span < end) & (step * $span + $span > begin):
         page = tl.load(table_ptr + b.to(tl.int64) * table_width + step * $span // $page).to(tl.int64)
         t = u % $page
-        row = (offset + (u - first) % ring).to(tl.int64)
+        place = (lowest_u - first) % ring + u - lowest_u
+        row = (offset + tl.where(place < ring, place, place - ring)).to(tl.int64)
         $lanes
         source = $rows_ptr + (bh.to(tl.int64) * total_rows + row)[:, None] * $head_dim + $lane[None, :]$first_lane
         $body
@@ -78,6 +82,8 @@ class Pack(Planes):
         self.single = token_block(side.store) == 1
         self.span = side.span
         self.tokens = padded(self.span)
+        # tokens that share a scale come as whole blocks: where a tile is as large as one, all of them are there
+        self.inside_t = "inside" if self.single or self.tokens != self.span else ""
         meta = side.layout.meta
         self.apart = meta is not None and meta.tokens > 1 and meta.channels == 1  # each channel has its own scale
 
@@ -103,7 +109,7 @@ class Pack(Planes):
             else:
                 names = ["scale", *(["offset"] if side.has_offset else [])] if side.static else []
                 for j in range(side.layout.planes):
-                    self._load(body, j)
+                    self._loads(body, [j])
                     body.extend(static_read(self, j, self.lane) if side.static else [])
                     self._encode(body, j, [f"{self.prefix}_{name}[None, :]" for name in names])
             self._words(body)
@@ -150,10 +156,15 @@ class Pack(Planes):
                 body.add("x = tl.where(x == x, finite(x), x).to(tl.float16)")
             body.add(f"tl.store({self.at('out', j)}, x, mask={mask})")
 
-    def _load(self, body: Lines, plane: int) -> None:
-        """x<plane>: loaded just before it is needed, as a token block of all channels would fill the registers."""
-        mask = self.mask("inside", plane)
-        body.add(f"x{plane} = tl.load({self.at('source', plane)}, mask={mask}, other=0.0).to(tl.float32)")
+    def _loads(self, body: Lines, planes: Iterable[int]) -> None:
+        """x<plane> of some planes: of float32 ones just before they are needed, as a token block of all channels would
+        fill the registers."""
+        body.extend([f"x{j} = {self.loaded('source', j)}" for j in planes])
+
+    def loaded(self, rows: str, plane: int) -> str:
+        """A plane's numbers of the tokens of the tile, as they stand in their rows; 0 where there are none."""
+        mask = self.mask(self.inside_t, plane)
+        return f"tl.load({self.at(rows, plane)}{f', mask={mask}, other=0.0' if mask else ''})"
 
     # ---- blocks ---------------------------------------------------------------------------------------------------
 
@@ -171,29 +182,49 @@ class Pack(Planes):
             body.add("# blocks span heads: each program reads them all")
             vector = "t" if self.single else "tl.arange(0, 1)"
             self._block(body, "0", OverHeads(self), planes, f"({vector} * 0 + h) % {meta.heads} == 0")
-        elif meta.channels == 1:
-            for j in planes:
-                self._block(body, self.plane_lane(j), InPlanes(self, [j]), [j])
-        elif within_groups(side.layout, meta.channels):
-            for index in range(meta.groups):
-                members = [j for j in planes if side.layout.spans[j].channels[0] // meta.channels == index]
-                self._block(body, str(index), InPlanes(self, members), members)
+        elif meta.channels == 1 or within_groups(side.layout, meta.channels):
+            self._in_registers(body)
         else:
             body.add("# groups are narrower than a plane, or cross planes: each lane walks its own group")
             for j in planes:
                 lane = f"({self.lane} + {self.start(j)})"
                 self._block(body, lane, Walked(self, j), [j], f"{lane} % {meta.channels} == 0")
 
-    def _block(self, body: Lines, group: str, block: Block, members: range | list[int], only: str = "") -> None:
+    def _in_registers(self, body: Lines) -> None:
+        """Blocks that are planes, one or several."""
+        side, planes, meta = self.side, range(self.side.layout.planes), self.side.layout.meta
+        assert meta is not None
+        groups = {self.plane_lane(j): [j] for j in planes}
+        if meta.channels > 1:
+            of = [span.channels[0] // meta.channels for span in side.layout.spans]
+            groups = {str(index): [j for j in planes if of[j] == index] for index in range(meta.groups)}
+        blocks = {group: InPlanes(self, members) for group, members in groups.items()}
+        if not settled(side) or side.fine:
+            for group, block in blocks.items():
+                self._loads(body, block.members)
+                body.extend(settle(side, {"": block}, halves=False) if settled(side) else [])
+                self._block(body, group, block, block.members)
+            return
+        # float16 numbers are few registers: all are asked for at once, and one branch looks after all that are odd
+        self._loads(body, planes)
+        several = len(blocks) > 1
+        marks = {f"_{i}" if several else "": block for i, block in enumerate(blocks.values())}
+        halves = several or statistics(side) != ["top"]
+        body.extend(settle(side, marks, halves=halves))
+        for mark, (group, block) in zip(marks, blocks.items(), strict=True):
+            body.extend([f"spoilt = spoilt{mark}"] if several else [])
+            if halves:
+                body.add(*(f"{name} = {name}{mark}.to(tl.float32)" for name in statistics(side)))
+                body.add(*(f"x{j} = x{j}.to(tl.float32)" for j in block.members))
+            self._block(body, group, block, block.members)
+
+    def _block(self, body: Lines, group: str, block: Block, members: Sequence[int], only: str = "") -> None:
         """Measure, store the numbers of channel group `group` where `only` holds, encode the member planes."""
-        for j in members if block.in_registers else []:
-            self._load(body, j)
         if self.side.raised:
             mask = f", mask={inside}, other=2.0" if (inside := self.inside(members[0])) else ""
             body.add(f"count = tl.load({self.at('counts', members[0])}{mask})")
         body.extend(measured(self.side, block))
-        for j in members if not block.in_registers else []:
-            self._load(body, j)
+        self._loads(body, [] if block.in_registers else members)
         body.add(f"{', '.join(words(self.side))} = {call(self.side, 'words', [*stored_numbers(self.side), 'spoilt'])}")
         self._store(body, group, only, members[0])
         for j in members:
@@ -223,6 +254,7 @@ class Pack(Planes):
     def _encode(self, body: Lines, plane: int, under: list[str]) -> None:
         """Codes of a plane under its numbers, put into their words at once: they are not kept."""
         body.add(f"c = {call(self.side, 'encode', [f'x{plane}', *under])}")
+        joint = "+" if self.side.uniform is not None else "|"  # what is added to whole numbers becomes one constant
         for stream in self.side.layout.streams:
             place = stream.places[plane]
             if stream.digits:
@@ -236,7 +268,7 @@ class Pack(Planes):
             word = self._word(stream, place.tile)
             begun = any(other.tile == place.tile for other in stream.places[:plane])
             moved = f"({bits} << {shift})" if shift else bits
-            body.add(f"{word} = {word} | {moved}" if begun else f"{word} = {bare(moved)}")
+            body.add(f"{word} = {word} {joint} {moved}" if begun else f"{word} = {bare(moved)}")
         if self.side.raised:
             higher = f"(c >> {self.side.alphabet.bits}).to(tl.uint8)"
             body.add(f"tl.store({self.at('above', plane)}, {higher}, mask={self.mask('inside', plane)})")
@@ -275,4 +307,5 @@ class Pack(Planes):
                 at = f"out + {step}" if step else "out"
                 word = self._word(stream, tile)
                 word = f"digits_byte({word})" if stream.digits else word
-                body.add(f"tl.store({at}, {word}.to({kind}), mask={self.mask('inside')})")
+                mask = f", mask={inside}" if (inside := self.mask(self.inside_t)) else ""
+                body.add(f"tl.store({at}, {word}.to({kind}){mask})")

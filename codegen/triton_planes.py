@@ -365,18 +365,19 @@ class Planes:
             mask = self.mask(guard, plane)
             other = f", mask={mask}, other=0.0" if mask else ""
             address = f"{side.rows} + {token} * {side.dim} + {lane}"
-            return [
-                f"place = {self.at(address, plane)}",
-                f"n{plane} = tl.load(place{other}).to(tl.float32)",
-            ]
-        parts = [
-            (f"{self.prefix}{stream.width}_{place.tile}", 8 * place.byte + place.bit)
-            for stream in side.layout.streams
-            for place in (stream.places[plane],)
-        ]
+            return [f"place = {self.at(address, plane)}", f"n{plane} = tl.load(place{other}).to(tl.float32)"]
+        places = [(stream.width, stream.places[plane]) for stream in side.layout.streams]
+        parts = [(f"{self.prefix}{width}_{place.tile}", 8 * place.byte + place.bit) for width, place in places]
         if side.layout.digits:
             parts = self._parts(plane, 0)
-        return [f"c = {self._numbered(parts)}", *self._number(plane, tokens, guard)]
+        return [f"c = {self._numbered(parts)}", *self._number(plane, tokens, guard, self._edge_block())]
+
+    def _edge_block(self) -> str:
+        """The token block of an edge tile, where none has tokens of several."""
+        meta, size, page = self.side.layout.meta, self.plan.edge_tile, self.plan.layout.page_tokens
+        if meta is None or meta.tokens % size:
+            return ""
+        return f"tile * {size} % {page} // {meta.tokens}" if meta.blocks > 1 else "0"
 
     def _number(self, plane: int, tokens: str, guard: str, block: str = "") -> list[str]:
         """n<plane> from the codes c of one plane; `block`: the token block that all tokens are of, read once."""
@@ -386,7 +387,7 @@ class Planes:
         if meta is not None:
             token, lane = self.grid(tokens, self.plane_lane(plane))
             token = block or (f"{token} // {meta.tokens}" if meta.tokens > 1 else token)
-            group, mask = self._one_group(plane), self.mask(guard, plane)
+            group, mask = self._one_group(plane), self.mask("" if block else guard, plane)
             if group is None:
                 lane = f"{lane} // {meta.channels}" if meta.channels > 1 else lane
             else:  # a column of tokens, or one number

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import random
 import re
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,21 @@ def half_of_e4m3(byte: int) -> int:
     return SMALL["e4m3"].half(byte)
 
 
+def of_halves(step: Callable[[float, float], float | bool]) -> Callable[[int, int], int]:
+    """A step on the two float16 numbers of a register; of a comparison every bit says whether it holds."""
+
+    def both(a: int, b: int) -> int:
+        out = 0
+        for shift in (0, 16):
+            x, y = (struct.unpack("<e", struct.pack("<H", word >> shift & 0xFFFF))[0] for word in (a, b))
+            found = step(x, y)
+            bits = 0xFFFF * found if isinstance(found, bool) else struct.unpack("<H", struct.pack("<e", found))[0]
+            out |= bits << shift
+        return out
+
+    return both
+
+
 STEPS: dict[str, Callable[..., int]] = {
     "shr.u32": lambda a, b: a >> b,
     "shl.b32": lambda a, b: a << b,
@@ -56,6 +72,9 @@ STEPS: dict[str, Callable[..., int]] = {
     "add.u32": lambda a, b: a + b,
     "mad.lo.u32": lambda a, b, c: a * b + c,
     "prmt.b32": prmt,
+    "set.eq.u32.f16x2": of_halves(lambda x, y: x == y),
+    "max.f16x2": of_halves(max),
+    "min.f16x2": of_halves(min),
     "cvt.rn.f16x2.e4m3x2": lambda a: half_of_e4m3(a & 255) | half_of_e4m3(a >> 8) << 16,
 }
 
@@ -68,6 +87,9 @@ def execute(text: str, constraints: str, inputs: list[int]) -> list[int]:
     for statement in text.strip("{} ").split(";"):
         words = re.split(r"[ ,]+", statement.strip())
         if words[0] in ("", ".reg"):
+            continue
+        if words[0] == "mov.b32" and len(words) == 3:  # a number
+            registers[words[1]] = int(words[2], 0)
             continue
         if words[0] == "mov.b32":  # a register taken apart
             low, high, whole = (word.strip("{}") for word in words[1:])
@@ -215,3 +237,11 @@ def test_planes_and_upper_bytes() -> None:
     words = [random.Random(1).randrange(2**16) for _ in range(64)]
     assert elementwise("device", "upper", words) == [word >> 8 for word in words]
     assert elementwise("device", "plane", words, 0x3C) == [word & 0x3C for word in words]
+
+
+def test_every_float16_is_made_finite() -> None:
+    """NaN becomes 0, infinities the largest numbers; all others stay, a zero's sign too."""
+    found = elementwise("device", "finite_halves", list(range(2**16)))
+    for bits, got in enumerate(found):
+        size = bits & 0x7FFF
+        assert got == (0 if size > 0x7C00 else bits - (size == 0x7C00)), hex(bits)

@@ -82,6 +82,16 @@ def test_a_kernel_without_products_and_loads_in_a_loop_has_no_main_loop() -> Non
     assert sass.parse("").main_loop() is None
 
 
+def test_the_straight_way_does_the_work_and_no_slow_path() -> None:
+    """Past an early end, through the stores, and round what is longer and moves nothing."""
+    slow = ["@P1 BRA `(.L_x_1)", "MUFU.RCP R4, R5", "BRA `(.L_x_2)", ".L_x_1:", *["FFMA R4, R4, R5, R6"] * 9, ".L_x_2:"]
+    early = ["@P0 BRA `(.L_x_8)", "LDG.E R5, [R2.64]"]
+    rare = ["STG.E [R2.64], R4", "EXIT", ".L_x_8:", "EXIT", ".L_x_9:", "BRA `(.L_x_9)"]
+    code = sass.parse(listing(*early, *slow, *rare))
+    assert [code.instructions[at].head for at in code.straight] == ["BRA", "LDG", "BRA", "MUFU", "BRA", "STG", "EXIT"]
+    assert sass.parse(listing(*MAIN, *END)).straight == ()
+
+
 def test_spills_are_every_access_of_local_memory() -> None:
     assert sass.parse(listing("STL.64 [R1], R2", "LDL R3, [R1+0x8]", *END)).spills == 2
 

@@ -12,17 +12,19 @@ import pytest
 from kvdsl.codegen.aot import CompiledKernel
 from kvdsl.codegen.compiling import told
 from kvdsl.codegen.plan import plan_for
-from kvdsl.codegen.static import Figures, ideal_mma, reasons, untiered
+from kvdsl.codegen.static import Figures, Packing, ideal_mma, packing, reasons, untiered
 from kvdsl.schemes import ALL
+from kvdsl.segments import parts
 from kvdsl.shape import Shape
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = Shape(128, 8, 32)
 KERNEL = CompiledKernel(
     kernel="decode", arch="sm_90", gpu="H200", triton="3.7.1", warps=1, stages=3, registers=168, spills=0, stack=0,
-    shared_bytes=19456, instructions=3872, loop_spills=0, loop_instructions=680, guarded_instructions=0,
-    loop_packed_bytes=8704, loop_copied_bytes=8832, loop_mma=64, hidden_mma=0, instructions_per_byte=0.078125,
-    slots=10.0, mma=64 / 68, predicted_share=0.92, cubin_bytes=9000, shares={"H100": 0.93, "H200": 0.92},
+    shared_bytes=19456, instructions=3872, straight_instructions=0, loop_spills=0, loop_instructions=680,
+    guarded_instructions=0, loop_packed_bytes=8704, loop_copied_bytes=8832, loop_mma=64, hidden_mma=0,
+    instructions_per_byte=0.078125, slots=10.0, mma=64 / 68, predicted_share=0.92, cubin_bytes=9000,
+    shares={"H100": 0.93, "H200": 0.92},
     counts={"mma": 64, "bit": 272}, pipes={"alu": 4.0, "fp": 3.0, "mma": 1.0, "xu": 0.5, "mem": 1.0},
     loads={"LDGSTS.128": 16, "LDGSTS.64": 2, "LDG.32": 1, "LDSM.128": 20},
 )  # fmt: skip
@@ -90,6 +92,48 @@ def test_products_are_told_over_the_ideal_where_all_are_counted() -> None:
 def test_a_bulk_copy_is_wide() -> None:
     one = Figures(replace(KERNEL, loads={"UBLKCP": 2, "LDG.32": 1, "LDS.128": 4}), 1.0)
     assert (one.memory_loads, one.wide_loads) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel", "tokens", "read", "written"),
+    [
+        ("int8_token_head", "pack_keys", 32, 256, 128 + 4),
+        ("token4", "pack_values", 32, 256, 64 + 4),
+        ("kivi2", "pack_keys", 32, 256, 32 + 128 * 4 / 32),
+        ("kivi2", "pack_values", 32, 256, 32 + 4 * 4),
+        ("fp16", "pack_keys", 32, 256, 256),
+        ("quarot4", "pack_keys", 32, 512, 64 + 4),
+        ("zipcache tiers[0]", "pack_values", 32, 256, 64 + 4 / 8),
+    ],
+)
+def test_a_pack_kernel_moves_rows_and_packed_bytes(
+    name: str, kernel: str, tokens: int, read: float, written: float
+) -> None:
+    """A token and kv head: float16 rows, or float32 ones behind a map, in; codes and what stands beside them out."""
+    scheme = ALL[name] if name in ALL else parts(ALL["zipcache"])[name.removeprefix("zipcache ")]
+    found = packing(plan_for(scheme, SHAPE), kernel)
+    assert found is not None and (found.tokens, found.elements) == (tokens, 128 * tokens)
+    assert (found.bytes_read, found.bytes_written) == (read * tokens, written * tokens)
+
+
+def test_what_is_no_pack_kernel_of_codes_moves_nothing_that_is_told() -> None:
+    assert packing(plan_for(ALL["kivi2"], SHAPE), "decode") is None
+    assert packing(plan_for(ALL["gear2"], SHAPE), "pack_keys_residual") is None
+
+
+def test_instructions_a_number_are_those_of_all_lanes_where_there_is_no_loop() -> None:
+    pack = replace(KERNEL, kernel="pack_keys", predicted_share=None, loop_packed_bytes=0, warps=2)
+    made = Packing(32, 4096, 8192, 4224)
+    one = Figures(replace(pack, straight_instructions=1024), None, made)
+    assert one.instructions_per_element == 2 * 1024 * 32 / 4096 == one.row()["instructions_per_element"]
+    text = "\n".join(told([one.row()], details=True))
+    assert "256 read and 132 written a token and kv head, 32 tokens a program" in text
+    assert "16 of 19 loads of memory are of 16 bytes a lane" in text.replace("\n            ", " ")
+    assert "1024 instructions of each of 2 warps" in text and "left out: 16.0 a number" in text
+    loops = Figures(pack, None, made).row()
+    assert loops["instructions_per_element"] is None and loops["elements"] == 4096
+    assert "the kernel has loops" in "\n".join(told([loops], details=True))
+    assert Figures(KERNEL, None).row()["bytes_read"] is None
 
 
 def test_a_plain_scheme_needs_no_reason_and_every_other_has_those_of_its_plan() -> None:
