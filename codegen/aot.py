@@ -26,8 +26,8 @@ from typing import Any
 from kvdsl import errors
 from kvdsl.errors import BackendError
 
-from .assembling import Assembly, fewest_spills
-from .launch import Launch, assembled
+from .assembling import Assembly, fewest_spills, roomier
+from .launch import ATTEND, Launch, assembled
 from .roofline import GPUS, LINE, predicted_share, shares
 
 ARCHES = tuple(GPUS)
@@ -189,7 +189,9 @@ def _best(module: ModuleType, launch: Launch, arch: str) -> CompiledKernel:
         columns = getattr(binary.metadata, "tmem_size", None) or 0
         if binary.metadata.shared > limit or columns > TENSOR_MEMORY:
             continue
-        _, assembly = fewest_spills(binary, launch.assembler)
+        setting, assembly = fewest_spills(binary, launch.assembler)
+        if launch.kernel in ATTEND and setting is None:
+            assembly = roomier(binary, assembly, launch.warps, limit)
         found = _measured(launch, arch, stages, binary.metadata.shared, assembly)
         if best is None or (found.spilled, found.spills) < (best.spilled, best.spills):
             best = found

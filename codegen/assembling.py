@@ -18,6 +18,7 @@ from kvdsl.errors import BackendError
 
 from . import sass
 from .launch import assembled
+from .occupancy import RESERVED, held, more_registers
 
 _KEPT = "kernel.cubin"
 _BODY = re.compile(r"(\.entry\b[^{]*)\{")
@@ -51,6 +52,16 @@ def fewest_spills(binary: Any, settings: Sequence[str | None]) -> tuple[str | No
         if (other.spilled, other.code.spills) < (least.spilled, least.code.spills):
             best, least = setting, other
     return best, least
+
+
+def roomier(binary: Any, assembly: Assembly, warps: int, shared: int) -> Assembly:
+    """A kernel with all the registers that a GPU has for it whose programs may have so many bytes of shared memory, see
+    `occupancy.more_registers`."""
+    if assembly.spilled:
+        return assembly
+    programs = held(assembly.registers, binary.metadata.shared, warps, shared + RESERVED)
+    setting = more_registers(assembly.registers, warps, programs)
+    return assembly if setting is None else read(assembled_again(binary, setting))
 
 
 def assembled_again(binary: Any, setting: str | None) -> bytes:

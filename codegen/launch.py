@@ -8,6 +8,7 @@ from typing import Any
 
 CONSTEXPR = "constexpr"
 DEPTH = "STAGES"  # the constexpr argument that takes the depth of the pipeline
+ATTEND = ("decode", "extend")  # the kernels that read pages for queries
 
 
 @dataclass(frozen=True)

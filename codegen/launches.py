@@ -8,7 +8,7 @@ from functools import cache
 from kvdsl.scheme import SIDES
 
 from .codec import searched, settled
-from .launch import CONSTEXPR, Launch
+from .launch import ATTEND, CONSTEXPR, Launch
 from .plan import DECODE_ROWS, WIDEST, Plan
 from .side import SidePlan
 from .tiling import NARROWEST
@@ -29,7 +29,6 @@ GIVEN = {"scale": "scale", "second": "scale.scale", "table": "code"}  # pointer 
 GIVEN_POINTERS = {f"{side}_{name}_ptr": f"{side}.{path}" for side in SIDES for name, path in GIVEN.items()}
 POINTERS |= dict.fromkeys(GIVEN_POINTERS, "*fp32")
 FLOATS = ("scaling", "softcap")
-ATTEND = ("decode", "extend")
 ENDS = ("merge", "unite")  # they store outputs
 SCORE = ("scores", "reach", "received")
 

@@ -16,9 +16,9 @@ from kvdsl.errors import BackendError
 from kvdsl.kernels import Params
 
 from .assembling import fewest_spills
-from .launch import DEPTH, assembled
+from .launch import ATTEND, DEPTH, assembled
 from .launches import ASSEMBLER, GIVEN_POINTERS, arguments, fused, stages, warps
-from .occupancy import residents
+from .occupancy import more_registers, residents
 from .plan import Plan
 from .schedules import known
 
@@ -92,9 +92,14 @@ class KernelModule:
                 break
         if not found:
             raise BackendError(f"{kernel} does not fit this GPU: {refused}")
-        best = self.settings[kernel, asked] = min(found, key=lambda one: found[one])
+        best = min(found, key=lambda one: found[one])
         if (held := residents(compiled[best], options["num_warps"])) is not None:
             self.residents[kernel, asked] = held
+            more = more_registers(compiled[best].n_regs, options["num_warps"], held) if kernel in ATTEND else None
+            if more is not None and best[1] is None and not found[best]:
+                best = best[0], more
+                launch(*best)  # compiled now, and not while a graph is captured
+        self.settings[kernel, asked] = best
 
 
 def _setting(launch: Callable[[str | None], Any]) -> tuple[str | None, int]:

@@ -18,7 +18,8 @@ from kvdsl.shape import Shape
 
 from . import render
 from .aot import CompiledKernel, compile_many
-from .launches import ATTEND, launches, loop_bytes
+from .launch import ATTEND
+from .launches import launches, loop_bytes
 from .plan import DECODE_ROWS, Plan, plan_for
 from .roofline import LINE, cycles
 from .sass import WARP

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvdsl.codegen.occupancy import MOST_SPLITS, edge_splits, held, splits
+from kvdsl.codegen.occupancy import MOST_SPLITS, edge_splits, held, more_registers, splits
 
 PROCESSORS = 132
 ROOM = 228 << 10
@@ -25,6 +25,25 @@ def test_registers_of_a_partition_or_shared_memory_end_first_and_partitions_have
     registers: int, shared: int, warps: int, right: int
 ) -> None:
     assert held(registers, shared, warps, ROOM) == right
+
+
+@pytest.mark.parametrize(
+    ("registers", "warps", "programs", "right"),
+    [
+        (168, 1, 12, None),
+        (168, 1, 8, "maxnreg=255"),
+        (248, 1, 8, None),
+        (168, 1, 4, "maxnreg=255"),
+        (90, 2, 8, "maxnreg=128"),
+    ],
+)
+def test_a_thread_has_the_registers_that_its_programs_leave(
+    registers: int, warps: int, programs: int, right: str | None
+) -> None:
+    """And no program loses its place for them."""
+    assert more_registers(registers, warps, programs) == right
+    if right is not None:
+        assert held(int(right.removeprefix("maxnreg=")), 1024, warps, ROOM) >= programs
 
 
 @pytest.mark.parametrize("resident", [6, 8, 12])
