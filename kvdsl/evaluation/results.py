@@ -303,6 +303,11 @@ class Evaluation:
         told: dict[str, Any] = _plain(self)
         return told
 
+    def _repr_html_(self) -> str:
+        from kvdsl.notebook import of_evaluation
+
+        return of_evaluation(self)
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """What `to_dict` gave, also behind JSON.  ValueError for what is no such document."""
