@@ -2,7 +2,8 @@
 
 By bytes a GPU reads at 0.93 of what its memory gives, which is as near as the law of roofline.py lets any kernel come.
 By machine code packed bytes are read at the share of the limit that the law predicts of the scheme's decode kernel,
-exact rows at 0.93.  Neither was measured, and both are of one sequence among enough others to fill the GPU.
+exact rows at 0.93.  Neither was measured, and both are of one sequence among enough others to fill the GPU.  Models
+in float32 are taken as they would be deployed, in float16.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from .roofline import CARDS, Gpu, share_on
 
 if TYPE_CHECKING:
     from kvdsl.scheme import Scheme
+    from kvdsl.shape import InputFormat
 
 USUAL = "H100"
 MICRO = 1e-6  # of a TB/s, a byte takes so many microseconds
-FORMATS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+FORMATS: dict[str, InputFormat] = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp16"}
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,11 @@ def of_bytes(found: Evaluation, gpu: Gpu) -> Times | None:
     if tokens is None:
         return None
     times = {
-        one.scheme: (_packed(parts) + parts.window) / (share_on(gpu, {}) * gpu.bandwidth) * MICRO
+        one.scheme: (_packed(parts) + _exact(found, parts)) / (share_on(gpu, {}) * gpu.bandwidth) * MICRO
         for one in done(found)
         if (parts := _parts(one, tokens)) is not None
     }
-    return Times(gpu.name, tokens, "by bytes alone: what memory allows", times)
+    return Times(gpu.name, tokens, "by bytes alone, exact rows in 16 bits: what memory allows", times)
 
 
 def of_code(found: Evaluation, gpu: Gpu) -> Times:
@@ -76,7 +78,7 @@ def of_code(found: Evaluation, gpu: Gpu) -> Times:
     about = found.about_model
     if about.dtype not in FORMATS:
         raise ValueError(f"gpu: no kernels are compiled for a model in {about.dtype}; leave --gpu out")
-    shape = Shape(about.head_dim, about.kv_heads, about.q_heads, FORMATS[about.dtype])  # type: ignore[arg-type]
+    shape = Shape(about.head_dim, about.kv_heads, about.q_heads, FORMATS[about.dtype])
     rows = predicted(schemes, shape, [gpu])
     shares = {row["scheme"]: row["share"] for row in rows if row.get("share") is not None}
     if not shares:
@@ -85,9 +87,9 @@ def of_code(found: Evaluation, gpu: Gpu) -> Times:
     for one in done(found):
         parts = _parts(one, tokens)
         if parts is not None and one.scheme in shares:
-            reads = _packed(parts) / shares[one.scheme] + parts.window / share_on(gpu, {})
+            reads = _packed(parts) / shares[one.scheme] + _exact(found, parts) / share_on(gpu, {})
             times[one.scheme] = reads / gpu.bandwidth * MICRO
-    return Times(gpu.name, tokens, "predicted from machine code", times)
+    return Times(gpu.name, tokens, f"predicted from machine code of {shape.dtype}", times)
 
 
 def plot(found: Evaluation, times: Times) -> Drawn | None:
@@ -127,3 +129,8 @@ def _parts(one: SchemeResult, tokens: int) -> Parts | None:
 def _packed(parts: Parts) -> int:
     """Bytes of packed tokens that attention reads: no padding, nothing reserved."""
     return parts.code + parts.metadata + parts.index
+
+
+def _exact(found: Evaluation, parts: Parts) -> float:
+    """Bytes of exact rows in 16 bits."""
+    return parts.window / (2 if found.about_model.dtype == "float32" else 1)
