@@ -113,7 +113,7 @@ def main() -> None:
         text = page(row["name"], ALL[row["name"]], row)
         (given.out / f"{row['name']}.md").write_text(text, encoding="utf-8")
     (given.out / "index.md").write_text(index(listed), encoding="utf-8")
-    print(f"{len(listed)} pages: {given.out}")
+    print(f"pages of {len(listed)} schemes: {given.out}")
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def _measured(found: Evaluation) -> Section:
         ("text", f"{text.name}, sha256 {text.sha256}"),
         ("tokens", f"{text.tokens}, scored from {text.scored_from}"),
         ("seed", str(found.settings.get("seed"))),
-        *((f"version of {name}", version) for name, version in found.versions.items()),
+        *((f"version of {name}", str(version)) for name, version in found.versions.items()),
         ("command", command(found)),
     ]
     asked = [(name, _said(value)) for name, value in found.settings.items()]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvdsl.evaluation.results import Cell, Evaluation, Grid
-from kvdsl.evaluation.tables import done, retrievals
+from kvdsl.evaluation.tables import done, finite, retrievals
 
 from .report_svg import FAINT, Drawn, canvas, listed, short, svg_of
 
@@ -66,6 +66,7 @@ def _number(row: Sequence[float | None], head: int) -> float:
 def keys(found: Evaluation, task: str) -> Drawn | None:
     """Share of answers that are exact by length and depth, full precision first."""
     known = [(one.scheme, some.cells) for one in done(found) for name, some in retrievals(one) if name == task]
+    known = [(name, tuple(cell for cell in cells if finite(cell.depth))) for name, cells in known]
     known = [(name, cells) for name, cells in known if cells]
     if not known:
         return None

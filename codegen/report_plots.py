@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvdsl.evaluation.results import Evaluation, Interval
-from kvdsl.evaluation.tables import done, finite
+from kvdsl.evaluation.tables import done, finite, shown
 
 from .report_svg import FAINT, INK, MARKERS, SERIES, Drawn, canvas, listed, short, svg_of
 
@@ -189,24 +189,30 @@ def lengths(found: Evaluation) -> Drawn | None:
     if not rows:
         return None
     tokens = sorted({size.tokens for _, sizes in rows for size in sizes})
-    last = listed([f"{one.scheme} {sizes[-1].bits:.2f}" for one, sizes in rows])
+    last = listed([f"{one.scheme} {shown(sizes[-1].bits, '.2f')}" for one, sizes in rows])
     alt = f"Bits an element by tokens of a sequence, from {tokens[0]} to {tokens[-1]}; at the longest: {last}."
     columns = 1 + (len(rows) - 1) // 20
     with canvas(7.6 + 1.6 * columns, 4.4, "lengths") as figure:
         axes = figure.subplots()
         axes.grid(True)
-        for number, (one, sizes) in enumerate(rows):
+        lines = []
+        for number, (_, sizes) in enumerate(rows):
             colour, marker = SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)]
             at = [size.tokens for size in sizes]
             style: dict[str, Any] = dict(color=colour, linewidth=1.2)
-            axes.plot(at, [s.bits for s in sizes], marker=marker, markersize=4.5, label=short(one.scheme), **style)
-            axes.plot(at, [s.counted.mean for s in sizes], linestyle=":", **style)
+            lines += axes.plot(at, [_or_nan(s.bits) for s in sizes], marker=marker, markersize=4.5, **style)
+            axes.plot(at, [_or_nan(s.counted.mean) for s in sizes], linestyle=":", **style)
         axes.set_xscale("log", base=2)
         axes.set_xticks(tokens, [str(n) for n in tokens])
         axes.set_ylim(bottom=0)
         axes.set_xlabel("tokens of a sequence")
         axes.set_ylabel("bits an element")
-        figure.legend(loc="outside right upper", fontsize=8, ncols=columns)
+        names = [short(one.scheme) for one, _ in rows]
+        figure.legend(lines, names, loc="outside right upper", fontsize=8, ncols=columns)
         svg = svg_of(figure, "lengths", alt)
     about = "lines: all bytes that are held, what is reserved included; dots: what the spec counts"
     return Drawn("lengths", "Bits by context length", about, alt, svg)
+
+
+def _or_nan(number: float | None) -> float:
+    return math.nan if number is None else number

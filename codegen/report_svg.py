@@ -80,14 +80,18 @@ def svg_of(figure: Any, name: str, alt: str) -> Html:
 
 
 def adopted(svg: str, name: str, alt: str) -> Html:
-    """SVG as matplotlib writes it, for a page that holds several: without prolog, with ids and colours of the page."""
+    """SVG as matplotlib writes it, for a page that holds several: without prolog, with ids and colours of the page.
+    What stands between tags, names of schemes, stays as it is."""
     svg = re.sub(r"<!--.*?-->", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(r'\bid="([^"]*)"', rf'id="{name}-\1"', svg)
-    svg = re.sub(r'\bhref="#', f'href="#{name}-', svg).replace("url(#", f"url(#{name}-")
-    svg = re.sub(r"font-family: [^;\"]*; ", "", svg)  # the page has its own
-    svg = re.sub(r"\s*\n\s*", "\n", svg)
-    svg = re.sub("#[0-9a-f]{6}", lambda found: _coloured(found[0]), svg)
+    svg = re.sub(r"\s*\n\s*", "\n", re.sub("<[^>]*>", lambda tag: _adopted(tag[0], name), svg))
     return Html(svg.strip().replace("<svg", f'<svg role="img" aria-label="{escape(alt)}"', 1))
+
+
+def _adopted(tag: str, name: str) -> str:
+    tag = re.sub(r'\bid="([^"]*)"', rf'id="{name}-\1"', tag)
+    tag = re.sub(r'\bhref="#', f'href="#{name}-', tag).replace("url(#", f"url(#{name}-")
+    tag = re.sub(r"font-family: [^;\"]*; ", "", tag)  # the page has its own
+    return re.sub("#[0-9a-f]{6}", lambda found: _coloured(found[0]), tag)
 
 
 def _coloured(colour: str) -> str:

@@ -151,6 +151,14 @@ def test_names_and_texts_are_escaped(page: str, seen: Seen) -> None:
     assert element("b", "<i>", Html("<i>"), title='"') == '<b title="&quot;">&lt;i&gt;<i></b>'
 
 
+def test_names_that_look_like_what_a_plot_is_made_of_stay_as_they_are() -> None:
+    names = ("#1c1c21", "_hidden", 'id="x" url(#y)')
+    drawn = report_plots.lengths(evaluation(*(result(name, 3.0, 0.1) for name in names)))
+    assert drawn is not None
+    texts = [unescape(text) for text in re.findall("<text[^>]*>([^<]*)</text>", drawn.svg)]
+    assert set(names) <= set(texts)
+
+
 def test_the_page_is_the_same_each_time(page: str) -> None:
     assert report.page(Evaluation.from_dict(json.loads(json.dumps(evaluation().to_dict())))) == page
 
@@ -257,6 +265,9 @@ def test_the_command_makes_the_page_from_results_alone(tmp_path: Path, capsys: C
 def test_what_is_no_result_is_refused(tmp_path: Path, capsys: Captured) -> None:
     (tmp_path / "no.json").write_text("{}")
     (tmp_path / "cut.json").write_text("{")
+    wrong = evaluation().to_dict()
+    wrong["results"][0]["tasks"]["perplexity"]["kl"] = "much"
+    (tmp_path / "wrong.json").write_text(json.dumps(wrong))
     folder = tmp_path / "some"
     folder.mkdir()
     written(folder, evaluation())
@@ -264,6 +275,7 @@ def test_what_is_no_result_is_refused(tmp_path: Path, capsys: Captured) -> None:
         ([str(tmp_path)], "results.json"),
         ([str(tmp_path / "no.json")], "give a document that `kvdsl eval` wrote"),
         ([str(tmp_path / "cut.json")], "give a results.json"),
+        ([str(tmp_path / "wrong.json")], "'much' is no float"),
         ([str(folder), "--gpu", "T4"], "gpu: 'T4' is none of"),
     ):
         assert run(["report", *arguments]) == 2

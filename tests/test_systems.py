@@ -45,7 +45,7 @@ def test_pages_are_written_with_one_that_leads_to_them(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["systems.py", "kivi4", "--out", str(tmp_path)])
     systems["main"]()
-    assert capsys.readouterr().out == f"1 pages: {tmp_path}\n"
+    assert capsys.readouterr().out == f"pages of 1 schemes: {tmp_path}\n"
     assert {path.name for path in tmp_path.iterdir()} == {"kivi4.md", "index.md"}
     assert "| [kivi4](kivi4.md) | KIVI | 5.000 | 5.000 | 5.000 |" in (tmp_path / "index.md").read_text()
     monkeypatch.setattr(sys, "argv", ["systems.py", "nonsense"])

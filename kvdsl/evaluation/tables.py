@@ -88,7 +88,9 @@ def bits(found: Evaluation) -> Sheet:
     lengths = list(dict.fromkeys(size.tokens for _, storage in known for size in storage.sizes))
     rows = []
     for name, storage in known:
-        sizes = {size.tokens: f"{size.bits:.2f} ({size.counted.mean:.2f})" for size in storage.sizes}
+        sizes = {
+            size.tokens: f"{shown(size.bits, '.2f')} ({shown(size.counted.mean, '.2f')})" for size in storage.sizes
+        }
         rows.append((name, *(sizes.get(tokens, "") for tokens in lengths)))
     head = "bits, all bytes held (counted)"
     return Sheet("bits an element by tokens of a sequence", (head, *map(str, lengths)), tuple(rows))
@@ -97,7 +99,7 @@ def bits(found: Evaluation) -> Sheet:
 def keys_found(found: Evaluation, task: str) -> Sheet:
     """Share of answers that are exact, and their loss, by length and depth."""
     known = [(one.scheme, keys) for one in done(found) for name, keys in retrievals(one) if name == task]
-    places = sorted({(cell.length, cell.depth) for _, keys in known for cell in keys.cells})
+    places = sorted({(cell.length, cell.depth) for _, keys in known for cell in keys.cells if finite(cell.depth)})
     rows = []
     if known:
         cells = {
