@@ -36,7 +36,7 @@ from .arguments import (
     several,
     text_of,
 )
-from .cli_eval import evaluate
+from .cli_eval import evaluate, report
 
 if TYPE_CHECKING:
     from kvdsl.shape import Shape
@@ -310,6 +310,7 @@ def generate(
 
 
 app.command("eval")(evaluate)
+app.command("report")(report)
 
 
 @app.command()

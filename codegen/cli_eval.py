@@ -1,4 +1,4 @@
-"""`kvdsl eval`: its options, and in which order things are refused."""
+"""`kvdsl eval` and `kvdsl report`: their options, and in which order things are refused."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def evaluate(
     backend: Annotated[BackendName | None, typer.Option(help="triton or torch; default by the model's device")] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="keeps what is measured as it comes; go on where it ends; results.json"),
+        typer.Option(
+            metavar="FOLDER", help="keeps what is measured as it comes; go on where it ends; results.json, report.html"
+        ),
     ] = None,
     workers: Annotated[
         int, typer.Option(help="processes that share the schemes, each with a model in memory", min=1)
@@ -48,7 +50,7 @@ def evaluate(
     """How good a model is through packed caches, beside full precision: perplexity and divergence of a text, keys
     found in prompts, passages copied, greedy agreement, errors layer by layer, bytes by what they hold."""
     from .eval_workers import kept, measured_by, repeated
-    from .evaluating import found_by, settings_of, told
+    from .evaluating import RESULTS, found_by, reported, settings_of, told
 
     schemes = several("eval", names, all_)
     with of_a_model():
@@ -64,10 +66,39 @@ def evaluate(
             found = found_by(schemes, model, text, asked, folder, say, written=not rows_only, **given)
     if rows_only:
         return
+    report = None if out is None else reported(out)
     if json:
         answer.document(found.to_dict())
         return
     tables, lines = told(found)
     for table in tables:
         answer.table(table)
-    answer.lines(lines if out is None else [*lines, f"results   {out / 'results.json'}"])
+    if out is not None:
+        lines += [f"results   {out / RESULTS}", *([f"report    {report}"] if report else [])]
+    answer.lines(lines)
+
+
+def report(
+    results: Annotated[Path, typer.Argument(metavar="FOLDER", help="of `kvdsl eval --out`, or a results.json")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="the page to write; default report.html beside the results")
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="A100, H100, H200 or B200: predicts times from machine code compiled here"),
+    ] = None,
+    json: AsJson = False,
+) -> None:
+    """The report of an evaluation from its results alone: one page of HTML with plots and tables, which loads
+    nothing."""
+    from .report import REPORT, needed, read, write
+
+    needed()
+    with of_a_model(), answer.progress("drawing"):
+        found = read(results)
+        path = out if out is not None else (results if results.is_dir() else results.parent) / REPORT
+        write(found, path, gpu=gpu)
+    if json:
+        answer.document({"report": str(path), "schemes": [one.scheme for one in found.results]})
+    else:
+        print(f"report    {path}")

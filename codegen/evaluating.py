@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,9 @@ from .running import quiet
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from kvdsl.evaluation.results import Evaluation, SchemeResult
+    from kvdsl.evaluation.results import Evaluation
     from kvdsl.evaluation.settings import Settings
+    from kvdsl.evaluation.tables import Sheet
 
 RESULTS = "results.json"
 
@@ -79,6 +80,21 @@ def found_by(
     return found
 
 
+def reported(out: Path) -> Path | None:
+    """Write the report of a folder's results beside them: where it is.  None, said on stderr, where what draws it is
+    not installed."""
+    from kvdsl.extras import MissingExtra
+
+    from .report import REPORT, read, write
+
+    try:
+        write(read(out), out / REPORT)
+    except MissingExtra as error:
+        answer.complain(f"no report is drawn: {error}; then: kvdsl report {out}")
+        return None
+    return out / REPORT
+
+
 def _text(path: Path | None) -> tuple[str, str]:
     """A text and its name: of a file, or of one that kvdsl.models.text knows."""
     from kvdsl.models import text as texts
@@ -92,66 +108,19 @@ def _text(path: Path | None) -> tuple[str, str]:
 
 def told(found: Evaluation) -> tuple[list[Table], list[str]]:
     """Tables for the terminal, a row a scheme: what is lost, and bits over lengths; then how it was measured."""
-    done = [one for one in found.results if one.refused is None]
-    lines = [f"note      {note}" for note in found.notes]
-    for one in found.results:
-        if one.refused is not None:
-            first, *others = one.refused.splitlines()
-            lines.append(f"left out  {one.scheme}: {first}" + (f"; and {len(others)} more" if others else ""))
-    return ([_losses(found, done), _bits(done)] if done else []), lines
+    from kvdsl.evaluation.tables import bits, losses, remarks
+
+    first, second = losses(found), bits(found)
+    tables = [_table(first, first.title), _table(second)] if first.rows else []
+    return tables, [f"{kind:8s}  {text}" for kind, text in remarks(found)]
 
 
-def _losses(found: Evaluation, done: list[SchemeResult]) -> Table:
+def _table(sheet: Sheet, title: str | None = None) -> Table:
     from rich.table import Table
 
-    rows = [dict(_cells(one, full=False)) for one in done]
-    heads = [*rows[0]]
-    title = f"{found.model}, {found.text}"
-    table = Table("scheme", "bits", *heads, title=title)
+    table = Table(*sheet.heads, title=title)
     for column in table.columns[1:]:
         column.justify = "right"
-    table.add_row("full precision", "", *(dict(_cells(done[0], full=True)).get(head, "") for head in heads))
-    for one, row in zip(done, rows, strict=True):
-        table.add_row(one.scheme, "" if one.bits is None else f"{one.bits:.3f}", *row.values())
-    return table
-
-
-def _cells(one: SchemeResult, *, full: bool) -> Iterator[tuple[str, str]]:
-    """The columns of the tasks that were asked: (head, cell), of a scheme or of full precision beside it."""
-    tasks = one.tasks
-    if (text := tasks.perplexity) is not None:
-        number, around = (text.full_perplexity, text.full_interval) if full else (text.perplexity, text.interval)
-        yield "perplexity", f"{number:.2f}" + (f" ({around[0]:.1f} to {around[1]:.1f})" if around else "")
-        if not full:
-            yield "delta", f"{text.delta:+.2f}"
-            yield "KL", _with_error(text.kl, text.kl_error)
-            yield "same", f"{text.same:.0%}"
-    for name, keys in (("passkey", tasks.passkey), ("needle", tasks.needle)):
-        if keys is not None:
-            exact, nll = (keys.full_exact, keys.full_nll) if full else (keys.exact, keys.nll)
-            yield name, f"{exact:.0%}, {nll:.2f}"
-    if (copy := tasks.copy) is not None:
-        yield "copy", f"{copy.full_accuracy if full else copy.accuracy:.0%}"
-    if (more := tasks.greedy) is not None and not full:
-        yield "greedy", f"{more.same:.0%}, first {more.first:.1f}"
-    if (layers := tasks.layers) is not None and not full:
-        told = [x for x in (layers.mean_output, layers.mean_score) if x is not None]
-        yield "error of outputs, scores", ", ".join(f"{x:.3f}" for x in told)
-
-
-def _with_error(number: float, error: float | None) -> str:
-    return f"{number:.4f}" + (f" ± {error:.4f}" if error is not None else "")
-
-
-def _bits(done: list[SchemeResult]) -> Table:
-    """Bits an element: all bytes of a sequence so long, and beside them what the spec counts."""
-    from rich.table import Table
-
-    known = [(one.scheme, one.storage) for one in done if one.storage is not None]
-    lengths = [size.tokens for size in known[0][1].sizes]
-    table = Table("bits, all bytes held (counted)", *map(str, lengths))
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for name, storage in known:
-        table.add_row(name, *(f"{size.bits:.2f} ({size.counted.mean:.2f})" for size in storage.sizes))
+    for row in sheet.rows:
+        table.add_row(*row)
     return table

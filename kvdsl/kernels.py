@@ -166,6 +166,11 @@ class KernelSet:
     page_bytes: int
     module: Module
 
+    def _repr_html_(self) -> str:
+        from .notebook import of_kernels
+
+        return of_kernels(self)
+
     def pack(self, side: Side, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor,
              reach: tuple[int, int], pool: Tensor, table: Tensor, params: Params,
              places: Places | None = None) -> None:  # fmt: skip

@@ -89,6 +89,11 @@ class Scheme(Part):
 
         refuse(self, given)
 
+    def _repr_html_(self) -> str:
+        from .notebook import of_scheme
+
+        return of_scheme(self)
+
     def side(self, name: Side) -> Store:
         """The store of one side."""
         return self.keys if name == "keys" else self.values

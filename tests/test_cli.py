@@ -249,6 +249,7 @@ def test_every_command_has_a_help_text(capsys: Captured) -> None:
         "tune",
         "generate",
         "eval",
+        "report",
         "calibrate",
         "search",
         "doctor",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +57,30 @@ def test_the_document_has_what_scripts_read(asked: list[str], capsys: Captured) 
 
 
 def test_a_folder_keeps_rows_and_results(asked: list[str], tmp_path: Path, capsys: Captured) -> None:
+    pytest.importorskip("matplotlib")
     capsys.readouterr()
     out = tmp_path / "new" / "folder"
     command = ["kivi2", *asked, *FEW, "--tasks", "perplexity", "--out", str(out)]
     assert run(["eval", *command]) == 0
     told = capsys.readouterr().out
     assert all(word in told for word in ("full precision", "kivi2", "perplexity", "KL", "bits, all bytes held", "note"))
-    assert str(out / "results.json") in told.replace("\n", "")
+    assert all(str(out / name) in told.replace("\n", "") for name in ("results.json", "report.html"))
+    assert "</html>" in (out / "report.html").read_text()
     rows = (out / "rows.jsonl").read_text()
     found = document(capsys, *command)
     assert json.loads((out / "results.json").read_text()) == found and (out / "rows.jsonl").read_text() == rows
+
+
+def test_results_are_kept_where_no_report_can_be_drawn(
+    asked: list[str], tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    capsys.readouterr()
+    assert run(["eval", "kivi2", *asked, *FEW, "--tasks", "perplexity", "--out", str(tmp_path), "--json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out) == json.loads((tmp_path / "results.json").read_text())
+    assert said.err.startswith("kvdsl: no report is drawn: matplotlib is not installed; run: pip install 'kvdsl[plot]'")
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_an_interruption_says_what_is_kept(

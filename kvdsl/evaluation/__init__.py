@@ -10,6 +10,7 @@ storage    bytes by what they hold, over lengths
 rows       what is measured already, kept in a file
 summary    rows put together, with intervals
 results    what comes out, there and back as JSON
+tables     the same as tables of text
 run        all of it
 harness    the same for tasks of lm-evaluation-harness
 """

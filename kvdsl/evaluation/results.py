@@ -303,6 +303,11 @@ class Evaluation:
         told: dict[str, Any] = _plain(self)
         return told
 
+    def _repr_html_(self) -> str:
+        from kvdsl.notebook import of_evaluation
+
+        return of_evaluation(self)
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """What `to_dict` gave, also behind JSON.  ValueError for what is no such document."""
@@ -324,17 +329,22 @@ def _plain(value: Any) -> Any:
 
 
 def made(kind: Any, data: Any) -> Any:
-    """A value of an annotated type from plain ones."""
+    """A value of an annotated type from plain ones.  TypeError, AttributeError or KeyError for what is none; None may
+    stand for a float, as JSON has it for what is not finite."""
     origin = typing.get_origin(kind)
-    if data is None or kind is Any:
+    if kind is Any or (data is None and kind is float):
         return data
     if origin in (typing.Union, types.UnionType):
         kind = next(one for one in typing.get_args(kind) if one is not type(None))
-        return made(kind, data)
+        return None if data is None else made(kind, data)
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         return kind(**{name: made(hints[name], value) for name, value in data.items()})  # type: ignore[operator]
     if origin is tuple:
         inner = typing.get_args(kind)[0]
         return tuple(made(inner, x) for x in data)
-    return dict(data) if origin is dict else data
+    if origin is dict:
+        return dict(data)
+    if not isinstance(data, (int, float) if kind is float else kind):
+        raise TypeError(f"{data!r} is no {kind.__name__}")
+    return data
