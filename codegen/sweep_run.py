@@ -6,6 +6,7 @@ import hashlib
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from kvdsl.evaluation.settings import Settings
     from kvdsl.generation import Loaded
 
+TOKENS, BATCH = 32768, 8  # of the predicted time
 TOGETHER = 8  # members measured before the file is written: they share the full-precision run of a prompt
 Say = Callable[[str], None]
 Asked = Grid | Mapping[str, Any] | Iterable[Scheme | str] | str | Path
@@ -76,8 +78,8 @@ def sweep(
     workers: int = 1,
     engine: str = "local",
     gpu: str = "H100",
-    tokens: int = 32768,
-    batch: int = 8,
+    tokens: int = TOKENS,
+    batch: int = BATCH,
     compiled: bool = True,
     backend: Backend | None = None,
     device: str | None = None,
@@ -123,22 +125,20 @@ def sweep(
                 else:
                     file.add(place, result)
         shape = asked_of(run.shape)
-        bare = [one.scheme for one in file.read().members if one.figures.get("microseconds") is None]
+        bare = [each.scheme for each in file.read().members if each.figures.get("microseconds") is None]
         shares = compiled_shares(bare, shape, run.layers, on, say) if compiled else {}
-        for one in bare:
+        for scheme in bare:
             options: dict[str, Any] = {"tokens": tokens, "batch": batch, "gpu": on, "compiled": shares}
-            file.say(one.hash, predicted_time(one, shape, run.layers, **options))
+            file.say(scheme.hash, predicted_time(scheme, shape, run.layers, **options))
         return _named(file.read(), members, left, None if out is None else path)
 
 
 def _named(found: Sweep, members: Sequence[Member], left: Sequence[LeftOut], path: Path | None) -> Sweep:
     """Of a file that may hold more what was asked, under the names that it was asked by."""
-    from dataclasses import replace
-
     by_hash = {one.scheme.hash: one for one in found.members}
     mine = [(one, by_hash[one.scheme.hash]) for one in members if one.scheme.hash in by_hash]
     shown = tuple(replace(known, name=one.name, axes=one.axes) for one, known in mine)
-    names = {one.name for one in (*members, *left)} - {one.name for one in shown}
+    names = {one.name for one in members} | {one.name for one in left}
     return Sweep(found.about, shown, tuple(one for one in found.left_out if one.name in names), path)
 
 

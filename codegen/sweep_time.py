@@ -2,9 +2,9 @@
 
     time = sum over layers of packed bytes / (share * limit) + exact bytes / (0.93 * limit)
 
-limit is what a reading kernel reaches on the GPU, share what roofline.py says of the decode kernel's main loop.  Where a
-kernel was not compiled its share is that of a loop without any work, 0.93, and the time says bytes alone.  Latency, the
-merge and the launch are not in it: it orders schemes at lengths at which reading is what counts.
+limit is what a reading kernel reaches on the GPU, share what roofline.py says of the decode kernel's main loop.  Where
+a kernel was not compiled its share is that of a loop without any work, 0.93, and the time says bytes alone.  Latency,
+the merge and the launch are not in it: it orders schemes at lengths at which reading is what counts.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def predicted_time(
 def compiled_shares(
     schemes: Sequence[Scheme], shape: Shape, layers: int, gpu: Gpu, say: Callable[[str], None] = lambda _: None
 ) -> dict[tuple[Scheme, Shape], float]:
-    """The share of every kernel that schemes are read by, compiled here for the GPU; those that are not, are missing."""
+    """The share of every kernel that schemes are read by, compiled here; what does not compile is missing."""
     wanted = dict.fromkeys(
         (one.scheme, one.shape)
         for scheme in schemes

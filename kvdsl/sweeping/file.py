@@ -34,7 +34,7 @@ create table if not exists left_out (name text primary key, why text not null);
 create view if not exists figures as
     select name, hash, measure, value from measures join members using (hash) order by place;
 """
-ASKED = ("model", "digest", "text", "sha256", "settings", "shape", "layers", "backend")
+ASKED = ("model", "digest", "text", "sha256", "settings", "shape", "layers", "backend", "versions")
 """What a file is of: figures under another one do not stand beside them."""
 PREDICTED = ("gpu", "tokens", "batch")
 """What predictions in it are of: under another one they are made anew."""
@@ -76,9 +76,10 @@ class SweepFile:
         plain = json.loads(json.dumps(dict(about)))
         for name in ASKED if known else ():
             if known.get(name) != plain.get(name):
+                before, now = _apart(known.get(name), plain.get(name))
                 raise ValueError(
-                    f"out: {self.path} is of a sweep with another {name}, {known.get(name)} and not {plain.get(name)}; "
-                    "ask the same again, or give another file"
+                    f"out: {self.path} is of another sweep, its {name} {before} and not {now}; ask the same again, or "
+                    "give another file"
                 )
         with self._open() as file:
             if known and any(known.get(name) != plain.get(name) for name in PREDICTED):
@@ -99,6 +100,7 @@ class SweepFile:
             file.execute("insert or replace into members values (?, ?, ?, ?, ?)", row)
             file.executemany("insert or replace into measures values (?, ?, ?)", _rows(key, one.figures))
             file.executemany("insert or replace into windows values (?, ?, ?)", _rows(key, one.windows))
+            file.execute("delete from left_out where name = ?", (one.name,))
 
     def say(self, key: str, figures: Mapping[str, float | None]) -> None:
         """More figures of a member that is there."""
@@ -125,6 +127,14 @@ class SweepFile:
             for key, name, spec, axes in rows
         )
         return Sweep(self.about(), members, left, self.path)
+
+
+def _apart(before: Any, now: Any) -> tuple[Any, Any]:
+    """Two values, of tables what differs."""
+    if not isinstance(before, Mapping) or not isinstance(now, Mapping):
+        return before, now
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return {name: before.get(name) for name in names}, {name: now.get(name) for name in names}
 
 
 def _rows(key: str, told: Mapping[Any, float | None]) -> list[tuple[str, Any, float | None]]:

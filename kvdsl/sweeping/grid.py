@@ -103,9 +103,10 @@ class Grid:
         for one in self._made(count, sample, seed, reached):
             if isinstance(one, LeftOut):
                 left.append(one)
-            elif (known := seen.setdefault(one.scheme.hash, one.name)) == one.name:
+            elif one.scheme.hash not in seen:
+                seen[one.scheme.hash] = one.name
                 found.append(one)
-            else:
+            elif (known := seen[one.scheme.hash]) != one.name:
                 left.append(LeftOut(one.name, f"it is the same scheme as {known}"))
         if missed := [place for place, was in reached.items() if not was and count]:
             raise ValueError(f"axes: no base has a place {missed[0]!r}; `kvdsl show NAME --stage scheme` has them all")

@@ -49,16 +49,16 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "per_tensor": per_tensor,
     "per_token": per_token,
 }
-_TOKENS = {"recent": Recent, "sinks": Sinks}
+_TOKENS: dict[str, Callable[[int], Part]] = {"recent": Recent, "sinks": Sinks}
 _LONGEST = 2000  # characters
 
 
 def value(place: str, told: Any, now: Any = None) -> Any:
     """What stands at a place of a spec for what a grid says; `now` is what stands there in the base.
 
-    recent, sinks: a number of tokens, 0 for none.  transform: none, a word of TRANSFORMS, or a list of them.  A table is
-    a part as in a TOML spec, a call one as in Python; "none" is nothing.  All else is as it is.  SchemeError for what is
-    none of these.
+    recent, sinks: a number of tokens, 0 for none.  transform: none, a word of TRANSFORMS, or a list of them.  A table
+    is a part as in a TOML spec, a call one as in Python; "none" is nothing.  All else is as it is.  SchemeError for
+    what is none of these.
     """
     field = place.rpartition(".")[2]
     if isinstance(told, Part):
@@ -70,7 +70,7 @@ def value(place: str, told: Any, now: Any = None) -> Any:
     if field in _TOKENS and type(told) is int:
         if told == 0:
             return None
-        return now.with_(tokens=told) if isinstance(now, _TOKENS[field]) else _TOKENS[field](told)
+        return now.with_(tokens=told) if isinstance(now, Part) else _TOKENS[field](told)
     if not isinstance(told, str):
         return told
     if told == NONE:
