@@ -133,7 +133,7 @@ def test_a_cluster_comes_to_the_same(
 def test_a_task_gives_the_rows_that_are_not_known(asked: list[str]) -> None:
     few = Settings(tasks=("perplexity",), windows=1, context=70, score=6, chunk=3, sizes=(64,))
     specs = {"token2": load("token2").to_json()}
-    told = {"schemes": specs, "model": asked[1], "text": TEXT, "settings": few.to_dict()}
+    told: dict[str, Any] = {"schemes": specs, "model": asked[1], "text": TEXT, "settings": few.to_dict()}
     told |= {"backend": None, "device": None}
     first = sweep_engines.rows_of(told, "")
     assert first.count("\n") == 2 and sweep_engines.rows_of(told, first) == ""

@@ -91,6 +91,19 @@ def test_equal_schemes_are_measured_once_and_places_may_move_together() -> None:
     assert {one.why for one in left} == {f"it is the same scheme as {one.name}" for one in found}
 
 
+def test_bits_are_of_the_code_that_another_axis_chose() -> None:
+    codes = ["Uniform(2)", "Codebook(2, 'normal')", "Sketch(64)"]
+    axes = {"bits": [2, 3], "keys.code": codes, "keys.scale": ["none", "per_token()"], "keys.code.dim": [128]}
+    found, left = Grid.of({"base": "token2", "axes": axes}).members()
+    assert {one.scheme.keys.code for one in found} == {Sketch(128)} and len(found) == 2
+    assert [one.scheme.values.code for one in found] == [Uniform(2), Uniform(3)]
+    del axes["keys.code.dim"]
+    found, left = Grid.of({"base": "token2", "axes": axes}).members()
+    told = [one.scheme.keys.code for one in found if one.scheme.keys.scale is not None]
+    assert told == [Uniform(2), Codebook(2, "normal"), Uniform(3), Codebook(3, "normal")]
+    assert any("leave scale out" in one.why for one in left)
+
+
 def test_a_sample_is_drawn_by_its_seed() -> None:
     grid = Grid.of({"base": "token2", "axes": {"bits": [2, 3, 4], "recent": [*range(0, 512, 16)]}})
     drawn = [[one.name for one in grid.members(5, seed)[0]] for seed in (0, 0, 1)]

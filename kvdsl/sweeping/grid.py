@@ -24,6 +24,7 @@ from typing import Any, Self
 
 from kvdsl.errors import SchemeError
 from kvdsl.kinds import closest
+from kvdsl.part import Part
 from kvdsl.registry import load, name_of
 from kvdsl.scheme import Scheme
 
@@ -134,13 +135,19 @@ class Grid:
         for place, told in chosen:
             for one, single in _single(place, told):
                 changes[one] = value(one, single, _at(scheme, one))
-                reached[place] |= _has(scheme, one, changes[one])
+        # whole parts first: `bits` then is of a code that another axis chose
+        changes = dict(sorted(changes.items(), key=lambda item: (not isinstance(item[1], Part), item[0].count("."))))
         try:
-            return Member(name, scheme.with_(**changes, **({"source": name} if axes else {})), axes)
-        except SchemeError as error:
-            return LeftOut(name, "; ".join(map(str, error.faults)))
-        except TypeError as error:  # a place that this base lacks
+            made = scheme.with_(**changes, **({"source": name} if axes else {}))
+        except TypeError as error:  # a place that this combination lacks
+            for place, told in chosen:
+                reached[place] |= all(_has(scheme, one, changes[one]) for one, _ in _single(place, told))
             return LeftOut(name, str(error))
+        except SchemeError as error:
+            reached.update(dict.fromkeys(reached, True))
+            return LeftOut(name, "; ".join(map(str, error.faults)))
+        reached.update(dict.fromkeys(reached, True))
+        return Member(name, made, axes)
 
 
 def worded(told: Any) -> str:
