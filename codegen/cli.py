@@ -37,6 +37,7 @@ from .arguments import (
     text_of,
 )
 from .cli_eval import evaluate, report
+from .cli_sweep import recommend, sweep
 
 if TYPE_CHECKING:
     from kvdsl.shape import Shape
@@ -311,6 +312,8 @@ def generate(
 
 app.command("eval")(evaluate)
 app.command("report")(report)
+app.command()(sweep)
+app.command()(recommend)
 
 
 @app.command()

@@ -51,14 +51,19 @@ def measured_by(
     """
     assert folder is not None
     folder.mkdir(parents=True, exist_ok=True)
-    threads = max(1, (os.cpu_count() or 1) // processes)
+    command = ["-m", "kvdsl", "eval", *options, "--rows-only"]
+    run_all([[*command, *some] for some in share(names, processes)], folder, say)
+
+
+def run_all(commands: Sequence[Sequence[str]], folder: Path, say: Callable[[str], None]) -> None:
+    """Run Python with each of these arguments, side by side, until all are done; rows go to the folder's file."""
+    threads = max(1, (os.cpu_count() or 1) // max(1, len(commands)))
     paths = [str(Path(kvdsl.__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-m", "kvdsl", "eval", *options, "--rows-only"]
     nowhere = subprocess.DEVNULL
     running = [
-        subprocess.Popen([*command, *some], env=environment, stdout=nowhere, stderr=nowhere)
-        for some in share(names, processes)
+        subprocess.Popen([sys.executable, *command], env=environment, stdout=nowhere, stderr=nowhere)
+        for command in commands
     ]
     try:
         while any(one.poll() is None for one in running):

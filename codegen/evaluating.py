@@ -64,7 +64,7 @@ def found_by(
     from kvdsl.evaluation.run import evaluate
     from kvdsl.evaluation.settings import ROWS
 
-    words, name = _text(text)
+    words, name = named_text(text)
     quiet()
     options: dict[str, Any] = dict(settings=settings, backend=backend, out=out, leave_out=leave_out, say=say)
     try:
@@ -95,7 +95,7 @@ def reported(out: Path) -> Path | None:
     return out / REPORT
 
 
-def _text(path: Path | None) -> tuple[str, str]:
+def named_text(path: Path | None) -> tuple[str, str]:
     """A text and its name: of a file, or of one that kvdsl.models.text knows."""
     from kvdsl.models import text as texts
 

@@ -24,6 +24,8 @@ _PLACES = {
     "hf": ("cache", "use"),
     "search_maps": ("search",),
     "evaluation": ("evaluate",),
+    "codegen.sweep_run": ("sweep",),
+    "codegen.recommending": ("recommend",),
     "kernels": ("AttentionState", "KernelSet"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _PLACES.items() for name in names}

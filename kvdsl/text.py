@@ -139,6 +139,15 @@ def from_dict(tree: Mapping[str, Any]) -> Scheme:
     return scheme
 
 
+def part_of(tree: Mapping[str, Any], place: str) -> Part:
+    """The part that a tree describes, where it stands at this place of a spec.  Raises SchemeError as `from_dict`."""
+    found = list[Fault]()
+    part = _read(tree, place, _types(place.rpartition(".")[2]), found, 0)
+    if found or not isinstance(part, Part):
+        raise SchemeError(tuple(found) or (Fault(place, f"{said(tree)} is no part", "write one, with its `part`"),))
+    return part
+
+
 def _read(tree: Any, path: str, types: tuple[str, ...], found: list[Fault], depth: int) -> Any:
     """The part that a tree describes; anything else as it is, for the rules to judge."""
     if not isinstance(tree, Mapping):

@@ -132,5 +132,5 @@ def test_wrong_use_is_told_in_one_line(asked: list[str], tmp_path: Path, capsys:
 
 
 def test_texts_are_known_by_name() -> None:
-    words, name = evaluating._text(Path("code"))
+    words, name = evaluating.named_text(Path("code"))
     assert name == "code" and "import argparse" in words or "class ArgumentParser" in words
