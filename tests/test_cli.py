@@ -247,6 +247,8 @@ def test_every_command_has_a_help_text(capsys: Captured) -> None:
         "tune",
         "generate",
         "eval",
+        "sweep",
+        "recommend",
         "calibrate",
         "search",
         "doctor",
