@@ -250,6 +250,8 @@ def test_every_command_has_a_help_text(capsys: Captured) -> None:
         "generate",
         "eval",
         "report",
+        "sweep",
+        "recommend",
         "calibrate",
         "search",
         "doctor",
