@@ -17,10 +17,11 @@ from kvdsl.sweeping.file import SweepFile
 from kvdsl.sweeping.grid import LeftOut, Member
 from kvdsl.sweeping.results import Figured
 
+from .roofline import card
 from .searching import WRITTEN
 from .sweep_engines import refuse_engine
 from .sweep_run import BATCH, TOKENS, Measuring
-from .sweep_time import asked_of, card, compiled_shares, predicted_time
+from .sweep_time import asked_of, compiled_shares, predicted_time
 
 if TYPE_CHECKING:
     from kvdsl.evaluation.settings import Settings

@@ -19,6 +19,7 @@ from kvdsl.markup import Html, facts, table
 from . import report_maps, report_plots, report_times
 from .evaluating import RESULTS
 from .report_svg import Drawn
+from .roofline import card
 
 REPORT = "report.html"
 TEMPLATE = "report.html"
@@ -122,8 +123,8 @@ def sections(found: Evaluation, gpu: str | None) -> list[Section]:
 
 def _times(found: Evaluation, gpu: str | None) -> report_times.Times | None:
     if gpu is None:
-        return report_times.of_bytes(found, report_times.card(report_times.USUAL))
-    return report_times.of_code(found, report_times.card(gpu))
+        return report_times.of_bytes(found, card(report_times.USUAL))
+    return report_times.of_code(found, card(gpu))
 
 
 def _some(*drawn: Drawn | None) -> tuple[Drawn, ...]:

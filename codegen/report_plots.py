@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kvdsl.evaluation.results import Evaluation, Interval
 from kvdsl.evaluation.tables import done, finite, shown
+from kvdsl.search_pairs import front as places
 
 from .report_svg import FAINT, INK, MARKERS, SERIES, Drawn, canvas, listed, short, svg_of
 
@@ -26,13 +27,9 @@ class Point:
     around: Interval | None = None
 
 
-def front(points: Iterable[Point]) -> list[Point]:
+def front(points: Sequence[Point]) -> list[Point]:
     """Those that no other one beats: none costs as little or less and loses less, by rising cost."""
-    kept = list[Point]()
-    for point in sorted(points, key=lambda one: (one.cost, one.loss)):
-        if not kept or point.loss < kept[-1].loss:
-            kept.append(point)
-    return kept
+    return [points[place] for place in places([(one.cost, one.loss) for one in points])]
 
 
 def divergences(found: Evaluation, costs: dict[str, float]) -> list[Point]:

@@ -16,14 +16,13 @@ from kvdsl.evaluation.tables import Sheet, done
 
 from .report_plots import divergences, pareto
 from .report_svg import Drawn, listed
-from .roofline import CARDS, Gpu, share_on
+from .roofline import Gpu, reading_time
 
 if TYPE_CHECKING:
     from kvdsl.scheme import Scheme
     from kvdsl.shape import InputFormat
 
 USUAL = "H100"
-MICRO = 1e-6  # of a TB/s, a byte takes so many microseconds
 FORMATS: dict[str, InputFormat] = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp16"}
 
 
@@ -44,21 +43,13 @@ class Times:
         )
 
 
-def card(name: str) -> Gpu:
-    """A GPU of the table by the first word of its name.  ValueError lists them."""
-    for gpu in CARDS:
-        if gpu.name.split()[0].lower() == name.split()[0].lower():
-            return gpu
-    raise ValueError(f"gpu: {name!r} is none of {', '.join(gpu.name.split()[0] for gpu in CARDS)}; give one of these")
-
-
 def of_bytes(found: Evaluation, gpu: Gpu) -> Times | None:
     """What memory alone allows; None where no bytes were counted."""
     tokens = _longest(found)
     if tokens is None:
         return None
     times = {
-        one.scheme: (_packed(parts) + _exact(found, parts)) / (share_on(gpu, {}) * gpu.bandwidth) * MICRO
+        one.scheme: reading_time(gpu, _packed(parts) + _exact(found, parts))
         for one in done(found)
         if (parts := _parts(one, tokens)) is not None
     }
@@ -87,8 +78,8 @@ def of_code(found: Evaluation, gpu: Gpu) -> Times:
     for one in done(found):
         parts = _parts(one, tokens)
         if parts is not None and one.scheme in shares:
-            reads = _packed(parts) / shares[one.scheme] + _exact(found, parts) / share_on(gpu, {})
-            times[one.scheme] = reads / gpu.bandwidth * MICRO
+            packed = reading_time(gpu, _packed(parts), shares[one.scheme])
+            times[one.scheme] = packed + reading_time(gpu, _exact(found, parts))
     return Times(gpu.name, tokens, f"predicted from machine code of {shape.dtype}", times)
 
 

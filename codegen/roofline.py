@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 LINE = 128
+MICRO = 1e-6  # microseconds of a byte at 1 TB/s
 _REACHED = 0.93  # of the read limit by a loop with no work at all
 _SHARPNESS = 6.0  # of the bend between bound by memory and bound by instructions
 _WEIGHTS = {"alu": 2.0, "fp": 1.0, "mma": 4.0, "xu": 2.0, "mem": 5.0}
@@ -55,6 +56,19 @@ CARDS = (
 )
 GPUS = {gpu.arch: gpu for gpu in CARDS}
 """Architecture -> the GPU that one share is stated for: the last of the table."""
+
+
+def card(name: str) -> Gpu:
+    """A GPU of the table by the beginning of its name.  ValueError for none."""
+    found = [gpu for gpu in CARDS if gpu.name.lower().startswith(name.lower())]
+    if not name or not found:
+        raise ValueError(f"gpu: {name!r} is none of {', '.join(gpu.name for gpu in CARDS)}; give one of these")
+    return found[0]
+
+
+def reading_time(gpu: Gpu, nbytes: float, share: float | None = None) -> float:
+    """Microseconds that so many bytes take at a share of the read limit, by default that of a loop without any work."""
+    return nbytes / ((_REACHED if share is None else share) * gpu.bandwidth) * MICRO
 
 
 def cycles(pipes_per_line: Mapping[str, float]) -> dict[str, float]:

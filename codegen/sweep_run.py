@@ -17,8 +17,9 @@ from kvdsl.sweeping.file import SweepFile
 from kvdsl.sweeping.grid import Grid, LeftOut, Member
 from kvdsl.sweeping.results import Figured, Sweep
 
+from .roofline import card
 from .sweep_engines import measured_by, refuse_engine
-from .sweep_time import asked_of, card, compiled_shares, predicted_time
+from .sweep_time import asked_of, compiled_shares, predicted_time
 from .sweep_worker import job
 
 if TYPE_CHECKING:

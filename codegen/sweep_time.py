@@ -20,11 +20,10 @@ from kvdsl.segments import segments
 from kvdsl.shape import Shape
 from kvdsl.tier_shares import shares as token_shares
 
-from .roofline import CARDS, Gpu, share_on
+from .roofline import Gpu, reading_time, share_on
 from .static import figures
 
 TOGETHER = 4  # schemes compiled side by side
-MICROSECONDS = 1e6  # of a terabyte at a terabyte a second
 
 
 @dataclass(frozen=True)
@@ -34,14 +33,6 @@ class Stretch:
     scheme: Scheme | None
     shape: Shape
     nbytes: float
-
-
-def card(name: str) -> Gpu:
-    """A GPU of the table by the beginning of its name.  ValueError for none."""
-    found = [gpu for gpu in CARDS if gpu.name.lower().startswith(name.lower())]
-    if not name or not found:
-        raise ValueError(f"gpu: {name!r} is none of {', '.join(gpu.name for gpu in CARDS)}; give one of these")
-    return found[0]
 
 
 def stretches(scheme: Scheme, shape: Shape, layers: int, tokens: int, batch: int) -> list[Stretch]:
@@ -86,12 +77,12 @@ def predicted_time(
     compiled: Mapping[tuple[Scheme, Shape], float] | None = None,
 ) -> dict[str, float]:
     """microseconds of a step, and the share of the read limit at which its bytes come in all."""
-    reached, time, whole = share_on(gpu, {}), 0.0, 0.0
+    time, whole = 0.0, 0.0
     for one in stretches(scheme, shape, layers, tokens, batch):
-        share = reached if one.scheme is None else (compiled or {}).get((one.scheme, one.shape), reached)
-        time += one.nbytes / (share * gpu.bandwidth * MICROSECONDS)
+        share = None if one.scheme is None else (compiled or {}).get((one.scheme, one.shape))
+        time += reading_time(gpu, one.nbytes, share)
         whole += one.nbytes
-    return {"microseconds": time, "share": whole / (time * gpu.bandwidth * MICROSECONDS) if time else reached}
+    return {"microseconds": time, "share": reading_time(gpu, whole, 1.0) / time if time else share_on(gpu, {})}
 
 
 def compiled_shares(

@@ -19,6 +19,7 @@ from kvdsl.codegen import evaluating, report, report_plots, report_times
 from kvdsl.codegen.answer import finite
 from kvdsl.codegen.cli import run
 from kvdsl.codegen.report_plots import Point
+from kvdsl.codegen.roofline import card
 from kvdsl.evaluation import Evaluation
 from kvdsl.evaluation.results import Tasks
 from kvdsl.evaluation.tables import NOT_FINITE, bits, losses
@@ -217,15 +218,15 @@ def test_the_front_is_what_nothing_beats() -> None:
 
 def test_times_are_bytes_over_what_memory_gives() -> None:
     found = evaluation()
-    times = report_times.of_bytes(found, report_times.card("h200"))
+    times = report_times.of_bytes(found, card("h200"))
     assert times is not None and times.tokens == 4096 and (times.gpu, len(times.by_scheme)) == ("H200", 3)
     storage = found.results[0].storage
     assert storage is not None
     parts = storage.sizes[-1].parts
     read = parts.code + parts.metadata + parts.index + parts.window / 2  # the model is in float32
     assert times.by_scheme["kivi2"] == pytest.approx(read / (0.93 * 4.40e12) * 1e6)
-    with pytest.raises(ValueError, match="gpu: 'T4' is none of A100, H100, H200, B200"):
-        report_times.card("T4")
+    with pytest.raises(ValueError, match="gpu: 'T4' is none of A100 80 GB, H100, H200, B200"):
+        card("T4")
 
 
 def test_times_from_machine_code_are_of_schemes_known_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,13 +240,13 @@ def test_times_from_machine_code_are_of_schemes_known_by_name(monkeypatch: pytes
         lambda schemes, shape, cards: [{"scheme": name, "share": 0.5} for name in schemes],
     )
     slow, fast = (
-        report_times.of_code(found, report_times.card("H100")),
-        report_times.of_bytes(found, report_times.card("H100")),
+        report_times.of_code(found, card("H100")),
+        report_times.of_bytes(found, card("H100")),
     )
     assert list(slow.by_scheme) == ["kivi2"] and fast is not None
     assert 1.5 < slow.by_scheme["kivi2"] / fast.by_scheme["kivi2"] < 1.86
     with pytest.raises(ValueError, match="none of these schemes is known by name"):
-        report_times.of_code(evaluation(result("kvtuner", 4.0, 0.1)), report_times.card("H100"))
+        report_times.of_code(evaluation(result("kvtuner", 4.0, 0.1)), card("H100"))
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
