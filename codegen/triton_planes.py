@@ -377,7 +377,7 @@ class Planes:
         meta, size, page = self.side.layout.meta, self.plan.edge_tile, self.plan.layout.page_tokens
         if meta is None or meta.tokens % size:
             return ""
-        return f"tile * {size} % {page} // {meta.tokens}" if meta.blocks > 1 else "0"
+        return f"tile % {page // size} // {meta.tokens // size}" if meta.blocks > 1 else "0"
 
     def _number(self, plane: int, tokens: str, guard: str, block: str = "") -> list[str]:
         """n<plane> from the codes c of one plane; `block`: the token block that all tokens are of, read once."""
