@@ -40,10 +40,15 @@ LAUNCH = 10.0
 MOST = 4096  # queries that thresholds are looked for up to
 
 
-def form(plan: Plan, queries: int, packed: int, exact: int = 0, window: int | None = None) -> Form:
-    """The cheapest for one sequence with so many packed tokens and so many exact ones; one query is always decoded."""
+def form(
+    plan: Plan, queries: int, packed: int, exact: int = 0, window: int | None = None, *, once: bool = True
+) -> Form:
+    """The cheapest for one sequence with so many packed tokens and so many exact ones, of those that read pages unless
+    tokens may be decoded `once`; one query is always decoded, and nothing is computed for it."""
+    if queries == 1:
+        return "decode"
     found, cost = pages_form(plan, queries, packed, exact, window)
-    return found if queries == 1 or cost <= dense_cost(plan, queries, packed, exact) else "dense"
+    return "dense" if once and dense_cost(plan, queries, packed, exact) < cost else found
 
 
 def pages_form(plan: Plan, queries: int, packed: int, exact: int = 0, window: int | None = None) -> tuple[Form, float]:

@@ -102,9 +102,10 @@ class TritonModule(PageModule):
 
     def tuned(self, part: Part) -> Schedule | None:
         """The schedule that was found best by timing for a segment that is alone; None: the model's is taken.  Windows,
-        what is taken out of tiers and more query rows than a program has were not timed."""
-        untimed = part.form != KERNEL or part.blocks > 1 or part.fold is not None or part.state.window is not None
-        if untimed or not self.schedules.best:
+        what is taken out of tiers and more programs than those of one query were not timed."""
+        if not self.schedules.best or part.form != KERNEL or part.fold is not None or part.state.window is not None:
+            return None
+        if part.blocks > -(-part.plan.shape.group // part.rows):
             return None
         return self.schedules.best.get(Bucket.of(part.query.shape[0], part.state.longest))
 
@@ -256,4 +257,4 @@ def _form(part: Part, *, fixed: bool) -> Form:
     """The cheapest form; of those that read pages where what a sequence gets must not depend on the batch."""
     state, queries = part.state, part.query.shape[2]
     counts = queries, state.packed_most, state.longest - state.packed_most, state.window
-    return forms.pages_form(part.plan, *counts)[0] if fixed else part.module.form(*counts)
+    return forms.form(part.plan, *counts, once=not fixed)

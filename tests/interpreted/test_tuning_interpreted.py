@@ -104,6 +104,19 @@ def test_other_calls_are_the_models(asked: Asked) -> None:
     assert [depth for depth, _ in asked] == [None] * 5 and {splits for _, splits in asked} == {2, 4}
 
 
+def test_heads_of_a_group_may_need_several_programs(asked: Asked) -> None:
+    """One query of 40 heads has more rows than a program: that was timed, more queries were not."""
+    kernels = codegen.build(ALL["token4"], Shape(64, 1, 40), "triton")
+    everywhere(kernels, Schedule(3, 2))
+    cache = QuantizedCache(kernels, 1, device="cpu", capacity=512)
+    k, v = (torch.randn(1, 1, TOKENS, 64).half() for _ in range(2))
+    cache.append(k, v)
+    query = torch.randn(1, 40, 1, 64).half()
+    for queries in (1, 2):
+        kernels.attend(query.expand(-1, -1, queries, -1), cache.state(), cache.params, form="decode")
+    assert [depth for depth, _ in asked] == [2, None]
+
+
 def test_a_sequence_has_no_more_programs_than_pages(asked: Asked) -> None:
     kernels = codegen.build(ALL["token4"], SHAPE, "triton")
     cache, query = filled(kernels)
