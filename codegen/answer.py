@@ -61,6 +61,13 @@ def table(rows: Table) -> None:
     Console(width=None if sys.stdout.isatty() else 200).print(rows)
 
 
+def told(tables: Iterable[Table], texts: Iterable[str]) -> None:
+    """Tables, and the lines behind them."""
+    for one in tables:
+        table(one)
+    lines(texts)
+
+
 def row(texts: Iterable[str]) -> str:
     """A row of a table of Markdown."""
     return "| " + " | ".join(texts) + " |"

@@ -71,11 +71,9 @@ def evaluate(
         answer.document(found.to_dict())
         return
     tables, lines = told(found)
-    for table in tables:
-        answer.table(table)
     if out is not None:
         lines += [f"results   {out / RESULTS}", *([f"report    {report}"] if report else [])]
-    answer.lines(lines)
+    answer.told(tables, lines)
 
 
 def report(

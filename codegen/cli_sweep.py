@@ -80,10 +80,7 @@ def sweep(
     if json:
         answer.document(found.to_dict())
         return
-    tables, lines = told(found)
-    for table in tables:
-        answer.table(table)
-    answer.lines(lines)
+    answer.told(*told(found))
 
 
 def _with_axes(grid: Any, axes: Any) -> Any:
@@ -141,7 +138,4 @@ def recommend(
     if json:
         answer.document(found.to_dict())
         return
-    tables, lines = told(found)
-    for table in tables:
-        answer.table(table)
-    answer.lines(lines)
+    answer.told(*told(found))

@@ -15,7 +15,7 @@ from kvdsl.codegen.cli import run
 from kvdsl.evaluation import Evaluation
 
 Captured = pytest.CaptureFixture[str]
-TEXT = "".join(f"{i}: the cache of a model holds keys and values of all tokens before the {i} th.\n" for i in range(60))
+TEXT = tiny.words(60, "\n")
 FEW = ["--windows", "2", "--context", "70", "--score", "6", "--chunk", "3", "--lengths", "340"]
 
 

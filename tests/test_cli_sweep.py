@@ -17,7 +17,7 @@ from kvdsl.registry import load
 from kvdsl.sweeping.results import MEASURES
 
 Captured = pytest.CaptureFixture[str]
-TEXT = "".join(f"{i}: the cache of a model holds keys and values of all tokens before the {i} th.\n" for i in range(60))
+TEXT = tiny.words(60, "\n")
 FEW = ["--windows", "2", "--context", "70", "--score", "6", "--chunk", "3", "--no-compile"]
 
 

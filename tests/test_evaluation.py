@@ -28,7 +28,6 @@ from kvdsl.scheme import SIDES, Probes, Scheme
 from kvdsl.schemes import ALL, int4_token_head, kivi2, zipcache
 from kvdsl.shape import Shape
 
-TEXT = "".join(f"{i}: the cache of a model holds keys and values of all tokens before the {i} th. " for i in range(40))
 SMALL = Settings(
     calibration=60, windows=3, context=96, score=12, chunk=4, lengths=(340,), depths=(0.0, 1.0), copies=1, passage=40,
     copied=16, continued=1, start=64, new=5, queries=8, sizes=(40, 150), resamples=200,
@@ -54,7 +53,7 @@ def small() -> Loaded:
 
 
 def of(loaded: Loaded, schemes: Any = SCHEMES, settings: Settings = SMALL, **options: Any) -> Evaluation:
-    return evaluate(schemes, loaded, text=TEXT, settings=settings, **options)
+    return evaluate(schemes, loaded, text=tiny.TEXT, settings=settings, **options)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +62,7 @@ def found(small: Loaded) -> Evaluation:
 
 
 def prompt_of(loaded: Loaded, tokens: int = 110, context: int = 96) -> Prompt:
-    ids = parted(loaded[1], TEXT, "text", 60).ids[:tokens]
+    ids = parted(loaded[1], tiny.TEXT, "text", 60).ids[:tokens]
     return Prompt.of(loaded[0], Unit("perplexity", 0, ids, context, 4, {}))
 
 
@@ -249,14 +248,14 @@ def test_windows_lie_side_by_side_behind_what_is_calibrated_on() -> None:
     starts = places(torch.arange(100), 20, 4, 7, "windows")
     assert all(25 * i <= start <= 25 * i + 5 for i, start in enumerate(starts))
     assert starts == places(torch.arange(100), 20, 4, 7, "windows") != places(torch.arange(100), 20, 4, 8, "windows")
-    corpus = parted(tiny.characters(), TEXT, "text", 60)
-    assert len(corpus.first) == 60 and TEXT.endswith(corpus.rest) and len(corpus.ids) == len(corpus.rest)
-    assert 60 <= len(TEXT) - len(corpus.rest) <= 70
+    corpus = parted(tiny.characters(), tiny.TEXT, "text", 60)
+    assert len(corpus.first) == 60 and tiny.TEXT.endswith(corpus.rest) and len(corpus.ids) == len(corpus.rest)
+    assert 60 <= len(tiny.TEXT) - len(corpus.rest) <= 70
 
 
 def test_a_key_stands_once_where_it_should_and_is_asked_for() -> None:
     tokenizer = tiny.characters()
-    corpus = parted(tokenizer, TEXT, "text", 60)
+    corpus = parted(tokenizer, tiny.TEXT, "text", 60)
     for unit in planned(SMALL.with_(tasks=["passkey", "needle"]), corpus, tokenizer):
         told = "".join(tokenizer.convert_ids_to_tokens(unit.ids))
         key = str(unit.about["key"])

@@ -29,7 +29,6 @@ from kvdsl.sweeping.grid import LeftOut, Member, axis
 from kvdsl.sweeping.results import MEASURES, Figured
 from kvdsl.sweeping.words import value
 
-TEXT = "".join(f"{i}: the cache of a model holds keys and values of all tokens before the {i} th. " for i in range(40))
 SMALL = Settings(
     tasks=("perplexity",), calibration=60, windows=2, context=96, score=12, chunk=4, sizes=(150,), resamples=50
 )
@@ -49,7 +48,7 @@ def small() -> Loaded:
 
 
 def of(loaded: Loaded, grid: Any = GRID, **options: Any) -> Any:
-    return kvdsl.sweep(grid, loaded, text=TEXT, settings=SMALL, **{"compiled": False, **options})
+    return kvdsl.sweep(grid, loaded, text=tiny.TEXT, settings=SMALL, **{"compiled": False, **options})
 
 
 # -- grids -----------------------------------------------------------------------------------------------------------
@@ -162,7 +161,7 @@ def test_a_grid_that_is_none_is_refused(told: Any, message: str) -> None:
 def test_a_sweep_measures_what_an_evaluation_does_and_keeps_it(small: Loaded, tmp_path: Path) -> None:
     path = tmp_path / "some.sqlite"
     found = of(small, {**GRID, "beside": ["bitdecoding4"]}, out=path)
-    right = kvdsl.evaluate([one.scheme for one in found.members], small, text=TEXT, settings=SMALL)
+    right = kvdsl.evaluate([one.scheme for one in found.members], small, text=tiny.TEXT, settings=SMALL)
     assert len(found.members) == 4 and found.path == path
     for one, told in zip(found.members, right.results, strict=True):
         assert told.tasks.perplexity and one.figures["kl"] == told.tasks.perplexity.kl
@@ -217,7 +216,7 @@ def test_a_file_is_of_one_sweep(small: Loaded, tmp_path: Path) -> None:
     faster = of(small, grid, out=path, gpu="B200")  # and so does another GPU, to predicted times alone
     assert faster.members[0].figures["microseconds"] < more.members[0].figures["microseconds"]
     with pytest.raises(ValueError, match=r"its settings {'windows': 2} and not {'windows': 1}"):
-        kvdsl.sweep(grid, small, text=TEXT, settings=SMALL.with_(windows=1), out=path)
+        kvdsl.sweep(grid, small, text=tiny.TEXT, settings=SMALL.with_(windows=1), out=path)
     other = tmp_path / "other.sqlite"
     other.write_text("something else, long enough to be no header of a file of SQLite" * 9)
     with pytest.raises(ValueError, match="it is no file of a sweep"):
@@ -236,7 +235,7 @@ def test_wrong_use_is_refused_before_anything_runs(small: Loaded) -> None:
         with pytest.raises(ValueError, match=message):
             of(small, **options)
     with pytest.raises(ValueError, match="tasks: a sweep compares divergence"):
-        kvdsl.sweep(GRID, small, text=TEXT, settings=SMALL.with_(tasks=["copy"]))
+        kvdsl.sweep(GRID, small, text=tiny.TEXT, settings=SMALL.with_(tasks=["copy"]))
 
 
 # -- predicted times -------------------------------------------------------------------------------------------------
@@ -357,9 +356,9 @@ def test_rounds_keep_the_best_and_measure_the_last_alike() -> None:
 def test_recommend_names_the_best_that_was_measured(small: Loaded, tmp_path: Path) -> None:
     rounds = (SMALL.with_(windows=1), SMALL, SMALL.with_(seed=1))
     names = ["token2", "token3", "turboquant2", "token4", "bitdecoding2"]
-    options: dict[str, Any] = {"bits": 4.0, "among": names, "text": TEXT, "settings": rounds}
+    options: dict[str, Any] = {"bits": 4.0, "among": names, "text": tiny.TEXT, "settings": rounds}
     found = kvdsl.recommend(small, out=tmp_path / "x.toml", **options)
-    right = kvdsl.evaluate(["token2", "token3", "turboquant2"], small, text=TEXT, settings=rounds[2])
+    right = kvdsl.evaluate(["token2", "token3", "turboquant2"], small, text=tiny.TEXT, settings=rounds[2])
     loss = {one.scheme: one.tasks.perplexity.kl for one in right.results if one.tasks.perplexity}
     assert found.chosen.figured.name == min(loss, key=lambda name: loss[name]) and found.chosen.bits <= 4
     assert found.chosen.figured.figures["kl"] == min(loss.values())

@@ -19,6 +19,15 @@ from kvdsl.scheme import Float, Scheme, Store
 transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
 FP32 = Scheme(both=Store(Float("fp32")))
+
+
+def words(lines: int, end: str = " ") -> str:
+    """A text of sentences that differ in their numbers alone."""
+    said = "the cache of a model holds keys and values of all tokens before the"
+    return "".join(f"{i}: {said} {i} th.{end}" for i in range(lines))
+
+
+TEXT = words(40)
 COMMON = dict(
     vocab_size=97,
     hidden_size=64,
