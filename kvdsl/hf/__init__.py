@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["PackedCache", "cache", "completed", "measured", "observed", "seen", "use", "weighed"]
 _HOME = {"cache": "plug", "use": "plug", "PackedCache": "layer", "completed": "rotary"}
 _HOME |= {"observed": "observe", "weighed": "observe", "measured": "calibrating", "seen": "calibrating"}
-OLDEST = "5.17"
+OLDEST = "5.23"
 
 
 def __getattr__(name: str) -> Any:
@@ -44,9 +44,8 @@ def require() -> None:
     """MissingExtra without transformers, ImportError where it lacks what the cache protocol needs."""
     transformers = need("transformers", "hf")
     cache_utils = need("transformers.cache_utils", "hf")
-    fit = hasattr(transformers, "AttentionMaskInterface") and hasattr(cache_utils, "CacheLayerMixin")
-    if not (fit and hasattr(cache_utils.Cache, "activate_past_recording")):
+    if not hasattr(cache_utils, "DummyLayer"):
         raise ImportError(
-            f"transformers {transformers.__version__} has no caches that can be rolled back in a sliding window; "
+            f"transformers {transformers.__version__} has older caches, with other calls than these; "
             f"run: pip install 'transformers>={OLDEST}'"
         )
