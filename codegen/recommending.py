@@ -21,7 +21,7 @@ from .roofline import card
 from .searching import WRITTEN
 from .sweep_engines import refuse_engine
 from .sweep_run import BATCH, TOKENS, Measuring
-from .sweep_time import asked_of, compiled_shares, predicted_time
+from .sweep_time import compiled_shares, predicted_time
 
 if TYPE_CHECKING:
     from kvdsl.evaluation.settings import Settings
@@ -158,7 +158,7 @@ def _timed(
     found: Recommendation, run: Measuring, gpu: Any, compiled: bool, say: Callable[[str], None]
 ) -> Recommendation:
     """With predicted times of those that were measured last."""
-    shown, shape = (found.chosen, *found.beside), asked_of(run.shape)
+    shown, shape = (found.chosen, *found.beside), run.shape.deployed
     schemes = [one.figured.scheme for one in shown]
     shares = compiled_shares(schemes, shape, run.layers, gpu, say) if compiled else {}
 

@@ -19,7 +19,7 @@ from kvdsl.sweeping.results import Figured, Sweep
 
 from .roofline import card
 from .sweep_engines import measured_by, refuse_engine
-from .sweep_time import asked_of, compiled_shares, predicted_time
+from .sweep_time import compiled_shares, predicted_time
 from .sweep_worker import job
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def sweep(
                     file.leave_out([result])
                 else:
                     file.add(place, result)
-        shape = asked_of(run.shape)
+        shape = run.shape.deployed
         bare = [each.scheme for each in file.read().members if each.figures.get("microseconds") is None]
         shares = compiled_shares(bare, shape, run.layers, on, say) if compiled else {}
         for scheme in bare:

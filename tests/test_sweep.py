@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from kvdsl import Codebook, Recent, Rotate, SchemeError, Sketch, Uniform
 from kvdsl.codegen import recommending, sweep_run, sweep_time
 from kvdsl.codegen.roofline import CARDS, share_on
 from kvdsl.cost import bits
-from kvdsl.evaluation import Settings
 from kvdsl.registry import load
 from kvdsl.scheme import SIDES, ChannelScale, Scheme
 from kvdsl.schemes import ALL, h2o, kivi2, token2, zipcache
@@ -29,25 +28,12 @@ from kvdsl.sweeping.grid import LeftOut, Member, axis
 from kvdsl.sweeping.results import MEASURES, Figured
 from kvdsl.sweeping.words import value
 
-SMALL = Settings(
-    tasks=("perplexity",), calibration=60, windows=2, context=96, score=12, chunk=4, sizes=(150,), resamples=50
-)
+pytestmark = pytest.mark.usefixtures("one_thread")
+SMALL = tiny.SETTINGS.with_(tasks=("perplexity",), windows=2, sizes=(150,), resamples=50)
 GRID = {"base": "token2", "axes": {"bits": [2, 4], "recent": [0, 32]}}
-Loaded = tuple[Any, Any]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quiet() -> Iterator[None]:
-    with tiny.one_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def small() -> Loaded:
-    return tiny.plain(tiny.model("llama")), tiny.characters()
-
-
-def of(loaded: Loaded, grid: Any = GRID, **options: Any) -> Any:
+def of(loaded: tiny.Loaded, grid: Any = GRID, **options: Any) -> Any:
     return kvdsl.sweep(grid, loaded, text=tiny.TEXT, settings=SMALL, **{"compiled": False, **options})
 
 
@@ -158,7 +144,7 @@ def test_a_grid_that_is_none_is_refused(told: Any, message: str) -> None:
 # -- sweeps ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_sweep_measures_what_an_evaluation_does_and_keeps_it(small: Loaded, tmp_path: Path) -> None:
+def test_a_sweep_measures_what_an_evaluation_does_and_keeps_it(small: tiny.Loaded, tmp_path: Path) -> None:
     path = tmp_path / "some.sqlite"
     found = of(small, {**GRID, "beside": ["bitdecoding4"]}, out=path)
     right = kvdsl.evaluate([one.scheme for one in found.members], small, text=tiny.TEXT, settings=SMALL)
@@ -177,7 +163,7 @@ def test_a_sweep_measures_what_an_evaluation_does_and_keeps_it(small: Loaded, tm
 
 
 def test_a_stopped_sweep_goes_on_and_measures_nothing_twice(
-    small: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: tiny.Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from kvdsl.evaluation import run
 
@@ -207,7 +193,7 @@ def test_a_stopped_sweep_goes_on_and_measures_nothing_twice(
         assert {**one.figures, "seconds": 0} == {**other.figures, "seconds": 0} and one.name == other.name
 
 
-def test_a_file_is_of_one_sweep(small: Loaded, tmp_path: Path) -> None:
+def test_a_file_is_of_one_sweep(small: tiny.Loaded, tmp_path: Path) -> None:
     path = tmp_path / "some.sqlite"
     grid = {"base": "token2"}
     of(small, grid, out=path)
@@ -225,7 +211,7 @@ def test_a_file_is_of_one_sweep(small: Loaded, tmp_path: Path) -> None:
         of(small, grid, out=tmp_path / "none" / "x.sqlite")
 
 
-def test_wrong_use_is_refused_before_anything_runs(small: Loaded) -> None:
+def test_wrong_use_is_refused_before_anything_runs(small: tiny.Loaded) -> None:
     for options, message in (
         ({"engine": "dask"}, "engine: 'dask' is none of local, ray"),
         ({"workers": 0}, "workers: 0 is no whole number"),
@@ -261,6 +247,11 @@ def test_machine_code_slows_packed_bytes_and_not_exact_ones() -> None:
     times = [sweep_time.predicted_time(kivi2, shape, 1, compiled=one, **SIZE)["microseconds"] for one in (none, half)]
     counted = bits(kivi2, 64, 2, tokens=4096)
     assert times[1] / times[0] == pytest.approx(2 - counted.window / counted.mean)
+
+
+def test_a_model_is_read_as_it_would_be_served() -> None:
+    served = [Shape(64, dtype=one).deployed.dtype for one in ("fp32", "fp16", "bf16")]
+    assert served == ["fp16", "fp16", "bf16"]
 
 
 def test_kernels_are_compiled_where_they_can_be() -> None:
@@ -353,7 +344,7 @@ def test_rounds_keep_the_best_and_measure_the_last_alike() -> None:
     assert len(looked) == 15 and named(last, 3)[0].figured.name == "s1"
 
 
-def test_recommend_names_the_best_that_was_measured(small: Loaded, tmp_path: Path) -> None:
+def test_recommend_names_the_best_that_was_measured(small: tiny.Loaded, tmp_path: Path) -> None:
     rounds = (SMALL.with_(windows=1), SMALL, SMALL.with_(seed=1))
     names = ["token2", "token3", "turboquant2", "token4", "bitdecoding2"]
     options: dict[str, Any] = {"bits": 4.0, "among": names, "text": tiny.TEXT, "settings": rounds}
@@ -372,7 +363,7 @@ def test_recommend_names_the_best_that_was_measured(small: Loaded, tmp_path: Pat
 
 
 def test_recommend_takes_a_sweep_and_measures_nothing(
-    small: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: tiny.Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "some.sqlite"
     swept = of(small, out=path)
