@@ -7,16 +7,14 @@ the compiler: pages are made where a site is built from them, and are not kept b
 from __future__ import annotations
 
 import argparse
-import ast
 import importlib
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kvdsl.codegen.answer import row as markdown_row
 from kvdsl.codegen.listing import rows
-from kvdsl.codegen.show import View, show
+from kvdsl.codegen.show import View, main_loop, show
 from kvdsl.rules import shape_faults
 from kvdsl.scheme import Scheme
 from kvdsl.schemes import ALL
@@ -81,13 +79,6 @@ def _excerpt(loop: str) -> str:
     lines = loop.split("\n")
     more = len(lines) - LINES
     return fenced(lines if more <= 0 else [*lines[:LINES], f"    # and {more} lines more"], "python")
-
-
-def main_loop(text: str) -> str:
-    """The first loop of the kernel `decode`, as it stands in the text."""
-    decode = next(one for one in ast.parse(text).body if isinstance(one, ast.FunctionDef) and one.name == "decode")
-    loop = next(one for one in ast.walk(decode) if isinstance(one, ast.For) and ast.unparse(one.target) == "tile")
-    return textwrap.dedent("\n".join(text.split("\n")[loop.lineno - 1 : loop.end_lineno]))
 
 
 def index(listed: Sequence[dict[str, Any]]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -70,17 +72,23 @@ def sweep(
             compiled=compiled, backend=backend.value if backend else None,
         )  # fmt: skip
         quiet()
-        try:
-            with answer.progress("sweeping") as say:
-                found = swept(asked, model, text=words, text_name=name, settings=settings, say=say, **options)
-        except KeyboardInterrupt:
-            if out is not None:
-                answer.complain(f"what was measured is in {out} and {out}.rows; the same command goes on from there")
-            raise
+        with _kept(out), answer.progress("sweeping") as say:
+            found = swept(asked, model, text=words, text_name=name, settings=settings, say=say, **options)
     if json:
         answer.document(found.to_dict())
         return
     answer.told(*told(found))
+
+
+@contextmanager
+def _kept(file: Path | None) -> Iterator[None]:
+    """Interrupted, it says where rows are."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if file is not None:
+            answer.complain(f"what was measured is in {file} and {file}.rows; the same command goes on from there")
+        raise
 
 
 def _with_axes(grid: Any, axes: Any) -> Any:
@@ -109,6 +117,10 @@ def recommend(
     ] = None,
     seed: Annotated[int, typer.Option(help="of places of the text", min=0)] = 0,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="the .toml or .json file to write")] = None,
+    keep: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="an SQLite file; keeps what is measured as it comes; go on where it ends"),
+    ] = None,
     workers: Workers = 1,
     engine: EngineName = "local",
     gpu: GpuName = "H100",
@@ -129,10 +141,10 @@ def recommend(
     with of_a_model():
         words, name = (None, "") if from_ is not None else named_text(text)
         quiet()
-        with answer.progress("looking") as say:
+        with _kept(keep), answer.progress("looking") as say:
             found = found_by(
                 model, bits=bits, text=words, text_name=name, sweep=from_, among=among or None, tokens=tokens,
-                seed=seed, out=out, workers=workers, engine=engine, gpu=gpu, compiled=compiled,
+                seed=seed, out=out, keep=keep, workers=workers, engine=engine, gpu=gpu, compiled=compiled,
                 backend=backend.value if backend else None, say=say,
             )  # fmt: skip
     if json:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +16,11 @@ from kvdsl.sweeping.file import SweepFile
 from kvdsl.sweeping.grid import LeftOut, Member
 from kvdsl.sweeping.results import Figured
 
-from .roofline import card
+from .roofline import Gpu, card
 from .searching import WRITTEN
 from .sweep_engines import refuse_engine
-from .sweep_run import BATCH, TOKENS, Measuring
-from .sweep_time import asked_of, compiled_shares, predicted_time
+from .sweep_run import BATCH, TOKENS, Measuring, kept_in
+from .sweep_time import compiled_shares, predicted_time
 
 if TYPE_CHECKING:
     from kvdsl.evaluation.settings import Settings
@@ -48,6 +47,7 @@ def recommend(
     settings: Sequence[Settings] | None = None,
     seed: int = 0,
     out: str | Path | None = None,
+    keep: str | Path | None = None,
     workers: int = 1,
     engine: str = "local",
     gpu: str = "H100",
@@ -64,15 +64,20 @@ def recommend(
     among     candidates; default all that are shipped or registered
     settings  of the three rounds, default from a short window to six whole ones; all draw places with `seed`
     out       a .toml or .json file for the spec
+    keep      an SQLite file for the figures of the last round, of which `sweep` can choose; rows of all rounds are kept
+              beside it in `<keep>.rows` as they come, and what was stopped goes on from there
     gpu, compiled   as for kvdsl.sweep, of what was measured last; from bytes alone unless compiled
     model, text, workers, engine, backend, device   as for kvdsl.sweep
 
-    Raises ValueError where nothing fits, for a file of another model, for an `out` that cannot be written.
+    Raises ValueError where nothing fits, for a file of another model or other settings, for an `out` that cannot be
+    written.
     """
     if not isinstance(bits, (int, float)) or isinstance(bits, bool) or not bits > 0:
         raise ValueError(f"bits: {bits!r} is no budget; give a number of bits, as 3")
     path = _writable(out)
     if sweep is not None:
+        if keep is not None:
+            raise ValueError("keep: of a sweep's file nothing is measured that could be kept; leave one of both out")
         found = _of_sweep(Path(sweep), model, float(bits), tokens)
     else:
         if model is None:
@@ -80,8 +85,7 @@ def recommend(
         refuse_engine(engine, workers, model)
         on, asked = card(gpu), tuple(settings or rounds(seed))
         run = Measuring(model, text, text_name, backend, device, workers, engine, say)
-        found = _of_model(run, _members(among), float(bits), tokens, asked)
-        found = _timed(found, run, on, compiled, say)
+        found = _of_model(run, _members(among), float(bits), tokens, asked, on, compiled, keep)
     if path is None:
         return found
     path.write_text(WRITTEN[path.suffix](found.scheme), encoding="utf-8")
@@ -108,21 +112,33 @@ def _members(among: Iterable[Scheme | str] | Mapping[str, Scheme] | None) -> lis
 
 
 def _of_model(
-    run: Measuring, members: Sequence[Member], budget: float, tokens: int | None, asked: Sequence[Settings]
+    run: Measuring,
+    members: Sequence[Member],
+    budget: float,
+    tokens: int | None,
+    asked: Sequence[Settings],
+    gpu: Gpu,
+    compiled: bool,
+    keep: str | Path | None,
 ) -> Recommendation:
     if len(asked) != 3:
         raise ValueError(f"settings: {len(asked)} of them are given; there are three rounds")
     within, beyond, left = candidates(members, budget, run.shape, run.layers, tokens, asked[0].context)
-    with tempfile.TemporaryDirectory(prefix="kvdsl-recommend-") as name:
+    about = {**run.about(asked[-1]), "gpu": gpu.name, "tokens": TOKENS, "batch": BATCH}
+    with kept_in(keep) as (path, rows):
+        file = SweepFile(path, about, "keep")
 
         def look(some: Sequence[Member], number: int) -> Mapping[str, Figured | LeftOut]:
             run.say(f"round {number} of 3, {len(some)} schemes")
-            run.ahead(some, asked[number - 1], Path(name))
-            return run(some, asked[number - 1], Path(name))
+            run.ahead(some, asked[number - 1], rows)
+            return run(some, asked[number - 1], rows)
 
         last, looked, refused = halved(within, beyond, look)
+        last = _timed(last, run, gpu, compiled)
+        for place, one in enumerate(last):
+            file.add(place, one.figured)
     chosen, beside, why = named(last, budget)
-    about = {**run.about(asked[-1]), "counted_at": tokens, "rounds": [one.to_dict() for one in asked]}
+    about |= {"counted_at": tokens, "rounds": [one.to_dict() for one in asked]}
     more = f"{len(within)} schemes within the budget were looked at, {len(beyond)} up to a bit beyond it"
     return Recommendation(about, budget, chosen, beside, tuple(looked), (*left, *refused), (*why, more))
 
@@ -154,18 +170,15 @@ def _bits(scheme: Scheme, shape: Shape, layers: int, tokens: int | None) -> floa
     return bits(scheme, shape.head_dim, shape.kv_heads, tokens=tokens, layers=layers).mean
 
 
-def _timed(
-    found: Recommendation, run: Measuring, gpu: Any, compiled: bool, say: Callable[[str], None]
-) -> Recommendation:
-    """With predicted times of those that were measured last."""
-    shown, shape = (found.chosen, *found.beside), asked_of(run.shape)
-    schemes = [one.figured.scheme for one in shown]
-    shares = compiled_shares(schemes, shape, run.layers, gpu, say) if compiled else {}
+def _timed(last: Sequence[Beside], run: Measuring, gpu: Gpu, compiled: bool) -> list[Beside]:
+    """With predicted times."""
+    shape = run.shape.deployed
+    schemes = [one.figured.scheme for one in last]
+    shares = compiled_shares(schemes, shape, run.layers, gpu, run.say) if compiled else {}
 
     def timed(one: Beside) -> Beside:
         options: dict[str, Any] = {"tokens": TOKENS, "batch": BATCH, "gpu": gpu, "compiled": shares}
         more = predicted_time(one.figured.scheme, shape, run.layers, **options)
         return replace(one, figured=replace(one.figured, figures={**one.figured.figures, **more}))
 
-    about = {**found.about, "gpu": gpu.name, "tokens": TOKENS, "batch": BATCH}
-    return replace(found, about=about, chosen=timed(found.chosen), beside=tuple(map(timed, found.beside)))
+    return [timed(one) for one in last]

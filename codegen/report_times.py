@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kvdsl.shape import InputFormat
 
 USUAL = "H100"
-FORMATS: dict[str, InputFormat] = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp16"}
+FORMATS: dict[str, InputFormat] = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def of_code(found: Evaluation, gpu: Gpu) -> Times:
     about = found.about_model
     if about.dtype not in FORMATS:
         raise ValueError(f"gpu: no kernels are compiled for a model in {about.dtype}; leave --gpu out")
-    shape = Shape(about.head_dim, about.kv_heads, about.q_heads, FORMATS[about.dtype])
+    shape = Shape(about.head_dim, about.kv_heads, about.q_heads, FORMATS[about.dtype]).deployed
     rows = predicted(schemes, shape, [gpu])
     shares = {row["scheme"]: row["share"] for row in rows if row.get("share") is not None}
     if not shares:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -263,6 +264,13 @@ def _side_cost(plan: Plan, found: cost.Bits, side: Side) -> dict[str, Any]:
 def _products(plan: Plan, term: SidePlan) -> dict[str, float]:
     found = multiplications(plan, term)
     return {"decoding": float(found.decoding), "scaling": float(found.scaling), "unpacking": float(found.unpacking)}
+
+
+def main_loop(text: str) -> str:
+    """Of a generated Triton text the first loop of the kernel `decode`, as it stands there."""
+    decode = next(one for one in ast.parse(text).body if isinstance(one, ast.FunctionDef) and one.name == "decode")
+    loop = next(one for one in ast.walk(decode) if isinstance(one, ast.For) and ast.unparse(one.target) == "tile")
+    return textwrap.dedent("\n".join(text.split("\n")[loop.lineno - 1 : loop.end_lineno]))
 
 
 STAGES: dict[str, Callable[[View], Stage]] = {

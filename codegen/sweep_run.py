@@ -19,7 +19,7 @@ from kvdsl.sweeping.results import Figured, Sweep
 
 from .roofline import card
 from .sweep_engines import measured_by, refuse_engine
-from .sweep_time import asked_of, compiled_shares, predicted_time
+from .sweep_time import compiled_shares, predicted_time
 from .sweep_worker import job
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def sweep(
     members, left = grid_of(grid).members(sample, seed)
     run = Measuring(model, text, text_name, backend, device, workers, engine, say)
     about = {**run.about(asked), "gpu": on.name, "tokens": tokens, "batch": batch}
-    with _folder(out) as (path, rows):
+    with kept_in(out) as (path, rows):
         file = SweepFile(path, about)
         file.leave_out(left)
         known = {one.scheme.hash for one in file.read().members}
@@ -125,7 +125,7 @@ def sweep(
                     file.leave_out([result])
                 else:
                     file.add(place, result)
-        shape = asked_of(run.shape)
+        shape = run.shape.deployed
         bare = [each.scheme for each in file.read().members if each.figures.get("microseconds") is None]
         shares = compiled_shares(bare, shape, run.layers, on, say) if compiled else {}
         for scheme in bare:
@@ -144,7 +144,7 @@ def _named(found: Sweep, members: Sequence[Member], left: Sequence[LeftOut], pat
 
 
 @contextmanager
-def _folder(out: str | Path | None) -> Iterator[tuple[Path, Path]]:
+def kept_in(out: str | Path | None) -> Iterator[tuple[Path, Path]]:
     """The file and the folder of rows beside it: passing ones where none is named."""
     if out is not None:
         yield Path(out), Path(f"{out}.rows")

@@ -10,7 +10,7 @@ the merge and the launch are not in it: it orders schemes at lengths at which re
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from kvdsl.cost import EXACT, bits
@@ -120,8 +120,3 @@ def _shares(keys: Sequence[tuple[Any, Shape]], gpu: Gpu) -> dict[tuple[Scheme, S
             if share is not None:
                 found[names[name], shape] = share
     return found
-
-
-def asked_of(shape: Shape) -> Shape:
-    """The shape that is predicted for: a model that ran in float32 on a CPU is read in float16 on a GPU."""
-    return replace(shape, dtype="fp16")

@@ -52,6 +52,11 @@ class Shape:
         return replace(self, kv_heads=kv_heads, q_heads=kv_heads * self.group)
 
     @property
+    def deployed(self) -> Shape:
+        """The same as a GPU reads it: a model in float32, as they run on a CPU, is served in float16."""
+        return replace(self, dtype="fp16") if self.dtype == "fp32" else self
+
+    @property
     def group(self) -> int:
         """Query heads that read one kv head."""
         return self.q_heads // self.kv_heads  # type: ignore[operator]

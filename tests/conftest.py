@@ -10,8 +10,11 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many tests as processors run at a time, in processes of their own
@@ -44,6 +47,23 @@ def _own_cache_folder() -> None:
 
 if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker inherits the folder of the run
     _own_cache_folder()
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For a module whose operations are small."""
+    import tiny
+
+    with tiny.one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def small() -> tuple[Any, Any]:
+    """A tiny model and its tokenizer, loaded."""
+    import tiny
+
+    return tiny.plain(tiny.model("llama")), tiny.characters()
 
 
 def pytest_report_header() -> str:

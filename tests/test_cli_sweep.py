@@ -19,6 +19,7 @@ from kvdsl.sweeping.results import MEASURES
 Captured = pytest.CaptureFixture[str]
 TEXT = tiny.words(60, "\n")
 FEW = ["--windows", "2", "--context", "70", "--score", "6", "--chunk", "3", "--no-compile"]
+SHORT = Settings(tasks=("perplexity",), windows=1, context=70, score=6, chunk=3, sizes=(64,))
 
 
 @pytest.fixture(scope="module")
@@ -131,9 +132,8 @@ def test_a_cluster_comes_to_the_same(
 
 
 def test_a_task_gives_the_rows_that_are_not_known(asked: list[str]) -> None:
-    few = Settings(tasks=("perplexity",), windows=1, context=70, score=6, chunk=3, sizes=(64,))
     specs = {"token2": load("token2").to_json()}
-    told: dict[str, Any] = {"schemes": specs, "model": asked[1], "text": TEXT, "settings": few.to_dict()}
+    told: dict[str, Any] = {"schemes": specs, "model": asked[1], "text": TEXT, "settings": SHORT.to_dict()}
     told |= {"backend": None, "device": None}
     first = sweep_engines.rows_of(told, "")
     assert first.count("\n") == 2 and sweep_engines.rows_of(told, first) == ""
@@ -149,8 +149,12 @@ def test_an_interruption_says_what_is_kept(
     monkeypatch.setattr("kvdsl.evaluation.run.evaluate", stopped)
     capsys.readouterr()
     out = tmp_path / "some.sqlite"
-    assert run(["sweep", "token2", *asked, *FEW, "--out", str(out)]) == 130
-    assert f"what was measured is in {out} and {out}.rows; the same command goes on" in capsys.readouterr().err
+    few = ["--bits", "4", "--among", "token2"]
+    monkeypatch.setattr("kvdsl.codegen.recommending.rounds", lambda seed: (SHORT,) * 3)
+    for command in (["sweep", "token2", *asked, *FEW, "--out"], ["recommend", *few, *asked, "--keep"]):
+        assert run([*command, str(out)]) == 130
+        assert f"what was measured is in {out} and {out}.rows; the same command goes on" in capsys.readouterr().err
+        out.unlink()
 
 
 def test_wrong_use_is_told_in_one_line(asked: list[str], tmp_path: Path, capsys: Captured) -> None:

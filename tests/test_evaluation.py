@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,10 @@ from kvdsl.scheme import SIDES, Probes, Scheme
 from kvdsl.schemes import ALL, int4_token_head, kivi2, zipcache
 from kvdsl.shape import Shape
 
-SMALL = Settings(
-    calibration=60, windows=3, context=96, score=12, chunk=4, lengths=(340,), depths=(0.0, 1.0), copies=1, passage=40,
-    copied=16, continued=1, start=64, new=5, queries=8, sizes=(40, 150), resamples=200,
+pytestmark = pytest.mark.usefixtures("one_thread")
+SMALL = tiny.SETTINGS.with_(
+    windows=3, lengths=(340,), depths=(0.0, 1.0), copies=1, passage=40, copied=16, continued=1, start=64, new=5,
+    queries=8, sizes=(40, 150), resamples=200,
 )  # fmt: skip
 INT2 = int4_token_head.with_(bits=2)
 KIVI = kivi2.with_(recent=Recent(32))
@@ -38,30 +38,18 @@ router = zipcache.router
 assert router is not None
 TIERS = zipcache.with_(router=router.with_(every=16, probes=Probes(recent=0.1, random=0.1)))
 SCHEMES = {"exact": tiny.FP32, "int2": INT2, "kivi": KIVI, "tiers": TIERS}
-Loaded = tuple[Any, Any]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quiet() -> Iterator[None]:
-    with tiny.one_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def small() -> Loaded:
-    return tiny.plain(tiny.model("llama")), tiny.characters()
-
-
-def of(loaded: Loaded, schemes: Any = SCHEMES, settings: Settings = SMALL, **options: Any) -> Evaluation:
+def of(loaded: tiny.Loaded, schemes: Any = SCHEMES, settings: Settings = SMALL, **options: Any) -> Evaluation:
     return evaluate(schemes, loaded, text=tiny.TEXT, settings=settings, **options)
 
 
 @pytest.fixture(scope="module")
-def found(small: Loaded) -> Evaluation:
+def found(small: tiny.Loaded) -> Evaluation:
     return of(small)
 
 
-def prompt_of(loaded: Loaded, tokens: int = 110, context: int = 96) -> Prompt:
+def prompt_of(loaded: tiny.Loaded, tokens: int = 110, context: int = 96) -> Prompt:
     ids = parted(loaded[1], tiny.TEXT, "text", 60).ids[:tokens]
     return Prompt.of(loaded[0], Unit("perplexity", 0, ids, context, 4, {}))
 
@@ -102,7 +90,7 @@ def test_fewer_bits_lose_more_and_everything_was_read_from_packed_bytes(found: E
 
 
 @pytest.mark.parametrize("scheme", [KIVI, TIERS, load("quarot4"), load("h2o")], ids=["kivi", "tiers", "quarot", "h2o"])
-def test_what_is_put_in_is_what_a_real_prompt_packs(scheme: Scheme, small: Loaded) -> None:
+def test_what_is_put_in_is_what_a_real_prompt_packs(scheme: Scheme, small: tiny.Loaded) -> None:
     """To the bit: bytes held, and what the model then says."""
     prompt, model = prompt_of(small), small[0]
     with unchanged(model):
@@ -115,7 +103,7 @@ def test_what_is_put_in_is_what_a_real_prompt_packs(scheme: Scheme, small: Loade
     assert first == second
 
 
-def test_packed_bytes_are_what_is_read(small: Loaded) -> None:
+def test_packed_bytes_are_what_is_read(small: tiny.Loaded) -> None:
     """Codes that are ruined change what the model says."""
     prompt = prompt_of(small)
     with unchanged(small[0]):
@@ -127,11 +115,11 @@ def test_packed_bytes_are_what_is_read(small: Loaded) -> None:
     assert sum(second["kl"]) > 20 * sum(first["kl"]) and first["full_nll"] == second["full_nll"]
 
 
-def test_the_model_is_as_before(small: Loaded, found: Evaluation) -> None:
+def test_the_model_is_as_before(small: tiny.Loaded, found: Evaluation) -> None:
     assert found.results and small[0].config._attn_implementation == "eager"
 
 
-def test_errors_of_outlier_channels_stand_apart(small: Loaded) -> None:
+def test_errors_of_outlier_channels_stand_apart(small: tiny.Loaded) -> None:
     """A channel of keys made large is the outlier, and one scale a token has its error in all the others."""
     from kvdsl.evaluation.layers import errors
 
@@ -169,7 +157,7 @@ def test_other_families_lose_nothing_through_an_exact_scheme_either(family: str)
 
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
 @pytest.mark.parametrize("tokens", [1, 70, 161])
-def test_bytes_are_those_of_a_real_cache_and_add_up(scheme: Scheme, tokens: int, small: Loaded) -> None:
+def test_bytes_are_those_of_a_real_cache_and_add_up(scheme: Scheme, tokens: int, small: tiny.Loaded) -> None:
     model = small[0]
     with unchanged(model):
         said = stored(scheme, model, tokens, None, None)
@@ -183,7 +171,7 @@ def test_bytes_are_those_of_a_real_cache_and_add_up(scheme: Scheme, tokens: int,
     assert {name: sum(one[name] for one in parts) for name in parts[0]} == said["parts"]
 
 
-def test_codes_and_metadata_are_as_many_bytes_as_the_spec_counts(small: Loaded) -> None:
+def test_codes_and_metadata_are_as_many_bytes_as_the_spec_counts(small: tiny.Loaded) -> None:
     with unchanged(small[0]):
         said = stored(KIVI, small[0], 128, None, None)
     one = 2 * 2 * 32  # layers, heads, channels; all keys are packed, and values but for the newest 32
@@ -207,7 +195,7 @@ def test_parts_of_a_page_are_the_bits_that_are_counted(name: str) -> None:
         assert parts["keys"]["index"] == 0 or ALL[name].keys.outliers is not None
 
 
-def test_formulas_say_what_is_packed_when(small: Loaded) -> None:
+def test_formulas_say_what_is_packed_when(small: tiny.Loaded) -> None:
     shape = shape_of(small[0])
     assert formula(KIVI, "keys", shape).endswith(
         "for P = floor(T/32) x 32 packed tokens of T, 16 bits for the T - P others"
@@ -233,7 +221,7 @@ def test_an_interval_is_that_of_its_seed() -> None:
     assert standard_error([1.0, 3.0]) == pytest.approx(1.0)
 
 
-def test_figures_are_those_of_the_seed(small: Loaded, found: Evaluation) -> None:
+def test_figures_are_those_of_the_seed(small: tiny.Loaded, found: Evaluation) -> None:
     settings = SMALL.with_(tasks=["perplexity"])
     first = of(small, {"int2": INT2}, settings)
     other = of(small, {"int2": INT2}, settings.with_(seed=1))
@@ -282,7 +270,7 @@ def test_wrong_settings_are_refused(changes: dict[str, Any], message: str) -> No
         SMALL.with_(**changes)
 
 
-def test_what_the_text_or_the_model_has_no_room_for_is_refused(small: Loaded) -> None:
+def test_what_the_text_or_the_model_has_no_room_for_is_refused(small: tiny.Loaded) -> None:
     for changes, message in (
         (dict(windows=40), "text: .* tokens behind those that are calibrated on; windows take 40 x 109"),
         (dict(calibration=10**6), "text: .* tokens, of which the first 1000000 are calibrated on"),
@@ -302,7 +290,7 @@ def test_tasks_come_in_their_order_and_once() -> None:
 # -- schemes that need more ------------------------------------------------------------------------------------------
 
 
-def test_calibrated_schemes_are_measured_on_tokens_that_are_not_scored(small: Loaded) -> None:
+def test_calibrated_schemes_are_measured_on_tokens_that_are_not_scored(small: tiny.Loaded) -> None:
     found = of(small, ["int8_tensor", "int8_token_head"], SMALL.with_(tasks=["perplexity"]))
     tensor, token = found.results
     assert tensor.calibrated == ("keys.scale", "values.scale") and token.calibrated == ()
@@ -315,7 +303,7 @@ def test_calibrated_schemes_are_measured_on_tokens_that_are_not_scored(small: Lo
     assert worse.tasks.perplexity and worse.tasks.perplexity.kl > 2 * tensor.tasks.perplexity.kl
 
 
-def test_a_scheme_that_does_not_fit_is_refused_or_left_out(small: Loaded) -> None:
+def test_a_scheme_that_does_not_fit_is_refused_or_left_out(small: tiny.Loaded) -> None:
     settings, both = SMALL.with_(tasks=["perplexity"]), ["int8_token_head", "bitdecoding4"]
     with pytest.raises(SchemeError, match="bitdecoding4: .* groups of 128 channels do not divide head_dim 32"):
         of(small, both, settings)
@@ -326,7 +314,7 @@ def test_a_scheme_that_does_not_fit_is_refused_or_left_out(small: Loaded) -> Non
         of(small, ["int8_tensor"], settings, params={"int8_tensor": {}})
 
 
-def test_a_prompt_that_reads_what_is_stored_is_run_through_the_cache(small: Loaded) -> None:
+def test_a_prompt_that_reads_what_is_stored_is_run_through_the_cache(small: tiny.Loaded) -> None:
     """Then errors add up in it, and the notes say so."""
     scheme = INT2.with_(prefill="stored")
     exact, stored_ = of(small, {"exact": INT2, "stored": scheme}, SMALL.with_(tasks=["perplexity"])).results
@@ -346,7 +334,7 @@ def same(a: Evaluation, b: Evaluation) -> bool:
 
 
 def test_finished_rows_are_taken_from_the_file(
-    small: Loaded, found: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: tiny.Loaded, found: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert same(of(small, out=tmp_path), found)
     lines = (tmp_path / ROWS).read_text().splitlines()
@@ -367,7 +355,7 @@ def test_finished_rows_are_taken_from_the_file(
     assert (tmp_path / ROWS).read_text().splitlines() == lines
 
 
-def test_what_was_measured_before_an_interruption_is_kept(small: Loaded, tmp_path: Path) -> None:
+def test_what_was_measured_before_an_interruption_is_kept(small: tiny.Loaded, tmp_path: Path) -> None:
     settings, said = SMALL.with_(tasks=["perplexity"]), list[str]()
 
     def stopping(text: str) -> None:

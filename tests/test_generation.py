@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from tiny import FP32, one_thread
+from tiny import FP32
 
 from kvdsl import calibrate, generation
 from kvdsl.hf import completed, observed, weighed
@@ -14,6 +13,7 @@ from kvdsl.models import load, text
 from kvdsl.params import ROPE
 from kvdsl.registry import load as scheme_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 INT4 = scheme_of("int4_token_head")
 SCHEMES = {
     "int8": scheme_of("int8_token_head"),
@@ -22,12 +22,6 @@ SCHEMES = {
     "kivi4": scheme_of("kivi4"),
     "kivi2": scheme_of("kivi2"),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quiet() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

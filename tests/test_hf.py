@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FAMILIES, FP32, generated, left_padded, model, one_thread, plain, prompt
+from tiny import FAMILIES, FP32, generated, left_padded, model, plain, prompt
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
 
@@ -23,6 +23,7 @@ from kvdsl.hf.masks import padding_of
 from kvdsl.reference import Stream
 from kvdsl.scheme import Recent, Scheme, Sinks, Store, Uniform, per_channel, per_token
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CHANNELS = Scheme(
     keys=Store(Uniform(2), scale=per_channel(tokens=8)),
     values=Store(Uniform(2), scale=per_token(channels=16)),
@@ -30,12 +31,6 @@ CHANNELS = Scheme(
 )
 TOKENS = Scheme(both=Store(Uniform(4), scale=per_token()), sinks=Sinks(2), prefill="stored")
 SCHEMES = {"channels": CHANNELS, "tokens": TOKENS, "mixed": FP32.with_(layers={0: CHANNELS, -1: TOKENS})}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quiet() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(autouse=True)

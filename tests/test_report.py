@@ -244,6 +244,7 @@ def test_times_from_machine_code_are_of_schemes_known_by_name(monkeypatch: pytes
         report_times.of_bytes(found, card("H100")),
     )
     assert list(slow.by_scheme) == ["kivi2"] and fast is not None
+    assert slow.how.endswith("of fp16")  # the model is in float32
     assert 1.5 < slow.by_scheme["kivi2"] / fast.by_scheme["kivi2"] < 1.86
     with pytest.raises(ValueError, match="none of these schemes is known by name"):
         report_times.of_code(evaluation(result("kvtuner", 4.0, 0.1)), card("H100"))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from tiny import FAMILIES, generated, left_padded, model, one_thread, plain, prompt
+from tiny import FAMILIES, generated, left_padded, model, plain, prompt
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -19,6 +18,7 @@ from kvdsl.params import ROPE
 from kvdsl.rope import turned
 from kvdsl.scheme import Float, PreRope, Scheme, Store, Uniform, per_channel, per_token
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 EXACT = Scheme(keys=Store(Float("fp32"), transform=PreRope()), values=Store(Float("fp32")))
 PAIRED = EXACT.with_(keys=EXACT.keys.with_(transform=PreRope(interleaved=True)))
 BYTES = Scheme(
@@ -48,12 +48,6 @@ MODELS: dict[str, tuple[str, dict[str, Any], Scheme]] = {
     "paired": ("cohere", {}, PAIRED),
     "some layers": ("smollm3", dict(num_hidden_layers=4), EXACT),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quiet() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 class Frozen(dict[str, Any]):

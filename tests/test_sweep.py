@@ -1,54 +1,31 @@
-"""Sweeps on a tiny model: grids, what is no scheme, what a stopped sweep goes on from, fronts, and who is named."""
+"""Sweeps on a tiny model: grids, what is no scheme, what a stopped sweep goes on from, predicted times."""
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sweep_cases
 import tiny
+from sweep_cases import GRID, SMALL, of
 
 import kvdsl
 from kvdsl import Codebook, Recent, Rotate, SchemeError, Sketch, Uniform
-from kvdsl.codegen import recommending, sweep_run, sweep_time
+from kvdsl.codegen import sweep_run, sweep_time
 from kvdsl.codegen.roofline import CARDS, share_on
 from kvdsl.cost import bits
-from kvdsl.evaluation import Settings
-from kvdsl.registry import load
-from kvdsl.scheme import SIDES, ChannelScale, Scheme
+from kvdsl.scheme import SIDES, ChannelScale
 from kvdsl.schemes import ALL, h2o, kivi2, token2, zipcache
 from kvdsl.shape import Shape
 from kvdsl.sweeping import Grid
-from kvdsl.sweeping.choice import Beside, Candidate, candidates, halved, named
 from kvdsl.sweeping.file import SweepFile
-from kvdsl.sweeping.front import front
-from kvdsl.sweeping.grid import LeftOut, Member, axis
-from kvdsl.sweeping.results import MEASURES, Figured
+from kvdsl.sweeping.grid import Member, axis
+from kvdsl.sweeping.results import MEASURES
 from kvdsl.sweeping.words import value
 
-SMALL = Settings(
-    tasks=("perplexity",), calibration=60, windows=2, context=96, score=12, chunk=4, sizes=(150,), resamples=50
-)
-GRID = {"base": "token2", "axes": {"bits": [2, 4], "recent": [0, 32]}}
-Loaded = tuple[Any, Any]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quiet() -> Iterator[None]:
-    with tiny.one_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def small() -> Loaded:
-    return tiny.plain(tiny.model("llama")), tiny.characters()
-
-
-def of(loaded: Loaded, grid: Any = GRID, **options: Any) -> Any:
-    return kvdsl.sweep(grid, loaded, text=tiny.TEXT, settings=SMALL, **{"compiled": False, **options})
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # -- grids -----------------------------------------------------------------------------------------------------------
@@ -158,7 +135,7 @@ def test_a_grid_that_is_none_is_refused(told: Any, message: str) -> None:
 # -- sweeps ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_sweep_measures_what_an_evaluation_does_and_keeps_it(small: Loaded, tmp_path: Path) -> None:
+def test_a_sweep_measures_what_an_evaluation_does_and_keeps_it(small: tiny.Loaded, tmp_path: Path) -> None:
     path = tmp_path / "some.sqlite"
     found = of(small, {**GRID, "beside": ["bitdecoding4"]}, out=path)
     right = kvdsl.evaluate([one.scheme for one in found.members], small, text=tiny.TEXT, settings=SMALL)
@@ -177,37 +154,26 @@ def test_a_sweep_measures_what_an_evaluation_does_and_keeps_it(small: Loaded, tm
 
 
 def test_a_stopped_sweep_goes_on_and_measures_nothing_twice(
-    small: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: tiny.Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kvdsl.evaluation import run
-
-    counted, limit = list[str](), 5
-    act = run._Act.__call__
-
-    def counting(self: Any, scheme: Scheme, params: Any) -> Any:
-        if len(counted) == limit:
-            raise KeyboardInterrupt
-        counted.append(scheme.hash)
-        return act(self, scheme, params)
-
-    monkeypatch.setattr(run._Act, "__call__", counting)
+    measured = sweep_cases.Measured(monkeypatch, stop=5)
     monkeypatch.setattr(sweep_run, "TOGETHER", 2)
     path = tmp_path / "some.sqlite"
     with pytest.raises(KeyboardInterrupt):
         of(small, out=path)
     first = SweepFile(path).read()
-    assert len(first.members) == 2 and len(counted) == 5  # one pair whole, one row of the next
-    limit = 100
+    assert len(first.members) == 2 and measured.rows == 5  # one pair whole, one row of the next
+    measured.stop = None
     found = of(small, out=path)
-    assert len(counted) == 4 * SMALL.windows and len(found.members) == 4
+    assert measured.rows == 4 * SMALL.windows and len(found.members) == 4
     again = of(small, out=path)
-    assert len(counted) == 4 * SMALL.windows and again.members == found.members
+    assert measured.rows == 4 * SMALL.windows and again.members == found.members
     alone = of(small)
     for one, other in zip(alone.members, found.members, strict=True):
         assert {**one.figures, "seconds": 0} == {**other.figures, "seconds": 0} and one.name == other.name
 
 
-def test_a_file_is_of_one_sweep(small: Loaded, tmp_path: Path) -> None:
+def test_a_file_is_of_one_sweep(small: tiny.Loaded, tmp_path: Path) -> None:
     path = tmp_path / "some.sqlite"
     grid = {"base": "token2"}
     of(small, grid, out=path)
@@ -225,7 +191,7 @@ def test_a_file_is_of_one_sweep(small: Loaded, tmp_path: Path) -> None:
         of(small, grid, out=tmp_path / "none" / "x.sqlite")
 
 
-def test_wrong_use_is_refused_before_anything_runs(small: Loaded) -> None:
+def test_wrong_use_is_refused_before_anything_runs(small: tiny.Loaded) -> None:
     for options, message in (
         ({"engine": "dask"}, "engine: 'dask' is none of local, ray"),
         ({"workers": 0}, "workers: 0 is no whole number"),
@@ -263,134 +229,14 @@ def test_machine_code_slows_packed_bytes_and_not_exact_ones() -> None:
     assert times[1] / times[0] == pytest.approx(2 - counted.window / counted.mean)
 
 
+def test_a_model_is_read_as_it_would_be_served() -> None:
+    served = [Shape(64, dtype=one).deployed.dtype for one in ("fp32", "fp16", "bf16")]
+    assert served == ["fp16", "fp16", "bf16"]
+
+
 def test_kernels_are_compiled_where_they_can_be() -> None:
     pytest.importorskip("triton")
     found = sweep_time.compiled_shares([token2, kivi2.with_(layers={0: token2})], Shape(64, 2, 4), 2, H100)
     if not found:
         pytest.skip("no kernel compiles here")
     assert len(found) == 2 and all(0 < share <= share_on(H100, {}) for share in found.values())
-
-
-# -- fronts and choices ----------------------------------------------------------------------------------------------
-
-
-def test_the_front_is_what_none_dominates() -> None:
-    points = [(4, 0.1), (2, 0.9), (3, 0.5), (3, 0.4), (3.5, 0.4), (5, 0.1), (1, None), (2.5, float("inf")), (2, 0.9)]
-    rows = [{"bits": cost, "kl": loss} for cost, loss in points]
-    assert front(rows, "bits", "kl") == [1, 3, 0] and front([], "bits", "kl") == []
-
-
-def figured(name: str, kl: float | None, *, scheme: str = "token2", spread: float = 0.01) -> Figured:
-    windows = {start: (kl or 0) + spread * sign for start, sign in ((0, 1), (100, -1), (200, 0))}
-    return Figured(name, load(scheme), (), {"kl": kl, "bits": 3.0, "kl_error": 0.01}, windows)
-
-
-def beside(*told: tuple[str, float, float | None]) -> list[Beside]:
-    return [Beside("", takes, 1, figured(name, kl)) for name, takes, kl in told]
-
-
-def test_the_best_within_the_budget_is_named_beside_its_neighbours() -> None:
-    measured = beside(("a", 3.0, 0.3), ("b", 2.9, 0.2), ("c", 2.0, 0.5), ("d", 4.0, 0.1), ("e", 3.0, None))
-    chosen, others, why = named(measured, 3)
-    assert chosen.figured.name == "b" and chosen.role == "named"
-    assert [(one.figured.name, one.role) for one in others] == [
-        ("a", "next best"), ("c", "cheaper"), ("d", "beyond the budget"),
-    ]  # fmt: skip
-    assert why[0].startswith("b takes 2.900 of 3 bits and loses 0.2000 nats a token")
-    assert why[1] == "next best: a, 0.100 bits more, loses 0.3000, 0.1000 ± 0.0000 more"
-    assert why[3].endswith("1.100 bits more, loses 0.1000, 0.1000 ± 0.0000 less")
-    with pytest.raises(ValueError, match="nothing that was measured takes 1 bits or fewer, the fewest are 2.000"):
-        named(measured, 1)
-
-
-def test_what_windows_do_not_tell_apart_is_said() -> None:
-    one, other = figured("a", 0.2, spread=0.1), figured("b", 0.21, spread=-0.1)
-    _, _, why = named([Beside("", 3, 1, one), Beside("", 3, 1, other)], 3)
-    assert why[1].endswith("more, which these windows do not tell apart")
-
-
-def test_a_budget_is_kept_and_what_is_left_out_is_told() -> None:
-    names = ("kivi2", "token2", "token3", "token4", "streaming", "bitdecoding2", "fp16", "turboquant1")
-    members = [Member(name, load(name)) for name in names]
-    within, beyond, left = candidates(members, 3.0, Shape(64, 2), 2, None, 512)
-    assert [one.member.name for one in within] == ["kivi2", "token2"]
-    assert [one.member.name for one in beyond] == ["token3"]  # 3.5 at a head of 64 channels
-    why = {one.name: one.why for one in left}
-    assert "groups of 128 channels do not divide head_dim 64" in why["bitdecoding2"]
-    assert why["streaming"].startswith("it keeps a fixed number of tokens")
-    assert why["token4"] == "4.500 bits are more than 3" and why["turboquant1"] == "1.250 bits leave much of 3 unused"
-    within, _, left = candidates(members, 3.0, Shape(64, 2), 2, None, 100)
-    assert [one.member.name for one in within] == ["token2"]
-    assert "100% of a prompt of 100 tokens stand exactly" in {one.name: one.why for one in left}["kivi2"]
-    within, _, _ = candidates(members, 3.0, Shape(64, 2), 2, 1024, 512)  # its window counts
-    assert "kivi2" not in [one.member.name for one in within]
-    with pytest.raises(ValueError, match="takes 0.5 bits or fewer; the fewest are 1.250, of turboquant1; give more"):
-        candidates(members, 0.5, Shape(64, 2), 2, None, 512)
-    generous, _, _ = candidates(members, 12.0, Shape(64, 2), 2, None, 512)  # nothing is near it: the most that fit
-    assert [one.member.name for one in generous] == ["token4", "token3", "kivi2"]
-
-
-def test_rounds_keep_the_best_and_measure_the_last_alike() -> None:
-    losses = {f"s{i}": i / 10 for i in range(12)} | {"cheap": 0.95, "more": 0.01, "most": 0.02, "broken": 0.0}
-    takes = {"cheap": 2.0, "more": 3.5, "most": 3.6}
-    made = {name: Candidate(Member(name, token2), takes.get(name, 3.0)) for name in losses}
-    asked = list[list[str]]()
-
-    def look(members: Sequence[Member], number: int) -> dict[str, Figured | LeftOut]:
-        asked.append([one.name for one in members])
-        return {
-            one.name: LeftOut(one.name, "it broke")
-            if one.name == "broken"
-            else figured(one.name, losses[one.name] + (0.35 if one.name == "s0" and number > 1 else 0))
-            for one in members
-        }
-
-    within = [one for name, one in made.items() if name not in ("more", "most")]
-    last, looked, left = halved(within, [made["more"], made["most"]], look)
-    assert [len(one) for one in asked] == [16, 5, 5] and asked[1] == ["s0", "s1", "s2", "s3", "s4"]
-    assert [one.figured.name for one in last] == ["more", "s1", "s2", "s3", "cheap"]  # luck of the first round is gone
-    assert all(one.round == 3 for one in last) and left == [LeftOut("broken", "it broke")]
-    assert len(looked) == 15 and named(last, 3)[0].figured.name == "s1"
-
-
-def test_recommend_names_the_best_that_was_measured(small: Loaded, tmp_path: Path) -> None:
-    rounds = (SMALL.with_(windows=1), SMALL, SMALL.with_(seed=1))
-    names = ["token2", "token3", "turboquant2", "token4", "bitdecoding2"]
-    options: dict[str, Any] = {"bits": 4.0, "among": names, "text": tiny.TEXT, "settings": rounds}
-    found = kvdsl.recommend(small, out=tmp_path / "x.toml", **options)
-    right = kvdsl.evaluate(["token2", "token3", "turboquant2"], small, text=tiny.TEXT, settings=rounds[2])
-    loss = {one.scheme: one.tasks.perplexity.kl for one in right.results if one.tasks.perplexity}
-    assert found.chosen.figured.name == min(loss, key=lambda name: loss[name]) and found.chosen.bits <= 4
-    assert found.chosen.figured.figures["kl"] == min(loss.values())
-    assert load(tmp_path / "x.toml") == found.scheme == load(found.chosen.figured.name)
-    assert "beyond the budget" in " ".join(one.role for one in found.beside)
-    assert "bitdecoding2" in [one.name for one in found.left_out]
-    again = kvdsl.recommend(small, **options)
-    assert again.chosen.figured.name == found.chosen.figured.name and again.why == found.why
-    with pytest.raises(ValueError, match="bits: no scheme that fits the model takes 1 bits or fewer; the fewest"):
-        kvdsl.recommend(small, **{**options, "bits": 1.0})
-
-
-def test_recommend_takes_a_sweep_and_measures_nothing(
-    small: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "some.sqlite"
-    swept = of(small, out=path)
-    monkeypatch.setattr(recommending, "Measuring", None)
-    found = kvdsl.recommend(None, bits=5, sweep=path)
-    best = min(swept.members, key=lambda one: float(one.figures["kl"] or 0))
-    assert found.chosen.figured == replace(best, figures=found.chosen.figured.figures)
-    fewer = kvdsl.recommend(None, bits=3.5, sweep=path)
-    assert fewer.chosen.bits == 3.0 and fewer.scheme.keys.code == Uniform(2)
-    assert len([one for one in fewer.left_out if "are more than 3.5" in one.why]) == 2
-    for options, message in (
-        ({"bits": 1, "sweep": path}, "nothing that was measured takes 1 bits or fewer"),
-        ({"bits": 3, "sweep": tmp_path / "none.sqlite"}, "is no file; give one that `kvdsl sweep --out` wrote"),
-        ({"bits": 0}, "bits: 0 is no budget"),
-        ({"bits": 3}, "model: none is given"),
-        ({"bits": 3, "sweep": path, "out": tmp_path / "x.txt"}, "is no .toml or .json file; name one, as x.toml"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            kvdsl.recommend(None, **options)
-    with pytest.raises(ValueError, match="not of smollm2; give its own"):
-        kvdsl.recommend("smollm2", bits=3, sweep=path)

@@ -14,6 +14,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
 
+from kvdsl.evaluation.settings import Settings
 from kvdsl.scheme import Float, Scheme, Store
 
 transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -28,6 +29,9 @@ def words(lines: int, end: str = " ") -> str:
 
 
 TEXT = words(40)
+SETTINGS = Settings(calibration=60, context=96, score=12, chunk=4)
+"""What such a text and model have room for."""
+Loaded = tuple[Any, Any]
 COMMON = dict(
     vocab_size=97,
     hidden_size=64,

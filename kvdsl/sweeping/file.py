@@ -41,12 +41,13 @@ PREDICTED = ("gpu", "tokens", "batch")
 
 
 class SweepFile:
-    """A file that is there or is begun.  ValueError for one that no sweep wrote, or another one did."""
+    """A file that is there or is begun.  ValueError for one that no sweep wrote, or another one did; `option` is what
+    named it."""
 
-    def __init__(self, path: Path, about: Mapping[str, Any] | None = None) -> None:
-        self.path = path
+    def __init__(self, path: Path, about: Mapping[str, Any] | None = None, option: str = "out") -> None:
+        self.path, self.option = path, option
         if not path.absolute().parent.is_dir():
-            raise ValueError(f"out: there is no folder {path.absolute().parent}; make it, or write elsewhere")
+            raise ValueError(f"{option}: there is no folder {path.absolute().parent}; make it, or write elsewhere")
         if about is None and not path.is_file():
             raise ValueError(f"from: {path} is no file; give one that `kvdsl sweep --out` wrote")
         try:
@@ -78,8 +79,8 @@ class SweepFile:
             if known.get(name) != plain.get(name):
                 before, now = _apart(known.get(name), plain.get(name))
                 raise ValueError(
-                    f"out: {self.path} is of another sweep, its {name} {before} and not {now}; ask the same again, or "
-                    "give another file"
+                    f"{self.option}: {self.path} is of another sweep, its {name} {before} and not {now}; ask the same "
+                    "again, or give another file"
                 )
         with self._open() as file:
             if known and any(known.get(name) != plain.get(name) for name in PREDICTED):
