@@ -7,25 +7,32 @@
 
 A line `...` of an output stands for any lines, `...` within a line for any words.  The line before a block may be a
 comment: `<!-- excerpt: COMMAND -->` before lines that stand in what the command prints, `<!-- not run: WHY -->` before
-a block that is only shown.
+a block that is only shown.  What Python of such a block takes from here must be there, and commands must know their
+options.
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import re
 import shlex
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 from sybil import Document, Example
 from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown import CodeBlockParser
 from sybil.typing import Evaluator
+from typer.core import TyperGroup
+from typer.main import get_command
 
-from kvdsl.codegen.cli import run
+import kvdsl
+from kvdsl.codegen.cli import app, run
 
+ROOT = Path(__file__).resolve().parent.parent
 LANGUAGES = ("python", "text", "console", "toml")
 REASONS = ("needs a GPU", "takes minutes")
 """Why a block may be shown and not be run."""
@@ -62,12 +69,23 @@ def _run(example: Example) -> str | None:
     if kind == "excerpt":
         return _inside(str(example.parsed), said)
     if kind == "not run":
+        _read(str(example.parsed))
         return None
     _keep(example)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         _python(example)
     example.namespace["__printed__"] = example.namespace.get("__printed__", "") + printed.getvalue()
     return None
+
+
+def _read(source: str) -> None:
+    """Raise where lines do not parse, or take a name from kvdsl that it does not have; nothing is run."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            home = import_module(node.module or "")
+            assert all(hasattr(home, one.name) for one in node.names), ast.unparse(node)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "kvdsl":
+            getattr(kvdsl, node.attr)
 
 
 def _compare(example: Example) -> str | None:
@@ -79,13 +97,27 @@ def _compare(example: Example) -> str | None:
 
 def _command(example: Example) -> str | None:
     """Commands of this package alone, in this process."""
-    if _mark(example)[0] == "not run":
-        return None
-    for part in re.split(r"^\$ ", str(example.parsed), flags=re.MULTILINE)[1:]:
+    parts = re.split(r"^\$ ", str(example.parsed), flags=re.MULTILINE)
+    if parts[0].strip():
+        return f"the block begins with no command:\n{parts[0]}"
+    for part in parts[1:]:
         line, _, shown = re.sub(r" \\\n +", " ", part).partition("\n")
-        if wrong := _differ(shown, printed(line)):
+        if _mark(example)[0] == "not run":
+            _look_up(line)
+        elif wrong := _differ(shown, printed(line)):
             return f"$ {line}\n{wrong}"
     return None
+
+
+def _look_up(line: str) -> None:
+    """Raise where a command, or one of its options, is not there; nothing is run."""
+    name, *arguments = shlex.split(line, comments=True)
+    if name == "kvdsl":
+        group = get_command(app)
+        assert isinstance(group, TyperGroup)
+        group.commands[arguments[0]].make_context(arguments[0], arguments[1:])
+    elif name == "make" and f"\n{arguments[0]}:" not in (ROOT / "Makefile").read_text(encoding="utf-8"):
+        raise ValueError(f"the Makefile has no {arguments[0]}")
 
 
 def _keep(example: Example) -> None:
