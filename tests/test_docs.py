@@ -81,6 +81,13 @@ def test_links_out_of_texts_beside_the_site_lead_somewhere(path: Path) -> None:
         assert "://" in link or (path.parent / link).exists(), link
 
 
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_files_that_a_page_names_are_there(path: Path) -> None:
+    own = r"`((?:kvdsl|codegen|schemes|tests|benchmarks|examples|docs)/[\w/]+\.\w+)`"
+    named = re.findall(own, path.read_text(encoding="utf-8"))
+    assert {name for name in named if not (ROOT / name).exists()} == set()
+
+
 def test_the_site_is_built_without_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As `make docs` builds it, but with pages of a few schemes; a link to nowhere is a warning."""
     pytest.importorskip("material", reason="the extra `docs` is not installed")
