@@ -225,14 +225,6 @@ def test_the_readme_holds_the_table_of_schemes_as_it_is() -> None:
     assert listed == set(ALL)
 
 
-def test_the_readme_shows_a_kernel_as_it_is_generated() -> None:
-    """When this fails, `kvdsl show int8_token_head --stage source` has the new loop."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    shown = text.partition("<!-- int8_token_head -->\n```python\n")[2].partition("\n```")[0]
-    generated = render(plan_for(ALL["int8_token_head"], Shape(128, 8, 32)), "triton", "int8_token_head")
-    assert shown and "\n".join(f"    {line}" for line in shown.split("\n")) in generated
-
-
 def test_every_scheme_says_where_it_comes_from() -> None:
     for row in rows():
         assert row["source"] and row["system"] and "\n" not in row["system"]
