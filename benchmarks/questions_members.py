@@ -36,6 +36,7 @@ APART = "QJL, orthogonal rows, 8 channels apart"
 EVEN, NORMAL, QUAROT = "Hadamard, even levels", "Hadamard, normal levels", "QuaRot"
 TOKEN, CHANNEL = "per token", "per channel"
 OF_VALUES, TOKEN_VALUES, BOTH = "values: QJL, orthogonal rows", "values: per token", "both: QJL, orthogonal rows"
+NORMAL_VALUES = "values: Hadamard, normal levels"
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,10 @@ def qjl() -> Iterator[Member]:
     for bits in (2, 4, 8):
         store = Store(Uniform(bits), scale=per_token(range="absmax"))
         yield Member(values(store), {"family": TOKEN_VALUES, "bits": bits, "seed": 0})
+    for bits in (1, 2, 4):
+        for seed in FEW:
+            axes: dict[str, str | int] = {"family": NORMAL_VALUES, "bits": bits, "seed": seed}
+            yield Member(values(key_store(NORMAL, bits, seed)), axes)
 
 
 def kivi_at(bits: int, group: int, head_dim: int = HEAD_DIM) -> Scheme:

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import questions_facts as facts
 import questions_qjl as sketches
 from questions_members import CHANNELS, LAYOUTS, RULES, TOKENS, WIDTHS
 from questions_tables import Question, kl, number, perplexity, score, table, with_error, with_interval
-from questions_words import WORDS
 
 ROOT = Path(__file__).resolve().parent.parent
 ABLATIONS = ROOT / "docs" / "ablations.md"
+WORDS = Path(__file__).resolve().parent / "questions.template.md"
 
 
 def ablations() -> str:
@@ -152,6 +153,11 @@ def page(figures: Mapping[str, Any]) -> str:
         "qjl_accounts": sketches.of_accounts(figures["bits"], figures["matrices"]),
         "qjl_sides": sketches.of_sides(asked["qjl"]),
         "triton": code["triton"],
-        "study_seeds": str(figures["numbers"]["seeds"]),
+        "head_dim": str(asked["qjl"].about["head_dim"]),
+        "spent": table(("scheme", "keys", "values"), facts.spent()),
+        **facts.of_kivi(asked["kivi"], figures["bits"]),
+        **facts.of_ternary(asked["ternary"]),
+        **facts.of_sides(asked["sides"]),
+        **facts.of_sketches(asked["qjl"], figures),
     }
-    return WORDS.format(**parts)
+    return WORDS.read_text(encoding="utf-8").format(**parts)

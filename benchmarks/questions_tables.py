@@ -39,12 +39,13 @@ class Question:
         """What was run, in a sentence or two."""
         a, s = self.about, self.settings
         versions = ", ".join(f"{name} {version}" for name, version in a["versions"].items())
+        heads = f"{a['q_heads']} query heads, {a['kv_heads']} kv heads of {a['head_dim']} channels"
+        heads = f"{a['q_heads']} query heads, {a['kv_heads']} kv heads of {a['head_dim']} channels"
         return (
-            f"Made by `{command}`: {a['model']} (digest {a['digest']}, {a['layers']} layers, {a['q_heads']} query "
-            f"heads, {a['kv_heads']} kv heads of {a['head_dim']} channels) in {a['dtype']}, the {a['backend']} backend; "
-            f"text {a['text']}, sha256 {a['sha256'][:16]}..., {s['windows']} windows (seed {s['seed']}) of {s['context']} "
-            f"tokens packed and {s['score']} scored in chunks of {s['chunk']}; perplexity in full precision "
-            f"{self.full_perplexity:.2f}; {versions}."
+            f"Made by `{command}`: {a['model']} (digest {a['digest']}, {a['layers']} layers, {heads}) in {a['dtype']}, "
+            f"the {a['backend']} backend; text {a['text']}, sha256 {a['sha256'][:16]}..., {s['windows']} windows (seed "
+            f"{s['seed']}) of {s['context']} tokens packed and {s['score']} scored in chunks of {s['chunk']}; "
+            f"perplexity in full precision {self.full_perplexity:.2f}; {versions}."
         )
 
 
