@@ -12,9 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from quality import kept, table
+
 from kvdsl.codegen.answer import row as markdown_row
 from kvdsl.codegen.listing import rows
 from kvdsl.codegen.show import View, main_loop, show
+from kvdsl.evaluation.tables import losses
 from kvdsl.rules import shape_faults
 from kvdsl.scheme import Scheme
 from kvdsl.schemes import ALL
@@ -44,6 +47,7 @@ def page(name: str, scheme: Scheme, row: dict[str, Any]) -> str:
         MADE,
         f"{row['system']}; {row['source']}. Bits an element at head_dim {shape.head_dim}: {bits}.",
         *_of_its_file(scheme),
+        *_measured(name),
         "## Spec",
         fenced(show(view, "scheme")[1]),
         "## Bits",
@@ -66,6 +70,17 @@ def _of_its_file(scheme: Scheme) -> list[str]:
         if module is not None and any(value is scheme for value in vars(module).values()):
             return [f"## Method\n\nFrom `schemes/{path.name}`:", fenced(module.__doc__ or "")]
     return []
+
+
+def _measured(name: str) -> list[str]:
+    """What a model lost through it, as docs/quality.md has it."""
+    found = kept("all")
+    sheet = losses(found)
+    rows = [row for row in sheet.rows if row[0] in ("full precision", name)]
+    if len(rows) < 2:
+        return ["## Measured quality", f"None: it does not fit {found.model}, see [all schemes](../quality.md)."]
+    told = "\n".join(table(sheet.heads, rows))
+    return ["## Measured quality", f"On {found.model}, see [all schemes](../quality.md).", told]
 
 
 def _loops(source: dict[str, Any]) -> list[str]:

@@ -15,10 +15,8 @@ kivi2_values_by_channel = kivi2_window32.with_(values=kivi2.keys)
 kivi2_group64 = kivi2.with_(
     keys=Store(Uniform(2), scale=per_channel(tokens=64)), values=Store(Uniform(2), scale=per_token(channels=64))
 )
-kivi2_rotated = kivi2.with_(
-    keys=Store(Uniform(2), scale=per_channel(tokens=32), transform=Rotate("hadamard")),
-    values=Store(Uniform(2), scale=per_token(channels=32), transform=Rotate("hadamard")),
-)
+kivi2_rotated_keys = kivi2.with_(keys=Store(Uniform(2), scale=per_channel(tokens=32), transform=Rotate("hadamard")))
+kivi2_rotated_values = kivi2.with_(values=Store(Uniform(2), scale=per_token(channels=32), transform=Rotate("hadamard")))
 token2_group32, token4_group32 = (
     Scheme(both=Store(Uniform(bits), scale=per_token(channels=32)), source="baseline") for bits in (2, 4)
 )

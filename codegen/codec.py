@@ -126,4 +126,15 @@ def in_steps(side: SidePlan, number: str, ns: Namespace) -> str:
     free = side.static or side.second is not None
     if side.scale.dtype in ("fp16", "e4m3") and not free:
         return f"in_half_steps({number}, scale)"
-    return f"in_steps({number}, scale{f', {side.fine or free}, {free}' if ns == 'tl.' else ''})"
+    return f"in_steps({number}, scale{f', {fine(side) or free}, {free}' if ns == 'tl.' else ''})"
+
+
+def made(side: SidePlan) -> bool:
+    """Whether the rows that a term is of are float32, as they come from the host or another kernel: not the vectors,
+    but what is left of them, without single numbers, the channels of another store, or their positions."""
+    return bool(side.depth or side.parted or side.sparse or side.rope)
+
+
+def fine(side: SidePlan) -> bool:
+    """Whether codes are made of numbers that may be smaller than float16 has any."""
+    return side.fine or side.turned or made(side)

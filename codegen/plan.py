@@ -128,7 +128,7 @@ def _planned(name: Side, store: Store, part: SideLayout, shape: Shape, depth: in
         rest = _planned(name, store, part.rest, shape, depth + 1, first + row * part.width * term.joined)
     alphabet = alphabet_of(term, _channels(term, shape))
     home = name if isinstance(term, Band) else store.placed(name)[depth][0]
-    fine = shape.dtype != "fp16" or term.turned or depth > 0
+    fine = shape.dtype != "fp16"
     return SidePlan(name, term, part, place(term, part), alphabet, shape.head_dim, rest, depth, first, row, fine, home)
 
 

@@ -46,7 +46,7 @@ class SidePlan:
     in_row: bool = True
     """Whether it has a place there."""
     fine: bool = False
-    """Whether its numbers may be smaller than float16 has any."""
+    """Whether vectors have numbers that may be smaller than float16 has any."""
     home: str = ""
     """Where its store stands in the spec: the beginning of the names of the map of its row."""
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from kvdsl.codes import TRITS
 from kvdsl.window import token_block
 
-from .codec import call, coding, settled, statistics, stored_numbers, words
+from .codec import call, coding, fine, made, settled, statistics, stored_numbers, words
 from .codec_text import functions
 from .layout import Stream
 from .placement import within_groups
@@ -122,7 +122,7 @@ class Pack(Planes):
         params = [p for p in parameters(plan) if p.startswith(f"{side.label}_")]
         text = "\n".join(body)
         beside = ["counts_ptr", "above_ptr"] if side.raised else []  # how many levels, and codes above the lowest bits
-        rows = "coded_ptr" if side.turned or side.depth else "rows_ptr"  # mapped by `turn_<side>`, or what is left
+        rows = "coded_ptr" if side.turned or made(side) else "rows_ptr"
         args = [rows, *(["squares_ptr"] if side.sketched else []), *beside]
         args += [f"{side.space}_start_ptr"] if side.factors else []
         args += [p for p in pool_args if p in text] + ["table_ptr", *params]
@@ -199,7 +199,7 @@ class Pack(Planes):
             of = [span.channels[0] // meta.channels for span in side.layout.spans]
             groups = {str(index): [j for j in planes if of[j] == index] for index in range(meta.groups)}
         blocks = {group: InPlanes(self, members) for group, members in groups.items()}
-        if not settled(side) or side.fine:
+        if not settled(side) or fine(side):
             for group, block in blocks.items():
                 self._loads(body, block.members)
                 body.extend(settle(side, {"": block}, halves=False) if settled(side) else [])

@@ -12,6 +12,7 @@ import struct
 
 from kvdsl.scheme import Rotate
 
+from .codec import made
 from .plan import Plan, SidePlan
 from .text import fill, literal, padded
 
@@ -214,7 +215,7 @@ def whole_arguments(side: SidePlan) -> list[str]:
 
 def turn(plan: Plan, side: SidePlan) -> str:
     """The text of `turn_<side>`: tokens u in [low, low + count) of the rows as float32 numbers to be coded."""
-    rows = "rows_ptr" if side.rope is None else "coded_ptr"  # those of `unrope_keys`
+    rows = "coded_ptr" if made(side) else "rows_ptr"
     args = [rows, "first_ptr", "begin_ptr", "end_ptr", *map_arguments(side, "encode"), "out_ptr"]
     args += ["total_rows", "offset", "ring", "low", "count"]
     args += ["squares_ptr"] if side.sketched else []

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .inputs import DTYPES
 from .kernels import KernelSet, Params, Places, Side
 from .measuring import Affine, measure, nothing
 from .quantized_cache import QuantizedCache
@@ -164,6 +165,9 @@ class SegmentCache:
         of the newest queries stand before `asked`, int32 (B,)."""
         affine, places = self.beside.affine, self._places(asked)
         state = replace(self.cache.state(), places=places)
+        if self.kernels.packing is not self.kernels.reading:
+            dtype = DTYPES[self.kernels.reading.shape.dtype]
+            state = replace(state, key_rows=state.key_rows.to(dtype), value_rows=state.value_rows.to(dtype))
         return Read(self.kernels.reading, state, self.params, affine.get("keys"), affine.get("values"))
 
     def _places(self, asked: Tensor | None = None) -> Places | None:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import pytest
+import questions
+import questions_facts as facts
+import questions_members as members
+import questions_page
 import tiny
+from questions_qjl import cheapest, decoding
+from questions_tables import Question, kl, score
 
 from kvdsl.evaluation import Settings
 from kvdsl.evaluation.summary import standard_error
@@ -19,15 +24,6 @@ from kvdsl.matrices import estimator
 from kvdsl.scheme import Codebook, Sketch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import questions  # noqa: E402
-import questions_facts as facts  # noqa: E402
-import questions_members as members  # noqa: E402
-import questions_page  # noqa: E402
-from questions_qjl import cheapest, decoding  # noqa: E402
-from questions_tables import Question, kl, score  # noqa: E402
-
 SMALL = Settings(
     tasks=("perplexity", "layers"), calibration=60, windows=2, context=256, score=12, chunk=4, queries=8, sizes=(40,)
 )  # fmt: skip

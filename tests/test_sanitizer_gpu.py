@@ -10,13 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from walked import NAMES
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKER = shutil.which("compute-sanitizer")
-NAMES = (
-    "fp16", "token4", "kivi2", "kivi2_sinks", "int8_token_head", "fp8_token_head", "mxfp4", "nvfp4", "turboquant3",
-    "iq4_nl", "kvtq", "qjl", "gear2", "kvquant3", "kitty", "polar", "quarot4", "skvq2", "zipcache",
-)  # fmt: skip
 FOUND = 7
 pytestmark = [
     pytest.mark.gpu,
@@ -28,7 +25,7 @@ pytestmark = [
 @pytest.mark.parametrize("name", NAMES)
 def test_the_checker_finds_nothing(name: str, tool: str) -> None:
     """Every allocation stands alone, so that what lies behind it belongs to nobody."""
-    walk = [sys.executable, str(ROOT / "tests" / "sanitized.py"), name]
+    walk = [sys.executable, str(ROOT / "tests" / "walked.py"), name]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     subprocess.run(walk, env=environment, check=True, timeout=900)  # compiles, so that the checker need not watch it
     checked = [str(CHECKER), "--tool", tool, "--error-exitcode", str(FOUND), *walk]
