@@ -14,6 +14,7 @@ from .report_svg import FAINT, Drawn, canvas, listed, short, svg_of
 ACROSS = 4  # panels beside each other
 SHADES = 32
 SPREAD = 10.0  # of errors, from which on they are drawn on a logarithmic scale
+CROWDED = 30.0  # from which on only powers of ten are told beside it
 BRIGHT = 0.55  # of a shade, above which text on it is black
 
 
@@ -33,6 +34,7 @@ def errors(found: Evaluation, what: str) -> Drawn | None:
     heads = max(len(row) for _, grid in grids for row in grid)
     with canvas(2.3 * columns + 1, rows * (0.9 + min(1.6, 0.12 * heads)) + 0.5, name) as figure:
         from matplotlib import colormaps, colors
+        from matplotlib.ticker import NullFormatter
 
         shades = colormaps["viridis"].resampled(SHADES)
         positive = [x for x in numbers if x > 0]
@@ -50,6 +52,8 @@ def errors(found: Evaluation, what: str) -> Drawn | None:
         bar = figure.colorbar(mesh, ax=panels.ravel().tolist(), shrink=0.9)
         bar.outline.set_edgecolor(FAINT)
         bar.ax.yaxis.set_major_formatter("{x:g}")
+        few = not positive or max(positive) < CROWDED * min(positive)
+        bar.ax.yaxis.set_minor_formatter("{x:g}" if few else NullFormatter())
         bar.set_label("relative error")
         svg = svg_of(figure, name, alt)
     about = (

@@ -108,11 +108,14 @@ def pareto(
             axes.axhline(full, color=SERIES[2], linewidth=1, linestyle="--", label="full precision")
         if divergence:
             axes.set_yscale("symlog", linthresh=LINEAR)
-            _decades(axes.yaxis, max(p.loss for p in points))
+            _decades(axes.yaxis, between=max(p.loss for p in points) <= 1)
         elif max(p.loss for p in points) > 3 * min(p.loss for p in points) > 0:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter("{x:g}")
+        if len(points) > NAMED and min(p.cost for p in points) > 0:
+            axes.set_xscale("log", base=2)  # most of many stand at few bits
+            axes.xaxis.set_major_formatter("{x:g}")
         for number, point in enumerate(points if len(points) <= NAMED else best):
             place = (5, 4) if number % 2 == 0 else (5, -10)
             axes.annotate(
@@ -127,12 +130,12 @@ def pareto(
     return Drawn(name, title, f"{about}{unnamed}", alt, svg)
 
 
-def _decades(axis: Any, most: float) -> None:
-    """Ticks of a scale that is linear near 0: 0, decades, and what lies between them where it is short."""
+def _decades(axis: Any, *, between: bool) -> None:
+    """Ticks of a scale that is linear near 0: 0, decades, and what lies between them where there is room."""
     from matplotlib.ticker import FixedLocator
 
-    between = (1,) if most > 1 else (1, 3)
-    axis.set_major_locator(FixedLocator([0, *(m * 10.0**power for power in range(-3, 4) for m in between)]))
+    steps = (1, 3) if between else (1,)
+    axis.set_major_locator(FixedLocator([0, *(m * 10.0**power for power in range(-3, 4) for m in steps)]))
     axis.set_major_formatter("{x:g}")
 
 
@@ -171,7 +174,7 @@ def quality(found: Evaluation) -> Drawn | None:
             axes.set_yticks(places, names)
             axes.set_ylim(-0.7, len(rows) - 0.3)
         left.set_xscale("symlog", linthresh=LINEAR)
-        _decades(left.xaxis, max(p.loss for p in kl))
+        _decades(left.xaxis, between=False)
         if max(abs(p.loss) for p in more) > 20:
             right.set_xscale("symlog", linthresh=1)
             right.xaxis.set_major_formatter("{x:g}")

@@ -15,7 +15,7 @@ import pytest
 from report_cases import ODD, evaluation, result
 
 import kvdsl
-from kvdsl.codegen import evaluating, report, report_plots, report_times
+from kvdsl.codegen import evaluating, report, report_maps, report_plots, report_times
 from kvdsl.codegen.answer import finite
 from kvdsl.codegen.cli import run
 from kvdsl.codegen.report_plots import Point
@@ -202,6 +202,13 @@ def test_many_schemes_are_named_on_the_front_alone() -> None:
     assert "schemes off the front are named in the tables" in drawn[0].about
     named = [one.scheme for one in many if f">{one.scheme}</text>" in drawn[0].svg]
     assert set(named) == {point.name for point in front} and 1 < len(named) < 16
+
+
+def test_numbers_beside_a_scale_of_colours_are_plain() -> None:
+    """A formula is not parsed here, so a default one would stand there as TeX."""
+    for many in ({"kivi2": 0.2}, {"kivi2": 0.2, "kivi4": 0.02}):  # those between powers of ten are told, are too many
+        drawn = report_maps.errors(evaluation(*(result(name, 3.0, lost) for name, lost in many.items())), "output")
+        assert drawn is not None and "mathdefault" not in drawn.svg and ">0.1</text>" in drawn.svg
 
 
 def test_the_front_is_what_nothing_beats() -> None:
