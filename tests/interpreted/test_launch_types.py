@@ -18,7 +18,7 @@ from kvdsl.codegen.launches import launches
 from kvdsl.codegen.run_kernels import KernelModule
 from kvdsl.shape import Shape
 
-SHAPE = Shape(32, kv_heads=1, q_heads=2)
+SHAPE = Shape(64, kv_heads=1, q_heads=2)
 TYPES = {
     torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64", torch.uint8: "*u8", torch.int16: "*i16",
     torch.int32: "*i32",
