@@ -49,7 +49,7 @@ class PageModule(KernelModule):
         for low, high in self._chunks(part, *reach, rows.shape[0]):
             at, source, start, taken, chosen, above = first, rows, offset, None, None, None
             if part.rope is not None:
-                source = self._without_positions(rows, first, offset, begin, end, (low, high), params, places)
+                source = self._without_positions(part, rows, first, offset, begin, end, (low, high), params, places)
             elif part.sparse or part.parted:
                 source = rows_of(rows, first, offset, low, high)
             if source is not rows:
@@ -140,10 +140,12 @@ class PageModule(KernelModule):
         for band in term.parts:
             self._pack(band, coded, at, 0, begin, end, reach, pool, table, params, beside)
 
-    def _without_positions(self, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor,
+    def _without_positions(self, part: SidePlan, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor,
                            reach: tuple[int, int], params: Params, places: Places | None) -> Tensor:  # fmt: skip
         """Keys of a chunk's tokens u in `reach`, as far as they are in [begin, end), float32 (B, H, tokens, D)."""
         given = mapping(rows, first, offset, begin, end, reach, rows.shape[3])
+        if part.sparse or part.parted:
+            given["out_ptr"].zero_()  # the host looks at tokens, too, that are not there
         grid = (-(-(reach[1] - reach[0]) // ROTATE_ROWS), rows.shape[0] * rows.shape[1])
         self._run("unrope_keys", grid, given | self._positions(reach[1], rows.device, params, places), None, params)
         found: Tensor = given["out_ptr"]
