@@ -24,8 +24,9 @@ All kernels of a step are timed together (a query's map where there is one, page
 map), in a CUDA graph, the L2 cache emptied by reading before each of 21 samples; medians. Lengths differ by up to a
 page. A shape is batch x kv heads x tokens.
 
-A cell is microseconds (share of the read limit of the same run, times over SDPA on float16 numbers in the same run: the
-median of its times beside all schemes).
+A cell is microseconds (share of the card's read limit, the highest of all runs; times over SDPA on float16 numbers in
+the same run: the median of its times beside all schemes). Runs of earlier versions measured the limit by reductions of
+torch alone, later ones by a kernel that only reads, too.
 "unpack" is how many times longer it takes to decode the cache and run SDPA on it, at the largest shape.
 """
 
@@ -48,7 +49,7 @@ def section(device: str, found: list[Mapping[str, Any]]) -> list[str]:
     rows = [row for document in found for row in timed(document["results"])]
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     versions = {f"torch {document['versions']['torch']}, Triton {document['versions']['triton']}" for document in found}
-    limits = ", ".join(f"{document['read_limit_gbps']:.0f}" for document in found)
+    limits, limit = (how([document["read_limit_gbps"] for document in found]) for how in (told, max))
     lines = [f"## {device}", "", f"{'; '.join(sorted(versions))}; {', '.join(sorted({d['date'] for d in found}))}."]
     lines += [f"Read limit of the runs: {limits} GB/s.", "", markdown_row(("scheme", *shapes, "unpack"))]
     lines.append("| --- |" + " ---: |" * (len(shapes) + 1))
@@ -62,10 +63,10 @@ def section(device: str, found: list[Mapping[str, Any]]) -> list[str]:
         for name, measured in by_scheme.items():
             if newest[name] != place:
                 continue
-            cells = [cell(measured[shape], over[shape]) if shape in measured else "" for shape in shapes]
+            cells = [cell(measured[shape], over[shape], limit) if shape in measured else "" for shape in shapes]
             slower = next(iter(measured.values()))["speedup_unpack"]
             lines.append(markdown_row((f"`{name}`", *cells, "" if slower is None else f"{slower:.0f}")))
-    lines += others(found)
+    lines += others(found, limit)
     lines += ["", "How they were run:", "", *(f"* `{document['command']}`" for document in found), ""]
     return lines
 
@@ -75,7 +76,7 @@ def timed(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [row for row in rows if row.get("us") is not None]
 
 
-def others(found: Iterable[Mapping[str, Any]]) -> list[str]:
+def others(found: Iterable[Mapping[str, Any]], limit: float) -> list[str]:
     """A table of other systems in the same runs, where some were there; documents of older versions have none."""
     rows = [row for document in found for row in timed(document.get("peers", ()))]
     if not rows:
@@ -86,7 +87,7 @@ def others(found: Iterable[Mapping[str, Any]]) -> list[str]:
     for name in dict.fromkeys(row["peer"] for row in rows):
         own = {row["shape"]: row for row in rows if row["peer"] == name}
         cells = [
-            f"{own[shape]['us']:.1f} ({own[shape]['share']:.0%}, {own[shape]['speedup_fp16'] or 0:.2f})"
+            f"{own[shape]['us']:.1f} ({own[shape]['gbps'] / limit:.0%}, {own[shape]['speedup_fp16'] or 0:.2f})"
             if shape in own
             else ""
             for shape in shapes
@@ -102,9 +103,14 @@ def exact(rows: Iterable[Mapping[str, Any]], shape: str) -> float:
     return statistics.median(row["us_fp16"] for row in rows if row["shape"] == shape)
 
 
-def cell(row: Mapping[str, Any], over: float) -> str:
+def cell(row: Mapping[str, Any], over: float, limit: float) -> str:
     """Microseconds (share of the limit, times over float16)."""
-    return f"{row['us']:.1f} ({row['share']:.0%}, {over / row['us']:.2f})"
+    return f"{row['us']:.1f} ({row['gbps'] / limit:.0%}, {over / row['us']:.2f})"
+
+
+def told(rates: Iterable[float]) -> str:
+    """Rates in words."""
+    return ", ".join(f"{rate:.0f}" for rate in rates)
 
 
 if __name__ == "__main__":
