@@ -49,7 +49,8 @@ def section(device: str, found: list[Mapping[str, Any]]) -> list[str]:
     rows = [row for document in found for row in timed(document["results"])]
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     versions = {f"torch {document['versions']['torch']}, Triton {document['versions']['triton']}" for document in found}
-    limits, limit = (how([document["read_limit_gbps"] for document in found]) for how in (told, max))
+    rates = [document["read_limit_gbps"] for document in found]
+    limits, limit = ", ".join(f"{rate:.0f}" for rate in rates), max(rates)
     lines = [f"## {device}", "", f"{'; '.join(sorted(versions))}; {', '.join(sorted({d['date'] for d in found}))}."]
     lines += [f"Read limit of the runs: {limits} GB/s.", "", markdown_row(("scheme", *shapes, "unpack"))]
     lines.append("| --- |" + " ---: |" * (len(shapes) + 1))
@@ -106,11 +107,6 @@ def exact(rows: Iterable[Mapping[str, Any]], shape: str) -> float:
 def cell(row: Mapping[str, Any], over: float, limit: float) -> str:
     """Microseconds (share of the limit, times over float16)."""
     return f"{row['us']:.1f} ({row['gbps'] / limit:.0%}, {over / row['us']:.2f})"
-
-
-def told(rates: Iterable[float]) -> str:
-    """Rates in words."""
-    return ", ".join(f"{rate:.0f}" for rate in rates)
 
 
 if __name__ == "__main__":

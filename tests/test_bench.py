@@ -35,9 +35,10 @@ def test_the_page_takes_newer_results_too() -> None:
     """What does not fit and what is missing is passed over; other systems have a table of their own."""
     made = runpy.run_path(str(ROOT / "benchmarks" / "page.py"))
     shape = {"shape": "1x8x1024"}
-    row = shape | {"scheme": "token4", "us": 10.0, "us_fp16": 20.0, "share": 0.5, "speedup_unpack": None}
-    theirs = shape | {"peer": "theirs", "us": 40.0, "share": 0.25, "speedup_fp16": 0.5, "bits": 8.0, "error": None}
+    row = shape | {"scheme": "token4", "us": 10.0, "us_fp16": 20.0, "gbps": 2000.0, "speedup_unpack": None}
+    theirs = shape | {"peer": "theirs", "us": 40.0, "gbps": 1000.0, "speedup_fp16": 0.5, "bits": 8.0, "error": None}
     document = made["documents"]()[0] | {
+        "read_limit_gbps": 4000.0,
         "results": [row, shape | {"scheme": "too_large", "failed": "CUDA out of memory"}],
         "peers": [theirs, shape | {"peer": "absent", "missing": "not installed"}],
     }
