@@ -76,10 +76,11 @@ def _measured(name: str) -> list[str]:
     """What a model lost through it, as docs/quality.md has it."""
     found = kept("all")
     sheet = losses(found)
-    rows = [row for row in sheet.rows if row[0] in ("full precision", name)]
-    if len(rows) < 2:
+    known = {row[0]: row for row in sheet.rows}
+    if name not in known:
         return ["## Measured quality", f"None: it does not fit {found.model}, see [all schemes](../quality.md)."]
-    told = "\n".join(table(sheet.heads, rows))
+    lines = list(zip(sheet.heads, known["full precision"], known[name], strict=True))
+    told = "\n".join(table(("", *lines[0][1:]), lines[1:]))
     return ["## Measured quality", f"On {found.model}, see [all schemes](../quality.md).", told]
 
 
