@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from walked import NAMES, walked
+from walked import walked
 
 from kvdsl.codegen.launch import Launch
 from kvdsl.codegen.launches import launches
@@ -19,6 +19,8 @@ from kvdsl.codegen.run_kernels import KernelModule
 from kvdsl.shape import Shape
 
 SHAPE = Shape(64, kv_heads=1, q_heads=2)
+NAMES = ("fp16", "kivi2_sinks", "kvtq", "qjl", "gear2", "kvquant3", "kitty", "polar", "skvq2", "zipcache")
+"""Of codes, and of every way in which the host makes rows."""
 TYPES = {
     torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64", torch.uint8: "*u8", torch.int16: "*i16",
     torch.int32: "*i32",
