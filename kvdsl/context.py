@@ -13,45 +13,22 @@ many tokens there are.  All counts, windows and sinks stay those of the whole se
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .errors import CacheError, Fault, SchemeError, ShapeError
+from .context_rules import digest, refuse, refuse_other
+from .errors import CacheError, SchemeError, ShapeError
 from .exchange import Exchange, step_bytes
 from .inputs import checked_counts, checked_number, checked_pair, refuse_query
 from .kernels import AttentionState
-from .params import wanted
+from .partial import seen_here, taken
 from .quantized_cache import QuantizedCache
-from .rows import gather
-from .scheme import SIDES, Scheme
+from .scheme import SIDES
 from .spread import Spread
 from .window import windows
-
-
-def faults(scheme: Scheme) -> tuple[Fault, ...]:
-    """Why tokens of a scheme cannot be spread over ranks; none where they can."""
-    found = []
-    if scheme.heads:
-        fact = "a layer under a table of heads is several caches"
-        found.append(Fault("heads", fact, "give each group of like heads a cache of its own"))
-    if scheme.router is not None:
-        fact = f"{type(scheme.router).__name__} ranks all tokens of a sequence, and a rank has some of them"
-        found.append(Fault("router", fact, "use a scheme without tiers, or keep all tokens on one rank"))
-    elif scheme.tiers:
-        fact = "what a tier holds depends on all tokens of a sequence, and a rank has some of them"
-        found.append(Fault("tiers", fact, "use a scheme without tiers, or keep all tokens on one rank"))
-    if scheme.requantize != "never":
-        fact = f"{scheme.requantize!r} measures all stored tokens anew at every flush, and a rank has some of them"
-        found.append(Fault("requantize", fact, "use 'never', with scales of single tokens or of groups of them"))
-    if scheme.keys is not None and scheme.keys.rope is not None:
-        fact = "PreRope packs a key by its place in the sequence, and a rank's kernels count its own tokens"
-        found.append(Fault("keys.transform", fact, "store keys with their rotary positions"))
-    return tuple(found)
 
 
 class ContextCache:
@@ -74,17 +51,17 @@ class ContextCache:
     def __init__(
         self, cache: QuantizedCache, group: Any = None, *, turn: int | None = None, checked: bool = True
     ) -> None:
-        _refuse_other(cache)
+        refuse_other(cache)
         self.cache, self.checked = cache, checked
         self.exchange = Exchange(group, cache.device)
         scheme, error = cache.kernels.scheme, None
         try:
-            self._refuse(turn)
+            refuse(cache, turn)
         except (SchemeError, CacheError, ShapeError) as refused:
             error = refused
         self.turn = turn or cache.kernels.page_tokens
         given = scheme.hash, cache.kernels.shape, cache.batch, cache.capacity, self.turn, checked
-        self.exchange.agree("ContextCache", given if error else (*given, _digest(cache)), error)
+        self.exchange.agree("ContextCache", given if error else (*given, digest(cache)), error)
         self.sinks = scheme.sinks.tokens if scheme.sinks else 0
         self._spreads: tuple[Spread, ...] = ()
         self.reset()
@@ -209,23 +186,6 @@ class ContextCache:
         """Tokens of the own cache that are nobody's."""
         return self.sinks if self.rank else 0
 
-    def _refuse(self, turn: int | None) -> None:
-        found = faults(self.cache.kernels.scheme)
-        if found:
-            raise SchemeError(found)
-        if any(self.cache.lengths):
-            raise CacheError(f"cache: it holds {sum(self.cache.lengths)} tokens already; give one that is empty")
-        if self.cache.window is not None:
-            raise CacheError(
-                f"window: a layer that sees {self.cache.window} tokens holds no more, so there is nothing to spread; "
-                "give every rank a QuantizedCache of it"
-            )
-        if turn is not None:
-            checked_number("turn", turn, 1)
-            if turn % self.cache.kernels.page_tokens:
-                size = self.cache.kernels.page_tokens
-                raise ShapeError(f"turn: {turn} tokens are no whole number of pages of {size}; give a multiple of it")
-
     def _agreed(
         self, what: str, query: Tensor | None, keys: Tensor | None, values: Tensor | None,
         counts: Sequence[int] | None, of: int | None, scaling: float | None, softcap: float | None,
@@ -285,7 +245,7 @@ class ContextCache:
         own = [new.held(self.rank) - old.held(self.rank) for old, new in zip(self._spreads, after, strict=True)]
         if of is None:
             counts = [new.length - old.length for old, new in zip(self._spreads, after, strict=True)]
-            keys, values = _taken(keys, values, self.share(keys.shape[2], counts))
+            keys, values = taken(keys, values, self.share(keys.shape[2], counts))
         due = [self._due(spread) for spread in after]
         state = self.cache.append(keys, values, counts=own, scaling=scaling, softcap=softcap, due=due)
         self._spreads = after
@@ -303,29 +263,8 @@ class ContextCache:
 
     def _partial(self, query: Tensor, state: AttentionState) -> tuple[Tensor, Tensor]:
         """Attention over this rank's own tokens, those that each query of the whole sequence sees."""
-        out, lse = torch.zeros_like(query), query.new_full(query.shape[:3], -torch.inf, dtype=torch.float32)
-        if not query.numel():
-            return out, lse
-        alike: dict[tuple[tuple[int, int, int], ...], list[int]] = {}
         pieces = [spread.pieces(self.rank, query.shape[2]) for spread in self._spreads]
-        for b, own in enumerate(pieces):
-            alike.setdefault(tuple((p.first, p.last, p.behind if p.last - p.first > 1 else 0) for p in own), []).append(
-                b
-            )
-        for key, members in alike.items():
-            whole = len(members) == self.batch
-            some = state if whole else _chosen(state, members)
-            for number, (first, last, behind) in enumerate(key):
-                seen = [pieces[b][number].seen + self._hidden for b in members]
-                if max(seen) == self._hidden:
-                    continue
-                asked = query[:, :, first:last] if whole else query[members, :, first:last]
-                every = seen == [self.cache.lengths[b] for b in members]
-                part = replace(some if every else _shortened(some, seen, self.sinks), ahead=behind)
-                found = self.cache.kernels.attend(asked.contiguous(), part, self.cache.params, self.cache.splits)
-                where = slice(None) if whole else members
-                out[where, :, first:last], lse[where, :, first:last] = found
-        return out, lse
+        return seen_here(self.cache, query, state, pieces, self._hidden)
 
     def _merged(
         self, query: Tensor, parts: tuple[Tensor, Tensor] | None, error: BaseException | None
@@ -369,58 +308,3 @@ class _Undone:
         if kind is not None:
             self.context.cache.back(self.before[0])
             self.context._spreads = self.before[1]
-
-
-def _refuse_other(cache: object) -> None:
-    """SchemeError or CacheError for what is no QuantizedCache: whatever the other ranks have, it is no part of one."""
-    if not isinstance(cache, QuantizedCache):
-        scheme = getattr(getattr(cache, "kernels", None), "scheme", None)
-        if isinstance(scheme, Scheme) and (found := faults(scheme)):
-            raise SchemeError(found)
-        raise CacheError(
-            f"cache: {type(cache).__name__} is no QuantizedCache; give one, of heads under a table of schemes one for "
-            "each group of like heads"
-        )
-
-
-def _digest(cache: QuantizedCache) -> str:
-    """Of the calibrated numbers that the scheme wants."""
-    found = hashlib.blake2b(digest_size=16)
-    for name in sorted(wanted(cache.kernels.scheme, cache.kernels.shape)):
-        if name in cache.params:
-            found.update(
-                name.encode() + bytes(cache.params[name].cpu().contiguous().view(torch.uint8).flatten().tolist())
-            )
-    return found.hexdigest()
-
-
-def _taken(keys: Tensor, values: Tensor, share: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """The tokens at these places of each sequence, right aligned."""
-    first, most = share[0] if share else (), max(map(len, share), default=0)
-    if all(one == first for one in share) and len(first) == (first[-1] - first[0] + 1 if first else 0):
-        begin = first[0] if first else 0
-        return keys[:, :, begin : begin + most], values[:, :, begin : begin + most]
-    index = torch.tensor([[0] * (most - len(one)) + list(one) for one in share], dtype=torch.int64)
-    return gather(keys, index), gather(values, index)
-
-
-def _chosen(state: AttentionState, members: Sequence[int]) -> AttentionState:
-    """Some sequences of a state."""
-    names = ("table", "packed_keys", "packed_values", "length", "key_rows", "value_rows", "first", "start")
-    at = torch.tensor(members, dtype=torch.int64, device=state.length.device)
-    return replace(state, **{name: getattr(state, name).index_select(0, at) for name in names})
-
-
-def _shortened(state: AttentionState, lengths: Sequence[int], sinks: int) -> AttentionState:
-    """The state of which each sequence has its first lengths_b tokens alone."""
-    most = max(lengths)
-    length = torch.tensor(lengths, dtype=torch.int32).to(state.length.device)
-    packed = (length - sinks).clamp(min=0)
-    return replace(
-        state,
-        length=length,
-        packed_keys=torch.minimum(state.packed_keys, packed),
-        packed_values=torch.minimum(state.packed_values, packed),
-        longest=most,
-        packed_most=min(state.packed_most, max(0, most - sinks)),
-    )

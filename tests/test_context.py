@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
-from kvdsl.context import ContextCache, faults
+from kvdsl.context import ContextCache
+from kvdsl.context_rules import faults
 from kvdsl.errors import CacheError, SchemeError, ShapeError
 from kvdsl.exchange import step_bytes
 from kvdsl.schemes import ALL
