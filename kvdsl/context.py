@@ -14,6 +14,7 @@ many tokens there are.  All counts, windows and sinks stay those of the whole se
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from .context_rules import digest, refuse, refuse_other
 from .errors import CacheError, SchemeError, ShapeError
 from .exchange import Exchange, step_bytes
 from .inputs import checked_counts, checked_number, checked_pair, refuse_query
-from .kernels import AttentionState
+from .kernels import AttentionState, Places
 from .partial import seen_here, taken
 from .quantized_cache import QuantizedCache
 from .scheme import SIDES
@@ -172,6 +173,8 @@ class ContextCache:
         """Forget all tokens."""
         self.cache.reset()
         ranks, batch = self.exchange.ranks, self.cache.batch
+        heads = self.cache.kernels.shape.kv_heads
+        self._at = torch.zeros(batch, heads, 0, dtype=torch.int32, device=self.cache.device)
         self._spreads = (Spread(ranks, self.turn, self.sinks),) * batch
         if self._hidden:  # kernels read the first rows as sinks: here they are nobody's
             like = self.cache.rows("keys")
@@ -247,7 +250,10 @@ class ContextCache:
             counts = [new.length - old.length for old, new in zip(self._spreads, after, strict=True)]
             keys, values = taken(keys, values, self.share(keys.shape[2], counts))
         due = [self._due(spread) for spread in after]
-        state = self.cache.append(keys, values, counts=own, scaling=scaling, softcap=softcap, due=due)
+        if self.cache.kernels.shape.placed:
+            self._note(after)
+        places = self._places(after)
+        state = self.cache.append(keys, values, counts=own, scaling=scaling, softcap=softcap, due=due, places=places)
         self._spreads = after
         return state
 
@@ -261,8 +267,30 @@ class ContextCache:
         )
         return keys, values
 
+    def _note(self, after: Sequence[Spread]) -> None:
+        """Write where the own tokens of a step stand, behind those that are there; places behind them mean nothing."""
+        needed, room = max((one.held(self.rank) for one in after), default=0) + self._hidden, self._at.shape[2]
+        if needed > room:
+            first = torch.arange(room, max(needed, 2 * room), dtype=torch.int32, device=self._at.device)
+            self._at = torch.cat([self._at, first.expand(*self._at.shape[:2], -1)], 2)
+        for b, (old, new) in enumerate(zip(self._spreads, after, strict=True)):
+            place = old.held(self.rank) + self._hidden
+            for begin, end in new.runs(self.rank, old.length):
+                self._at[b, :, place : place + end - begin] = torch.arange(begin, end, device=self._at.device)
+                place += end - begin
+
+    def _places(self, spreads: Sequence[Spread]) -> Places | None:
+        """Where the own tokens stand in their sequences, for kernels that ask."""
+        if not self.cache.kernels.shape.placed:
+            return None
+        lengths = [spread.length for spread in spreads]
+        asked = torch.tensor(lengths, dtype=torch.int32).to(self._at.device)
+        return Places(self._at, max(1, self.sinks, *lengths), 0, asked)
+
     def _partial(self, query: Tensor, state: AttentionState) -> tuple[Tensor, Tensor]:
         """Attention over this rank's own tokens, those that each query of the whole sequence sees."""
+        if (places := self._places(self._spreads)) is not None:
+            return self.cache.attend(query, replace(state, places=places))
         pieces = [spread.pieces(self.rank, query.shape[2]) for spread in self._spreads]
         return seen_here(self.cache, query, state, pieces, self._hidden)
 

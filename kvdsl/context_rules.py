@@ -13,8 +13,9 @@ from .quantized_cache import QuantizedCache
 from .scheme import Scheme
 
 
-def faults(scheme: Scheme) -> tuple[Fault, ...]:
-    """Why tokens of a scheme cannot be spread over ranks; none where they can."""
+def faults(scheme: Scheme, *, placed: bool = False) -> tuple[Fault, ...]:
+    """Why tokens of a scheme cannot be spread over ranks; none where they can.  `placed`: kernels are told where every
+    token stands (Shape.placed)."""
     found = []
     if scheme.heads:
         fact = "a layer under a table of heads is several caches"
@@ -28,9 +29,11 @@ def faults(scheme: Scheme) -> tuple[Fault, ...]:
     if scheme.requantize != "never":
         fact = f"{scheme.requantize!r} measures all stored tokens anew at every flush, and a rank has some of them"
         found.append(Fault("requantize", fact, "use 'never', with scales of single tokens or of groups of them"))
-    if scheme.keys is not None and scheme.keys.rope is not None:
+    if scheme.keys.rope is not None and not placed:
         fact = "PreRope packs a key by its place in the sequence, and a rank's kernels count its own tokens"
-        found.append(Fault("keys.transform", fact, "store keys with their rotary positions"))
+        found.append(
+            Fault("keys.transform", fact, "build for a shape with placed=True: such kernels are told its place")
+        )
     return tuple(found)
 
 
@@ -48,7 +51,7 @@ def refuse_other(cache: object) -> None:
 
 def refuse(cache: QuantizedCache, turn: int | None) -> None:
     """SchemeError, CacheError or ShapeError for a cache whose tokens cannot be spread, or not in such turns."""
-    found = faults(cache.kernels.scheme)
+    found = faults(cache.kernels.scheme, placed=cache.kernels.shape.placed)
     if found:
         raise SchemeError(found)
     if any(cache.lengths):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -17,11 +18,12 @@ from torch.multiprocessing.spawn import spawn
 from kvdsl.api import calibrate
 from kvdsl.codegen import build
 from kvdsl.context import ContextCache
-from kvdsl.kernels import KernelSet, Params
+from kvdsl.kernels import KernelSet, Params, Places
 from kvdsl.merging import merged
+from kvdsl.params import ROPE
 from kvdsl.quantized_cache import QuantizedCache
 from kvdsl.registry import load
-from kvdsl.scheme import Recent, Scheme, Sinks, Store, Uniform, per_channel, per_token
+from kvdsl.scheme import SIDES, Recent, Scheme, Sinks, Store, Uniform, per_channel, per_token
 from kvdsl.shape import Shape
 
 SHAPE = Shape(64, kv_heads=2, q_heads=4, dtype="fp32")
@@ -79,8 +81,9 @@ def steps(shape: Shape, batch: int, plan: Sequence[Step], at: int = 0) -> Iterat
 @cache
 def compiled(name: str, shape: Shape = SHAPE) -> tuple[KernelSet, Params]:
     scheme = scheme_of(name)
-    given = (numbers(1, shape.kv_heads, 256, shape.head_dim, seed) for seed in (77, 78))
-    return build(scheme, shape, backend="torch"), calibrate(scheme, *given)
+    waves = {ROPE: 10000.0 ** -(torch.arange(0, shape.head_dim, 2) / shape.head_dim)} if scheme.keys.rope else {}
+    given = numbers(1, shape.kv_heads, 256, shape.head_dim, 77), numbers(1, shape.kv_heads, 256, shape.head_dim, 78)
+    return build(scheme, shape, backend="torch"), calibrate(scheme, *given, params=waves, gradients=given)
 
 
 def fresh(name: str, batch: int, shape: Shape = SHAPE, **options: Any) -> QuantizedCache:
@@ -103,10 +106,10 @@ def driven(
     return found
 
 
-def held(cache: QuantizedCache, hidden: int = 0) -> dict[str, Any]:
+def held(cache: QuantizedCache, hidden: int = 0, places: Places | None = None) -> dict[str, Any]:
     """Of each sequence the pages in order, how many keys and values are packed, and all tokens as they are stored,
     without the first `hidden` ones."""
-    dense = {side: cache.dense(side) for side in ("keys", "values")}
+    dense = {side: cache.dense(side, places) for side in SIDES}
     return {
         "pages": [[cache.pool.bytes[page].clone() for page in ids] for ids in cache._now.table.ids],
         "packed": list(zip(cache.packed("keys"), cache.packed("values"), strict=True)),
@@ -191,11 +194,12 @@ def all_of(names: Sequence[str], tokens: int) -> dict[str, Any]:
     found: dict[str, Any] = {"refused": refused(), "exchange": exchanged(), "long": long(tokens)}
     for name in names:
         for plan, batch in PLANS.items():
-            cache = ContextCache(fresh(name, batch))
+            placed = scheme_of(name).keys.rope is not None
+            cache = ContextCache(fresh(name, batch, replace(SHAPE, placed=placed)))
             attended = driven(cache, batch, plan_of(plan))
             found[f"{name} {plan}"] = {
                 "attended": attended,
-                "held": held(cache.cache, cache.sinks if cache.rank else 0),
+                "held": held(cache.cache, cache.sinks if cache.rank else 0, cache._places(cache._spreads)),
                 "spreads": [[tuple(one) for one in spread.stretches] for spread in cache._spreads],
                 "lengths": cache.lengths,
                 "own": cache.own,

@@ -26,7 +26,7 @@ from kvdsl.schemes import ALL
 from kvdsl.spread import Spread, Stretch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-EXACT = ("kivi2", "qjl", "turboquant3", "stored", "fp16")
+EXACT = ("kivi2", "qjl", "turboquant3", "stored", "kvquant3")
 """Schemes of which one process and several differ by no more than 1e-6; products of the others round more."""
 OTHERS = ("token4", "int8_token_head", "quarot4", "gear2", "windows")
 NAMES = {2: EXACT + OTHERS, 4: ("kivi2", "stored", "windows", "gear2")}
@@ -287,6 +287,8 @@ def test_caches_that_cannot_be_spread_are_refused() -> None:
         ContextCache(fresh("token4", 1, window=9))
     with pytest.raises(ShapeError, match="turn: 65 tokens are no whole number of pages of 64; give a multiple of it"):
         ContextCache(fresh("token4", 1), turn=65)
+    with pytest.raises(SchemeError, match="keys.transform: PreRope packs a key by its place.*placed=True"):
+        ContextCache(fresh("skvq2", 1))
     made = ContextCache(fresh("token4", 1))
     with pytest.raises(ShapeError, match="softcap: 3.0, and the kernels have none"):
         made.attend(cases.numbers(1, 4, 1, 64, 0), softcap=3.0)
