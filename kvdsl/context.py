@@ -25,6 +25,7 @@ from .errors import CacheError, SchemeError, ShapeError
 from .exchange import Exchange, step_bytes
 from .inputs import checked_counts, checked_number, checked_pair, refuse_query
 from .kernels import AttentionState, Places
+from .pages import upload
 from .partial import seen_here, taken
 from .quantized_cache import QuantizedCache
 from .scheme import SIDES
@@ -284,8 +285,7 @@ class ContextCache:
         if not self.cache.kernels.shape.placed:
             return None
         lengths = [spread.length for spread in spreads]
-        asked = torch.tensor(lengths, dtype=torch.int32).to(self._at.device)
-        return Places(self._at, max(1, self.sinks, *lengths), 0, asked)
+        return Places(self._at, max(1, self.sinks, *lengths), 0, upload(lengths, self._at.device))
 
     def _partial(self, query: Tensor, state: AttentionState) -> tuple[Tensor, Tensor]:
         """Attention over this rank's own tokens, those that each query of the whole sequence sees."""

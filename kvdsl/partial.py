@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .kernels import AttentionState
+from .pages import upload
 from .quantized_cache import QuantizedCache
 from .rows import gather
 from .spread import Piece
@@ -58,14 +59,14 @@ def taken(keys: Tensor, values: Tensor, share: Sequence[Sequence[int]]) -> tuple
 def _chosen(state: AttentionState, members: Sequence[int]) -> AttentionState:
     """Some sequences of a state."""
     names = ("table", "packed_keys", "packed_values", "length", "key_rows", "value_rows", "first", "start")
-    at = torch.tensor(members, dtype=torch.int64, device=state.length.device)
+    at = upload(members, state.length.device, torch.int64)
     return replace(state, **{name: getattr(state, name).index_select(0, at) for name in names})
 
 
 def _shortened(state: AttentionState, lengths: Sequence[int], sinks: int) -> AttentionState:
     """The state of which each sequence has its first lengths_b tokens alone."""
     most = max(lengths)
-    length = torch.tensor(lengths, dtype=torch.int32).to(state.length.device)
+    length = upload(lengths, state.length.device)
     packed = (length - sinks).clamp(min=0)
     return replace(
         state,

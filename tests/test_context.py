@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,25 @@ def test_any_steps_over_any_number_of_ranks_are_those_of_one(monkeypatch: pytest
     want = driven(fresh(name, batch), batch, plan)
     for got, one in zip(driven(made, batch, plan), want, strict=True):
         near(got, one, 4e-6 if name == "windows" else 0.0)
+
+
+SPREAD = [name for name, scheme in ALL.items() if not faults(scheme, placed=True)]
+WIDE = {"bitdecoding4", "bitdecoding2"}
+"""Of which one scale is of 128 channels."""
+BALANCED = {"smoothquant8"}
+"""Which is calibrated on queries, too."""
+
+
+@pytest.mark.parametrize("name", [name for name in SPREAD if name not in WIDE | BALANCED])
+def test_every_shipped_scheme_that_can_be_spread_gives_what_one_cache_gives(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outputs are below 1/2; products of coded numbers, of values far above those, round by up to 2e-5."""
+    plan = [Step(321, 16, (321, 37)), Step(1, 1), Step(70, 9, (70, 11)), Step(0, 3)]
+    shape = replace(SHAPE, placed=cases.scheme_of(name).keys.rope is not None)
+    made = Ranks(3, lambda: fresh(name, 2, shape), monkeypatch)
+    for got, want in zip(driven(made, 2, plan), driven(fresh(name, 2), 2, plan), strict=True):
+        near(got, want, 4e-5)
 
 
 @settings(max_examples=60)
