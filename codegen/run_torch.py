@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvdsl.kernels import AttentionState, Fold, Form, Params, Places, Segments, Side
+from kvdsl.merging import merged
 from kvdsl.spaces import applied
 
 from .chunks import WORKING, decoded_chunks
@@ -149,9 +150,8 @@ class TorchModule(TorchPages):
             for module, state, params, fold in segments
         ]
         out, lse = (torch.stack(each) for each in zip(*found, strict=True))
-        whole = torch.logsumexp(lse, 0)
-        weights = torch.exp(lse - torch.where(whole == -torch.inf, 0.0, whole))
-        return (out * weights[..., None]).sum(0).to(query.dtype), whole
+        total, whole = merged(out, lse)
+        return total.to(query.dtype), whole
 
     def _in_form(
         self, query: Tensor, state: AttentionState, params: Params, splits: int | None, form: Form | None

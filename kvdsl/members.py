@@ -112,14 +112,16 @@ class Policy:
         kept = self.after_sinks(member.length + count) - self.ring + self.chunk
         return min(member.first, max(member.key_floor, member.value_floor, kept))
 
-    def advance(self, member: Member, count: int, large: bool) -> Member:
-        """The sequence after `count` more tokens and the flush; `large` when they came through a temporary buffer."""
+    def advance(self, member: Member, count: int, large: bool, due: tuple[int, int] | None = None) -> Member:
+        """The sequence after `count` more tokens and the flush; `large` when they came through a temporary buffer.
+        `due`: how many keys and values are packed then, where tokens elsewhere count, too, see context.py."""
         length = member.length + count
+        keys, values = (self.keys.packed(length), self.values.packed(length)) if due is None else due
         kept = max(self.after_sinks(length) - self.ring + self.chunk, self.tail(member, count) if large else 0)
         return member._replace(
             length=length,
-            keys=max(member.keys, self.keys.packed(length)),
-            values=max(member.values, self.values.packed(length)),
+            keys=max(member.keys, keys),
+            values=max(member.values, values),
             key_floor=max(member.key_floor, kept),
             value_floor=max(member.value_floor, kept),
             gone=max(member.gone, self.lost(length)),

@@ -187,19 +187,21 @@ class QuantizedCache:
         scaling: float | None = None,
         softcap: float | None = None,
         places: Places | None = None,
+        due: Sequence[tuple[int, int]] | None = None,
     ) -> AttentionState:
         """Add keys and values (B, H, m, D); sequence b takes the last counts_b of the m tokens (default: all).
 
         Returns what the attention of this step reads.  prefill="exact": fresh tokens exactly, older ones as they were
         stored before; "stored": all as they are stored now.  The state is numbers and references: it stays true until
         the cache changes next, and a first chunk that is large is read from the given tensors themselves.  `places` as
-        for `dense`, these tokens among them.
+        for `dense`, these tokens among them.  `due`: of a cache that holds a part of a longer sequence, how many keys
+        and values of each sequence are packed behind the step, whole blocks, see context.py.
 
         ShapeError names a wrong tensor, CacheError a full pool; either way nothing has changed.
         """
         counts = checked_pair(keys, values, counts, self.batch, self.kernels.shape, self.device)
         with self._changing() as now:
-            step = self._machine.append(now, {"keys": keys, "values": values}, counts, places)
+            step = self._machine.append(now, {"keys": keys, "values": values}, counts, places, due)
             state = self._scaled(step.state, scaling, softcap)
             self._commit(step.after, step.dropped)
         return state

@@ -40,12 +40,17 @@ class Machine:
     params: Params
     pool: PagePool
 
-    def append(self, now: Now, fresh: dict[Side, Tensor], counts: Sequence[int], places: Places | None = None) -> Step:
-        """The last counts_b of the m tokens of fresh (B, H, m, D) join sequence b, and what is due is packed."""
-        policy, pairs = now.policy, list(zip(now.members, counts, strict=True))
-        large = any(policy.is_large(*pair) for pair in set(pairs))
-        following = {pair: policy.advance(*pair, large=large) for pair in set(pairs)}
-        members = tuple(following[pair] for pair in pairs)
+    def append(
+        self, now: Now, fresh: dict[Side, Tensor], counts: Sequence[int], places: Places | None = None,
+        due: Sequence[tuple[int, int]] | None = None,
+    ) -> Step:  # fmt: skip
+        """The last counts_b of the m tokens of fresh (B, H, m, D) join sequence b, and what is due is packed: due_b
+        keys and values, if that is told."""
+        policy, told = now.policy, [None] * len(counts) if due is None else due
+        grown = list(zip(now.members, counts, told, strict=True))
+        large = any(policy.is_large(member, count) for member, count, _ in set(grown))
+        following = {one: policy.advance(one[0], one[1], large, one[2]) for one in set(grown)}
+        members = tuple(following[one] for one in grown)
         moves = list(zip(now.members, members, strict=True))
         touched = {move: policy.touched(*move) for move in set(moves)}
         table, dropped = now.table, list[int]()
