@@ -1,7 +1,7 @@
 """Every kernel of every shipped scheme: clean text that compiles for a GPU and keeps all of its numbers in registers.
 
 The fast profile takes one shape: a few schemes on three architectures, every other scheme of even levels on one of them
-in turn, of two in three only what holds most numbers: attention, and `append`, which has the lines that pack.
+in turn, of two in three only `decode` and `append`, which has the lines that pack.
 KVDSL_PROFILE=thorough takes every scheme, three shapes and three architectures.  Both have, beside the shipped schemes,
 one that is not.  `reach` and `received` hold less than attention does, by whose lines they score tokens, and take as
 long to compile: the fast profile has those of two schemes.
@@ -37,7 +37,7 @@ SHAPES = [Shape(128, 8, 32), Shape(64, 8, 8), Shape(128, 4, 64, dtype="bf16")] i
 CALLS = r"\b(measure|encode|levels|words|products|refit|loss)_(keys|values)\("  # these differ from text to text
 FEW = ("kivi2",)
 RECEIVED = ("reach", "received")
-MOST = ("decode", "extend", "append")
+MOST = ("decode", "append")
 MINE = Scheme(
     keys=Store(Uniform(3), scale=per_channel(tokens=64)),
     values=Store(Uniform(5), scale=per_token(channels=16)),
