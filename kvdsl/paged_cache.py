@@ -105,8 +105,8 @@ class PagedCache:
         pages = pages_free + pages_used + pages_cached; pages_shared of the used ones are held more than once, and
         `references` counts table entries.  bytes = bytes_zero (the page of zeros) + bytes_free + bytes_used +
         bytes_cached.  Bytes beside the pool: rows, of exact rows, tables and lengths; sink_rows, of sinks kept with
-        first pages; swapped, in host memory.  Then sequences, sequences_swapped, tokens; found_tokens (not packed again), evicted_pages,
-        preempted, page_copies.
+        first pages; swapped, in host memory.  Then sequences, sequences_swapped, tokens; found_tokens (not packed
+        again), evicted_pages, preempted, page_copies.
         """
         pool, lines = self.pool, self._sequences.lines.values()
         held = Counter(self._sequences.held())

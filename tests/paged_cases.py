@@ -22,7 +22,7 @@ def given(tokens: list[int], begin: int = 0) -> tuple[Tensor, Tensor]:
     """Keys and values (1, H, n, D) of the tokens from place `begin` on."""
     places = torch.arange(begin, len(tokens))
     rows = TABLE[:, torch.tensor(tokens[begin:], dtype=torch.int64), places]
-    return tuple(rows.permute(0, 2, 1, 3)[:, None].contiguous())  # type: ignore[return-value]
+    return tuple(rows.permute(0, 2, 1, 3)[:, None].contiguous())
 
 
 def stepped(rows: list[tuple[list[int], int]]) -> tuple[Tensor, Tensor, list[int]]:
