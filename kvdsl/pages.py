@@ -1,4 +1,4 @@
-"""The pages of one layer's cache: who holds which and how often, and the tables by which sequences find them."""
+"""The pages of one layer's cache: their bytes, and the tables by which sequences find them."""
 
 from __future__ import annotations
 
@@ -6,25 +6,14 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
-from .errors import CacheError
+from .allocator import ZERO, Allocator
 from .reserve import Reservation
 
-ZERO = 0
-"""The page that no sequence owns: all bytes are zero.  Table entries that hold nothing point to it."""
-
-
-class Owner(Protocol):
-    """Whoever holds pages: names each one as often as it holds it."""
-
-    def held(self) -> Iterable[int]: ...
-
-    def __hash__(self) -> int: ...
+__all__ = ["ZERO", "PagePool", "PageTable", "upload"]
 
 
 def upload(
@@ -36,94 +25,44 @@ def upload(
     return torch.tensor(values, dtype=dtype, device="cpu", pin_memory=True).to(device, non_blocking=True)
 
 
-class PagePool:
+class PagePool(Allocator):
     """`limit` pages of `page_bytes` bytes in one tensor `bytes` (1 + limit, page_bytes) uint8; page 0 is the zero page.
 
     Growing never moves or copies a page: the address space is reserved once and backed as it is used (see reserve.py).
-    Counts of holders are kept on the host.  The owners' committed tables are the truth; `recount` restores the counts
-    from them, after a failure and when an owner was dropped without giving its pages back.
     """
 
     def __init__(self, limit: int, page_bytes: int, device: torch.device) -> None:
-        self.limit, self.page_bytes, self.device = limit, page_bytes, device
+        super().__init__(limit, page_bytes)
+        self.device = device
         self._space = Reservation((1 + limit) * page_bytes, device)
         self._space.commit(page_bytes)
         self.bytes = self._space.tensor.view(1 + limit, page_bytes)
         self.bytes[ZERO].zero_()
-        self.owners: WeakSet[Owner] = WeakSet()
         self.lock = threading.Lock()
         self.copies = 0
-        self._holders = [1]
-        self._free: list[int] = []
-
-    @property
-    def in_use(self) -> int:
-        """Pages that somebody holds, without the zero page."""
-        return len(self._holders) - 1 - len(self._free)
 
     @property
     def committed(self) -> int:
         """Bytes of memory that back the pool: whole granules of the system on CUDA, the pages ever used elsewhere."""
         return self._space.committed
 
-    def holders(self, page: int) -> int:
-        """How many table entries point to `page`."""
-        return self._holders[page]
-
     def take(self, count: int) -> list[int]:
         """`count` pages of zeros, each held once.  CacheError naming the bytes needed, with nothing changed, when
         full."""
-        if count > self._left():
-            self.recount()
-        if count > self._left():
-            raise CacheError(
-                f"pages: {count} pages ({count * self.page_bytes} bytes) are needed, {self._left()} of {self.limit} "
-                f"are free; build the cache with a capacity= of more tokens, crop or reset it"
-            )
-        top = len(self._holders)
-        fresh = max(0, count - len(self._free))
-        self._space.commit((top + fresh) * self.page_bytes)
-        reused = self._free[len(self._free) - (count - fresh) :]
-        if reused:
-            self.bytes.index_fill_(0, upload(reused, self.device, torch.int64), 0)
-        if fresh:
-            self.bytes[top : top + fresh].zero_()
-        self._holders += [1] * fresh
-        for page in reused:
-            self._holders[page] = 1
-        del self._free[len(self._free) - len(reused) :]
-        return reused + list(range(top, top + fresh))
+        pages, top = self.choose(count), len(self._holders)
+        self._space.commit((max(pages, default=0) + 1) * self.page_bytes)
+        self.hold(pages)  # first, as a cached page whose bytes are gone must not be found again
+        used = [page for page in pages if page < top]
+        if used:
+            self.bytes.index_fill_(0, upload(used, self.device, torch.int64), 0)
+        if len(used) < count:
+            self.bytes[top : top + count - len(used)].zero_()
+        return pages
 
     def copy(self, source: int, target: int) -> None:
         """Overwrite one page with another."""
         self.bytes[target].copy_(self.bytes[source])
         self.copies += 1
-
-    def share(self, pages: Iterable[int], times: int = 1) -> None:
-        """Hold pages `times` more; the zero page is not counted."""
-        for page in pages:
-            if page != ZERO:
-                self._holders[page] += times
-
-    def release(self, pages: Iterable[int]) -> None:
-        """Give pages back; a page that nobody holds is free."""
-        for page in pages:
-            if page != ZERO:
-                self._holders[page] -= 1
-                if not self._holders[page]:
-                    self._free.append(page)
-
-    def recount(self) -> None:
-        """Count again from what the living owners hold."""
-        holders = [1] + [0] * (len(self._holders) - 1)
-        for owner in list(self.owners):
-            for page in owner.held():
-                holders[page] += page != ZERO
-        self._holders = holders
-        self._free = [page for page in range(len(holders) - 1, 0, -1) if not holders[page]]
-
-    def _left(self) -> int:
-        return self.limit - self.in_use
 
 
 @dataclass(frozen=True)
@@ -168,7 +107,7 @@ class PageTable:
                     entries.append((b, j, ZERO))
                     row[j] = ZERO
             for j in places:
-                shared = row[j] != ZERO and pool.holders(row[j]) - spared[row[j]] > 1
+                shared = row[j] != ZERO and not pool.owned(row[j], spared[row[j]])
                 if shared:
                     spared[row[j]] += 1
                 if shared or row[j] == ZERO:

@@ -304,10 +304,15 @@ class QuantizedCache:
         """A second cache that begins with chosen sequences (default: all) and shares their pages, and the pool."""
         chosen = checked_index(range(self.batch) if index is None else index, self.batch)
         with self._changing() as now:
-            twin = object.__new__(type(self))
-            twin.__dict__.update(self.__dict__, requantized=0, _now=now.chosen(chosen))
+            twin = self.beside(now.chosen(chosen))
             self.pool.owners.add(twin)
             self.pool.recount()
+        return twin
+
+    def beside(self, now: Now) -> Self:
+        """A cache of other sequences in the same pool; who makes it sees to it that their pages are counted."""
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__, requantized=0, _now=now)
         return twin
 
     def hide(self, starts: Sequence[int]) -> None:

@@ -49,7 +49,12 @@ def save(cache: QuantizedCache, path: Path) -> None:
 
 
 def load(kind: type[Cache], path: Path, kernels: KernelSet, options: Mapping[str, Any]) -> Cache:
-    """The cache saved at `path`.  CacheError when the file is damaged or was made for another scheme, shape or
+    """The cache saved at `path`; errors as for `read`."""
+    return _made(kind, kernels, *read(path, kernels), options)
+
+
+def read(path: Path, kernels: KernelSet) -> tuple[Document, dict[str, Tensor]]:
+    """What the file at `path` holds, checked.  CacheError when it is damaged or was made for another scheme, shape or
     format."""
     with open(path, "rb") as file:
         document, sums, places, start = _header(file, path)
@@ -62,7 +67,7 @@ def load(kind: type[Cache], path: Path, kernels: KernelSet, options: Mapping[str
             if len(data) != end - begin or hashlib.sha256(data).hexdigest() != sums[name]:
                 raise CacheError(f"{path}: the bytes of {name!r} are damaged")
             tensors[name] = (torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)).view(shape)
-    return _made(kind, kernels, document, tensors, options)
+    return document, tensors
 
 
 def copied(cache: Cache) -> Cache:

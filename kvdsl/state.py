@@ -42,6 +42,14 @@ class Now:
         numbers = [torch.zeros(batch, dtype=torch.int32, device=device) for _ in range(5)]
         return cls(policy, (Member(),) * batch, PageTable.of(((),) * batch, device), *numbers, *rows)
 
+    @classmethod
+    def joined(cls, parts: Sequence[Now]) -> Now:
+        """The sequences of several states of one policy, side by side: rows are copied, pages are not."""
+        names = ("length", "packed_keys", "packed_values", "start", "zeros", "key_rows", "value_rows")
+        tensors = [torch.cat([getattr(part, name) for part in parts]) for name in names]
+        table = PageTable.of([ids for part in parts for ids in part.table.ids], tensors[0].device)
+        return cls(parts[0].policy, tuple(m for part in parts for m in part.members), table, *tensors)
+
     @property
     def lengths(self) -> tuple[int, ...]:
         """Tokens of each sequence."""
