@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import kvdsl
-from kvdsl.codegen.answer import finite
-from kvdsl.codegen.answer import row as markdown_row
+from kvdsl.codegen.answer import finite, table_of
 from kvdsl.evaluation.results import Evaluation, Perplexity, SchemeResult
 from kvdsl.evaluation.summary import standard_error
 from kvdsl.evaluation.tables import done, losses, remarks
@@ -255,13 +254,6 @@ def endless(one: SchemeResult, found: Evaluation) -> float:
     return kvdsl.bits(kvdsl.load(one.scheme), about.head_dim, about.kv_heads).mean
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]], right: int = 1) -> Iterator[str]:
-    """A table of Markdown; columns from `right` on end at one edge."""
-    yield markdown_row(heads)
-    yield "| --- |" * min(right, 1) + " --- |" * (right - 1) + " ---: |" * (len(heads) - right)
-    yield from map(markdown_row, rows)
-
-
 def everything(found: Evaluation) -> Iterator[str]:
     """Every scheme, those that lose least first, as the command prints them."""
     sheet = losses(found)
@@ -275,7 +267,7 @@ def everything(found: Evaluation) -> Iterator[str]:
         name, bits, *cells = rows[one.scheme]
         mark = "*" if one.prompt == "stored" else ""
         body.append((f"[`{name}`](systems/{name}.md){mark}", f"{endless(one, found):.3f}", bits, *cells))
-    yield from table(heads, body)
+    yield table_of(heads, body)
 
 
 def compressed(found: Evaluation) -> dict[str, SchemeResult]:
@@ -296,7 +288,7 @@ def winners(found: Evaluation, bits: dict[str, float]) -> Iterator[str]:
             cells = (f"{bits[one.scheme]:.3f}", f"{text.kl:.4f} ± {text.kl_error:.4f}", f"{text.delta:+.2f}", behind)
             rows.append(("" if place else f"{budget:g}", f"`{one.scheme}`", *cells))
     heads = ("bits at most", "scheme", "bits", "KL", "perplexity", "behind the first")
-    yield from table(heads, rows, right=2)
+    yield table_of(heads, rows, left=2)
 
 
 def held(found: Evaluation, variants: Evaluation) -> list[tuple[Law, Compared]]:
@@ -312,7 +304,7 @@ def theory(laws: Sequence[tuple[Law, Compared]]) -> Iterator[str]:
          seen.verdict)
         for law, seen in laws
     ]  # fmt: skip
-    yield from table(("should lose less", "than", "for", "KL times", "KL more", "holds"), rows, right=3)
+    yield table_of(("should lose less", "than", "for", "KL times", "KL more", "holds"), rows, left=3)
     yield ""
     for law, seen in laws:
         if seen.verdict != "yes":

@@ -10,7 +10,9 @@ from typing import Any
 import questions_facts as facts
 import questions_qjl as sketches
 from questions_members import CHANNELS, LAYOUTS, RULES, TOKENS, WIDTHS
-from questions_tables import Question, kl, number, perplexity, score, table, with_error, with_interval
+from questions_tables import Question, kl, number, perplexity, score, with_error, with_interval
+
+from kvdsl.codegen.answer import table_of
 
 ROOT = Path(__file__).resolve().parent.parent
 ABLATIONS = ROOT / "docs" / "ablations.md"
@@ -26,7 +28,7 @@ def ablations() -> str:
         least, most = min(own, key=lambda row: float(row[3])), max(own, key=lambda row: float(row[3]))
         lines.append([choice, str(len(own)), own[0][1], own[0][3], least[1], least[3], most[1], most[3]])
     head = ("choice", "tried", "ZipCache's own", "its KL", "loses least", "KL", "loses most", "KL")
-    return table(head, lines)
+    return table_of(head, lines)
 
 
 def ablation_rows() -> list[list[str]]:
@@ -54,7 +56,7 @@ def kivi_bits(found: Mapping[str, Any], head_dim: int = 128) -> str:
         "bits", "group", "codes", "scale and least", "without end", "at 1k", "at 4k", "at 32k",
         "window's part at 1k", "at 4k", "at 32k",
     )  # fmt: skip
-    return table(head, lines, left=0)
+    return table_of(head, lines, left=0)
 
 
 def kivi_quality(question: Question) -> str:
@@ -65,7 +67,7 @@ def kivi_quality(question: Question) -> str:
         lost = (with_error(row), with_interval(question, row), number(row["score_error"]), number(row["output_error"]))
         lines.append([str(row["bits"]), str(row["group"]), each, *lost])
     head = ("bits", "group", "bits of keys / values", "KL", "perplexity", "score error", "error of outputs")
-    return table(head, lines, left=0)
+    return table_of(head, lines, left=0)
 
 
 def digits(found: Mapping[str, Any]) -> str:
@@ -74,7 +76,7 @@ def digits(found: Mapping[str, Any]) -> str:
         [str(row["head_dim"]), f"{row['code']:.4g}", f"{row['code'] / math.log2(3) - 1:.1%}", f"{row['metadata']:g}"]
         for row in found["digits"]
     ]
-    return table(("head_dim", "bits of a digit", "above log2 3", "one scale a token"), lines, left=0)
+    return table_of(("head_dim", "bits of a digit", "above log2 3", "one scale a token"), lines, left=0)
 
 
 def rules(question: Question) -> str:
@@ -83,7 +85,7 @@ def rules(question: Question) -> str:
     for rule in RULES:
         each = [question.one(rule=rule, layout=layout) for layout in LAYOUTS]
         lines.append([rule, *(f"{row['key_bits']:g}: {with_error(row)}" for row in each)])
-    return table(("rule", *LAYOUTS), lines)
+    return table_of(("rule", *LAYOUTS), lines)
 
 
 def rule_errors(question: Question) -> str:
@@ -93,7 +95,7 @@ def rule_errors(question: Question) -> str:
         row = question.one(rule=rule, layout=LAYOUTS[-1])
         lost = (with_interval(question, row), number(row["score_error"]), number(row["output_error"]))
         lines.append([rule, *lost])
-    return table(("rule", "perplexity", "score error", "error of outputs"), lines)
+    return table_of(("rule", "perplexity", "score error", "error of outputs"), lines)
 
 
 def side_grid(question: Question, layout: str) -> str:
@@ -102,7 +104,7 @@ def side_grid(question: Question, layout: str) -> str:
     for of_keys in WIDTHS:
         cells = [side(question, layout, of_keys, of_values) for of_values in WIDTHS]
         lines.append([str(of_keys), *("0" if one is None else with_error(one) for one in cells)])
-    return table(("keys \\ values", *map(str, WIDTHS)), lines)
+    return table_of(("keys \\ values", *map(str, WIDTHS)), lines)
 
 
 def side(question: Question, layout: str, of_keys: int, of_values: int) -> Mapping[str, Any] | None:
@@ -124,7 +126,7 @@ def swapped(question: Question) -> str:
         lines.append(cells)
     head = ["bits a number", "bits"]
     head += [f"{layout}: {what}" for layout in (CHANNELS, TOKENS) for what in ("more for keys", "for values", "ratio")]
-    return table(head, lines, left=0)
+    return table_of(head, lines, left=0)
 
 
 def page(figures: Mapping[str, Any]) -> str:
@@ -154,7 +156,7 @@ def page(figures: Mapping[str, Any]) -> str:
         "qjl_sides": sketches.of_sides(asked["qjl"]),
         "triton": code["triton"],
         "head_dim": str(asked["qjl"].about["head_dim"]),
-        "spent": table(("scheme", "keys", "values"), facts.spent()),
+        "spent": table_of(("scheme", "keys", "values"), facts.spent()),
         **facts.of_kivi(asked["kivi"], figures["bits"]),
         **facts.of_ternary(asked["ternary"]),
         **facts.of_sides(asked["sides"]),

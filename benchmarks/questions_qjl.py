@@ -21,7 +21,9 @@ from questions_members import (
     TOKEN,
     TOKEN_VALUES,
 )
-from questions_tables import Measure, Question, kl, mean, number, over_seeds, perplexity, score, table
+from questions_tables import Measure, Question, kl, mean, number, over_seeds, perplexity, score
+
+from kvdsl.codegen.answer import table_of
 
 FAMILIES = (GAUSSIAN, ORTHOGONAL, FAST, EVEN, NORMAL, TOKEN, CHANNEL, QUAROT)
 SKETCHES = (GAUSSIAN, ORTHOGONAL)
@@ -34,7 +36,7 @@ def grid(question: Question, measure: Measure, families: Sequence[str] = FAMILIE
         [str(bits), *(over_seeds(question.rows(family=family, bits=bits), measure) for family in families)]
         for bits in STEPS
     ]
-    return table(("bits of codes", *families), rows)
+    return table_of(("bits of codes", *families), rows)
 
 
 def cheapest(question: Question, family: str, target: float) -> int | None:
@@ -56,7 +58,7 @@ def of_studies(found: Mapping[str, Any]) -> str:
             return ""
         return number(one["mean"]) + (f" ± {number(one['std'])}" if one["std"] else "")
 
-    return table(("bits of codes", *families), [[str(b), *(cell(f, b) for f in families)] for b in STEPS])
+    return table_of(("bits of codes", *families), [[str(b), *(cell(f, b) for f in families)] for b in STEPS])
 
 
 def of_operations(dims: Sequence[int] = (64, 128), rows: Sequence[int] = (1, 2, 4, 8)) -> str:
@@ -69,7 +71,7 @@ def of_operations(dims: Sequence[int] = (64, 128), rows: Sequence[int] = (1, 2, 
             lines.append((name, (d, m * d * d, m * d * log, m * d * d, m * d)))
         lines += [("Hadamard rotation", (d, d * log, d * log, d * log, d)), ("plain", (d, d, d, 0, d))]
     head = ("keys", "head_dim", "encode a key", "with rows by sums", "turn a query, once a step", "score of a key")
-    return table(head, [[name, *(f"{value:,}" for value in values)] for name, values in lines])
+    return table_of(head, [[name, *(f"{value:,}" for value in values)] for name, values in lines])
 
 
 def decoding(found: Mapping[str, Any], row: Mapping[str, Any]) -> float:
@@ -95,7 +97,7 @@ def of_code(found: Mapping[str, Any]) -> str:
             ]  # fmt: skip
         )
     head = ("keys", "bits of codes", "map", "pack", "decode", "products", "share")
-    return table(head, lines)
+    return table_of(head, lines)
 
 
 def of_accounts(found: Mapping[str, Any], matrices: Mapping[str, Any]) -> str:
@@ -111,7 +113,7 @@ def of_accounts(found: Mapping[str, Any], matrices: Mapping[str, Any]) -> str:
         cells = [f"{row['code']:g}", f"{row['metadata']:g}", f"{total:g}", held]
         lines.append([row["family"], str(row["rows"]), str(row["head_dim"]), *cells])
     head = ("keys", "rows a channel", "head_dim", "signs", "norms and places", "bits a number", "matrix in memory")
-    return table(head, lines)
+    return table_of(head, lines)
 
 
 def of_sides(question: Question) -> str:
@@ -126,7 +128,7 @@ def of_sides(question: Question) -> str:
             if rows := question.rows(family=family, bits=bits):
                 cells = [over_seeds(rows, measure) for measure in (kl, perplexity, output)]
                 lines.append([title, str(bits), *cells])
-    return table(("coded", "bits of codes", "KL", "perplexity", "error of outputs"), lines)
+    return table_of(("coded", "bits of codes", "KL", "perplexity", "error of outputs"), lines)
 
 
 def output(row: Mapping[str, Any]) -> float:
@@ -144,4 +146,4 @@ def of_channels_apart(question: Question) -> str:
         beside = [over_seeds(plain, measure) for measure in (kl, score)]
         lines.append([f"{rows[0]['key_bits']:.3f}", *cells, f"{plain[0]['key_bits']:.3f}", *beside])
     head = ("bits, apart", "KL", "perplexity", "score error", "bits, one sketch", "its KL", "its score error")
-    return table(head, lines, left=0)
+    return table_of(head, lines, left=0)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-from kvdsl.codegen.answer import row as markdown_row
 from kvdsl.evaluation.summary import interval, standard_error
 
 Row = Mapping[str, Any]
@@ -109,9 +108,3 @@ def with_interval(question: Question, row: Row) -> str:
 
     found = interval(len(lost), more, question.settings["seed"], RESAMPLES)
     return f"{perplexity(row):.2f}" + ("" if found is None else f" ({found[0]:+.2f} to {found[1]:+.2f})")
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """A table of Markdown whose first columns are words."""
-    rule = markdown_row(["---"] * left + ["---:"] * (len(head) - left))
-    return "\n".join([markdown_row(head), rule, *map(markdown_row, rows)])

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from quality import kept, table
+from quality import kept
 
 from kvdsl.codegen.answer import row as markdown_row
+from kvdsl.codegen.answer import table_of
 from kvdsl.codegen.listing import rows
 from kvdsl.codegen.show import View, main_loop, show
 from kvdsl.evaluation.tables import losses
@@ -80,7 +81,7 @@ def _measured(name: str) -> list[str]:
     if name not in known:
         return ["## Measured quality", f"None: it does not fit {found.model}, see [all schemes](../quality.md)."]
     lines = list(zip(sheet.heads, known["full precision"], known[name], strict=True))
-    told = "\n".join(table(("", *lines[0][1:]), lines[1:]))
+    told = table_of(("", *lines[0][1:]), lines[1:])
     return ["## Measured quality", f"On {found.model}, see [all schemes](../quality.md).", told]
 
 

@@ -73,6 +73,12 @@ def row(texts: Iterable[str]) -> str:
     return "| " + " | ".join(texts) + " |"
 
 
+def table_of(heads: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A table of Markdown whose first columns are words."""
+    rule = row(["---"] * left + ["---:"] * (len(heads) - left))
+    return "\n".join([row(heads), rule, *map(row, rows)])
+
+
 def complain(message: str) -> None:
     """One message on stderr."""
     print(f"kvdsl: {message}", file=sys.stderr)
