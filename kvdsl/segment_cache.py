@@ -50,6 +50,7 @@ class SegmentCache:
         self.placed = placed or kernels.reading.shape.placed
         positions = torch.zeros(batch, shape.kv_heads, 0, dtype=torch.int32, device=device)
         self.beside = Beside(affine, positions, torch.zeros(sums, batch, shape.kv_heads, 0, device=device))
+        self._no_rows = torch.empty(0)
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -166,9 +167,18 @@ class SegmentCache:
         affine, places = self.beside.affine, self._places(asked)
         state = replace(self.cache.state(), places=places)
         if self.kernels.packing is not self.kernels.reading:
-            dtype = DTYPES[self.kernels.reading.shape.dtype]
-            state = replace(state, key_rows=state.key_rows.to(dtype), value_rows=state.value_rows.to(dtype))
+            state = replace(state, key_rows=self._as_read(state.key_rows), value_rows=self._as_read(state.value_rows))
         return Read(self.kernels.reading, state, self.params, affine.get("keys"), affine.get("values"))
+
+    def _as_read(self, rows: Tensor) -> Tensor:
+        """Exact rows in the dtype of the reading kernels.  Where all tokens are packed they hold none, and nothing is
+        cast in a step."""
+        dtype = DTYPES[self.kernels.reading.shape.dtype]
+        if self.kernels.reading.scheme.recent is not None:
+            return rows.to(dtype)
+        if self._no_rows.shape != rows.shape:  # at first, and in a batch of another size
+            self._no_rows = torch.zeros_like(rows, dtype=dtype)
+        return self._no_rows
 
     def _places(self, asked: Tensor | None = None) -> Places | None:
         """Where its tokens stand, for kernels that ask."""
