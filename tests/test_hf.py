@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,7 @@ from kvdsl.errors import CacheError, ShapeError
 from kvdsl.hf import attention as attention_module
 from kvdsl.hf import cache, use
 from kvdsl.hf.handle import Handle
+from kvdsl.hf.layer import PackedLayer, Step
 from kvdsl.hf.masks import padding_of
 from kvdsl.reference import Stream
 from kvdsl.scheme import Recent, Scheme, Sinks, Store, Uniform, per_channel, per_token
@@ -350,6 +352,24 @@ def test_stats_say_what_is_held() -> None:
     assert [layer["layer"] for layer in stats["layers"]] == [0, 1, 2]
     assert stats["layers"][0]["bits"] < stats["layers"][1]["bits"] > stats["layers"][2]["bits"]
     assert stats["bits"] == pytest.approx(8 * packed.nbytes / (3 * 2 * 2 * 32 * 309))
+
+
+@pytest.mark.parametrize("name", ["int4_token_head", "kivi2", "zipcache"])
+def test_the_numbers_of_a_prompt_are_let_go_of(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a forward no layer holds its exact keys and values; else a prompt takes an exact cache beside the packed
+    one until the next step."""
+    steps: list[weakref.ref[Step]] = []
+
+    def noted(layer: PackedLayer, step: Step, *args: Any) -> Any:
+        steps.append(weakref.ref(step))
+        return append(layer, step, *args)
+
+    append = PackedLayer.append
+    monkeypatch.setattr(PackedLayer, "append", noted)
+    llama = model("llama")
+    held = cache(name, llama)
+    llama(prompt(), past_key_values=held)
+    assert len(steps) == llama.config.num_hidden_layers and not any(step() for step in steps)
 
 
 def test_layers_that_hold_something_else_are_refused() -> None:

@@ -39,7 +39,7 @@ class Step:
         self.state: Any = None
         self.began_empty = not layer.seen
         self._numbers: dict[Which, Tensor] = {}
-        self._waits = layer.scheme.routed or bool(layer.scheme.heads)
+        self.waits = layer.scheme.routed or bool(layer.scheme.heads)
 
     def append(
         self,
@@ -63,8 +63,9 @@ class Step:
         """Behind the step's attention by its queries (B, Hq, Q, D), in a sliding window: send to tiers what is due;
         none where it is done, or where other code has computed the attention, whose queries are not known."""
         packed = self.layer.packed
-        if self._waits and packed is not None and self.state is not None:
-            self._waits = False
+        if self.waits and packed is not None and self.state is not None:
+            self.waits = False
+            self.layer.done(self)
             state = self.state if query is None else packed.tuned(self.state, scaling, softcap, window)
             packed.route(query, state, lse)
 
@@ -140,7 +141,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.packed: Any = None  # of a kind that its scheme asks for, see making.py
         self._draft = 0
         self._step: Step | None = None
-        self._last: Step | None = None  # the newest that was appended
+        self._last: Step | None = None  # the newest that was appended, as long as its tokens wait for a router
 
     # -- what the library calls in a forward ---------------------------------------------------------------------------
 
@@ -181,7 +182,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Store a step's tokens; returns what its attention reads."""
         if self._step is step:
             self._step = None
-            self._last = step
+            self._last = step if step.waits else None
         fresh = step.keys.shape[2]
         if self.packed is None:
             self.packed = self._made(step, q_heads, softcap or self.softcap)
@@ -224,6 +225,11 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if self._last is not None:
             last, self._last = self._last, None
             last.routed()
+
+    def done(self, step: Step) -> None:
+        """Nothing of a step waits any more: its tokens (those of a prompt, in every layer) are not held longer."""
+        if self._last is step:
+            self._last = None
 
     def dense(self, side: Which) -> Tensor:
         """All tokens of a side, decoded, (B, H, longest, D), right aligned; before the first token of no length."""
