@@ -26,7 +26,7 @@ def main() -> None:
         disable_log_stats=False,
     )  # fmt: skip
     if asked["scheme"]:
-        options |= dict(attention_backend="KVDSL", additional_config={"kvdsl": asked["scheme"]})
+        options |= dict(attention_backend="CUSTOM", additional_config={"kvdsl": asked["scheme"]})
     engine: Any = LLM(model=str(folder / "model"), **{**options, **asked.get("options", {})})
     said = SamplingParams(temperature=0, max_tokens=asked["tokens"], ignore_eos=True, detokenize=False)
 
@@ -50,7 +50,7 @@ def main() -> None:
         "alone": alone,
         "tokens": cache.num_gpu_blocks * cache.block_size,
         "preemptions": metrics.get("vllm:num_preemptions", 0),
-        "drafts": metrics.get("vllm:spec_decode_num_accepted_tokens", 0),
+        "drafts": metrics.get("vllm:spec_decode_num_draft_tokens", 0),
     }
     print(ANSWER + json.dumps(answer), flush=True)
 

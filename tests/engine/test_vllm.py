@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from run import ANSWER
 
 import kvdsl
 from kvdsl.serving import served
-from kvdsl.shape import Shape
 
 HERE = Path(__file__).resolve().parent
 FOLDER = Path(os.environ.get("KVDSL_EXPECTED", ""))
@@ -90,11 +90,10 @@ def test_of_200_requests_none_is_lost_when_room_is_short(scheme: str) -> None:
 @pytest.mark.parametrize("scheme", ["token4", "kivi4", "turboquant3"])
 def test_capacity_is_what_the_scheme_s_bits_say(scheme: str) -> None:
     """To the block: the engine's room over the bytes of a token."""
-    shape, layers = Shape(MODEL["head_dim"], MODEL["num_key_value_heads"]), MODEL["num_hidden_layers"]  # type: ignore[arg-type]
-    how = served(kvdsl.load(scheme))
-    bits = kvdsl.bits(how.scheme, shape).mean
-    page = bits * 2 * shape.head_dim * shape.kv_heads / 8 * 128 * layers  # type: ignore[operator]
-    assert plain(scheme)["tokens"] == (1 << 30) // page * 128
+    heads, dim, layers = (MODEL[name] for name in ("num_key_value_heads", "head_dim", "num_hidden_layers"))
+    bits = kvdsl.bits(served(kvdsl.load(scheme)).scheme, dim, kv_heads=heads)
+    block = Fraction(bits.mean).limit_denominator(1 << 12) * 2 * dim * heads * layers * 128 / 8  # bytes
+    assert plain(scheme)["tokens"] == (1 << 30) // block * 128
 
 
 @pytest.mark.parametrize(
