@@ -116,7 +116,8 @@ def main() -> None:
     if asked.save:
         from kvdsl.models import load
 
-        load("smollm2")[0].save_pretrained(asked.folder)
+        for part in load("smollm2"):
+            part.save_pretrained(asked.folder)
     elif asked.one:
         print(json.dumps(measure(asked.folder, asked.one)))
     else:

@@ -52,14 +52,18 @@ class Engine:
         """Parameters that a seed alone gives."""
         return QuantizedCache(self.kernels, 1, device="cpu").params
 
-    def step(self, requests: Sequence[Request], counts: Sequence[int]) -> list[Tensor]:
-        """Outputs (count, Hq, D) of the next tokens of each request."""
+    def step(self, requests: Sequence[Request], counts: Sequence[int], *, wrong: int = 0) -> list[Tensor]:
+        """Outputs (count, Hq, D) of the next tokens of each request; the last `wrong` of them turn out never to have
+        been."""
         drawn = []
         for request, count in zip(requests, counts, strict=True):
             request.length += count
             while len(request.blocks) * self.how.block < request.length:
                 request.blocks.append(self.free.pop())
-            drawn.append([x[-count:] for x in request.drawn(request.length)])
+            fresh = [x[-count:].clone() for x in request.drawn(request.length)]
+            for x in fresh:
+                x[count - wrong :] *= -3
+            drawn.append(fresh)
         query, keys, values = (torch.cat(part) for part in zip(*drawn, strict=True))
         width = max(len(request.blocks) for request in requests)
         table = np.array([request.blocks + [0] * (width - len(request.blocks)) for request in requests])
@@ -68,6 +72,8 @@ class Engine:
         step = Step.of(told, self.how, self.slots, self.layer.ring, CPU, self.draft)
         out = torch.full_like(query, torch.nan)
         self.layer.forward(query, keys, values, self.pool, step, out)
+        for request in requests:
+            request.length -= wrong
         return list(out.split(list(counts)))
 
     def alone(self, request: Request, end: int) -> Tensor:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvdsl.appending import from_own_pages
 from kvdsl.inputs import DTYPES
 from kvdsl.kernels import AttentionState, Form, KernelSet, Params, Side
 from kvdsl.scheme import SIDES
@@ -36,8 +35,7 @@ class ServedLayer:
 
     def __post_init__(self) -> None:
         shape = self.kernels.shape
-        rows = self.how.sinks + self.ring if self.how.waits else 1
-        sizes = (self.count if self.how.waits else 1, shape.kv_heads, rows, shape.head_dim)
+        sizes = (self.count, shape.kv_heads, self.how.sinks + self.ring if self.how.waits else 1, shape.head_dim)
         self.rows: dict[Side, Tensor] = {
             side: torch.zeros(sizes, dtype=DTYPES[shape.dtype], device=self.device) for side in SIDES
         }
@@ -51,20 +49,44 @@ class ServedLayer:
         """Store the step's keys and values (N, H, D) in pages of `pool`, uint8 (pages, page_bytes), and write attention
         of query (N, Hq, D) to `out` like it."""
         fresh: dict[Side, Tensor] = {"keys": keys, "values": values}
-        held = [self._stored(group, fresh, pool) for group in step.groups]
-        for group, rows in zip(step.groups, held, strict=True):
-            state = AttentionState(
-                pool, group.table, group.packed, group.packed, group.length, rows["keys"], rows["values"],
-                torch.zeros_like(group.length), torch.zeros_like(group.length), group.longest, group.most,
-                self.scaling, self.softcap, self.window,
-            )  # fmt: skip
-            asked = query[group.rows].transpose(1, 2).contiguous()
-            found, _ = self.kernels.attend(asked, state, self.params, form=self._form(group))
-            out.index_copy_(0, group.outputs, found.transpose(1, 2).flatten(0, 1)[group.inverse].to(out.dtype))
+        # What pieces of longer chunks read of slots is read before the chunk's own tokens take its place.
+        waiting = [self._rows(group, fresh) for group in step.groups if group.held is not None]
         if step.kept is not None:
             slot, row, token = step.kept
             for side in SIDES:
                 self.rows[side][slot, :, row] = fresh[side][token].to(self.rows[side].dtype)
+        for group in step.groups:
+            if not self.how.waits:
+                self._pack(group, {side: x[group.rows].transpose(1, 2).contiguous() for side, x in fresh.items()}, pool)
+                rows = {side: held[: group.length.shape[0]] for side, held in self.rows.items()}  # of no tokens
+            else:
+                rows = waiting.pop(0) if group.held is not None else self._slots(group)
+                self._pack(group, rows, pool)
+            self._attend(group, rows, query, pool, out)
+
+    def _pack(self, group: Group, rows: dict[Side, Tensor], pool: Tensor) -> None:
+        """Pack what is due."""
+        if not len(group.end):
+            return
+        for side in SIDES:
+            due = rows[side] if group.due is None else rows[side].index_select(0, group.due)
+            self.kernels.pack(
+                side, due, group.first, self.how.sinks, group.begin, group.end, group.reach, pool, group.into,
+                self.params,
+            )  # fmt: skip
+
+    def _attend(self, group: Group, rows: dict[Side, Tensor], query: Tensor, pool: Tensor, out: Tensor) -> None:
+        state = AttentionState(
+            pool, group.table, group.packed, group.packed, group.length, rows["keys"], rows["values"], group.zeros,
+            group.zeros, group.longest, group.most, self.scaling, self.softcap, self.window,
+        )  # fmt: skip
+        count = group.length.shape[0]
+        asked = query[:count, :, None] if group.alone else query[group.rows].transpose(1, 2).contiguous()
+        found, _ = self.kernels.attend(asked, state, self.params, form=self._form(group))
+        if group.alone:
+            out[:count] = found[:, :, 0]
+        else:
+            out.index_copy_(0, group.outputs, found.transpose(1, 2).flatten(0, 1)[group.inverse].to(out.dtype))
 
     def _form(self, group: Group) -> Form | None:
         """How pages are read.  Pieces of one request share pages: decoded apart, these would stand there many times."""
@@ -73,37 +95,22 @@ class ServedLayer:
         found = self.kernels.form(group.queries, group.most, group.longest - group.most, self.window)
         return "extend" if found == "dense" else found
 
-    def _stored(self, group: Group, fresh: dict[Side, Tensor], pool: Tensor) -> dict[Side, Tensor]:
-        """What is due is in pages; the exact rows that the group's pieces read."""
-        return self._blocks(group, fresh, pool) if self.how.waits else self._tokens(group, fresh, pool)
+    def _slots(self, group: Group) -> dict[Side, Tensor]:
+        """The slots of requests that have one token, which stands there."""
+        slots = group.slots
+        if isinstance(slots, slice):
+            return {side: rows[slots] for side, rows in self.rows.items()}
+        assert slots is not None
+        return {side: rows.index_select(0, slots) for side, rows in self.rows.items()}
 
-    def _tokens(self, group: Group, fresh: dict[Side, Tensor], pool: Tensor) -> dict[Side, Tensor]:
-        """Every token is packed as it comes."""
-        size = self.kernels.page_tokens
-        pages = -(-(size - 1 + group.queries) // size)
-        first = group.length - group.queries
-        first, begin, end, table = from_own_pages(group.table, size, pages, first, group.begin, group.length)
-        for side in SIDES:
-            rows = fresh[side][group.rows].transpose(1, 2).contiguous()
-            self.kernels.pack(side, rows, first, 0, begin, end, (0, pages * size), pool, table, self.params)
-        count = group.length.shape[0]
-        return {side: self.rows[side].expand(count, -1, -1, -1).contiguous() for side in SIDES}
-
-    def _blocks(self, group: Group, fresh: dict[Side, Tensor], pool: Tensor) -> dict[Side, Tensor]:
-        """Blocks that are full are packed."""
-        assert group.held is not None and group.fresh is not None and group.new is not None
-        assert group.slots is not None and group.full is not None and group.full_table is not None
+    def _rows(self, group: Group, fresh: dict[Side, Tensor]) -> dict[Side, Tensor]:
+        """Exact rows of the blocks of all pieces, of slots as they are before the step, and of the step's tokens."""
+        assert isinstance(group.slots, Tensor) and group.held is not None
+        assert group.fresh is not None and group.new is not None
         found: dict[Side, Tensor] = {}
-        for side in SIDES:
-            kept, new = self.rows[side], fresh[side]
-            held = kept[group.slots[:, None], :, group.held]  # (n, rows, H, D)
-            rows = torch.where(group.new[..., None, None], new[group.fresh].to(kept.dtype), held)
+        for side, kept in self.rows.items():
+            held = kept.index_select(0, group.slots).transpose(1, 2)
+            held = held.gather(1, group.held[..., None, None].expand(-1, -1, *held.shape[2:]))
+            rows = torch.where(group.new[..., None, None], fresh[side][group.fresh].to(kept.dtype), held)
             found[side] = rows.transpose(1, 2).contiguous()
-            if len(group.full):
-                full = found[side][group.full]
-                begin = torch.zeros(len(full), dtype=torch.int32, device=full.device)
-                end, reach = torch.full_like(begin, self.how.block), (0, self.how.block)
-                self.kernels.pack(
-                    side, full, begin, self.how.sinks, begin, end, reach, pool, group.full_table, self.params
-                )
         return found

@@ -6,7 +6,7 @@ queries as others make a group, which is one call of kernels over a batch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -42,12 +42,14 @@ class Group:
     inverse     of all real queries, where they stand in (n, Q) flattened; `outputs` where they go among the tokens
     table       int32 (n, width) pages
     length, packed   int32 (n,): tokens of the sequence with the piece's own; u below this is read from pages
-    begin       int32 (n,): the u of the piece's first token
     longest, most    host: the largest length and packed
+    zeros       int32 (n,)
+    alone       the queries are all of the step's tokens in their order, one of each request
+    due         (m,) the pieces that pack tokens, None for all: int32 tensors `first`, `begin` and `end` (m,) as for
+                KernelSet.pack and `into` (m, pages), of places counted from the page that each begins in, and `reach`
+    slots       (n,) the slot of each piece's request, or a slice where they lie so; None where nothing waits
     held, fresh, new   of exact rows (n, sinks + block): the row among a slot's, the token among the step's, and which
-                of the two it is; None where nothing waits
-    slots       (n,) the slot of each piece's request; None where nothing waits
-    full        (m,) the pieces that fill their blocks, and `full_table` int32 (m, pages + 1) where these go
+                of the two it is; None where nothing waits, and of requests of one token: theirs are read in the slots
     """
 
     queries: int
@@ -57,15 +59,20 @@ class Group:
     table: Tensor
     length: Tensor
     packed: Tensor
-    begin: Tensor
     longest: int
     most: int
+    zeros: Tensor
+    alone: bool
+    due: Tensor | None
+    first: Tensor
+    begin: Tensor
+    end: Tensor
+    into: Tensor
+    reach: tuple[int, int]
+    slots: Tensor | slice | None = None
     held: Tensor | None = None
     fresh: Tensor | None = None
     new: Tensor | None = None
-    slots: Tensor | None = None
-    full: Tensor | None = None
-    full_table: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -83,10 +90,8 @@ class Step:
         never to have been."""
         owners = _slots_of(requests, how, slots, draft) if how.waits else None
         pieces = _cut(requests, how)
-        sizes = pieces[:, 3] - pieces[:, 2]
         groups = tuple(
-            _group(pieces[chosen], int(sizes[chosen].max()), requests, how, owners, ring, device)
-            for chosen in _alike(sizes, how)
+            _group(pieces[chosen], requests, how, owners, ring, device) for chosen in _alike(pieces, requests, how)
         )
         return cls(groups, _kept(requests, how, owners, ring, device) if owners is not None else None)
 
@@ -107,61 +112,71 @@ def _cut(requests: Requests, how: Served) -> np.ndarray:
     return np.array(found, dtype=np.int64).reshape(-1, 4)
 
 
-def _alike(sizes: np.ndarray, how: Served) -> list[np.ndarray]:
-    """Which pieces go together: those of one query, and all others; where pieces are no parts of blocks, those of as
-    many queries, since what is padded could be as long as a prompt."""
-    found = [sizes == 1, sizes > 1] if how.waits else [sizes == size for size in np.unique(sizes)]
+def _alike(pieces: np.ndarray, requests: Requests, how: Served) -> list[np.ndarray]:
+    """Which pieces go together: those of requests that have one token, and all others; where pieces are no parts of
+    blocks, those of as many queries, since what is padded could be as long as a prompt."""
+    sizes, single = pieces[:, 3] - pieces[:, 2], (np.diff(requests.starts) == 1)[pieces[:, 0]]
+    found = [single, ~single] if how.waits else [sizes == size for size in np.unique(sizes)]
     return [chosen for chosen in found if chosen.any()]
 
 
 def _group(
-    pieces: np.ndarray, queries: int, requests: Requests, how: Served, owners: np.ndarray | None, ring: int,
-    device: torch.device,
-) -> Group:  # fmt: skip
+    pieces: np.ndarray, requests: Requests, how: Served, owners: np.ndarray | None, ring: int, device: torch.device
+) -> Group:
     request, row, begin, end = pieces.T
     count = end - begin
+    queries = int(count.max())
     place = np.arange(queries)[None] - (queries - count)[:, None]
     rows = row[:, None] + np.maximum(place, 0)
     real = np.flatnonzero(place >= 0)
     own = np.maximum(begin - how.sinks, 0) // how.block * how.block
     packed = own if how.waits else end
-    pages = how.block // how.page_tokens
-    width = -(-int(packed.max(initial=0)) // how.page_tokens)
-    table = _pages(requests.table[request], pages, width)
+    blocks = requests.table[request]
+    table = _pages(blocks, how, 0 * own, -(-int(packed.max(initial=0)) // how.page_tokens))
+    single = bool((np.diff(requests.starts)[request] == 1).all())
 
-    def there(x: np.ndarray, kind: torch.dtype = torch.int64) -> Tensor:
+    def there(x: np.ndarray, kind: torch.dtype = torch.int32) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(x)).to(device, kind, non_blocking=True)
 
+    def places(x: np.ndarray) -> Tensor:
+        return there(x, torch.int64)
+
+    due = np.flatnonzero(end == own + how.sinks + how.block) if how.waits else np.arange(len(end))
+    start = own[due] if how.waits else begin[due]  # of what is packed, the first
+    stop = start + (how.block if how.waits else count[due])
+    ring_at = (0 if single else own[due]) if how.waits else begin[due]  # what stands in the first row of the ring
+    origin = start // how.page_tokens * how.page_tokens
+    pages = -(-int((stop - origin).max(initial=0)) // how.page_tokens)
     found = Group(
-        queries, there(rows), there(real), there(rows.reshape(-1)[real]), there(table, torch.int32),
-        there(end, torch.int32), there(packed, torch.int32), there(np.maximum(begin - how.sinks, 0), torch.int32),
-        int(end.max()), int(packed.max()),
+        queries, places(rows), places(real), places(rows.reshape(-1)[real]), there(table), there(end), there(packed),
+        int(end.max()), int(packed.max()), there(0 * end),
+        alone=single and queries == 1 and np.array_equal(row, np.arange(requests.starts[-1])),
+        due=places(due) if how.waits else None, first=there(ring_at - origin), begin=there(start - origin),
+        end=there(stop - origin), into=there(_pages(blocks[due], how, origin // how.page_tokens, pages)),
+        reach=(0, pages * how.page_tokens),
     )  # fmt: skip
     if owners is None:
         return found
+    slots = owners[request]
+    if single:
+        neighbours = slice(int(slots[0]), int(slots[0]) + len(slots))
+        lie = np.array_equal(slots, np.arange(neighbours.start, neighbours.stop))
+        return replace(found, slots=neighbours if lie else places(slots))
     x = np.arange(how.sinks + how.block)[None]
     token = np.where(x < how.sinks, x, x + own[:, None])  # the t of each row
-    behind = token - how.sinks
-    held = np.where(x < how.sinks, x, how.sinks + behind % ring)
+    held = np.where(x < how.sinks, x, how.sinks + (token - how.sinks) % ring)
     fresh = token - begin[:, None] + row[:, None]
-    lasting = requests.starts[:-1][request]
-    full = np.flatnonzero(end == own + how.sinks + how.block)
-    to = requests.table[request[full], own[full] // how.block] if len(full) else np.zeros(0, dtype=np.int64)
-    full_table = _pages(to[:, None], pages, pages)
-    new = fresh >= lasting[:, None]
-    return Group(
-        **{**vars(found), "held": there(held), "fresh": there(np.clip(fresh, 0, int(requests.starts[-1]) - 1)),
-           "new": there(new, torch.bool), "slots": there(owners[request]), "full": there(full),
-           "full_table": there(full_table, torch.int32)}
-    )  # fmt: skip
+    new = fresh >= requests.starts[:-1][request][:, None]
+    fresh = np.clip(fresh, 0, int(requests.starts[-1]) - 1)
+    return replace(found, slots=places(slots), held=places(held), fresh=places(fresh), new=there(new, torch.bool))
 
 
-def _pages(blocks: np.ndarray, pages: int, width: int) -> np.ndarray:
-    """The pages of blocks (n, blocks): (n, width + 1), the last of nothing."""
-    every = (blocks[:, :, None].astype(np.int64) * pages + np.arange(pages)).reshape(
-        len(blocks), blocks.shape[1] * pages
-    )[:, :width]
-    return np.pad(every, ((0, 0), (0, width + 1 - every.shape[1])))
+def _pages(blocks: np.ndarray, how: Served, first: np.ndarray, width: int) -> np.ndarray:
+    """Pages `first` to `first` + `width` of sequences whose blocks are given, and one more of nothing."""
+    pages = how.block // how.page_tokens
+    place = first[:, None] + np.arange(width)
+    block = np.take_along_axis(blocks, np.minimum(place // pages, blocks.shape[1] - 1), 1)
+    return np.pad(block * pages + place % pages, ((0, 0), (0, 1)))
 
 
 def _slots_of(requests: Requests, how: Served, slots: Slots | None, draft: int) -> np.ndarray:
