@@ -29,6 +29,12 @@ the same run: the median of its times beside all schemes). Runs of earlier versi
 torch alone, later ones by a kernel that only reads, too.
 "unpack" is how many times longer it takes to decode the cache and run SDPA on it, at the largest shape.
 """
+MODELS = """## Whole models
+
+A Llama of random numbers in the shape of one of 8 billion (32 layers, 32 query and 8 kv heads of 128, float16), by
+`python benchmarks/generation.py`: `generate()` of transformers with its own dynamic cache and its static one, of which
+it compiles a step, and with schemes' caches, appended to and in place.
+"""
 
 
 def documents() -> list[dict[str, Any]]:
@@ -109,5 +115,26 @@ def cell(row: Mapping[str, Any], over: float, limit: float) -> str:
     return f"{row['us']:.1f} ({row['gbps'] / limit:.0%}, {over / row['us']:.2f})"
 
 
+def models() -> list[str]:
+    """Tables of whole models: what `benchmarks/generation.py ... --json` has measured."""
+    found = [json.loads(path.read_text()) for path in sorted((RESULTS / "generation").glob("*.json"))]
+    lines = [MODELS]
+    for one in found:
+        about = f"{one['device']}, torch {one['torch']}, {one['date']}"
+        if one["what"] == "speed":
+            lines += [f"{about}: {one['batch']} sequences behind a prompt of {one['tokens']} tokens.", ""]
+            lines += [markdown_row(("cache", "ms a token", "GB at most beside the weights")), "| --- | ---: | ---: |"]
+            for row in one["rows"]:  # the first run compiles
+                lines.append(markdown_row((row["way"], f"{min(row['ms'][1:]):.2f}", f"{row['bytes'] / 1e9:.1f}")))
+        else:
+            exact = one["rows"][0]["batch"]
+            lines += [f"{about}: the largest batch of {one['tokens']} tokens a sequence, by {one['batch']}.", ""]
+            lines += [markdown_row(("cache", "sequences", "times")), "| --- | ---: | ---: |"]
+            for row in one["rows"]:
+                lines.append(markdown_row((row["way"], str(row["batch"]), f"{row['batch'] / exact:.2f}")))
+        lines.append("")
+    return lines
+
+
 if __name__ == "__main__":
-    print(page(documents()), end="")
+    print("\n".join([page(documents()), *models()]), end="")

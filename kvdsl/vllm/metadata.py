@@ -75,6 +75,11 @@ def refuse(config: Any, sinks: int, block: int) -> None:
             f"enable_prefix_caching: True, but the first {sinks} tokens of a request stay exact beside its pages, "
             f"where no other request finds them; use --no-enable-prefix-caching"
         )
+    if skipped := config.cache_config.kv_cache_dtype_skip_layers:
+        raise BackendError(
+            f"kv_cache_dtype_skip_layers: {skipped}, but the engine pads every page to the largest, so that the other "
+            "layers would take as many bytes as these; leave it out"
+        )
     if draft_of(config) >= block:
         raise BackendError(
             f"num_speculative_tokens: {draft_of(config)} are no fewer than a block of {block} tokens; draft fewer"

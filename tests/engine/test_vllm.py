@@ -24,6 +24,8 @@ from kvdsl.serving import served
 HERE = Path(__file__).resolve().parent
 FOLDER = Path(os.environ.get("KVDSL_EXPECTED", ""))
 pytest.importorskip("vllm", reason="the engine's own environment runs these: make serve-test")
+if not (FOLDER / "expected.json").is_file():
+    pytest.skip("transformers has not said what is expected: make serve-test", allow_module_level=True)
 EXPECTED = json.loads((FOLDER / "expected.json").read_text())
 NO_PREFIXES = {"enable_prefix_caching": False}
 
@@ -99,6 +101,7 @@ def test_capacity_is_what_the_scheme_s_bits_say(scheme: str) -> None:
     ("scheme", "options", "said"),
     [
         ("kivi2_sinks", {"enable_prefix_caching": True}, "use --no-enable-prefix-caching"),
+        ("token4", {"kv_cache_dtype_skip_layers": ["0"]}, "the engine pads every page to the largest"),
         ("zipcache", {}, "so where a token stands follows from the tokens after it"),
         ("kivi5", {}, "kivi4"),
     ],
