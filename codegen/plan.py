@@ -86,13 +86,16 @@ class Plan:
         Sums over wide vectors, queries for several heads, maps on both sides, which exact rows do not share, and keys
         rotated in the loop with levels of the parameters or a map beside them fill the registers at 8 rows.
         """
+        return EXTEND_ROWS if self._may_have_more and (many or self.shape.group > DECODE_ROWS) else DECODE_ROWS
+
+    @cached_property
+    def _may_have_more(self) -> bool:
         shared = all(term.layout.plane_width >= 2 * NARROWEST for term in self.terms)
         apart = all(side.apart or side.residual is not None for side in (self.keys, self.values))
         full = self.values.row > WIDEST or apart
         full = full or self.keys.rope is not None and (self.keys.alphabet.given or self.keys.mixed)
         full = full or self.keys.joined > 1 and self.keys.row > WIDEST
-        more = many or self.shape.group > DECODE_ROWS
-        return EXTEND_ROWS if shared and more and not full else DECODE_ROWS
+        return shared and not full
 
     @property
     def sinks(self) -> int:

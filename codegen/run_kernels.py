@@ -45,6 +45,7 @@ class KernelModule:
         self.schedules = known(plan, source)
         self.settings: dict[Asked, Setting] = {}  # those found best
         self.residents: dict[Asked, int] = {}  # programs that a processor of the GPU holds at once
+        self._options: dict[str, dict[str, Any]] = {}
 
     @property
     def schedule(self) -> str:
@@ -68,7 +69,9 @@ class KernelModule:
             elif name not in values and name.startswith(("keys_", "values_")):
                 values[name] = _parameter(name, params)
         function = getattr(self.module, kernel)[grid]
-        options = {"num_warps": warps(kernel, self.plan), "enable_fp_fusion": fused(kernel)}
+        if kernel not in self._options:
+            self._options[kernel] = {"num_warps": warps(kernel, self.plan), "enable_fp_fusion": fused(kernel)}
+        options = self._options[kernel]
         compiled: dict[Setting, Any] = {}
 
         def launch(depth: int, setting: str | None) -> Any:

@@ -255,7 +255,7 @@ class SidePlan:
         """Exact tokens meet another query, or add to another output, than any term of the packed ones."""
         return self.plain is None
 
-    @property
+    @cached_property
     def plain(self) -> SidePlan | None:
         """The term whose numbers are the vector's own, as exact ones are: those meet its query, or add to its sums.  Of
         several the one of the widest planes.  None where reading adds a vector to packed tokens alone, and where a

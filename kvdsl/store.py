@@ -166,12 +166,12 @@ class Store(Part):
         """How often pairs of radii are paired again, counting the first time; 0 without polar coordinates."""
         return sum(part.levels for part in self.transform if isinstance(part, Polar))  # type: ignore
 
-    @property
+    @cached_property
     def linear(self) -> tuple[Transform, ...]:
         """The transforms that are maps of a vector, in their order: polar coordinates come behind all of them."""
         return tuple(part for part in self.transform if not isinstance(part, Polar))  # type: ignore[union-attr]
 
-    @property
+    @cached_property
     def mapped(self) -> bool:
         """Whether what is coded is a matrix times the vector, one for all tokens, behind rotary positions if they come
         off first."""
@@ -201,7 +201,7 @@ class Store(Part):
         """Whether channels have factors."""
         return any(isinstance(part, ChannelScale) for part in self.linear)
 
-    @property
+    @cached_property
     def joined(self) -> int:
         """How many neighbouring kv heads are mapped as one vector."""
         return math.lcm(*(part.heads for part in self.linear if isinstance(part, Rotate)))
