@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
+import serving
 import torch
 from serving_cases import Engine, Request
 
@@ -93,3 +97,9 @@ def test_a_window_is_served_as_the_open_block() -> None:
     assert not served(load("token4")).waits and not served(load("kivi2_sinks")).shares
     with pytest.raises(SchemeError, match="use 1024 or fewer"):
         served(load("kivi4").with_(recent=Recent(1056)))
+
+
+def test_the_page_s_table_is_the_measured_one() -> None:
+    root = Path(__file__).resolve().parent.parent
+    found = json.loads((root / "benchmarks/results/serving/cpu.json").read_text())
+    assert serving.table(found) in (root / "docs/serving.md").read_text()
