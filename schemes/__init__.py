@@ -4,6 +4,7 @@ from kvdsl.scheme import Scheme
 
 from .baseline import channel2, channel3, channel4, token2, token3, token4
 from .bitdecoding import bitdecoding2, bitdecoding4
+from .exllamav3 import exl3_2, exl3_3, exl3_4, exl3_5, exl3_6, exl3_7, exl3_8
 from .fp4 import mxfp4, nvfp4, nvfp4_4over6
 from .fp8 import fp8_tensor, fp8_token_head
 from .gear import gear2, gear4, gearl2, gearl4
@@ -110,6 +111,13 @@ ALL: dict[str, Scheme] = {
     "streaming": streaming,
     "snapkv": snapkv,
     "hf_quanto4": hf_quanto4,
+    "exl3_2": exl3_2,
+    "exl3_3": exl3_3,
+    "exl3_4": exl3_4,
+    "exl3_5": exl3_5,
+    "exl3_6": exl3_6,
+    "exl3_7": exl3_7,
+    "exl3_8": exl3_8,
     "fp8_tensor": fp8_tensor,
     "fp8_token_head": fp8_token_head,
     "mxfp4": mxfp4,
@@ -136,6 +144,13 @@ __all__ = [
     "channel2",
     "channel3",
     "channel4",
+    "exl3_2",
+    "exl3_3",
+    "exl3_4",
+    "exl3_5",
+    "exl3_6",
+    "exl3_7",
+    "exl3_8",
     "fp16",
     "fp32",
     "fp8_tensor",

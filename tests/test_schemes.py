@@ -69,6 +69,8 @@ ERRORS: dict[str, tuple[float, float]] = {
     "q4_0": (0.00739, 0.00739),
     "q4_1": (0.00612, 0.00612),
     "iq4_nl": (0.00619, 0.00619),
+    # cells over the largest of 32 numbers: a quarter with each bit
+    **{f"exl3_{b}": (0.0079 * 4.0 ** (4 - b), 0.0079 * 4.0 ** (4 - b)) for b in range(2, 9)},
     "int8_token_head": (4.18e-5, 4.18e-5),
     "kivi2": (0.15456, 0.15456),
     "kvtuner": (0.00618, 0.15456),
