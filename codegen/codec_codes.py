@@ -146,6 +146,7 @@ def products(side: SidePlan, ns: Namespace) -> list[str]:
         "least_squares": "return x * level, level * level",
         "weighted_least_squares": "return x * x * x * level, x * x * level * level",
         "norm": "return x * x, level * level",
+        "unit_gain": "return x * x, x * level",
     }[side.scale.refit or ""])  # fmt: skip
     return out.lines
 

@@ -10,7 +10,7 @@ from .part import ALL, Block, Count, Part
 
 Range = Literal["minmax", "minmax_zero", "absmax", "signed_absmax", "norm", "absmean"]
 Zero = Literal["min", "point", "in_scale"]
-Refit = Literal["least_squares", "weighted_least_squares", "norm"]
+Refit = Literal["least_squares", "weighted_least_squares", "norm", "unit_gain"]
 MetaFormat = Literal["fp32", "fp16", "bf16", "e4m3", "e8m0"]
 
 
@@ -27,7 +27,8 @@ class Scale(Part):
     zero     what is stored beside s where the range has an offset: `min` stores lo, `point` the integer round(-lo/s),
              `in_scale` that integer in the lowest mantissa bits of an fp32 s
     refit    a second s for the codes that the first one gave, l their levels: `least_squares` <x,l>/<l,l>,
-             `weighted_least_squares` the same weighted by x^2, `norm` |x|/|l|
+             `weighted_least_squares` the same weighted by x^2, `norm` |x|/|l|, `unit_gain` <x,x>/<x,l>, under which
+             what is read, x^, has <x,x^> = <x,x>: a query along x meets x^ as it would x
     dtype    of what is stored; e8m0 is a power of two, 2^(floor(log2 max|x|) - floor(log2 top level)) (OCP MX 1.0)
     scale    a second level: a calibrated scale that s is divided by before it is stored
     """

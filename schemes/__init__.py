@@ -18,7 +18,9 @@ from .kvsink import kvsink2
 from .kvtq import kvtq, kvtq_2bit
 from .kvtuner import kvtuner
 from .llama_cpp import iq4_nl, q4_0, q4_1, q5_0, q5_1, q8_0
+from .lmdeploy import lmdeploy_k4v2
 from .mikv import mikv
+from .octave import octave_compact, octave_k3v3, octave_k3v4
 from .omniquant import omniquant4
 from .plain import fp16, fp32
 from .polar import polar, polar_pairs
@@ -89,6 +91,9 @@ ALL: dict[str, Scheme] = {
     "vllm_4bit_nc": vllm_4bit_nc,
     "vllm_k3v4_nc": vllm_k3v4_nc,
     "vllm_3bit_nc": vllm_3bit_nc,
+    "octave_k3v4": octave_k3v4,
+    "octave_k3v3": octave_k3v3,
+    "octave_compact": octave_compact,
     "polar": polar,
     "polar_pairs": polar_pairs,
     "quarot4": quarot4,
@@ -118,6 +123,7 @@ ALL: dict[str, Scheme] = {
     "exl3_6": exl3_6,
     "exl3_7": exl3_7,
     "exl3_8": exl3_8,
+    "lmdeploy_k4v2": lmdeploy_k4v2,
     "fp8_tensor": fp8_tensor,
     "fp8_token_head": fp8_token_head,
     "mxfp4": mxfp4,
@@ -177,6 +183,7 @@ __all__ = [
     "kvtq",
     "kvtq_2bit",
     "kvtuner",
+    "lmdeploy_k4v2",
     "mikv",
     "mxfp4",
     "nuq2",
@@ -184,6 +191,9 @@ __all__ = [
     "nuq4",
     "nvfp4",
     "nvfp4_4over6",
+    "octave_compact",
+    "octave_k3v3",
+    "octave_k3v4",
     "omniquant4",
     "polar",
     "polar_pairs",

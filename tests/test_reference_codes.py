@@ -210,6 +210,9 @@ def test_refit() -> None:
     got = one_block(TERNARY, [1, -2, 2, -4], range="absmean", refit="least_squares", clip=8 / 9)
     assert listed(got.codes) == [1, 0, 2, 0] and listed(got.scale) == [third]
     assert listed(got.decoded) == [0, -third, third, -third]
+    # levels 1, -1, 0, 0: <x, x> = 25 over <x, l> = 7
+    got = one_block(TERNARY, [3, -4, 0, 0], range="absmean", refit="unit_gain")
+    assert listed(got.scale) == [float(torch.tensor(25 / 7))]
     # |x| = 5 over |l| = sqrt(2)
     got = one_block(TERNARY, [3, -4, 0, 0], range="absmean", refit="norm")
     assert listed(got.codes) == [2, 0, 1, 1] and listed(got.scale) == [

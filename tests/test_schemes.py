@@ -52,6 +52,11 @@ ERRORS: dict[str, tuple[float, float]] = {
     "vllm_4bit_nc": (0.00918, 0.00994),
     "vllm_k3v4_nc": (0.03380, 0.00994),
     "vllm_3bit_nc": (0.03380, 0.04565),
+    # int8 tables, scaled so that the gain is 1; a table of 3 bits, and signs of what it leaves
+    "octave_k3v4": (0.00897, 0.00929),
+    "octave_k3v3": (0.00897, 0.03474),
+    "octave_compact": (0.03474, 0.03474),
+    "lmdeploy_k4v2": (0.01299, 0.1168),
     # a pair: (2 pi/16)^2/12 of the mean squared radius 2, and (3.15/16)^2/12 for the range of 128 radii
     "polar_pairs": (0.0143, 0.00994),
     # 2 (1 - product over the levels of the mean of cos(a - a^)), of angles on their laws

@@ -94,6 +94,8 @@ def refitted(x: Tensor, levels: Tensor, found: Measured, scale: Scale, second: T
     """The second scale, for codes that stand for `levels` (..., numbers); the first one where it would be over 0."""
     if scale.refit == "norm":
         above, below = f32(sum64(x * x).sqrt()), f32(sum64(levels * levels).sqrt())
+    elif scale.refit == "unit_gain":
+        above, below = sum64(x * x), sum64(x * levels)
     else:
         weight = x * x if scale.refit == "weighted_least_squares" else torch.ones_like(x)
         above, below = sum64(weight * x * levels), sum64(weight * levels * levels)

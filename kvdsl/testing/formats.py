@@ -1,4 +1,4 @@
-"""The formats of metadata, and how far storing moves a number."""
+"""The formats of metadata, how far storing moves a number, and what else bounds are made of."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ FORMATS = {
     "e8m0": (0.0, 0.0, 2.0**127),
 }
 LARGEST = 65504.0
+OVER_BLOCK = (2, 4, 6)  # of blocks (B, H/bh, bh, T/bt, bt, D/bc, bc)
+SLACK = 12 * 2.0**-24
 
 
 def deviation(value: Tensor, dtype: str, spare: int = 0) -> Tensor:

@@ -263,7 +263,7 @@ def _scales(draw: Draw, code: Any, range_: str, longest: int) -> Scale:
     refit, second = None, None
     matched = isinstance(code, Codebook) and code.match is not None
     if online and not offset and dtype != "e8m0" and not matched:
-        refits = [None, None, None, "least_squares", "weighted_least_squares"]
+        refits = [None, None, None, "least_squares", "weighted_least_squares", "unit_gain"]
         refit = draw(st.sampled_from(refits if range_ == "signed_absmax" else [*refits, "norm"]))
     if online and zero == "min" and dtype != "e8m0" and draw(st.integers(0, 3)) == 3:
         heads = draw(st.sampled_from([1, ALL])) if block.heads == 1 else ALL
