@@ -19,6 +19,9 @@ from .text import Lines, literal
 
 NAN_BITS = {"fp16": 0x7E00, "bf16": 0x7FC0, "fp32": 0x7FC00000, "e4m3": 0x7F, "e8m0": 0xFF}
 TORCH_HALVES = {"fp16": "torch.float16", "bf16": "torch.bfloat16"}
+CARRIED = {"ceil": 0x7FFFFF, "round": 0x4AFB0C}
+"""What, added to a float32's bits, carries into its exponent: from the first number above a power of two on; from the
+first above the root of 2 on, whose lower bits are 0x3504F4."""
 WHOLE = 4194304.0  # integer zero points stay within 2**22, where float32 still has halves
 
 
@@ -29,7 +32,10 @@ def measure(side: SidePlan, ns: Namespace) -> list[str]:
     clip = " * clip" if searched(side) else f" * {literal(constant)}" if constant != 1.0 else ""
     if scale.dtype == "e8m0":
         out.add(f"scale = top{clip}")
-        out.add(f"scale = power_of_two(scale, {math.frexp(_top(side))[1] - 1})")
+        if scale.exponent == "floor":
+            out.add(f"scale = power_of_two(scale, {math.frexp(_top(side))[1] - 1})")
+        else:
+            out.add(f"scale = power_of_two(over(scale, {literal(_top(side))}), 0, {CARRIED[scale.exponent]})")
     elif scale.range == "norm":
         out.add(f"scale = root(over(narrow(squares), {literal(_count(side))})){clip}")
     elif scale.range == "absmean":

@@ -36,6 +36,14 @@ def _levels_need_a_scale(site: Site) -> Iterator[Fault]:
         yield site.fault("scale", fact, "leave scale out, or use Uniform(bits=4)")
 
 
+@rule("~.code.format", "~.code.rounding")
+def _plain_numbers_are_rounded_to_even(site: Site) -> Iterator[Fault]:
+    code = site.store.code
+    if isinstance(code, Float) and code.plain and code.rounding != "even":
+        fact = f"{code.format} is rounded as a processor does, to even, and not {code.rounding!r}"
+        yield site.fault("code.rounding", fact, "leave rounding out, or use a small float, as Float('e4m3')")
+
+
 @rule("~.code.bits", "~.code.levels")
 def _levels_fit_their_bits(site: Site) -> Iterator[Fault]:
     code = site.store.code

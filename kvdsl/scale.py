@@ -12,6 +12,7 @@ Range = Literal["minmax", "minmax_zero", "absmax", "signed_absmax", "norm", "abs
 Zero = Literal["min", "point", "in_scale"]
 Refit = Literal["least_squares", "weighted_least_squares", "norm", "unit_gain"]
 MetaFormat = Literal["fp32", "fp16", "bf16", "e4m3", "e8m0"]
+Exponent = Literal["floor", "round", "ceil"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -29,7 +30,10 @@ class Scale(Part):
     refit    a second s for the codes that the first one gave, l their levels: `least_squares` <x,l>/<l,l>,
              `weighted_least_squares` the same weighted by x^2, `norm` |x|/|l|, `unit_gain` <x,x>/<x,l>, under which
              what is read, x^, has <x,x^> = <x,x>: a query along x meets x^ as it would x
-    dtype    of what is stored; e8m0 is a power of two, 2^(floor(log2 max|x|) - floor(log2 top level)) (OCP MX 1.0)
+    dtype    of what is stored; e8m0 is a power of two
+    exponent which power of two, of a = clip*max|x|: `floor` 2^(floor(log2 a) - floor(log2 top level)) (OCP MX 1.0),
+             under which numbers may lie beyond the top level; `ceil` the least one that is no less than a / the top
+             level, under which none does; `round` the one nearest to that in its logarithm
     scale    a second level: a calibrated scale that s is divided by before it is stored
     """
 
@@ -41,6 +45,7 @@ class Scale(Part):
     zero: Zero = "min"
     refit: Refit | None = None
     dtype: MetaFormat = "fp16"
+    exponent: Exponent = "floor"
     scale: Scale | None = None
     when: When = "online"
 

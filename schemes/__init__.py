@@ -5,8 +5,8 @@ from kvdsl.scheme import Scheme
 from .baseline import channel2, channel3, channel4, token2, token3, token4
 from .bitdecoding import bitdecoding2, bitdecoding4
 from .exllamav3 import exl3_2, exl3_3, exl3_4, exl3_5, exl3_6, exl3_7, exl3_8
-from .fp4 import mxfp4, nvfp4, nvfp4_4over6
-from .fp8 import fp8_tensor, fp8_token_head
+from .fp4 import fp4_block16, mxfp4, nvfp4, nvfp4_4over6
+from .fp8 import fp8_tensor, fp8_token_head, mxfp8
 from .gear import gear2, gear4, gearl2, gearl4
 from .h2o import h2o
 from .hf_quantized import hf_quanto4
@@ -44,6 +44,7 @@ from .turboquant import (
     turboquant_prod3,
     turboquant_prod4,
 )
+from .ultraquant import ultraquant4
 from .vllm_turboquant import vllm_3bit_nc, vllm_4bit_nc, vllm_k3v4_nc, vllm_k8v4
 from .wkvquant import wkvquant4
 from .zipcache import zipcache, zipcache_32, zipcache_84, zipcache_code
@@ -94,6 +95,7 @@ ALL: dict[str, Scheme] = {
     "octave_k3v4": octave_k3v4,
     "octave_k3v3": octave_k3v3,
     "octave_compact": octave_compact,
+    "ultraquant4": ultraquant4,
     "polar": polar,
     "polar_pairs": polar_pairs,
     "quarot4": quarot4,
@@ -126,7 +128,9 @@ ALL: dict[str, Scheme] = {
     "lmdeploy_k4v2": lmdeploy_k4v2,
     "fp8_tensor": fp8_tensor,
     "fp8_token_head": fp8_token_head,
+    "mxfp8": mxfp8,
     "mxfp4": mxfp4,
+    "fp4_block16": fp4_block16,
     "nvfp4": nvfp4,
     "nvfp4_4over6": nvfp4_4over6,
     "q8_0": q8_0,
@@ -159,6 +163,7 @@ __all__ = [
     "exl3_8",
     "fp16",
     "fp32",
+    "fp4_block16",
     "fp8_tensor",
     "fp8_token_head",
     "gear2",
@@ -186,6 +191,7 @@ __all__ = [
     "lmdeploy_k4v2",
     "mikv",
     "mxfp4",
+    "mxfp8",
     "nuq2",
     "nuq3",
     "nuq4",
@@ -228,6 +234,7 @@ __all__ = [
     "turboquant_prod2",
     "turboquant_prod3",
     "turboquant_prod4",
+    "ultraquant4",
     "vllm_3bit_nc",
     "vllm_4bit_nc",
     "vllm_k3v4_nc",

@@ -7,7 +7,7 @@ import torch
 
 from kvdsl import reference
 from kvdsl.scheme import Scheme
-from kvdsl.schemes import exl3_4, lmdeploy_k4v2, octave_compact, octave_k3v4
+from kvdsl.schemes import exl3_4, lmdeploy_k4v2, mxfp4, mxfp8, octave_compact, octave_k3v4, ultraquant4
 
 
 def read(scheme: Scheme, x: torch.Tensor) -> torch.Tensor:
@@ -42,3 +42,21 @@ def test_signs_of_what_a_table_leaves_have_one_amplitude_a_token() -> None:
     assert torch.allclose(added, (x - alone).square().mean(1, keepdim=True).sqrt().expand(-1, 128), rtol=1e-3)
     smaller = read(flat.with_(**{"keys.residual.scale.range": "absmean"}), x)
     assert 0.85 < (smaller - x).square().mean() / (read(flat, x) - x).square().mean() < 0.95
+
+
+@pytest.mark.parametrize(
+    ("rule", "clip", "right"),
+    [("round", 0.936, 0.0178), ("round", 1.2, 0.0125), ("floor", 1.0, 0.0132), ("ceil", 1.0, 0.0133)],
+)
+def test_the_rule_of_a_power_of_two_decides_what_four_bits_lose(rule: str, clip: float, right: float) -> None:
+    """UltraQuant's constant of 0.156 lets too many numbers saturate: 0.2 would lose a third less."""
+    x = torch.randn(1024, 128, generator=torch.Generator().manual_seed(7))
+    one = ultraquant4.with_(transform=(), exponent=rule, clip=clip)
+    assert (read(one, x) - x).square().mean().item() == pytest.approx(right, rel=0.015)
+
+
+def test_powers_that_are_rounded_up_saturate_nothing() -> None:
+    """mxfp8 reads the largest number of 32 within a sixteenth of it; rounded down, powers halve some of them."""
+    x = torch.logspace(-3, 3, 4096)[:, None].expand(-1, 32)
+    off = (read(mxfp8, x) - x).abs() / x
+    assert off.max() <= 2**-4 and (read(mxfp4, x) < x * 0.76).any()

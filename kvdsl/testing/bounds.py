@@ -66,7 +66,7 @@ from kvdsl.spaces import apart
 
 from . import low_rank
 from .fits import fitted
-from .formats import LARGEST, OVER_BLOCK, SLACK, deviation
+from .formats import LARGEST, OVER_BLOCK, SLACK, deviation, power_of_two
 from .rotary import partners, spread_waves
 from .terms import behind, terms_of
 
@@ -261,8 +261,7 @@ def _uneven(store: Store, scale: Scale, numbers: Tensor, params: Params | None, 
     largest = numbers.abs().amax(OVER_BLOCK, keepdim=True)
     offset, moved_offset = torch.zeros_like(largest), torch.zeros_like(largest)
     if scale.dtype == "e8m0":
-        power = torch.frexp((scale.clip * largest).float()).exponent - torch.frexp(torch.tensor(letters.top)).exponent
-        step = torch.exp2(torch.where(largest == 0, -126, power.clamp(-126, 127)).double())
+        step = power_of_two(scale, largest, letters.top)
     elif scale.range == "norm":
         step = scale.clip * numbers.square().mean(OVER_BLOCK, keepdim=True).sqrt()
     elif scale.range == "absmean":
@@ -340,8 +339,7 @@ def _online(code: Uniform, scale: Scale, numbers: Tensor, levels: int, outer: Te
     spare = (width(code) or 0) if scale.zero == "in_scale" else 0
     if scale.dtype == "e8m0":
         top = levels / 2 if code.grid == "cells" else (levels - 1) // 2
-        power = torch.frexp((scale.clip * largest).float()).exponent - torch.frexp(torch.tensor(top * 1.0)).exponent
-        exact, step = step, torch.exp2(torch.where(largest == 0, -126, power.clamp(-126, 127)).double())
+        exact, step = step, power_of_two(scale, largest, top)
         short = (exact - step).clamp(min=0)  # a power below the step: the range ends short
         return _factor(code, scale) * step + levels * short + max(0.0, 1 - scale.clip) * largest + SLACK * largest
     moved = _stored_step(scale, step, outer, spare)
