@@ -158,7 +158,7 @@ def _a_zero_point_takes_the_nearest_level(site: Site) -> Iterator[Fault]:
 @rule("~.scale.zero", "~.scale.dtype")
 def _a_zero_point_in_the_scale_needs_spare_bits(site: Site) -> Iterator[Fault]:
     scale = site.scale
-    if scale is not None and scale.zero == "in_scale" and scale.dtype != "fp32":
+    if scale is not None and scale.zero_inside and scale.dtype != "fp32":
         fact = f"a zero point inside the scale needs the spare bits of fp32, not {scale.dtype}"
         yield site.fault("scale.zero", fact, "use dtype='fp32' or zero='point'")
     if scale is not None and scale.zero == "point" and scale.dtype == "e4m3":

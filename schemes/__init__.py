@@ -32,7 +32,7 @@ from .skvq import skvq2, skvq_k2v1p5
 from .smoothquant import smoothquant8
 from .snapkv import snapkv
 from .streaming import streaming
-from .token_head import int4_token_head, int8_token_head
+from .token_head import int4_token_head, int4_token_head_free, int4_token_head_held, int8_token_head
 from .turboquant import (
     turboquant1,
     turboquant2,
@@ -57,6 +57,8 @@ ALL: dict[str, Scheme] = {
     "kivi2_sinks": kivi2_sinks,
     "int8_token_head": int8_token_head,
     "int4_token_head": int4_token_head,
+    "int4_token_head_held": int4_token_head_held,
+    "int4_token_head_free": int4_token_head_free,
     "int8_tensor": int8_tensor,
     "bitdecoding4": bitdecoding4,
     "bitdecoding2": bitdecoding2,
@@ -173,6 +175,8 @@ __all__ = [
     "h2o",
     "hf_quanto4",
     "int4_token_head",
+    "int4_token_head_free",
+    "int4_token_head_held",
     "int8_tensor",
     "int8_token_head",
     "iq4_nl",

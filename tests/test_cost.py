@@ -30,6 +30,7 @@ PUBLISHED |= {"qjl": (4.265625, 3), "qjl_gauss": (2.125, 16), "qjl_kv": (4.125, 
 PUBLISHED |= {"vllm_k8v4": (8, 4.25), "vllm_4bit_nc": (4.125, 4.25), "vllm_k3v4_nc": (3.125, 4.25)}
 PUBLISHED |= {"vllm_3bit_nc": (3.125, 3.25)}
 PUBLISHED |= {"skvq2": (2.5, 2.5), "hf_quanto4": (4.5, 4.5)}
+PUBLISHED |= {"int4_token_head_held": (4.25, 4.25), "int4_token_head_free": (4.25, 4.25)}
 PUBLISHED |= {"ultraquant4": (4.25, 4.25), "mxfp8": (8.25, 8.25), "fp4_block16": (4.5, 4.5)}
 PUBLISHED |= {"lmdeploy_k4v2": (4.25, 2.125), "octave_compact": (3.125, 3.125)}
 PUBLISHED |= {f"exl3_{b}": (b + 0.5, b + 0.5) for b in range(2, 9)}

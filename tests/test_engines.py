@@ -7,7 +7,18 @@ import torch
 
 from kvdsl import reference
 from kvdsl.scheme import Scheme
-from kvdsl.schemes import exl3_4, lmdeploy_k4v2, mxfp4, mxfp8, octave_compact, octave_k3v4, ultraquant4
+from kvdsl.schemes import (
+    exl3_4,
+    int4_token_head,
+    int4_token_head_free,
+    int4_token_head_held,
+    lmdeploy_k4v2,
+    mxfp4,
+    mxfp8,
+    octave_compact,
+    octave_k3v4,
+    ultraquant4,
+)
 
 
 def read(scheme: Scheme, x: torch.Tensor) -> torch.Tensor:
@@ -60,3 +71,23 @@ def test_powers_that_are_rounded_up_saturate_nothing() -> None:
     x = torch.logspace(-3, 3, 4096)[:, None].expand(-1, 32)
     off = (read(mxfp8, x) - x).abs() / x
     assert off.max() <= 2**-4 and (read(mxfp4, x) < x * 0.76).any()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "right"),
+    [(int4_token_head_held, 0.142), (int4_token_head, 6.5e-4), (int4_token_head_free, 1.55e-4)],
+    ids=["held", "widened", "free"],
+)
+def test_a_zero_point_among_the_codes_loses_a_range_without_zero(scheme: Scheme, right: float) -> None:
+    """N(8, 1), as it is coded: held to 0..15, the zero point of vLLM's kernels costs a thousand times the error."""
+    x = torch.randn(1024, 128, generator=torch.Generator().manual_seed(8)) + 8
+    found = read(scheme.with_(transform=()), x)
+    assert ((found - x).square().sum() / x.square().sum()).item() == pytest.approx(right, rel=0.05)
+
+
+def test_a_vector_of_one_number_is_lost_or_kept() -> None:
+    """Its range is 0: a step of 0 where the zero point is among the codes, the number itself where it is not."""
+    x = torch.full((2, 128), 3.0)
+    assert not read(int4_token_head_held.with_(transform=()), x).any()
+    assert torch.equal(read(int4_token_head_free.with_(transform=()), x), x.double())
+    assert read(lmdeploy_k4v2, x).isfinite().all() and read(exl3_4, x).isfinite().all()

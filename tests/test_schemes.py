@@ -80,6 +80,8 @@ ERRORS: dict[str, tuple[float, float]] = {
     # cells over the largest of 32 numbers: a quarter with each bit
     **{f"exl3_{b}": (0.0079 * 4.0 ** (4 - b), 0.0079 * 4.0 ** (4 - b)) for b in range(2, 9)},
     "int8_token_head": (4.18e-5, 4.18e-5),
+    "int4_token_head_held": (0.0101, 0.0101),
+    "int4_token_head_free": (0.0101, 0.0101),
     "kivi2": (0.15456, 0.15456),
     "kvtuner": (0.00618, 0.15456),
 }

@@ -68,7 +68,7 @@ def measure(x: Tensor, code: Code, scale: Scale, clip: float, letters: Alphabet,
     step = f32(f32(high - low) / intervals)
     if scale.zero == "min":
         return kept(step, low, scale, second)
-    if scale.zero == "in_scale":
+    if scale.zero_inside:
         unit = 1 << (2 if code.bits is None else code.bits)  # of three levels stored five in a byte: what one needs
         s = from_bits((bits_of(step) + unit // 2) & ~(unit - 1))
         point = to_integer(ratio(-low, s), "even").clamp(0, letters.count - 1) + 0.0

@@ -336,7 +336,7 @@ def _online(code: Uniform, scale: Scale, numbers: Tensor, levels: int, outer: Te
     else:
         step = (high - low) / (levels if code.grid == "cells" else levels - 1)
 
-    spare = (width(code) or 0) if scale.zero == "in_scale" else 0
+    spare = (width(code) or 0) if scale.zero_inside else 0
     if scale.dtype == "e8m0":
         top = levels / 2 if code.grid == "cells" else (levels - 1) // 2
         exact, step = step, power_of_two(scale, largest, top)
@@ -354,6 +354,8 @@ def _online(code: Uniform, scale: Scale, numbers: Tensor, levels: int, outer: Te
         limit = torch.where(step == 0, deviation(low, scale.dtype) + (1 - scale.clip) * largest, limit)
     elif not symmetric:
         limit = limit + levels * moved
+        if scale.zero == "held_in_scale":  # codes begin at 0 at the farthest
+            limit = limit + torch.maximum(low, -high).clamp(min=0)
     return limit + 7 * 2.0**-24 * (largest + step) + (0.0 if isinstance(outer, float) else SLACK * largest)
 
 

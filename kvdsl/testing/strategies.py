@@ -253,7 +253,8 @@ def _scales(draw: Draw, code: Any, range_: str, longest: int) -> Scale:
     dtype, zero = draw(st.sampled_from(formats)), "min"
     if online and uniform and code.grid == "ends" and offset:
         pointed = dtype != "e4m3" and code.rounding != "floor"
-        zeros = ["min", "min", *(["point"] if pointed else []), *(["in_scale"] if dtype == "fp32" else [])]
+        inside = ["in_scale", "held_in_scale"] if dtype == "fp32" else []
+        zeros = ["min", "min", *(["point"] if pointed else []), *inside]
         zero = draw(st.sampled_from(zeros))
     block = draw(_blocks(longest, not online))
     if isinstance(code, Codebook) and code.levels == "beta" and block.channels == 1:
