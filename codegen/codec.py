@@ -88,7 +88,8 @@ def tried(side: SidePlan) -> list[str]:
 
 def sums(side: SidePlan) -> list[str]:
     """What a second scale is fitted from, each summed over the block."""
-    return ["dots", "weights"] if side.scale.refit != "norm" else ["squared", "weights"]
+    every = {"norm": ["squared", "weights"], "unit_gain": ["squared", "dots"]}
+    return every.get(side.scale.refit or "", ["dots", "weights"])
 
 
 def words(side: SidePlan) -> list[str]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import sympy as sp
 
+from kvdsl.codes import Float, FloatRounding
+
 from .alphabet import Alphabet, single
 from .codec import Namespace, coding, given, in_steps, numbers, settled
 from .codec_scales import WHOLE, below_count, widened
@@ -15,6 +17,8 @@ from .placement import centre, levels
 from .plan import SidePlan
 from .steps import Steps
 from .text import Lines, literal
+
+TIES: dict[FloatRounding, str] = {"even": "", "away": ", 1", "half_down": ", 2"}  # as `small_float` takes them last
 
 
 def encode(side: SidePlan, ns: Namespace) -> list[str]:
@@ -93,9 +97,10 @@ def _nearest_level(out: Lines, alphabet: Alphabet, ns: Namespace) -> None:
 
 def _patterned(out: Lines, side: SidePlan, number: str, ns: Namespace) -> None:
     """The bits of the nearest number of a small float format."""
-    small = side.alphabet.small
-    assert small is not None
-    coded = f"small_float({number}, {small.mantissa}, {small.least}, {literal(small.top)}, {2 ** (small.bits - 1)})"
+    small, code = side.alphabet.small, side.store.code
+    assert small is not None and isinstance(code, Float)
+    format_ = f"{small.mantissa}, {small.least}, {literal(small.top)}, {2 ** (small.bits - 1)}"
+    coded = f"small_float({number}, {format_}{TIES[code.rounding]})"
     if side.store.measure is None:
         coded = f"{ns}where(x == x, {coded}, {small.nan})"
     out.add(f"return {coded}")
@@ -146,6 +151,7 @@ def products(side: SidePlan, ns: Namespace) -> list[str]:
         "least_squares": "return x * level, level * level",
         "weighted_least_squares": "return x * x * x * level, x * x * level * level",
         "norm": "return x * x, level * level",
+        "unit_gain": "return x * x, x * level",
     }[side.scale.refit or ""])  # fmt: skip
     return out.lines
 

@@ -19,6 +19,9 @@ from .text import Lines, literal
 
 NAN_BITS = {"fp16": 0x7E00, "bf16": 0x7FC0, "fp32": 0x7FC00000, "e4m3": 0x7F, "e8m0": 0xFF}
 TORCH_HALVES = {"fp16": "torch.float16", "bf16": "torch.bfloat16"}
+CARRIED = {"ceil": 0x7FFFFF, "round": 0x4AFB0C}
+"""What, added to a float32's bits, carries into its exponent: from the first number above a power of two on; from the
+first above the root of 2 on, whose lower bits are 0x3504F4."""
 WHOLE = 4194304.0  # integer zero points stay within 2**22, where float32 still has halves
 
 
@@ -29,7 +32,10 @@ def measure(side: SidePlan, ns: Namespace) -> list[str]:
     clip = " * clip" if searched(side) else f" * {literal(constant)}" if constant != 1.0 else ""
     if scale.dtype == "e8m0":
         out.add(f"scale = top{clip}")
-        out.add(f"scale = power_of_two(scale, {math.frexp(_top(side))[1] - 1})")
+        if scale.exponent == "floor":
+            out.add(f"scale = power_of_two(scale, {math.frexp(_top(side))[1] - 1})")
+        else:
+            out.add(f"scale = power_of_two(over(scale, {literal(_top(side))}), 0, {CARRIED[scale.exponent]})")
     elif scale.range == "norm":
         out.add(f"scale = root(over(narrow(squares), {literal(_count(side))})){clip}")
     elif scale.range == "absmean":
@@ -45,7 +51,7 @@ def measure(side: SidePlan, ns: Namespace) -> list[str]:
             out.add(f"scale = over(scale, {literal(_lowest(side))})")
     else:
         _affine(out, side, clip, ns)
-    if scale.zero == "in_scale" and side.has_offset:
+    if scale.zero_inside and side.has_offset:
         bits = side.alphabet.bits
         out.add(f"scale = as_float((as_int(scale) + {2**bits // 2}) & {-(2**bits)})")
     elif scale.dtype != "e8m0":
@@ -147,9 +153,10 @@ def _offset(out: Lines, side: SidePlan, ns: Namespace) -> None:
         _stored(out, side, "start", ns)
         return
     assert side.uniform is not None
-    least, most = (0.0, float(levels(side.uniform, scale) - 1)) if widened(scale) else (-WHOLE, WHOLE)
+    held = widened(scale) or scale.zero_inside
+    least, most = (0.0, float(levels(side.uniform, scale) - 1)) if held else (-WHOLE, WHOLE)
     out.add(f"start = {in_steps(side, '-low', ns)}")
-    if side.raised and widened(scale):
+    if side.raised and held:
         out.add(f"start = nearest({below_count('start', ns)})")
     else:
         out.add(f"start = nearest({ns}clamp(start, {literal(least)}, {literal(most)}))")
@@ -163,7 +170,7 @@ def word_lines(side: SidePlan, ns: Namespace) -> list[str]:
     scale, meta, out = side.scale, side.layout.meta, Lines()
     assert meta is not None
     name = stored_numbers(side)[0]
-    paired = side.has_offset and scale.zero != "in_scale" and meta.kind != "words" and scale.dtype in TORCH_HALVES
+    paired = side.has_offset and not scale.zero_inside and meta.kind != "words" and scale.dtype in TORCH_HALVES
     if ns == "torch." and paired and side.second is None:  # both at once, in fewer calls; neither is NaN
         dtype = TORCH_HALVES[scale.dtype]
         out.add(f"return halved({name}, start, spoilt, {dtype}, {NAN_BITS[scale.dtype]})")
@@ -171,7 +178,7 @@ def word_lines(side: SidePlan, ns: Namespace) -> list[str]:
     bits = f"power_bits({name})" if scale.dtype == "e8m0" else f"bits_{scale.dtype}({name})"
     marks = "spoilt" if ns == "torch." else "spoilt > 0"
     out.add(f"word = {ns}where({marks}, {NAN_BITS[scale.dtype]}, {bits})")
-    if side.has_offset and scale.zero == "in_scale":
+    if side.has_offset and scale.zero_inside:
         out.add("word = word | to_int(start)")
     elif meta.kind == "words":
         out.add(f"second = bits_{scale.dtype}(start)")

@@ -78,9 +78,11 @@ if INTERPRETED:
         return tl.where(code < 8, lower, upper).to(tl.int16)
 
     @triton.jit
-    def small_float(x, MANTISSA: tl.constexpr, LEAST: tl.constexpr, TOP: tl.constexpr, SIGN: tl.constexpr):
+    def small_float(
+        x, MANTISSA: tl.constexpr, LEAST: tl.constexpr, TOP: tl.constexpr, SIGN: tl.constexpr, TIES: tl.constexpr = 0
+    ):
         """The bits of the nearest small float, see `small_float_by_bits`."""
-        return small_float_by_bits(x, MANTISSA, LEAST, TOP, SIGN)
+        return small_float_by_bits(x, MANTISSA, LEAST, TOP, SIGN, TIES)
 
 else:
 
@@ -171,10 +173,12 @@ else:
         return code
 
     @triton.jit
-    def small_float(x, MANTISSA: tl.constexpr, LEAST: tl.constexpr, TOP: tl.constexpr, SIGN: tl.constexpr):
+    def small_float(
+        x, MANTISSA: tl.constexpr, LEAST: tl.constexpr, TOP: tl.constexpr, SIGN: tl.constexpr, TIES: tl.constexpr = 0
+    ):
         """The bits of the nearest small float, see `small_float_by_bits`."""
-        if SIGN != 128 or not cuda_capability_geq(8, 9):
-            return small_float_by_bits(x, MANTISSA, LEAST, TOP, SIGN)
+        if SIGN != 128 or TIES or not cuda_capability_geq(8, 9):
+            return small_float_by_bits(x, MANTISSA, LEAST, TOP, SIGN, TIES)
         # half the smallest number and less are 0, and would keep their sign
         return eight_bits(tl.where(tl.abs(x) > 2.0 ** (LEAST - MANTISSA - 1), x, 0.0), MANTISSA)
 
@@ -281,14 +285,23 @@ def digits_byte(number):
 
 
 @triton.jit
-def small_float_by_bits(x, MANTISSA: tl.constexpr, LEAST: tl.constexpr, TOP: tl.constexpr, SIGN: tl.constexpr):
-    """The bits of the nearest small float (ties to even), saturating at TOP; a zero has no sign.
+def small_float_by_bits(
+    x, MANTISSA: tl.constexpr, LEAST: tl.constexpr, TOP: tl.constexpr, SIGN: tl.constexpr, TIES: tl.constexpr
+):
+    """The bits of the nearest small float, saturating at TOP; a zero has no sign.
 
-    Numbers from 2**LEAST on have MANTISSA bits behind the first; smaller ones are spaced as those just above.
+    Numbers from 2**LEAST on have MANTISSA bits behind the first; smaller ones are spaced as those just above.  TIES go
+    to even (0), away from zero (1), or down (2).
     """
     size = tl.minimum(tl.abs(x), TOP)
     exponent = tl.maximum(((size.to(tl.int32, bitcast=True) >> 23) & 255) - 127, LEAST)
-    steps = nearest_code(size * ((127 + MANTISSA - exponent) << 23).to(tl.float32, bitcast=True))
+    steps = size * ((127 + MANTISSA - exponent) << 23).to(tl.float32, bitcast=True)
+    if TIES:
+        whole = tl.floor(steps)
+        beyond = tl.where(x < 0.0, steps - whole >= 0.5, steps - whole > 0.5) if TIES == 2 else steps - whole >= 0.5
+        steps = whole.to(tl.int32) + tl.where(beyond, 1, 0)
+    else:
+        steps = nearest_code(steps)
     code = ((exponent - LEAST) << MANTISSA) + steps
     return tl.where((x < 0.0) & (code > 0), code + SIGN, code)
 
@@ -300,9 +313,9 @@ def bits_e4m3(x):
 
 
 @triton.jit
-def power_of_two(size, LESS: tl.constexpr):
-    """2**(floor(log2(size)) - LESS) within what 8 bits of exponent hold."""
-    exponent = ((size.to(tl.int32, bitcast=True) >> 23) & 255) - 127
+def power_of_two(size, LESS: tl.constexpr, CARRIED: tl.constexpr = 0):
+    """2**(floor(log2(size)) - LESS) within what 8 bits of exponent hold, twice that where CARRIED carries."""
+    exponent = (((size.to(tl.int32, bitcast=True) + CARRIED) >> 23) & 255) - 127
     exponent = tl.where(exponent < -126, -126, exponent - LESS)
     return ((tl.minimum(tl.maximum(exponent, -126), 127) + 127) << 23).to(tl.float32, bitcast=True)
 

@@ -110,14 +110,21 @@ def to_byte(words: Tensor) -> Tensor:
     return words.to(torch.uint8)
 
 
-def small_float(x: Tensor, mantissa: int, least: int, top: float, sign: int) -> Tensor:
-    """The bits of the nearest small float (ties to even), saturating at `top`; a zero has no sign.
+def small_float(x: Tensor, mantissa: int, least: int, top: float, sign: int, ties: int = 0) -> Tensor:
+    """The bits of the nearest small float, saturating at `top`; a zero has no sign.
 
-    Numbers from 2**least on have `mantissa` bits behind the first; smaller ones are spaced as those just above.
+    Numbers from 2**least on have `mantissa` bits behind the first; smaller ones are spaced as those just above.  Ties
+    go to even (0), away from zero (1), or down (2).
     """
     size = x.abs().clamp(max=top)
     exponent = (((as_int(size) >> 23) & 255) - 127).clamp(min=least)
-    steps = torch.round(size * as_float((127 + mantissa - exponent) << 23))
+    steps = size * as_float((127 + mantissa - exponent) << 23)
+    if ties:
+        whole = torch.floor(steps)
+        beyond = (steps - whole > 0.5) | (steps - whole == 0.5) & ((x < 0.0) | (ties == 1))
+        steps = whole + beyond.to(steps.dtype)
+    else:
+        steps = torch.round(steps)
     code = ((exponent - least) << mantissa) + steps.to(torch.int32)
     return torch.where((x < 0.0) & (code > 0), code + sign, code)
 
@@ -127,9 +134,9 @@ def bits_e4m3(x: Tensor) -> Tensor:
     return small_float(x, 3, -6, 448.0, 128)
 
 
-def power_of_two(size: Tensor, less: int) -> Tensor:
-    """2**(floor(log2(size)) - less) within what 8 bits of exponent hold."""
-    exponent = torch.where(size < 2.0**-126, -126, ((as_int(size) >> 23) & 255) - 127 - less)
+def power_of_two(size: Tensor, less: int, carried: int = 0) -> Tensor:
+    """2**(floor(log2(size)) - less) within what 8 bits of exponent hold, twice that where `carried` carries."""
+    exponent = torch.where(size < 2.0**-126, -126, (((as_int(size) + carried) >> 23) & 255) - 127 - less)
     return as_float((exponent.clamp(-126, 127) + 127) << 23)
 
 

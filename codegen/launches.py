@@ -31,6 +31,7 @@ POINTERS |= dict.fromkeys(GIVEN_POINTERS, "*fp32")
 FLOATS = ("scaling", "softcap")
 ENDS = ("merge", "unite")  # they store outputs
 SCORE = ("scores", "reach", "received")
+MANY = 512  # scales of a tile's keys, whose products wait beside sums of received attention
 
 # Settings of NVIDIA's assembler, tried in this order until a kernel keeps its numbers in registers: just above a count
 # that allows one program more it would rather move a few to memory, and where all are in use its schedule is what
@@ -40,10 +41,11 @@ ASSEMBLER = (None, "--register-usage-level=10", "--register-usage-level=0", "max
 
 def warps(kernel: str, plan: Plan) -> int:
     """Warps of a program: one where tiles stay in one warp's tensor cores or numbers are exchanged within it, two where
-    16 rows, sums of many numbers, tiles most of whose lanes are idle, two sketches, one of many rows, or codes of 4
-    bits beside vectors of low rank on both sides would not fit its registers, four or more where a page is rewritten,
-    products are of float32 numbers, values are sums of codes, single numbers and vectors of low rank, keys are rotated,
-    or radii and angles become channels level by level."""
+    16 rows, sums of many numbers, tiles most of whose lanes are idle, two sketches, one of many rows, codes of three
+    streams in groups on both sides, or of 4 bits beside vectors of low rank on both sides, or received attention beside
+    many scales would not fit its registers, four or more where a page is rewritten, products are of float32 numbers,
+    values are sums of codes, single numbers and vectors of low rank, keys are rotated, or radii and angles become
+    channels level by level."""
     exact = plan.shape.dtype == "fp32" or any(term.floats == "fp32" for term in plan.terms)
     if kernel == "append":
         # Both sides' blocks, in loops around them, and few programs: twice the warps that pack either.
@@ -68,8 +70,10 @@ def warps(kernel: str, plan: Plan) -> int:
     if plan.values.sparse and any(term.factors for term in plan.values.terms):
         return 4  # sums of three kinds
     narrow = any(term.store.pick and 2 * term.layout.plane_width <= NARROWEST for term in plan.terms)
+    narrow = narrow or kernel == "received" and plan.keys.groups * plan.tile >= MANY
     beside = all(any(term.factors for term in side.terms) for side in (plan.keys, plan.values))
     narrow = narrow or plan.keys.masked and plan.keys.row > WIDEST
+    narrow = narrow or all(side.groups > 1 and len(side.layout.streams) > 2 for side in (plan.keys, plan.values))
     wide = plan.values.row > WIDEST or narrow or beside and any(term.alphabet.bits >= 4 for term in plan.terms)
     return 1 if plan.rows(many=kernel != "decode") == DECODE_ROWS and not wide else 2
 

@@ -288,7 +288,7 @@ def _meta(store: Store, head_dim: int, kv_heads: int, tokens: int) -> Meta | Non
     span = token_block(store)
     assert isinstance(channels, int) and isinstance(heads, int)
     blocks, groups = tokens // span, head_dim // channels
-    beside = scale.range in ("minmax", "minmax_zero") and scale.zero != "in_scale"
+    beside = scale.range in ("minmax", "minmax_zero") and not scale.zero_inside
     kinds: dict[MetaFormat, MetaKind] = {"fp32": "word", "fp16": "half", "bf16": "half", "e4m3": "byte", "e8m0": "byte"}
     pairs: dict[MetaKind, MetaKind] = {"word": "words", "half": "halves", "byte": "bytes"}
     kind = pairs[kinds[scale.dtype]] if beside else kinds[scale.dtype]

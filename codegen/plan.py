@@ -117,7 +117,8 @@ def plan_for(scheme: Scheme, shape: Shape) -> Plan:
     blocks = [token_block(term.store) for term in blocked] + [term.chosen.tokens for term in terms if term.chosen]
     in_loop = shape.dtype == "fp32" or any(term.when is When.IN_LOOP or term.joined > 1 for term in terms)
     ragged = any(term.layout.plane_width < NARROWEST for term in terms)
-    tokens = tile(scheme, shape, heavy=in_loop or ragged)
+    crowded = all(side.groups > 1 and len(side.layout.streams) > 1 for side in (keys, values))
+    tokens = tile(scheme, shape, heavy=in_loop or ragged or crowded)
     half = sub_tile(tokens, blocks, narrow=paired or narrow)
     if not paired and any(term.floats == "fp32" for term in terms):
         tokens = half = EXACT_TILE

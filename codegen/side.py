@@ -362,7 +362,7 @@ class SidePlan:
     def offset_stored(self) -> bool:
         """A second number stands beside each scale."""
         scale = self.store.measure
-        return scale is not None and scale.range in ("minmax", "minmax_zero") and scale.zero != "in_scale"
+        return scale is not None and scale.range in ("minmax", "minmax_zero") and not scale.zero_inside
 
     @property
     def has_offset(self) -> bool:

@@ -20,7 +20,8 @@ WIDE_BITS = 768  # codes of both sides of a token of a head, up to which a tile 
 
 def tile(scheme: Scheme, shape: Shape, *, heavy: bool) -> int:
     """Tokens of a tile; `heavy`: numbers are decoded in the loop, or are float32, or planes are narrower than an
-    operand, so that there are many, each with instructions of its own."""
+    operand or, on both sides, of groups with scales of their own and two streams, so that there are many, each with
+    instructions of its own."""
     bits = [code.bits or 0 for code in (scheme.side(side).code for side in SIDES) if isinstance(code, Uniform)]
     return TILE if heavy or sum(bits) * shape.head_dim > WIDE_BITS else tile_tokens(scheme)
 

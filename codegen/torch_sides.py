@@ -64,7 +64,7 @@ class TorchSide(TorchPack):
                 out.add(f"{name} = entries({name}, {meta.blocks}, {meta.groups}, token_major={meta.tokens > 1})")
             outer = " * second[:, None]" if side.second is not None else ""
             whole, low, high = READ[side.scale.dtype]
-            if side.has_offset and side.scale.zero == "in_scale":
+            if side.has_offset and side.scale.zero_inside:
                 mask = 2**side.alphabet.bits - 1
                 out.add(f"return scale_over_zero_point(word, {mask}), (word & {mask}).to(torch.float32)")
             elif not side.has_offset:

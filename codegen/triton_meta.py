@@ -67,7 +67,7 @@ def read(side: SidePlan, base: str, index: str, scale: str, offset: str, mask: s
     load = f"tl.load({where}{suffix})"
     outer = f" * {side.letter}_outer" if side.second is not None else ""
     whole, low, high = READ[side.scale.dtype]
-    if side.has_offset and side.scale.zero == "in_scale":
+    if side.has_offset and side.scale.zero_inside:
         mask_bits = 2**side.alphabet.bits - 1
         lines += [f"{word} = {load}", f"{scale} = scale_over_zero_point({word}, {mask_bits})"]
         return [*lines, f"{offset} = ({word} & {mask_bits}).to(tl.float32)"]

@@ -92,7 +92,7 @@ def _more_bits(site: Site, store: Store, top: Store) -> Iterator[Fault]:
         yield site.fault("outliers.store", fact, f"use {code!r} alone")
     if scale is None or scale.block.channels != 1 or scale.when != "online":
         yield site.fault("scale", "every channel has its own range, or more bits are of no use", "use per_channel()")
-    elif scale.range not in ("minmax", "minmax_zero") or scale.zero == "in_scale" or scale.scale is not None:
+    elif scale.range not in ("minmax", "minmax_zero") or scale.zero_inside or scale.scale is not None:
         fact = "codes of more bits begin where the others do"
         yield site.fault("scale", fact, "use range='minmax' and zero='min', and one level of scales")
     elif isinstance(scale.block.tokens, int) and isinstance(top, Store):

@@ -36,6 +36,14 @@ def _levels_need_a_scale(site: Site) -> Iterator[Fault]:
         yield site.fault("scale", fact, "leave scale out, or use Uniform(bits=4)")
 
 
+@rule("~.code.format", "~.code.rounding")
+def _plain_numbers_are_rounded_to_even(site: Site) -> Iterator[Fault]:
+    code = site.store.code
+    if isinstance(code, Float) and code.plain and code.rounding != "even":
+        fact = f"{code.format} is rounded as a processor does, to even, and not {code.rounding!r}"
+        yield site.fault("code.rounding", fact, "leave rounding out, or use a small float, as Float('e4m3')")
+
+
 @rule("~.code.bits", "~.code.levels")
 def _levels_fit_their_bits(site: Site) -> Iterator[Fault]:
     code = site.store.code
@@ -150,7 +158,7 @@ def _a_zero_point_takes_the_nearest_level(site: Site) -> Iterator[Fault]:
 @rule("~.scale.zero", "~.scale.dtype")
 def _a_zero_point_in_the_scale_needs_spare_bits(site: Site) -> Iterator[Fault]:
     scale = site.scale
-    if scale is not None and scale.zero == "in_scale" and scale.dtype != "fp32":
+    if scale is not None and scale.zero_inside and scale.dtype != "fp32":
         fact = f"a zero point inside the scale needs the spare bits of fp32, not {scale.dtype}"
         yield site.fault("scale.zero", fact, "use dtype='fp32' or zero='point'")
     if scale is not None and scale.zero == "point" and scale.dtype == "e4m3":

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .scheme import Store, TopChannels
 
 Rounding = Literal["even", "half_up", "away", "floor"]
+FloatRounding = Literal["even", "away", "half_down"]
 Grid = Literal["ends", "cells"]
 FloatFormat = Literal["fp16", "fp32", "e4m3", "e5m2", "e2m1"]
 Law = Literal["normal", "beta", "angle", "calibrated"]
@@ -49,9 +50,14 @@ class Float(Part):
 
     e4m3, e5m2: the 8-bit formats of OCP (e4m3 without infinities); e2m1: 0, 1/2, 1, 3/2, 2, 3, 4, 6 and the same with a
     minus sign.
+
+    rounding  of a number that is as near to one as to another, small floats alone: to the one whose last bit is 0, away
+              from zero, or `half_down` to the lower one
     """
 
     format: FloatFormat = "fp16"
+    _: KW_ONLY
+    rounding: FloatRounding = "even"
 
     @property
     def plain(self) -> bool:

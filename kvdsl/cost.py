@@ -276,7 +276,7 @@ def _block(store: Store, scale: Scale, shape: Shape) -> int:
 
 def _widths(scale: Scale) -> tuple[int, ...]:
     """Bits of what is stored for one block: the scale, and its offset where there is one beside it."""
-    offset = scale.range in ("minmax", "minmax_zero") and scale.zero != "in_scale"
+    offset = scale.range in ("minmax", "minmax_zero") and not scale.zero_inside
     return (WIDTH[scale.dtype],) * (1 + offset)
 
 

@@ -15,6 +15,7 @@ from .codes import (
     Fill,
     Float,
     FloatFormat,
+    FloatRounding,
     Grid,
     Law,
     LowRank,
@@ -29,7 +30,7 @@ from .codes import (
 )
 from .errors import Fault
 from .part import ALL, Part
-from .scale import MetaFormat, Range, Refit, Zero
+from .scale import Exponent, MetaFormat, Range, Refit, Zero
 from .scheme import Block, Flush, Prefill, Recent, Scale, Scheme, Sinks, Store, TopChannels
 from .tiers import Router
 from .transforms import (
@@ -285,6 +286,7 @@ KINDS: dict[type[Part], dict[str, Check]] = {
         "zero": word(Zero),
         "refit": word(Refit, optional=True),
         "dtype": word(MetaFormat),
+        "exponent": word(Exponent),
         "scale": one_of('per_tensor(dtype="fp32", when="calibrated")', Scale, optional=True),
         "when": word(When),
     },
@@ -294,7 +296,7 @@ KINDS: dict[type[Part], dict[str, Check]] = {
         "grid": word(Grid),
         "rounding": word(Rounding),
     },
-    Float: {"format": word(FloatFormat)},
+    Float: {"format": word(FloatFormat), "rounding": word(FloatRounding)},
     Codebook: {
         "bits": count(1, 4, "bits", optional=True),
         "levels": levels,

@@ -93,6 +93,18 @@ def _e8m0_is_a_power_of_two(site: Site) -> Iterator[Fault]:
         yield site.fault("scale.dtype", fact, "use dtype='e4m3'")
 
 
+@rule("~.scale.exponent", "~.scale.dtype", "~.scale.when")
+def _an_exponent_is_of_a_power_of_two(site: Site) -> Iterator[Fault]:
+    scale = site.scale
+    if scale is None or scale.exponent == "floor":
+        return
+    if scale.dtype != "e8m0":
+        fact = f"{scale.exponent!r} says which power of two is stored, and {scale.dtype} holds other numbers"
+        yield site.fault("scale.exponent", fact, "leave exponent out, or use dtype='e8m0'")
+    elif scale.when == "calibrated":
+        yield site.fault("scale.exponent", "a calibrated scale is given, not measured", "leave exponent out")
+
+
 @rule("~.scale.scale", "~.scale.block", "~.scale.when", "~.scale.zero")
 def _a_second_level_is_one_number(site: Site) -> Iterator[Fault]:
     first = site.scale
@@ -110,7 +122,15 @@ def _a_second_level_is_one_number(site: Site) -> Iterator[Fault]:
         yield site.fault(f"{place}.block", f"a second level is one for all tokens and channels, not {block!r}", whole)
     elif block.heads == 1 and first.block.heads != 1:
         yield site.fault(f"{place}.block", "blocks over several heads need one second level for all of them", whole)
-    for field, usual in (("range", None), ("clip", 1.0), ("zero", "min"), ("refit", None), ("scale", None)):
+    usual_fields = (
+        ("range", None),
+        ("clip", 1.0),
+        ("zero", "min"),
+        ("refit", None),
+        ("exponent", "floor"),
+        ("scale", None),
+    )
+    for field, usual in usual_fields:
         if getattr(second, field) != usual:
             yield site.fault(f"{place}.{field}", f"a second level is given, {field} says nothing of it", "leave it out")
     if first.zero != "min":

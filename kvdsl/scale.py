@@ -9,9 +9,10 @@ from .codes import When
 from .part import ALL, Block, Count, Part
 
 Range = Literal["minmax", "minmax_zero", "absmax", "signed_absmax", "norm", "absmean"]
-Zero = Literal["min", "point", "in_scale"]
-Refit = Literal["least_squares", "weighted_least_squares", "norm"]
+Zero = Literal["min", "point", "in_scale", "held_in_scale"]
+Refit = Literal["least_squares", "weighted_least_squares", "norm", "unit_gain"]
 MetaFormat = Literal["fp32", "fp16", "bf16", "e4m3", "e8m0"]
+Exponent = Literal["floor", "round", "ceil"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -25,10 +26,15 @@ class Scale(Part):
              whose middle and half width these levels of -1..1 then stand on).
     clip     a tuple is a search: the candidate under which the block's squared error is least, the first of equals
     zero     what is stored beside s where the range has an offset: `min` stores lo, `point` the integer round(-lo/s),
-             `in_scale` that integer in the lowest mantissa bits of an fp32 s
+             `in_scale` that integer in the lowest mantissa bits of an fp32 s, of a range that is widened to hold 0;
+             `held_in_scale` the same of the range as it is, held to 0..L-1: of a range without 0 numbers saturate
     refit    a second s for the codes that the first one gave, l their levels: `least_squares` <x,l>/<l,l>,
-             `weighted_least_squares` the same weighted by x^2, `norm` |x|/|l|
-    dtype    of what is stored; e8m0 is a power of two, 2^(floor(log2 max|x|) - floor(log2 top level)) (OCP MX 1.0)
+             `weighted_least_squares` the same weighted by x^2, `norm` |x|/|l|, `unit_gain` <x,x>/<x,l>, under which
+             what is read, x^, has <x,x^> = <x,x>: a query along x meets x^ as it would x
+    dtype    of what is stored; e8m0 is a power of two
+    exponent which power of two, of a = clip*max|x|: `floor` 2^(floor(log2 a) - floor(log2 top level)) (OCP MX 1.0),
+             under which numbers may lie beyond the top level; `ceil` the least one that is no less than a / the top
+             level, under which none does; `round` the one nearest to that in its logarithm
     scale    a second level: a calibrated scale that s is divided by before it is stored
     """
 
@@ -40,8 +46,14 @@ class Scale(Part):
     zero: Zero = "min"
     refit: Refit | None = None
     dtype: MetaFormat = "fp16"
+    exponent: Exponent = "floor"
     scale: Scale | None = None
     when: When = "online"
+
+    @property
+    def zero_inside(self) -> bool:
+        """Whether the zero point stands inside the scale, not beside it."""
+        return self.zero in ("in_scale", "held_in_scale")
 
 
 def per_token(channels: Count = ALL, heads: Count = 1, **scale: Any) -> Scale:

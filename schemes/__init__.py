@@ -4,8 +4,9 @@ from kvdsl.scheme import Scheme
 
 from .baseline import channel2, channel3, channel4, token2, token3, token4
 from .bitdecoding import bitdecoding2, bitdecoding4
-from .fp4 import mxfp4, nvfp4, nvfp4_4over6
-from .fp8 import fp8_tensor, fp8_token_head
+from .exllamav3 import exl3_2, exl3_3, exl3_4, exl3_5, exl3_6, exl3_7, exl3_8
+from .fp4 import fp4_block16, mxfp4, nvfp4, nvfp4_4over6
+from .fp8 import fp8_tensor, fp8_token_head, mxfp8
 from .gear import gear2, gear4, gearl2, gearl4
 from .h2o import h2o
 from .hf_quantized import hf_quanto4
@@ -17,7 +18,9 @@ from .kvsink import kvsink2
 from .kvtq import kvtq, kvtq_2bit
 from .kvtuner import kvtuner
 from .llama_cpp import iq4_nl, q4_0, q4_1, q5_0, q5_1, q8_0
+from .lmdeploy import lmdeploy_k4v2
 from .mikv import mikv
+from .octave import octave_compact, octave_k3v3, octave_k3v4
 from .omniquant import omniquant4
 from .plain import fp16, fp32
 from .polar import polar, polar_pairs
@@ -29,7 +32,7 @@ from .skvq import skvq2, skvq_k2v1p5
 from .smoothquant import smoothquant8
 from .snapkv import snapkv
 from .streaming import streaming
-from .token_head import int4_token_head, int8_token_head
+from .token_head import int4_token_head, int4_token_head_free, int4_token_head_held, int8_token_head
 from .turboquant import (
     turboquant1,
     turboquant2,
@@ -41,6 +44,7 @@ from .turboquant import (
     turboquant_prod3,
     turboquant_prod4,
 )
+from .ultraquant import ultraquant4
 from .vllm_turboquant import vllm_3bit_nc, vllm_4bit_nc, vllm_k3v4_nc, vllm_k8v4
 from .wkvquant import wkvquant4
 from .zipcache import zipcache, zipcache_32, zipcache_84, zipcache_code
@@ -53,6 +57,8 @@ ALL: dict[str, Scheme] = {
     "kivi2_sinks": kivi2_sinks,
     "int8_token_head": int8_token_head,
     "int4_token_head": int4_token_head,
+    "int4_token_head_held": int4_token_head_held,
+    "int4_token_head_free": int4_token_head_free,
     "int8_tensor": int8_tensor,
     "bitdecoding4": bitdecoding4,
     "bitdecoding2": bitdecoding2,
@@ -88,6 +94,10 @@ ALL: dict[str, Scheme] = {
     "vllm_4bit_nc": vllm_4bit_nc,
     "vllm_k3v4_nc": vllm_k3v4_nc,
     "vllm_3bit_nc": vllm_3bit_nc,
+    "octave_k3v4": octave_k3v4,
+    "octave_k3v3": octave_k3v3,
+    "octave_compact": octave_compact,
+    "ultraquant4": ultraquant4,
     "polar": polar,
     "polar_pairs": polar_pairs,
     "quarot4": quarot4,
@@ -110,9 +120,19 @@ ALL: dict[str, Scheme] = {
     "streaming": streaming,
     "snapkv": snapkv,
     "hf_quanto4": hf_quanto4,
+    "exl3_2": exl3_2,
+    "exl3_3": exl3_3,
+    "exl3_4": exl3_4,
+    "exl3_5": exl3_5,
+    "exl3_6": exl3_6,
+    "exl3_7": exl3_7,
+    "exl3_8": exl3_8,
+    "lmdeploy_k4v2": lmdeploy_k4v2,
     "fp8_tensor": fp8_tensor,
     "fp8_token_head": fp8_token_head,
+    "mxfp8": mxfp8,
     "mxfp4": mxfp4,
+    "fp4_block16": fp4_block16,
     "nvfp4": nvfp4,
     "nvfp4_4over6": nvfp4_4over6,
     "q8_0": q8_0,
@@ -136,8 +156,16 @@ __all__ = [
     "channel2",
     "channel3",
     "channel4",
+    "exl3_2",
+    "exl3_3",
+    "exl3_4",
+    "exl3_5",
+    "exl3_6",
+    "exl3_7",
+    "exl3_8",
     "fp16",
     "fp32",
+    "fp4_block16",
     "fp8_tensor",
     "fp8_token_head",
     "gear2",
@@ -147,6 +175,8 @@ __all__ = [
     "h2o",
     "hf_quanto4",
     "int4_token_head",
+    "int4_token_head_free",
+    "int4_token_head_held",
     "int8_tensor",
     "int8_token_head",
     "iq4_nl",
@@ -162,13 +192,18 @@ __all__ = [
     "kvtq",
     "kvtq_2bit",
     "kvtuner",
+    "lmdeploy_k4v2",
     "mikv",
     "mxfp4",
+    "mxfp8",
     "nuq2",
     "nuq3",
     "nuq4",
     "nvfp4",
     "nvfp4_4over6",
+    "octave_compact",
+    "octave_k3v3",
+    "octave_k3v4",
     "omniquant4",
     "polar",
     "polar_pairs",
@@ -203,6 +238,7 @@ __all__ = [
     "turboquant_prod2",
     "turboquant_prod3",
     "turboquant_prod4",
+    "ultraquant4",
     "vllm_3bit_nc",
     "vllm_4bit_nc",
     "vllm_k3v4_nc",

@@ -30,6 +30,10 @@ PUBLISHED |= {"qjl": (4.265625, 3), "qjl_gauss": (2.125, 16), "qjl_kv": (4.125, 
 PUBLISHED |= {"vllm_k8v4": (8, 4.25), "vllm_4bit_nc": (4.125, 4.25), "vllm_k3v4_nc": (3.125, 4.25)}
 PUBLISHED |= {"vllm_3bit_nc": (3.125, 3.25)}
 PUBLISHED |= {"skvq2": (2.5, 2.5), "hf_quanto4": (4.5, 4.5)}
+PUBLISHED |= {"int4_token_head_held": (4.25, 4.25), "int4_token_head_free": (4.25, 4.25)}
+PUBLISHED |= {"ultraquant4": (4.25, 4.25), "mxfp8": (8.25, 8.25), "fp4_block16": (4.5, 4.5)}
+PUBLISHED |= {"lmdeploy_k4v2": (4.25, 2.125), "octave_compact": (3.125, 3.125)}
+PUBLISHED |= {f"exl3_{b}": (b + 0.5, b + 0.5) for b in range(2, 9)}
 PUBLISHED |= {f"turboquant_prod{b}": (b + 0.25, b + 0.25) for b in (2, 3, 4)}
 
 # What is published, what is stored here, and why that differs.
@@ -41,6 +45,10 @@ DIFFERENT: dict[str, tuple[tuple[float, float], tuple[float, float], str]] = {
     "nuq4": ((4, 4), (4, 4 + 32 / 1024), "a token's scale and offset are counted, which the paper leaves out"),
     "nuq3": ((3, 3), (3, 3 + 32 / 1024), "a token's scale and offset are counted, which the paper leaves out"),
     "nuq2": ((2, 2), (2, 2 + 32 / 1024), "a token's scale and offset are counted, which the paper leaves out"),
+}
+DIFFERENT |= {
+    "octave_k3v4": ((4.25, 4.25), (4.25, 4.125), "a slot of 134 bytes is padded to 136 there"),
+    "octave_k3v3": ((4.25, 3.25), (4.25, 3.125), "a slot of 118 bytes is padded to 120 there"),
 }
 SLOTS = "slots, so many for every token or channel, of 24 bits, where the paper counts 32 for each that is kept"
 PLACES = "16 bits for 128 numbers tell where a token of a tier stood, its exact place, which no paper counts"

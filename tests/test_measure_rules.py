@@ -172,6 +172,20 @@ FAULTY: list[tuple[Callable[[], Scheme], str]] = [
         "keys.scale.refit: e8m0 is a power of two, which a fitted scale is not; leave refit out, or use dtype='e4m3'",
     ),
     (
+        lambda: keys(Float("e2m1"), per_token(dtype="e4m3", exponent="ceil")),
+        "keys.scale.exponent: 'ceil' says which power of two is stored, and e4m3 holds other numbers; "
+        "leave exponent out, or use dtype='e8m0'",
+    ),
+    (
+        lambda: keys(Float("e2m1"), per_tensor(dtype="e8m0", exponent="ceil", when="calibrated")),
+        "keys.scale.exponent: a calibrated scale is given, not measured; leave exponent out",
+    ),
+    (
+        lambda: keys(Float("fp16", rounding="away"), None),
+        "keys.code.rounding: fp16 is rounded as a processor does, to even, and not 'away'; "
+        "leave rounding out, or use a small float, as Float('e4m3')",
+    ),
+    (
         lambda: keys(Float("e2m1"), per_token(dtype="e8m0", scale=SECOND)),
         "keys.scale.scale: e8m0 reaches every size, and a second level gains nothing; "
         "leave it out, or use dtype='e4m3'",

@@ -74,6 +74,9 @@ BY_HAND: dict[str, tuple[Uniform, dict[str, Any], list[float], list[int], float,
     "point zero": (Uniform(2), {"zero": "point", "range": "minmax_zero"}, [10, 30], [1, 3], 10, 0, [10, 30]),
     # step (14 + 1) / 15 = 1 has no low mantissa bits to lose; z = 1
     "in_scale": (Uniform(4), {"zero": "in_scale"}, [-1, 0, 14], [0, 1, 15], 1, 1, [-1, 0, 14]),
+    # a range of 15 from 3 on, and one up to -3: codes 0 to 15 are 0 to 15, or -15 to 0
+    "held": (Uniform(4), {"zero": "held_in_scale"}, [3, 18, 9], [3, 15, 9], 1, 0, [3, 15, 9]),
+    "held below": (Uniform(4), {"zero": "held_in_scale"}, [-18, -3], [0, 12], 1, 15, [-15, -3]),
     # 2 bits have the levels -1, 0, 1: s = 2, x / s = -1, 0.45, 0.5, 1
     "absmax": (Uniform(2), {"range": "absmax"}, [-2, 0.9, 1, 2], [0, 1, 1, 2], 2, None, [-2, 0, 0, 2]),
     # s = 0.5 * 14 / 7 = 1: 15 levels end at 7, 16 levels have one more above

@@ -80,6 +80,15 @@ BY_HAND: dict[str, tuple[Code, dict[str, Any], list[float], list[int], float, fl
     "mx": (Float("e2m1"), {"dtype": "e8m0"}, [15, 8, -3], [7, 6, 11], 2, None, [12, 8, -3]),
     # exactly a power of two belongs to its own octave
     "mx power": (Float("e2m1"), {"dtype": "e8m0"}, [16, 15.9375], [6, 6], 4, None, [16, 16]),
+    # ceil: 2^1 and 2^2 of 12/6 and just more; round: 2^1 to the root of 2 above, 2.8284 here
+    "ceil": (Float("e2m1"), {"dtype": "e8m0", "exponent": "ceil"}, [12, 5], [7, 4], 2, None, [12, 4]),
+    "ceil above": (Float("e2m1"), {"dtype": "e8m0", "exponent": "ceil"}, [12.015625, 5], [5, 2], 4, None, [12, 4]),
+    "round": (Float("e2m1"), {"dtype": "e8m0", "exponent": "round"}, [16.953125], [7], 2, None, [12]),
+    "round above": (Float("e2m1"), {"dtype": "e8m0", "exponent": "round"}, [16.984375], [6], 4, None, [16]),
+    "float away": (Float("e2m1", rounding="away"), {"dtype": "e8m0"}, [5, 0.25, -2.5], [7, 1, 13], 1,
+                   None, [6, 0.5, -3]),
+    "float down": (Float("e2m1", rounding="half_down"), {"dtype": "e8m0"}, [5, 3.5, -2.5], [6, 5, 13], 1,
+                   None, [4, 3, -3]),
     "mx zero": (Float("e2m1"), {"dtype": "e8m0"}, [0, 0], [0, 0], 2.0**-126, None, [0, 0]),
     # 17 is a tie between 16 and 18; y = -1/2 belongs to the level below
     "e4m3 scale": (TERNARY, {"range": "absmax", "dtype": "e4m3"}, [17, -8, 8.5], [2, 0, 2], 16, None, [16, -16, 16]),
@@ -210,6 +219,9 @@ def test_refit() -> None:
     got = one_block(TERNARY, [1, -2, 2, -4], range="absmean", refit="least_squares", clip=8 / 9)
     assert listed(got.codes) == [1, 0, 2, 0] and listed(got.scale) == [third]
     assert listed(got.decoded) == [0, -third, third, -third]
+    # levels 1, -1, 0, 0: <x, x> = 25 over <x, l> = 7
+    got = one_block(TERNARY, [3, -4, 0, 0], range="absmean", refit="unit_gain")
+    assert listed(got.scale) == [float(torch.tensor(25 / 7))]
     # |x| = 5 over |l| = sqrt(2)
     got = one_block(TERNARY, [3, -4, 0, 0], range="absmean", refit="norm")
     assert listed(got.codes) == [2, 0, 1, 1] and listed(got.scale) == [

@@ -52,6 +52,11 @@ ERRORS: dict[str, tuple[float, float]] = {
     "vllm_4bit_nc": (0.00918, 0.00994),
     "vllm_k3v4_nc": (0.03380, 0.00994),
     "vllm_3bit_nc": (0.03380, 0.04565),
+    # int8 tables, scaled so that the gain is 1; a table of 3 bits, and signs of what it leaves
+    "octave_k3v4": (0.00897, 0.00929),
+    "octave_k3v3": (0.00897, 0.03474),
+    "octave_compact": (0.03474, 0.03474),
+    "lmdeploy_k4v2": (0.01299, 0.1168),
     # a pair: (2 pi/16)^2/12 of the mean squared radius 2, and (3.15/16)^2/12 for the range of 128 radii
     "polar_pairs": (0.0143, 0.00994),
     # 2 (1 - product over the levels of the mean of cos(a - a^)), of angles on their laws
@@ -65,11 +70,18 @@ ERRORS: dict[str, tuple[float, float]] = {
     "skvq_k2v1p5": (0.13044, 0.2917),
     "fp8_token_head": (6.61e-4, 6.61e-4),
     "mxfp4": (0.01321, 0.01321),
+    "ultraquant4": (0.0177, 0.0177),
+    "fp4_block16": (0.0127, 0.0127),
+    "mxfp8": (7.13e-4, 7.13e-4),
     "q8_0": (2.86e-5, 2.86e-5),
     "q4_0": (0.00739, 0.00739),
     "q4_1": (0.00612, 0.00612),
     "iq4_nl": (0.00619, 0.00619),
+    # cells over the largest of 32 numbers: a quarter with each bit
+    **{f"exl3_{b}": (0.0079 * 4.0 ** (4 - b), 0.0079 * 4.0 ** (4 - b)) for b in range(2, 9)},
     "int8_token_head": (4.18e-5, 4.18e-5),
+    "int4_token_head_held": (0.0101, 0.0101),
+    "int4_token_head_free": (0.0101, 0.0101),
     "kivi2": (0.15456, 0.15456),
     "kvtuner": (0.00618, 0.15456),
 }

@@ -145,7 +145,7 @@ def _float(code: Float) -> Alphabet:
     values = minifloat_values(kind)
 
     def encode(y: Tensor, z: Tensor) -> Tensor:
-        return minifloat_bits(nearest(y, kind), kind).to(torch.float64)
+        return minifloat_bits(nearest(y, kind, code.rounding), kind).to(torch.float64)
 
     return Alphabet(encode, lambda c, z: values[c.to(torch.int64)], -kind.top, kind.top, len(values))
 

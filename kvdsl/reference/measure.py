@@ -43,7 +43,7 @@ def measure(x: Tensor, code: Code, scale: Scale, clip: float, letters: Alphabet,
     """Blocks x (..., numbers) measured under one clip; `second` is the second level, broadcast over blocks."""
     factor = constant(clip)
     if scale.dtype == "e8m0":
-        return _power_of_two(f32(factor * x.abs().amax(-1)), letters.top, second)
+        return _power_of_two(f32(factor * x.abs().amax(-1)), letters.top, scale, second)
     if scale.range == "norm":
         mean = f32(sum64(x * x) / x.shape[-1])
         return kept(f32(factor * f32(mean.sqrt())), None, scale, second)
@@ -68,7 +68,7 @@ def measure(x: Tensor, code: Code, scale: Scale, clip: float, letters: Alphabet,
     step = f32(f32(high - low) / intervals)
     if scale.zero == "min":
         return kept(step, low, scale, second)
-    if scale.zero == "in_scale":
+    if scale.zero_inside:
         unit = 1 << (2 if code.bits is None else code.bits)  # of three levels stored five in a byte: what one needs
         s = from_bits((bits_of(step) + unit // 2) & ~(unit - 1))
         point = to_integer(ratio(-low, s), "even").clamp(0, letters.count - 1) + 0.0
@@ -94,6 +94,8 @@ def refitted(x: Tensor, levels: Tensor, found: Measured, scale: Scale, second: T
     """The second scale, for codes that stand for `levels` (..., numbers); the first one where it would be over 0."""
     if scale.refit == "norm":
         above, below = f32(sum64(x * x).sqrt()), f32(sum64(levels * levels).sqrt())
+    elif scale.refit == "unit_gain":
+        above, below = sum64(x * x), sum64(x * levels)
     else:
         weight = x * x if scale.refit == "weighted_least_squares" else torch.ones_like(x)
         above, below = sum64(weight * x * levels), sum64(weight * levels * levels)
@@ -103,10 +105,16 @@ def refitted(x: Tensor, levels: Tensor, found: Measured, scale: Scale, second: T
     )
 
 
-def _power_of_two(size: Tensor, top: float, second: Tensor | None) -> Measured:
-    """OCP MX: 2^(floor(log2 max|x|) - floor(log2 top)), the smallest power for a block of zeros."""
+def _power_of_two(size: Tensor, top: float, scale: Scale, second: Tensor | None) -> Measured:
+    """The power of two by the scale's rule, the smallest one for a block of zeros."""
     size = size if second is None else f32(size / second)
-    power = exponent(size) - exponent(torch.tensor(top, dtype=torch.float64))
+    if scale.exponent == "floor":  # OCP MX: 2^(floor(log2 max|x|) - floor(log2 top))
+        power = exponent(size) - exponent(torch.tensor(top, dtype=torch.float64))
+    else:
+        size = f32(size / top)
+        power = exponent(size)
+        above = size / torch.exp2(power)  # 1 to 2
+        power = power + (above > 1 if scale.exponent == "ceil" else above * above >= 2)
     power = torch.where(size == 0, torch.full_like(power, LOWEST_POWER), power.clamp(LOWEST_POWER, HIGHEST_POWER))
     word = torch.exp2(power)
     return Measured(word, None, word if second is None else f32(word * second), None)

@@ -239,7 +239,7 @@ def _groups(store: Store, d: int) -> int:
 
 def _entry_bytes(scale: Scale) -> int:
     """Bytes a block's metadata takes: scale and offset, the offset free inside the scale."""
-    return (2 if has_offset(scale) and scale.zero != "in_scale" else 1) * BYTES[scale.dtype]
+    return (2 if has_offset(scale) and not scale.zero_inside else 1) * BYTES[scale.dtype]
 
 
 def _metadata_bytes(store: Store, head_groups: int, d: int, size: int) -> int:
@@ -317,7 +317,7 @@ def _put_metadata(
     assert coded.scale is not None and place.metadata is not None
     s = words(coded.scale, scale.dtype)
     o = None
-    if scale.zero == "in_scale" and coded.offset is not None:
+    if scale.zero_inside and coded.offset is not None:
         s = s | coded.offset.to(torch.int64).numpy()
     elif coded.offset is not None:
         o = words(coded.offset, scale.dtype)

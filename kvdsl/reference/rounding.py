@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvdsl.codes import FloatRounding
 from kvdsl.scheme import MetaFormat, Rounding
 
 FORMATS: dict[MetaFormat, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -65,11 +66,14 @@ def exponent(x: Tensor) -> Tensor:
     return torch.frexp(x).exponent.to(torch.float64) - 1
 
 
-def nearest(x: Tensor, kind: Minifloat) -> Tensor:
-    """The nearest number of a minifloat, ties to even, saturating, zero without sign; NaN stays."""
+def nearest(x: Tensor, kind: Minifloat, rounding: FloatRounding = "even") -> Tensor:
+    """The nearest number of a minifloat, saturating, zero without sign; NaN stays."""
     x = x.clamp(-kind.top, kind.top)
     step = torch.exp2(exponent(x).clamp(min=kind.lowest) - kind.mantissa)
-    return torch.round(x / step) * step + 0.0
+    y = x / step
+    if rounding == "half_down":
+        return torch.ceil(y - 0.5) * step + 0.0
+    return to_integer(y, rounding) * step + 0.0
 
 
 def minifloat_bits(x: Tensor, kind: Minifloat) -> Tensor:

@@ -29,10 +29,7 @@ Levels of tables and small floats lie unevenly.  Under a stored scale s' in [s -
 A second level S divides what is stored: dev(s) = S*dev(s/S), and dividing and multiplying round once each.
 
 A scale chosen for the least squared error of its block does not do worse, summed, than any of the candidates: no number
-is off by more than the root of the sum of the squared bounds of a candidate.  So with a scale fitted by least squares,
-among all scales for these codes; storing it moves numbers by dev of it times a level, at most u*|x|_2 + e*top.  A scale
-fitted otherwise is bounded by its own formula: norms agree, so |x^| <= |x|_2 at most; weighted by x^2 the scale times
-the least level is at most the largest size A, and codes are the nearest to it.
+is off by more than the root of the sum of the squared bounds of a candidate.  `fits.py` has scales that are fitted.
 """
 
 from __future__ import annotations
@@ -68,12 +65,10 @@ from kvdsl.scheme import (
 from kvdsl.spaces import apart
 
 from . import low_rank
-from .formats import FORMATS, LARGEST, deviation
+from .fits import fitted
+from .formats import LARGEST, OVER_BLOCK, SLACK, deviation, power_of_two
 from .rotary import partners, spread_waves
 from .terms import behind, terms_of
-
-OVER_BLOCK = (2, 4, 6)
-SLACK = 12 * 2.0**-24
 
 
 def blocks_of(store: Store, x: Tensor) -> Tensor:
@@ -237,18 +232,8 @@ def _candidate(store: Store, scale: Scale, numbers: Tensor, params: Params | Non
         limit = _uneven(store, scale, numbers, params, side)
     if scale.refit is None:
         return limit
-    length = numbers.square().sum(OVER_BLOCK, keepdim=True).sqrt()
-    largest = numbers.abs().amax(OVER_BLOCK, keepdim=True)
     letters = _letters(store, numbers.shape[-1], params, side)
-    unit, least, _ = FORMATS[scale.dtype]
-    moved = unit * length + least * max(letters.top, abs(letters.lowest)) * _outer(store, params, side)
-    if scale.refit == "least_squares":
-        fitted = limit.square().sum(OVER_BLOCK, keepdim=True).sqrt()
-    elif scale.refit == "norm":
-        fitted = numbers.abs() + length
-    else:
-        fitted = numbers.abs() + largest
-    return (fitted * (1 + SLACK) + 2 * moved).expand_as(numbers) + limit  # the first scale stays where sums say nothing
+    return fitted(scale, limit, numbers, max(letters.top, abs(letters.lowest)), _outer(store, params, side))
 
 
 def _letters(store: Store, channels: int, params: Params | None, side: str) -> Alphabet:
@@ -276,8 +261,7 @@ def _uneven(store: Store, scale: Scale, numbers: Tensor, params: Params | None, 
     largest = numbers.abs().amax(OVER_BLOCK, keepdim=True)
     offset, moved_offset = torch.zeros_like(largest), torch.zeros_like(largest)
     if scale.dtype == "e8m0":
-        power = torch.frexp((scale.clip * largest).float()).exponent - torch.frexp(torch.tensor(letters.top)).exponent
-        step = torch.exp2(torch.where(largest == 0, -126, power.clamp(-126, 127)).double())
+        step = power_of_two(scale, largest, letters.top)
     elif scale.range == "norm":
         step = scale.clip * numbers.square().mean(OVER_BLOCK, keepdim=True).sqrt()
     elif scale.range == "absmean":
@@ -352,11 +336,10 @@ def _online(code: Uniform, scale: Scale, numbers: Tensor, levels: int, outer: Te
     else:
         step = (high - low) / (levels if code.grid == "cells" else levels - 1)
 
-    spare = (width(code) or 0) if scale.zero == "in_scale" else 0
+    spare = (width(code) or 0) if scale.zero_inside else 0
     if scale.dtype == "e8m0":
         top = levels / 2 if code.grid == "cells" else (levels - 1) // 2
-        power = torch.frexp((scale.clip * largest).float()).exponent - torch.frexp(torch.tensor(top * 1.0)).exponent
-        exact, step = step, torch.exp2(torch.where(largest == 0, -126, power.clamp(-126, 127)).double())
+        exact, step = step, power_of_two(scale, largest, top)
         short = (exact - step).clamp(min=0)  # a power below the step: the range ends short
         return _factor(code, scale) * step + levels * short + max(0.0, 1 - scale.clip) * largest + SLACK * largest
     moved = _stored_step(scale, step, outer, spare)
@@ -371,6 +354,8 @@ def _online(code: Uniform, scale: Scale, numbers: Tensor, levels: int, outer: Te
         limit = torch.where(step == 0, deviation(low, scale.dtype) + (1 - scale.clip) * largest, limit)
     elif not symmetric:
         limit = limit + levels * moved
+        if scale.zero == "held_in_scale":  # codes begin at 0 at the farthest
+            limit = limit + torch.maximum(low, -high).clamp(min=0)
     return limit + 7 * 2.0**-24 * (largest + step) + (0.0 if isinstance(outer, float) else SLACK * largest)
 
 

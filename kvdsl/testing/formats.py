@@ -1,8 +1,11 @@
-"""The formats of metadata, and how far storing moves a number."""
+"""The formats of metadata, how far storing moves a number, and what else bounds are made of."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+from kvdsl.scheme import Scale
 
 FORMATS = {
     "fp16": (2.0**-11, 2.0**-25, 65504.0),
@@ -13,6 +16,8 @@ FORMATS = {
     "e8m0": (0.0, 0.0, 2.0**127),
 }
 LARGEST = 65504.0
+OVER_BLOCK = (2, 4, 6)  # of blocks (B, H/bh, bh, T/bt, bt, D/bc, bc)
+SLACK = 12 * 2.0**-24
 
 
 def deviation(value: Tensor, dtype: str, spare: int = 0) -> Tensor:
@@ -20,3 +25,15 @@ def deviation(value: Tensor, dtype: str, spare: int = 0) -> Tensor:
     unit, least, largest = FORMATS[dtype]
     factor = 1 << spare
     return (value.abs() * unit * factor).clamp(min=least * factor) + (value.abs() - largest).clamp(min=0)
+
+
+def power_of_two(scale: Scale, largest: Tensor, top: float) -> Tensor:
+    """The step, float64, of blocks whose largest sizes these are, under levels up to `top`."""
+    assert not isinstance(scale.clip, tuple)
+    size = (scale.clip * largest).float()
+    if scale.exponent == "floor":
+        power = torch.frexp(size).exponent - torch.frexp(torch.tensor(float(top))).exponent
+    else:
+        half, power = torch.frexp(size / top)  # 1/2 to 1
+        power = power - 1 + (half > 0.5 if scale.exponent == "ceil" else half > 0.5**0.5).int()
+    return torch.exp2(torch.where(largest == 0, -126, power.clamp(-126, 127)).double())

@@ -39,7 +39,7 @@ def _raisable(store: Store) -> bool:
     whole = isinstance(code, Uniform) and code.levels is None and code.bits is not None and code.bits < 8
     if not whole or store.transform or scale is None or scale.when == "calibrated" or scale.scale is not None:
         return False
-    return scale.block.channels == 1 and scale.range in ("minmax", "minmax_zero") and scale.zero != "in_scale"
+    return scale.block.channels == 1 and scale.range in ("minmax", "minmax_zero") and not scale.zero_inside
 
 
 def sparse() -> st.SearchStrategy[Sparse]:

@@ -14,9 +14,9 @@ from kvdsl.reference.spaces import without_rope
 from kvdsl.reference.sparse import Picked
 from kvdsl.scheme import SIDES, Block, Scheme, Side, Store
 
-from .bounds import OVER_BLOCK, blocks_of, by_block
+from .bounds import blocks_of, by_block
 from .cases import Case, law, require, require_within
-from .formats import LARGEST, deviation
+from .formats import LARGEST, OVER_BLOCK, deviation
 from .rotary import partners
 from .trips import roundtrip
 

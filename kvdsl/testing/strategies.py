@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses as dc
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 from hypothesis import strategies as st
 
-from kvdsl.codes import SLOT_TOKENS, in_trits
+from kvdsl.codes import SLOT_TOKENS, FloatRounding, in_trits
 from kvdsl.rules import shape_faults
+from kvdsl.scale import Exponent
 from kvdsl.scheme import (
     ALL,
     SIDES,
@@ -153,7 +154,8 @@ def _single(draw: Draw, longest: int) -> Store:
     if kind == "table":
         code, ranges = draw(_tables())
     elif kind == "small":
-        code, ranges = Float(draw(st.sampled_from(["e4m3", "e5m2", "e2m1", "e2m1"]))), ["absmax", "absmax", "norm"]
+        small, ties = st.sampled_from(["e4m3", "e5m2", "e2m1", "e2m1"]), st.sampled_from(get_args(FloatRounding))
+        code, ranges = Float(draw(small), rounding=draw(ties)), ["absmax", "absmax", "norm"]
     else:
         code, ranges = draw(_uniforms())
     scale = draw(_scales(code, draw(st.sampled_from(ranges)), longest))
@@ -251,7 +253,8 @@ def _scales(draw: Draw, code: Any, range_: str, longest: int) -> Scale:
     dtype, zero = draw(st.sampled_from(formats)), "min"
     if online and uniform and code.grid == "ends" and offset:
         pointed = dtype != "e4m3" and code.rounding != "floor"
-        zeros = ["min", "min", *(["point"] if pointed else []), *(["in_scale"] if dtype == "fp32" else [])]
+        inside = ["in_scale", "held_in_scale"] if dtype == "fp32" else []
+        zeros = ["min", "min", *(["point"] if pointed else []), *inside]
         zero = draw(st.sampled_from(zeros))
     block = draw(_blocks(longest, not online))
     if isinstance(code, Codebook) and code.levels == "beta" and block.channels == 1:
@@ -263,14 +266,15 @@ def _scales(draw: Draw, code: Any, range_: str, longest: int) -> Scale:
     refit, second = None, None
     matched = isinstance(code, Codebook) and code.match is not None
     if online and not offset and dtype != "e8m0" and not matched:
-        refits = [None, None, None, "least_squares", "weighted_least_squares"]
+        refits = [None, None, None, "least_squares", "weighted_least_squares", "unit_gain"]
         refit = draw(st.sampled_from(refits if range_ == "signed_absmax" else [*refits, "norm"]))
     if online and zero == "min" and dtype != "e8m0" and draw(st.integers(0, 3)) == 3:
         heads = draw(st.sampled_from([1, ALL])) if block.heads == 1 else ALL
         second = Scale(Block(ALL, ALL, heads), dtype="fp32", when="calibrated")
+    powers: tuple[Exponent, ...] = get_args(Exponent) if online and dtype == "e8m0" else ("floor",)
     return Scale(
         block, range=range_, clip=draw(st.sampled_from(clips)), zero=zero, refit=refit, dtype=dtype,  # type: ignore[arg-type]
-        scale=second, when=when,
+        exponent=draw(st.sampled_from(powers)), scale=second, when=when,
     )  # fmt: skip
 
 
@@ -343,6 +347,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "scale.scale": (1.0, "fp32"),
     "scale.zero": ("max", None, 0),
     "scale.dtype": ("fp8", "float16", None),
+    "scale.exponent": ("up", "FLOOR", None),
     "scale.when": ("later", None),
 }
 
