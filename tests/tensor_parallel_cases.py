@@ -8,7 +8,7 @@ from typing import Any
 from tiny import generated, prompt
 from torch import Tensor
 from transformers import AutoModelForCausalLM
-from transformers.distributed import DistributedConfig
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from kvdsl.hf import cache, seen
 from kvdsl.params import load
@@ -31,9 +31,9 @@ REFUSED = ("zipcache", "kvquant3")
 
 
 def alone(folder: Path, **options: Any) -> Any:
-    """The model, without derivatives; by `distributed_config` a rank's part of it."""
-    made = AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation="eager", **options)  # type: ignore[no-untyped-call]
-    return made.eval().requires_grad_(False)
+    """The whole model, without derivatives; under a `distributed_config` a rank's part of it."""
+    made = AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation="eager", **options)
+    return made.eval().requires_grad_(False)  # type: ignore[no-untyped-call]
 
 
 def held(model: Any, folder: Path) -> dict[str, tuple[Tensor, Tensor, Tensor]]:

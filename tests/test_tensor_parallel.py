@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import context_cases
 import pytest
@@ -19,8 +18,8 @@ import kvdsl
 from kvdsl.errors import ShapeError
 from kvdsl.head_shares import MAPS, HeadShare, faults, params_of, scheme_of
 from kvdsl.hf import measured, seen
-from kvdsl.hf.tensor_parallel import shares
 from kvdsl.hf.layer import PackedLayer
+from kvdsl.hf.tensor_parallel import shares
 from kvdsl.params import checked, save
 from kvdsl.scheme import (
     ALL,
@@ -35,7 +34,7 @@ from kvdsl.scheme import (
     Tier,
     Uniform,
     per_token,
-)  # fmt: skip
+)
 from kvdsl.schemes import ALL as SHIPPED
 from kvdsl.shape import Shape
 
@@ -127,37 +126,28 @@ def test_ranks_have_whole_heads() -> None:
         layer.settle()
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], Any, Path]:
-    """What each of two processes found, the model in this one, and the folder of both."""
+def test_ranks_generate_what_one_process_generates(tmp_path: Path) -> None:
+    """The same tokens on every rank; keys and values of a rank's heads but for a few codes, as sums of a model's
+    products are in another order.  What spans ranks is refused by each of them before the first token.
+
+    All in one test: processes take seconds to start."""
     pytest.importorskip("accelerate", reason="the extra `tp` is not installed")
     if torch._C._get_accelerator().type != "cpu":
-        pytest.skip("ranks of a model in this process's torch are GPUs")
-    folder = tmp_path_factory.mktemp("ranks")
-    saved("llama", folder / "model", **cases.SIZES)
-    whole = cases.alone(folder)
+        pytest.skip("here ranks of a model are GPUs")
+    saved("llama", tmp_path / "model", **cases.SIZES)
+    whole, scheme = cases.alone(tmp_path), SCHEMES["skvq2"]
     ids = torch.tensor([characters()(TEXT[:100])["input_ids"]])
-    scheme = SCHEMES["skvq2"]
-    save(folder / "skvq2.safetensors", scheme, measured(scheme, whole, seen(scheme, whole, ids)))
-    return context_cases.run(2, cases.all_of, folder, folder), whole, folder
-
-
-def test_ranks_generate_what_one_process_generates(found: tuple[list[Any], Any, Path]) -> None:
-    """The same tokens on every rank; keys and values of a rank's heads but for a few codes, as sums of a model's
-    products are in another order."""
-    ranks, whole, folder = found
-    for name, (tokens, *dense) in cases.held(whole, folder).items():
+    save(tmp_path / "skvq2.safetensors", scheme, measured(scheme, whole, seen(scheme, whole, ids)))
+    ranks = context_cases.run(2, cases.all_of, tmp_path, tmp_path)
+    for name, (tokens, *dense) in cases.held(whole, tmp_path).items():
         for rank, one in enumerate(ranks):
             assert torch.equal(one["held"][name][0], tokens), name
             for got, want in zip(one["held"][name][1:], dense, strict=True):
                 want = want[:, 2 * rank : 2 * rank + 2]
                 assert got.shape == want.shape and (got - want).norm() < 1e-2 * want.norm(), name
     assert all(torch.equal(one["static"], cases.in_place(whole)) for one in ranks), STATIC
-
-
-def test_ranks_refuse_before_the_first_token(found: tuple[list[Any], Any, Path]) -> None:
-    for one in found[0]:
-        assert one["said"].keys() == {*REFUSED, "calibrate"}
-        assert "SchemeError: values.scale.block.heads: a scale is measured over all 4" in one["said"]["zipcache"]
-        assert "values.outliers.line.heads: the largest numbers" in one["said"]["kvquant3"]
-        assert "calibrate in one process, without tp_plan" in one["said"]["calibrate"]
+    for said in (one["said"] for one in ranks):
+        assert said.keys() == {*REFUSED, "calibrate"}
+        assert "SchemeError: values.scale.block.heads: a scale is measured over all 4" in said["zipcache"]
+        assert "values.outliers.line.heads: the largest numbers" in said["kvquant3"]
+        assert "calibrate in one process, without tp_plan" in said["calibrate"]
