@@ -12,7 +12,7 @@ class MissingExtra(ImportError):
 
 def need(module: str, extra: str) -> Any:
     """The imported module, or MissingExtra naming the extra that brings it: hf, demo, check, search, plot,
-    ray, lm-eval."""
+    ray, lm-eval, tp."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -5,6 +5,7 @@
     handle        what a layer hands to the attention: a tensor by name, a reference in fact
     attention     the registered attention function
     masks         the registered mask function
+    tensor_parallel   which heads a rank has, where a model is cut over several
     rotary        the frequencies of a model's rotary positions, for keys that are stored without them
     observe       what the layers of a model are given, to calibrate on
     calibrating   what a scheme takes from data, of every layer of a model

@@ -17,13 +17,16 @@ from kvdsl.shape import Shape
 
 from .observe import observed, weighed
 from .rotary import completed
+from .tensor_parallel import refuse_parts
 
 Seen = tuple[Tensor, Tensor, Tensor | None, Gradients | None]
 """Keys and values (B, H, T, D) of one layer, its queries, a loss's derivatives by both where these are asked for."""
 
 
 def seen(scheme: Scheme, model: Any, ids: Tensor) -> list[Seen]:
-    """What every layer of the model holds of the tokens `ids` (1, N), as far as the scheme asks for it."""
+    """What every layer of the model holds of the tokens `ids` (1, N), as far as the scheme asks for it.  ValueError for
+    a model of which this process has some heads."""
+    refuse_parts(model)
     if any(weighted(own) for own in of_all_layers(scheme)):
         return [*weighed(model, ids)]
     return [(*layer, None) for layer in observed(model, ids)]

@@ -124,6 +124,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         params: Params | None = None,
         backend: Backend | None = None,
         heads: int | None = None,
+        kv_heads: int | None = None,
         softcap: bool = False,
         capacity: int | None = None,
         batch_invariant: bool = False,
@@ -131,7 +132,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.scheme, self.window, self.params, self.backend = scheme, window, params, backend
-        self.heads, self.softcap, self.capacity = heads, softcap, capacity
+        self.heads, self.kv_heads, self.softcap, self.capacity = heads, kv_heads, softcap, capacity
         self.batch_invariant = batch_invariant
         self.calls: Counter[str] = Counter() if calls is None else calls
         self.is_sliding = window is not None
@@ -205,6 +206,8 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             )
         if keys.dtype not in FORMATS:
             raise ShapeError(f"keys: {keys.dtype} is none of float16, bfloat16, float32; load the model in one of them")
+        if self.kv_heads not in (None, keys.shape[1]):
+            raise ShapeError(f"keys: {keys.shape[1]} heads, and by the model's tp_plan a rank has {self.kv_heads}")
         heads = q_heads or self.heads
         if heads is None or heads % keys.shape[1]:
             heads = keys.shape[1]

@@ -17,6 +17,7 @@ from transformers.cache_utils import (
 )
 
 from kvdsl.errors import SchemeError, ShapeError
+from kvdsl.head_shares import HeadShare, params_of, refuse_spanning, scheme_of
 from kvdsl.kernels import Backend, Params
 from kvdsl.making import refuse_invariant
 from kvdsl.params import checked, missing, wanted, within
@@ -30,6 +31,7 @@ from .layer import PackedCache, PackedLayer
 from .masks import mask
 from .rotary import completed
 from .static import StaticLayer
+from .tensor_parallel import shares
 
 NAME = "kvdsl"
 OWN_MASKS = frozenset({"doge"})
@@ -60,9 +62,12 @@ def cache(
     batch_invariant   attention over the cache gives a sequence what it gives it alone, to the bit, whatever batch it is
               in (the model's own products are the model's affair); not of schemes with tiers, CacheError
 
+    Of a model over several ranks (`tp_plan`) every rank calls it with the same scheme and params, those of all heads,
+    and caches its own heads.
+
     Raises ValueError for a model with layers whose state is no pair of keys and values of one head size, or whose RoPE
-    PreRope cannot take off, SchemeError for a scheme that does not fit its heads or layers, ShapeError for calibrated
-    parameters that are missing or do not fit.
+    PreRope cannot take off, SchemeError for a scheme that does not fit its heads or layers, or takes something from
+    heads of several ranks, ShapeError for calibrated parameters that are missing or do not fit.
     """
     scheme = load(scheme)
     return _cache(scheme, model, completed(scheme, model, params), Options(backend, capacity, static, batch_invariant))
@@ -95,7 +100,7 @@ def _layers(scheme: Scheme, model: Any, params: Params, asked: Options) -> tuple
         raise SchemeError(found)
     calls: Counter[str] = Counter()
     layers: list[Any] = []
-    for index, layer in enumerate(theirs):
+    for index, (layer, share) in enumerate(zip(theirs, shares(model, len(theirs)), strict=True)):
         if type(layer) in (DummyLayer, LinearAttentionLayer):
             layers.append(layer)
             continue
@@ -105,18 +110,23 @@ def _layers(scheme: Scheme, model: Any, params: Params, asked: Options) -> tuple
             )
         own, numbers = scheme.for_layer(index, len(theirs)), _of_layer(params, index)
         refuse_invariant(own, asked.batch_invariant)
-        _refuse_unfit(own, numbers, config, index)
+        _refuse_unfit(own, numbers, config, index, share)
+        room = _refuse_moving(own, asked.capacity, index) if asked.static else 0
+        heads = getattr(config, "num_attention_heads", None)
+        if share is not None:
+            own, numbers = scheme_of(own, share), params_of(own, share, numbers)
+            heads = heads // share.ranks if isinstance(heads, int) else None
         options: dict[str, Any] = dict(
             window=getattr(layer, "sliding_window", None),
             params=numbers,
             backend=asked.backend,
             batch_invariant=asked.batch_invariant,
-            heads=getattr(config, "num_attention_heads", None),
+            heads=heads,
+            kv_heads=None if share is None else share.count,
             softcap=getattr(config, "attn_logit_softcapping", None) is not None,
             calls=calls,
         )
         if asked.static:
-            room = _refuse_moving(own, asked.capacity, index)
             before = [other for other in layers if isinstance(other, StaticLayer)]
             layers.append(StaticLayer(own, capacity=room, before=before, **options))
         else:
@@ -142,9 +152,9 @@ def _of_layer(params: Params, index: int) -> Params:
     return common | within(params, prefix)
 
 
-def _refuse_unfit(scheme: Scheme, params: Params, config: Any, index: int) -> None:
-    """SchemeError where a layer's scheme does not fit the model's heads, ShapeError where it lacks calibrated numbers
-    or has others than fit.
+def _refuse_unfit(scheme: Scheme, params: Params, config: Any, index: int, share: HeadShare | None) -> None:
+    """SchemeError where a layer's scheme does not fit the model's heads, or those of a rank, ShapeError where it lacks
+    calibrated numbers or has others than fit.
 
     Of a model whose layers differ in their heads only what is missing is seen here; the rest when tokens come."""
     heads = getattr(config, "num_attention_heads", None)
@@ -156,8 +166,11 @@ def _refuse_unfit(scheme: Scheme, params: Params, config: Any, index: int) -> No
         if isinstance(kv_heads, int) and isinstance(width, int) and not hasattr(config, "global_head_dim"):
             shape = Shape(width, kv_heads)
             refuse_for(scheme, shape)
+            refuse_spanning(scheme, share)
             checked(scheme, shape, params)
-        elif lacking := [name for name in wanted(scheme, Shape(64)) if name not in params]:
+            return
+        refuse_spanning(scheme, share)
+        if lacking := [name for name in wanted(scheme, Shape(64)) if name not in params]:
             raise ShapeError(missing(scheme, lacking[0]))
     except ShapeError as error:
         measured = "; `kvdsl calibrate` measures those of a model" if "missing" in str(error) else ""
