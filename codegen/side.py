@@ -47,6 +47,8 @@ class SidePlan:
     """Whether it has a place there."""
     fine: bool = False
     """Whether vectors have numbers that may be smaller than float16 has any."""
+    shared: bool = False
+    """Whether it is read where the keys' first stretch stands, and nowhere written."""
     home: str = ""
     """Where its store stands in the spec: the beginning of the names of the map of its row."""
 
@@ -59,6 +61,11 @@ class SidePlan:
     def band(self) -> Band | None:
         """Which stretch of a row it is, where it is one."""
         return self.store if isinstance(self.store, Band) else None
+
+    @property
+    def stretch(self) -> bool:
+        """It is a band of the vector's own channels."""
+        return self.band is not None and not self.polar
 
     @property
     def residual(self) -> SidePlan | None:
@@ -104,6 +111,8 @@ class SidePlan:
     @property
     def title(self) -> str:
         """What a person calls this term."""
+        if self.stretch:
+            return f"{self.name}, channels {self.first} to {self.first + self.dim - 1}"
         if self.band:
             return f"{self.name}, {f'angles of level {self.depth}' if self.depth else 'radii'}"
         if self.outliers:
@@ -114,9 +123,9 @@ class SidePlan:
     def number(self) -> str:
         """What a decoded number is called in formulas: k or v, o of outlier channels, r of what is left; of bands r a
         radius, a2 an angle of the second level."""
-        if self.band:
+        if self.band and not self.stretch:
             return f"a{self.depth}" if self.depth else "r"
-        return self.mark[-1:] or self.name[0]
+        return self.name[0] if self.stretch else self.mark[-1:] or self.name[0]
 
     @property
     def letter(self) -> str:
