@@ -48,6 +48,7 @@ def form(
     if queries == 1:
         return "decode"
     found, cost = pages_form(plan, queries, packed, exact, window)
+    once = once and plan.values.row == plan.keys.row  # what attends to decoded numbers takes vectors of one length
     return "dense" if once and dense_cost(plan, queries, packed, exact) < cost else found
 
 

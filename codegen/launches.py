@@ -47,7 +47,7 @@ def warps(kernel: str, plan: Plan) -> int:
     exact = plan.shape.dtype == "fp32" or any(term.floats == "fp32" for term in plan.terms)
     if kernel == "append":
         # Both sides' blocks, in loops around them, and few programs: twice the warps that pack either.
-        packed = [2 * warps(f"pack_{side}", plan) for side in SIDES if packs(plan.side(side))]
+        packed = [2 * warps(f"pack_{term.label}", plan) for side in SIDES for term in packs(plan.side(side))]
         return min(8, max(4, *packed)) if packed else 1
     if kernel.startswith("pack"):
         return _pack_warps(plan.side(kernel.removeprefix("pack_")))
@@ -108,7 +108,7 @@ def loop_bytes(plan: Plan, *, repeated: bool = False) -> int:
     brings them once, and a cache again.
     """
     layout, total = plan.layout, 0
-    for side in plan.terms:
+    for side in plan.stored:
         size = sum(stream.size for stream in side.layout.streams)
         if side.floats:
             size += layout.page_tokens * side.dim * (4 if side.floats == "fp32" else 2)

@@ -23,6 +23,7 @@ from .sections import Beside, Channels, Factors, Slots
 from .tiling import NARROWEST, PAIR
 
 ALIGN = 16  # bytes: what one asynchronous copy moves
+MOST_PLANES = 16  # that groups of channels may ask for: a product for each of more takes minutes to compile
 FACTORED = 32  # lanes of a plane that vectors of low rank are read in: wider ones fill the registers
 
 
@@ -258,7 +259,7 @@ def _common_width(store: Store, head_dim: int) -> int:
         return width
     while group % narrow and narrow % 2 == 0 and narrow // 2 >= NARROWEST:
         narrow //= 2
-    return width if group % narrow else narrow
+    return width if group % narrow or head_dim // narrow > MOST_PLANES else narrow
 
 
 def _streams(bits: int, head_dim: int, width: int, tokens: int, offset: int) -> tuple[tuple[Stream, ...], int]:

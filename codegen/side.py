@@ -135,7 +135,7 @@ class SidePlan:
     @property
     def mark(self) -> str:
         """What tells the names of this term from those of the others of its side."""
-        if self.band:
+        if self.band and (self.depth or not self.stretch):
             return "abcdef"[self.depth]
         return "o" * self.outliers + "r" * self.home.count(".residual")
 
@@ -199,7 +199,7 @@ class SidePlan:
     @property
     def rows(self) -> str:
         """What the rows of a page's numbers are called, where they are stored as they are."""
-        return f"{self.letter}_floats" if self.band else f"{self.name[:-1]}_floats"
+        return f"{self.letter}_floats" if self.band or self.shared else f"{self.name[:-1]}_floats"
 
     @property
     def uniform(self) -> Uniform | None:

@@ -14,6 +14,7 @@ from .printer import number
 from .steps import Steps
 from .text import padded, plus
 from .tiling import PAIR
+from .triton_groups import of_groups, side_by_side
 from .triton_meta import entry, pointer, read, static_read
 from .triton_names import head_name, mark, own, pair_name
 from .triton_tables import look_up, of_byte, small_floats
@@ -388,6 +389,8 @@ class Planes:
             token, lane = self.grid(tokens, self.plane_lane(plane))
             token = block or (f"{token} // {meta.tokens}" if meta.tokens > 1 else token)
             group, mask = self._one_group(plane), self.mask("" if block else guard, plane)
+            if group is None and side_by_side(self):
+                return [*lines, *of_groups(self, plane, tokens, guard), f"n{plane} = {self.steps.number('c', *names)}"]
             if group is None:
                 lane = f"{lane} // {meta.channels}" if meta.channels > 1 else lane
             else:  # a column of tokens, or one number

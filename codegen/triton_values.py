@@ -134,7 +134,7 @@ class Values(Planes):
         lines = [f"weight = {'p' if fp32 else 'p.to(tl.float16)'}"]
         for j in range(self.side.layout.planes):
             address = f"{token} * {self.side.dim} + {lane}{plus(j * self.width)}"
-            lines.append(f"v = tl.load(value_floats + {address}{other})")
+            lines.append(f"v = tl.load({self.side.rows} + {address}{other})")
             value = "v.to(tl.float32)" if fp32 and self.side.floats == "fp16" else "v"
             precise = ', input_precision="ieee"' if fp32 else ""
             lines.append(f"o{j} = tl.dot({value}, weight, o{j}{decay}{precise})")
@@ -162,7 +162,8 @@ class Values(Planes):
     def exact_tokens(self, there: str) -> list[str]:
         """Add exact edge tokens, where a mask says that they are there, to the same sums."""
         token, lane = self.grid("row", self.lane)
-        lines = [f"source = value_rows + {token} * {self.plan.shape.head_dim} + {lane}"]
+        first = plus(self.side.first) if self.side.stretch else ""
+        lines = [f"source = value_rows + {token} * {self.side.channels} + {lane}{first}"]
         for j in range(self.side.layout.planes):
             load = f"tl.load({self.at('source', j)}, mask={self.mask(there, j)}, other=0.0)"
             lines.append(f"v = {load}.to(tl.float32).to({self.exact})")
@@ -254,5 +255,7 @@ class ValueSide:
         """Lines that add exact rows to sums that have decayed."""
         if self.exact_rows is not None:
             return self.exact_rows.accumulate(there)
+        if self.side.stretch:
+            return [line for term in self.terms for line in term.exact_tokens(there)]
         plain = (term for term in self.terms if term.side is self.side.plain)
         return next(plain, self.first).exact_tokens(there)  # of bands the one that has all

@@ -274,7 +274,7 @@ def _common_plane(store: Store, d: int) -> int:
         if plane % 2 or plane // 2 < 16:
             return natural
         plane //= 2
-    return plane
+    return natural if d // plane > 16 else plane
 
 
 def _put_codes(blob: Bytes, starts: tuple[int, ...], codes: Any, t: int, store: Store, size: int) -> None:
