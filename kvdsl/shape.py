@@ -67,7 +67,7 @@ class Shape:
         return self.q_heads // self.kv_heads  # type: ignore[operator]
 
 
-def usual(scheme: Scheme, kv_heads: int = 8, q_heads: int | None = None) -> Shape:
-    """The shape that tables are of: a head of 128 channels; of a scheme that says how many a key has, of so many, and
-    of shared values one kv head, for as many query heads."""
-    return Shape(scheme.head_dim or USUAL, 1 if scheme.shared else kv_heads, q_heads)
+def usual(scheme: Scheme) -> Shape:
+    """The shape that tables are of: 8 kv heads of 128 channels, or of as many as the scheme says, each for 4 query
+    heads; of shared values one, for all 32."""
+    return Shape(scheme.head_dim or USUAL, 1 if scheme.shared else 8, 32)

@@ -18,6 +18,7 @@ from .kvtq import kvtq, kvtq_2bit
 from .kvtuner import kvtuner
 from .llama_cpp import iq4_nl, q4_0, q4_1, q5_0, q5_1, q8_0
 from .mikv import mikv
+from .mla import mla_fp8, mla_nvfp4
 from .omniquant import omniquant4
 from .plain import fp16, fp32
 from .polar import polar, polar_pairs
@@ -115,6 +116,8 @@ ALL: dict[str, Scheme] = {
     "mxfp4": mxfp4,
     "nvfp4": nvfp4,
     "nvfp4_4over6": nvfp4_4over6,
+    "mla_fp8": mla_fp8,
+    "mla_nvfp4": mla_nvfp4,
     "q8_0": q8_0,
     "q5_1": q5_1,
     "q5_0": q5_0,
@@ -163,6 +166,8 @@ __all__ = [
     "kvtq_2bit",
     "kvtuner",
     "mikv",
+    "mla_fp8",
+    "mla_nvfp4",
     "mxfp4",
     "nuq2",
     "nuq3",

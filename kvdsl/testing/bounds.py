@@ -70,7 +70,7 @@ from kvdsl.spaces import apart
 from . import low_rank
 from .formats import FORMATS, LARGEST, deviation
 from .rotary import partners, spread_waves
-from .terms import behind, terms_of
+from .terms import behind, pieces, terms_of
 
 OVER_BLOCK = (2, 4, 6)
 SLACK = 12 * 2.0**-24
@@ -101,6 +101,8 @@ def spread(store: Store, number: Tensor, x: Tensor) -> Tensor:
 def bound(store: Store, x: Tensor, params: Params | None = None, side: str = "keys", at: int = 0) -> Tensor:
     """The largest legal |x - x^|, float64 (B, H, T, D), for finite x (B, H, T, D) of whole blocks; `at` is the position
     of the first token."""
+    if stretches := pieces(store, x):
+        return torch.cat([bound(one, part, params, side, at) for one, part in stretches], -1)
     if store.rope is not None:
         return _roped_bound(store, x, params, side, at)
     if len(store.placed(side)) > 1:

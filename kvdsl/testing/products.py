@@ -24,7 +24,7 @@ from kvdsl.scheme import Chosen, Codebook, LowRank, Parted, Side, Sketch, Sparse
 from . import low_rank
 from .bounds import second, spread
 from .rotary import partners
-from .terms import TermOf, terms_of
+from .terms import TermOf, pieces, terms_of
 
 Largest = Callable[[Store, Tensor, Params], Tensor]
 
@@ -32,6 +32,9 @@ Largest = Callable[[Store, Tensor, Params], Tensor]
 def sides_of(store: Store, x: Tensor, span: tuple[int, int], params: Params, side: Side) -> tuple[Tensor, Tensor]:
     """What a cache holds of x (1, H, T, D) with tokens `span` packed, float64 (1, H, T, D), and the factors of products
     with it (1, H, T, D or M + D): code times scale, without what is added beside it, and exact numbers."""
+    if parts := pieces(store, x):
+        whole, factors = zip(*(sides_of(one, part, span, params, side) for one, part in parts), strict=True)
+        return torch.cat(whole, -1), torch.cat(factors, -1)
     first, end = span
     whole = contents(store, x, span, params, side)
     exact = whole.clone()
@@ -121,6 +124,8 @@ def sizes_of(
     - Decoded numbers are rounded as q is: n = |x^|.  So are exact ones.  What is in polar
       coordinates counts as its radius.
     """
+    if stretches := pieces(store, x):
+        return torch.cat([sizes_of(one, part, span, params, side, largest, at) for one, part in stretches], -1)
     first, end = span
     x = x.double()
     exact = x.abs()
