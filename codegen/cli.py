@@ -180,7 +180,8 @@ def compile_(
     scheme = loaded(name)
     arches = [part.strip() for part in arch.split(",") if part.strip()]
     with answer.progress(f"compiling {name} for {', '.join(arches)}"):
-        path, kernels = compiled(scheme, _shape(scheme, head_dim, kv_heads, q_heads, dtype), label(name, scheme), arches)
+        shape = _shape(scheme, head_dim, kv_heads, q_heads, dtype)
+        path, kernels = compiled(scheme, shape, label(name, scheme), arches)
     if json:
         answer.document({"kernels": kernels, "path": str(path)})
         return
@@ -256,7 +257,7 @@ def bench(
     from .benching import results
 
     refuse_plot(plot)
-    found = results(several("bench", names, all_), shape or (), group, head_dim, known() if peers else ())
+    found = results(several("bench", names, all_), shape or (), group, head_dim or 128, known() if peers else ())
     if plot is not None:
         drawn(found, plot)
     if json:

@@ -80,10 +80,13 @@ def _pack_warps(side: SidePlan) -> int:
     middles between its levels."""
     meta = side.layout.meta
     plain = settled(side) and not (searched(side) or side.scale.refit or side.alphabet.kind == "table")
+    # numbers a program keeps at a time: planes whose channels have scales of their own come singly
+    singly = side.store.measure is not None and side.store.measure.block.channels == 1
+    held = side.span * (side.layout.plane_width if singly else side.dim)
     if side.alphabet.given or meta is None or not plain:
-        return 8 if side.alphabet.given else max(4, min(8, side.held // 1024))
+        return 8 if side.alphabet.given else max(4, min(8, held // 1024))
     alone = meta.tokens > 1 and meta.channels == 1
-    return min(8, max(1, side.span * side.dim // 4096) if alone else max(2, side.held // 2048))
+    return min(8, max(1, side.span * side.dim // 4096) if alone else max(2, held // 2048))
 
 
 def fused(kernel: str) -> bool:

@@ -345,9 +345,9 @@ def lay_out(scheme: Scheme, shape: Shape) -> Layout:
         if meta is not None and not meta.shared:
             metas[at] = replace(meta, offset=offset)
             offset = aligned(offset + meta.size)
-        if (factors := codes[at].factors) is not None:  # the vectors of a block, where others have scales
-            codes[at] = replace(codes[at], factors=replace(factors, vectors_offset=offset))
-            offset = aligned(offset + 2 * factors.blocks * factors.rank * dims[at])
+        if (rank := codes[at].factors) is not None:  # the vectors of a block, where others have scales
+            codes[at] = replace(codes[at], factors=replace(rank, vectors_offset=offset))
+            offset = aligned(offset + 2 * rank.blocks * rank.rank * dims[at])
         if (slots := codes[at].slots) is not None:
             codes[at] = replace(codes[at], slots=replace(slots, places_offset=offset))
             offset = aligned(offset + slots.entries)

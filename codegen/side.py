@@ -105,24 +105,21 @@ class SidePlan:
     @property
     def outliers(self) -> bool:
         """Whether this term is of outliers: channels, or single numbers."""
-        picked = self.store.pick is not None and self.store.pick.top
-        return self.slots is not None or self.chosen is not None or picked
+        return bool(self.slots or self.chosen or self.store.pick and self.store.pick.top)
 
     @property
     def title(self) -> str:
         """What a person calls this term."""
-        if self.stretch:
-            return f"{self.name}, channels {self.first} to {self.first + self.dim - 1}"
         if self.band:
-            return f"{self.name}, {f'angles of level {self.depth}' if self.depth else 'radii'}"
+            polar = f"angles of level {self.depth}" if self.depth else "radii"
+            return f"{self.name}, {f'channels from {self.first} on' if self.stretch else polar}"
         if self.outliers:
             return f"{self.name}, {'single numbers' if self.slots else 'outlier channels'}"
         return self.name + ", what is left" * self.home.count(".residual")
 
     @property
     def number(self) -> str:
-        """What a decoded number is called in formulas: k or v, o of outlier channels, r of what is left; of bands r a
-        radius, a2 an angle of the second level."""
+        """What a decoded number is called: k or v, o of outlier channels, r of a rest; r a radius, a2 an angle."""
         if self.band and not self.stretch:
             return f"a{self.depth}" if self.depth else "r"
         return self.name[0] if self.stretch else self.mark[-1:] or self.name[0]
@@ -165,12 +162,6 @@ class SidePlan:
         """Tokens that one program of `pack` quantizes: a token block, or 32 single tokens."""
         block = token_block(self.store)
         return block if block > 1 else PAIR
-
-    @property
-    def held(self) -> int:
-        """Numbers a program of `pack` keeps at a time: planes whose channels have scales of their own come singly."""
-        alone = self.store.measure is not None and self.store.measure.block.channels == 1
-        return self.span * (self.layout.plane_width if alone else self.dim)
 
     @cached_property
     def form(self) -> NormalForm:

@@ -26,7 +26,8 @@ class TorchSide(TorchPack):
 
     def functions(self) -> list[str]:
         texts = functions(self.side, "torch.") if self.side.coded else []
-        texts += [] if self.side.beside or self.side.shared else [self.pack()]  # what is kept of chosen channels is bytes when it comes
+        made = self.side.beside or self.side.shared  # chosen channels are bytes when they come, or keys are packed
+        texts += [] if made else [self.pack()]
         if self.side.layout.meta is not None:
             texts.append(self.numbers())
         texts += [self.codes()] if self.side.coded else []

@@ -77,7 +77,8 @@ def append(plan: Plan) -> str:
             pack.text()
             args += [f"packed_{name}_ptr", f"due_{name}_ptr", *pack.arguments]
             given = [_given(plan, rows, one) for one in pack.arguments]
-            holes = {"side": name, "label": term.label, "span": term.span, "span_less": term.span - 1}
+            holes: dict[str, str | int] = {"side": name, "label": term.label, "span": term.span}
+            holes["span_less"] = term.span - 1
             keeps[name] += fill(KEEP, **holes, args=[f"{one}," for one in given]).splitlines()
     lanes, sinks = padded(plan.shape.head_dim), plan.sinks
     known = {"rows_ptr", "total_rows", "offset", "ring", "table_width"}
@@ -85,9 +86,13 @@ def append(plan: Plan) -> str:
     total = f"({sinks} + ring)" if sinks else "ring"
     writes = {
         name: fill(
-            WRITE, side=name, rows=ROWS[name], head_dim=side.channels,
+            WRITE,
+            side=name,
+            rows=ROWS[name],
+            head_dim=side.channels,
             mask="" if side.channels == lanes else f", mask=d < {side.channels}",
-        ).splitlines() + keeps[name]
+        ).splitlines()
+        + keeps[name]
         for name, side in zip(SIDES, sides, strict=True)
     }
     return fill(

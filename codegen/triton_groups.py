@@ -1,4 +1,4 @@
-"""Scales of groups of channels that are narrower than a plane, in Triton: read once a token and group, not by each lane."""
+"""Scales of groups of channels that are narrower than a plane, in Triton: read once a token and group, not by lanes."""
 
 from __future__ import annotations
 

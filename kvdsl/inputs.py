@@ -14,6 +14,7 @@ from .shape import Shape
 
 if TYPE_CHECKING:
     from .kernels import KernelSet, Side
+    from .tier_kernels import TierKernels
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -39,7 +40,12 @@ def refuse_tensor(name: str, tensor: Tensor, sizes: tuple[int | None, ...], shap
 
 
 def checked_pair(
-    keys: Tensor, values: Tensor, counts: Sequence[int] | None, batch: int, kernels: KernelSet, device: torch.device
+    keys: Tensor,
+    values: Tensor,
+    counts: Sequence[int] | None,
+    batch: int,
+    kernels: KernelSet | TierKernels,
+    device: torch.device,
 ) -> tuple[int, ...]:
     """How many of a step's m tokens each sequence takes, all by default, of keys and values (B, H, m, D); ShapeError
     where one of these does not fit the cache or the other."""

@@ -37,9 +37,9 @@ __all__ = [
     "ALL", "Band", "Bands", "Block", "ChannelScale", "ChannelShift", "Chosen", "Code", "Codebook", "Count", "DROP",
     "Float", "FloatFormat", "Flush", "Largest", "Layers", "LowRank", "MetaFormat", "Origin", "PARTS", "Part", "Parted",
     "Permute", "Polar", "Pick", "PreRope", "Prefill", "Probes", "Range", "Recent", "Refit", "Requantize", "Rotate",
-    "Rounding", "Router", "SIDES", "Saliency", "Scale", "Scheme", "Shared", "Side", "Sinks", "Sketch", "Sparse", "Store",
-    "Tier",
-    "TopChannels", "Transform", "Uniform", "When", "Zero", "bands", "per_channel", "per_tensor", "per_token",
+    "Rounding", "Router", "SIDES", "Saliency", "Scale", "Scheme", "Shared", "Side", "Sinks", "Sketch", "Sparse",
+    "Store", "Tier", "TopChannels", "Transform", "Uniform", "When", "Zero", "bands", "per_channel", "per_tensor",
+    "per_token",
 ]  # fmt: skip
 
 Flush = Literal["auto", "rolling", "whole"]

@@ -10,7 +10,7 @@ from fractions import Fraction
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, get_args
 
-from .codes import Bands, Chosen, Code, Codebook, Float, LowRank, Shared, Sketch, Sparse, Uniform, When
+from .codes import Bands, Chosen, Code, Codebook, Float, LowRank, Sketch, Sparse, Uniform, When
 from .part import ALL, Count, Part
 from .scale import Range, Scale
 from .transforms import ChannelScale, ChannelShift, Permute, Pick, Polar, PreRope, Rotate, Size, Transform

@@ -254,7 +254,7 @@ class TieredCache:
         scaling: float | None = None, softcap: float | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """One step: append, attention of query (B, Hq, Q, D), routing.  A failure in any undoes all."""
-        refuse_query(query, self.batch, self.kernels, self.device)
+        refuse_query(query, self.batch, self.kernels.shape, self.device)
         with self._changing():
             step = self.append(keys, values, counts=counts, scaling=scaling, softcap=softcap)
             out, lse = self.attend(query, step)

@@ -1,4 +1,4 @@
-"""The record of multi-head latent attention: a token's latent vector and its key with rotary positions (DeepSeek-V2, -V3).
+"""MLA: the record of multi-head latent attention, a latent vector and a key with rotary positions (DeepSeek-V2, -V3).
 
 A key is 512 numbers c of the latent and 64 numbers r with positions, its value is c again: read twice, stored once.
 mla_fp8: of 128 numbers of c s = max|c|/448 in fp32, e4m3(c/s); r in 16 bits. 656 bytes a token.

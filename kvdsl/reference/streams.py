@@ -71,7 +71,8 @@ class Stream:
         assert self.keys is not None and self.values is not None
         seen = self.tokens - (self.fresh if self.scheme.prefill == "exact" else 0)
         held = []
-        for side, store, x in (("keys", self.scheme.keys, self.keys), ("values", self.scheme.side("values"), self.values)):
+        for side, x in (("keys", self.keys), ("values", self.values)):
+            store = self.scheme.side("keys" if side == "keys" else "values")
             held.append(contents(store, x, packed_tokens(self.scheme, side, seen), self.params, side))
         return softmax_rows(q, held[0], held[1], scale=scale, sliding=sliding, start=start, softcap=softcap)
 

@@ -333,9 +333,9 @@ def scores_are_products(case: Case) -> None:
     tokens = case.whole
     k, v = case.pair(tokens)
     params = case.params(k, v)
-    both = (torch.cat([x.new_zeros(*x.shape[:2], case.sinks, x.shape[3]), x], 2) for x in (k, v))
+    keys, values = (torch.cat([x.new_zeros(*x.shape[:2], case.sinks, x.shape[3]), x], 2) for x in (k, v))
     ends: Ends = {"keys": [tokens] * case.batch, "values": [0] * case.batch}
-    pages = packed(case.kernels, *both, ends, params)
+    pages = packed(case.kernels, keys, values, ends, params)
     q, device = case.query(2), device_of(case.kernels)
     got = case.kernels.scores(q.to(device), pages.pool, pages.table, tokens, ready(case.kernels, params)).cpu()
     store, group = case.scheme.keys, case.shape.group

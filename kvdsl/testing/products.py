@@ -32,22 +32,22 @@ Largest = Callable[[Store, Tensor, Params], Tensor]
 def sides_of(store: Store, x: Tensor, span: tuple[int, int], params: Params, side: Side) -> tuple[Tensor, Tensor]:
     """What a cache holds of x (1, H, T, D) with tokens `span` packed, float64 (1, H, T, D), and the factors of products
     with it (1, H, T, D or M + D): code times scale, without what is added beside it, and exact numbers."""
-    if parts := pieces(store, x):
-        whole, factors = zip(*(sides_of(one, part, span, params, side) for one, part in parts), strict=True)
-        return torch.cat(whole, -1), torch.cat(factors, -1)
+    if stretches := pieces(store, x):
+        found = [sides_of(one, part, span, params, side) for one, part in stretches]
+        return torch.cat([one for one, _ in found], -1), torch.cat([other for _, other in found], -1)
     first, end = span
     whole = contents(store, x, span, params, side)
     exact = whole.clone()
     part = x.new_zeros(*x.shape[:3], sum(_widths(store, x.shape[3])), dtype=torch.float64)
     if end > first:
-        found = []
+        met = []
         for term in terms_of(store, x[:, :, first:end], params, side, first):
             if store.rope is not None:
-                found.append(with_rope(store, term.kept.decoded, params, side, first))
+                met.append(with_rope(store, term.kept.decoded, params, side, first))
                 continue
             one = _factors(term.store, term.kept, params, term.place)
-            found.append(_met(term.store, one) if not _masked(term) else _unmapped(term, one, params))
-        factors = torch.cat(found, -1)
+            met.append(_met(term.store, one) if not _masked(term) else _unmapped(term, one, params))
+        factors = torch.cat(met, -1)
         part[:, :, first:end] = factors
         exact[:, :, first:end] = 0 if store.apart else factors
     return whole, torch.cat((part, exact), -1) if store.apart else exact
