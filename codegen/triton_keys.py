@@ -11,6 +11,7 @@ from .placement import When
 from .plan import Plan, SidePlan
 from .printer import number
 from .text import plus
+from .triton_groups import UNIT, halves, in_halves
 from .triton_meta import entry, read, static_read, token_entry
 from .triton_planes import Planes
 from .triton_rope import Positions
@@ -107,6 +108,9 @@ class Keys(Planes):
             for i, (j, made) in enumerate(self.packed_channels(half, tokens)):
                 lines += [*made, self._dot(j, first=not i)]
             return lines
+        if when is When.IN_LOOP and self.exact == "tl.float16" and in_halves(self):
+            lines += [line for j in range(layout.planes) for line in halves(self, j, self._parts(j, half), tokens)]
+            return [*lines, *self._dots("s", [(f"n{j}", f"e{j}") for j in range(layout.planes)]), f"s = s * {2.0**UNIT}"]
         if when is When.IN_LOOP:
             lines += self.decode(half, tokens)
             dots = [(f"n{j}.to({self.exact})", f"e{j}") for j in range(layout.planes)]
