@@ -30,11 +30,12 @@ SLOW = ("windows_and_padding_are_seen", "neighbours_do_not_reach_attention", "sp
 SIBLINGS = {"nuq3", "rotatekv3", "rotatekv2", "turboquant1", "turboquant_prod3", "turboquant_prod2"}
 SIBLINGS |= {"vllm_3bit_nc", "vllm_k3v4_nc", "quarot2", "turboquant2", "q5_0", "q5_1", "q4_1", "token2", "token3"}
 SIBLINGS |= {"channel2", "channel3", "bitdecoding2", "turboquant3", "turboquant_3p5", "kivi4", "skvq_k2v1p5", "gearl4"}
-SIBLINGS |= {"gear4", "kvquant4", "kvquant2", "kitty_pro", "kvtuner"}
-"""They differ in their bits alone from schemes that are asked, and take long: KVDSL_PROFILE=thorough asks them, too."""
+SIBLINGS |= {"gear4", "kvquant4", "kvquant2", "kitty_pro", "kvtuner", "mla_fp8", "mla_nvfp4"}
+"""They differ in their bits alone, or in their length, from schemes that are asked, and take long:
+KVDSL_PROFILE=thorough asks them, too."""
 THOROUGH = os.environ.get("KVDSL_PROFILE") == "thorough"
 ASKED = [name for name in PLAIN if THOROUGH or name not in SIBLINGS]
-SHAPES = (Shape(32, 1, 2), Shape(64, 2, 4), Shape(128, 1, 2), Shape(64, 4, 4))
+SHAPES = (Shape(32, 1, 2), Shape(64, 2, 4), Shape(128, 1, 2), Shape(64, 4, 4), Shape(576, 1, 3))
 
 
 def _case(scheme: Any, seed: int, batch: int = 2) -> Case:
