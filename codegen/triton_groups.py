@@ -39,7 +39,7 @@ def halves(planes: Planes, plane: int, parts: list[tuple[str, int]], tokens: str
     name, side = planes.scale, planes.side
     assert side.alphabet.small is not None
     lines = _groups(planes, plane, tokens, "")
-    lines.append(f"{name} = ({name} * {2.0 ** UNIT}).to(tl.float16)")  # the code's own unit is 2**-14
+    lines.append(f"{name} = ({name} * {2.0**UNIT}).to(tl.float16)")  # the code's own unit is 2**-14
     lines.append(f"{name} = {_spread(planes)}({name}, {_channels(planes)})")
     return [*lines, f"n{plane} = {small_floats(side, *parts)} * {name}"]
 

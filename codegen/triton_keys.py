@@ -110,7 +110,11 @@ class Keys(Planes):
             return lines
         if when is When.IN_LOOP and self.exact == "tl.float16" and in_halves(self):
             lines += [line for j in range(layout.planes) for line in halves(self, j, self._parts(j, half), tokens)]
-            return [*lines, *self._dots("s", [(f"n{j}", f"e{j}") for j in range(layout.planes)]), f"s = s * {2.0**UNIT}"]
+            return [
+                *lines,
+                *self._dots("s", [(f"n{j}", f"e{j}") for j in range(layout.planes)]),
+                f"s = s * {2.0**UNIT}",
+            ]
         if when is When.IN_LOOP:
             lines += self.decode(half, tokens)
             dots = [(f"n{j}.to({self.exact})", f"e{j}") for j in range(layout.planes)]

@@ -143,15 +143,8 @@ CHOSEN = Scheme(
 )
 """Two sketches of unlike rows, of a few channels of every 64 tokens; what both leave is coded behind them."""
 STRETCHES = Scheme(
-    keys=Store(
-        Bands(
-            (Store(Uniform(3), scale=per_channel(tokens=32)), Store(Uniform(5), scale=per_token())), channels=(32, 32)
-        )
-    ),
-    values=Store(
-        Bands((Store(Uniform(4), scale=per_token()), Store(Codebook(3), scale=per_token())), channels=(32, 32))
-    ),
-    recent=Recent(32),
+    keys=Store(Bands((Store(Uniform(4), scale=per_token()), Store(Uniform(8), scale=per_token())), channels=(32, 32))),
+    values=Store(Bands((Store(), Store(Uniform(8), scale=per_token(range="absmax"))), channels=(32, 32))),
 )
 """Channels of each side in stores of their own."""
 RECORD = Scheme(

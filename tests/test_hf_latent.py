@@ -1,4 +1,4 @@
-"""Models with multi-head latent attention: records in a packed cache, the up-projections on the query and the output."""
+"""Models with multi-head latent attention: records in a packed cache, up-projections on the query and the output."""
 
 from __future__ import annotations
 

@@ -77,7 +77,9 @@ def test_values_are_read_where_keys_stand() -> None:
 
 def test_other_values_than_the_keys_own_are_refused() -> None:
     k = numbers(1, 1, 8, 96)
-    with pytest.raises(kvdsl.ShapeError, match=r"v: other numbers than the first 64 channels of k.*give k\[\.\.\., :64\]"):
+    with pytest.raises(
+        kvdsl.ShapeError, match=r"v: other numbers than the first 64 channels of k.*give k\[\.\.\., :64\]"
+    ):
         kvdsl.roundtrip(RECORD, k, numbers(1, 1, 8, 64, seed=1), backend="torch")
     with pytest.raises(kvdsl.ShapeError, match="v: shape .1, 1, 8, 96. is not"):
         kvdsl.roundtrip(RECORD, k, k, backend="torch")
@@ -85,9 +87,8 @@ def test_other_values_than_the_keys_own_are_refused() -> None:
 
 KEYS = RECORD.keys
 FAULTS = {
-    "values.code: nothing says which channels of the keys they are; store keys in Bands((..., ...), channels=(512, 64))": (
-        lambda: Scheme(keys=Store(), values=Store(Shared()))
-    ),
+    "values.code: nothing says which channels of the keys they are; store keys in Bands((..., ...), "
+    "channels=(512, 64))": (lambda: Scheme(keys=Store(), values=Store(Shared()))),
     "keys.code: only values are shared, and all of them; write values=Store(Shared())": (
         lambda: Scheme(keys=Store(Shared()), values=Store())
     ),

@@ -64,6 +64,11 @@ def test_a_scheme_of_rarer_parts_obeys_the_law(law: str, name: str) -> None:
     LAWS[law](_case(RARE[name], seed=1, batch=1))
 
 
+def test_a_long_record_s_codes_are_multiplied_by_scales_of_groups_as_halves() -> None:
+    """Of 512 channels in groups of 16, which have no planes of their own: scales are given to channels in the loop."""
+    LAWS["decode_is_attention"](Case(ALL["mla_nvfp4"], Shape(576, 1, 3), "triton", batch=1, tokens=70, seed=1))
+
+
 @pytest.mark.parametrize("name", ["kivi2", "token4", "int8_tensor"])
 @pytest.mark.parametrize("law", SLOW)
 def test_some_shipped_schemes_obey_the_slower_laws(name: str, law: str) -> None:
