@@ -24,7 +24,7 @@ from kvdsl.cost import bits
 from kvdsl.rules import shape_faults
 from kvdsl.scheme import Scheme
 from kvdsl.schemes import ALL
-from kvdsl.shape import Shape
+from kvdsl.shape import Shape, usual
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = Shape(128, 8, 32)
@@ -44,6 +44,7 @@ same for your scheme and shape, and every other kernel. [speed.md](speed.md) has
 
 Decode attention at head_dim {SHAPE.head_dim}, {SHAPE.group} query heads a kv head, float16. Cells with three figures
 are of {", ".join(ARCHES)}. Of a scheme with tiers there is what its tiers store, where no other scheme stores the same.
+Schemes of shared values have their own head_dim, and 32 query heads for one kv head.
 
 * slots: instructions of all warps of a program for {LINE} packed bytes, code that is rarely run left out.
 * products: m16n8k16 products over the fewest that the codes take, 4/b for {LINE} bytes of codes of b bits. More are of
@@ -106,7 +107,7 @@ def table(rows: Sequence[Sequence[str]], right: Sequence[int]) -> list[str]:
 
 def schemes(names: Sequence[str]) -> dict[str, Scheme]:
     """Those of these names, or all."""
-    known = {name: one for name, one in untiered(ALL).items() if not shape_faults(one, SHAPE)}
+    known = {name: one for name, one in untiered(ALL).items() if not shape_faults(one, usual(one))}
     if unknown := [name for name in names if name not in known]:
         raise SystemExit(f"no scheme without tiers is called {', '.join(unknown)}; take of {', '.join(known)}")
     return {name: known[name] for name in names} if names else known
@@ -118,8 +119,10 @@ def found(chosen: Mapping[str, Scheme], arches: Sequence[str], workers: int) -> 
     for begin in range(0, len(names), TOGETHER):
         some = {name: chosen[name] for name in names[begin : begin + TOGETHER]}
         print(f"{begin} of {len(names)}: {', '.join(some)}", file=sys.stderr, flush=True)
-        for name, rows in figures(some, SHAPE, arches, cache_folder=cache(), workers=workers).items():
-            all_[name] = {one.kernel.arch: one for one in rows}
+        for shape in dict.fromkeys(map(usual, some.values())):
+            alike = {name: one for name, one in some.items() if usual(one) == shape}
+            for name, rows in figures(alike, shape, arches, cache_folder=cache(), workers=workers).items():
+                all_[name] = {one.kernel.arch: one for one in rows}
     return all_
 
 
@@ -157,7 +160,7 @@ def cells(name: str, scheme: Scheme, rows: Mapping[str, Figures]) -> list[str]:
     real = {key: f" ({one:.0%})" for key, one in measured().items()}
     return [
         f"`{name}`",
-        f"{bits(scheme, SHAPE.head_dim).mean:.2f}",
+        f"{bits(scheme).mean:.2f}",
         each("{:.1f}", [kernel.slots for kernel in kernels]),
         each("{:.2f}", [one.mma_ratio for one in ordered]),
         each("{}", [kernel.registers for kernel in kernels]),
@@ -173,7 +176,7 @@ def section(name: str, scheme: Scheme, one: Figures) -> list[str]:
     classes = ", ".join(f"{kind} {kernel.warps * count / lines:.1f}" for kind, count in kernel.counts.items())
     told = [f"### `{name}`", "", f"{kernel.shares[REFERENCE]:.0%} at {kernel.slots:.1f} slots: {pipes_told(one.work)}."]
     told += ["", f"* instructions for {LINE} bytes: {classes}", f"* loads: {loads_told(kernel.loads)}"]
-    return told + [f"* {reason}" for reason in reasons(plan_for(scheme, SHAPE))]
+    return told + [f"* {reason}" for reason in reasons(plan_for(scheme, usual(scheme)))]
 
 
 def golden(compiled: Mapping[str, Mapping[str, Figures]]) -> str:

@@ -22,10 +22,9 @@ from kvdsl.evaluation.tables import losses
 from kvdsl.rules import shape_faults
 from kvdsl.scheme import Scheme
 from kvdsl.schemes import ALL
-from kvdsl.shape import Shape
+from kvdsl.shape import usual
 
 ROOT = Path(__file__).resolve().parent.parent
-SHAPE = Shape(128, 8, 32)
 LINES = 80  # of a loop, which for some schemes has several hundred
 MADE = "Made by `python benchmarks/systems.py`; not written by hand."
 
@@ -38,9 +37,9 @@ def fenced(lines: Sequence[str] | str, language: str = "text") -> str:
 
 def page(name: str, scheme: Scheme, row: dict[str, Any]) -> str:
     """The page of one scheme: `row` as `kvdsl list` has it."""
-    shape = SHAPE
+    shape = usual(scheme)
     if shape_faults(scheme, shape):
-        raise ValueError(f"{name}: it does not fit {shape!r}, for which pages are made")
+        raise ValueError(f"{name}: it does not fit {shape!r}, for which its page is made")
     view = View(name, scheme, shape)
     bits = ", ".join(f"{side} {row['bits'][side]:.3f}" for side in ("keys", "values", "mean"))
     parts = [

@@ -137,7 +137,7 @@ def derive(side: Literal["keys", "values"], store: Store, when: When, alphabet: 
         whole = sp.IndexedBase("x")[token, channel]
         term = Term(sp.Integer(1), query, True) if side == "keys" else Term(weight, sp.Integer(1), True)
         number = "y[t, i] and y[t, i + D/2], with y[t, d]" if store.polar else str(whole)
-        number = "its radius and its angles, each of them" if isinstance(store, Band) else number
+        number = "its radius and its angles, each of them" if isinstance(store, Band) and store.polar else number
         made = f"{whole} made of {number}" if store.polar else number
         statement = f"{outside}*{whole} with {made} = {definition}, decoded before the dot product"
         step = ProofStep(statement, "by definition")

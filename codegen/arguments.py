@@ -58,9 +58,9 @@ Name = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on stdout and nothing else")]
-HeadDim = Annotated[int, typer.Option(help="channels of a head")]
-KvHeads = Annotated[int, typer.Option(help="kv heads of a layer")]
-QHeads = Annotated[int | None, typer.Option(help="query heads of a layer; default 4 for each kv head")]
+HeadDim = Annotated[int | None, typer.Option(help="channels of a head; default the scheme's own, or 128")]
+KvHeads = Annotated[int | None, typer.Option(help="kv heads; default 8, of shared values 1")]
+QHeads = Annotated[int | None, typer.Option(help="query heads; default 4 for each kv head, of shared values 32")]
 Dtype = Annotated[InputFormatName, typer.Option(help="dtype of queries, keys and values")]
 Model = Annotated[str, typer.Option(metavar="DIR", help="a folder in the transformers format, a GGUF file, or smollm2")]
 

@@ -31,7 +31,8 @@ def prove_bijection(layout: Layout) -> tuple[BijectionProof, ...]:
     Raises ProofError where two codes meet or a bit is left over.
     """
     proofs = []
-    parts = [(side + " left" * depth, part) for side in SIDES for depth, part in enumerate(layout.side(side).terms)]
+    sides = SIDES[:1] if layout.shared else SIDES
+    parts = [(side + " left" * depth, part) for side in sides for depth, part in enumerate(layout.side(side).terms)]
     for side, part in parts:
         for stream in part.streams:
             if stream.digits:

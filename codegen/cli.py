@@ -40,6 +40,7 @@ from .cli_eval import evaluate, report
 from .cli_sweep import recommend, sweep
 
 if TYPE_CHECKING:
+    from kvdsl.scheme import Scheme
     from kvdsl.shape import Shape
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
@@ -76,10 +77,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
     return WRONG
 
 
-def _shape(head_dim: int, kv_heads: int, q_heads: int | None, dtype: InputFormatName) -> Shape:
-    from kvdsl.shape import Shape
+def _shape(
+    scheme: Scheme, head_dim: int | None, kv_heads: int | None, q_heads: int | None, dtype: InputFormatName
+) -> Shape:
+    from kvdsl.shape import Shape, usual
 
-    return Shape(head_dim, kv_heads, 4 * kv_heads if q_heads is None else q_heads, dtype.value)
+    found = usual(scheme)
+    heads = found.kv_heads if kv_heads is None else kv_heads
+    return Shape(head_dim or found.head_dim, heads, q_heads or found.group * heads, dtype.value)
 
 
 @app.command("list")
@@ -102,8 +107,8 @@ def list_(json: AsJson = False) -> None:
 def show(
     name: Name,
     stage: Annotated[Stage | None, typer.Option(help="one stage; default all, without the source")] = None,
-    head_dim: HeadDim = 128,
-    kv_heads: KvHeads = 8,
+    head_dim: HeadDim = None,
+    kv_heads: KvHeads = None,
     q_heads: QHeads = None,
     dtype: Dtype = InputFormatName.fp16,
     backend: Annotated[BackendName, typer.Option(help="whose source")] = BackendName.triton,
@@ -119,7 +124,7 @@ def show(
     from . import show as stages
 
     scheme = loaded(name)
-    shape = _shape(head_dim, kv_heads, q_heads, dtype)
+    shape = _shape(scheme, head_dim, kv_heads, q_heads, dtype)
     view = stages.View(label(name, scheme), scheme, shape, backend.value, tokens)
     chosen = [stage.value] if stage else [s for s in stages.STAGES if json or s != "source"]
     told = {each: stages.show(view, each) for each in chosen}
@@ -137,8 +142,8 @@ def emit(
     name: Name,
     out: Annotated[Path, typer.Option(metavar="DIR", help="folder for the file; made if it is not there")],
     backend: Annotated[BackendName, typer.Option(help="triton or torch")] = BackendName.triton,
-    head_dim: HeadDim = 128,
-    kv_heads: KvHeads = 8,
+    head_dim: HeadDim = None,
+    kv_heads: KvHeads = None,
     q_heads: QHeads = None,
     dtype: Dtype = InputFormatName.fp16,
     json: AsJson = False,
@@ -147,7 +152,7 @@ def emit(
     from .emitting import emitted
 
     scheme = loaded(name)
-    called, shape = label(name, scheme), _shape(head_dim, kv_heads, q_heads, dtype)
+    called, shape = label(name, scheme), _shape(scheme, head_dim, kv_heads, q_heads, dtype)
     files = emitted(scheme, shape, called, backend.value, out)
     if json:
         answer.document({"scheme": called, "backend": backend.value, "files": list(map(str, files))})
@@ -161,8 +166,8 @@ def compile_(
     arch: Annotated[
         str, typer.Option(metavar="ARCHES", help="architectures, separated by commas")
     ] = "sm_80,sm_90,sm_100",
-    head_dim: HeadDim = 128,
-    kv_heads: KvHeads = 8,
+    head_dim: HeadDim = None,
+    kv_heads: KvHeads = None,
     q_heads: QHeads = None,
     dtype: Dtype = InputFormatName.fp16,
     details: Annotated[bool, typer.Option("--details", help="what every kernel is made of, not decode alone")] = False,
@@ -175,7 +180,8 @@ def compile_(
     scheme = loaded(name)
     arches = [part.strip() for part in arch.split(",") if part.strip()]
     with answer.progress(f"compiling {name} for {', '.join(arches)}"):
-        path, kernels = compiled(scheme, _shape(head_dim, kv_heads, q_heads, dtype), label(name, scheme), arches)
+        shape = _shape(scheme, head_dim, kv_heads, q_heads, dtype)
+        path, kernels = compiled(scheme, shape, label(name, scheme), arches)
     if json:
         answer.document({"kernels": kernels, "path": str(path)})
         return
@@ -251,7 +257,7 @@ def bench(
     from .benching import results
 
     refuse_plot(plot)
-    found = results(several("bench", names, all_), shape or (), group, head_dim, known() if peers else ())
+    found = results(several("bench", names, all_), shape or (), group, head_dim or 128, known() if peers else ())
     if plot is not None:
         drawn(found, plot)
     if json:
@@ -264,8 +270,8 @@ def bench(
 @app.command()
 def tune(
     names: Annotated[list[str], typer.Argument(metavar="NAME...", help="schemes to tune")],
-    head_dim: HeadDim = 128,
-    kv_heads: KvHeads = 8,
+    head_dim: HeadDim = None,
+    kv_heads: KvHeads = None,
     q_heads: QHeads = None,
     dtype: Dtype = InputFormatName.fp16,
     batch: Annotated[list[int] | None, typer.Option(help="sequences; repeatable; default 1 and 8", min=1)] = None,
@@ -277,7 +283,8 @@ def tune(
     from .tuning import BATCHES, TOKENS, results, told
 
     schemes = {name: loaded(name) for name in names}
-    found = results(schemes, _shape(head_dim, kv_heads, q_heads, dtype), batch or BATCHES, tokens or TOKENS)
+    shapes = {name: _shape(scheme, head_dim, kv_heads, q_heads, dtype) for name, scheme in schemes.items()}
+    found = results(schemes, shapes, batch or BATCHES, tokens or TOKENS)
     if json:
         answer.document({"results": found})
     else:

@@ -133,7 +133,7 @@ def in_steps(side: SidePlan, number: str, ns: Namespace) -> str:
 def made(side: SidePlan) -> bool:
     """Whether the rows that a term is of are float32, as they come from the host or another kernel: not the vectors,
     but what is left of them, without single numbers, the channels of another store, or their positions."""
-    return bool(side.depth or side.parted or side.sparse or side.rope)
+    return bool(side.depth and not side.stretch or side.parted or side.sparse or side.rope)
 
 
 def fine(side: SidePlan) -> bool:

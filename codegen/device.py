@@ -362,3 +362,17 @@ def tanh(x):
     decay = tl.exp2(tl.abs(x) * -2.8853900817779268)
     size = (1.0 - decay) / (1.0 + decay)
     return tl.where(x < 0.0, -size, size)
+
+
+@triton.jit
+def over_columns(numbers, COUNT: tl.constexpr):
+    """Every number of [rows, n] COUNT times side by side: [rows, n * COUNT]."""
+    wide = tl.broadcast_to(numbers[:, :, None], [numbers.shape[0], numbers.shape[1], COUNT])
+    return tl.reshape(wide, [numbers.shape[0], numbers.shape[1] * COUNT])
+
+
+@triton.jit
+def over_rows(numbers, COUNT: tl.constexpr):
+    """Every number of [n, columns] COUNT times one below the other: [n * COUNT, columns]."""
+    tall = tl.broadcast_to(numbers[:, None, :], [numbers.shape[0], COUNT, numbers.shape[1]])
+    return tl.reshape(tall, [numbers.shape[0] * COUNT, numbers.shape[1]])

@@ -5,7 +5,7 @@ Glossary:
   rows           query tokens x heads of the group, along the tensor core's longest side: each decoded tile is read once
                  for all of them
   u              token counted from the first one behind the sinks; low, high: those of this chunk, whose decoded keys
-                 and values are (B, H, held, DIM), token u in row u - low
+                 are (B, H, held, DIM), values (B, H, held, VALUE_DIM), token u in row u - low
   clean tiles    packed on both sides and seen by every row: the main loop, no masks
   other tiles    sinks, window, exact tokens, the newest: decoded or exact, token by token, and masked
   size           power of two that a row of the query was divided by
@@ -76,6 +76,8 @@ def attend_dense(
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     LANES: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_LANES: tl.constexpr,
     SINKS: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -106,14 +108,15 @@ def attend_dense(
     last = asked - queries + token
     oldest = tl.maximum(start, last - window + 1)
     lane = tl.arange(0, LANES)
+    place = tl.arange(0, VALUE_LANES)
     source = query_ptr + ((head * queries + token) * DIM)[:, None] + lane[None, :]
     x = tl.load(source, mask=live[:, None] & (lane < DIM)[None, :], other=0.0).to(tl.float32) * scaling
     size, inverse = above(tl.max(tl.abs(x), 1))
     query = (x * inverse[:, None]).to(dtype)
 
     out = (split.to(tl.int64) * tl.num_programs(0) + bh) * lines + row_index
-    partial = partial_ptr + out[:, None] * DIM + lane[None, :]
-    stored = live[:, None] & (lane < DIM)[None, :]
+    partial = partial_ptr + out[:, None] * VALUE_DIM + place[None, :]
+    stored = live[:, None] & (place < VALUE_DIM)[None, :]
     if GOES_ON:
         peak = tl.load(lse_ptr + out, mask=live, other=-1.0e30)
         mass = tl.where(peak > -1.0e29, 1.0, 0.0)
@@ -121,7 +124,7 @@ def attend_dense(
     else:
         peak = tl.full([ROWS], -1.0e30, tl.float32)
         mass = tl.zeros([ROWS], tl.float32)
-        total = tl.zeros([ROWS, LANES], tl.float32)
+        total = tl.zeros([ROWS, VALUE_LANES], tl.float32)
 
     # tiles of the chunk that some row sees, this program's share of them, and the clean ones among these
     eldest = asked - queries + block * ROWS // GROUP
@@ -145,20 +148,23 @@ def attend_dense(
     clean_end = tl.minimum(tl.maximum(tl.maximum(clean_end, 0) // TOKENS, clean), end)
 
     keys = keys_ptr + bh.to(tl.int64) * held * DIM
-    values = values_ptr + bh.to(tl.int64) * held * DIM
+    values = values_ptr + bh.to(tl.int64) * held * VALUE_DIM
     t = tl.arange(0, TOKENS)
     for tile in tl.range(clean, clean_end, num_stages=STAGES):
-        row = (tile * TOKENS - low + t) * DIM
+        row = tile * TOKENS - low + t
         if LANES == DIM:
-            k = tl.load(keys + lane[:, None] + row[None, :])
-            v = tl.load(values + row[:, None] + lane[None, :])
+            k = tl.load(keys + lane[:, None] + (row * DIM)[None, :])
         else:
-            k = tl.load(keys + lane[:, None] + row[None, :], mask=(lane < DIM)[:, None], other=0.0)
-            v = tl.load(values + row[:, None] + lane[None, :], mask=(lane < DIM)[None, :], other=0.0)
+            k = tl.load(keys + lane[:, None] + (row * DIM)[None, :], mask=(lane < DIM)[:, None], other=0.0)
+        if VALUE_LANES == VALUE_DIM:
+            v = tl.load(values + (row * VALUE_DIM)[:, None] + place[None, :])
+        else:
+            known = (place < VALUE_DIM)[None, :]
+            v = tl.load(values + (row * VALUE_DIM)[:, None] + place[None, :], mask=known, other=0.0)
         peak, mass, total = attended(query, k, v, 0, size, peak, mass, total, softcap, CAPPED, False)
 
     key_rows = key_rows_ptr + bh.to(tl.int64) * (SINKS + ring) * DIM
-    value_rows = value_rows_ptr + bh.to(tl.int64) * (SINKS + ring) * DIM
+    value_rows = value_rows_ptr + bh.to(tl.int64) * (SINKS + ring) * VALUE_DIM
     for step in tl.range(0, end - begin - (clean_end - clean), num_stages=1):
         tile = tl.where(begin + step < clean, begin + step, begin + step + clean_end - clean)
         u = tile * TOKENS + t
@@ -167,18 +173,18 @@ def attend_dense(
         if PLACED:
             stand = tl.load(place_ptr + bh.to(tl.int64) * room + u + SINKS, mask=here, other=0) + origin
         seen = (stand[None, :] <= last[:, None]) & (stand[None, :] >= oldest[:, None]) & here[None, :]
-        row = tl.where(u < 0, u + SINKS, SINKS + (u - first) % ring) * DIM
+        row = tl.where(u < 0, u + SINKS, SINKS + (u - first) % ring)
         coded = (u >= 0) & (u < packed_keys)
         there = (lane < DIM)[:, None] & coded[None, :]
         k = tl.load(keys + lane[:, None] + ((u - low) * DIM)[None, :], mask=there, other=0.0)
         there = (lane < DIM)[:, None] & (here & (coded == 0))[None, :]
-        exact = tl.load(key_rows + lane[:, None] + row[None, :], mask=there, other=0.0)
+        exact = tl.load(key_rows + lane[:, None] + (row * DIM)[None, :], mask=there, other=0.0)
         k = tl.where(coded[None, :], k, exact.to(tl.float32).to(dtype))
         coded = (u >= 0) & (u < packed_values)
-        there = coded[:, None] & (lane < DIM)[None, :]
-        v = tl.load(values + ((u - low) * DIM)[:, None] + lane[None, :], mask=there, other=0.0)
-        there = (here & (coded == 0))[:, None] & (lane < DIM)[None, :]
-        exact = tl.load(value_rows + row[:, None] + lane[None, :], mask=there, other=0.0)
+        there = coded[:, None] & (place < VALUE_DIM)[None, :]
+        v = tl.load(values + ((u - low) * VALUE_DIM)[:, None] + place[None, :], mask=there, other=0.0)
+        there = (here & (coded == 0))[:, None] & (place < VALUE_DIM)[None, :]
+        exact = tl.load(value_rows + (row * VALUE_DIM)[:, None] + place[None, :], mask=there, other=0.0)
         v = tl.where(coded[:, None], v, exact.to(tl.float32).to(dtype))
         peak, mass, total = attended(query, k, v, seen, size, peak, mass, total, softcap, CAPPED, True)
 

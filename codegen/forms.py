@@ -26,7 +26,7 @@ from kvdsl.kernels import Form
 
 from .launches import loop_bytes
 from .placement import When
-from .plan import DECODE_ROWS, Plan, SidePlan
+from .plan import DECODE_ROWS, WIDEST, Plan, SidePlan
 
 TOKENS = 1 << 21  # tokens of a kv head that the constants are of
 CHANNELS = 128
@@ -48,6 +48,7 @@ def form(
     if queries == 1:
         return "decode"
     found, cost = pages_form(plan, queries, packed, exact, window)
+    once = once and plan.shape.head_dim <= WIDEST  # of wider vectors a program has too few rows to be worth it
     return "dense" if once and dense_cost(plan, queries, packed, exact) < cost else found
 
 

@@ -33,6 +33,10 @@ def _term_lines(whole: SidePlan, side: SidePlan) -> list[str]:
         )
     elif side.outliers and not side.masked:
         lines.append(f"{side.title}: o[t, d] = {whole.number}[t, d] of these, 0 of the others; both are added up")
+    elif side.stretch:
+        lines.append(f"{side.title}:" + " scores are added up" * (side.name == "keys"))
+    elif side.shared:
+        lines.append(f"values: the first {side.dim} channels of the keys, read where they stand")
     elif side.depth and not side.masked:
         lines.append(f"{side.title}: r[t, d] = {whole.number}[t, d] - all that is decoded before it; both are added up")
     if side.absorbed is not None:
@@ -118,7 +122,7 @@ def page_lines(plan: Plan) -> list[str]:
     layout = plan.layout
     lines = [f"page: {layout.page_tokens} tokens of {layout.kv_heads} kv heads, {layout.page_bytes} bytes"]
     lines[0] += f" ({layout.head_bytes} a head)"
-    for side in plan.terms:
+    for side in plan.stored:
         part = side.layout
         if side.floats:
             numbers = side.dim if side.band else layout.head_dim
@@ -134,7 +138,7 @@ def page_lines(plan: Plan) -> list[str]:
             planes = f"{part.plane_width} bytes of 5 ternary digits" if stream.digits else ""
             planes = planes or f"{stream.width}-bit planes of {part.plane_width} channels"
             lines.append(f"  {stream.offset:6d}  {side.title}: {planes}, {rows}")
-    for side in plan.terms:
+    for side in plan.stored:
         if held := side.factors:
             vectors = f"{held.blocks} x {held.rank} vectors of {side.dim} fp16"
             lines.append(f"  {held.vectors_offset:6d}  {side.title}: {vectors}")

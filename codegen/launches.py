@@ -49,7 +49,7 @@ def warps(kernel: str, plan: Plan) -> int:
     exact = plan.shape.dtype == "fp32" or any(term.floats == "fp32" for term in plan.terms)
     if kernel == "append":
         # Both sides' blocks, in loops around them, and few programs: twice the warps that pack either.
-        packed = [2 * warps(f"pack_{side}", plan) for side in SIDES if packs(plan.side(side))]
+        packed = [2 * warps(f"pack_{term.label}", plan) for side in SIDES for term in packs(plan.side(side))]
         return min(8, max(4, *packed)) if packed else 1
     if kernel.startswith("pack"):
         return _pack_warps(plan.side(kernel.removeprefix("pack_")))
@@ -84,10 +84,13 @@ def _pack_warps(side: SidePlan) -> int:
     middles between its levels."""
     meta = side.layout.meta
     plain = settled(side) and not (searched(side) or side.scale.refit or side.alphabet.kind == "table")
+    # numbers a program keeps at a time: planes whose channels have scales of their own come singly
+    singly = side.store.measure is not None and side.store.measure.block.channels == 1
+    held = side.span * (side.layout.plane_width if singly else side.dim)
     if side.alphabet.given or meta is None or not plain:
-        return 8 if side.alphabet.given else max(4, min(8, side.held // 1024))
+        return 8 if side.alphabet.given else max(4, min(8, held // 1024))
     alone = meta.tokens > 1 and meta.channels == 1
-    return min(8, max(1, side.span * side.dim // 4096) if alone else max(2, side.held // 2048))
+    return min(8, max(1, side.span * side.dim // 4096) if alone else max(2, held // 2048))
 
 
 def fused(kernel: str) -> bool:
@@ -112,7 +115,7 @@ def loop_bytes(plan: Plan, *, repeated: bool = False) -> int:
     brings them once, and a cache again.
     """
     layout, total = plan.layout, 0
-    for side in plan.terms:
+    for side in plan.stored:
         size = sum(stream.size for stream in side.layout.streams)
         if side.floats:
             size += layout.page_tokens * side.dim * (4 if side.floats == "fp32" else 2)

@@ -23,6 +23,7 @@ from .sections import Beside, Channels, Factors, Slots
 from .tiling import NARROWEST, PAIR
 
 ALIGN = 16  # bytes: what one asynchronous copy moves
+MOST_PLANES = 16  # that groups of channels may ask for: a product for each of more takes minutes to compile
 FACTORED = 32  # lanes of a plane that vectors of low rank are read in: wider ones fill the registers
 
 
@@ -179,7 +180,7 @@ class SideLayout:
 
 @dataclass(frozen=True)
 class Layout:
-    """A page: sizes in bytes."""
+    """A page: sizes in bytes.  `shared`: what is told of values stands in the keys' own sections."""
 
     head_dim: int
     kv_heads: int
@@ -188,6 +189,7 @@ class Layout:
     page_bytes: int
     keys: SideLayout
     values: SideLayout
+    shared: bool = False
 
     def side(self, name: str) -> SideLayout:
         return self.keys if name == "keys" else self.values
@@ -257,7 +259,7 @@ def _common_width(store: Store, head_dim: int) -> int:
         return width
     while group % narrow and narrow % 2 == 0 and narrow // 2 >= NARROWEST:
         narrow //= 2
-    return width if group % narrow else narrow
+    return width if group % narrow or head_dim // narrow > MOST_PLANES else narrow
 
 
 def _streams(bits: int, head_dim: int, width: int, tokens: int, offset: int) -> tuple[tuple[Stream, ...], int]:
@@ -306,7 +308,8 @@ def _digit_stream(spans: tuple[Span, ...], row: int, tokens: int, offset: int) -
 def lay_out(scheme: Scheme, shape: Shape) -> Layout:
     """The page of a scheme at a shape: sections in the order key codes, value codes, key metadata, value metadata, what
     is of what a store left behind its own, and stretches one behind the other."""
-    stores = {(side, depth): store for side in SIDES for depth, store in enumerate(scheme.side(side).terms)}
+    held = SIDES[:1] if scheme.shared else SIDES
+    stores = {(side, depth): store for side in held for depth, store in enumerate(scheme.side(side).terms)}
     dims = {at: store.coded(shape.head_dim) for at, store in stores.items()}
     tokens = math.lcm(tile_tokens(scheme), *map(waiting, stores.values()))
     offset, codes = 0, {}
@@ -342,9 +345,9 @@ def lay_out(scheme: Scheme, shape: Shape) -> Layout:
         if meta is not None and not meta.shared:
             metas[at] = replace(meta, offset=offset)
             offset = aligned(offset + meta.size)
-        if (held := codes[at].factors) is not None:  # the vectors of a block, where others have scales
-            codes[at] = replace(codes[at], factors=replace(held, vectors_offset=offset))
-            offset = aligned(offset + 2 * held.blocks * held.rank * dims[at])
+        if (rank := codes[at].factors) is not None:  # the vectors of a block, where others have scales
+            codes[at] = replace(codes[at], factors=replace(rank, vectors_offset=offset))
+            offset = aligned(offset + 2 * rank.blocks * rank.rank * dims[at])
         if (slots := codes[at].slots) is not None:
             codes[at] = replace(codes[at], slots=replace(slots, places_offset=offset))
             offset = aligned(offset + slots.entries)
@@ -362,4 +365,5 @@ def lay_out(scheme: Scheme, shape: Shape) -> Layout:
     for side, depth in reversed(stores):
         here = side, depth
         sides[side] = replace(codes[here], meta=metas[here], rest=sides.get(side))
-    return Layout(shape.head_dim, shape.kv_heads, tokens, head_bytes, offset, sides["keys"], sides["values"])
+    keys, values = sides["keys"], sides.get("values") or replace(sides["keys"], rest=None)
+    return Layout(shape.head_dim, shape.kv_heads, tokens, head_bytes, offset, keys, values, scheme.shared)

@@ -10,8 +10,9 @@ from kvdsl.registry import load, names
 from kvdsl.scheme import Scheme
 
 
-def rows(head_dim: int = 128) -> list[dict[str, Any]]:
-    """One row a scheme: name, system, source, bits (keys, values, mean) of a packed element at this head_dim."""
+def rows(head_dim: int | None = None) -> list[dict[str, Any]]:
+    """One row a scheme: name, system, source, bits (keys, values, mean) of a packed element at this head_dim, or each
+    scheme's own, else 128."""
     found = []
     for name in names():
         scheme = load(name)

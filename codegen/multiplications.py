@@ -40,7 +40,7 @@ def multiplications(plan: Plan, side: SidePlan) -> Multiplications:
     """What remains of one side."""
     steps, zero = Planes(plan, side).steps, Fraction(0)
     unpacking = Fraction(1, 2) if side.layout.digits else zero  # a register holds two numbers
-    if side.band:
+    if side.band and side.polar:
         turned = Fraction(_inside("cartesian")) if side.depth else zero  # two channels are made with every angle
         each = _count([steps.number("c", "s", "z")]) if not side.floats else 0
         return Multiplications((each + turned) * max(1, lanes(plan.side(side.name)) // side.dim), zero, zero)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
 from kvdsl.rules import refuse_for
@@ -65,6 +65,11 @@ class Plan:
         return self.keys.terms + self.values.terms
 
     @property
+    def stored(self) -> tuple[SidePlan, ...]:
+        """Those that have sections of their own there."""
+        return self.keys.terms if self.values.shared else self.terms
+
+    @property
     def spaces(self) -> tuple[SidePlan, ...]:
         """The terms of both sides whose numbers are those of a map of their own."""
         return self.keys.spaces + self.values.spaces
@@ -108,7 +113,9 @@ def plan_for(scheme: Scheme, shape: Shape) -> Plan:
     refuse_for(scheme, shape)
     layout = lay_out(scheme, shape)
     proofs = prove_bijection(layout)
-    keys, values = (_planned(name, scheme.side(name), layout.side(name), shape) for name in SIDES)
+    dims = {name: scheme.dim(name, shape.head_dim) for name in SIDES}
+    keys, values = (_planned(name, scheme.side(name), layout.side(name), shape, dims[name]) for name in SIDES)
+    values = replace(values, shared=scheme.shared)
     terms = keys.terms + values.terms
     paired = any(term.layout.paired for term in terms)
     # two planes at once are decoded, with what they become, or looked up
@@ -125,15 +132,18 @@ def plan_for(scheme: Scheme, shape: Shape) -> Plan:
     return Plan(scheme, shape, layout, keys, values, tokens, tokens // half, proofs)
 
 
-def _planned(name: Side, store: Store, part: SideLayout, shape: Shape, depth: int = 0, first: int = 0) -> SidePlan:
-    """A term of a store and those behind it."""
+def _planned(
+    name: Side, store: Store, part: SideLayout, shape: Shape, dim: int, depth: int = 0, first: int = 0
+) -> SidePlan:
+    """A term of a store and those behind it; `dim`: numbers of a vector of the side."""
     term, row, rest = store.terms[depth], store.rows(name)[depth], None
     if part.rest is not None:
-        rest = _planned(name, store, part.rest, shape, depth + 1, first + row * part.width * term.joined)
+        rest = _planned(name, store, part.rest, shape, dim, depth + 1, first + row * part.width * term.joined)
     alphabet = alphabet_of(term, _channels(term, shape))
     home = name if isinstance(term, Band) else store.placed(name)[depth][0]
     fine = shape.dtype != "fp16"
-    return SidePlan(name, term, part, place(term, part), alphabet, shape.head_dim, rest, depth, first, row, fine, home)
+    when = place(term, part)
+    return SidePlan(name, term, part, when, alphabet, dim, rest, depth, first, row, fine, home=home)
 
 
 def _channels(store: Store, shape: Shape) -> int:

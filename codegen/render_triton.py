@@ -23,7 +23,7 @@ def render(plan: Plan, name: str) -> str:
     kernels = [write(plan, term) for term in plan.spaces if term.mapped for write in (turn, restore)]
     kernels += [turn_query(plan)] if plan.keys.through else []
     kernels += [unrope(plan), rope(plan)] if plan.keys.rope is not None else []
-    kernels += [pack_of(plan, term) for term in plan.terms]
+    kernels += [pack_of(plan, term) for term in plan.stored]
     kernels.append(append(plan))
     kernels += [unpack_of(plan, term, attend.addresses(several=False)) for term in plan.terms]
     kernels.append(attend.scores(plan.rows(many=True)))

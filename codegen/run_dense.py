@@ -15,7 +15,7 @@ from kvdsl.errors import BackendError
 
 from .chunks import decoded_chunks
 from .device_dense import attend_dense
-from .plan import Plan
+from .plan import WIDEST, Plan
 from .run_parts import LOG2E, NO_WINDOW, Part, Scratch
 from .text import padded
 
@@ -32,7 +32,7 @@ def dense_type(plan: Plan) -> torch.dtype:
 def tiles(plan: Plan, rows: int) -> dict[str, int]:
     """Constants of the kernel for so many rows of a kv head, as registers allow: rows of a program, tokens of a tile,
     and the depth of the pipeline where shared memory has room for it."""
-    if dense_type(plan) == torch.float32:  # no tensor core multiplies float32 numbers
+    if dense_type(plan) == torch.float32 or plan.shape.head_dim > WIDEST:  # no tensor cores, or few registers
         return {"ROWS": 16, "TOKENS": 16, "STAGES": 1}
     if padded(plan.shape.head_dim) > WIDE:
         return {"ROWS": 64, "TOKENS": 32, "STAGES": 2}
@@ -61,7 +61,8 @@ def attend(part: Part, into: Scratch, lines: int) -> None:
         "ahead": state.ahead, "room": 0 if places is None else places.at.shape[2],
         "origin": 0 if places is None else places.origin, "splits": part.clean, "lines": lines,
         "scaling": state.scaling * (1.0 if capped else LOG2E), "softcap": state.softcap if capped else 1.0,
-        "HEADS": shape.kv_heads, "GROUP": shape.group, "DIM": dim, "LANES": padded(dim), "SINKS": plan.sinks,
+        "HEADS": shape.kv_heads, "GROUP": shape.group, "DIM": dim, "LANES": padded(dim),
+        "VALUE_DIM": plan.values.channels, "VALUE_LANES": padded(plan.values.channels), "SINKS": plan.sinks,
         "CAPPED": capped, "PLACED": places is not None,
     }  # fmt: skip
     grid = (part.programs, part.clean, programs(part) // max(1, part.programs))

@@ -43,8 +43,11 @@ class PageModule(KernelModule):
              reach: tuple[int, int], pool: Tensor, table: Tensor, params: Params,
              places: Places | None = None) -> None:  # fmt: skip
         part, rows = self.plan.side(side), rows.contiguous()
+        if part.shared:  # packed with the keys
+            return
         if not part.turned and part.residual is None:
-            self._pack(part, rows, first, offset, begin, end, reach, pool, table, params)
+            for term in part.parts:
+                self._pack(term, rows, first, offset, begin, end, reach, pool, table, params)
             return
         for low, high in self._chunks(part, *reach, rows.shape[0]):
             at, source, start, taken, chosen, above = first, rows, offset, None, None, None
@@ -95,7 +98,7 @@ class PageModule(KernelModule):
         }  # fmt: skip
         self._run("append", (batch * heads, 2), given, into.pool, params)
         for side in SIDES:
-            if not packs(self.plan.side(side)):
+            if not (self.plan.side(side).shared or packs(self.plan.side(side))):
                 pack_due(self.pack, side, into, params, self.plan.sinks, self.plan.layout.page_tokens)
 
     def _put(self, kernel: str, rows: Mapping[str, Tensor], begin: Tensor, end: Tensor, low: int, pool: Tensor,
@@ -181,7 +184,8 @@ class PageModule(KernelModule):
         places: Places | None = None, dtype: torch.dtype = torch.float32,
     ) -> Tensor:  # fmt: skip
         """See KernelSet; what is decoded is rounded to `dtype` where a kernel stores it."""
-        part, batch, dim = self.plan.side(side), table.shape[0], self.plan.shape.head_dim
+        part, batch = self.plan.side(side), table.shape[0]
+        dim = part.channels
         if not part.turned and part.residual is None or begin >= end:
             return self._unpack(part, pool, table, begin, end, dim, params, dtype)
         found = []

@@ -77,14 +77,14 @@ class Part:
 
     def shared(self, count: int) -> Scratch:
         """Room for `count` partials of the head's own numbers."""
-        return self._scratch(count, self.plan.shape.head_dim)
+        return self._scratch(count, self.plan.values.channels)
 
     def own(self) -> Scratch:
         """Room for this segment's partials."""
         values, edges = self.plan.values, self.places(self.edges)
         found = self._scratch(self.count, values.row)
         if values.apart:  # sums over exact rows, which the map of the values does not touch
-            found["exact_ptr"] = self.floats(edges * self.plan.shape.head_dim)
+            found["exact_ptr"] = self.floats(edges * self.plan.values.channels)
             found["share_ptr"] = self.floats(edges)
         return found
 
@@ -92,7 +92,7 @@ class Part:
         """Put back into the first `count` partials what was taken out of the segment's numbers."""
         if self.fold is None:
             return
-        dim, lines = self.plan.shape.head_dim, blocks * rows
+        dim, lines = self.plan.values.channels, blocks * rows
         partials = into["partial_ptr"][: count * self.programs * lines * dim].view(count, self.programs, lines, dim)
         if self.fold.factor is not None:
             partials.mul_(self.fold.factor.reshape(1, self.programs, 1, dim))
@@ -107,7 +107,7 @@ class Part:
     def behind(self, scratch: Scratch, count: int) -> Scratch:
         """What stands behind the first `count` partials of a shared buffer."""
         places = self.places(count)
-        starts = {"partial_ptr": places * self.plan.shape.head_dim, "lse_ptr": places}
+        starts = {"partial_ptr": places * self.plan.values.channels, "lse_ptr": places}
         return {name: scratch[name][start:] for name, start in starts.items()}
 
     def floats(self, *size: int) -> Tensor:

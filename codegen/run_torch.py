@@ -224,7 +224,7 @@ class TorchModule(TorchPages):
         columns = self._rows(query, state.scaling if state.softcap is not None else state.scaling * LOG2E)
         heads, rows = columns.shape[0] * columns.shape[1], columns.shape[3]
         most = columns.new_full((*columns.shape[:2], 1, rows), -torch.inf)
-        mass, total = torch.zeros_like(most), torch.zeros_like(columns)
+        mass, total = torch.zeros_like(most), columns.new_zeros(*most.shape[:2], self.plan.values.channels, rows)
         spans = [(-sinks, min(sinks, state.longest) - sinks)] if sinks else []
         for low, high in [*spans, *decoded_chunks(self.plan, state, 4 * heads * (2 * rows + 4 * dim))]:
             u = torch.arange(low, high, device=query.device)

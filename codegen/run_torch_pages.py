@@ -133,6 +133,8 @@ class TorchPages:
     def pack(self, side: Side, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor,
              reach: tuple[int, int], pool: Tensor, table: Tensor, params: Params,
              places: Places | None = None) -> None:  # fmt: skip
+        if self.plan.side(side).shared:  # packed with the keys
+            return
         tokens = self.plan.layout.page_tokens
         low, high = reach[0] // tokens, -(-reach[1] // tokens)
         if self.plan.side(side).layout.rowwise:
@@ -324,7 +326,7 @@ class TorchPages:
     ) -> Tensor:  # fmt: skip
         shape, tokens = self.plan.shape, self.plan.layout.page_tokens
         if end <= begin:
-            return torch.empty(table.shape[0], shape.kv_heads, 0, shape.head_dim, device=pool.device)
+            return torch.empty(table.shape[0], shape.kv_heads, 0, self.plan.side(side).channels, device=pool.device)
         low, high = begin // tokens, -(-end // tokens)
         pages, span = self._gather(pool, table, low, high), slice(begin - low * tokens, end - low * tokens)
         whole = self.plan.side(side)

@@ -216,7 +216,7 @@ class TritonModule(PageModule):
 
     def _output(self, kernel: str, part: Part, scratch: Scratch, count: int) -> tuple[Tensor, Tensor]:
         """(out like the query, lse (B, Hq, Q) float32) of `count` partials."""
-        out = torch.empty_like(part.query, memory_format=torch.contiguous_format)
+        out = part.query.new_empty(*part.query.shape[:3], self.plan.values.channels)
         lse = part.floats(*out.shape[:3])
         as_words = out.view(torch.int16) if out.dtype == torch.bfloat16 else out
         self._merge(kernel, part, scratch, count, out_ptr=as_words, out_lse_ptr=lse)

@@ -194,7 +194,7 @@ def cost_stage(view: View) -> Stage:
     layout = plan.layout
     found = cost.bits(view.scheme, shape.head_dim, shape.kv_heads, view.tokens)
     sides: dict[str, Any] = {side: _side_cost(plan, found, side) for side in SIDES}
-    exact = 2 * 2 * shape.kv_heads * shape.head_dim
+    exact = 2 * shape.kv_heads * shape.head_dim * (1 if view.scheme.shared else 2)
     per_token = found.mean / 8 * 2 * shape.kv_heads * shape.head_dim
     read = loop_bytes(plan, repeated=True) * shape.kv_heads / plan.tile
     data: dict[str, Any] = {

@@ -110,7 +110,7 @@ def _where(side: SidePlan, term: Term) -> str:
         again = ", mapped back" if side.mixed else ""
         again += ", and turned back to its position" if side.rope is not None else ""
         again = ", radius and angle become two channels" if side.polar else again
-        again = ", radii and angles become channels" if side.band else again
+        again = ", radii and angles become channels" if side.band and side.polar else again
         return f"the number is decoded in the loop{again}, before the dot product"
     said = []
     carrier, target = ("the query", "the dot product") if side.name == "keys" else ("the weights", "the output")

@@ -24,10 +24,10 @@ Stage = tuple[dict[str, Any], list[str]]
 def page(plan: Plan) -> Stage:
     """(data, lines) of a plan's page."""
     layout = plan.layout
-    sections = [row for side in plan.terms for row in _sections(plan, side)]
+    sections = [row for side in plan.stored for row in _sections(plan, side)]
     sections.sort(key=lambda row: (row["shared"], row["offset"]))
-    streams = {side.path: [_stream(side.layout, s) for s in side.layout.streams] for side in plan.terms}
-    wide = max(6, *(len(side.path) for side in plan.terms))
+    streams = {side.path: [_stream(side.layout, s) for s in side.layout.streams] for side in plan.stored}
+    wide = max(6, *(len(side.path) for side in plan.stored))
     data = {
         "page_tokens": layout.page_tokens,
         "page_bytes": layout.page_bytes,
@@ -47,7 +47,7 @@ def page(plan: Plan) -> Stage:
     for row in sections:
         at = f"{row['offset']:8d} {row['bytes']:8d}  {row['side']:{wide}s}  {row['holds']}"
         lines.append(at + ("  (from the page's start)" if row["shared"] else ""))
-    for side in plan.terms:
+    for side in plan.stored:
         for stream in side.layout.streams:
             lines += ["", *_drawn(side, stream)]
     lines += [""] if plan.bijection else []

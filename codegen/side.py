@@ -47,6 +47,8 @@ class SidePlan:
     """Whether it has a place there."""
     fine: bool = False
     """Whether vectors have numbers that may be smaller than float16 has any."""
+    shared: bool = False
+    """Whether it is read where the keys' first stretch stands, and nowhere written."""
     home: str = ""
     """Where its store stands in the spec: the beginning of the names of the map of its row."""
 
@@ -59,6 +61,11 @@ class SidePlan:
     def band(self) -> Band | None:
         """Which stretch of a row it is, where it is one."""
         return self.store if isinstance(self.store, Band) else None
+
+    @property
+    def stretch(self) -> bool:
+        """It is a band of the vector's own channels."""
+        return self.band is not None and not self.polar
 
     @property
     def residual(self) -> SidePlan | None:
@@ -98,25 +105,24 @@ class SidePlan:
     @property
     def outliers(self) -> bool:
         """Whether this term is of outliers: channels, or single numbers."""
-        picked = self.store.pick is not None and self.store.pick.top
-        return self.slots is not None or self.chosen is not None or picked
+        return bool(self.slots or self.chosen or self.store.pick and self.store.pick.top)
 
     @property
     def title(self) -> str:
         """What a person calls this term."""
         if self.band:
-            return f"{self.name}, {f'angles of level {self.depth}' if self.depth else 'radii'}"
+            polar = f"angles of level {self.depth}" if self.depth else "radii"
+            return f"{self.name}, {f'channels from {self.first} on' if self.stretch else polar}"
         if self.outliers:
             return f"{self.name}, {'single numbers' if self.slots else 'outlier channels'}"
         return self.name + ", what is left" * self.home.count(".residual")
 
     @property
     def number(self) -> str:
-        """What a decoded number is called in formulas: k or v, o of outlier channels, r of what is left; of bands r a
-        radius, a2 an angle of the second level."""
-        if self.band:
+        """What a decoded number is called: k or v, o of outlier channels, r of a rest; r a radius, a2 an angle."""
+        if self.band and not self.stretch:
             return f"a{self.depth}" if self.depth else "r"
-        return self.mark[-1:] or self.name[0]
+        return self.name[0] if self.stretch else self.mark[-1:] or self.name[0]
 
     @property
     def letter(self) -> str:
@@ -126,7 +132,7 @@ class SidePlan:
     @property
     def mark(self) -> str:
         """What tells the names of this term from those of the others of its side."""
-        if self.band:
+        if self.band and (self.depth or not self.stretch):
             return "abcdef"[self.depth]
         return "o" * self.outliers + "r" * self.home.count(".residual")
 
@@ -157,12 +163,6 @@ class SidePlan:
         block = token_block(self.store)
         return block if block > 1 else PAIR
 
-    @property
-    def held(self) -> int:
-        """Numbers a program of `pack` keeps at a time: planes whose channels have scales of their own come singly."""
-        alone = self.store.measure is not None and self.store.measure.block.channels == 1
-        return self.span * (self.layout.plane_width if alone else self.dim)
-
     @cached_property
     def form(self) -> NormalForm:
         """The derivation and its proof: made when text is printed, not when stored text is loaded."""
@@ -190,7 +190,7 @@ class SidePlan:
     @property
     def rows(self) -> str:
         """What the rows of a page's numbers are called, where they are stored as they are."""
-        return f"{self.letter}_floats" if self.band else f"{self.name[:-1]}_floats"
+        return f"{self.letter}_floats" if self.band or self.shared else f"{self.name[:-1]}_floats"
 
     @property
     def uniform(self) -> Uniform | None:

@@ -31,8 +31,8 @@ PAGE = f"""# Schemes
 
 Made by `{COMMAND}`; not written by hand.
 
-* bits: of a packed number at head_dim {HEAD_DIM}, those of its code + those of metadata and padding, without the exact
-  window.
+* bits: of a packed number at head_dim {HEAD_DIM}, or the scheme's own: those of its code + those of metadata and
+  padding, without the exact window.
 * mse: mean squared error of standard normal numbers through packed bytes.
 * score error, output error: size of the error of q.k and of the output of causal attention, over the size of the exact
   ones. Keys have an offset in every channel and four outlier channels a head, 8 to 20 times larger; values are standard
@@ -63,7 +63,7 @@ def known(name: str, scheme: Scheme) -> dict[str, Any]:
     source."""
     from kvdsl.params import from_data
 
-    bits, home = cost.bits(scheme, HEAD_DIM), _home(scheme)
+    bits, home = cost.bits(scheme), _home(scheme)
     return {
         "scheme": name,
         "bits": {"keys": bits.keys, "values": bits.values, "mean": bits.mean},

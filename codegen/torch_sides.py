@@ -26,7 +26,8 @@ class TorchSide(TorchPack):
 
     def functions(self) -> list[str]:
         texts = functions(self.side, "torch.") if self.side.coded else []
-        texts += [] if self.side.beside else [self.pack()]  # what is kept of chosen channels is bytes when it comes
+        made = self.side.beside or self.side.shared  # chosen channels are bytes when they come, or keys are packed
+        texts += [] if made else [self.pack()]
         if self.side.layout.meta is not None:
             texts.append(self.numbers())
         texts += [self.codes()] if self.side.coded else []
@@ -241,7 +242,7 @@ class TorchSide(TorchPack):
                 out.add("return scored(blocks, query).flatten(2, 3)")
                 return str(out)
             out.add('"""q.k of every packed token: query float32 (B, H, D, rows) -> (B, H, tokens, rows)."""')
-            if side.when in (When.NEVER, When.IN_LOOP):
+            if side.when in (When.NEVER, When.IN_LOOP) or side.band:
                 out.add(f"return scored({self._channels_of(f'unpack_{side.space}')}, query)")
                 return str(out)
             out.extend([*self._codes(), *self._numbers()])
@@ -313,7 +314,7 @@ class TorchSide(TorchPack):
         side, out = self.side, Lines()
         with out.deeper(f"def {side.product}({', '.join(['weights', *self.inputs_of_all()])}):"):
             out.add('"""Sums of packed values: weights float32 (B, H, tokens, rows) -> (B, H, D, rows)."""')
-            if side.when in (When.NEVER, When.IN_LOOP):
+            if side.when in (When.NEVER, When.IN_LOOP) or side.band:
                 decoded = self._channels_of(f"unpack_{side.space}")
                 out.add(f"return weighed(used({decoded}, weights, 1), weights)")
                 return str(out)

@@ -46,7 +46,7 @@ tl.debug_barrier()
 begin = tl.load(packed_${side}_ptr + b)
 end = tl.load(due_${side}_ptr + b)
 for step in range(begin // $span, (end + $span_less) // $span):
-    keep_$side(
+    keep_$label(
         step,
         bh,
         begin,
@@ -57,11 +57,13 @@ for step in range(begin // $span, (end + $span_less) // $span):
 """
 
 
-def packs(side: SidePlan) -> bool:
-    """Whether `append` packs a side's blocks as well: codes of the numbers as they are, each head's own."""
-    meta = side.layout.meta
+def packs(side: SidePlan) -> tuple[SidePlan, ...]:
+    """What `append` packs of a side's blocks as well, all of it or nothing: codes of the numbers as they are, each
+    head's own."""
     plain = not (side.turned or side.factors or side.slots or side.beside or side.parted or side.residual)
-    return plain and (meta is None or meta.heads == 1)
+    metas = [term.layout.meta for term in side.parts]
+    own = plain and not side.shared and all(meta is None or meta.heads == 1 for meta in metas)
+    return side.parts if own else ()
 
 
 def append(plan: Plan) -> str:
@@ -70,21 +72,28 @@ def append(plan: Plan) -> str:
     args, keeps = list[str](), dict[Side, list[str]]()
     for name, side in zip(SIDES, sides, strict=True):
         rows, keeps[name] = ROWS[name], []
-        if packs(side):
-            pack = Pack(plan, side)
+        for term in packs(side):
+            pack = Pack(plan, term)
             pack.text()
             args += [f"packed_{name}_ptr", f"due_{name}_ptr", *pack.arguments]
             given = [_given(plan, rows, one) for one in pack.arguments]
-            holes = {"side": name, "span": side.span, "span_less": side.span - 1}
-            keeps[name] = fill(KEEP, **holes, args=[f"{one}," for one in given]).splitlines()
-    dim, lanes, sinks = plan.shape.head_dim, padded(plan.shape.head_dim), plan.sinks
-    mask = "" if dim == lanes else f", mask=d < {dim}"
+            holes: dict[str, str | int] = {"side": name, "label": term.label, "span": term.span}
+            holes["span_less"] = term.span - 1
+            keeps[name] += fill(KEEP, **holes, args=[f"{one}," for one in given]).splitlines()
+    lanes, sinks = padded(plan.shape.head_dim), plan.sinks
     known = {"rows_ptr", "total_rows", "offset", "ring", "table_width"}
     own = [one for one in dict.fromkeys(args) if one not in known]
     total = f"({sinks} + ring)" if sinks else "ring"
     writes = {
-        name: fill(WRITE, side=name, rows=ROWS[name], head_dim=dim, mask=mask).splitlines() + keeps[name]
-        for name in SIDES
+        name: fill(
+            WRITE,
+            side=name,
+            rows=ROWS[name],
+            head_dim=side.channels,
+            mask="" if side.channels == lanes else f", mask=d < {side.channels}",
+        ).splitlines()
+        + keeps[name]
+        for name, side in zip(SIDES, sides, strict=True)
     }
     return fill(
         APPEND, args=[f"{one}," for one in own], heads=plan.shape.kv_heads, total=total, lanes=lanes,

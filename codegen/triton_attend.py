@@ -77,7 +77,7 @@ def $name(
         # edges: sinks, a partly visible first page, and all that follows the clean pages; decoded, or exact, by token
         first = tl.load(first_ptr + b)
         key_rows = key_rows_ptr + bh.to(tl.int64) * ($sinks + ring) * $head_dim
-        value_rows = value_rows_ptr + bh.to(tl.int64) * ($sinks + ring) * $head_dim
+        value_rows = value_rows_ptr + bh.to(tl.int64) * ($sinks + ring) * $value_dim
         $rows_see
         end = length - $sinks
         $lanes
@@ -151,9 +151,9 @@ class Attend:
         self.plan = plan
         alone = (term for term in plan.keys.terms if not (term.masked and term.store.gathers))  # else read with another
         keys = [keys_of(plan, term, head) for term in alone for head in term.heads]
-        keys = [FoldedKeys(plan, plan.keys)] if plan.keys.band else keys
+        keys = [FoldedKeys(plan, plan.keys)] if plan.keys.polar and plan.keys.band else keys
         values = [values_of(plan, term, head) for term in plan.values.terms for head in term.heads]
-        values = [FoldedValues(plan, plan.values)] if plan.values.band else values
+        values = [FoldedValues(plan, plan.values)] if plan.values.polar and plan.values.band else values
         self.keys, self.values = KeySide(plan, keys), ValueSide(plan, values)
         self.pools = pools(plan)
 
@@ -162,7 +162,8 @@ class Attend:
         sub = plan.layout.page_tokens // plan.tile
         return {
             "rows": rows, "heads": plan.shape.kv_heads, "q_heads": str(plan.shape.q_heads), "group": plan.shape.group,
-            "head_dim": plan.shape.head_dim, "sinks": plan.sinks, "page": plan.layout.page_tokens,
+            "head_dim": plan.shape.head_dim, "value_dim": plan.values.channels, "sinks": plan.sinks,
+            "page": plan.layout.page_tokens,
             "page_less": plan.layout.page_tokens - 1, "tile": plan.tile, "tile_less": plan.tile - 1, "sub": sub,
             "per_page": f" // {sub}" if sub > 1 else "", "tiles": f" * {sub}" if sub > 1 else "",
             "next": f"(tile + 1) // {sub}" if sub > 1 else "tile + 1",

@@ -11,6 +11,7 @@ from .placement import When
 from .plan import Plan, SidePlan
 from .printer import number
 from .text import plus
+from .triton_groups import UNIT, halves, in_halves
 from .triton_meta import entry, read, static_read, token_entry
 from .triton_planes import Planes
 from .triton_rope import Positions
@@ -107,6 +108,13 @@ class Keys(Planes):
             for i, (j, made) in enumerate(self.packed_channels(half, tokens)):
                 lines += [*made, self._dot(j, first=not i)]
             return lines
+        if when is When.IN_LOOP and self.exact == "tl.float16" and in_halves(self):
+            lines += [line for j in range(layout.planes) for line in halves(self, j, self._parts(j, half), tokens)]
+            return [
+                *lines,
+                *self._dots("s", [(f"n{j}", f"e{j}") for j in range(layout.planes)]),
+                f"s = s * {2.0**UNIT}",
+            ]
         if when is When.IN_LOOP:
             lines += self.decode(half, tokens)
             dots = [(f"n{j}.to({self.exact})", f"e{j}") for j in range(layout.planes)]
@@ -253,7 +261,7 @@ class Keys(Planes):
         lines = []
         for j in range(self.side.layout.planes):
             address = f"{token} * {self.side.dim} + {lane}{plus(j * self.width)}"
-            lines.append(f"k = tl.load(key_floats + {address}{other})")
+            lines.append(f"k = tl.load({self.side.rows} + {address}{other})")
             left, right = "k", f"e{j}"
             if fp32 and self.exact == "tl.float16":
                 right = f"x{j}"
@@ -281,14 +289,16 @@ class Keys(Planes):
         start = positions.unmap.first(0) if positions.unmap is not None else []
         return start + self._at_positions(positions, words, planes, positions.own(), positions.own_waves)
 
-    def exact_scores(self, there: str) -> list[str]:
-        """r = scores of exact edge tokens, where a mask says that they are there, in the planes of the decoded ones."""
+    def exact_scores(self, there: str, *, more: bool = False) -> list[str]:
+        """r = scores of exact edge tokens, where a mask says that they are there, in the planes of the decoded ones;
+        `more`: their share is added to it."""
         token, lane = self.grid("row", self.lane)
-        lines = [f"source = key_rows + {token} * {self.plan.shape.head_dim} + {lane}"]
+        first = plus(self.side.first) if self.side.stretch else ""
+        lines = [f"source = key_rows + {token} * {self.plan.shape.head_dim} + {lane}{first}"]
         for j in range(self.side.layout.planes):
             load = f"tl.load({self.at('source', j)}, mask={self.mask(there, j)}, other=0.0)"
             lines.append(f"k = {load}.to(tl.float32).to({self.exact})")
-            lines.append(f"r = tl.dot(k, e{j}{', r' if j else ''}{self.precise})")
+            lines.append(f"r = tl.dot(k, e{j}{', r' if j or more else ''}{self.precise})")
         return self.own(lines)
 
 
@@ -380,6 +390,8 @@ class KeySide:
         """r = scores of edge tokens, from exact rows, where a mask says that they are there."""
         if self.exact_rows is not None:
             return self.exact_rows.scores(there)
+        if self.side.stretch:
+            return [line for i, term in enumerate(self.terms) for line in term.exact_scores(there, more=i > 0)]
         plain = (term for term in self.terms if term.side is self.side.plain)
         return next(plain, self.first).exact_scores(there)  # of bands the one that has all
 

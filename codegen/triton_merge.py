@@ -133,7 +133,8 @@ def unite(plan: Plan) -> str:
 def _text(plan: Plan, name: str, through: bool, into: str) -> str:
     """A merge: `through` the map of the values, `into` outputs or one partial."""
     shape, values = plan.shape, plan.values
-    holes: dict[str, str | int] = {"heads": shape.kv_heads, "head_dim": shape.head_dim, "group": shape.group}
+    dim = values.channels
+    holes: dict[str, str | int] = {"heads": shape.kv_heads, "head_dim": dim, "group": shape.group}
     result = {"fp16": "total.to(tl.float16)", "fp32": "total", "bf16": "bits_bf16(total).to(tl.int16)"}[shape.dtype]
     apart, shifted = through and values.apart, through and values.shifted
     sources = whole_arguments(values) if through else []
@@ -141,11 +142,11 @@ def _text(plan: Plan, name: str, through: bool, into: str) -> str:
     if through:
         turned = {**holes, "dim": values.row, "step": min(MERGE_LANES, padded(values.row))}
         turned |= {"matrix_ptr": whole_map(values)[0], "stride": whole_map(values)[1]}
-        shift = fill(SHIFT, head_dim=shape.head_dim).splitlines() if shifted else []
-        exact = [f"total = tl.zeros([{padded(shape.head_dim)}], tl.float32)"]
+        shift = fill(SHIFT, head_dim=dim).splitlines() if shifted else []
+        exact = [f"total = tl.zeros([{padded(dim)}], tl.float32)"]
         exact = fill(APART_SUM, **holes).splitlines() if apart else exact
         if rotated(values):
-            rotation = {**stages_of(values), "lanes": padded(shape.head_dim), "signs": with_signs(values, "d", "coded")}
+            rotation = {**stages_of(values), "lanes": padded(dim), "signs": with_signs(values, "d", "coded")}
             total = fill(ROTATED_SUM, **turned, **rotation, exact=exact)
         else:
             total = fill(TURNED_SUM, **turned, exact=exact, shift=shift)
@@ -156,6 +157,6 @@ def _text(plan: Plan, name: str, through: bool, into: str) -> str:
     end = fill(OUTPUT if into == "out" else PARTIAL, **holes, result=result)
     return fill(
         MERGE, name=name, loose=", ".join(f'"{one}"' for one in loose), args=[f"{arg}," for arg in args],
-        q_heads=str(shape.q_heads), **holes, lanes=padded(shape.head_dim), place=place.splitlines(),
+        q_heads=str(shape.q_heads), **holes, lanes=padded(dim), place=place.splitlines(),
         sum=total.splitlines(), end=end.splitlines(),
     )  # fmt: skip

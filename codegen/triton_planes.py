@@ -14,6 +14,7 @@ from .printer import number
 from .steps import Steps
 from .text import padded, plus
 from .tiling import PAIR
+from .triton_groups import of_groups, side_by_side
 from .triton_meta import entry, pointer, read, static_read
 from .triton_names import head_name, mark, own, pair_name
 from .triton_tables import look_up, of_byte, small_floats
@@ -375,24 +376,24 @@ class Planes:
     def _edge_block(self) -> str:
         """The token block of an edge tile, where none has tokens of several."""
         meta, size, page = self.side.layout.meta, self.plan.edge_tile, self.plan.layout.page_tokens
-        if meta is None or meta.tokens % size:
-            return ""
-        return f"tile % {page // size} // {meta.tokens // size}" if meta.blocks > 1 else "0"
+        several = f"tile % {page // size} // {meta.tokens // size}" if meta and meta.blocks > 1 else "0"
+        return "" if meta is None or meta.tokens % size else several
 
     def _number(self, plane: int, tokens: str, guard: str, block: str = "") -> list[str]:
         """n<plane> from the codes c of one plane; `block`: the token block that all tokens are of, read once."""
-        side, lines = self.side, []
-        meta = side.layout.meta
-        names = (self.scale, self.offset)
+        side, lines, names, meta = self.side, list[str](), (self.scale, self.offset), self.side.layout.meta
         if meta is not None:
             token, lane = self.grid(tokens, self.plane_lane(plane))
             token = block or (f"{token} // {meta.tokens}" if meta.tokens > 1 else token)
             group, mask = self._one_group(plane), self.mask("" if block else guard, plane)
-            if group is None:
+            alone = group is None and side_by_side(self)
+            if alone:
+                lines += of_groups(self, plane, tokens, guard)
+            elif group is None:
                 lane = f"{lane} // {meta.channels}" if meta.channels > 1 else lane
             else:  # a column of tokens, or one number
                 lane, mask = str(group), self.grid(guard, "")[0] if guard and not block else ""
-            if group is None or plane == 0 or side.polar or group != self._one_group(plane - 1):
+            if not alone and (group is None or plane == 0 or side.polar or group != self._one_group(plane - 1)):
                 lines += read(side, self.meta, entry(side, token, lane), *names, mask=mask)
         elif side.static:
             lines += static_read(self, plane, self.grid(tokens, self.lane)[1])

@@ -13,6 +13,7 @@ from sympy import Expr
 from .placement import When
 from .plan import Plan, SidePlan
 from .text import plus
+from .triton_groups import UNIT, halves, in_halves
 from .triton_meta import entry, read, static_read, token_entry
 from .triton_planes import Planes
 from .triton_rows import ExactRows
@@ -41,6 +42,11 @@ class Values(Planes):
         """Accumulators stay in the basis of dirty planes through the loops."""
         coded = self.when is When.NEVER and not self.side.floats
         return coded or self.when in (When.AFTER_DOT, When.ONCE_PER_QUERY)
+
+    @property
+    def in_halves(self) -> bool:
+        """The loop's sums are of numbers in halves, see `triton_groups`."""
+        return self.when is When.IN_LOOP and self.exact == "tl.float16" and in_halves(self)
 
     def accumulators(self) -> list[str]:
         if self.in_planes:
@@ -73,6 +79,12 @@ class Values(Planes):
             lines.append(f"weight = {self.cast('p')}")
             for j, made in self.packed_channels(half, tokens):
                 lines += [*made, f"o{j} = tl.dot(n{j}.to({self.exact}), weight, o{j}{decay}{self.precise})"]
+            return lines
+        if self.in_halves:
+            lines.append("weight = p.to(tl.float16)")
+            for j in range(layout.planes):
+                lines += halves(self, j, self._parts(j, half), tokens)
+                lines.append(f"o{j} = tl.dot(n{j}, weight, o{j}{decay})")
             return lines
         if self.when is When.IN_LOOP:
             lines += self.decode(half, tokens)
@@ -134,7 +146,7 @@ class Values(Planes):
         lines = [f"weight = {'p' if fp32 else 'p.to(tl.float16)'}"]
         for j in range(self.side.layout.planes):
             address = f"{token} * {self.side.dim} + {lane}{plus(j * self.width)}"
-            lines.append(f"v = tl.load(value_floats + {address}{other})")
+            lines.append(f"v = tl.load({self.side.rows} + {address}{other})")
             value = "v.to(tl.float32)" if fp32 and self.side.floats == "fp16" else "v"
             precise = ', input_precision="ieee"' if fp32 else ""
             lines.append(f"o{j} = tl.dot({value}, weight, o{j}{decay}{precise})")
@@ -162,7 +174,8 @@ class Values(Planes):
     def exact_tokens(self, there: str) -> list[str]:
         """Add exact edge tokens, where a mask says that they are there, to the same sums."""
         token, lane = self.grid("row", self.lane)
-        lines = [f"source = value_rows + {token} * {self.plan.shape.head_dim} + {lane}"]
+        first = plus(self.side.first) if self.side.stretch else ""
+        lines = [f"source = value_rows + {token} * {self.side.channels} + {lane}{first}"]
         for j in range(self.side.layout.planes):
             load = f"tl.load({self.at('source', j)}, mask={self.mask(there, j)}, other=0.0)"
             lines.append(f"v = {load}.to(tl.float32).to({self.exact})")
@@ -174,7 +187,8 @@ class Values(Planes):
     def epilogue(self) -> list[str]:
         """o0, o1, ... = the outputs of each plane's channels, not yet divided by the mass of weights."""
         if not self.in_planes:
-            return []
+            planes = range(self.side.layout.planes) if self.in_halves else ()
+            return self.own([f"o{j} = o{j} * {2.0**UNIT}" for j in planes])
         side, lines, carried = self.side, [], self._carried()
         for j in range(side.layout.planes):
             text = self.steps.clean(j)
@@ -254,5 +268,7 @@ class ValueSide:
         """Lines that add exact rows to sums that have decayed."""
         if self.exact_rows is not None:
             return self.exact_rows.accumulate(there)
+        if self.side.stretch:
+            return [line for term in self.terms for line in term.exact_tokens(there)]
         plain = (term for term in self.terms if term.side is self.side.plain)
         return next(plain, self.first).exact_tokens(there)  # of bands the one that has all

@@ -11,7 +11,8 @@ from typing import Any
 _PLACES = {
     "scheme": ("ALL", "Bands", "Block", "ChannelScale", "ChannelShift", "Codebook", "DROP", "Float", "Largest",
                "LowRank", "Origin", "Part", "Permute", "Polar", "PreRope", "Probes", "Recent", "Rotate", "Router",
-               "Saliency", "Scale", "Scheme", "Sinks", "Sketch", "Sparse", "Store", "Tier", "TopChannels", "Uniform",
+               "Saliency", "Scale", "Scheme", "Shared", "Sinks", "Sketch", "Sparse", "Store", "Tier", "TopChannels",
+               "Uniform",
                "per_channel", "per_tensor", "per_token"),
     "shape": ("Shape",),
     "errors": ("BackendError", "CacheError", "Fault", "ProofError", "SchemeError", "ShapeError"),

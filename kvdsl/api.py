@@ -179,7 +179,7 @@ def calibrate(
     if scheme.routed:
         return routed_api.calibrate(scheme, k, v, q, params, gradients)
     shape, found = _shape(k, None), dict[str, Tensor]()
-    refuse_tensor("v", v, tuple(k.shape), shape, k.device)
+    refuse_tensor("v", v, (*k.shape[:3], scheme.dim("values", k.shape[3])), shape, k.device)
     sinks = scheme.sinks.tokens if scheme.sinks else 0
     if not k[:, :, sinks:].numel():
         beside = f" beside {sinks} sinks" if sinks else ""
@@ -257,7 +257,11 @@ class _Run:
 
         shape = replace(_shape(k, q), softcap=softcap)
         refuse_tensor("k", k, tuple(k.shape), shape, k.device)
-        refuse_tensor("v", v, tuple(k.shape), shape, k.device)
+        if "values" not in sides:
+            v = k[..., : scheme.dim("values", k.shape[3])]
+        else:
+            refuse_tensor("v", v, (*k.shape[:3], scheme.dim("values", k.shape[3])), shape, k.device)
+            _refuse_others(scheme, k, v)
         if q is not None:
             refuse_tensor("q", q, (k.shape[0], shape.q_heads, None, k.shape[3]), shape, k.device)
         if queries > k.shape[2]:
@@ -315,6 +319,16 @@ def _shape(k: Tensor, q: Tensor | None) -> Shape:
     return Shape(k.shape[3], k.shape[1], None if q is None else q.shape[1], FORMATS[k.dtype])
 
 
+def _refuse_others(scheme: Scheme, k: Tensor, v: Tensor) -> None:
+    """ShapeError for shared values that are not the keys' first channels."""
+    same = not scheme.shared or torch.equal(v.nan_to_num(), k[..., : v.shape[3]].nan_to_num())
+    if not same:
+        raise ShapeError(
+            f"v: other numbers than the first {v.shape[3]} channels of k, which shared values are; give "
+            f"k[..., :{v.shape[3]}]"
+        )
+
+
 def _whole_blocks(scheme: Scheme, tokens: int, window: bool, sides: tuple[Side, ...]) -> None:
     for side in sides:
         block = windows(scheme)[side].block
@@ -345,9 +359,9 @@ def _all_packed(
     for side, x in (("keys", keys), ("values", values)):
         if side in sides and batch and tokens:
             kernels.pack(side, x.contiguous(), zeros, 0, zeros, ends, (0, tokens), pool, table, params)
-    row = keys.new_zeros(batch, keys.shape[1], 1, dim)
+    row, value_row = (x.new_zeros(batch, keys.shape[1], 1, x.shape[3]) for x in (keys, values))
     return AttentionState(
-        pool=pool, table=table, packed_keys=ends, packed_values=ends, length=ends, key_rows=row, value_rows=row,
+        pool=pool, table=table, packed_keys=ends, packed_values=ends, length=ends, key_rows=row, value_rows=value_row,
         first=zeros, start=zeros, longest=tokens, packed_most=tokens, scaling=dim**-0.5,
     )  # fmt: skip
 

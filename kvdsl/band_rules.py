@@ -20,13 +20,27 @@ def _bands_are_those_of_polar_coordinates(site: Site) -> Iterator[Fault]:
         if levels > 1 and not isinstance(code, Bands):
             fact = f"radii and angles of {levels} levels are too unlike for one code"
             yield site.fault(f"transform[{position}].levels", fact, "use code=Bands(...), or levels=1")
-    if not isinstance(code, Bands):
+    if not isinstance(code, Bands) or code.channels:
         return
     if not levels:
-        yield site.fault("code", "nothing says where one stretch of numbers ends", "add transform=Polar(levels=4)")
+        mend = "add transform=Polar(levels=4), or say it, as channels=(512, 64)"
+        yield site.fault("code", "nothing says where one stretch of numbers ends", mend)
     elif len(code.stores) != levels + 1:
         fact = f"{len(code.stores)} stores for the radii and {levels} levels of angles"
         yield site.fault("code.stores", fact, f"give {levels + 1}, that of the radii first")
+
+
+@rule("~.code", "~.transform")
+def _stretches_of_channels_are_of_the_vector(site: Site) -> Iterator[Fault]:
+    code = site.store.code
+    if not isinstance(code, Bands) or not code.channels:
+        return
+    if len(code.stores) != len(code.channels):
+        fact = f"{len(code.channels)} stretches for {len(code.stores)} stores"
+        yield site.fault("code.channels", fact, f"give {len(code.stores)} counts")
+    if site.store.transform:
+        fact = "each of the stretches is of channels as they come"
+        yield site.fault("transform", fact, "leave transform out, or leave channels out behind Polar()")
 
 
 @rule("~.code", "~.scale", "~.residual", "~.transform")
@@ -67,11 +81,11 @@ def _a_band_is_measured_online(site: Site) -> Iterator[Fault]:
     if site.band is None:
         return
     if scale is not None and scale.when == "calibrated":
-        yield site.fault("scale.when", "radii and angles are not calibrated", "use when='online'")
+        yield site.fault("scale.when", "stretches are not calibrated", "use when='online'")
     if scale is not None and scale.scale is not None:
-        yield site.fault("scale.scale", "radii and angles are not calibrated", "leave the second level out")
+        yield site.fault("scale.scale", "stretches are not calibrated", "leave the second level out")
     if isinstance(code, Codebook) and code.levels == "calibrated":
-        yield site.fault("code.levels", "radii and angles are not calibrated", "use levels='angle', or give numbers")
+        yield site.fault("code.levels", "stretches are not calibrated", "use levels='angle', or give numbers")
 
 
 @rule("~.code", "~.scale")

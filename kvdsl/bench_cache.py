@@ -189,15 +189,22 @@ def _hot(state: AttentionState, cache: QuantizedCache) -> AttentionState:
 
 def _without_tiers(kernels: KernelSet, batch: int, tokens: int, normal: Numbers, params: Params,
                    device: torch.device) -> QuantizedCache:  # fmt: skip
-    heads, page = kernels.shape.kv_heads, kernels.page_tokens
+    page = kernels.page_tokens
     found = QuantizedCache(kernels, batch, device=device, params=params, capacity=tokens + page)
     draw, first = random.Random(0), min(CHUNK, tokens)
     counts = [first - draw.randrange(min(page, first)) for _ in range(batch)]
-    found.append(normal(heads, first), normal(heads, first), counts=counts)
+    found.append(*_pair(kernels.scheme, kernels.shape, normal, first), counts=counts)
     for begin in range(first, tokens, CHUNK):
-        chunk = min(CHUNK, tokens - begin)
-        found.append(normal(heads, chunk), normal(heads, chunk))
+        found.append(*_pair(kernels.scheme, kernels.shape, normal, min(CHUNK, tokens - begin)))
     return found
+
+
+def _pair(scheme: Scheme, shape: Shape, normal: Numbers, tokens: int) -> tuple[Tensor, Tensor]:
+    """Keys and values; shared values are the keys' own first channels."""
+    keys = normal(shape.kv_heads, tokens)
+    if scheme.shared:
+        return keys, keys[..., : scheme.dim("values", shape.head_dim)].contiguous()
+    return keys, normal(shape.kv_heads, tokens)
 
 
 def _with_tiers(kernels: TierKernels, batch: int, tokens: int, normal: Numbers, params: Params,
@@ -216,7 +223,8 @@ def _with_tiers(kernels: TierKernels, batch: int, tokens: int, normal: Numbers, 
 
 def _params(scheme: Scheme, shape: Shape, normal: Numbers) -> Params:
     """What the scheme takes from data, measured on other numbers of the kind."""
-    k, v, q = (normal(n, 1024)[:1].cpu() for n in (shape.kv_heads, shape.kv_heads, shape.kv_heads * shape.group))
+    k, v = (x[:1].cpu() for x in _pair(scheme, shape, normal, 1024))
+    q = normal(shape.kv_heads * shape.group, 1024)[:1].cpu()
     coded = [one.scheme for one in segments(scheme)] if scheme.routed else [scheme]
     before = any(one is not None and one.keys.rope is not None for one in coded)
     rope = {ROPE: usual(shape.head_dim)} if before else {}
@@ -228,10 +236,10 @@ def read_bytes(full: QuantizedCache) -> int:
     """Bytes that one query over the cache must read."""
     kernels, shape = full.kernels, full.kernels.shape
     each = bits(kernels.scheme, shape.head_dim, shape.kv_heads)
-    numbers = shape.kv_heads * shape.head_dim
     total = sum(-(-length // kernels.page_tokens) * ENTRY_BYTES for length in full.lengths)
     for side, width in zip(SIDES, (each.keys, each.values), strict=True):
         packed = sum(full.packed(side))
         exact = (sum(full.lengths) - packed) * full.rows(side).element_size()
-        total += round(packed * numbers * width / 8) + exact * numbers
+        total += round(packed * shape.kv_heads * shape.head_dim * width / 8)
+        total += exact * shape.kv_heads * kernels.dim(side)
     return total

@@ -112,14 +112,35 @@ class Sketch(Part):
 @dataclass(frozen=True, repr=False)
 class Bands(Part):
     """Stretches of the numbers to be coded, each with a store of its own, one behind the other: behind `Polar(levels)`
-    the radii, then the angles of the first level, of the second, ..., `levels` + 1 in all."""
+    the radii, then the angles of the first level, of the second, ..., `levels` + 1 in all; else channels of the vector.
+
+    channels   how many each stretch has, of a vector of as many as they are together; () behind `Polar`
+    """
 
     inner = ("stores",)
     stores: tuple[Store, ...] = ()
+    _: KW_ONLY
+    channels: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.stores, list):
-            object.__setattr__(self, "stores", tuple(self.stores))
+        for field in ("stores", "channels"):
+            if isinstance(getattr(self, field), list):
+                object.__setattr__(self, field, tuple(getattr(self, field)))
+
+    @property
+    def head_dim(self) -> int | None:
+        """Channels of the vector, where the stretches say so."""
+        return sum(self.channels) or None
+
+
+@dataclass(frozen=True, repr=False)
+class Shared(Part):
+    """Of values: they are the first of the stretches that keys are stored in (`Bands`), and nothing is stored of them.
+
+    So a token is one record of a latent vector, which is its value and the first part of its key, and of a key with
+    rotary positions: what multi-head latent attention keeps (DeepSeek-V2, arXiv 2405.04434, section 2.1), once the
+    model's up-projections are on the query and on the output.
+    """
 
 
 @dataclass(frozen=True, repr=False)
@@ -205,7 +226,7 @@ class Chosen(Part):
         return self.choice.tokens
 
 
-Code = Uniform | Float | Codebook | Sketch | Bands | LowRank | Sparse | Chosen
+Code = Uniform | Float | Codebook | Sketch | Bands | Shared | LowRank | Sparse | Chosen
 
 
 def width(code: Code) -> int | None:
@@ -214,7 +235,7 @@ def width(code: Code) -> int | None:
         return FLOAT_BITS[code.format]
     if isinstance(code, Chosen):
         return code.bits
-    if isinstance(code, (Bands, LowRank, Sparse)):
+    if isinstance(code, (Bands, LowRank, Shared, Sparse)):
         return None
     if isinstance(code, Codebook) and code.bits is None and isinstance(code.levels, tuple):
         return max(1, (len(code.levels) - 1).bit_length())

@@ -219,7 +219,7 @@ class ContextCache:
 
     def _counts(self, keys: Tensor, values: Tensor, counts: Sequence[int] | None, of: int | None) -> tuple[int, ...]:
         """How many tokens each sequence takes; ShapeError where tensors do not fit that."""
-        own = checked_pair(keys, values, counts if of is None else None, self.batch, self.cache.kernels.shape,
+        own = checked_pair(keys, values, counts if of is None else None, self.batch, self.cache.kernels,
                            self.cache.device)  # fmt: skip
         if of is None:
             return own

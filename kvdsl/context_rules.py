@@ -26,6 +26,9 @@ def faults(scheme: Scheme, *, placed: bool = False) -> tuple[Fault, ...]:
     elif scheme.tiers:
         fact = "what a tier holds depends on all tokens of a sequence, and a rank has some of them"
         found.append(Fault("tiers", fact, "use a scheme without tiers, or keep all tokens on one rank"))
+    if scheme.shared:
+        fact = "ranks exchange outputs of a key's length, and shared values are shorter"
+        found.append(Fault("values.code", fact, "keep records on one rank, and divide the query heads among ranks"))
     if scheme.requantize != "never":
         fact = f"{scheme.requantize!r} measures all stored tokens anew at every flush, and a rank has some of them"
         found.append(Fault("requantize", fact, "use 'never', with scales of single tokens or of groups of them"))

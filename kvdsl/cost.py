@@ -9,9 +9,9 @@ from fractions import Fraction
 from .codes import SLOT_TOKENS, in_trits, trit_bytes, width
 from .errors import SchemeError, ShapeError
 from .rules import layer_faults, refuse_for
-from .scheme import ALL, SIDES, Chosen, Codebook, LowRank, Scale, Scheme, Side, Sparse, Store, TopChannels
+from .scheme import ALL, SIDES, Band, Bands, Chosen, Codebook, LowRank, Scale, Scheme, Side, Sparse, Store, TopChannels
 from .segments import segments
-from .shape import Shape
+from .shape import USUAL, Shape
 from .tier_shares import shares
 from .tiers import Saliency
 from .window import tile_tokens, windows
@@ -89,18 +89,18 @@ class Bits:
 
 
 def bits(
-    scheme: Scheme, head_dim: int = 128, kv_heads: int = 8, tokens: int | None = None, layers: int | None = None
+    scheme: Scheme, head_dim: int | None = None, kv_heads: int = 8, tokens: int | None = None, layers: int | None = None
 ) -> Bits:
     """What a scheme costs at a shape: per side code, metadata, padding and window bits per element.
 
-    `tokens`: count the window and the sinks of a sequence of this length.  `layers`: the mean over a model of so many
-    layers, by the scheme's layer table.  Raises SchemeError for a scheme that does not fit the shape or the layers, and
-    ShapeError for a shape that is none.
+    `head_dim` None: the scheme's own, else 128.  `tokens`: count the window and the sinks of a sequence of this length.
+    `layers`: the mean over a model of so many layers, by the scheme's layer table.  Raises SchemeError for a scheme
+    that does not fit the shape or the layers, and ShapeError for a shape that is none.
     """
     for name, value in (("tokens", tokens), ("layers", layers)):
         if value is not None and (type(value) is not int or value < 1):
             raise ShapeError(f"{name}: {value!r} is no positive integer")
-    shape = Shape(head_dim, kv_heads)
+    shape = Shape(head_dim or scheme.head_dim or USUAL, kv_heads)
     if layers is not None and (found := layer_faults(scheme, layers)):
         raise SchemeError(found)
     several = [scheme] if layers is None else [scheme.for_layer(i, layers) for i in range(layers)]
@@ -130,7 +130,7 @@ def page_parts(scheme: Scheme, shape: Shape) -> dict[Side, dict[str, Fraction]]:
     tokens, found = page_tokens(scheme), dict[Side, dict[str, Fraction]]()
     for side in SIDES:
         code, metadata, padding = _of_side(scheme, side, shape)
-        index = sum((_index(store, shape, tokens, side) for store in scheme.side(side).terms), Fraction(0))
+        index = sum((_index(store, shape, tokens, side) for store in _kept(scheme, side)), Fraction(0))
         found[side] = {"code": code, "metadata": metadata - index, "index": index, "padding": padding}
     return found
 
@@ -180,8 +180,8 @@ def _side(scheme: Scheme, side: Side, shape: Shape, tokens: int | None) -> SideB
         return _of_tiers(scheme, side, shape, tokens)
     code, metadata, padding = _of_side(scheme, side, shape)
     exact = 0.0 if tokens is None else 1 - windows(scheme)[side].packed(tokens) / tokens
-    packed = 1 - exact
-    return SideBits(float(code) * packed, float(metadata) * packed, float(padding) * packed, EXACT * exact, exact)
+    packed, rows = 1 - exact, EXACT * exact * scheme.dim(side, shape.head_dim) / shape.head_dim
+    return SideBits(float(code) * packed, float(metadata) * packed, float(padding) * packed, rows, exact)
 
 
 def _of_tiers(scheme: Scheme, side: Side, shape: Shape, tokens: int | None) -> SideBits:
@@ -206,10 +206,15 @@ def _of_tiers(scheme: Scheme, side: Side, shape: Shape, tokens: int | None) -> S
 
 def _of_side(scheme: Scheme, side: Side, shape: Shape) -> tuple[Fraction, Fraction, Fraction]:
     """(code, metadata, padding) bits per element of a store and of what codes what is left, together."""
-    tokens = page_tokens(scheme)
-    parts = zip(*(_stored(store, shape, tokens, side) for store in scheme.side(side).terms), strict=True)
+    tokens, none = page_tokens(scheme), (Fraction(0),) * 3
+    parts = zip(none, *(_stored(store, shape, tokens, side) for store in _kept(scheme, side)), strict=True)
     code, metadata, padding = (sum(part, Fraction(0)) for part in parts)
     return code, metadata, padding
+
+
+def _kept(scheme: Scheme, side: Side) -> tuple[Store, ...]:
+    """What a page holds of a side: of shared values nothing."""
+    return () if side == "values" and scheme.shared else scheme.side(side).terms
 
 
 def _stored(store: Store, shape: Shape, tokens: int, side: Side) -> tuple[Fraction, Fraction, Fraction]:
@@ -310,8 +315,12 @@ def _formula(scheme: Scheme, side: Side, shape: Shape) -> str:
         each = [f"{part:.3g} x ({text})" for part, text in zip(parts, told, strict=True)]
         return " + ".join(each) + f" and places = {_of_tiers(scheme, side, shape, None).total:g} bits"
     tokens, store = page_tokens(scheme), scheme.side(side)
+    if side == "values" and scheme.shared:
+        return f"0 bits, they are the first {scheme.dim(side, shape.head_dim)} channels of the keys"
     first, *others = (_formula_of(term, shape, tokens, side) for term in store.terms)
     names = ["angles" if store.levels > 1 else "what is left"] * len(others)
+    if isinstance(store.code, Bands) and store.code.channels:
+        names = ["the next"] * len(others)
     if store.outliers is not None:
         names[0] = "single numbers" if isinstance(store.outliers, Sparse) else "outlier channels"
     behind = "".join(f"; of {name} {text}" for name, text in zip(names, others, strict=True))
@@ -321,7 +330,8 @@ def _formula(scheme: Scheme, side: Side, shape: Shape) -> str:
 def _formula_of(store: Store, shape: Shape, tokens: int, side: Side) -> str:
     code, metadata, padding = _stored(store, shape, tokens, side)
     total = float(code + metadata + padding)
-    channels = store.width(shape.head_dim)
+    stretch = isinstance(store, Band) and not store.polar
+    channels = store.coded(shape.head_dim) if stretch else store.width(shape.head_dim)
     if isinstance(store.code, LowRank):
         rank = f"{EXACT} x {store.code.rank}"
         return f"{rank}/{shape.head_dim} + {rank}/{store.code.tokens} = {total:g} bits"
@@ -332,7 +342,7 @@ def _formula_of(store: Store, shape: Shape, tokens: int, side: Side) -> str:
     if isinstance(store.code, Chosen):
         count, told = store.coded(shape.head_dim), f" + {float(padding):g} of padding" if padding else ""
         return f"{count}/{shape.head_dim} x ({store.code.bits} + {PLACE}/{store.code.tokens}){told} = {total:g} bits"
-    part = f"{channels}/{shape.head_dim} x " if store.pick else ""
+    part = f"{channels}/{shape.head_dim} x " if store.pick or stretch else ""
     code = code * shape.head_dim / channels
     if (scale := _online(store)) is None:
         return f"{part}{float(code):g} = {total:g} bits" if part else f"{float(code):g} bits"

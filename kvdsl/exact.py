@@ -22,7 +22,7 @@ def attended(query: Tensor, pieces: Iterable[Tokens]) -> Tensor:
     heads, channels = query.shape
     query = query.double() * channels**-0.5
     most = torch.full((heads, 1), -torch.inf, dtype=torch.float64, device=query.device)
-    total, out = torch.zeros_like(most), torch.zeros_like(query)
+    total = out = torch.zeros_like(most)  # values say how long an output is
     for keys, values, there in pieces:
         grouped = query.unflatten(0, (keys.shape[0], -1))
         scores = grouped @ keys.double().mT

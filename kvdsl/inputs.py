@@ -4,12 +4,17 @@ right."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .errors import ShapeError
 from .shape import Shape
+
+if TYPE_CHECKING:
+    from .kernels import KernelSet, Side
+    from .tier_kernels import TierKernels
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -35,12 +40,19 @@ def refuse_tensor(name: str, tensor: Tensor, sizes: tuple[int | None, ...], shap
 
 
 def checked_pair(
-    keys: Tensor, values: Tensor, counts: Sequence[int] | None, batch: int, shape: Shape, device: torch.device
+    keys: Tensor,
+    values: Tensor,
+    counts: Sequence[int] | None,
+    batch: int,
+    kernels: KernelSet | TierKernels,
+    device: torch.device,
 ) -> tuple[int, ...]:
     """How many of a step's m tokens each sequence takes, all by default, of keys and values (B, H, m, D); ShapeError
     where one of these does not fit the cache or the other."""
-    for name, tensor in (("keys", keys), ("values", values)):
-        refuse_tensor(name, tensor, (batch, shape.kv_heads, None, shape.head_dim), shape, device)
+    tensors: dict[Side, Tensor] = {"keys": keys, "values": values}
+    for side, tensor in tensors.items():
+        sizes = (batch, kernels.shape.kv_heads, None, kernels.dim(side))
+        refuse_tensor(side, tensor, sizes, kernels.shape, device)
     chunk = keys.shape[2]
     if values.shape[2] != chunk:
         raise ShapeError(f"values: {values.shape[2]} tokens beside {chunk} of keys; give both the same")

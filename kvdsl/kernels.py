@@ -255,6 +255,10 @@ class KernelSet:
         _refuse_window(state)
         return self.module.received(query, position, lse, state, params)
 
+    def dim(self, side: Side) -> int:
+        """Numbers of a vector of one side."""
+        return self.scheme.dim(side, self.shape.head_dim)
+
     @property
     def schedule(self) -> str:
         """Where the schedule of decoding comes from: "model", or "tuned on" a GPU by `kvdsl tune`; "torch" where torch

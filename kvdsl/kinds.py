@@ -21,6 +21,7 @@ from .codes import (
     LowRank,
     Match,
     Rounding,
+    Shared,
     Sketch,
     SketchBasis,
     Sparse,
@@ -59,6 +60,8 @@ MOST_LOOPS = 32
 LEAST_FACTORED = 32  # tokens of low rank: a sub-tile is of one block
 MOST_TURNS = 5  # times that radii are paired again: 32 channels are the fewest that a head has
 MOST_JOINED = 16  # heads that are rotated at once: the matrix is of all their channels
+NARROWEST = 32  # channels of a stretch: whole tensor-core operands of every code
+WIDEST = 512
 LARGEST_SEED = (1 << 31) - 1
 
 Check = Callable[[str, Any], Iterator[Fault]]
@@ -216,6 +219,19 @@ def stores(place: str, value: Any) -> Iterator[Fault]:
         yield from check(f"{place}[{position}]", item)
 
 
+def stretches(place: str, value: Any) -> Iterator[Fault]:
+    """Counts of channels, a multiple of NARROWEST each."""
+    if not isinstance(value, tuple):
+        yield Fault(place, f"{said(value)} is {kind_of(value)}, not a list of counts", "write channels=(512, 64)")
+        return
+    check = count(NARROWEST, WIDEST, "channels")
+    for position, item in enumerate(value):
+        yield from (found := tuple(check(f"{place}[{position}]", item)))
+        if not found and item % NARROWEST:
+            fact = f"{item} channels are no multiple of {NARROWEST}"
+            yield Fault(f"{place}[{position}]", fact, f"use {round(item / NARROWEST) * NARROWEST or NARROWEST}")
+
+
 def outliers(place: str, value: Any) -> Iterator[Fault]:
     """A count of channels, or a share of a head's."""
     whole = isinstance(value, float)
@@ -332,9 +348,10 @@ KINDS: dict[type[Part], dict[str, Check]] = {
     ChannelShift: {"by": word(ShiftRule), "when": word(Literal["calibrated"])},
     Permute: {"by": word(Order), "when": word(Literal["calibrated"])},
     Polar: {"levels": count(1, MOST_TURNS, "levels")},
-    Bands: {"stores": stores},
+    Bands: {"stores": stores, "channels": stretches},
+    Shared: {},
     Store: {
-        "code": one_of("Uniform(bits=4) or Float('fp16')", Uniform, Float, Codebook, Sketch, Bands, LowRank),
+        "code": one_of("Uniform(bits=4) or Float('fp16')", Uniform, Float, Codebook, Sketch, Bands, LowRank, Shared),
         "scale": one_of("scale=per_token(channels=32)", Scale, optional=True),
         "transform": transforms,
         "outliers": one_of("outliers=TopChannels(8, store=Store(...))", TopChannels, Sparse, optional=True),

@@ -11,11 +11,9 @@ if TYPE_CHECKING:
     from .kernels import KernelSet
     from .scheme import Scheme
 
-HEAD_DIM = 128
-
 
 def of_scheme(scheme: Scheme) -> str:
-    """What it is made of, and its bits at head_dim 128 where it fits that."""
+    """What it is made of, and its bits at its own head_dim, else at 128 where it fits that."""
     return markup.facts([*_spec(scheme), *_bits(scheme)], "Scheme")
 
 
@@ -38,12 +36,14 @@ def _spec(scheme: Scheme) -> list[tuple[str, str]]:
 def _bits(scheme: Scheme) -> list[tuple[str, str]]:
     from .cost import bits
     from .errors import SchemeError
+    from .shape import usual
 
     try:
-        found = bits(scheme, HEAD_DIM)
+        found = bits(scheme)
     except SchemeError:
         return []
-    return [(f"bits, head_dim {HEAD_DIM}", f"keys {found.keys:.3f}, values {found.values:.3f}, mean {found.mean:.3f}")]
+    dim = usual(scheme).head_dim
+    return [(f"bits, head_dim {dim}", f"keys {found.keys:.3f}, values {found.values:.3f}, mean {found.mean:.3f}")]
 
 
 def of_kernels(kernels: KernelSet) -> str:

@@ -325,7 +325,7 @@ class PagedCache:
 
     def _begun(self, pages: list[int]) -> Now:
         """The state of a sequence that begins with these pages."""
-        now = Now.empty(self._policy, 1, self.kernels.shape, self.pool.device)
+        now = Now.empty(self._policy, 1, self.kernels, self.pool.device)
         if not pages:
             return now
         assert self._index is not None

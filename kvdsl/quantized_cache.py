@@ -73,7 +73,7 @@ class QuantizedCache:
             self.params = checked(kernels.scheme, kernels.shape, params, self.device)
             limit = max(1, batch) * -(-capacity // kernels.page_tokens)
             self.pool = PagePool(limit, kernels.page_bytes, self.device)
-            self._now = Now.empty(Policy.of(kernels, window), batch, kernels.shape, self.device)
+            self._now = Now.empty(Policy.of(kernels, window), batch, kernels, self.device)
         self._machine = Machine(kernels, self.params, self.pool)
         self.pool.owners.add(self)
 
@@ -135,7 +135,8 @@ class QuantizedCache:
         """Attention of query (B, Hq, Q, D) over a state: (out (B, Hq, Q, D), lse (B, Hq, Q) float32), see KernelSet."""
         refuse_query(query, self.batch, self.kernels.shape, self.device)
         if not query.numel():
-            return torch.empty_like(query), query.new_zeros(query.shape[:3], dtype=torch.float32)
+            none = query.new_empty(*query.shape[:3], self.kernels.dim("values"))
+            return none, query.new_zeros(query.shape[:3], dtype=torch.float32)
         return self.kernels.attend(query, state, self.params, self.splits)
 
     def dense(self, side: Side, places: Places | None = None) -> Tensor:
@@ -199,7 +200,7 @@ class QuantizedCache:
 
         ShapeError names a wrong tensor, CacheError a full pool; either way nothing has changed.
         """
-        counts = checked_pair(keys, values, counts, self.batch, self.kernels.shape, self.device)
+        counts = checked_pair(keys, values, counts, self.batch, self.kernels, self.device)
         with self._changing() as now:
             step = self._machine.append(now, {"keys": keys, "values": values}, counts, places, due)
             state = self._scaled(step.state, scaling, softcap)
@@ -218,7 +219,7 @@ class QuantizedCache:
     ) -> tuple[Tensor, Tensor]:
         """One step: append, then attention of query (B, Hq, Q, D) over it.  A failure in either undoes both."""
         refuse_query(query, self.batch, self.kernels.shape, self.device)
-        counts = checked_pair(keys, values, counts, self.batch, self.kernels.shape, self.device)
+        counts = checked_pair(keys, values, counts, self.batch, self.kernels, self.device)
         with self._changing() as now:
             step = self._machine.append(now, {"keys": keys, "values": values}, counts)
             result = self.attend(query, self._scaled(step.state, scaling, softcap))

@@ -20,13 +20,14 @@ from . import (  # noqa: F401  (they enter their rules)
     residual_rules,
     rope_rules,
     rotation_rules,
+    shared_rules,
     sparse_rules,
     tier_rules,
 )
 from .codes import SLOT_TOKENS
 from .errors import Fault, SchemeError
 from .kinds import misfits
-from .scheme import ALL, SIDES, Band, Bands, ChannelScale, LowRank, Scheme, Sketch, Sparse, Store, TopChannels
+from .scheme import ALL, SIDES, Band, Bands, ChannelScale, LowRank, Scheme, Shared, Sketch, Sparse, Store, TopChannels
 from .segments import segments
 from .shape import Shape
 from .sites import RULES, Site, rule
@@ -74,7 +75,7 @@ def shape_faults(scheme: Scheme, shape: Shape) -> tuple[Fault, ...]:
         parts.append(tuple(tier_rules.shape_faults(scheme, shape)))
         return tuple(dict.fromkeys(fault for part in parts for fault in part))
     whole = (site for site in _sites(scheme) if site.band is None)
-    return tuple(fault for site in whole for one in (site, *_stretches(site)) for fault in _shape(one, shape))
+    return tuple(fault for site in whole for one in (site, *_stretches(site, shape)) for fault in _shape(one, shape))
 
 
 def refuse_for(scheme: Scheme, shape: Shape) -> None:
@@ -86,7 +87,7 @@ def refuse_for(scheme: Scheme, shape: Shape) -> None:
 def _sites(scheme: Scheme) -> Iterator[Site]:
     """Every store where it stands, those of residuals and of bands behind theirs; one of both sides once."""
     for side in SIDES[: 1 if scheme.keys is scheme.values else 2]:
-        yield from _within(scheme.side(side), side, scheme)
+        yield from _within(getattr(scheme, side), side, scheme)
 
 
 def _within(store: Store, place: str, scheme: Scheme, pick: Pick | None = None) -> Iterator[Site]:
@@ -271,7 +272,8 @@ def _shape(site: Site, shape: Shape) -> Iterator[Fault]:
     yield from outlier_rules.shape_faults(site, shape)
     yield from sparse_rules.shape_faults(site, shape)
     yield from chosen_rules.shape_faults(site, shape)
-    if site.head_dim(shape) < 1:
+    yield from shared_rules.shape_faults(site, shape) if not band else ()
+    if site.head_dim(shape) < 1 or isinstance(code, Shared):
         return
     yield from rotation_rules.shape_faults(site, shape) if not band else ()
     if isinstance(code, Sketch) and code.basis == "hadamard" and shape.head_dim.bit_count() > 1:
@@ -284,7 +286,7 @@ def _shape(site: Site, shape: Shape) -> Iterator[Fault]:
     if isinstance(block.channels, int) and size % block.channels:
         common = math.gcd(block.channels, size)
         mend = f"use {common} or ALL" if common > 1 else "use ALL"
-        what = f"the {size} numbers of a band" if band else site.said_dim(shape)
+        what = f"the {size} numbers of a stretch" if band else site.said_dim(shape)
         yield site.fault("scale.block.channels", f"groups of {block.channels} channels do not divide {what}", mend)
     if isinstance(block.heads, int) and heads % block.heads:
         fits = [str(n) for n in range(1, heads + 1) if heads % n == 0]
@@ -292,8 +294,8 @@ def _shape(site: Site, shape: Shape) -> Iterator[Fault]:
         yield site.fault("scale.block.heads", f"{block.heads} heads do not divide {heads} kv heads", mend)
 
 
-def _stretches(site: Site) -> Iterator[Site]:
-    """The bands of a legal store, as stores of their stretch."""
-    if isinstance(site.store.code, Bands):
+def _stretches(site: Site, shape: Shape) -> Iterator[Site]:
+    """The bands of a legal store, as stores of their stretch, where these are stretches of a head."""
+    if isinstance(site.store.code, Bands) and site.store.code.head_dim in (None, shape.head_dim):
         for position, band in enumerate(site.store.terms):
             yield Site(f"{site.place}.code.stores[{position}]", band, site.scheme)

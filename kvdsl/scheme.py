@@ -12,7 +12,21 @@ from dataclasses import KW_ONLY, InitVar, dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-from .codes import Bands, Chosen, Code, Codebook, Float, FloatFormat, LowRank, Rounding, Sketch, Sparse, Uniform, When
+from .codes import (
+    Bands,
+    Chosen,
+    Code,
+    Codebook,
+    Float,
+    FloatFormat,
+    LowRank,
+    Rounding,
+    Shared,
+    Sketch,
+    Sparse,
+    Uniform,
+    When,
+)
 from .part import ALL, Block, Count, Part
 from .scale import MetaFormat, Range, Refit, Scale, Zero, per_channel, per_tensor, per_token
 from .store import Band, Parted, Side, Store, TopChannels, bands
@@ -23,8 +37,9 @@ __all__ = [
     "ALL", "Band", "Bands", "Block", "ChannelScale", "ChannelShift", "Chosen", "Code", "Codebook", "Count", "DROP",
     "Float", "FloatFormat", "Flush", "Largest", "Layers", "LowRank", "MetaFormat", "Origin", "PARTS", "Part", "Parted",
     "Permute", "Polar", "Pick", "PreRope", "Prefill", "Probes", "Range", "Recent", "Refit", "Requantize", "Rotate",
-    "Rounding", "Router", "SIDES", "Saliency", "Scale", "Scheme", "Side", "Sinks", "Sketch", "Sparse", "Store", "Tier",
-    "TopChannels", "Transform", "Uniform", "When", "Zero", "bands", "per_channel", "per_tensor", "per_token",
+    "Rounding", "Router", "SIDES", "Saliency", "Scale", "Scheme", "Shared", "Side", "Sinks", "Sketch", "Sparse",
+    "Store", "Tier", "TopChannels", "Transform", "Uniform", "When", "Zero", "bands", "per_channel", "per_tensor",
+    "per_token",
 ]  # fmt: skip
 
 Flush = Literal["auto", "rolling", "whole"]
@@ -95,8 +110,30 @@ class Scheme(Part):
         return of_scheme(self)
 
     def side(self, name: Side) -> Store:
-        """The store of one side."""
-        return self.keys if name == "keys" else self.values
+        """What stores one side: of shared values the store of the keys' first stretch."""
+        return self.keys if name == "keys" else self._of_values
+
+    @cached_property
+    def _of_values(self) -> Store:
+        if not self.shared:
+            return self.values
+        first = self.keys.terms[0]
+        return Store(first.code, scale=first.scale)
+
+    @property
+    def shared(self) -> bool:
+        """Whether values are a stretch of the keys."""
+        return isinstance(self.values.code, Shared)
+
+    @property
+    def head_dim(self) -> int | None:
+        """Channels of a key, where the scheme itself says so: it fits no other shape."""
+        codes = (store.code for store in (self.keys, self.values))
+        return next((code.head_dim for code in codes if isinstance(code, Bands) and code.head_dim), None)
+
+    def dim(self, side: Side, head_dim: int) -> int:
+        """Numbers of a vector of one side, where a key has `head_dim`."""
+        return self.keys.terms[0].coded(head_dim) if side == "values" and self.shared else head_dim
 
     @property
     def routed(self) -> bool:

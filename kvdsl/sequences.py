@@ -175,7 +175,7 @@ class Sequences:
         document, tensors = line.away if isinstance(line.away, tuple) else read(line.away, self.base.kernels)
         if [row[0] for row in document["members"]] != [line.length]:
             raise CacheError(f"{line.away}: it holds another sequence than {name!r} of {line.length} tokens")
-        batch = self.open(Now.empty(self.base.mark().policy, 1, self.base.kernels.shape, self.base.device))
+        batch = self.open(Now.empty(self.base.mark().policy, 1, self.base.kernels, self.base.device))
         try:
             restore(batch, document, tensors)
         except BaseException:

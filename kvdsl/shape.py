@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from .errors import ShapeError
 
+if TYPE_CHECKING:
+    from .scheme import Scheme
+
 InputFormat = Literal["fp16", "bf16", "fp32"]
+LONGEST = 576  # channels of a key
+USUAL = 128  # channels of a head, where a scheme does not say
 
 
 @dataclass(frozen=True, repr=False)
@@ -33,10 +38,10 @@ class Shape:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ShapeError(f"shape.{name}: {value!r} is no positive integer")
-        if self.head_dim % 8 or not 32 <= self.head_dim <= 256:
+        if self.head_dim % 8 or not 32 <= self.head_dim <= LONGEST:
             raise ShapeError(
-                f"shape.head_dim: {self.head_dim} is no multiple of 8 from 32 to 256; "
-                "use 64, 80, 96, 112, 128, 192 or 256"
+                f"shape.head_dim: {self.head_dim} is no multiple of 8 from 32 to {LONGEST}; "
+                "use 64, 80, 96, 112, 128, 192 or 256, or 576 of a latent and a key with rotary positions"
             )
         if self.q_heads % self.kv_heads:  # type: ignore[operator]
             raise ShapeError(f"shape.q_heads: {self.q_heads} query heads are no multiple of {self.kv_heads} kv heads")
@@ -60,3 +65,9 @@ class Shape:
     def group(self) -> int:
         """Query heads that read one kv head."""
         return self.q_heads // self.kv_heads  # type: ignore[operator]
+
+
+def usual(scheme: Scheme) -> Shape:
+    """The shape that tables are of: 8 kv heads of 128 channels, or of as many as the scheme says, each for 4 query
+    heads; of shared values one, for all 32."""
+    return Shape(scheme.head_dim or USUAL, 1 if scheme.shared else 8, 32)

@@ -91,7 +91,7 @@ def expected(document: Document, kernels: KernelSet) -> dict[str, tuple[torch.dt
         raise CacheError(f"saved cache: window {window!r} or draft {draft!r} is no count, or members is no list")
     policy = Policy.of(kernels, window, draft)
     members = tuple(_member(policy, row) for row in rows)
-    heads, dim, dtype = kernels.shape.kv_heads, kernels.shape.head_dim, DTYPES[kernels.shape.dtype]
+    heads, dtype = kernels.shape.kv_heads, DTYPES[kernels.shape.dtype]
     width = 1 + max((-(-m.packed // policy.page_tokens) for m in members), default=0)
     sizes: dict[str, tuple[torch.dtype, tuple[int | None, ...]]] = {
         "pages": (torch.uint8, (None, kernels.page_bytes)),
@@ -99,7 +99,7 @@ def expected(document: Document, kernels: KernelSet) -> dict[str, tuple[torch.dt
     }
     for side in SIDES:
         exact = sum(min(policy.sinks, m.length) + policy.after_sinks(m.length) - m.packed_of(side) for m in members)
-        sizes[side] = (dtype, (exact, heads, dim))
+        sizes[side] = (dtype, (exact, heads, kernels.dim(side)))
     return sizes
 
 
@@ -123,7 +123,7 @@ def restore(cache: QuantizedCache, document: Document, tensors: Mapping[str, Ten
         pages = [ZERO, *cache.pool.take(count)]
         if count:
             cache.pool.bytes[upload(pages[1:], cache.device, torch.int64)] = tensors["pages"].to(cache.device)
-        after = type(now).empty(policy, len(members), cache.kernels.shape, cache.device)
+        after = type(now).empty(policy, len(members), cache.kernels, cache.device)
         for side in SIDES:
             b, row = _live(policy, members, side)
             rows = after.rows(side).transpose(1, 2)

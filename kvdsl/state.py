@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from .inputs import DTYPES
-from .kernels import AttentionState, Side
+from .kernels import AttentionState, KernelSet, Side
 from .members import Member, Policy
 from .pages import PagePool, PageTable, upload
-from .shape import Shape
+from .scheme import SIDES
 
 Moves = Sequence[tuple[Member, Member]]
 
@@ -35,10 +35,11 @@ class Now:
     value_rows: Tensor
 
     @classmethod
-    def empty(cls, policy: Policy, batch: int, shape: Shape, device: torch.device) -> Now:
+    def empty(cls, policy: Policy, batch: int, kernels: KernelSet, device: torch.device) -> Now:
         """`batch` sequences of no tokens."""
-        sizes = (batch, shape.kv_heads, policy.sinks + policy.ring, shape.head_dim)
-        rows = [torch.zeros(sizes, dtype=DTYPES[shape.dtype], device=device) for _ in range(2)]
+        sizes = (batch, kernels.shape.kv_heads, policy.sinks + policy.ring)
+        dtype = DTYPES[kernels.shape.dtype]
+        rows = [torch.zeros(*sizes, kernels.dim(side), dtype=dtype, device=device) for side in SIDES]
         numbers = [torch.zeros(batch, dtype=torch.int32, device=device) for _ in range(5)]
         return cls(policy, (Member(),) * batch, PageTable.of(((),) * batch, device), *numbers, *rows)
 

@@ -137,7 +137,7 @@ class StaticCache:
         token itself included: (out like query, lse (B, Hq, 1) float32).  Raises ShapeError."""
         cache = self.cache
         refuse_query(query, cache.batch, cache.kernels.shape, cache.device)
-        if set(checked_pair(keys, values, None, cache.batch, cache.kernels.shape, cache.device)) != {1}:
+        if set(checked_pair(keys, values, None, cache.batch, cache.kernels, cache.device)) != {1}:
             raise ShapeError(f"keys: {keys.shape[2]} tokens; a step takes one")
         with torch.no_grad():
             if self._owns_counts:

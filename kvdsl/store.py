@@ -350,11 +350,16 @@ class Band(Store):
 
 
 def bands(store: Store) -> tuple[Band, ...]:
-    """The stretches of a store of Bands: behind polar coordinates radii, then the angles level by level."""
+    """The stretches of a store of Bands: of channels, or behind polar coordinates radii, then the angles level by
+    level."""
     assert isinstance(store.code, Bands)
     levels = store.levels
-    shares = [Fraction(1, 2**levels), *(Fraction(1, 2 ** (level + 1)) for level in range(levels))]
-    channels = [2**levels, *(2 ** (level + 1) for level in range(levels))]
+    if whole := store.code.head_dim:
+        shares = [Fraction(count, whole) for count in store.code.channels]
+        channels = [1] * len(shares)
+    else:
+        shares = [Fraction(1, 2**levels), *(Fraction(1, 2 ** (level + 1)) for level in range(levels))]
+        channels = [2**levels, *(2 ** (level + 1) for level in range(levels))]
     return tuple(
         Band(one.code, scale=one.scale, transform=store.transform, first=sum(shares[:i], Fraction(0)), share=shares[i],
              channels=channels[i])

@@ -1,17 +1,18 @@
 """How far a scheme is off: round trips through packed bytes, scores and attention, over the seeds of what it draws.
 
-The tensors are fixed, 1024 tokens of 2 kv heads with 128 channels: standard normal numbers; and keys as real models
-have them, with an offset in every channel and four outlier channels a head.  Numbers that a scheme takes from data are
-measured on as many other tokens of the same kind; tables are weighted by how much random sums of their attention's
-outputs care, where a model's loss would be asked.  Where keys are stored before RoPE, they get rotary positions first,
-counted from the first of the tokens, so that every scheme codes the same numbers.
+The tensors are fixed, 1024 tokens of 2 kv heads with 128 channels, or as many as a scheme says: standard normal
+numbers; and keys as real models have them, with an offset in every channel and four outlier channels a head.  Numbers
+that a scheme takes from data are measured on as many other tokens of the same kind; tables are weighted by how much
+random sums of their attention's outputs care, where a model's loss would be asked.  Where keys are stored before RoPE,
+they get rotary positions first, counted from the first of the tokens, so that every scheme codes the same numbers.
+Shared values are the keys' own first channels.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TypedDict
@@ -51,11 +52,20 @@ class Data:
 
 
 @cache
-def normal_numbers() -> Data:
+def normal_numbers(channels: int = CHANNELS) -> Data:
     """Queries, keys and values of independent standard normal numbers."""
     generator = Generator().manual_seed(0)
     sizes = ((Q_HEADS, QUERIES), (HEADS, TOKENS), (HEADS, TOKENS))
-    return _halved(*(torch.randn(1, heads, 2 * rows, CHANNELS, generator=generator) for heads, rows in sizes))
+    return _halved(*(torch.randn(1, heads, 2 * rows, channels, generator=generator) for heads, rows in sizes))
+
+
+def _of(scheme: Scheme, made: Callable[[int], Data]) -> Data:
+    """The data as a scheme has it: vectors of its own length, shared values as the keys have them."""
+    data = made(scheme.head_dim or CHANNELS)
+    if not scheme.shared:
+        return data
+    dim, (q, k, _) = scheme.dim("values", data.k.shape[3]), data.others
+    return replace(data, v=data.k[..., :dim], others=(q, k, k[..., :dim]))
 
 
 @cache
@@ -65,18 +75,18 @@ def _of_all_tokens() -> Tensor:
 
 
 @cache
-def outlier_keys() -> Data:
+def outlier_keys(channels: int = CHANNELS) -> Data:
     """The same, but keys are f (o + n) with normal n and, fixed for a channel, an offset o of variance 1/3 and f = 1;
     in an outlier channel o = +-1, n a fifth as large and f from 8 to 20."""
-    data, generator = normal_numbers(), Generator().manual_seed(1)
-    offset = torch.randn(HEADS, 1, CHANNELS, generator=generator) / math.sqrt(3)
-    spread, factor = torch.ones(HEADS, 1, CHANNELS), torch.ones(HEADS, 1, CHANNELS)
+    data, generator = normal_numbers(channels), Generator().manual_seed(1)
+    offset = torch.randn(HEADS, 1, channels, generator=generator) / math.sqrt(3)
+    spread, factor = torch.ones(HEADS, 1, channels), torch.ones(HEADS, 1, channels)
     for head in range(HEADS):
-        channels = torch.randperm(CHANNELS, generator=generator)[:OUTLIERS]
-        offset[head, 0, channels] = torch.sign(torch.randn(OUTLIERS, generator=generator))
-        spread[head, 0, channels] = 0.2
+        top = torch.randperm(channels, generator=generator)[:OUTLIERS]
+        offset[head, 0, top] = torch.sign(torch.randn(OUTLIERS, generator=generator))
+        spread[head, 0, top] = 0.2
         low, high = SIZES
-        factor[head, 0, channels] = low + (high - low) * torch.rand(OUTLIERS, generator=generator)
+        factor[head, 0, top] = low + (high - low) * torch.rand(OUTLIERS, generator=generator)
     q, k, v = data.others
     return replace(data, k=factor * (offset + spread * data.k), others=(q, factor * (offset + spread * k), v))
 
@@ -135,7 +145,7 @@ def _spread(runs: Sequence[tuple[float, ...]]) -> dict[str, Spread]:
 
 def _errors(scheme: Scheme, backend: Backend | None) -> tuple[float, ...]:
     """One run, in the order of MEASURES."""
-    data = _placed(scheme, normal_numbers())
+    data = _placed(scheme, _of(scheme, normal_numbers))
     params = _measured(scheme, data)
     every = _of_all_tokens() if scheme.routed else None
     found = roundtrip(scheme, data.k, data.v, backend=backend, window=False, params=params, queries=every)
@@ -143,7 +153,7 @@ def _errors(scheme: Scheme, backend: Backend | None) -> tuple[float, ...]:
         (got.double() - x.double()).square().mean().item() for got, x in zip(found, (data.k, data.v), strict=True)
     ]
 
-    data = _placed(scheme, outlier_keys())
+    data = _placed(scheme, _of(scheme, outlier_keys))
     params = _measured(scheme, data)
     estimated = scores(scheme, data.q, data.k, backend=backend, window=False, params=params, queries=every)
     out, _ = attend(scheme, data.q, data.k, data.v, backend=backend, window=False, params=params, queries=every)
@@ -174,7 +184,7 @@ def _exact(data: Data) -> tuple[Tensor, Tensor]:
     k, v = (x.double().repeat_interleave(Q_HEADS // HEADS, 1) for x in (data.k, data.v))
     found = data.q.double() @ k.mT
     hidden = torch.ones(QUERIES, TOKENS, dtype=torch.bool).triu(TOKENS - QUERIES + 1)
-    return found, (found * CHANNELS**-0.5).masked_fill(hidden, -torch.inf).softmax(-1) @ v
+    return found, (found * data.k.shape[3] ** -0.5).masked_fill(hidden, -torch.inf).softmax(-1) @ v
 
 
 def _relative(got: Tensor, right: Tensor) -> float:

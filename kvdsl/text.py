@@ -25,13 +25,13 @@ DEEPEST = 12
 
 _WHERE = {"keys": "Store", "values": "Store", "both": "Store", "residual": "Store", "scale": "Scale"}
 _WHERE |= {"outliers": "TopChannels Sparse", "store": "Store"}
-_WHERE |= {"code": "Uniform Float Codebook Sketch Bands LowRank", "stores": "Store"}
+_WHERE |= {"code": "Uniform Float Codebook Sketch Bands LowRank Shared", "stores": "Store"}
 _WHERE |= {"transform": "PreRope Rotate ChannelScale ChannelShift Permute Polar"}
 _WHERE |= {"block": "Block", "line": "Block", "sinks": "Sinks", "recent": "Recent", "scheme": "Scheme"}
 _WHERE |= {"tiers": "Tier", "probes": "Probes"}
 _TYPES = {field: tuple(names.split()) for field, names in _WHERE.items()}
 _COUNTS = ("tokens", "per", "channels", "heads", "size", "dim")
-_LISTS = ("transform", "levels", "clip", "stores", "tiers")
+_LISTS = ("transform", "levels", "clip", "stores", "tiers", "channels")
 TABLES = ("layers", "heads")
 _SHOWN = {"code", "format"}  # worth reading even where they are the default
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from .kernels import Backend, KernelSet
+from .kernels import Backend, KernelSet, Side
 from .rules import refuse_for
 from .scheme import Scheme
 from .segments import Segment, front, segments
@@ -47,6 +47,10 @@ class TierKernels:
     def any_placed(self) -> bool:
         """Whether some of them are told where tokens stand."""
         return self.shape.placed or any(one is not None and one.reading.shape.placed for one in self.tiers)
+
+    def dim(self, side: Side) -> int:
+        """Numbers of a vector of one side."""
+        return self.scheme.dim(side, self.shape.head_dim)
 
     @property
     def why(self) -> str:

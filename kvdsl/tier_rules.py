@@ -40,6 +40,9 @@ def _routes(scheme: Scheme) -> Iterator[Fault]:
 
 
 def _tiers(scheme: Scheme) -> Iterator[Fault]:
+    if scheme.shared:
+        fact = "tiers store keys and values of their own, and these values are a stretch of the keys"
+        yield Fault("values.code", fact, "leave tiers, router and requantize out")
     by_position, share = decides_by_position(scheme.router), Fraction(0)
     for position, tier in enumerate(scheme.tiers):
         place, last = f"tiers[{position}]", position == len(scheme.tiers) - 1

@@ -204,7 +204,7 @@ class TieredCache:
 
         Returns what the attention of this step reads; `route` is for behind it.  ShapeError names a wrong tensor.
         """
-        counts = checked_pair(keys, values, counts, self.batch, self.kernels.shape, self.device)
+        counts = checked_pair(keys, values, counts, self.batch, self.kernels, self.device)
         with self._changing():
             self.front = self.front.append({"keys": keys, "values": values}, counts)
             self._fresh = counts

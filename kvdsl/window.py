@@ -56,7 +56,8 @@ def windows(scheme: Scheme) -> dict[str, Window]:
     flush = scheme.recent.flush if scheme.recent else "rolling"
     policies: dict[str, Window] = {}
     for side in SIDES:
-        block = math.lcm(*map(waiting, scheme.side(side).terms))
+        store = scheme.keys if scheme.shared else scheme.side(side)  # a record is packed once, whole
+        block = math.lcm(*map(waiting, store.terms))
         policies[side] = Window(sinks, recent, flush == "whole" or (flush == "auto" and block > 1), block)
     return policies
 

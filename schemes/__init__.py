@@ -21,6 +21,7 @@ from .llama_cpp import iq4_nl, q4_0, q4_1, q5_0, q5_1, q8_0
 from .lmdeploy import lmdeploy_k4v2
 from .mikv import mikv
 from .octave import octave_compact, octave_k3v3, octave_k3v4
+from .mla import mla_fp8, mla_nvfp4
 from .omniquant import omniquant4
 from .plain import fp16, fp32
 from .polar import polar, polar_pairs
@@ -135,6 +136,8 @@ ALL: dict[str, Scheme] = {
     "fp4_block16": fp4_block16,
     "nvfp4": nvfp4,
     "nvfp4_4over6": nvfp4_4over6,
+    "mla_fp8": mla_fp8,
+    "mla_nvfp4": mla_nvfp4,
     "q8_0": q8_0,
     "q5_1": q5_1,
     "q5_0": q5_0,
@@ -194,6 +197,8 @@ __all__ = [
     "kvtuner",
     "lmdeploy_k4v2",
     "mikv",
+    "mla_fp8",
+    "mla_nvfp4",
     "mxfp4",
     "mxfp8",
     "nuq2",

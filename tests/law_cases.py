@@ -21,6 +21,7 @@ from kvdsl.scheme import (
     Rotate,
     Scale,
     Scheme,
+    Shared,
     Sinks,
     Sketch,
     Sparse,
@@ -141,9 +142,25 @@ CHOSEN = Scheme(
     sinks=Sinks(2),
 )
 """Two sketches of unlike rows, of a few channels of every 64 tokens; what both leave is coded behind them."""
+STRETCHES = Scheme(
+    keys=Store(Bands((Store(Uniform(4), scale=per_token()), Store(Uniform(8), scale=per_token())), channels=(32, 32))),
+    values=Store(Bands((Store(), Store(Uniform(8), scale=per_token(range="absmax"))), channels=(32, 32))),
+)
+"""Channels of each side in stores of their own."""
+RECORD = Scheme(
+    keys=Store(
+        Bands(
+            (Store(Float("e2m1"), scale=per_token(channels=16, dtype="e4m3")), Store(), Store(Float("e5m2"))),
+            channels=(64, 32, 32),
+        )
+    ),
+    values=Store(Shared()),
+    sinks=Sinks(2),
+)
+"""Values are the first channels of the keys."""
 RARE = {"small blocks": SMALL_BLOCKS, "sums": SUMS, "bands": BANDS, "several heads": SEVERAL_HEADS}
 RARE |= {"low rank": LOW_RANK, "matched": MATCHED, "single numbers": SPARSE, "thresholds": THRESHOLDS}
-RARE |= {"chosen channels": CHOSEN}
+RARE |= {"chosen channels": CHOSEN, "stretches": STRETCHES, "record": RECORD}
 """What no shipped scheme has."""
 
 

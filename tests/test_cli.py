@@ -59,7 +59,7 @@ def test_show_shows_every_stage_of_every_scheme(name: str, capsys: Captured) -> 
     stages = document(capsys, "show", name)["stages"]
     assert list(stages) == list(STAGES)
     assert kvdsl.Scheme.from_dict(stages["scheme"]["tree"]) == kvdsl.load(name)
-    assert stages["cost"]["mean"] == kvdsl.bits(kvdsl.load(name), 128).mean
+    assert stages["cost"]["mean"] == kvdsl.bits(kvdsl.load(name)).mean
     for place in parts(kvdsl.load(name)):
         layout, plan, source = (stages[s][place] if place else stages[s] for s in ("layout", "plan", "source"))
         assert sum(row["bytes"] for row in layout["sections"] if not row["shared"]) == layout["head_bytes"]

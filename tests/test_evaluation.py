@@ -183,7 +183,7 @@ def test_codes_and_metadata_are_as_many_bytes_as_the_spec_counts(small: tiny.Loa
 
 @pytest.mark.parametrize("name", [name for name, scheme in ALL.items() if not scheme.routed and not scheme.heads])
 def test_parts_of_a_page_are_the_bits_that_are_counted(name: str) -> None:
-    shape = Shape(128, 8)
+    shape = Shape(ALL[name].head_dim or 128, 8)
     counted, parts = bits(ALL[name]), page_parts(ALL[name], shape)
     for side in SIDES:
         assert float(sum(parts[side].values())) == pytest.approx(counted.side(side).total)

@@ -117,7 +117,7 @@ def _plain(cache: QuantizedCache) -> dict[str, int]:
             found[name] += int(size)
             filled += int(size)
         exact = sum(cache.lengths) - packed
-        found["window"] += exact * shape.kv_heads * shape.head_dim * element
+        found["window"] += exact * shape.kv_heads * cache.kernels.dim(side) * element
         rows += cache.rows(side).nbytes
     found["reserved"] = pages * cache.pool.page_bytes - filled + rows - found["window"]
     found["tables"] = cache.nbytes - pages * cache.pool.page_bytes - rows

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .handle import Handle, step_of
+from .latent import Absorbed
 from .layer import Step, permuted
 from .masks import padding_of
 from .static import AWAITED
@@ -58,20 +59,60 @@ def attention(
     refuse(kwargs, dropout)
     if not causal:
         raise ValueError("attention: a packed cache is read causally, and this model attends in both directions")
+    if step.layer.scheme.shared:
+        return _over_records(module, step, query, attention_mask, scaling, sliding_window, softcap, s_aux), None
+    return _over_cache(module, step, query, attention_mask, scaling, sliding_window, softcap, s_aux), None
+
+
+def _over_records(
+    module: Any,
+    step: Step,
+    query: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    """Of a model that caches latents, (B, Q, Hq, v): its up-projections are on the query and on the output."""
+    record = Absorbed.of(module)
+    plain = mask is None and step.began_empty and _fresh(step, query, sliding_window, softcap, s_aux)
+    if plain:
+        step.append(None, None, query.shape[1])
+        step.layer.calls["fresh_calls"] += 1
+        out: Tensor
+        out, _ = sdpa_attention_forward(module, query, *record.fresh(step), None, scaling=scaling, is_causal=True)
+        return out
+    met = record.query(query)
+    return record.out(_over_cache(module, step, met, mask, scaling, sliding_window, softcap, s_aux))
+
+
+def _over_cache(
+    module: Any,
+    step: Step,
+    query: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    """Attention of query (B, Hq, Q, D) to a step and all before it: (B, Q, Hq, D)."""
     window = _window(step, sliding_window)
     padding = padding_of(attention_mask)
     if attention_mask is not None and (padding is None or not _fits(step, padding.counts, padding.real)):
         full = attention_mask if padding is None else padding.full()
-        return _decoded(step, query, full, scaling, softcap, s_aux), None
+        return _decoded(step, query, full, scaling, softcap, s_aux)
     calls = step.layer.calls
     counts, order = (None, None) if padding is None else (padding.counts, padding.order)
     step.append(counts, order, query.shape[1], softcap=softcap is not None)
-    if padding is None and step.began_empty and _fresh(step, query, window, softcap, s_aux):
+    records = step.layer.scheme.shared  # of one head, for which the library knows no grouped attention
+    if padding is None and step.began_empty and not records and _fresh(step, query, window, softcap, s_aux):
         calls["fresh_calls"] += 1
         out: Tensor
         out, _ = sdpa_attention_forward(module, query, step.keys, step.values, None, scaling=scaling, is_causal=True)
         step.routed(query, scaling, window=window)
-        return out, None
+        return out
     calls["packed_calls"] += 1
     assert step.layer.packed is not None
     state = step.layer.packed.tuned(step.state, scaling, softcap, window)
@@ -82,7 +123,7 @@ def attention(
         out = _with_sinks(out, lse, s_aux)
     if order is not None:
         out = permuted(out, order.argsort(dim=1))
-    return out.transpose(1, 2).contiguous(), None
+    return out.transpose(1, 2).contiguous()
 
 
 def _in_place(

@@ -153,10 +153,13 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Take keys and values (B, H, m, D) and return handles on all that the step sees."""
+        """Take keys and values (B, H, m, D), or latents and keys with rotary positions of models that cache these, and
+        return handles on all that the step sees."""
         self.settle()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self.scheme.shared:  # the library's own pair is a latent and a key with rotary positions
+            key_states, value_states = torch.cat((key_states, value_states), -1), key_states
         visible, _ = self.get_mask_sizes(key_states.shape[2])
         step = Step(self, key_states, value_states, visible)
         self._step = step
@@ -200,7 +203,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def _made(self, step: Step, q_heads: int | None, softcap: bool) -> AnyCache:
         keys, values = step.keys, step.values
-        if keys.shape[3] != values.shape[3]:
+        if keys.shape[3] != values.shape[3] and not self.scheme.shared:
             raise ShapeError(
                 f"values: head_dim {values.shape[3]} beside keys of {keys.shape[3]}; a cache needs them equal"
             )

@@ -26,6 +26,7 @@ from kvdsl.rules import layer_faults, refuse_for
 from kvdsl.scheme import Scheme
 from kvdsl.shape import Shape
 
+from . import latent
 from .attention import attention
 from .layer import PackedCache, PackedLayer
 from .masks import mask
@@ -85,6 +86,7 @@ class Options(NamedTuple):
 def _cache(scheme: Scheme, model: Any, params: Params, options: Options) -> PackedCache:
     """`cache`, given all parameters."""
     layers, calls = _layers(scheme, model, params, options)
+    latent.pass_handles(model)
     if model.config._attn_implementation != NAME:
         model.set_attn_implementation(NAME)
     return PackedCache(layers, scheme, calls)
@@ -95,6 +97,7 @@ def _layers(scheme: Scheme, model: Any, params: Params, asked: Options) -> tuple
     config = model.config.get_text_config(decoder=True)
     if config.model_type in OWN_MASKS:
         raise ValueError(f"model: {config.model_type} makes attention masks of its own; a packed cache cannot serve it")
+    latent.refuse_others(scheme, model)
     theirs = DynamicCache(config=config).layers or [DynamicLayer()] * config.num_hidden_layers  # type: ignore[no-untyped-call]
     if found := layer_faults(scheme, len(theirs)):
         raise SchemeError(found)
@@ -140,6 +143,8 @@ def _refuse_moving(scheme: Scheme, capacity: int | None, index: int) -> int:
         raise ValueError("static: no capacity; say how many tokens a sequence may have, prompt included")
     if scheme.routed or scheme.heads:
         raise ValueError(f"static: layer {index} sends tokens to tiers, which the host decides; leave static out")
+    if scheme.shared:
+        raise ValueError(f"static: layer {index} keeps latents, which are not appended in place; leave static out")
     if scheme.keys.rope is not None:
         raise ValueError(f"static: layer {index} packs keys without their positions (PreRope); leave static out")
     return capacity
@@ -160,6 +165,8 @@ def _refuse_unfit(scheme: Scheme, params: Params, config: Any, index: int, share
     heads = getattr(config, "num_attention_heads", None)
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     width = getattr(config, "head_dim", None)
+    if scheme.shared:
+        kv_heads, width = 1, config.kv_lora_rank + config.qk_rope_head_dim
     if width is None and isinstance(heads, int):
         width = getattr(config, "hidden_size", 0) // heads
     try:
@@ -222,6 +229,7 @@ def use(
             object.__setattr__(model, "generate", own)
         else:
             vars(model).pop("generate", None)
+        latent.restore(model)
         restore(before)
 
 

@@ -26,7 +26,7 @@ def roundtrip(
     packed = whole_sequence(scheme, k.shape[2], window=window)
     return (
         contents(scheme.keys, k, packed["keys"], params, "keys"),
-        contents(scheme.values, v, packed["values"], params, "values"),
+        contents(scheme.side("values"), v, packed["values"], params, "values"),
     )
 
 
@@ -74,7 +74,7 @@ def attend(
     seen = tokens - (queries if scheme.prefill == "exact" else 0)
     packed = {side: packed_tokens(scheme, side, seen) if window else (0, tokens) for side in ("keys", "values")}
     held_keys = contents(scheme.keys, k, packed["keys"], params, "keys")
-    held_values = contents(scheme.values, v, packed["values"], params, "values")
+    held_values = contents(scheme.side("values"), v, packed["values"], params, "values")
     return softmax_rows(q, held_keys, held_values, scale=scale, sliding=sliding, start=start, softcap=softcap)
 
 

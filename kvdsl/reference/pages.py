@@ -71,7 +71,7 @@ def page_tokens(scheme: Scheme) -> int:
 def _few_bits(scheme: Scheme) -> bool:
     """Whether both sides are codes of even levels and nothing else, of 6 bits a key's and a value's number at most."""
     stores = _stores(scheme)
-    if len(stores) > 2 or any(store.rope is not None for store in stores.values()):
+    if len(stores) > 2 or scheme.shared or any(store.rope is not None for store in stores.values()):
         return False
     bits = [store.code.bits if isinstance(store.code, Uniform) else None for store in stores.values()]
     return None not in bits and sum(b or 0 for b in bits) <= 6
@@ -89,7 +89,8 @@ def pages(scheme: Scheme, shape: Shape, k: Tensor, v: Tensor, params: Params | N
     ShapeError if the tensors do not fit `shape` or T is not whole blocks.
     """
     for name, x in (("k", k), ("v", v)):
-        right = (k.shape[0], shape.kv_heads, k.shape[2], shape.head_dim)
+        dim = scheme.dim("keys" if name == "k" else "values", shape.head_dim)
+        right = (k.shape[0], shape.kv_heads, k.shape[2], dim)
         if tuple(x.shape) != right:
             raise ShapeError(f"{name}: shape {tuple(x.shape)}; the right one is {right}")
     batch, heads, tokens, _ = k.shape
@@ -129,8 +130,10 @@ def pages(scheme: Scheme, shape: Shape, k: Tensor, v: Tensor, params: Params | N
 
 
 def _stores(scheme: Scheme) -> dict[tuple[Side, int], Store]:
-    """The stores of a page in its order: those of the keys, each before that of what it left, then of the values."""
-    return {(side, depth): store for side in SIDES for depth, store in enumerate(scheme.side(side).terms)}
+    """The stores of a page in its order: those of the keys, each before that of what it left, then of the values, where
+    these are no stretch of the keys."""
+    sides = SIDES[:1] if scheme.shared else SIDES
+    return {(side, depth): store for side in sides for depth, store in enumerate(scheme.side(side).terms)}
 
 
 def _places(scheme: Scheme, shape: Shape) -> tuple[int, dict[tuple[Side, int], _Places], int]:
@@ -271,7 +274,7 @@ def _common_plane(store: Store, d: int) -> int:
         if plane % 2 or plane // 2 < 16:
             return natural
         plane //= 2
-    return plane
+    return natural if d // plane > 16 else plane
 
 
 def _put_codes(blob: Bytes, starts: tuple[int, ...], codes: Any, t: int, store: Store, size: int) -> None:

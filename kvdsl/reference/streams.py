@@ -52,7 +52,7 @@ class Stream:
         """What the cache holds of a side: float64 (B, H, tokens, D), packed tokens decoded, the rest exact."""
         x = self.keys if side == "keys" else self.values
         assert x is not None
-        store = self.scheme.keys if side == "keys" else self.scheme.values
+        store = self.scheme.side("keys" if side == "keys" else "values")
         return contents(store, x, self.packed(side), self.params, side)
 
     def attend(
@@ -71,7 +71,8 @@ class Stream:
         assert self.keys is not None and self.values is not None
         seen = self.tokens - (self.fresh if self.scheme.prefill == "exact" else 0)
         held = []
-        for side, store, x in (("keys", self.scheme.keys, self.keys), ("values", self.scheme.values, self.values)):
+        for side, x in (("keys", self.keys), ("values", self.values)):
+            store = self.scheme.side("keys" if side == "keys" else "values")
             held.append(contents(store, x, packed_tokens(self.scheme, side, seen), self.params, side))
         return softmax_rows(q, held[0], held[1], scale=scale, sliding=sliding, start=start, softcap=softcap)
 

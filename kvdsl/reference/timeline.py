@@ -16,7 +16,7 @@ Packed = dict[str, tuple[int, int]]
 
 def packed_tokens(scheme: Scheme, side: str, tokens: int) -> tuple[int, int]:
     """(first, end): tokens [first, end) are packed once `tokens` have arrived and all that must leave have left."""
-    store = scheme.keys if side == "keys" else scheme.values
+    store = scheme.keys if side == "keys" or scheme.shared else scheme.values
     sinks = scheme.sinks.tokens if scheme.sinks is not None else 0
     room = scheme.recent.tokens if scheme.recent is not None else 0
     together = scheme.recent is not None and _leave_together(scheme.recent.flush, store)

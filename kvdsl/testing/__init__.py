@@ -154,8 +154,9 @@ def _some_shapes(scheme: Scheme) -> list[Any]:
     from kvdsl.rules import shape_faults
     from kvdsl.shape import Shape
 
+    own = scheme.head_dim  # of a scheme that says how long a key is there are no other shapes
     found = [
-        Shape(dim, heads, heads * group, dtype, softcap, scheme.routed and placed)  # type: ignore[arg-type]
+        Shape(own or dim, heads, heads * group, dtype, softcap, scheme.routed and placed)  # type: ignore[arg-type]
         for dim, heads, group, dtype, softcap, placed in (
             (32, 1, 1, "fp16", False, False), (64, 2, 3, "fp16", False, True), (128, 2, 4, "bf16", False, False),
             (80, 1, 8, "fp32", True, True), (96, 4, 1, "fp16", True, False), (256, 2, 2, "fp16", False, False),

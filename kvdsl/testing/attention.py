@@ -88,7 +88,7 @@ def truth(case: Case, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         out, lse = softmax_rows(q, keys, values, **options)
         plain = eager(q, keys, values, DTYPES[case.shape.dtype], **options)
         mapped = mapped_query(case.scheme.keys, q, case.shape.kv_heads, step.params)
-        value_part = mapped_back(case.scheme.values, value_part, case.shape.head_dim, step.params)
+        value_part = mapped_back(case.scheme.side("values"), value_part, values.shape[3], step.params)
         parts = keys, key_part, values, value_part
         factored = [normal_form(q, mapped, *parts, **options)]
         spread_of = score_spread(case, step, b)
@@ -105,7 +105,7 @@ def weighed_parts(case: Case, step: Step) -> Tensor:
     found = []
     for b in range(case.batch):
         (keys, _), (_, part) = (coded(case, step, b, side) for side in SIDES)
-        part = mapped_back(case.scheme.values, part, case.shape.head_dim, step.params)
+        part = mapped_back(case.scheme.side("values"), part, part.shape[3], step.params)
         found.append(softmax_rows(step.q[b : b + 1], keys, part.abs(), **_options(step, b))[0])
     return torch.cat(found)
 
@@ -333,9 +333,9 @@ def scores_are_products(case: Case) -> None:
     tokens = case.whole
     k, v = case.pair(tokens)
     params = case.params(k, v)
-    lead = torch.zeros(*k.shape[:2], case.sinks, k.shape[3], dtype=k.dtype)
+    keys, values = (torch.cat([x.new_zeros(*x.shape[:2], case.sinks, x.shape[3]), x], 2) for x in (k, v))
     ends: Ends = {"keys": [tokens] * case.batch, "values": [0] * case.batch}
-    pages = packed(case.kernels, torch.cat([lead, k], 2), torch.cat([lead, v], 2), ends, params)
+    pages = packed(case.kernels, keys, values, ends, params)
     q, device = case.query(2), device_of(case.kernels)
     got = case.kernels.scores(q.to(device), pages.pool, pages.table, tokens, ready(case.kernels, params)).cpu()
     store, group = case.scheme.keys, case.shape.group

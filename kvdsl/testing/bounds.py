@@ -68,7 +68,7 @@ from . import low_rank
 from .fits import fitted
 from .formats import LARGEST, OVER_BLOCK, SLACK, deviation, power_of_two
 from .rotary import partners, spread_waves
-from .terms import behind, terms_of
+from .terms import behind, pieces, terms_of
 
 
 def blocks_of(store: Store, x: Tensor) -> Tensor:
@@ -96,6 +96,8 @@ def spread(store: Store, number: Tensor, x: Tensor) -> Tensor:
 def bound(store: Store, x: Tensor, params: Params | None = None, side: str = "keys", at: int = 0) -> Tensor:
     """The largest legal |x - x^|, float64 (B, H, T, D), for finite x (B, H, T, D) of whole blocks; `at` is the position
     of the first token."""
+    if stretches := pieces(store, x):
+        return torch.cat([bound(one, part, params, side, at) for one, part in stretches], -1)
     if store.rope is not None:
         return _roped_bound(store, x, params, side, at)
     if len(store.placed(side)) > 1:

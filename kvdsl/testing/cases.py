@@ -90,11 +90,12 @@ class Case:
         return self.scheme.with_(sinks=None) if self.scheme.sinks else self.scheme
 
     def pair(self, tokens: int, *, kind: str | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """Keys and values (batch, heads, tokens, head_dim)."""
+        """Keys and values (batch, heads, tokens, head_dim); shared values are the first channels of the keys."""
         size = (self.batch, self.shape.kv_heads, tokens, self.shape.head_dim)
         kind = kind or self.kind
         first, second = (numbers(kind, size, self.shape.dtype, 7919 * self.seed + 2 * seed + i) for i in range(2))
-        return first, second
+        dim = self.scheme.dim("values", self.shape.head_dim)
+        return first, first[..., :dim].contiguous() if self.scheme.shared else second
 
     def query(self, queries: int, seed: int = 0) -> Tensor:
         """Normal queries (batch, q_heads, queries, head_dim)."""

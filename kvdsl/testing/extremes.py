@@ -28,7 +28,7 @@ from . import low_rank, sparse, splits
 from .bounds import blocks_of, spread
 from .cases import METADATA, Case, law, require, require_equal, static
 from .formats import FORMATS, LARGEST
-from .terms import Stretch, TermOf, stretches, terms_of
+from .terms import Stretch, TermOf, pieces, stretches, terms_of
 from .trips import bare, roundtrip
 
 LEAST = {"fp16": -14, "bf16": -126, "fp32": -126, "e4m3": -6, "e5m2": -14, "e8m0": -126}  # exponents of normal numbers
@@ -72,8 +72,7 @@ def a_nan_spoils_its_block_only(case: Case) -> None:
     params = case.params(k, v)
     at = tuple(case.random.randrange(n) for n in k.shape)
     clean = roundtrip(case, k, v, params)
-    for x in (k, v):
-        x[at] = torch.nan
+    _put(at, torch.nan, k, v)
     for side, x, before, got in zip(SIDES, (k, v), clean, roundtrip(case, k, v, params), strict=True):
         store, bad = case.scheme.side(side), torch.zeros(x.shape, dtype=torch.bool)
         other = bad | sparse.moved(x, store.outliers, side) if isinstance(store.outliers, Sparse) else bad
@@ -89,6 +88,13 @@ def a_nan_spoils_its_block_only(case: Case) -> None:
             require_equal(f"decoded {side}", got[bad], quantize(store, x, params, side, case.sinks).decoded[bad])
         else:
             require(bool(got[bad].isnan().all()), f"decoded {side}: a number beside the NaN at {at} is {got[bad]}")
+
+
+def _put(at: tuple[int, ...], number: float, *tensors: Tensor) -> None:
+    """A number in place of another one; shared values do not have all channels of the keys."""
+    for x in tensors:
+        if at[3] < x.shape[3]:
+            x[at] = number
 
 
 def _spoilt(term: TermOf, x: Tensor) -> Tensor:
@@ -112,8 +118,7 @@ def infinity_saturates(case: Case) -> None:
     k, v = case.pair(case.whole)
     params = case.params(k, v)
     at = tuple(case.random.randrange(n) for n in k.shape)
-    for x in (k, v):
-        x[at] = torch.inf if case.seed % 2 else -torch.inf
+    _put(at, torch.inf if case.seed % 2 else -torch.inf, k, v)
     wanted = case.decoded(k, v, params)
     for side, got, want in zip(SIDES, roundtrip(case, k, v, params), wanted, strict=True):
         require_equal(f"decoded {side}", got, want)
@@ -232,17 +237,17 @@ def powers_of_two_go_through(case: Case) -> None:
     bigger = {name: tensor * _grown(case.scheme, name, tensor, factor) for name, tensor in params.items()}
     once = roundtrip(case, k, v, params)
     twice = roundtrip(case, k * factor, v * factor, bigger)
-    for side, x, first, second in zip(SIDES, (k, v), once, twice, strict=True):
-        usual = torch.ones_like(first, dtype=torch.bool)
-        outliers = case.scheme.side(side).outliers
-        # saturated numbers are alike, whatever they were
-        if isinstance(outliers, Sparse) or isinstance(outliers, TopChannels) and outliers.online:
-            usual &= bool((x.double().abs() * factor < LARGEST / 2).all())  # a pair without positions is longer
-        terms = (
-            terms_of(case.scheme.side(side), y, p, side, case.sinks) for y, p in ((x, params), (x * factor, bigger))
-        )
-        for one, more in zip(*terms, strict=True):
-            usual = _with_its_block(one.store, usual) & _usual(one, more, factor)
-        if case.scheme.side(side).rope is not None:
-            usual = usual.all(-1, keepdim=True).expand(usual.shape)
-        require_equal(f"decoded {side}", second[usual], (first * factor)[usual])
+    for side, whole, *found in zip(SIDES, (k, v), once, twice, strict=True):
+        several = pieces(case.scheme.side(side), whole) or [(case.scheme.side(side), whole)]
+        both = zip(*(x.split([part.shape[3] for _, part in several], -1) for x in found), strict=True)
+        for (store, x), (first, second) in zip(several, both, strict=True):
+            usual = torch.ones_like(first, dtype=torch.bool)
+            # saturated numbers are alike, whatever they were
+            if isinstance(store.outliers, Sparse) or isinstance(store.outliers, TopChannels) and store.outliers.online:
+                usual &= bool((x.double().abs() * factor < LARGEST / 2).all())  # a pair without positions is longer
+            terms = (terms_of(store, y, p, side, case.sinks) for y, p in ((x, params), (x * factor, bigger)))
+            for one, more in zip(*terms, strict=True):
+                usual = _with_its_block(one.store, usual) & _usual(one, more, factor)
+            if store.rope is not None:
+                usual = usual.all(-1, keepdim=True).expand(usual.shape)
+            require_equal(f"decoded {side}", second[usual], (first * factor)[usual])

@@ -24,7 +24,7 @@ from kvdsl.scheme import Chosen, Codebook, LowRank, Parted, Side, Sketch, Sparse
 from . import low_rank
 from .bounds import second, spread
 from .rotary import partners
-from .terms import TermOf, terms_of
+from .terms import TermOf, pieces, terms_of
 
 Largest = Callable[[Store, Tensor, Params], Tensor]
 
@@ -32,19 +32,22 @@ Largest = Callable[[Store, Tensor, Params], Tensor]
 def sides_of(store: Store, x: Tensor, span: tuple[int, int], params: Params, side: Side) -> tuple[Tensor, Tensor]:
     """What a cache holds of x (1, H, T, D) with tokens `span` packed, float64 (1, H, T, D), and the factors of products
     with it (1, H, T, D or M + D): code times scale, without what is added beside it, and exact numbers."""
+    if stretches := pieces(store, x):
+        found = [sides_of(one, part, span, params, side) for one, part in stretches]
+        return torch.cat([one for one, _ in found], -1), torch.cat([other for _, other in found], -1)
     first, end = span
     whole = contents(store, x, span, params, side)
     exact = whole.clone()
     part = x.new_zeros(*x.shape[:3], sum(_widths(store, x.shape[3])), dtype=torch.float64)
     if end > first:
-        found = []
+        met = []
         for term in terms_of(store, x[:, :, first:end], params, side, first):
             if store.rope is not None:
-                found.append(with_rope(store, term.kept.decoded, params, side, first))
+                met.append(with_rope(store, term.kept.decoded, params, side, first))
                 continue
             one = _factors(term.store, term.kept, params, term.place)
-            found.append(_met(term.store, one) if not _masked(term) else _unmapped(term, one, params))
-        factors = torch.cat(found, -1)
+            met.append(_met(term.store, one) if not _masked(term) else _unmapped(term, one, params))
+        factors = torch.cat(met, -1)
         part[:, :, first:end] = factors
         exact[:, :, first:end] = 0 if store.apart else factors
     return whole, torch.cat((part, exact), -1) if store.apart else exact
@@ -121,6 +124,8 @@ def sizes_of(
     - Decoded numbers are rounded as q is: n = |x^|.  So are exact ones.  What is in polar
       coordinates counts as its radius.
     """
+    if stretches := pieces(store, x):
+        return torch.cat([sizes_of(one, part, span, params, side, largest, at) for one, part in stretches], -1)
     first, end = span
     x = x.double()
     exact = x.abs()

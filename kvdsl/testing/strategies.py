@@ -86,7 +86,7 @@ def _legal_widths(scheme: Scheme, widest: int) -> list[int]:
 
 def _heads(scheme: Scheme) -> int:
     """The fewest kv heads that a scheme fits."""
-    stores = (*scheme.keys.terms, *scheme.values.terms)
+    stores = (*scheme.keys.terms, *scheme.side("values").terms)
     blocks = [store.measure.block for store in stores if store.measure is not None]
     rotations = [part for store in stores for _, part in store.walk() if isinstance(part, Rotate)]
     return math.lcm(*(block.heads for block in blocks if isinstance(block.heads, int)), *(r.heads for r in rotations))

@@ -60,6 +60,14 @@ def stretches(store: Store, coded: Tensor) -> Iterator[Stretch]:
         yield Stretch(band, piece, index)
 
 
+def pieces(store: Store, x: Tensor) -> list[tuple[Store, Tensor]]:
+    """Of a store whose stretches are of channels: each as a store, and its channels of x (B, H, T, D); else nothing."""
+    if not isinstance(store.code, Bands) or not store.code.channels:
+        return []
+    stores = [Store(one.code, scale=one.scale) for one in store.code.stores]
+    return list(zip(stores, x.split(list(store.code.channels), -1), strict=True))
+
+
 def terms_of(store: Store, x: Tensor, params: Params | None, side: str, at: int = 0) -> Iterator[TermOf]:
     """The terms of x (B, H, T, D), whole blocks, the first token at position `at`; without positions where they come
     off."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvdsl.kernels import Params
-from kvdsl.scheme import SIDES, Float, Scheme, Store
+from kvdsl.scheme import SIDES, Bands, Float, Scheme, Shared, Store
 
 from .cases import Case
 from .driving import USUAL, Ends, Pages, Poison, packed, ready
@@ -14,8 +14,8 @@ from .driving import USUAL, Ends, Pages, Poison, packed, ready
 
 def with_sinks(case: Case, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Poisoned sinks before the tokens that are packed: they may not count."""
-    lead = torch.full((*k.shape[:2], case.sinks, k.shape[3]), torch.nan, dtype=k.dtype)
-    return torch.cat([lead, k], 2), torch.cat([lead, v], 2)
+    keys, values = (torch.cat([x.new_full((*x.shape[:2], case.sinks, x.shape[3]), torch.nan), x], 2) for x in (k, v))
+    return keys, values
 
 
 def pages_of(case: Case, k: Tensor, v: Tensor, params: Params, poison: Poison = USUAL) -> Pages:
@@ -42,5 +42,6 @@ def plain(store: Store) -> bool:
 
 
 def bare(scheme: Scheme) -> bool:
-    """Whether vectors are coded as they are on both sides."""
-    return not (scheme.keys.turned or scheme.values.turned)
+    """Whether vectors are coded as they are on both sides, each by one code."""
+    whole = not any(isinstance(store.code, (Bands, Shared)) for store in (scheme.keys, scheme.values))
+    return whole and not (scheme.keys.turned or scheme.values.turned)

@@ -30,12 +30,13 @@ SLOW = ("windows_and_padding_are_seen", "neighbours_do_not_reach_attention", "sp
 SIBLINGS = {"nuq3", "rotatekv3", "rotatekv2", "turboquant1", "turboquant_prod3", "turboquant_prod2"}
 SIBLINGS |= {"vllm_3bit_nc", "vllm_k3v4_nc", "quarot2", "turboquant2", "q5_0", "q5_1", "q4_1", "token2", "token3"}
 SIBLINGS |= {"channel2", "channel3", "bitdecoding2", "turboquant3", "turboquant_3p5", "kivi4", "skvq_k2v1p5", "gearl4"}
-SIBLINGS |= {"gear4", "kvquant4", "kvquant2", "kitty_pro", "kvtuner"}
+SIBLINGS |= {"gear4", "kvquant4", "kvquant2", "kitty_pro", "kvtuner", "mla_fp8", "mla_nvfp4"}
 SIBLINGS |= {"mxfp8", "octave_k3v3", "octave_compact", "exl3_2", "exl3_3", "exl3_5", "exl3_6", "exl3_7", "exl3_8"}
-"""They differ in their bits alone from schemes that are asked, and take long: KVDSL_PROFILE=thorough asks them, too."""
+"""They differ in their bits alone, or in their length, from schemes that are asked, and take long:
+KVDSL_PROFILE=thorough asks them, too."""
 THOROUGH = os.environ.get("KVDSL_PROFILE") == "thorough"
 ASKED = [name for name in PLAIN if THOROUGH or name not in SIBLINGS]
-SHAPES = (Shape(32, 1, 2), Shape(64, 2, 4), Shape(128, 1, 2), Shape(64, 4, 4))
+SHAPES = (Shape(32, 1, 2), Shape(64, 2, 4), Shape(128, 1, 2), Shape(64, 4, 4), Shape(576, 1, 3))
 
 
 def _case(scheme: Any, seed: int, batch: int = 2) -> Case:
@@ -62,6 +63,11 @@ def test_a_shipped_scheme_packs_each_sequence_alone(name: str) -> None:
 @pytest.mark.parametrize("law", [*QUICK, RAGGED])
 def test_a_scheme_of_rarer_parts_obeys_the_law(law: str, name: str) -> None:
     LAWS[law](_case(RARE[name], seed=1, batch=1))
+
+
+def test_a_long_record_s_codes_are_multiplied_by_scales_of_groups_as_halves() -> None:
+    """Of 512 channels in groups of 16, which have no planes of their own: scales are given to channels in the loop."""
+    LAWS["decode_is_attention"](Case(ALL["mla_nvfp4"], Shape(576, 1, 3), "triton", batch=1, tokens=70, seed=1))
 
 
 @pytest.mark.parametrize("name", ["kivi2", "token4", "int8_tensor"])
