@@ -20,8 +20,8 @@ from .kvtuner import kvtuner
 from .llama_cpp import iq4_nl, q4_0, q4_1, q5_0, q5_1, q8_0
 from .lmdeploy import lmdeploy_k4v2
 from .mikv import mikv
-from .octave import octave_compact, octave_k3v3, octave_k3v4
 from .mla import mla_fp8, mla_nvfp4
+from .octave import octave_compact, octave_k3v3, octave_k3v4
 from .omniquant import omniquant4
 from .plain import fp16, fp32
 from .polar import polar, polar_pairs
