@@ -78,7 +78,14 @@ def test_a_slot_is_found_by_its_block_and_taken_when_it_is_the_oldest() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "field"), [("zipcache", "tiers"), ("kvquant3", "keys.transform"), ("skvq2", "layers"), ("gear2", None)]
+    ("name", "field"),
+    [
+        ("zipcache", "tiers"),
+        ("kvquant3", "keys.transform"),
+        ("skvq2", "layers"),
+        ("mla_fp8", "values.code"),
+        ("gear2", None),
+    ],
 )
 def test_what_an_engine_cannot_serve_is_told_by_its_field(name: str, field: str | None) -> None:
     scheme = load(name)

@@ -70,6 +70,9 @@ def unserved(scheme: Scheme) -> tuple[Fault, ...]:
     if scheme.layers:
         fact = f"{len(scheme.layers)} groups of layers have schemes of their own; pages of all layers are of one size"
         found.append(Fault("layers", fact, "serve one scheme, and let the engine skip layers"))
+    if scheme.shared:
+        fact = "Shared, records of which keys and values are both read; models that cache such have another backend"
+        found.append(Fault("values.code", fact, "take a scheme with values of their own"))
     if rope_of(scheme) is not None:
         fact = "PreRope, keys without their positions; the engine hands over keys that have them"
         found.append(Fault("keys.transform", fact, "take a scheme whose keys are stored with their positions"))
