@@ -47,9 +47,10 @@ PARTED = {
     "thresholds": Scheme(SHIPPED["kvquant3"].keys, PLAIN.values, recent=SHIPPED["kvquant3"].recent),
     "second level": PLAIN.with_(keys=SHIPPED["nvfp4"].keys.with_(**{"scale.scale.block.heads": 1})),
     "one number": SHIPPED["fp8_tensor"],
+    "pairs": PLAIN.with_(**{"keys.transform": Rotate(heads=2), "values.scale.block.heads": 2}),
     "heads": PLAIN.with_(heads={(-1, 0): SHIPPED["omniquant4"], 2: SHIPPED["fp8_tensor"]}),
 }
-"""Schemes whose numbers have an axis of heads in every place there is, or none."""
+"""Schemes whose numbers have an axis of heads in every place there is, or none; and one of heads two by two."""
 
 
 @pytest.mark.parametrize("name", PARTED)

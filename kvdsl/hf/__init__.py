@@ -1,14 +1,14 @@
 """transformers: a cache of packed bytes, and the attention that reads it where it lies.
 
-    plug          `cache` and `use`: what a user calls
-    layer         the library's layer protocol over one QuantizedCache a layer
-    handle        what a layer hands to the attention: a tensor by name, a reference in fact
-    attention     the registered attention function
-    masks         the registered mask function
+    plug              `cache` and `use`: what a user calls
+    layer             the library's layer protocol over one QuantizedCache a layer
+    handle            what a layer hands to the attention: a tensor by name, a reference in fact
+    attention         the registered attention function
+    masks             the registered mask function
     tensor_parallel   which heads a rank has, where a model is cut over several
-    rotary        the frequencies of a model's rotary positions, for keys that are stored without them
-    observe       what the layers of a model are given, to calibrate on
-    calibrating   what a scheme takes from data, of every layer of a model
+    rotary            the frequencies of a model's rotary positions, for keys that are stored without them
+    observe           what the layers of a model are given, to calibrate on
+    calibrating       what a scheme takes from data, of every layer of a model
 
 transformers is imported when `cache` or `use` is first called.
 """
