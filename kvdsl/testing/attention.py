@@ -104,8 +104,8 @@ def weighed_parts(case: Case, step: Step) -> Tensor:
     """The sizes of what weights multiply, weighed and added up: float64 (B, Hq, Q, D)."""
     found = []
     for b in range(case.batch):
-        (keys, _), (_, part) = (coded(case, step, b, side) for side in SIDES)
-        part = mapped_back(case.scheme.side("values"), part, part.shape[3], step.params)
+        (keys, _), (values, part) = (coded(case, step, b, side) for side in SIDES)
+        part = mapped_back(case.scheme.side("values"), part, values.shape[3], step.params)
         found.append(softmax_rows(step.q[b : b + 1], keys, part.abs(), **_options(step, b))[0])
     return torch.cat(found)
 

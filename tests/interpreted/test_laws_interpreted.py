@@ -70,7 +70,7 @@ def test_a_long_record_s_codes_are_multiplied_by_scales_of_groups_as_halves() ->
     LAWS["decode_is_attention"](Case(ALL["mla_nvfp4"], Shape(576, 1, 3), "triton", batch=1, tokens=70, seed=1))
 
 
-@pytest.mark.parametrize("name", ["kivi2", "token4", "int8_tensor"])
+@pytest.mark.parametrize("name", ["kivi2", "token4", "quarot4"])
 @pytest.mark.parametrize("law", SLOW)
 def test_some_shipped_schemes_obey_the_slower_laws(name: str, law: str) -> None:
     LAWS[law](_case(ALL[name], seed=2))
