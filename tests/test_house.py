@@ -27,7 +27,15 @@ SOURCES = sorted(
     + [path for name in (*LINKS, "examples") for path in (ROOT / name).rglob("*.py")]
 )
 FACES = {"kvdsl", "kvdsl.__main__"}
-CALLERS = {"kvdsl.api", "kvdsl.routed_api", "kvdsl.saving", "kvdsl.tier_saving", "kvdsl.hf", "kvdsl.testing"}
+CALLERS = {
+    "kvdsl.api",
+    "kvdsl.routed_api",
+    "kvdsl.saving",
+    "kvdsl.tier_saving",
+    "kvdsl.hf",
+    "kvdsl.testing",
+    "kvdsl.vllm",
+}
 """Who else may ask the compiler for kernels, by `build` alone."""
 
 

@@ -65,7 +65,7 @@ class Step:
         packed = self.layer.packed
         if self.waits and packed is not None and self.state is not None:
             self.waits = False
-            self.layer.done(self)
+            self.layer._last = None
             state = self.state if query is None else packed.tuned(self.state, scaling, softcap, window)
             packed.route(query, state, lse)
 
@@ -231,11 +231,6 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if self._last is not None:
             last, self._last = self._last, None
             last.routed()
-
-    def done(self, step: Step) -> None:
-        """Nothing of a step waits any more: its tokens (those of a prompt, in every layer) are not held longer."""
-        if self._last is step:
-            self._last = None
 
     def dense(self, side: Which) -> Tensor:
         """All tokens of a side, decoded, (B, H, longest, D), right aligned; before the first token of no length."""

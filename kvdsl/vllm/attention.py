@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from kvdsl.errors import BackendError
+from kvdsl.head_shares import HeadShare, params_of, refuse_spanning
 from kvdsl.inputs import DTYPES
 from kvdsl.kernels import Params
 from kvdsl.params import checked, within
@@ -59,6 +61,8 @@ class Attention(AttentionImpl[Metadata]):  # type: ignore[misc]
         dtype, softcap = FORMATS[config.model_config.dtype], logits_soft_cap or None
         self._kernels = compiled(asked, Shape(head_size, self.num_kv_heads, num_heads, dtype, softcap is not None))
         self._given = asked.params
+        self._share = _share(config, self.num_kv_heads)
+        refuse_spanning(asked.how.scheme, self._share)
         device = torch.device(current_platform.device_type)
         ring = asked.how.block + draft_of(config)
         self._made = partial(
@@ -88,8 +92,17 @@ class Attention(AttentionImpl[Metadata]):  # type: ignore[misc]
             return output.fill_(0)
         if self._layer is None:
             given = within(self._given, f"layers.{extract_layer_index(layer.layer_name)}.")
+            if self._share is not None:
+                given = params_of(self._kernels.scheme, self._share, given)
             self._layer = self._made(params=self._checked(given, query.device))
         heads = (-1, self.num_heads, self.head_size)
         pool = kv_cache.view(-1, self._kernels.page_bytes)
         self._layer.forward(query.view(heads), key, value, pool, attn_metadata.step, output.view(heads))
         return output
+
+
+def _share(config: Any, kv_heads: int) -> HeadShare | None:
+    """Which of the model's kv heads this rank has; None: all of them, or, of fewer heads than ranks, one that others
+    have, too."""
+    ranks, every = config.parallel_config.tensor_parallel_size, config.model_config.get_total_num_kv_heads()
+    return None if ranks == 1 or every < ranks else HeadShare(get_tensor_model_parallel_rank(), ranks, kv_heads * ranks)

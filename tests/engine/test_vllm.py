@@ -102,6 +102,7 @@ def test_capacity_is_what_the_scheme_s_bits_say(scheme: str) -> None:
     [
         ("kivi2_sinks", {"enable_prefix_caching": True}, "use --no-enable-prefix-caching"),
         ("token4", {"kv_cache_dtype_skip_layers": ["0"]}, "the engine pads every page to the largest"),
+        (str(HERE / "over_heads.py:mine"), {"tensor_parallel_size": 2}, "or fewer ranks"),
         ("zipcache", {}, "so where a token stands follows from the tokens after it"),
         ("kivi5", {}, "kivi4"),
     ],
