@@ -25,6 +25,7 @@ from .qjl import qjl, qjl_gauss, qjl_kv
 from .quarot import quarot2, quarot4
 from .roco import roco
 from .rotatekv import rotatekv2, rotatekv3, rotatekv4
+from .saw_int4 import saw_int4
 from .skvq import skvq2, skvq_k2v1p5
 from .smoothquant import smoothquant8
 from .snapkv import snapkv
@@ -95,6 +96,7 @@ ALL: dict[str, Scheme] = {
     "rotatekv4": rotatekv4,
     "rotatekv3": rotatekv3,
     "rotatekv2": rotatekv2,
+    "saw_int4": saw_int4,
     "skvq2": skvq2,
     "skvq_k2v1p5": skvq_k2v1p5,
     "smoothquant8": smoothquant8,
@@ -186,6 +188,7 @@ __all__ = [
     "rotatekv2",
     "rotatekv3",
     "rotatekv4",
+    "saw_int4",
     "skvq2",
     "skvq_k2v1p5",
     "smoothquant8",
