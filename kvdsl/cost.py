@@ -9,7 +9,7 @@ from fractions import Fraction
 from .codes import SLOT_TOKENS, in_trits, trit_bytes, width
 from .errors import SchemeError, ShapeError
 from .rules import layer_faults, refuse_for
-from .scheme import ALL, SIDES, Chosen, Codebook, LowRank, Scale, Scheme, Side, Sparse, Store, TopChannels
+from .scheme import ALL, SIDES, Chosen, Codebook, Eigenbasis, LowRank, Scale, Scheme, Side, Sparse, Store, TopChannels
 from .segments import segments
 from .shape import Shape
 from .tier_shares import shares
@@ -282,8 +282,11 @@ def _widths(scale: Scale) -> tuple[int, ...]:
 
 def _constants(store: Store, shape: Shape) -> int:
     """Bytes a layer of calibrated numbers: a scale, (kv heads or 1) x (groups of channels or 1), offsets too; a second
-    level, (kv heads or 1); the levels of a table, those that codes are decoded at if they are others."""
+    level, (kv heads or 1); the levels of a table, those that codes are decoded at if they are others; the matrices of a
+    basis."""
     scale, count = store.measure, 0
+    bases = (part for part in store.own.linear if isinstance(part, Eigenbasis))
+    count += sum((shape.kv_heads if part.per == "head" else 1) * store.own.width(shape.head_dim) ** 2 for part in bases)
     if store.split is not None:
         count += shape.kv_heads * (shape.head_dim - store.own.width(shape.head_dim))
     if isinstance(store.code, Codebook) and store.code.levels == "calibrated":

@@ -35,6 +35,8 @@ from .tiers import Router
 from .transforms import (
     ChannelScale,
     ChannelShift,
+    Eigenbasis,
+    Moment,
     Order,
     Permute,
     Polar,
@@ -199,7 +201,8 @@ def _told_apart(place: str, levels: list[float]) -> Iterator[Fault]:
 
 def transforms(place: str, value: Any) -> Iterator[Fault]:
     """Transforms, in the order in which they are applied."""
-    check = one_of('transform=Rotate("hadamard")', PreRope, Rotate, ChannelScale, ChannelShift, Permute, Polar)
+    check = one_of('transform=Rotate("hadamard")', PreRope, Rotate, Eigenbasis, ChannelScale, ChannelShift,
+                   Permute, Polar)  # fmt: skip
     for position, item in enumerate(value if isinstance(value, tuple) else (value,)):
         here = f"{place}[{position}]" if isinstance(value, tuple) else place
         yield from check(here, item)
@@ -221,10 +224,12 @@ def outliers(place: str, value: Any) -> Iterator[Fault]:
     yield from (share("channels", 1, "0.125, or a count, as 8") if whole else count(1, 248, "channels"))(place, value)
 
 
-def share(what: str, most: float, example: str) -> Check:
-    """A float below `most`."""
+def share(what: str, most: float, example: str, *, optional: bool = False) -> Check:
+    """A float below `most`; with `optional` also None."""
 
     def check(place: str, value: Any) -> Iterator[Fault]:
+        if value is None and optional:
+            return
         if type(value) is not float or not 0 < value < most:
             yield Fault(place, f"{said(value)} is no share of {what}", f"use a share below {most}, as {example}")
 
@@ -282,6 +287,7 @@ KINDS: dict[type[Part], dict[str, Check]] = {
         "block": one_of("Block(tokens=1, channels=32), or per_token(channels=32) for the scale", Block),
         "range": word(Range, optional=True),
         "clip": clip,
+        "quantile": share("a block's numbers", 1, "0.96", optional=True),
         "zero": word(Zero),
         "refit": word(Refit, optional=True),
         "dtype": word(MetaFormat),
@@ -326,6 +332,11 @@ KINDS: dict[type[Part], dict[str, Check]] = {
         "heads": count(1, MOST_JOINED, "kv heads"),
         "seed": count(0, LARGEST_SEED, "seed", optional=True),
     },
+    Eigenbasis: {
+        "by": word(Moment),
+        "per": word(Literal["head", "layer"]),
+        "when": word(Literal["calibrated"]),
+    },  # fmt: skip
     ChannelScale: {"by": word(ScaleRule), "when": word(Literal["calibrated", "online", "prompt"])},
     ChannelShift: {"by": word(ShiftRule), "when": word(Literal["calibrated"])},
     Permute: {"by": word(Order), "when": word(Literal["calibrated"])},

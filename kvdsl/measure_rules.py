@@ -59,6 +59,15 @@ def _a_clip_suits_its_range(site: Site) -> Iterator[Fault]:
         yield site.fault("scale.clip", fact, "give one number, or when='online'")
 
 
+@rule("~.scale.quantile", "~.scale.range")
+def _a_quantile_bounds_ends(site: Site) -> Iterator[Fault]:
+    measured = site.store.measure
+    if site.scale is not None and site.scale.quantile is not None and measured is not None:
+        if measured.range in ("norm", "absmean"):
+            fact = f"{measured.range} is of all numbers, and has no ends that a size would bound"
+            yield site.fault("scale.quantile", fact, "use range='absmax', or leave quantile out")
+
+
 @rule("~.scale.refit", "~.scale.range", "~.scale.when")
 def _a_refit_is_of_one_number(site: Site) -> Iterator[Fault]:
     scale = site.scale
@@ -110,7 +119,8 @@ def _a_second_level_is_one_number(site: Site) -> Iterator[Fault]:
         yield site.fault(f"{place}.block", f"a second level is one for all tokens and channels, not {block!r}", whole)
     elif block.heads == 1 and first.block.heads != 1:
         yield site.fault(f"{place}.block", "blocks over several heads need one second level for all of them", whole)
-    for field, usual in (("range", None), ("clip", 1.0), ("zero", "min"), ("refit", None), ("scale", None)):
+    usually = {"range": None, "clip": 1.0, "quantile": None, "zero": "min", "refit": None, "scale": None}
+    for field, usual in usually.items():
         if getattr(second, field) != usual:
             yield site.fault(f"{place}.{field}", f"a second level is given, {field} says nothing of it", "leave it out")
     if first.zero != "min":

@@ -26,7 +26,20 @@ from . import (  # noqa: F401  (they enter their rules)
 from .codes import SLOT_TOKENS
 from .errors import Fault, SchemeError
 from .kinds import misfits
-from .scheme import ALL, SIDES, Band, Bands, ChannelScale, LowRank, Scheme, Sketch, Sparse, Store, TopChannels
+from .scheme import (
+    ALL,
+    SIDES,
+    Band,
+    Bands,
+    ChannelScale,
+    Eigenbasis,
+    LowRank,
+    Scheme,
+    Sketch,
+    Sparse,
+    Store,
+    TopChannels,
+)
 from .segments import segments
 from .shape import Shape
 from .sites import RULES, Site, rule
@@ -232,6 +245,9 @@ def _queries_balance_keys(site: Site) -> Iterator[Fault]:
         elif isinstance(part, ChannelScale) and part.by == "balance" and site.store.rope is not None:
             fact = "'balance' weighs a channel of keys against one of queries, and keys before RoPE meet no query"
             yield site.fault(f"transform[{position}].by", fact, "behind PreRope() use 'sqrt_absmax'")
+        elif isinstance(part, Eigenbasis) and part.by == "attention" and site.store.rope is not None:
+            fact = "'attention' is of the queries that meet keys, and keys before RoPE meet none"
+            yield site.fault(f"transform[{position}].by", fact, "behind PreRope() use 'own'")
 
 
 def _rows(field: str, table: Any) -> Iterator[Fault]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
@@ -24,6 +25,8 @@ class Scale(Part):
              Uniform, `absmax` for Float, `norm` for Codebook (of calibrated levels `minmax`,
              whose middle and half width these levels of -1..1 then stand on).
     clip     a tuple is a search: the candidate under which the block's squared error is least, the first of equals
+    quantile of the n sizes |x| in rising order that at place floor(quantile*n) bounds what is measured: the ends of a
+             range are those of numbers brought within it.  None: all of them as they are
     zero     what is stored beside s where the range has an offset: `min` stores lo, `point` the integer round(-lo/s),
              `in_scale` that integer in the lowest mantissa bits of an fp32 s
     refit    a second s for the codes that the first one gave, l their levels: `least_squares` <x,l>/<l,l>,
@@ -37,11 +40,22 @@ class Scale(Part):
     _: KW_ONLY
     range: Range | None = None
     clip: float | tuple[float, ...] = 1.0
+    quantile: float | None = None
     zero: Zero = "min"
     refit: Refit | None = None
     dtype: MetaFormat = "fp16"
     scale: Scale | None = None
     when: When = "online"
+
+    @property
+    def whole(self) -> bool:
+        """Whether the range ends where the numbers do."""
+        return self.clip == 1 and self.quantile is None
+
+    def bounding(self, numbers: int) -> int:
+        """The place of the size that bounds a block of so many numbers."""
+        assert self.quantile is not None
+        return math.floor(self.quantile * numbers)
 
 
 def per_token(channels: Count = ALL, heads: Count = 1, **scale: Any) -> Scale:

@@ -120,6 +120,12 @@ def spans_all(store: Store) -> bool:
     if scale is None or scale.when != "online" or scale.block.tokens is not ALL:
         return False
     plain = isinstance(store.code, Uniform) and scale.range in (None, "minmax") and scale.zero == "min"
-    plain = plain and isinstance(scale.clip, float) and scale.refit is None and scale.dtype != "e8m0"
+    plain = (
+        plain
+        and isinstance(scale.clip, float)
+        and scale.refit is None
+        and scale.quantile is None
+        and scale.dtype != "e8m0"
+    )
     alone = not store.transform and store.outliers is None and store.residual is None
     return plain and alone and scale.block.channels == 1 and scale.block.heads == 1

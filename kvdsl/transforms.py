@@ -12,10 +12,11 @@ from typing import Literal
 
 from .part import ALL, Count, Part
 
-RotateKind = Literal["hadamard", "random_hadamard", "orthogonal"]
+RotateKind = Literal["hadamard", "random_hadamard", "orthogonal", "bit_reversal"]
 ScaleRule = Literal["absmax", "sqrt_absmax", "balance", "learned"]
 ShiftRule = Literal["mean", "middle", "learned"]
 Order = Literal["range", "sum"]
+Moment = Literal["attention", "own"]
 Size = Literal["norm", "absmean", "absmax"]
 
 
@@ -24,7 +25,8 @@ class Rotate(Part):
     """y = R x with R orthonormal, in blocks of `size` channels (ALL: the whole head, or all `heads` of them).
 
     kind     `hadamard`: Sylvester's matrix over sqrt(size), a power of two; `random_hadamard`: the same after random
-             signs; `orthogonal`: the Q of a random normal matrix (with the signs of R's diagonal), any size
+             signs; `orthogonal`: the Q of a random normal matrix (with the signs of R's diagonal), any size;
+             `bit_reversal`: y_i = x_j with the bits of i in reverse order those of j, a power of two
     heads    x is the vectors of so many neighbouring kv heads, one behind the other, and y is cut into as many again:
              an outlier of one head is spread over all of them (RotateKV, arXiv 2501.16383).  Reading one head then
              reads what is stored of all
@@ -65,6 +67,21 @@ class Permute(Part):
     the sum of their numbers in calibration data."""
 
     by: Order = "range"
+    when: Literal["calibrated"] = "calibrated"
+
+
+@dataclass(frozen=True, repr=False)
+class Eigenbasis(Part):
+    """y = U^T x, the columns of U the eigenvectors of a second moment of calibration data, largest eigenvalue first.
+
+    by    `attention`: of keys the moment of the queries that meet them, sum q q^T; of values their own, each weighted
+          by k^T (sum q q^T) k of its key, these weights adding up to 1 over a head (OSCAR, arXiv 2605.17757).  `own`:
+          of the vectors themselves, sum x x^T
+    per   a matrix for every kv head, or one for all heads of a `layer`, from the mean of their moments
+    """
+
+    by: Moment = "attention"
+    per: Literal["head", "layer"] = "head"
     when: Literal["calibrated"] = "calibrated"
 
 
@@ -113,4 +130,4 @@ class Pick(Part):
         return apart if self.top else head_dim - apart
 
 
-Transform = PreRope | Rotate | ChannelScale | ChannelShift | Permute | Polar
+Transform = PreRope | Rotate | Eigenbasis | ChannelScale | ChannelShift | Permute | Polar

@@ -59,6 +59,8 @@ ERRORS: dict[str, tuple[float, float]] = {
     "polar": (0.03208, 0.03208),
     "quarot4": (0.00994, 0.00994),
     "quarot2": (0.25032, 0.25032),
+    # systems' own figures: of 2 bits, without the largest 5 or 10 of 128 sizes
+    "oscar2": (0.156, 0.127),
     "saw_int4": (0.00994, 0.00994),
     "rotatekv4": (0.01008, 0.01008),
     "rotatekv2": (0.1715, 0.1715),
@@ -88,7 +90,7 @@ def test_pages_take_the_bits_that_the_table_says(name: str) -> None:
 def test_errors_on_normal_vectors(name: str) -> None:
     x = torch.randn(1, 1, 1024, 128, generator=torch.Generator().manual_seed(31))
     rope = {ROPE: usual(128)} if ALL[name].keys.rope is not None else {}  # turned, they are as normal as before
-    given = kvdsl.calibrate(ALL[name], x, x, params=rope)
+    given = kvdsl.calibrate(ALL[name], x, x, x, params=rope)
     for got, right in zip(reference.roundtrip(ALL[name], x, x, window=False, params=given), ERRORS[name], strict=True):
         assert (got - x).square().mean().item() == pytest.approx(right, rel=0.03, abs=1e-7)
 

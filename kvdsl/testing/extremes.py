@@ -44,7 +44,7 @@ def _keeps_constants(store: Store) -> bool:
         return True
     if scale.scale is not None or isinstance(store.code, Codebook) and store.code.levels == "calibrated":
         return False  # other numbers are read beside the block
-    return scale.when == "online" and scale.clip == 1 and scale.range == "minmax" and scale.zero in ("min", "point")
+    return scale.when == "online" and scale.whole and scale.range == "minmax" and scale.zero in ("min", "point")
 
 
 @law("P4", lambda s: bare(s) and _keeps_constants(s.keys) and _keeps_constants(s.values), ("constant",))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+from kvdsl.scheme import Scale
 
 FORMATS = {
     "fp16": (2.0**-11, 2.0**-25, 65504.0),
@@ -20,3 +23,12 @@ def deviation(value: Tensor, dtype: str, spare: int = 0) -> Tensor:
     unit, least, largest = FORMATS[dtype]
     factor = 1 << spare
     return (value.abs() * unit * factor).clamp(min=least * factor) + (value.abs() - largest).clamp(min=0)
+
+
+def within_quantile(scale: Scale, numbers: Tensor) -> Tensor:
+    """Numbers (B, H/bh, bh, T/bt, bt, D/bc, bc) brought within the size at their block's quantile, if there is one."""
+    if scale.quantile is None:
+        return numbers
+    rising = numbers.abs().permute(0, 1, 3, 5, 2, 4, 6).flatten(4).sort(-1).values
+    size = rising[..., scale.bounding(rising.shape[-1])][:, :, None, :, None, :, None]
+    return torch.maximum(torch.minimum(numbers, size), -size)

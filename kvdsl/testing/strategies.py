@@ -20,6 +20,7 @@ from kvdsl.scheme import (
     ChannelShift,
     Codebook,
     Count,
+    Eigenbasis,
     Float,
     LowRank,
     Permute,
@@ -196,6 +197,8 @@ def transforms(draw: Draw) -> tuple[Transform, ...]:
         st.builds(Rotate, st.sampled_from(["random_hadamard", "orthogonal"]), heads=st.just(2), seed=st.integers(0, 3)),
         st.builds(ChannelScale, st.sampled_from(["absmax", "sqrt_absmax", "learned"])),
         st.builds(ChannelShift, st.sampled_from(["mean", "middle"])),
+        st.builds(Rotate, st.just("bit_reversal"), st.sampled_from([8, 32])),
+        st.builds(Eigenbasis, st.just("own"), per=st.sampled_from(["head", "layer"])),
         st.builds(Permute, st.sampled_from(["range", "sum"])),
     )
     if draw(st.integers(0, 3)) < 3:
@@ -268,8 +271,10 @@ def _scales(draw: Draw, code: Any, range_: str, longest: int) -> Scale:
     if online and zero == "min" and dtype != "e8m0" and draw(st.integers(0, 3)) == 3:
         heads = draw(st.sampled_from([1, ALL])) if block.heads == 1 else ALL
         second = Scale(Block(ALL, ALL, heads), dtype="fp32", when="calibrated")
+    ends = range_ not in ("norm", "absmean") and block.channels in (1, ALL) and block.heads == 1
+    quantile = draw(st.sampled_from([None] * 9 + [0.9])) if ends else None
     return Scale(
-        block, range=range_, clip=draw(st.sampled_from(clips)), zero=zero, refit=refit, dtype=dtype,  # type: ignore[arg-type]
+        block, range=range_, clip=draw(st.sampled_from(clips)), quantile=quantile, zero=zero, refit=refit, dtype=dtype,  # type: ignore[arg-type]
         scale=second, when=when,
     )  # fmt: skip
 
@@ -338,6 +343,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "scale.block.channels": (0, -8, 257, 8.5, None),
     "scale.block.heads": (0, -1, 1025, "all", None),
     "scale.range": ("max", "minmax ", 1),
+    "scale.quantile": (1.0, 0.0, 1, "half"),
     "scale.clip": (0.0, 4.01, -1.0, math.nan, math.inf, "1", True, (1.0,), (1.0, 5.0)),
     "scale.refit": ("least", "", 1),
     "scale.scale": (1.0, "fp32"),
