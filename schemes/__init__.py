@@ -19,7 +19,7 @@ from .kvtuner import kvtuner
 from .llama_cpp import iq4_nl, q4_0, q4_1, q5_0, q5_1, q8_0
 from .mikv import mikv
 from .omniquant import omniquant4
-from .oscar import oscar2, oscar2_layer
+from .oscar import oscar2
 from .plain import fp16, fp32
 from .polar import polar, polar_pairs
 from .qjl import qjl, qjl_gauss, qjl_kv
@@ -98,7 +98,6 @@ ALL: dict[str, Scheme] = {
     "rotatekv3": rotatekv3,
     "rotatekv2": rotatekv2,
     "oscar2": oscar2,
-    "oscar2_layer": oscar2_layer,
     "saw_int4": saw_int4,
     "skvq2": skvq2,
     "skvq_k2v1p5": skvq_k2v1p5,
@@ -176,7 +175,6 @@ __all__ = [
     "nvfp4_4over6",
     "omniquant4",
     "oscar2",
-    "oscar2_layer",
     "polar",
     "polar_pairs",
     "q4_0",

@@ -11,7 +11,7 @@ from kvdsl.errors import SchemeError, ShapeError
 from kvdsl.matrices import rotation
 from kvdsl.reference.quantize import encoded_rows
 from kvdsl.scheme import Codebook, Eigenbasis, PreRope, Scheme, Store, Uniform, per_channel, per_token
-from kvdsl.schemes import oscar2, oscar2_layer
+from kvdsl.schemes.oscar import oscar2, oscar2_layer
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
