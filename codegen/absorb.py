@@ -20,6 +20,7 @@ import sympy as sp
 from kvdsl.errors import ProofError
 from kvdsl.scheme import (
     ALL,
+    Balance,
     ChannelScale,
     ChannelShift,
     Eigenbasis,
@@ -78,6 +79,8 @@ def _said(part: object) -> str:
     if isinstance(part, Eigenbasis):
         moment = "the moments that attention weighs" if part.by == "attention" else "their own moment"
         return f"y = U^T x, U the eigenvectors of {moment}, of each {part.per}, calibrated"
+    if isinstance(part, Balance):
+        return f"y[t, i] = x[t, i] / f, factors of tiles of {part.tokens} tokens in {part.loops} rounds, stored beside"
     if isinstance(part, Polar):
         if part.levels > 1:
             angles = ", ".join(f"a{level + 1}" for level in range(part.levels))

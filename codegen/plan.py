@@ -111,7 +111,8 @@ def plan_for(scheme: Scheme, shape: Shape) -> Plan:
     # two planes at once are decoded, with what they become, or looked up
     narrow = any(term.polar or term.alphabet.looked_up and term.alphabet.small is None for term in terms)
     blocked = [term for term in terms if term.when is When.ONCE_PER_TILE or term.factors]
-    blocks = [token_block(term.store) for term in blocked] + [term.chosen.tokens for term in terms if term.chosen]
+    blocks = [term.layout.across.tokens for term in terms if term.layout.across]
+    blocks += [token_block(term.store) for term in blocked] + [term.chosen.tokens for term in terms if term.chosen]
     in_loop = shape.dtype == "fp32" or any(term.when is When.IN_LOOP or term.joined > 1 for term in terms)
     ragged = any(term.layout.plane_width < NARROWEST for term in terms)
     tokens = tile(scheme, shape, heavy=in_loop or ragged)

@@ -11,7 +11,7 @@ from .placement import When
 from .plan import Plan, SidePlan
 from .printer import number
 from .text import plus
-from .triton_meta import entry, read, static_read, token_entry
+from .triton_meta import across, entry, read, static_read, token_entry
 from .triton_planes import Planes
 from .triton_rope import Positions
 from .triton_rows import ExactRows
@@ -118,7 +118,8 @@ class Keys(Planes):
             lines += self._dots("s", self._operands(half, range(layout.planes)))
             scaled = "s" if self.steps.lifted == 1 else f"s * {number(self.steps.lifted)}"
             total = " + total0[None, :]" if self.steps.offset_in_score else ""
-            return lines + ([f"s = {scaled}{total}"] if scaled != "s" or total else [])
+            lines += [f"s = {scaled}{total}"] if scaled != "s" or total else []
+            return lines + ([f"s = s * {across(side, tokens, '')}[:, None]"] if side.layout.across else [])
         for group in range(side.groups):
             members = [j for j in range(layout.planes) if side.group(j) == group]
             name = "s" if side.groups == 1 else f"s{group}"

@@ -14,7 +14,7 @@ from .printer import number
 from .steps import Steps
 from .text import padded, plus
 from .tiling import PAIR
-from .triton_meta import entry, pointer, read, static_read
+from .triton_meta import entry, pointer, read, static_read, times_across
 from .triton_names import head_name, mark, own, pair_name
 from .triton_tables import look_up, of_byte, small_floats
 
@@ -396,4 +396,5 @@ class Planes:
                 lines += read(side, self.meta, entry(side, token, lane), *names, mask=mask)
         elif side.static:
             lines += static_read(self, plane, self.grid(tokens, self.lane)[1])
-        return [*lines, f"n{plane} = {self.steps.number('c', *names)}"]
+        decoded = f"n{plane} = {self.steps.number('c', *names)}"
+        return [*lines, decoded, *times_across(self, plane, tokens, guard)]

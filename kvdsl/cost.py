@@ -238,6 +238,10 @@ def _stored(store: Store, shape: Shape, tokens: int, side: Side) -> tuple[Fracti
             section, copies = section * copies, 1
     padded = -(-section // ALIGN) * ALIGN
     metadata, padding = (Fraction(8 * size * copies, elements) for size in (section, padded - section))
+    if store.balance is not None:  # a factor a token, or a channel and tile
+        count = tokens if store.of_tokens else tokens // store.balance.tokens * shape.head_dim
+        metadata += Fraction(EXACT * count, tokens * shape.head_dim)
+        padding += Fraction(8 * (-2 * count % ALIGN), tokens * shape.head_dim)
     if store.chosen is not None:
         which, more = _choice(store.chosen, shape, tokens)
         metadata, padding = metadata + which, padding + more

@@ -33,6 +33,7 @@ from .scale import MetaFormat, Range, Refit, Zero
 from .scheme import Block, Flush, Prefill, Recent, Scale, Scheme, Sinks, Store, TopChannels
 from .tiers import Router
 from .transforms import (
+    Balance,
     ChannelScale,
     ChannelShift,
     Eigenbasis,
@@ -202,7 +203,7 @@ def _told_apart(place: str, levels: list[float]) -> Iterator[Fault]:
 def transforms(place: str, value: Any) -> Iterator[Fault]:
     """Transforms, in the order in which they are applied."""
     check = one_of('transform=Rotate("hadamard")', PreRope, Rotate, Eigenbasis, ChannelScale, ChannelShift,
-                   Permute, Polar)  # fmt: skip
+                   Permute, Polar, Balance)  # fmt: skip
     for position, item in enumerate(value if isinstance(value, tuple) else (value,)):
         here = f"{place}[{position}]" if isinstance(value, tuple) else place
         yield from check(here, item)

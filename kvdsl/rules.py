@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from . import (  # noqa: F401  (they enter their rules)
+    balance_rules,
     band_rules,
     chosen_rules,
     code_rules,
@@ -29,6 +30,7 @@ from .kinds import misfits
 from .scheme import (
     ALL,
     SIDES,
+    Balance,
     Band,
     Bands,
     ChannelScale,
@@ -141,6 +143,7 @@ def _waiting(store: Store) -> int:
     found = [code.tokens] if isinstance(code, LowRank) else []
     if getattr(scale, "when", None) == "online":
         found.append(getattr(getattr(scale, "block", None), "tokens", 1))
+    found += [part.tokens for part in getattr(store, "transform", ()) if isinstance(part, Balance)]
     if isinstance(outliers, Sparse):
         found += [SLOT_TOKENS, getattr(outliers.line, "tokens", 1)]
     if isinstance(outliers, TopChannels) and type(outliers.per) is int:
@@ -154,6 +157,8 @@ def _where(store: Store) -> str:
         return "outliers"
     if isinstance(store.outliers, TopChannels) and store.outliers.online:
         return "outliers.per"
+    if store.balance is not None and store.scale is not None and store.scale.block.tokens == 1:
+        return f"transform[{len(store.transform) - 1}].tokens"  # type: ignore[arg-type]
     return "code.tokens" if isinstance(store.code, LowRank) else "scale.block.tokens"
 
 

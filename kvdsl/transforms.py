@@ -7,7 +7,7 @@ coordinates are no linear map: both are undone on decoded numbers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 from .part import ALL, Count, Part
@@ -114,6 +114,29 @@ class Polar(Part):
 
 
 @dataclass(frozen=True, repr=False)
+class Balance(Part):
+    """y[t, i] = x[t, i] / f, with a factor f for every token of a tile of `tokens` tokens where its channels have
+    scales of their own, else for every channel of the tile: the scale along the other axis takes up what its own
+    factors would be, so that one number a token, or a channel, is stored beside it, in fp16 (KVarN, arXiv 2606.03458).
+
+    Rows and columns are divided by their sample deviations, within 1e-3..1e3, in turn: a factor that is stored is
+    multiplied by the deviation of its token over the channels, or of its channel over the tokens, of numbers over both
+    factors; then one along the other axis in the same way; each is kept within e^low..e^high.  Of `loops` rounds that
+    one counts after which max/min of the deviations of rows plus max/min of those of columns is least, the first of
+    equals.
+
+    unit   None; `rms`: all of this of numbers over the root mean square of their tile, which stored factors have, too
+    """
+
+    tokens: int = 128
+    _: KW_ONLY
+    loops: int = 8
+    low: float = -0.3
+    high: float = 10.0
+    unit: Literal["rms"] | None = None
+
+
+@dataclass(frozen=True, repr=False)
 class Pick(Part):
     """y = those of a head's channels that stand in a store of their own, or the others: no part of a spec.
 
@@ -130,4 +153,4 @@ class Pick(Part):
         return apart if self.top else head_dim - apart
 
 
-Transform = PreRope | Rotate | Eigenbasis | ChannelScale | ChannelShift | Permute | Polar
+Transform = PreRope | Rotate | Eigenbasis | ChannelScale | ChannelShift | Permute | Polar | Balance

@@ -8,8 +8,8 @@ counted from the smallest; lo, hi = the ends of y brought within tau; s = (hi - 
 within 0..3, x^ = U H^T P^T (s*c + lo); s and lo in fp16.  The first 64 tokens and the newest 256 are exact.
 
 U comes from calibration, one for every kv head in `oscar2`, one a layer in `oscar2_layer`, as in the first release
-(`kvdsl show kvdsl.schemes.oscar:oscar2_layer`).  Left out: thresholds at which codes are of unequal steps ("LM"), with which the authors saw
-long outputs degenerate; tokens leave the window here one by one, there in batches.
+(`kvdsl show kvdsl.schemes.oscar:oscar2_layer`).  Left out: thresholds at which codes are of unequal steps ("LM"), with
+which the authors saw long outputs degenerate; tokens leave the window here one by one, there in batches.
 """
 
 from kvdsl.scheme import Eigenbasis, Recent, Rotate, Scheme, Sinks, Store, Uniform, per_token

@@ -68,7 +68,7 @@ from kvdsl.scheme import (
 )
 from kvdsl.spaces import apart
 
-from . import low_rank
+from . import balanced, low_rank
 from .formats import FORMATS, LARGEST, deviation, within_quantile
 from .rotary import partners, spread_waves
 from .terms import behind, terms_of
@@ -110,6 +110,8 @@ def bound(store: Store, x: Tensor, params: Params | None = None, side: str = "ke
         return _mapped_bound(store, x, params, side)
     if store.polar:
         return _polar_bound(store, x, params, side)
+    if store.balance is not None:
+        return balanced.bound(store, x, lambda bare, y: bound(bare, y, params, side))
     given = x.double()
     inside = given.clamp(-LARGEST, LARGEST)
     if isinstance(store.code, LowRank):
@@ -175,7 +177,8 @@ def _mapped_bound(store: Store, x: Tensor, params: Params | None, side: str) -> 
         signs = quantize(store, x, params, side).coded.abs()
         return (applied(decode, signs) + x.double().abs()) * (1 + 2.0**-20)
     coded = encoded_rows(store.with_(transform=store.linear), x, params, side)
-    behind = store.with_(transform=(Polar(store.levels),) if store.polar else ())
+    last = Polar(store.levels) if store.polar else store.balance
+    behind = store.with_(transform=(last,) if last else ())
     within = applied(decode, bound(behind, coded, params, side))
     if store.pick:  # the other channels are not read
         within = within.where((decode != 0).any(-1)[:, None], x.double().abs())

@@ -24,7 +24,7 @@ from kvdsl.scheme import (
     TopChannels,
 )
 
-from . import low_rank, sparse, splits
+from . import balanced, low_rank, sparse, splits
 from .bounds import blocks_of, spread
 from .cases import METADATA, Case, law, require, require_equal, static
 from .formats import FORMATS, LARGEST
@@ -78,6 +78,7 @@ def a_nan_spoils_its_block_only(case: Case) -> None:
         store, bad = case.scheme.side(side), torch.zeros(x.shape, dtype=torch.bool)
         other = bad | sparse.moved(x, store.outliers, side) if isinstance(store.outliers, Sparse) else bad
         other = other | splits.moved(x, store) if isinstance(store.outliers, TopChannels) else other
+        other = other | balanced.moved(x, store)
         for term in terms_of(store, x, params, side, case.sinks):
             mine = torch.ones_like(bad) if term.mine is None else term.mine
             bad = bad | mine & _spoilt(term, term.x)
@@ -222,7 +223,7 @@ def _usual_part(part: Stretch, one: TermOf, more: TermOf, factor: float) -> Tens
     return usual
 
 
-@law("P1", kinds=("normal", "positive", "outlier_channel"))
+@law("P1", balanced.scaled, ("normal", "positive", "outlier_channel"))
 def powers_of_two_go_through(case: Case) -> None:
     """Numbers times a power of two decode to the same times it, so the codes are the same, wherever the metadata is
     neither subnormal nor saturated: every operation rounds to as many bits before and after."""

@@ -14,6 +14,7 @@ from kvdsl.rules import shape_faults
 from kvdsl.scheme import (
     ALL,
     SIDES,
+    Balance,
     Bands,
     Block,
     ChannelScale,
@@ -64,6 +65,8 @@ def _schemes(draw: Draw, longest: int) -> Scheme:
         keys = keys.with_(transform=(PreRope(draw(st.booleans())), *keys.transform))
     if longest >= 32 and keys.outliers is None and draw(st.integers(0, 7)) == 7:
         keys = keys.with_(outliers=draw(chosen(keys)))
+    if longest >= 32 and draw(st.integers(0, 11)) == 11:
+        keys, values = draw(balanced(per_channel(tokens=32))), draw(balanced(per_token()))
     group = math.lcm(_tokens(keys), _tokens(values))
     sinks = draw(st.sampled_from([None, None, Sinks(1), Sinks(4), Sinks(5)]))
     if group > 1:
@@ -116,6 +119,14 @@ def stores(draw: Draw, longest: int) -> Store:
     if draw(st.integers(0, 2)) == 2:
         rest = Store(draw(_low_rank(longest)))
     return store.with_(residual=rest if _measured_online(rest) else Store(Sketch(64, "gaussian")))
+
+
+def balanced(scale: Scale) -> st.SearchStrategy[Store]:
+    """Even levels under this scale, of tiles of 32 tokens that have factors along the other axis."""
+    turned = st.sampled_from([(), (Rotate("hadamard", 32),)])
+    tiles = st.builds(Balance, st.just(32), loops=st.integers(1, 3), unit=st.sampled_from([None, "rms"]))
+    codes = st.builds(Uniform, st.integers(1, 8))
+    return st.builds(lambda c, maps, last: Store(c, scale=scale, transform=(*maps, last)), codes, turned, tiles)
 
 
 def _low_rank(longest: int) -> st.SearchStrategy[LowRank]:
