@@ -162,9 +162,7 @@ class SideLayout:
     @cached_property
     def rowwise(self) -> bool:
         """Tokens, or blocks of them, have bytes of their own: no word and no row of numbers is of several."""
-        others = (
-            term.factors or term.slots or term.beside or term.channels or term.across for term in self.terms
-        )
+        others = (term.factors or term.slots or term.beside or term.channels or term.across for term in self.terms)
         return not any(others) and not any(stream.paired for term in self.terms for stream in term.streams)
 
     @property

@@ -347,6 +347,8 @@ def _formula_of(store: Store, shape: Shape, tokens: int, side: Side) -> str:
     share = f"({' + '.join(map(str, widths))})" if len(widths) > 1 else str(widths[0])
     padded = f" + {float(padding):g} of padding" if padding else ""
     number = f"{float(code):g} + {share}/{_block(store, scale, shape)}"
+    if store.balance is not None:
+        padded = f" + {EXACT}/{shape.head_dim if store.of_tokens else store.balance.tokens}{padded}"
     if (top := store.chosen) is not None:
         padded = f" + {PLACE} x {top.count(shape.head_dim)}/({shape.head_dim} x {top.tokens}){padded}"
     return f"{f'{part}({number})' if part else number}{padded} = {total:g} bits"

@@ -12,6 +12,7 @@ from .hf_quantized import hf_quanto4
 from .int8 import int8_tensor
 from .kitty import kitty, kitty_pro
 from .kivi import kivi2, kivi2_sinks, kivi4
+from .kvarn import kvarn_even, kvarn_k2v2, kvarn_k4v2
 from .kvquant import kvquant2, kvquant3, kvquant4, nuq2, nuq3, nuq4
 from .kvsink import kvsink2
 from .kvtq import kvtq, kvtq_2bit
@@ -97,6 +98,9 @@ ALL: dict[str, Scheme] = {
     "rotatekv4": rotatekv4,
     "rotatekv3": rotatekv3,
     "rotatekv2": rotatekv2,
+    "kvarn_k4v2": kvarn_k4v2,
+    "kvarn_k2v2": kvarn_k2v2,
+    "kvarn_even": kvarn_even,
     "oscar2": oscar2,
     "saw_int4": saw_int4,
     "skvq2": skvq2,
@@ -159,6 +163,9 @@ __all__ = [
     "kivi2",
     "kivi2_sinks",
     "kivi4",
+    "kvarn_even",
+    "kvarn_k2v2",
+    "kvarn_k4v2",
     "kvquant2",
     "kvquant3",
     "kvquant4",

@@ -30,6 +30,7 @@ PUBLISHED |= {"qjl": (4.265625, 3), "qjl_gauss": (2.125, 16), "qjl_kv": (4.125, 
 PUBLISHED |= {"vllm_k8v4": (8, 4.25), "vllm_4bit_nc": (4.125, 4.25), "vllm_k3v4_nc": (3.125, 4.25)}
 PUBLISHED |= {"vllm_3bit_nc": (3.125, 3.25)}
 PUBLISHED |= {"skvq2": (2.5, 2.5), "hf_quanto4": (4.5, 4.5)}
+PUBLISHED |= {"kvarn_k4v2": (4.375, 2.375), "kvarn_k2v2": (2.375, 2.375)}
 PUBLISHED |= {"saw_int4": (4.25, 4.25), "oscar2": (2.25, 2.25)}
 PUBLISHED |= {f"turboquant_prod{b}": (b + 0.25, b + 0.25) for b in (2, 3, 4)}
 
@@ -58,6 +59,7 @@ DIFFERENT |= {
 # No account is published: of bits chosen here, of other bits than the paper's, of baselines.
 OWN = {"kvtq_2bit", "quarot2", "rotatekv4", "rotatekv3", "rotatekv2", "smoothquant8", "omniquant4", "wkvquant4"}
 OWN |= {"gear4", "gearl4", "gear2", "gearl2"}  # the paper has one block for a prompt of any length
+OWN |= {"kvarn_even"}  # another rule of factors
 OWN |= {"streaming", "snapkv"}  # a window or a prompt's share of what grows without end
 OWN |= {"zipcache_84", "zipcache_32", "roco", "kivi2_sinks", "kvsink2"}
 OWN |= {"kvtuner"}  # a map of bits for one model, over KIVI

@@ -60,6 +60,8 @@ ERRORS: dict[str, tuple[float, float]] = {
     "quarot4": (0.00994, 0.00994),
     "quarot2": (0.25032, 0.25032),
     # systems' own figures: of 2 bits, without the largest 5 or 10 of 128 sizes
+    "kvarn_k4v2": (0.0098, 0.246),
+    "kvarn_k2v2": (0.246, 0.246),
     "oscar2": (0.156, 0.127),
     "saw_int4": (0.00994, 0.00994),
     "rotatekv4": (0.01008, 0.01008),

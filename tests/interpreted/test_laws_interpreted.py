@@ -31,7 +31,7 @@ SIBLINGS = {"nuq3", "rotatekv3", "rotatekv2", "turboquant1", "turboquant_prod3",
 SIBLINGS |= {"vllm_3bit_nc", "vllm_k3v4_nc", "quarot2", "turboquant2", "q5_0", "q5_1", "q4_1", "token2", "token3"}
 SIBLINGS |= {"channel2", "channel3", "bitdecoding2", "turboquant3", "turboquant_3p5", "kivi4", "skvq_k2v1p5", "gearl4"}
 SIBLINGS |= {"gear4", "kvquant4", "kvquant2", "kitty_pro", "kvtuner"}
-SIBLINGS |= {"saw_int4", "oscar2"}
+SIBLINGS |= {"saw_int4", "oscar2", "kvarn_k4v2", "kvarn_k2v2", "kvarn_even"}
 """They differ in their bits alone from schemes that are asked, and take long: KVDSL_PROFILE=thorough asks them, too."""
 THOROUGH = os.environ.get("KVDSL_PROFILE") == "thorough"
 ASKED = [name for name in PLAIN if THOROUGH or name not in SIBLINGS]
