@@ -338,7 +338,7 @@ KINDS: dict[type[Part], dict[str, Check]] = {
         "per": word(Literal["head", "layer"]),
         "when": word(Literal["calibrated"]),
     },  # fmt: skip
-    ChannelScale: {"by": word(ScaleRule), "when": word(Literal["calibrated", "online", "prompt"])},
+    ChannelScale: {"by": word(ScaleRule), "when": word(Literal["calibrated", "online", "prompt", "arrived"])},
     ChannelShift: {"by": word(ShiftRule), "when": word(Literal["calibrated"])},
     Permute: {"by": word(Order), "when": word(Literal["calibrated"])},
     Polar: {"levels": count(1, MOST_TURNS, "levels")},

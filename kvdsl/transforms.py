@@ -46,11 +46,12 @@ class ChannelScale(Part):
     by   `absmax`: n = max|x|; `sqrt_absmax`: its square root; `balance`: sqrt(max|k|/max|q|), keys against queries;
          `learned`: as given
     when `calibrated`: measured on calibration data; in a scheme with tiers also `online`, on the tokens of a tier
-         whenever they are quantized, or `prompt`, on the prompt's
+         whenever they are quantized, `prompt`, on those of the prompt that are, or `arrived`, once as well, on all
+         tokens that have come behind the sinks when the first ones are quantized, however few these are
     """
 
     by: ScaleRule = "sqrt_absmax"
-    when: Literal["calibrated", "online", "prompt"] = "calibrated"
+    when: Literal["calibrated", "online", "prompt", "arrived"] = "calibrated"
 
 
 @dataclass(frozen=True, repr=False)

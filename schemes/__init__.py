@@ -9,6 +9,7 @@ from .fp8 import fp8_tensor, fp8_token_head
 from .gear import gear2, gear4, gearl2, gearl4
 from .h2o import h2o
 from .hf_quantized import hf_quanto4
+from .innerq import innerq, innerq3
 from .int8 import int8_tensor
 from .kitty import kitty, kitty_pro
 from .kivi import kivi2, kivi2_sinks, kivi4
@@ -98,6 +99,8 @@ ALL: dict[str, Scheme] = {
     "rotatekv4": rotatekv4,
     "rotatekv3": rotatekv3,
     "rotatekv2": rotatekv2,
+    "innerq3": innerq3,
+    "innerq": innerq,
     "kvarn_k4v2": kvarn_k4v2,
     "kvarn_k2v2": kvarn_k2v2,
     "kvarn_even": kvarn_even,
@@ -154,6 +157,8 @@ __all__ = [
     "gearl4",
     "h2o",
     "hf_quanto4",
+    "innerq",
+    "innerq3",
     "int4_token_head",
     "int8_tensor",
     "int8_token_head",

@@ -30,6 +30,7 @@ PUBLISHED |= {"qjl": (4.265625, 3), "qjl_gauss": (2.125, 16), "qjl_kv": (4.125, 
 PUBLISHED |= {"vllm_k8v4": (8, 4.25), "vllm_4bit_nc": (4.125, 4.25), "vllm_k3v4_nc": (3.125, 4.25)}
 PUBLISHED |= {"vllm_3bit_nc": (3.125, 3.25)}
 PUBLISHED |= {"skvq2": (2.5, 2.5), "hf_quanto4": (4.5, 4.5)}
+PUBLISHED |= {"innerq3": (3.5, 3.5), "innerq": (3.5, 2.5)}
 PUBLISHED |= {"kvarn_k4v2": (4.375, 2.375), "kvarn_k2v2": (2.375, 2.375)}
 PUBLISHED |= {"saw_int4": (4.25, 4.25), "oscar2": (2.25, 2.25)}
 PUBLISHED |= {f"turboquant_prod{b}": (b + 0.25, b + 0.25) for b in (2, 3, 4)}
