@@ -20,8 +20,10 @@ import sympy as sp
 from kvdsl.errors import ProofError
 from kvdsl.scheme import (
     ALL,
+    Balance,
     ChannelScale,
     ChannelShift,
+    Eigenbasis,
     Parted,
     Permute,
     Pick,
@@ -74,6 +76,11 @@ def _said(part: object) -> str:
         size = whole if part.size is ALL else f"blocks of {part.size} channels"
         drawn = "" if part.seed is None else f", from seed {part.seed}"
         return f"y = R x, R {part.kind} over {size}{drawn}"
+    if isinstance(part, Eigenbasis):
+        moment = "the moments that attention weighs" if part.by == "attention" else "their own moment"
+        return f"y = U^T x, U the eigenvectors of {moment}, of each {part.per}, calibrated"
+    if isinstance(part, Balance):
+        return f"y[t, i] = x[t, i] / f, factors of tiles of {part.tokens} tokens in {part.loops} rounds, stored beside"
     if isinstance(part, Polar):
         if part.levels > 1:
             angles = ", ".join(f"a{level + 1}" for level in range(part.levels))

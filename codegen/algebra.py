@@ -131,6 +131,9 @@ def derive(side: Literal["keys", "values"], store: Store, when: When, alphabet: 
     number = level if alphabet.looked_up else code
     letter: Letter = "l" if alphabet.looked_up else "c"
     definition = decoded(store, alphabet, number, *stored)
+    if store.balance is not None:
+        across = sp.IndexedBase("f")
+        definition = across[token] * definition if store.of_tokens else across[block, channel] * definition
     outside = query if side == "keys" else weight
     if when is When.IN_LOOP:
         # the decoded number itself is what the dot product reads

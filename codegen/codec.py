@@ -41,6 +41,15 @@ def statistics(side: SidePlan) -> list[str]:
     return {"norm": ["squares"], "absmean": ["sizes"]}.get(side.scale.range or "", ["low", "high"])
 
 
+def counted_numbers(side: SidePlan) -> int:
+    """Numbers of a block; of a sketch those of the vector, before it is mapped."""
+    if side.sketched:
+        return side.channels
+    meta = side.layout.meta
+    assert meta is not None
+    return meta.tokens * meta.channels * meta.heads
+
+
 def settled(side: SidePlan) -> bool:
     """Whether a pack kernel has a block's numbers in registers when it measures their extremes, and makes them finite
     there, where that is needed at all: whatever is done with them later takes them as they are."""

@@ -12,7 +12,7 @@ import math
 
 from kvdsl.scheme import Scale
 
-from .codec import Namespace, clips, in_steps, numbers, searched, stored_numbers, sums, words
+from .codec import Namespace, clips, counted_numbers, in_steps, numbers, searched, stored_numbers, sums, words
 from .placement import centre, levels
 from .plan import SidePlan
 from .text import Lines, literal
@@ -37,9 +37,9 @@ def measure(side: SidePlan, ns: Namespace) -> list[str]:
         else:
             out.add(f"scale = power_of_two(over(scale, {literal(_top(side))}), 0, {CARRIED[scale.exponent]})")
     elif scale.range == "norm":
-        out.add(f"scale = root(over(narrow(squares), {literal(_count(side))})){clip}")
+        out.add(f"scale = root(over(narrow(squares), {literal(counted_numbers(side))})){clip}")
     elif scale.range == "absmean":
-        out.add(f"scale = over(narrow(sizes), {literal(_count(side))}){clip}")
+        out.add(f"scale = over(narrow(sizes), {literal(counted_numbers(side))}){clip}")
     elif scale.range == "absmax":
         out.add(f"scale = top{clip}")
         _over_top(out, side, ns)
@@ -60,15 +60,6 @@ def measure(side: SidePlan, ns: Namespace) -> list[str]:
         _offset(out, side, ns)
     out.add(f"return {', '.join(numbers(side))}")
     return out.lines
-
-
-def _count(side: SidePlan) -> int:
-    """Numbers of a block."""
-    meta = side.layout.meta
-    assert meta is not None
-    if side.sketched:  # of the vector, before it is mapped
-        return side.channels
-    return meta.tokens * meta.channels * meta.heads
 
 
 def _top(side: SidePlan) -> float:

@@ -156,6 +156,9 @@ def page_lines(plan: Plan) -> list[str]:
             }
             where = "after the heads" if meta.shared else ""
             lines.append(f"  {meta.offset:6d}  {side.title}: {meta.entries} {what[meta.kind]} {where}".rstrip())
+        if across := side.layout.across:
+            each = "one a token" if across.of_tokens else f"one a channel for {across.tokens} tokens"
+            lines.append(f"  {across.offset:6d}  {side.title}: {across.entries} fp16 factors of tiles, {each}")
         if chosen := side.chosen:
             which = f"{chosen.blocks} x {chosen.count} channels, those of {chosen.tokens} tokens"
             lines.append(f"  {chosen.offset:6d}  {side.title}: {which}")

@@ -29,6 +29,12 @@ def top_of(x: Tensor, block: Block) -> Tensor:
     return blocks(x.abs(), block).amax(OVER_BLOCK)
 
 
+def size_at(x: Tensor, block: Block, place: int) -> Tensor:
+    """The size at a place of the finite numbers of every block, the smallest first."""
+    numbers = blocks(x.abs(), block).permute(0, 1, 3, 5, 2, 4, 6).flatten(4)
+    return numbers.kthvalue(place + 1, -1).values
+
+
 def nan_in(x: Tensor, block: Block) -> Tensor:
     """Whether a block holds a NaN."""
     return torch.isnan(blocks(x, block).amax(OVER_BLOCK))

@@ -125,6 +125,8 @@ def loop_bytes(plan: Plan, *, repeated: bool = False) -> int:
             size += 3 * slots.entries
         if (beside := side.beside) is not None:
             size += beside.size(layout.page_tokens)
+        if side.layout.across:
+            size += 2 * side.layout.across.entries
         if side.chosen:
             size += side.chosen.count * side.chosen.blocks
         if side.layout.meta is not None:

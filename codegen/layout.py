@@ -19,7 +19,7 @@ from kvdsl.scheme import ALL, SIDES, Band, Chosen, Float, LowRank, MetaFormat, S
 from kvdsl.shape import Shape
 from kvdsl.window import tile_tokens, token_block, waiting
 
-from .sections import Beside, Channels, Factors, Slots
+from .sections import Across, Beside, Channels, Factors, Slots
 from .tiling import NARROWEST, PAIR
 
 ALIGN = 16  # bytes: what one asynchronous copy moves
@@ -152,6 +152,7 @@ class SideLayout:
     slots: Slots | None = None
     beside: Beside | None = None
     channels: Channels | None = None
+    across: Across | None = None
     rest: SideLayout | None = None
 
     @property
@@ -162,7 +163,7 @@ class SideLayout:
     @cached_property
     def rowwise(self) -> bool:
         """Tokens, or blocks of them, have bytes of their own: no word and no row of numbers is of several."""
-        others = (term.factors or term.slots or term.beside or term.channels for term in self.terms)
+        others = (term.factors or term.slots or term.beside or term.channels or term.across for term in self.terms)
         return not any(others) and not any(stream.paired for term in self.terms for stream in term.streams)
 
     @property
@@ -351,6 +352,11 @@ def lay_out(scheme: Scheme, shape: Shape) -> Layout:
         if (slots := codes[at].slots) is not None:
             codes[at] = replace(codes[at], slots=replace(slots, places_offset=offset))
             offset = aligned(offset + slots.entries)
+        if (part := stores[at].balance) is not None:
+            one = stores[at].of_tokens
+            entries = tokens if one else tokens // part.tokens * dims[at]
+            codes[at] = replace(codes[at], across=Across(part.tokens, one, entries, offset))
+            offset = aligned(offset + 2 * entries)
         if (choice := stores[at].chosen) is not None:
             count, blocks = choice.count(shape.head_dim), tokens // choice.tokens
             codes[at] = replace(codes[at], channels=Channels(count, choice.tokens, blocks, offset))

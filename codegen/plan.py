@@ -8,7 +8,7 @@ from functools import cache, cached_property
 from kvdsl.rules import refuse_for
 from kvdsl.scheme import SIDES, Band, Scheme, Side, Store
 from kvdsl.shape import Shape
-from kvdsl.window import token_block
+from kvdsl.window import TILE, token_block
 
 from .alphabet import alphabet_of
 from .bijection import BijectionProof, prove_bijection
@@ -121,7 +121,9 @@ def plan_for(scheme: Scheme, shape: Shape) -> Plan:
     # two planes at once are decoded, with what they become, or looked up
     narrow = any(term.polar or term.alphabet.looked_up and term.alphabet.small is None for term in terms)
     blocked = [term for term in terms if term.when is When.ONCE_PER_TILE or term.factors]
-    blocks = [token_block(term.store) for term in blocked] + [term.chosen.tokens for term in terms if term.chosen]
+    # a factor a token beside scores of more of them fills the registers of what scores tokens twice
+    blocks = [min(TILE, term.layout.across.tokens) for term in terms if term.layout.across]
+    blocks += [token_block(term.store) for term in blocked] + [term.chosen.tokens for term in terms if term.chosen]
     in_loop = shape.dtype == "fp32" or any(term.when is When.IN_LOOP or term.joined > 1 for term in terms)
     ragged = any(term.layout.plane_width < NARROWEST for term in terms)
     crowded = all(side.groups > 1 and len(side.layout.streams) > 1 for side in (keys, values))

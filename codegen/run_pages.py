@@ -18,6 +18,7 @@ from kvdsl.scheme import SIDES
 
 from .chunks import mapping, rows_of
 from .host import saturated
+from .host_balance import balanced
 from .host_beside import Taken, level_counts, placed, rows_there
 from .host_channels import among, choose
 from .host_channels import given as beside
@@ -125,7 +126,7 @@ class PageModule(KernelModule):
                    raised: Mapping[str, Tensor]) -> None:  # fmt: skip
         """Write one term, or all bands, of a chunk's tokens u in `reach`, without their positions; `raised`: of
         channels with more bits."""
-        if not term.mapped and not term.polar:
+        if not term.mapped and not term.polar and not term.layout.across:
             self._pack(term, rows, first, offset, begin, end, reach, pool, table, params, raised)
             return
         low, high = reach
@@ -139,6 +140,9 @@ class PageModule(KernelModule):
         else:
             coded = rows_of(rows, first, offset, low, high)
         coded = polar(coded, term.store.levels) if term.polar else coded
+        if term.layout.across:
+            coded, factors = balanced(term, coded)
+            self._put(f"put_{term.space}_across", {"bytes_ptr": factors}, begin, end, low, pool, table)
         at = torch.full_like(first, low)
         for band in term.parts:
             self._pack(band, coded, at, 0, begin, end, reach, pool, table, params, beside)
@@ -157,6 +161,7 @@ class PageModule(KernelModule):
     def _chunks(self, part: SidePlan, low: int, high: int, batch: int) -> list[tuple[int, int]]:
         """Spans of tokens whose mapped rows fit SCRATCH, cut at whole programs of `pack`."""
         span = math.lcm(*(term.span for term in part.terms), part.choice.tokens if part.parted else 1)
+        span = math.lcm(span, part.layout.across.tokens if part.layout.across else 1)
         bytes_a_token = 4 * batch * self.plan.shape.kv_heads * max(term.stride for term in part.terms)
         size = max(1, SCRATCH // bytes_a_token // span) * span
         cuts = [low, *range(low // size * size + size, high, size), high]

@@ -16,6 +16,7 @@ from kvdsl.rope import table
 from kvdsl.scheme import SIDES
 
 from .host import rows_of_bytes, saturated, section
+from .host_balance import balanced
 from .host_beside import Taken, level_counts, placed, rows_there
 from .host_channels import among, choose
 from .host_channels import given as beside
@@ -223,6 +224,9 @@ class TorchPages:
                 if chosen is not None and part.parted:
                     given = beside(part.parted, x, chosen.theirs)
                 turned = self._turned(part, given, params)
+                if part.layout.across:
+                    turned, factors = balanced(part, turned)
+                    self._write_across(part, factors, inside, pages)
                 for term in part.parts:
                     numbers = turned[..., term.first : term.first + term.dim] if term.band else turned
                     above = self._write(term, given, numbers, inside, pages, params, chosen)
@@ -244,6 +248,12 @@ class TorchPages:
         return section(blobs, held.offset, held.blocks * held.count, torch.uint8).reshape(
             *blobs.shape[:2], -1, held.count
         )
+
+    def _write_across(self, part: SidePlan, factors: Tensor, inside: Tensor, pages: Tensor) -> None:
+        """Write the factors' bytes (pages, H, tiles, size) into pages, where tiles are inside."""
+        assert part.layout.across is not None
+        marks = inside.unflatten(-1, (-1, part.layout.across.tokens)).any(-1).repeat_interleave(factors.shape[-1], -1)
+        self._merge(self._blobs(pages)[0], part.layout.across.offset, factors.flatten(-2), marks[:, None])
 
     def _write_slots(self, part: SidePlan, x: Tensor, taken: Split, inside: Tensor, pages: Tensor) -> None:
         """Write what stands in slots of x (pages, H, T, D) into pages, where blocks of tokens are inside."""

@@ -63,6 +63,17 @@ class Beside:
 
 
 @dataclass(frozen=True)
+class Across:
+    """Factors of tiles in fp16: one a token of the page, or a row of channels for every `tokens` tokens; from the head
+    blob's start."""
+
+    tokens: int
+    of_tokens: bool
+    entries: int
+    offset: int
+
+
+@dataclass(frozen=True)
 class Channels:
     """Which channels are chosen, rising, a byte each, `count` of them for every `tokens` tokens; from the head blob's
     start."""

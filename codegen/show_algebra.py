@@ -121,6 +121,8 @@ def _where(side: SidePlan, term: Term) -> str:
         said.append(f"{_product(scaled)} is multiplied onto {carrier}, {often}")
     if outer != 1:
         often = _often(form.when, side.name, inside=False)
+        if (across := side.layout.across) is not None:
+            often = "once per token" if across.of_tokens else "once per tile of tokens that share it"
         said.append(f"{sp.sstr(outer)} is applied behind {target}, {often}")
     if not term.coded:
         said.append(f"made of {carrier} alone, no code is read")

@@ -74,6 +74,9 @@ def _sections(plan: Plan, side: SidePlan) -> list[dict[str, Any]]:
     if (beside := side.beside) is not None:
         size = beside.size(layout.page_tokens)
         rows.append(_row(side, beside.offset, size, beside.rows_of(layout.page_tokens)))
+    if (across := side.layout.across) is not None:
+        what = "one a token" if across.of_tokens else f"one a channel for {across.tokens} tokens"
+        rows.append(_row(side, across.offset, 2 * across.entries, f"{across.entries} fp16 factors of tiles; {what}"))
     if (chosen := side.chosen) is not None:
         which = f"{chosen.blocks} rows of {chosen.count} channels; as many for {chosen.tokens} tokens"
         rows.append(_row(side, chosen.offset, chosen.blocks * chosen.count, which))

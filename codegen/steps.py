@@ -159,8 +159,11 @@ class Steps:
 
 
 def plain(expression: sp.Expr) -> sp.Expr:
-    """Indexed symbols without their indices: s[t, g] -> s."""
-    return expression.xreplace({item: sp.Symbol(str(item.base)) for item in expression.atoms(sp.Indexed)})
+    """Indexed symbols without their indices: s[t, g] -> s.  Factors of tiles are applied apart, behind sums."""
+    names = {item: str(item.base) for item in expression.atoms(sp.Indexed)}
+    return expression.xreplace(
+        {item: sp.Integer(1) if name == "f" else sp.Symbol(name) for item, name in names.items()}
+    )
 
 
 def renamed(text: str, names: Mapping[str, str]) -> str:

@@ -13,6 +13,7 @@ from .codec import (
     clips,
     coding,
     counted,
+    counted_numbers,
     given,
     given_name,
     numbers,
@@ -151,6 +152,9 @@ class TorchPack:
         else:
             names = ", ".join(statistics(side))
             out.add(f"{names} = {taken[names].format(block)}")
+            if side.scale.quantile is not None:
+                out.add(f"bound = size_at(x, {block}, {side.scale.bounding(counted_numbers(side))})")
+                out.add(*(f"{name} = {name}.clamp(-bound, bound)" for name in statistics(side)))
         for i, clip in enumerate(clips(side)):
             under = [*statistics(side), *counted(side), *([repr(float(clip))] if searched(side) else [])]
             measure = call(side, "measure", under)

@@ -14,7 +14,7 @@ from .codec import READ, call
 from .codec_text import functions
 from .layout import Stream
 from .placement import When
-from .sections import Beside, Slots
+from .sections import Across, Beside, Slots
 from .text import Lines, bare, listed
 from .torch_pack import TorchPack
 
@@ -176,8 +176,19 @@ class TorchSide(TorchPack):
             if meta is not None:
                 for name in self._names:
                     out.add(f"{name} = spread({name}, {meta.tokens}, {meta.channels}, 1)")
+            if side.layout.across:
+                out.add(f"x = {self._decoded('scale', 'offset')}", *self._across(), "return x * across")
+                return str(out)
             out.add(f"return {self._decoded('scale', 'offset')}")
         return str(out)
+
+    def _across(self) -> list[str]:
+        """Lines that read the factors of tiles, to broadcast over (B, H, tokens, D)."""
+        held = self.side.layout.across
+        assert held is not None
+        found = f"section(pages, {held.offset}, {held.entries}, torch.float16).to(torch.float32)"
+        lines = [f"across = {found}.reshape(*pages.shape[:2], -1, {1 if held.of_tokens else self.side.dim})"]
+        return lines if held.of_tokens else [*lines, f"across = across.repeat_interleave({held.tokens}, 2)"]
 
     def _from_slots(self, out: Lines, slots: Slots) -> None:
         """Lines that put single numbers in their places."""
@@ -307,6 +318,9 @@ class TorchSide(TorchPack):
         share = self.steps.share("query", "scale", "offset")
         if share is not None:
             out.add(f"total = ({share}).sum(-2)", "s = s + total[..., None, :]")
+        if side.layout.across:
+            out.add(*self._across(), "return s.flatten(2, 3) * across")
+            return
         out.add("return s.flatten(2, 3)" if blocked else "return s")
 
     def weigh(self) -> str:
@@ -339,11 +353,29 @@ class TorchSide(TorchPack):
             out.extend(self._groups())
             out.add("return weighed(x, weights)")
             return
+        if self.side.layout.across:
+            self._weigh_tiles(out, self.side.layout.across)
+            return
         carried = self.steps.carried_by_token("scale", "offset")
         out.extend([f"carried = weighed({carried}, weights)"] if carried is not None else [])
         out.add("scale = scale[..., 0]")
         text = f"weighed(code, {self.steps.weight('weights', 'scale')})"
         out.add(f"return {text} + carried" if carried is not None else f"return {text}")
+
+    def _weigh_tiles(self, out: Lines, held: Across) -> None:
+        """The scales of tokens on their weights, the factors of tiles on the sums of each."""
+        out.add(f"code, weights, scale = (x.unflatten(2, (-1, {held.tokens})) for x in (code, weights, scale))")
+        carried = self.steps.carried_by_token("scale", "offset")
+        if carried is not None:
+            out.add(f"offset = offset.unflatten(2, (-1, {held.tokens}))", f"carried = weighed({carried}, weights)")
+        out.add("scale = scale[..., 0]", f"total = weighed(code, {self.steps.weight('weights', 'scale')})")
+        out.extend(["total = total + carried"] if carried is not None else [])
+        found = f"section(pages, {held.offset}, {held.entries}, torch.float16).to(torch.float32)"
+        out.add(f"across = {found}.reshape(*pages.shape[:2], -1, {self.side.dim})")
+        out.add(
+            "unused = (weights == 0).all(-1).all(-1, keepdim=True)  # of a tile that was never written they are any"
+        )
+        out.add("return (total * across.masked_fill(unused, 0.0)[..., None]).sum(2)")
 
     def _weigh_scaled(self, out: Lines) -> None:
         """Scales on the sums: of each token block, or calibrated."""

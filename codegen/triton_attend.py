@@ -388,6 +388,7 @@ def pools(plan: Plan) -> list[str]:
         floats = "fp16" if side.factors or side.slots or side.beside and not side.beside.below else side.floats
         names |= {"pool8_ptr"} if side.slots or side.chosen else set()
         names.add(f"pool_{floats}_ptr" if floats else "pool16_ptr")
+        names |= {"pool_fp16_ptr"} if side.layout.across else set()
         if side.layout.meta is not None:
             names.add(f"pool{8 * side.layout.meta.element}_ptr")
     return sorted(names)

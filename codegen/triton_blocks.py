@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .codec import call, clips, counted, numbers, searched, settled, statistics, sums, tried
+from .codec import call, clips, counted, counted_numbers, numbers, searched, settled, statistics, sums, tried
 from .plan import SidePlan
 from .text import Lines, literal
 
@@ -24,6 +24,7 @@ KINDS = {
     "high": ("-65504.0", "tl.float32", "tl.max", "tl.maximum({}, {})"),
     "top": ("0.0", "tl.float32", "tl.max", "tl.maximum({}, {})"),
     "spoilt": ("0", "tl.int32", "tl.max", "tl.maximum({}, {})"),
+    "reach": ("0", "tl.int32", "tl.sum", "{} + {}"),
     "sum": ("0.0", "tl.float64", "tl.sum", "{} + {}"),
 }
 OF = {
@@ -213,6 +214,8 @@ def measured(side: SidePlan, block: Block) -> list[str]:
     out = Lines()
     if not settled(side):
         out.extend(block.fold(_statistics([*statistics(side), "spoilt"], OF)))
+    if side.scale.quantile is not None:
+        out.extend(_bounded(side, block))
     if not searched(side):
         out.extend(_candidate(side, block, ""))
         return out.lines
@@ -227,6 +230,29 @@ def measured(side: SidePlan, block: Block) -> list[str]:
         out.add(*(f"best_{name} = tl.where(closer, {name}, best_{name})" for name in tried(side)))
     out.add(*(f"{name} = best_{name}" for name in tried(side)))
     return out.lines
+
+
+def _bounded(side: SidePlan, block: Block) -> list[str]:
+    """Lines that bring extremes within the size at a quantile: the largest float32 number that so many sizes reach,
+    found bit by bit, as positive numbers are in the order of their bits."""
+    size = "tl.abs({})" if settled(side) else "top_of({})"
+    taken = "(" + size + ".to(tl.int32, bitcast=True) >= bound" + block.column + ").to(tl.int32)"
+    count = counted_numbers(side)
+    reach = Fold(["reach"], lambda x, inside: ([], [_counted_where(taken.format(x), inside)]))
+    out = Lines()
+    out.add(f"bound = tl.full({block.shape}, 0, tl.int32)")
+    with out.deeper("for bit in range(0, 31):"):
+        out.add("bound = bound | (1 << (30 - bit))")
+        out.extend(block.fold(reach))
+        out.add(f"bound = tl.where(reach < {count - side.scale.bounding(count)}, bound ^ (1 << (30 - bit)), bound)")
+    out.add("bound = as_float(bound)")
+    lines = {"low": "low = tl.maximum(low, -bound)", "high": "high = tl.minimum(high, bound)", "top": "top = bound"}
+    out.add(*(lines[name] for name in statistics(side)))
+    return out.lines
+
+
+def _counted_where(value: str, inside: str) -> str:
+    return f"tl.where({inside}, {value}, 0)" if inside else value
 
 
 def settle(side: SidePlan, blocks: Mapping[str, InPlanes], *, halves: bool) -> list[str]:

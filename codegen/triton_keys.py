@@ -12,7 +12,7 @@ from .plan import Plan, SidePlan
 from .printer import number
 from .text import plus
 from .triton_groups import UNIT, halves, in_halves
-from .triton_meta import entry, read, static_read, token_entry
+from .triton_meta import across, entry, read, static_read, token_entry
 from .triton_planes import Planes
 from .triton_rope import Positions
 from .triton_rows import ExactRows
@@ -27,16 +27,15 @@ class Keys(Planes):
         self.precise = ', input_precision="ieee"' if plan.shape.dtype == "fp32" else ""
         self.positions = Positions(plan, self, side.rope) if side.rope is not None else None
         several = side.rope is not None and side.joined > 1
+        # of the heads whose decoded numbers are mapped back together
         self.readers: list[Planes] = [Planes(plan, side, i) for i in range(side.joined)] if several else [self]
-        """Of the heads whose decoded numbers are mapped back together."""
 
     def inputs(self) -> list[str]:
         """The arguments of this term alone that stand beside the query."""
         return []
 
     def lane_lines(self) -> list[str]:
-        others = [line for reader in self.readers if reader is not self for line in reader.head_lines()]
-        return super().lane_lines() + others
+        return super().lane_lines() + [line for one in self.readers if one is not self for line in one.head_lines()]
 
     # ---- once per query -------------------------------------------------------------------------------------------
 
@@ -126,7 +125,8 @@ class Keys(Planes):
             lines += self._dots("s", self._operands(half, range(layout.planes)))
             scaled = "s" if self.steps.lifted == 1 else f"s * {number(self.steps.lifted)}"
             total = " + total0[None, :]" if self.steps.offset_in_score else ""
-            return lines + ([f"s = {scaled}{total}"] if scaled != "s" or total else [])
+            lines += [f"s = {scaled}{total}"] if scaled != "s" or total else []
+            return lines + ([f"s = s * {across(side, tokens, '')}[:, None]"] if side.layout.across else [])
         for group in range(side.groups):
             members = [j for j in range(layout.planes) if side.group(j) == group]
             name = "s" if side.groups == 1 else f"s{group}"

@@ -79,6 +79,30 @@ def read(side: SidePlan, base: str, index: str, scale: str, offset: str, mask: s
     return [*lines, f"{word} = {load}", f"{scale} = {low}({word}){outer}", f"{offset} = {high}({word}){outer}"]
 
 
+def across(side: SidePlan, tokens: str, lane: str, mask: str = "") -> str:
+    """The factors of tiles as float32: of these tokens of the page, or of these channels of these tokens' tile."""
+    held = side.layout.across
+    assert held is not None
+    index = tokens
+    if not held.of_tokens:
+        tile = tokens if tokens.isdigit() else f"{tokens} // {held.tokens}"
+        index = lane if tile == "0" else f"{tile} * {side.dim} + {lane}"
+    masked = f", mask={mask}, other=0" if mask else ""
+    return f"tl.load({side.letter}_across + {index}{masked}).to(tl.float32)"
+
+
+def times_across(planes: Planes, plane: int, tokens: str, guard: str) -> list[str]:
+    """The line that multiplies decoded numbers by the factors of their tiles, where they have some."""
+    held = planes.side.layout.across
+    if held is None:
+        return []
+    token, lane = planes.grid(tokens, planes.plane_lane(plane))
+    mask = planes.mask(guard, plane)
+    if held.of_tokens:
+        mask = planes.grid(guard, "")[0] if guard else ""
+    return [f"n{plane} = n{plane} * {across(planes.side, token, lane, mask)}"]
+
+
 def static_read(planes: Planes, plane: int, lane: str) -> list[str]:
     """Lines that load calibrated scales of one plane's channels into `x_scale` (and `x_offset`)."""
     side = planes.side

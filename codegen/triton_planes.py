@@ -15,11 +15,9 @@ from .steps import Steps
 from .text import padded, plus
 from .tiling import PAIR
 from .triton_groups import of_groups, side_by_side
-from .triton_meta import entry, pointer, read, static_read
+from .triton_meta import entry, pointer, read, static_read, times_across
 from .triton_names import head_name, mark, own, pair_name
 from .triton_tables import look_up, of_byte, small_floats
-
-UNIT = 2**24  # a masked word read as float16 is the code times 2**-24
 
 
 class Planes:
@@ -34,7 +32,8 @@ class Planes:
         self.lane = f"{self.prefix}_lane"
         self.transposed = side.name == "values"
         looked_up = side.alphabet.looked_up
-        unit = sp.Integer(2) ** side.alphabet.unit if looked_up else sp.Integer(UNIT)
+        # a masked word read as float16 is the code times 2**-24
+        unit = sp.Integer(2) ** (side.alphabet.unit if looked_up else 24)
         self.steps = Steps(side, unit, "", ".to(tl.float16)", side.alphabet.lift)
 
     @property
@@ -397,4 +396,5 @@ class Planes:
                 lines += read(side, self.meta, entry(side, token, lane), *names, mask=mask)
         elif side.static:
             lines += static_read(self, plane, self.grid(tokens, self.lane)[1])
-        return [*lines, f"n{plane} = {self.steps.number('c', *names)}"]
+        decoded = f"n{plane} = {self.steps.number('c', *names)}"
+        return [*lines, decoded, *times_across(self, plane, tokens, guard)]

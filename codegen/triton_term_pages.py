@@ -19,6 +19,9 @@ def pack_of(plan: Plan, side: SidePlan) -> str:
     if side.beside:
         return triton_beside_pages.pack(plan, side)
     texts = [(FactoredPack if side.factors else Pack)(plan, side).text()]
+    if across := side.layout.across:
+        size = 2 * across.tokens if across.of_tokens else 2 * side.dim
+        texts.append(put(plan, f"put_{side.space}_across", across.tokens, size, across.offset))
     if side.parted and not side.store.gathers:
         held = side.choice
         texts.append(put(plan, f"put_{side.space}_channels", held.tokens, held.count, held.offset))

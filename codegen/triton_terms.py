@@ -39,6 +39,8 @@ def sections_of(plan: Plan, side: SidePlan) -> list[str]:
         parts.append(
             ("numbers", "pool8_ptr" if beside.below else "pool_fp16_ptr", 1 if beside.below else 2, beside.offset)
         )
+    if across := side.layout.across:
+        parts.append(("across", "pool_fp16_ptr", 2, across.offset))
     if chosen := side.chosen:
         parts.append(("channels", "pool8_ptr", 1, chosen.offset))
     lines = list[str]()

@@ -14,7 +14,7 @@ from .placement import When
 from .plan import Plan, SidePlan
 from .text import plus
 from .triton_groups import UNIT, halves, in_halves
-from .triton_meta import entry, read, static_read, token_entry
+from .triton_meta import across, entry, read, static_read, token_entry
 from .triton_planes import Planes
 from .triton_rows import ExactRows
 
@@ -40,6 +40,8 @@ class Values(Planes):
     @property
     def in_planes(self) -> bool:
         """Accumulators stay in the basis of dirty planes through the loops."""
+        if self.side.layout.across:  # whose factors are of a tile's own
+            return False
         coded = self.when is When.NEVER and not self.side.floats
         return coded or self.when in (When.AFTER_DOT, When.ONCE_PER_QUERY)
 
@@ -55,7 +57,8 @@ class Values(Planes):
 
     def offsets(self) -> list[str]:
         """Names of the per-row sums that carry the offsets, one a channel group."""
-        return [f"carried{g}" for g in range(self.side.groups)] if self._carried() is not None else []
+        kept = self._carried() is not None and not self.side.layout.across
+        return [f"carried{g}" for g in range(self.side.groups)] if kept else []
 
     def _carried(self) -> tuple[str, Expr] | None:
         return self.steps.carried("p", self.scale, self.offset)
@@ -95,6 +98,8 @@ class Values(Planes):
         if self.when is When.ONCE_PER_TILE:
             return lines + self._tile_sums(half, decay)
         base = self.meta if layout.meta is not None else ""
+        if side.layout.across:
+            return lines + self._balanced_sums(half, tokens, decay)
         carried = self._carried()
         for group in range(side.groups):
             if self.when is When.AFTER_DOT:
@@ -136,6 +141,26 @@ class Values(Planes):
             lines += read(self.side, self.meta, index, self.scale, self.offset, mask=mask)
             lines.append(f"total = {self.steps.clean(j)}")
             lines.append(f"o{j} = o{j}{decay} + {self.steps.output('total', 'weighed', self.scale, self.offset)}")
+        return lines
+
+    def _balanced_sums(self, half: int, tokens: str, decay: str) -> list[str]:
+        """Sums of one tile under weights times the tokens' scales: planes to codes, then the tile's own factors."""
+        side, carried = self.side, self._carried()
+        lines = read(side, self.meta, token_entry(side, tokens, 0), self.scale, self.offset)
+        lines.append(f"weight = ({self.steps.weight('p', self.scale)}).to(tl.float16)")
+        lines += [f"carried0 = tl.sum({carried[0]}, 0)  # [rows]"] if carried is not None else []
+        for stream in side.operands:
+            lines += [
+                f"a{stream.width}_{j} = tl.dot({self.operand(stream, j, half)}, weight)"
+                for j in range(side.layout.planes)
+            ]
+        first = f"page_token + {half * self.plan.half}" if half else "page_token"
+        tile = f"({first})" if self.plan.layout.page_tokens > self.side.layout.across.tokens else "0"  # type: ignore[union-attr]
+        for j in range(side.layout.planes):
+            lines.append(f"{self.prefix}_factor = {across(side, tile, self.plane_lane(j), self.inside(j))}")
+            text = self.steps.clean(j)
+            text = self.steps.plus_carried(text, 0, carried[1]) if carried is not None else text
+            lines.append(f"o{j} = o{j}{decay} + ({text}) * {self.prefix}_factor[:, None]")
         return lines
 
     def _float_values(self, tokens: str, decay: str) -> list[str]:

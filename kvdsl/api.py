@@ -161,8 +161,9 @@ def calibrate(
     gradients: Gradients | None = None,
 ) -> dict[str, Tensor]:
     """What the scheme takes from data, measured over k and v (B, H, T, D), and over queries q (B, Hq, Q, D) where keys
-    are balanced against them: thresholds of single numbers, transforms, calibrated scales, rounded as the scheme stores
-    them, second levels, tables of levels; float32 on the CPU.  Empty where nothing is calibrated.
+    are balanced against them or a basis is by attention: thresholds of single numbers, transforms, calibrated scales,
+    rounded as the scheme stores them, second levels, tables of levels; float32 on the CPU.  Empty where nothing is
+    calibrated.
 
     The first token stands at position 0: those that the scheme keeps as sinks are not measured.  `params` holds what no
     data tells, the frequencies `keys.transform[0]` of PreRope, which are returned too.  `gradients`, for tables with
@@ -185,12 +186,13 @@ def calibrate(
         beside = f" beside {sinks} sinks" if sinks else ""
         raise ShapeError(f"k: shape {tuple(k.shape)} holds no token{beside}; give typical keys and values")
     given = {ROPE: (params or {})[ROPE]} if scheme.keys.rope is not None and ROPE in (params or {}) else {}
+    queries = None if q is None else q.detach().cpu()
     for side, x in zip(SIDES, (k, v), strict=True):
         store, x = scheme.side(side), x[:, :, sinks:].detach().cpu()
         x, single, own = without_single(store, side, x, given, sinks)
         if isinstance(store.outliers, TopChannels) and store.outliers.online:  # x is without them
             store = store.with_(outliers=None)
-        own = fitted(store, side, x, None if q is None else q.detach().cpu(), own, sinks)
+        own = fitted(store, side, x, queries, own, sinks, k[:, :, sinks:].detach().cpu())
         store = store.own
         y = encoded_rows(store, x, own, side, sinks) if store.turned else x
         dy = _gradient(store, x, single, gradients, own | given, side, sinks) if weighted(store) else None

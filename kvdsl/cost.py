@@ -9,7 +9,22 @@ from fractions import Fraction
 from .codes import SLOT_TOKENS, in_trits, trit_bytes, width
 from .errors import SchemeError, ShapeError
 from .rules import layer_faults, refuse_for
-from .scheme import ALL, SIDES, Band, Bands, Chosen, Codebook, LowRank, Scale, Scheme, Side, Sparse, Store, TopChannels
+from .scheme import (
+    ALL,
+    SIDES,
+    Band,
+    Bands,
+    Chosen,
+    Codebook,
+    Eigenbasis,
+    LowRank,
+    Scale,
+    Scheme,
+    Side,
+    Sparse,
+    Store,
+    TopChannels,
+)
 from .segments import segments
 from .shape import USUAL, Shape
 from .tier_shares import shares
@@ -243,6 +258,10 @@ def _stored(store: Store, shape: Shape, tokens: int, side: Side) -> tuple[Fracti
             section, copies = section * copies, 1
     padded = -(-section // ALIGN) * ALIGN
     metadata, padding = (Fraction(8 * size * copies, elements) for size in (section, padded - section))
+    if store.balance is not None:  # a factor a token, or a channel and tile
+        count = tokens if store.of_tokens else tokens // store.balance.tokens * shape.head_dim
+        metadata += Fraction(EXACT * count, tokens * shape.head_dim)
+        padding += Fraction(8 * (-2 * count % ALIGN), tokens * shape.head_dim)
     if store.chosen is not None:
         which, more = _choice(store.chosen, shape, tokens)
         metadata, padding = metadata + which, padding + more
@@ -287,8 +306,11 @@ def _widths(scale: Scale) -> tuple[int, ...]:
 
 def _constants(store: Store, shape: Shape) -> int:
     """Bytes a layer of calibrated numbers: a scale, (kv heads or 1) x (groups of channels or 1), offsets too; a second
-    level, (kv heads or 1); the levels of a table, those that codes are decoded at if they are others."""
+    level, (kv heads or 1); the levels of a table, those that codes are decoded at if they are others; the matrices of a
+    basis."""
     scale, count = store.measure, 0
+    bases = (part for part in store.own.linear if isinstance(part, Eigenbasis))
+    count += sum((shape.kv_heads if part.per == "head" else 1) * store.own.width(shape.head_dim) ** 2 for part in bases)
     if store.split is not None:
         count += shape.kv_heads * (shape.head_dim - store.own.width(shape.head_dim))
     if isinstance(store.code, Codebook) and store.code.levels == "calibrated":
@@ -350,6 +372,8 @@ def _formula_of(store: Store, shape: Shape, tokens: int, side: Side) -> str:
     share = f"({' + '.join(map(str, widths))})" if len(widths) > 1 else str(widths[0])
     padded = f" + {float(padding):g} of padding" if padding else ""
     number = f"{float(code):g} + {share}/{_block(store, scale, shape)}"
+    if store.balance is not None:
+        padded = f" + {EXACT}/{shape.head_dim if store.of_tokens else store.balance.tokens}{padded}"
     if (top := store.chosen) is not None:
         padded = f" + {PLACE} x {top.count(shape.head_dim)}/({shape.head_dim} x {top.tokens}){padded}"
     return f"{f'{part}({number})' if part else number}{padded} = {total:g} bits"

@@ -182,15 +182,28 @@ class Decision:
     # -- moving them --------------------------------------------------------------------------------------------------
 
     def _measure_prompts(self) -> None:
-        """Of sequences at their first decision, what is measured once is measured on all tokens that are due."""
+        """Of sequences at their first decision, what is measured once is measured on all tokens that are due, or on
+        those that wait in the window, too."""
         first = [one.tokens > 0 and one.begin == 0 for one in self.dues]
-        if not any(first) or not any(tier is not None and tier.once for tier in self.tiers):
-            return
-        counts = [one.tokens if now else 0 for one, now in zip(self.dues, first, strict=True)]
-        tokens = self._new_rows(listed(self.where == NEW, self.position, counts))
-        for tier in self.tiers:
-            if tier is not None and tier.once:
-                tier.measured(tokens, counts, first, self.cache.prompt_query, once=True)
+        for waiting in (False, True):
+            tiers = [tier for tier in self.tiers if tier is not None and waiting in tier.once]
+            if not tiers or not any(first):
+                continue
+            if waiting:
+                counts, tokens = self._all_rows(first)
+            else:
+                counts = [one.tokens if now else 0 for one, now in zip(self.dues, first, strict=True)]
+                tokens = self._new_rows(listed(self.where == NEW, self.position, counts))
+            for tier in tiers:
+                tier.measured(tokens, counts, first, self.cache.prompt_query, once=True, waiting=waiting)
+
+    def _all_rows(self, first: Sequence[bool]) -> tuple[list[int], Tokens]:
+        """How many tokens behind the sinks the sequences at their first decision have, and these, right aligned."""
+        counts = [n if now else 0 for n, now in zip(self.front.waiting, first, strict=True)]
+        most, heads = max(counts), self.front.keys.shape[1]
+        place = torch.arange(most, device=self.device) - (most - column(counts, self.device))
+        index = self.front.places(most).gather(1, place.clamp(min=0))[:, None].expand(-1, heads, -1)
+        return counts, {side: picked(self.front.rows(side), index) for side in SIDES}
 
     def _join(self, number: int, tier: SegmentCache, labels: Tensor) -> None:
         """Tokens that come to a tier are appended: new ones, to the last tier also those of others."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import ShapeError
-from .scheme import ChannelScale, ChannelShift, Permute, Side, Sparse, Store, TopChannels
+from .scheme import ChannelScale, ChannelShift, Eigenbasis, Permute, Side, Sparse, Store, TopChannels
 from .spaces import apart, applied, maps
 from .transforms import Pick
 
@@ -19,21 +19,24 @@ LEAST = 2.0**-14  # of a channel's scale: a channel of zeros is left as it is
 
 
 def fitted(
-    store: Store, side: Side, x: Tensor, q: Tensor | None, given: dict[str, Tensor] | None = None, at: int = 0
-) -> dict[str, Tensor]:
-    """The numbers of every calibrated transform, float32 (H, D), from x (B, H, T, D) and queries q (B, Hq, Q, D).
+    store: Store, side: Side, x: Tensor, q: Tensor | None, given: dict[str, Tensor] | None = None, at: int = 0,
+    k: Tensor | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The numbers of every calibrated transform, float32 (H, D), of a basis (H or 1, D, D), from x (B, H, T, D),
+    queries q (B, Hq, Q, D) and, of values, their keys k (B, H, T, D).
 
     `given` holds the frequencies of rotary positions where they come off first; the first token stands at `at`.
     `learned` scales are max|x|^a with the exponent a, one a head, under which the store codes the data with the least
-    squared error; `learned` shifts are the middle of the range.  Raises ShapeError where `balance` has no queries.
+    squared error; `learned` shifts are the middle of the range.  Raises ShapeError where `balance`, or a basis by
+    attention, has no queries.
     """
     from .reference.quantize import encoded_rows
 
     found: dict[str, Tensor] = dict(given or {})
     if store.split is not None:
         top = largest(store.split, x)
-        x, q = without(top, x), None if q is None else without(top, q)
-        rest = fitted(store.with_(outliers=None), side, x, q, found, at)
+        x, whole, q = without(top, x), q, None if q is None else without(top, q)
+        rest = fitted(store.with_(outliers=None), side, x, q if side == "keys" else whole, found, at, k)
         return {f"{side}.outliers": top.to(torch.float32), **rest}
     seen: tuple[object, ...] = ()
     bare = x if store.rope is None else encoded_rows(store.with_(transform=store.rope), x, found, side, at)
@@ -42,6 +45,8 @@ def fitted(
         y = _through(store, side, seen, found, bare)
         if isinstance(part, ChannelScale):
             found[name] = _scales(store, side, part, seen, found, x, y, q, at)
+        elif isinstance(part, Eigenbasis):
+            found[name] = _basis(part, side, y, _queries(part, seen, side, x, q, k, found), k)
         elif isinstance(part, ChannelShift):
             low, high = y.amin((0, 2)), y.amax((0, 2))
             found[name] = y.mean((0, 2)) if part.by == "mean" else (low + high) / 2
@@ -194,3 +199,36 @@ def _learned(
         best = torch.where((error < least)[:, None], tried.double(), best)
         least = torch.minimum(error, least)
     return best
+
+
+def _queries(
+    part: Eigenbasis, seen: tuple[object, ...], side: Side, x: Tensor, q: Tensor | None, k: Tensor | None,
+    numbers: dict[str, Tensor],
+) -> Tensor | None:  # fmt: skip
+    """The queries of each kv head, (B, H, Q, D), behind the maps before a basis of keys; None where none are asked."""
+    if part.by == "own":
+        return None
+    if q is None or side == "values" and k is None:
+        raise ShapeError("q: missing; a basis by attention is of the queries that meet the keys, give q=")
+    turned = q.double().unflatten(1, (x.shape[1], -1)).flatten(2, 3)
+    return _met(Store(transform=seen), side, turned, numbers) if seen and side == "keys" else turned  # type: ignore
+
+
+def _basis(part: Eigenbasis, side: Side, y: Tensor, q: Tensor | None, k: Tensor | None) -> Tensor:
+    """The eigenvectors as rows, (H or 1, D, D), each with its largest number above 0, of y (B, H, T, D)."""
+    moment = _moment(y if q is None or side == "values" else q)
+    if q is not None and side == "values":
+        assert k is not None
+        rows = k.double()
+        weight = (rows @ _moment(q) * rows).sum(-1, keepdim=True)
+        moment = _moment(y * (weight / weight.sum((0, 2), keepdim=True).clamp(min=2.0**-900)).sqrt())
+    moment = moment.mean(0, keepdim=True) if part.per == "layer" else moment
+    vectors = torch.linalg.eigh(moment).eigenvectors.flip(-1).mT
+    largest = vectors.gather(-1, vectors.abs().argmax(-1, keepdim=True))
+    return vectors * torch.where(largest < 0, -1.0, 1.0)
+
+
+def _moment(x: Tensor) -> Tensor:
+    """sum x x^T over the vectors of every head of x (B, H, T, D): float64 (H, D, D)."""
+    rows = x.double().transpose(0, 1).flatten(1, 2)
+    return rows.mT @ rows

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import operator
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
 
 from .codes import (
@@ -31,12 +30,16 @@ from .codes import (
 )
 from .errors import Fault
 from .part import ALL, Part
+from .saying import closest, kind_of, listed, named, said
 from .scale import Exponent, MetaFormat, Range, Refit, Zero
 from .scheme import Block, Flush, Prefill, Recent, Scale, Scheme, Sinks, Store, TopChannels
 from .tiers import Router
 from .transforms import (
+    Balance,
     ChannelScale,
     ChannelShift,
+    Eigenbasis,
+    Moment,
     Order,
     Permute,
     Polar,
@@ -67,30 +70,6 @@ LARGEST_SEED = (1 << 31) - 1
 Check = Callable[[str, Any], Iterator[Fault]]
 
 
-def said(value: Any, most: int = 60) -> str:
-    """repr for a message: short, and never raising (an int of 5000 digits refuses to be printed)."""
-    try:
-        text = repr(value)
-    except Exception:
-        digits = f" of about {int(value.bit_length() * 0.30103)} digits" if isinstance(value, int) else ""
-        text = f"<{type(value).__name__}{digits}>"
-    return text if len(text) <= most else text[: most - 3] + "..."
-
-
-def closest(word: Any, known: Sequence[str]) -> str | None:
-    """The known name that looks most like `word`, if any does."""
-    if not isinstance(word, str):
-        return None
-    lower = word[:100].lower()
-    near = difflib.get_close_matches(lower, known, 1, 0.5) or [k for k in known if lower and k.startswith(lower)]
-    return near[0] if near else None
-
-
-def listed(words: Sequence[str]) -> str:
-    """`a, b or c`."""
-    return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
-
-
 def count(low: int, high: int, what: str, *, whole_axis: bool = False, optional: bool = False) -> Check:
     """An int in [low, high]; with `whole_axis` also ALL, with `optional` also None."""
 
@@ -113,26 +92,6 @@ def count(low: int, high: int, what: str, *, whole_axis: bool = False, optional:
     return check
 
 
-def _as_int(value: Any) -> int | None:
-    if isinstance(value, float):
-        return int(value) if value.is_integer() else None
-    try:
-        return operator.index(value)
-    except TypeError:
-        return None
-
-
-def kind_of(value: Any) -> str:
-    """What a value is, for a message, as `an int`."""
-    return "nothing" if value is None else _named(type(value))
-
-
-def _named(kind: type) -> str:
-    own = kind.__module__ == "builtins" or issubclass(kind, Part)
-    name = kind.__name__ if own else f"{kind.__module__}.{kind.__name__}"
-    return f"an {name}" if name[0] in "aeiouAEIO" else f"a {name}"
-
-
 def word(kind: Any, *, optional: bool = False) -> Check:
     """One of the strings of a Literal; with `optional` also None."""
     known: tuple[str, ...] = get_args(kind)
@@ -146,6 +105,15 @@ def word(kind: Any, *, optional: bool = False) -> Check:
             yield Fault(place, f"{said(value)} is none of {', '.join(known)}", mend)
 
     return check
+
+
+def _as_int(value: Any) -> int | None:
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 def clip(place: str, value: Any) -> Iterator[Fault]:
@@ -203,7 +171,8 @@ def _told_apart(place: str, levels: list[float]) -> Iterator[Fault]:
 
 def transforms(place: str, value: Any) -> Iterator[Fault]:
     """Transforms, in the order in which they are applied."""
-    check = one_of('transform=Rotate("hadamard")', PreRope, Rotate, ChannelScale, ChannelShift, Permute, Polar)
+    check = one_of('transform=Rotate("hadamard")', PreRope, Rotate, Eigenbasis, ChannelScale, ChannelShift,
+                   Permute, Polar, Balance)  # fmt: skip
     for position, item in enumerate(value if isinstance(value, tuple) else (value,)):
         here = f"{place}[{position}]" if isinstance(value, tuple) else place
         yield from check(here, item)
@@ -238,10 +207,12 @@ def outliers(place: str, value: Any) -> Iterator[Fault]:
     yield from (share("channels", 1, "0.125, or a count, as 8") if whole else count(1, 248, "channels"))(place, value)
 
 
-def share(what: str, most: float, example: str) -> Check:
-    """A float below `most`."""
+def share(what: str, most: float, example: str, *, optional: bool = False) -> Check:
+    """A float below `most`; with `optional` also None."""
 
     def check(place: str, value: Any) -> Iterator[Fault]:
+        if value is None and optional:
+            return
         if type(value) is not float or not 0 < value < most:
             yield Fault(place, f"{said(value)} is no share of {what}", f"use a share below {most}, as {example}")
 
@@ -272,7 +243,7 @@ def text(place: str, value: Any) -> Iterator[Fault]:
 
 def one_of(example: str, *kinds: type[Part], optional: bool = False) -> Check:
     """A part of one of these types; with `optional` also None."""
-    names = listed([_named(k) for k in kinds])
+    names = listed([named(k) for k in kinds])
 
     def check(place: str, value: Any) -> Iterator[Fault]:
         if isinstance(value, kinds) or (value is None and optional):
@@ -299,6 +270,7 @@ KINDS: dict[type[Part], dict[str, Check]] = {
         "block": one_of("Block(tokens=1, channels=32), or per_token(channels=32) for the scale", Block),
         "range": word(Range, optional=True),
         "clip": clip,
+        "quantile": share("a block's numbers", 1, "0.96", optional=True),
         "zero": word(Zero),
         "refit": word(Refit, optional=True),
         "dtype": word(MetaFormat),
@@ -344,7 +316,12 @@ KINDS: dict[type[Part], dict[str, Check]] = {
         "heads": count(1, MOST_JOINED, "kv heads"),
         "seed": count(0, LARGEST_SEED, "seed", optional=True),
     },
-    ChannelScale: {"by": word(ScaleRule), "when": word(Literal["calibrated", "online", "prompt"])},
+    Eigenbasis: {
+        "by": word(Moment),
+        "per": word(Literal["head", "layer"]),
+        "when": word(Literal["calibrated"]),
+    },  # fmt: skip
+    ChannelScale: {"by": word(ScaleRule), "when": word(Literal["calibrated", "online", "prompt", "arrived"])},
     ChannelShift: {"by": word(ShiftRule), "when": word(Literal["calibrated"])},
     Permute: {"by": word(Order), "when": word(Literal["calibrated"])},
     Polar: {"levels": count(1, MOST_TURNS, "levels")},

@@ -74,7 +74,10 @@ def excess(basis: str, channels: int) -> float:
 def _rotation(kind: str, size: int, seed: int, channels: int) -> Any:
     import numpy as np
 
-    block = _orthogonal(_generator(seed), size) if kind == "orthogonal" else _hadamard(size) / math.sqrt(size)
+    if kind == "orthogonal":
+        block = _orthogonal(_generator(seed), size)
+    else:
+        block = _reversal(size) if kind == "bit_reversal" else _hadamard(size) / math.sqrt(size)
     whole = np.zeros((channels, channels))
     for first in range(0, channels, size):
         whole[first : first + size, first : first + size] = block
@@ -120,6 +123,17 @@ def _hadamard(size: int) -> Any:
     while len(matrix) < size:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
     return matrix
+
+
+def _reversal(size: int) -> Any:
+    """The permutation whose row i has its 1 where the bits of i stand in reverse order."""
+    import numpy as np
+
+    bits = size.bit_length() - 1
+    if size != 1 << bits:
+        raise ValueError(f"{size} indices in the order of their reversed bits: {size} is no power of two")
+    order = [int(f"{i:0{bits}b}"[::-1], 2) if bits else 0 for i in range(size)]
+    return np.eye(size)[order]
 
 
 def _orthogonal(generator: Any, size: int) -> Any:

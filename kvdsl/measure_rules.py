@@ -59,6 +59,15 @@ def _a_clip_suits_its_range(site: Site) -> Iterator[Fault]:
         yield site.fault("scale.clip", fact, "give one number, or when='online'")
 
 
+@rule("~.scale.quantile", "~.scale.range")
+def _a_quantile_bounds_ends(site: Site) -> Iterator[Fault]:
+    measured = site.store.measure
+    if site.scale is not None and site.scale.quantile is not None and measured is not None:
+        if measured.range in ("norm", "absmean"):
+            fact = f"{measured.range} is of all numbers, and has no ends that a size would bound"
+            yield site.fault("scale.quantile", fact, "use range='absmax', or leave quantile out")
+
+
 @rule("~.scale.refit", "~.scale.range", "~.scale.when")
 def _a_refit_is_of_one_number(site: Site) -> Iterator[Fault]:
     scale = site.scale
@@ -125,6 +134,7 @@ def _a_second_level_is_one_number(site: Site) -> Iterator[Fault]:
     usual_fields = (
         ("range", None),
         ("clip", 1.0),
+        ("quantile", None),
         ("zero", "min"),
         ("refit", None),
         ("exponent", "floor"),

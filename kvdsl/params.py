@@ -20,7 +20,7 @@ from torch import Tensor
 from .errors import ShapeError
 from .fisher import weighted
 from .kernels import Params
-from .scheme import SIDES, ChannelScale, Codebook, Count, Float, PreRope, Scheme, Side, Store
+from .scheme import SIDES, Codebook, Count, Float, PreRope, Scheme, Side, Store
 from .shape import Shape
 from .spaces import calibrated, in_loop, maps, refuse_others
 
@@ -135,6 +135,8 @@ def checked(
             )
         if name.endswith(".scale.scale") and not bool((given > 0).all()):
             raise ShapeError(f"params[{name!r}]: {float(given.min())!r} is no scale to divide by; give numbers above 0")
+        if ".transform" in name and given.dim() == 3:
+            _orthonormal(name, given)
         if name.endswith(".outliers") and given.dim() == 2:
             _distinct(name, given, shape.head_dim)
         elif name.endswith(".outliers") and bool((given[0] > given[1]).any()):
@@ -151,6 +153,15 @@ def checked(
     return taken
 
 
+def _orthonormal(name: str, basis: Tensor) -> None:
+    """ShapeError unless rows are of length 1 and at right angles, as far as float32 or so tells."""
+    rows = basis.detach().cpu().double()
+    off = float((rows @ rows.mT - torch.eye(rows.shape[-1], dtype=torch.float64)).abs().amax())
+    if off > 1e-4:
+        fact = f"products of its rows are off by {off:.3g} from those of a rotation"
+        raise ShapeError(f"params[{name!r}]: {fact}; give rows of length 1 at right angles")
+
+
 def _distinct(name: str, channels: Tensor, head_dim: int) -> None:
     """ShapeError unless every head's outlier channels are different ones of its own."""
     rows = channels.detach().cpu().double().sort(-1).values
@@ -163,7 +174,7 @@ def _distinct(name: str, channels: Tensor, head_dim: int) -> None:
 
 def missing(scheme: Scheme, name: str) -> str:
     """What is said of a number that was not given."""
-    balanced = any(isinstance(part, ChannelScale) and part.by == "balance" for _, part in scheme.walk())
+    balanced = any(getattr(part, "by", None) in ("balance", "attention") for _, part in scheme.walk())
     given, data = ("scheme, k, v, q", "k, v and q") if balanced else ("scheme, k, v", "k and v")
     if weighted(scheme):
         given, data = f"{given}, gradients=(dk, dv)", f"{data}, and of the loss's derivatives"

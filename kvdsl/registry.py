@@ -10,7 +10,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 from .errors import Fault, SchemeError
-from .kinds import closest, listed, said
+from .saying import closest, listed, said
 from .scheme import Scheme
 
 GROUP = "kvdsl.schemes"

@@ -17,11 +17,12 @@ def _a_rotation_is_drawn_from_a_seed(site: Site) -> Iterator[Fault]:
         if not isinstance(part, Rotate):
             continue
         place = f"transform[{position}]"
-        if part.kind != "hadamard" and part.seed is None:
+        drawn = part.kind not in ("hadamard", "bit_reversal")
+        if drawn and part.seed is None:
             yield site.fault(f"{place}.seed", f"{part.kind} is drawn at random", "give seed=0")
-        if part.kind == "hadamard" and part.seed is not None:
+        if not drawn and part.seed is not None:
             mend = "leave seed out, or use kind='random_hadamard'"
-            yield site.fault(f"{place}.seed", "nothing of a hadamard rotation is drawn", mend)
+            yield site.fault(f"{place}.seed", f"nothing of a {part.kind} rotation is drawn", mend)
         if part.heads > 1 and isinstance(part.size, int):
             fact = f"{part.heads} heads are rotated as one vector, and blocks of {part.size} channels would part it"
             yield site.fault(f"{place}.size", fact, "leave size out, or leave heads out")

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from . import (  # noqa: F401  (they enter their rules)
+    balance_rules,
     band_rules,
     chosen_rules,
     code_rules,
@@ -27,7 +28,22 @@ from . import (  # noqa: F401  (they enter their rules)
 from .codes import SLOT_TOKENS
 from .errors import Fault, SchemeError
 from .kinds import misfits
-from .scheme import ALL, SIDES, Band, Bands, ChannelScale, LowRank, Scheme, Shared, Sketch, Sparse, Store, TopChannels
+from .scheme import (
+    ALL,
+    SIDES,
+    Balance,
+    Band,
+    Bands,
+    ChannelScale,
+    Eigenbasis,
+    LowRank,
+    Scheme,
+    Shared,
+    Sketch,
+    Sparse,
+    Store,
+    TopChannels,
+)
 from .segments import segments
 from .shape import Shape
 from .sites import RULES, Site, rule
@@ -129,6 +145,7 @@ def _waiting(store: Store) -> int:
     found = [code.tokens] if isinstance(code, LowRank) else []
     if getattr(scale, "when", None) == "online":
         found.append(getattr(getattr(scale, "block", None), "tokens", 1))
+    found += [part.tokens for part in getattr(store, "transform", ()) if isinstance(part, Balance)]
     if isinstance(outliers, Sparse):
         found += [SLOT_TOKENS, getattr(outliers.line, "tokens", 1)]
     if isinstance(outliers, TopChannels) and type(outliers.per) is int:
@@ -142,6 +159,8 @@ def _where(store: Store) -> str:
         return "outliers"
     if isinstance(store.outliers, TopChannels) and store.outliers.online:
         return "outliers.per"
+    if store.balance is not None and store.scale is not None and store.scale.block.tokens == 1:
+        return f"transform[{len(store.transform) - 1}].tokens"  # type: ignore[arg-type]
     return "code.tokens" if isinstance(store.code, LowRank) else "scale.block.tokens"
 
 
@@ -233,6 +252,9 @@ def _queries_balance_keys(site: Site) -> Iterator[Fault]:
         elif isinstance(part, ChannelScale) and part.by == "balance" and site.store.rope is not None:
             fact = "'balance' weighs a channel of keys against one of queries, and keys before RoPE meet no query"
             yield site.fault(f"transform[{position}].by", fact, "behind PreRope() use 'sqrt_absmax'")
+        elif isinstance(part, Eigenbasis) and part.by == "attention" and site.store.rope is not None:
+            fact = "'attention' is of the queries that meet keys, and keys before RoPE meet none"
+            yield site.fault(f"transform[{position}].by", fact, "behind PreRope() use 'own'")
 
 
 def _rows(field: str, table: Any) -> Iterator[Fault]:

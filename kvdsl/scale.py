@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
@@ -25,6 +26,8 @@ class Scale(Part):
              Uniform, `absmax` for Float, `norm` for Codebook (of calibrated levels `minmax`,
              whose middle and half width these levels of -1..1 then stand on).
     clip     a tuple is a search: the candidate under which the block's squared error is least, the first of equals
+    quantile of the n sizes |x| in rising order that at place floor(quantile*n) bounds what is measured: the ends of a
+             range are those of numbers brought within it.  None: all of them as they are
     zero     what is stored beside s where the range has an offset: `min` stores lo, `point` the integer round(-lo/s),
              `in_scale` that integer in the lowest mantissa bits of an fp32 s, of a range that is widened to hold 0;
              `held_in_scale` the same of the range as it is, held to 0..L-1: of a range without 0 numbers saturate
@@ -43,6 +46,7 @@ class Scale(Part):
     _: KW_ONLY
     range: Range | None = None
     clip: float | tuple[float, ...] = 1.0
+    quantile: float | None = None
     zero: Zero = "min"
     refit: Refit | None = None
     dtype: MetaFormat = "fp16"
@@ -54,6 +58,16 @@ class Scale(Part):
     def zero_inside(self) -> bool:
         """Whether the zero point stands inside the scale, not beside it."""
         return self.zero in ("in_scale", "held_in_scale")
+
+    @property
+    def whole(self) -> bool:
+        """Whether the range ends where the numbers do."""
+        return self.clip == 1 and self.quantile is None
+
+    def bounding(self, numbers: int) -> int:
+        """The place of the size that bounds a block of so many numbers."""
+        assert self.quantile is not None
+        return math.floor(self.quantile * numbers)
 
 
 def per_token(channels: Count = ALL, heads: Count = 1, **scale: Any) -> Scale:

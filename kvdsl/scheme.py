@@ -31,15 +31,26 @@ from .part import ALL, Block, Count, Part
 from .scale import MetaFormat, Range, Refit, Scale, Zero, per_channel, per_tensor, per_token
 from .store import Band, Parted, Side, Store, TopChannels, bands
 from .tiers import DROP, Largest, Origin, Probes, Requantize, Router, Saliency, Tier
-from .transforms import ChannelScale, ChannelShift, Permute, Pick, Polar, PreRope, Rotate, Transform
+from .transforms import (
+    Balance,
+    ChannelScale,
+    ChannelShift,
+    Eigenbasis,
+    Permute,
+    Pick,
+    Polar,
+    PreRope,
+    Rotate,
+    Transform,
+)
 
 __all__ = [
-    "ALL", "Band", "Bands", "Block", "ChannelScale", "ChannelShift", "Chosen", "Code", "Codebook", "Count", "DROP",
-    "Float", "FloatFormat", "Flush", "Largest", "Layers", "LowRank", "MetaFormat", "Origin", "PARTS", "Part", "Parted",
-    "Permute", "Polar", "Pick", "PreRope", "Prefill", "Probes", "Range", "Recent", "Refit", "Requantize", "Rotate",
-    "Rounding", "Router", "SIDES", "Saliency", "Scale", "Scheme", "Shared", "Side", "Sinks", "Sketch", "Sparse",
-    "Store", "Tier", "TopChannels", "Transform", "Uniform", "When", "Zero", "bands", "per_channel", "per_tensor",
-    "per_token",
+    "ALL", "Balance", "Band", "Bands", "Block", "ChannelScale", "ChannelShift", "Chosen", "Code", "Codebook", "Count",
+    "DROP", "Eigenbasis", "Float", "FloatFormat", "Flush", "Largest", "Layers", "LowRank", "MetaFormat", "Origin",
+    "PARTS", "Part", "Parted", "Permute", "Polar", "Pick", "PreRope", "Prefill", "Probes", "Range", "Recent", "Refit",
+    "Requantize", "Rotate", "Rounding", "Router", "SIDES", "Saliency", "Scale", "Scheme", "Shared", "Side", "Sinks",
+    "Sketch", "Sparse", "Store", "Tier", "TopChannels", "Transform", "Uniform", "When", "Zero", "bands", "per_channel",
+    "per_tensor", "per_token",
 ]  # fmt: skip
 
 Flush = Literal["auto", "rolling", "whole"]

@@ -58,9 +58,9 @@ class SegmentCache:
         return self.cache.lengths
 
     @property
-    def once(self) -> bool:
-        """Whether something is measured of the prompt's tokens alone."""
-        return any(one is not None and one.once for one in self.segment.measured)
+    def once(self) -> set[bool]:
+        """Whether what is measured once is of those in the window, too: both, either, or nothing of the kind."""
+        return {one.waiting for one in self.segment.measured if one is not None and one.once}
 
     @property
     def nbytes(self) -> int:
@@ -92,13 +92,14 @@ class SegmentCache:
         self.append(tokens, counts, positions, sums)
 
     def measured(self, tokens: Tokens, counts: Sequence[int], due: Sequence[bool], query: Tensor | None,
-                 *, once: bool) -> None:  # fmt: skip
-        """Measure the last counts_b of K tokens, of sequences that are due: what is measured `once`, or what is not."""
+                 *, once: bool, waiting: bool = False) -> None:  # fmt: skip
+        """Measure the last counts_b of K tokens, of sequences that are due: what is measured `once`, with those in the
+        window (`waiting`) or without, or what is measured at every flush."""
         affine = dict(self.beside.affine)
         for side, old in affine.items():
             about, x = self.segment.of(side), tokens[side]
             assert about is not None
-            if about.once != once:
+            if (about.once, about.waiting) != (once, waiting):
                 continue
             place = torch.arange(x.shape[2], device=x.device)
             valid = place >= x.shape[2] - column(counts, x.device)

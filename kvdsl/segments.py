@@ -22,14 +22,15 @@ from .window import waiting
 
 class Measured(NamedTuple):
     """What is measured of each channel, for all tokens of a tier, and stored in `dtype`: the `range` that evenly spaced
-    levels cover, `intervals` of them, times `clip`; or sizes that a ChannelScale divides by.  `once`: of the prompt's
-    tokens alone, else at every flush."""
+    levels cover, `intervals` of them, times `clip`; or sizes that a ChannelScale divides by.  `once`: when the first
+    tokens come to tiers, of these alone or, with `waiting`, of those in the window, too; else at every flush."""
 
     by: str
     once: bool = False
     dtype: str = "fp16"
     intervals: int = 1
     clip: float = 1.0
+    waiting: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def _peeled(store: Store) -> tuple[Store, Measured | None]:
     """A store without what is measured at every flush, which stands outermost; and what that is."""
     first = store.transform[:1]  # type: ignore[index]
     if first and isinstance(first[0], ChannelScale) and first[0].when != "calibrated":
-        measured = Measured(first[0].by, first[0].when == "prompt")
+        measured = Measured(first[0].by, first[0].when != "online", waiting=first[0].when == "arrived")
         return dc.replace(store, transform=store.transform[1:]), measured  # type: ignore[index]
     if spans_all(store):
         assert store.scale is not None and isinstance(store.code, Uniform) and isinstance(store.scale.clip, float)
@@ -120,6 +121,12 @@ def spans_all(store: Store) -> bool:
     if scale is None or scale.when != "online" or scale.block.tokens is not ALL:
         return False
     plain = isinstance(store.code, Uniform) and scale.range in (None, "minmax") and scale.zero == "min"
-    plain = plain and isinstance(scale.clip, float) and scale.refit is None and scale.dtype != "e8m0"
+    plain = (
+        plain
+        and isinstance(scale.clip, float)
+        and scale.refit is None
+        and scale.quantile is None
+        and scale.dtype != "e8m0"
+    )
     alone = not store.transform and store.outliers is None and store.residual is None
     return plain and alone and scale.block.channels == 1 and scale.block.heads == 1

@@ -25,6 +25,7 @@ from .scheme import (
     ALL,
     ChannelScale,
     ChannelShift,
+    Eigenbasis,
     LowRank,
     Permute,
     Pick,
@@ -42,9 +43,9 @@ Map = tuple[Tensor, Tensor]  # matrix (heads or 1, out, in) and shift (heads or 
 
 
 def calibrated(store: Store, side: Side, heads: int, head_dim: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the transforms' numbers that come with the parameters: (kv heads, head_dim) each, of PreRope
-    the model's (head_dim / 2) frequencies, or fewer; which channels are outliers, (kv heads, so many), or the
-    thresholds of single numbers, (2, kv heads, head_dim), come before."""
+    """Names and shapes of the transforms' numbers that come with the parameters: (kv heads, head_dim) each, of a basis
+    (kv heads or 1, head_dim, head_dim), of PreRope the model's (head_dim / 2) frequencies, or fewer; which channels are
+    outliers, (kv heads, so many), or the thresholds of single numbers, (2, kv heads, head_dim), come before."""
     found: dict[str, tuple[int, ...]] = {}
     if isinstance(store.outliers, Sparse) and store.outliers.when == "calibrated":
         found[f"{side}.outliers"] = (2, heads, head_dim)
@@ -52,6 +53,8 @@ def calibrated(store: Store, side: Side, heads: int, head_dim: int) -> dict[str,
         if isinstance(part, Pick):
             others = part.width(head_dim)
             found[name], head_dim = (heads, head_dim - others), others
+        elif isinstance(part, Eigenbasis):
+            found[name] = (heads if part.per == "head" else 1, head_dim, head_dim)
         elif not isinstance(part, Rotate):
             found[name] = (head_dim // 2,) if isinstance(part, PreRope) else (heads, head_dim)
     return found
@@ -261,6 +264,11 @@ def _step(part: object, head_dim: int, together: int, given: Tensor | None) -> t
         order = _picked(part, given.to("cpu"), head_dim)
         matrix, zeros = one[order], zero.new_zeros(1, order.shape[1])
         return (matrix, zeros), (matrix.mT, zero)
+    if isinstance(part, Eigenbasis):
+        rows = given.to("cpu", torch.float64)
+        rows = rows.expand(together, -1, -1) if len(rows) < together else rows
+        matrix = torch.stack([torch.block_diag(*some) for some in rows.split(together)])
+        return (matrix, zero), (matrix.mT, zero)
     numbers = given.to("cpu", torch.float64).reshape(-1, channels)
     if isinstance(part, ChannelScale):
         return (torch.diag_embed(1 / numbers), zero), (torch.diag_embed(numbers), zero)

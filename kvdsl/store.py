@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from .codes import Bands, Chosen, Code, Codebook, Float, LowRank, Sketch, Sparse, Uniform, When
 from .part import ALL, Count, Part
 from .scale import Range, Scale
-from .transforms import ChannelScale, ChannelShift, Permute, Pick, Polar, PreRope, Rotate, Size, Transform
+from .transforms import Balance, ChannelScale, ChannelShift, Permute, Pick, Polar, PreRope, Rotate, Size, Transform
 
 Side = Literal["keys", "values"]
 _OWN_RANGE: dict[type[Part], Range] = {Uniform: "minmax", Float: "absmax", Codebook: "norm"}
@@ -168,8 +168,20 @@ class Store(Part):
 
     @cached_property
     def linear(self) -> tuple[Transform, ...]:
-        """The transforms that are maps of a vector, in their order: polar coordinates come behind all of them."""
-        return tuple(part for part in self.transform if not isinstance(part, Polar))  # type: ignore[union-attr]
+        """The transforms that are maps of a vector, in their order: polar coordinates and factors of tiles come behind
+        all of them."""
+        return tuple(part for part in self.transform if not isinstance(part, (Polar, Balance)))  # type: ignore
+
+    @property
+    def balance(self) -> Balance | None:
+        """How tiles of what is coded get factors of their own, where they do."""
+        last = self.transform[-1:]  # type: ignore[index]
+        return last[0] if last and isinstance(last[0], Balance) else None
+
+    @property
+    def of_tokens(self) -> bool:
+        """Whether those are one for each token; else for each channel of a tile."""
+        return self.scale is not None and self.scale.block.channels == 1
 
     @cached_property
     def mapped(self) -> bool:

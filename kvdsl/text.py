@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .errors import Fault, SchemeError
-from .kinds import closest, listed, said
 from .part import ALL, Part
+from .saying import closest, listed, said
 from .scheme import PARTS, Block, Scale, Scheme
 from .tiers import ROUTERS
 
@@ -26,7 +26,7 @@ DEEPEST = 12
 _WHERE = {"keys": "Store", "values": "Store", "both": "Store", "residual": "Store", "scale": "Scale"}
 _WHERE |= {"outliers": "TopChannels Sparse", "store": "Store"}
 _WHERE |= {"code": "Uniform Float Codebook Sketch Bands LowRank Shared", "stores": "Store"}
-_WHERE |= {"transform": "PreRope Rotate ChannelScale ChannelShift Permute Polar"}
+_WHERE |= {"transform": "PreRope Rotate Eigenbasis ChannelScale ChannelShift Permute Polar Balance"}
 _WHERE |= {"block": "Block", "line": "Block", "sinks": "Sinks", "recent": "Recent", "scheme": "Scheme"}
 _WHERE |= {"tiers": "Tier", "probes": "Probes"}
 _TYPES = {field: tuple(names.split()) for field, names in _WHERE.items()}

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from .errors import Fault
-from .kinds import KINDS, LARGEST_SEED, LONGEST_WINDOW, Check, count, flag, kind_of, one_of, said, share, word
+from .kinds import KINDS, LARGEST_SEED, LONGEST_WINDOW, Check, count, flag, one_of, share, word
+from .saying import kind_of, said
 from .scheme import Scheme, Store
 from .tiers import Largest, Metric, Moves, Origin, Probes, Requantize, Router, Saliency, Statistic, Tier
 

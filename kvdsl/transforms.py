@@ -7,15 +7,16 @@ coordinates are no linear map: both are undone on decoded numbers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 from .part import ALL, Count, Part
 
-RotateKind = Literal["hadamard", "random_hadamard", "orthogonal"]
+RotateKind = Literal["hadamard", "random_hadamard", "orthogonal", "bit_reversal"]
 ScaleRule = Literal["absmax", "sqrt_absmax", "balance", "learned"]
 ShiftRule = Literal["mean", "middle", "learned"]
 Order = Literal["range", "sum"]
+Moment = Literal["attention", "own"]
 Size = Literal["norm", "absmean", "absmax"]
 
 
@@ -24,7 +25,8 @@ class Rotate(Part):
     """y = R x with R orthonormal, in blocks of `size` channels (ALL: the whole head, or all `heads` of them).
 
     kind     `hadamard`: Sylvester's matrix over sqrt(size), a power of two; `random_hadamard`: the same after random
-             signs; `orthogonal`: the Q of a random normal matrix (with the signs of R's diagonal), any size
+             signs; `orthogonal`: the Q of a random normal matrix (with the signs of R's diagonal), any size;
+             `bit_reversal`: y_i = x_j with the bits of i in reverse order those of j, a power of two
     heads    x is the vectors of so many neighbouring kv heads, one behind the other, and y is cut into as many again:
              an outlier of one head is spread over all of them (RotateKV, arXiv 2501.16383).  Reading one head then
              reads what is stored of all
@@ -44,11 +46,12 @@ class ChannelScale(Part):
     by   `absmax`: n = max|x|; `sqrt_absmax`: its square root; `balance`: sqrt(max|k|/max|q|), keys against queries;
          `learned`: as given
     when `calibrated`: measured on calibration data; in a scheme with tiers also `online`, on the tokens of a tier
-         whenever they are quantized, or `prompt`, on the prompt's
+         whenever they are quantized, `prompt`, on those of the prompt that are, or `arrived`, once as well, on all
+         tokens that have come behind the sinks when the first ones are quantized, however few these are
     """
 
     by: ScaleRule = "sqrt_absmax"
-    when: Literal["calibrated", "online", "prompt"] = "calibrated"
+    when: Literal["calibrated", "online", "prompt", "arrived"] = "calibrated"
 
 
 @dataclass(frozen=True, repr=False)
@@ -65,6 +68,21 @@ class Permute(Part):
     the sum of their numbers in calibration data."""
 
     by: Order = "range"
+    when: Literal["calibrated"] = "calibrated"
+
+
+@dataclass(frozen=True, repr=False)
+class Eigenbasis(Part):
+    """y = U^T x, the columns of U the eigenvectors of a second moment of calibration data, largest eigenvalue first.
+
+    by    `attention`: of keys the moment of the queries that meet them, sum q q^T; of values their own, each weighted
+          by k^T (sum q q^T) k of its key, these weights adding up to 1 over a head (OSCAR, arXiv 2605.17757).  `own`:
+          of the vectors themselves, sum x x^T
+    per   a matrix for every kv head, or one for all heads of a `layer`, from the mean of their moments
+    """
+
+    by: Moment = "attention"
+    per: Literal["head", "layer"] = "head"
     when: Literal["calibrated"] = "calibrated"
 
 
@@ -97,6 +115,29 @@ class Polar(Part):
 
 
 @dataclass(frozen=True, repr=False)
+class Balance(Part):
+    """y[t, i] = x[t, i] / f, with a factor f for every token of a tile of `tokens` tokens where its channels have
+    scales of their own, else for every channel of the tile: the scale along the other axis takes up what its own
+    factors would be, so that one number a token, or a channel, is stored beside it, in fp16 (KVarN, arXiv 2606.03458).
+
+    Rows and columns are divided by their sample deviations, within 1e-3..1e3, in turn: a factor that is stored is
+    multiplied by the deviation of its token over the channels, or of its channel over the tokens, of numbers over both
+    factors; then one along the other axis in the same way; each is kept within e^low..e^high.  Of `loops` rounds that
+    one counts after which max/min of the deviations of rows plus max/min of those of columns is least, the first of
+    equals.
+
+    unit   None; `rms`: all of this of numbers over the root mean square of their tile, which stored factors have, too
+    """
+
+    tokens: int = 128
+    _: KW_ONLY
+    loops: int = 8
+    low: float = -0.3
+    high: float = 10.0
+    unit: Literal["rms"] | None = None
+
+
+@dataclass(frozen=True, repr=False)
 class Pick(Part):
     """y = those of a head's channels that stand in a store of their own, or the others: no part of a spec.
 
@@ -113,4 +154,4 @@ class Pick(Part):
         return apart if self.top else head_dim - apart
 
 
-Transform = PreRope | Rotate | ChannelScale | ChannelShift | Permute | Polar
+Transform = PreRope | Rotate | Eigenbasis | ChannelScale | ChannelShift | Permute | Polar | Balance

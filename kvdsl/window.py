@@ -63,8 +63,10 @@ def windows(scheme: Scheme) -> dict[str, Window]:
 
 
 def waiting(store: Store) -> int:
-    """Tokens that are packed together: those of a token block, and those that outlier channels are chosen for."""
-    return math.lcm(token_block(store), store.chosen.tokens if store.chosen else 1)
+    """Tokens that are packed together: those of a token block, of a tile, and those that outlier channels are chosen
+    for."""
+    others = [part.tokens for part in (store.chosen, store.balance) if part is not None]
+    return math.lcm(token_block(store), *others)
 
 
 def token_block(store: Store) -> int:

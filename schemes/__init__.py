@@ -10,9 +10,11 @@ from .fp8 import fp8_tensor, fp8_token_head, mxfp8
 from .gear import gear2, gear4, gearl2, gearl4
 from .h2o import h2o
 from .hf_quantized import hf_quanto4
+from .innerq import innerq, innerq3
 from .int8 import int8_tensor
 from .kitty import kitty, kitty_pro
 from .kivi import kivi2, kivi2_sinks, kivi4
+from .kvarn import kvarn_even, kvarn_k2v2, kvarn_k4v2
 from .kvquant import kvquant2, kvquant3, kvquant4, nuq2, nuq3, nuq4
 from .kvsink import kvsink2
 from .kvtq import kvtq, kvtq_2bit
@@ -23,12 +25,14 @@ from .mikv import mikv
 from .mla import mla_fp8, mla_nvfp4
 from .octave import octave_compact, octave_k3v3, octave_k3v4
 from .omniquant import omniquant4
+from .oscar import oscar2
 from .plain import fp16, fp32
 from .polar import polar, polar_pairs
 from .qjl import qjl, qjl_gauss, qjl_kv
 from .quarot import quarot2, quarot4
 from .roco import roco
 from .rotatekv import rotatekv2, rotatekv3, rotatekv4
+from .saw_int4 import saw_int4
 from .skvq import skvq2, skvq_k2v1p5
 from .smoothquant import smoothquant8
 from .snapkv import snapkv
@@ -106,6 +110,13 @@ ALL: dict[str, Scheme] = {
     "rotatekv4": rotatekv4,
     "rotatekv3": rotatekv3,
     "rotatekv2": rotatekv2,
+    "innerq3": innerq3,
+    "innerq": innerq,
+    "kvarn_k4v2": kvarn_k4v2,
+    "kvarn_k2v2": kvarn_k2v2,
+    "kvarn_even": kvarn_even,
+    "oscar2": oscar2,
+    "saw_int4": saw_int4,
     "skvq2": skvq2,
     "skvq_k2v1p5": skvq_k2v1p5,
     "smoothquant8": smoothquant8,
@@ -177,6 +188,8 @@ __all__ = [
     "gearl4",
     "h2o",
     "hf_quanto4",
+    "innerq",
+    "innerq3",
     "int4_token_head",
     "int4_token_head_free",
     "int4_token_head_held",
@@ -188,6 +201,9 @@ __all__ = [
     "kivi2",
     "kivi2_sinks",
     "kivi4",
+    "kvarn_even",
+    "kvarn_k2v2",
+    "kvarn_k4v2",
     "kvquant2",
     "kvquant3",
     "kvquant4",
@@ -210,6 +226,7 @@ __all__ = [
     "octave_k3v3",
     "octave_k3v4",
     "omniquant4",
+    "oscar2",
     "polar",
     "polar_pairs",
     "q4_0",
@@ -226,6 +243,7 @@ __all__ = [
     "rotatekv2",
     "rotatekv3",
     "rotatekv4",
+    "saw_int4",
     "skvq2",
     "skvq_k2v1p5",
     "smoothquant8",

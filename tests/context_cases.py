@@ -83,7 +83,7 @@ def compiled(name: str, shape: Shape = SHAPE) -> tuple[KernelSet, Params]:
     scheme = scheme_of(name)
     waves = {ROPE: 10000.0 ** -(torch.arange(0, shape.head_dim, 2) / shape.head_dim)} if scheme.keys.rope else {}
     given = numbers(1, shape.kv_heads, 256, shape.head_dim, 77), numbers(1, shape.kv_heads, 256, shape.head_dim, 78)
-    return build(scheme, shape, backend="torch"), calibrate(scheme, *given, params=waves, gradients=given)
+    return build(scheme, shape, backend="torch"), calibrate(scheme, *given, given[0], params=waves, gradients=given)
 
 
 def fresh(name: str, batch: int, shape: Shape = SHAPE, **options: Any) -> QuantizedCache:

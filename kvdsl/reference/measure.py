@@ -42,6 +42,9 @@ class Measured:
 def measure(x: Tensor, code: Code, scale: Scale, clip: float, letters: Alphabet, second: Tensor | None) -> Measured:
     """Blocks x (..., numbers) measured under one clip; `second` is the second level, broadcast over blocks."""
     factor = constant(clip)
+    if scale.quantile is not None:
+        bound = x.abs().sort(-1).values[..., scale.bounding(x.shape[-1]), None]
+        x = torch.maximum(torch.minimum(x, bound), -bound)
     if scale.dtype == "e8m0":
         return _power_of_two(f32(factor * x.abs().amax(-1)), letters.top, scale, second)
     if scale.range == "norm":

@@ -37,6 +37,15 @@ def put_factors(
                 put_floats(here, start, rows[:, h, i], i % of_page, Float("fp16"))
 
 
+def put_across(out: Bytes, start: int, across: Tensor, blob: int, of_page: int) -> None:
+    """Factors of tiles into pages (B, pages, bytes): rows (B, H, T, 1) of tokens, or (B, H, tiles, D) of channels, so
+    many of a page."""
+    for i in range(across.shape[2]):
+        for h in range(across.shape[1]):
+            here = out[:, i // of_page, h * blob : (h + 1) * blob]
+            put_floats(here, start, across[:, h, i], i % of_page, Float("fp16"))
+
+
 def slots_of(store: Store, side: Side, d: int, size: int) -> int:
     """Single numbers of a page of one head: those of every token of keys, of every channel of 64 tokens of values."""
     assert isinstance(store.code, Sparse)

@@ -12,6 +12,7 @@ those beyond the last channel 0: the byte is the number of 256ths of it, rounded
 A side's codes are those of the space that is coded: M channels, head_dim but for a sketch.  A minifloat's code is its
 bits, a sketch's one bit; numbers in fp16 and fp32 stand as they are, row after row.  Of low rank all is in fp16: where
 codes would be, one row a vector of the numbers that the page's tokens have of it; where metadata would be, the vectors.
+Factors of tiles stand behind the metadata, in fp16: one a token, or a row of channels a tile.
 Of channels that are chosen anew numbers stand where codes would be, and which they are, rising, behind the metadata.
 
 Codes are cut into streams of 8, 4, 2 or 1 bits, the widest with the top bits (3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2,
@@ -40,7 +41,18 @@ from kvdsl.errors import ShapeError
 from kvdsl.scheme import SIDES, Band, Scale, Scheme, Side, Store
 
 from .alphabets import code_bits, has_offset, holds_numbers
-from .page_parts import Bytes, put, put_channels, put_chosen, put_factors, put_floats, put_slots, slots_of, words
+from .page_parts import (
+    Bytes,
+    put,
+    put_across,
+    put_channels,
+    put_chosen,
+    put_factors,
+    put_floats,
+    put_slots,
+    slots_of,
+    words,
+)
 from .quantize import Params, Quantized, quantize
 from .spaces import channels_of
 
@@ -59,12 +71,13 @@ class _Places:
     metadata: int | None
     shared: bool
     channels: int | None = None
+    across: int | None = None
 
 
 def page_tokens(scheme: Scheme) -> int:
     """Tokens a page holds: whole rows of words, and whole blocks of both sides."""
     stores = _stores(scheme).values()
-    choices = (store.chosen.tokens for store in stores if store.chosen is not None)
+    choices = [part.tokens for store in stores for part in (store.chosen, store.balance) if part is not None]
     return math.lcm(128 if _few_bits(scheme) else 64, *map(_block_tokens, stores), *choices)
 
 
@@ -124,6 +137,14 @@ def pages(scheme: Scheme, shape: Shape, k: Tensor, v: Tensor, params: Params | N
                 else:
                     assert coded.codes is not None
                     _put_codes(here, place.codes, coded.codes[:, h, t].numpy(), t % size, store, size)
+        if place.across is not None and coded.across is not None:
+            assert store.balance is not None
+            one = store.of_tokens
+            rows, of_page = (
+                coded.across[..., None] if one else coded.across,
+                size // (1 if one else store.balance.tokens),
+            )
+            put_across(out, place.across, rows, blob, of_page)
         if place.metadata is not None and store.measure is not None:
             _put_metadata(out, place, coded, store.measure, store, heads, blob, size)
     return out
@@ -160,11 +181,15 @@ def _places(scheme: Scheme, shape: Shape) -> tuple[int, dict[tuple[Side, int], _
         codes[at] = tuple(starts)
     metadata: dict[tuple[Side, int], int | None] = {}
     channels: dict[tuple[Side, int], int] = {}
+    across: dict[tuple[Side, int], int] = {}
     for at, store in stores.items():
         metadata[at] = end if _has_metadata(store) else None
         if _has_metadata(store) and not _shares(store, shape.kv_heads):
             bytes_ = slots_of(store, at[0], width[at], size) if isinstance(store.code, Sparse) else None
             end = _aligned(end + (bytes_ or _metadata_bytes(store, 1, width[at], size)))
+        if store.balance is not None:
+            across[at] = end
+            end = _aligned(end + 2 * (size if store.of_tokens else size // store.balance.tokens * width[at]))
         if store.chosen is not None:
             channels[at] = end
             end = _aligned(end + size // store.chosen.tokens * store.chosen.count(shape.head_dim))
@@ -176,7 +201,7 @@ def _places(scheme: Scheme, shape: Shape) -> tuple[int, dict[tuple[Side, int], _
             groups = shape.kv_heads // _heads(store, shape.kv_heads)
             end = _aligned(end + _metadata_bytes(store, groups, width[at], size))
     places = {
-        at: _Places(codes[at], metadata[at], _shares(store, shape.kv_heads), channels.get(at))
+        at: _Places(codes[at], metadata[at], _shares(store, shape.kv_heads), channels.get(at), across.get(at))
         for at, store in stores.items()
     }
     return blob, places, end

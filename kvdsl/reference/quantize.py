@@ -18,6 +18,7 @@ from kvdsl.codes import Bands, Chosen, Float, LowRank, Sketch, Sparse
 from kvdsl.errors import ShapeError
 from kvdsl.scheme import Band, Parted, Scale, Store, Uniform, bands
 
+from . import balance
 from .alphabets import Alphabet, alphabet, given_table, has_offset, holds_numbers, level_count
 from .blocks import block_size, cut, join
 from .chosen import among, choose, gathered, kept_of, put_back
@@ -45,6 +46,7 @@ class Quantized:
     bands    the same of every stretch, whose numbers are those of the coded space; codes and scales are theirs
     factors  (B, H, T, rank) and (B, H, blocks, rank, D), of vectors of low rank: no codes
     slots    of single numbers that are kept as they are: where they stand, int64, and what is kept of each
+    across   float64 (B, H, T) of tokens, or (B, H, tiles, D): the stored factors of tiles; `coded` has them
     channels int64 (B, H, T / per, n), rising: which channels these numbers are of, where they are chosen anew; then
              codes and coded numbers of codes beside those of all channels are (B, H, T, n)
     """
@@ -59,6 +61,7 @@ class Quantized:
     factors: tuple[Tensor, Tensor] | None = None
     slots: tuple[Tensor, Tensor] | None = None
     channels: Tensor | None = None
+    across: Tensor | None = None
 
     @property
     def terms(self) -> tuple[Quantized, ...]:
@@ -198,13 +201,19 @@ def _alone(store: Store, x: Tensor, params: Params | None, side: str) -> Quantiz
         return Quantized(None, None, None, decoded, decoded, factors=found)
     mapped = maps(store, x.shape[3], x.shape[1], params, side)
     y = polar(store, encoded(x, mapped))
+    across, each = None, None
+    if (part := store.balance) is not None:
+        across = balance.factors(y, part, of_tokens=store.of_tokens)
+        each = balance.spread(across, part, of_tokens=store.of_tokens)
+        y = balance.divided(y, each)
     bands = _banded(store, x, y, params, side)
     if bands:
         codes, scale, offset, coded = None, None, None, torch.cat([band.coded for band in bands], -1)
     else:
         codes, scale, offset, coded = _coded(store, x, y, params, side)
+    coded = coded if each is None else f32(coded * each)
     decoded = restored(cartesian(store, coded), mapped)
-    return Quantized(codes, scale, offset, decoded, coded, None, bands)
+    return Quantized(codes, scale, offset, decoded, coded, None, bands, across=across)
 
 
 def left(x: Tensor, decoded: Tensor) -> Tensor:

@@ -138,9 +138,8 @@ class RoutedStream:
             begin = self.sinks + self.gone
             for tier in self.tiers if not self.gone else ():
                 if tier is not None:
-                    tier.measure(
-                        {side: self.x[side][:, :, begin : begin + due].double() for side in SIDES}, q, "prompt"
-                    )
+                    for when, end in (("prompt", begin + due), ("arrived", self.tokens)):
+                        tier.measure({side: self.x[side][:, :, begin:end].double() for side in SIDES}, q, when)
             choice = self._choice(begin, begin + due, prompt, first, scale, softcap)
             self.choices.append(choice)
             self._send(choice, choice.labels() if labels is None else labels)

@@ -22,7 +22,7 @@ from kvdsl.errors import ShapeError
 from kvdsl.matrices import product, rotation, sketch
 from kvdsl.rope import waves
 from kvdsl.scheme import Band, Store
-from kvdsl.transforms import ChannelScale, ChannelShift, Permute, Pick, PreRope, Rotate
+from kvdsl.transforms import ChannelScale, ChannelShift, Eigenbasis, Permute, Pick, PreRope, Rotate
 
 from .rounding import LARGEST_INPUT, f32
 
@@ -98,6 +98,12 @@ def maps(store: Store, head_dim: int, heads: int, params: Params | None = None, 
             r = rotation(part.kind, part.size if isinstance(part.size, int) else channels, part.seed, channels)
             r = torch.block_diag(*[r] * (together // part.heads))
             e, u, w = product(r, e), product(u[:, None], r.T)[:, 0], product(w, r.T)
+            continue
+        if isinstance(part, Eigenbasis):
+            count = 1 if part.per == "layer" else heads
+            basis = _param(params, name, count, (head_dim, head_dim), "a basis").expand(heads, -1, -1)
+            r = torch.stack([torch.block_diag(*some) for some in basis.split(together)])
+            e, u, w = product(r, e), product(r, u[..., None])[..., 0], product(w, r.mT)
             continue
         given = _param(params, name, heads, (head_dim,), "a calibrated transform")
         if isinstance(part, Permute):  # within each head

@@ -1,7 +1,8 @@
 """What a tier keeps of the tokens that were sent to it: whole blocks as its stores code them, the others as they came.
 
 Where something is measured of all tokens of a tier, each channel's range or its size, it is measured on the tokens that
-stand there; sizes `when="prompt"` on all tokens that the first step sends to tiers, and are 1 where it sends none.
+stand there; sizes `when="prompt"` on all tokens that are sent to tiers first, `when="arrived"` on all that there are
+then behind the sinks.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def packed_tokens(scheme: Scheme, side: str, tokens: int) -> tuple[int, int]:
 def _leave_together(flush: str, store: Store) -> bool:
     if flush != "auto":
         return flush == "whole"
-    if any(isinstance(one.code, (LowRank, Sparse)) or one.chosen is not None for one in store.terms):
+    if any(isinstance(one.code, (LowRank, Sparse)) or one.chosen or one.balance for one in store.terms):
         return True
     online = (one.measure for one in store.terms if one.measure is not None and one.measure.when == "online")
     return any(scale.block.tokens != 1 for scale in online)

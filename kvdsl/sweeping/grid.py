@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from kvdsl.errors import SchemeError
-from kvdsl.kinds import closest
 from kvdsl.part import Part
 from kvdsl.registry import load, name_of
+from kvdsl.saying import closest
 from kvdsl.scheme import Scheme
 
 from .words import value

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from kvdsl.errors import Fault, SchemeError
-from kvdsl.kinds import closest, said
 from kvdsl.part import ALL, Part
+from kvdsl.saying import closest, said
 from kvdsl.scheme import (
     PARTS,
     ChannelScale,

@@ -12,6 +12,7 @@ format's numbers relative to them, e half its smallest number.
   is larger by 1/2; z itself is stored with dev(z) <= dev(|o|/s + 1/2), which is s'*dev(z) in x.  Where a step above 0
   is stored as 0, z has no meaning and everything decodes to 0: the bound is A.
 - signed_absmax has L/2 - 1 levels on the far side: a number there is off by up to one step, f = 1.
+- Numbers beyond the size at a quantile are coded as if they were it.
 - A clip below 1 cuts (1 - clip)*A off each end.
 - in_scale rounds the step to a multiple of 2^bits in its last place: u = 2^(bits - 24).
 - Float32 arithmetic: seven roundings of numbers up to A + s, each 2^-24 of it.  (c*s'+o, x - o, the quotient, hi - lo)
@@ -64,9 +65,9 @@ from kvdsl.scheme import (
 )
 from kvdsl.spaces import apart
 
-from . import low_rank
+from . import balanced, low_rank
 from .fits import fitted
-from .formats import LARGEST, OVER_BLOCK, SLACK, deviation, power_of_two
+from .formats import LARGEST, OVER_BLOCK, SLACK, deviation, power_of_two, within_quantile
 from .rotary import partners, spread_waves
 from .terms import behind, pieces, terms_of
 
@@ -106,6 +107,8 @@ def bound(store: Store, x: Tensor, params: Params | None = None, side: str = "ke
         return _mapped_bound(store, x, params, side)
     if store.polar:
         return _polar_bound(store, x, params, side)
+    if store.balance is not None:
+        return balanced.bound(store, x, lambda bare, y: bound(bare, y, params, side))
     given = x.double()
     inside = given.clamp(-LARGEST, LARGEST)
     if isinstance(store.code, LowRank):
@@ -171,7 +174,8 @@ def _mapped_bound(store: Store, x: Tensor, params: Params | None, side: str) -> 
         signs = quantize(store, x, params, side).coded.abs()
         return (applied(decode, signs) + x.double().abs()) * (1 + 2.0**-20)
     coded = encoded_rows(store.with_(transform=store.linear), x, params, side)
-    behind = store.with_(transform=(Polar(store.levels),) if store.polar else ())
+    last = Polar(store.levels) if store.polar else store.balance
+    behind = store.with_(transform=(last,) if last else ())
     within = applied(decode, bound(behind, coded, params, side))
     if store.pick:  # the other channels are not read
         within = within.where((decode != 0).any(-1)[:, None], x.double().abs())
@@ -227,11 +231,12 @@ def second(store: Store, params: Params | None, side: str) -> Tensor | float:
 
 def _candidate(store: Store, scale: Scale, numbers: Tensor, params: Params | None, side: str) -> Tensor:
     """The bound under one clip, fitted or not: float64, as numbers (B, H/bh, bh, T/bt, bt, D/bc, bc)."""
+    near = within_quantile(scale, numbers)
     if isinstance(store.code, Uniform):
-        limit = _online(store.code, scale, numbers, level_count(store), _outer(store, params, side))
-        limit = limit.expand_as(numbers)
+        limit = _online(store.code, scale, near, level_count(store), _outer(store, params, side))
     else:
-        limit = _uneven(store, scale, numbers, params, side)
+        limit = _uneven(store, scale, near, params, side)
+    limit = limit + (numbers - near).abs()
     if scale.refit is None:
         return limit
     letters = _letters(store, numbers.shape[-1], params, side)

@@ -15,6 +15,7 @@ from kvdsl.calibration import second_level
 from kvdsl.codegen import build
 from kvdsl.fitting import thresholds, without
 from kvdsl.kernels import Backend, KernelSet
+from kvdsl.matrices import rotation
 from kvdsl.reference.quantize import encoded_rows, quantize
 from kvdsl.reference.spaces import without_rope
 from kvdsl.scheme import (
@@ -22,6 +23,7 @@ from kvdsl.scheme import (
     ChannelScale,
     ChannelShift,
     Codebook,
+    Eigenbasis,
     Permute,
     PreRope,
     Scheme,
@@ -138,6 +140,10 @@ def _transforms(store: Store, side: str, x: Tensor, seed: int) -> dict[str, Tens
             numbers = frequencies(x.shape[3], seed)
         elif isinstance(part, ChannelScale):
             numbers = clean.abs().amax((0, 2)).clamp(min=2.0**-7).sqrt()
+        elif isinstance(part, Eigenbasis):
+            heads = x.shape[1] if part.per == "head" else 1
+            every = [rotation("orthogonal", clean.shape[3], seed + position + head) for head in range(heads)]
+            numbers = torch.stack(every).float()
         elif isinstance(part, ChannelShift):
             numbers = clean.mean((0, 2))
         elif isinstance(part, Permute):

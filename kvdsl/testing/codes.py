@@ -34,7 +34,7 @@ def _has_ends(store: Store) -> bool:
         return known
     if isinstance(store.code, Uniform) and store.code.grid == "cells" and scale.refit is not None:
         return False  # the numbers given are the cells' borders, not their levels
-    return scale.clip == 1 and known and scale.range not in ("norm", "absmean")
+    return scale.whole and known and scale.range not in ("norm", "absmean")
 
 
 def _single(scheme: Scheme) -> bool:
@@ -219,12 +219,12 @@ def _keeps_its_ends(store: Store) -> bool:
     if isinstance(code, Codebook) and code.match is not None:
         return False  # a decoded level may be nearer to another one that numbers are compared with
     if not isinstance(code, Uniform):
-        kept = scale.clip == 1 and scale.refit is None and scale.dtype != "e4m3" and _far_ends(store)
+        kept = scale.whole and scale.refit is None and scale.dtype != "e4m3" and _far_ends(store)
         return fixed or kept
     nearest = code.rounding != "floor" and code.grid == "ends" and scale.zero == "min"
     small = 2 if scale.range in ("minmax", "minmax_zero") else 3  # an offset is rounded beside the scale
     fits = {"fp16": 8, "bf16": 6, "fp32": 8, "e4m3": small, "e8m0": 0}[scale.dtype] >= (width(code) or 0)
-    return nearest and (fixed or (scale.clip == 1 and fits and scale.refit is None))
+    return nearest and (fixed or (scale.whole and fits and scale.refit is None))
 
 
 def _far_ends(store: Store) -> bool:

@@ -24,7 +24,7 @@ from kvdsl.scheme import (
     TopChannels,
 )
 
-from . import low_rank, sparse, splits
+from . import balanced, low_rank, sparse, splits
 from .bounds import blocks_of, spread
 from .cases import METADATA, Case, law, require, require_equal, static
 from .formats import FORMATS, LARGEST
@@ -44,7 +44,7 @@ def _keeps_constants(store: Store) -> bool:
         return True
     if scale.scale is not None or isinstance(store.code, Codebook) and store.code.levels == "calibrated":
         return False  # other numbers are read beside the block
-    return scale.when == "online" and scale.clip == 1 and scale.range == "minmax" and scale.zero in ("min", "point")
+    return scale.when == "online" and scale.whole and scale.range == "minmax" and scale.zero in ("min", "point")
 
 
 @law("P4", lambda s: bare(s) and _keeps_constants(s.keys) and _keeps_constants(s.values), ("constant",))
@@ -77,6 +77,7 @@ def a_nan_spoils_its_block_only(case: Case) -> None:
         store, bad = case.scheme.side(side), torch.zeros(x.shape, dtype=torch.bool)
         other = bad | sparse.moved(x, store.outliers, side) if isinstance(store.outliers, Sparse) else bad
         other = other | splits.moved(x, store) if isinstance(store.outliers, TopChannels) else other
+        other = other | balanced.moved(x, store)
         for term in terms_of(store, x, params, side, case.sinks):
             mine = torch.ones_like(bad) if term.mine is None else term.mine
             bad = bad | mine & _spoilt(term, term.x)
@@ -227,7 +228,7 @@ def _usual_part(part: Stretch, one: TermOf, more: TermOf, factor: float) -> Tens
     return usual
 
 
-@law("P1", kinds=("normal", "positive", "outlier_channel"))
+@law("P1", balanced.scaled, ("normal", "positive", "outlier_channel"))
 def powers_of_two_go_through(case: Case) -> None:
     """Numbers times a power of two decode to the same times it, so the codes are the same, wherever the metadata is
     neither subnormal nor saturated: every operation rounds to as many bits before and after."""

@@ -37,3 +37,12 @@ def power_of_two(scale: Scale, largest: Tensor, top: float) -> Tensor:
         half, power = torch.frexp(size / top)  # 1/2 to 1
         power = power - 1 + (half > 0.5 if scale.exponent == "ceil" else half > 0.5**0.5).int()
     return torch.exp2(torch.where(largest == 0, -126, power.clamp(-126, 127)).double())
+
+
+def within_quantile(scale: Scale, numbers: Tensor) -> Tensor:
+    """Numbers (B, H/bh, bh, T/bt, bt, D/bc, bc) brought within the size at their block's quantile, if there is one."""
+    if scale.quantile is None:
+        return numbers
+    rising = numbers.abs().permute(0, 1, 3, 5, 2, 4, 6).flatten(4).sort(-1).values
+    size = rising[..., scale.bounding(rising.shape[-1])][:, :, None, :, None, :, None]
+    return torch.maximum(torch.minimum(numbers, size), -size)

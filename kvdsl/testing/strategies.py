@@ -15,12 +15,14 @@ from kvdsl.scale import Exponent
 from kvdsl.scheme import (
     ALL,
     SIDES,
+    Balance,
     Bands,
     Block,
     ChannelScale,
     ChannelShift,
     Codebook,
     Count,
+    Eigenbasis,
     Float,
     LowRank,
     Permute,
@@ -64,6 +66,8 @@ def _schemes(draw: Draw, longest: int) -> Scheme:
         keys = keys.with_(transform=(PreRope(draw(st.booleans())), *keys.transform))
     if longest >= 32 and keys.outliers is None and draw(st.integers(0, 7)) == 7:
         keys = keys.with_(outliers=draw(chosen(keys)))
+    if longest >= 32 and draw(st.integers(0, 11)) == 11:
+        keys, values = draw(balanced(per_channel(tokens=32))), draw(balanced(per_token()))
     group = math.lcm(_tokens(keys), _tokens(values))
     sinks = draw(st.sampled_from([None, None, Sinks(1), Sinks(4), Sinks(5)]))
     if group > 1:
@@ -116,6 +120,14 @@ def stores(draw: Draw, longest: int) -> Store:
     if draw(st.integers(0, 2)) == 2:
         rest = Store(draw(_low_rank(longest)))
     return store.with_(residual=rest if _measured_online(rest) else Store(Sketch(64, "gaussian")))
+
+
+def balanced(scale: Scale) -> st.SearchStrategy[Store]:
+    """Even levels under this scale, of tiles of 32 tokens that have factors along the other axis."""
+    turned = st.sampled_from([(), (Rotate("hadamard", 32),)])
+    tiles = st.builds(Balance, st.just(32), loops=st.integers(1, 3), unit=st.sampled_from([None, "rms"]))
+    codes = st.builds(Uniform, st.integers(1, 8))
+    return st.builds(lambda c, maps, last: Store(c, scale=scale, transform=(*maps, last)), codes, turned, tiles)
 
 
 def _low_rank(longest: int) -> st.SearchStrategy[LowRank]:
@@ -198,6 +210,8 @@ def transforms(draw: Draw) -> tuple[Transform, ...]:
         st.builds(Rotate, st.sampled_from(["random_hadamard", "orthogonal"]), heads=st.just(2), seed=st.integers(0, 3)),
         st.builds(ChannelScale, st.sampled_from(["absmax", "sqrt_absmax", "learned"])),
         st.builds(ChannelShift, st.sampled_from(["mean", "middle"])),
+        st.builds(Rotate, st.just("bit_reversal"), st.sampled_from([8, 32])),
+        st.builds(Eigenbasis, st.just("own"), per=st.sampled_from(["head", "layer"])),
         st.builds(Permute, st.sampled_from(["range", "sum"])),
     )
     if draw(st.integers(0, 3)) < 3:
@@ -271,9 +285,11 @@ def _scales(draw: Draw, code: Any, range_: str, longest: int) -> Scale:
     if online and zero == "min" and dtype != "e8m0" and draw(st.integers(0, 3)) == 3:
         heads = draw(st.sampled_from([1, ALL])) if block.heads == 1 else ALL
         second = Scale(Block(ALL, ALL, heads), dtype="fp32", when="calibrated")
+    ends = range_ not in ("norm", "absmean") and block.channels in (1, ALL) and block.heads == 1
+    quantile = draw(st.sampled_from([None] * 9 + [0.9])) if ends else None
     powers: tuple[Exponent, ...] = get_args(Exponent) if online and dtype == "e8m0" else ("floor",)
     return Scale(
-        block, range=range_, clip=draw(st.sampled_from(clips)), zero=zero, refit=refit, dtype=dtype,  # type: ignore[arg-type]
+        block, range=range_, clip=draw(st.sampled_from(clips)), quantile=quantile, zero=zero, refit=refit, dtype=dtype,  # type: ignore[arg-type]
         exponent=draw(st.sampled_from(powers)), scale=second, when=when,
     )  # fmt: skip
 
@@ -342,6 +358,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "scale.block.channels": (0, -8, 257, 8.5, None),
     "scale.block.heads": (0, -1, 1025, "all", None),
     "scale.range": ("max", "minmax ", 1),
+    "scale.quantile": (1.0, 0.0, 1, "half"),
     "scale.clip": (0.0, 4.01, -1.0, math.nan, math.inf, "1", True, (1.0,), (1.0, 5.0)),
     "scale.refit": ("least", "", 1),
     "scale.scale": (1.0, "fp32"),

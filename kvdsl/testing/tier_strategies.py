@@ -57,6 +57,7 @@ TOGETHER: tuple[Store, ...] = (
 """Stores of a few tokens, or of tokens of all heads that come at a time."""
 MEASURED: tuple[Store, ...] = (
     Store(Uniform(4), scale=per_token(heads=ALL), transform=ChannelScale(when="prompt")),
+    Store(Uniform(3), scale=per_token(channels=32, range="absmax"), transform=ChannelScale(when="arrived")),
     Store(Uniform(3), scale=per_token(), transform=ChannelScale("absmax", when="prompt")),
 )
 """Stores that measure the prompt."""

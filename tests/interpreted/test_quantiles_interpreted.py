@@ -1,0 +1,17 @@
+"""Ranges that end at a quantile of sizes, in Triton's interpreter."""
+
+from __future__ import annotations
+
+from kvdsl.scheme import Recent, Scheme, Store, Uniform, per_channel, per_token
+from kvdsl.shape import Shape
+from kvdsl.testing import LAWS, Case
+
+
+def test_packed_words_are_those_of_the_definition() -> None:
+    """Blocks along either axis, of numbers many of which are equal."""
+    keys, values = (
+        Store(Uniform(2), scale=scale)
+        for scale in (per_token(range="absmax", quantile=0.9), per_channel(tokens=32, quantile=0.75))
+    )
+    scheme = Scheme(keys=keys, values=values, recent=Recent(32))
+    LAWS["words_equal_the_reference"](Case(scheme, Shape(32, 1, 1), "triton", batch=1, tokens=40, kind="ties", seed=1))
