@@ -283,8 +283,11 @@ def tune(
     from .tuning import BATCHES, TOKENS, results, told
 
     schemes = {name: loaded(name) for name in names}
-    shapes = {name: _shape(scheme, head_dim, kv_heads, q_heads, dtype) for name, scheme in schemes.items()}
-    found = results(schemes, shapes, batch or BATCHES, tokens or TOKENS)
+
+    def shape_of(scheme: Scheme) -> Shape:
+        return _shape(scheme, head_dim, kv_heads, q_heads, dtype)
+
+    found = results(schemes, shape_of, batch or BATCHES, tokens or TOKENS)
     if json:
         answer.document({"results": found})
     else:

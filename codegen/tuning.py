@@ -159,7 +159,7 @@ def fastest(seconds: Mapping[Schedule, float]) -> Schedule:
 
 
 def results(
-    schemes: Mapping[str, Scheme], shapes: Mapping[str, Shape], batches: Sequence[int], lengths: Sequence[int]
+    schemes: Mapping[str, Scheme], shape_of: Callable[[Scheme], Shape], batches: Sequence[int], lengths: Sequence[int]
 ) -> list[dict[str, Any]]:
     """A row a scheme, or layer's scheme of its own, and size: device, bucket, schedules with their microseconds, which
     is the model's and which the best, the file; `failed` where one does not fit the memory.  BackendError without a
@@ -171,9 +171,8 @@ def results(
         for batch in batches:
             for tokens in lengths:
                 with progress(f"tuning {name} for {batch} x {tokens} tokens"):
-                    rows.append(
-                        {"scheme": name, "batch": batch, "tokens": tokens, **_row(scheme, shapes[name], batch, tokens)}
-                    )
+                    row = _row(scheme, shape_of(scheme), batch, tokens)
+                    rows.append({"scheme": name, "batch": batch, "tokens": tokens, **row})
     return rows
 
 

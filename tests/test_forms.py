@@ -127,6 +127,7 @@ def dense_launch(shape: Shape, rows: int, given: dict[str, bool]) -> Launch:
     sizes = tiles(plan_for(ALL["token4"], shape), rows)
     lanes, stages = padded(shape.head_dim), sizes.pop("STAGES")
     constants: dict[str, object] = {"HEADS": 2, "GROUP": 4, "DIM": shape.head_dim, "LANES": lanes, "SINKS": 4, **sizes}
+    constants |= {"VALUE_DIM": shape.head_dim, "VALUE_LANES": lanes}
     constants |= {"CAPPED": False, "PLACED": False, "GOES_ON": False, **given}
     constants |= {} if given.get("PLACED") else {"place_ptr": None, "asked_ptr": None}
     kinds = dict.fromkeys(("query_ptr", "key_rows_ptr", "value_rows_ptr"), f"*{shape.dtype}")

@@ -26,7 +26,8 @@ through."""
 
 def modules(model: Any) -> list[Any]:
     """The attention modules that cache a latent."""
-    return [one for one in model.modules() if hasattr(type(one), EXPAND) and hasattr(one, "kv_b_proj")]
+    inside = model.modules() if hasattr(model, "modules") else ()
+    return [one for one in inside if hasattr(type(one), EXPAND) and hasattr(one, "kv_b_proj")]
 
 
 def refuse_others(scheme: Scheme, model: Any) -> None:
