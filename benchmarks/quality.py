@@ -2,7 +2,7 @@
 
 ALL and VARIANTS are folders of `kvdsl eval --out`: of `--all`, and of the schemes in benchmarks/variants.py.  Their
 figures are kept in benchmarks/results/quality/, without those of single layers; without folders the page is made from
-there.
+there.  `--add FOLDER ...` takes in schemes that have come since.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import kvdsl
+import kvdsl.schemes
 from kvdsl.codegen.answer import finite, table_of
-from kvdsl.evaluation.results import Evaluation, Perplexity, SchemeResult
+from kvdsl.errors import SchemeError
+from kvdsl.evaluation.results import Evaluation, Perplexity, SchemeResult, Tasks
 from kvdsl.evaluation.summary import standard_error
 from kvdsl.evaluation.tables import done, losses, remarks
+from kvdsl.scheme import Scheme
 from kvdsl.search_pairs import front
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,6 +87,7 @@ pairs that differ in one choice alone are in `benchmarks/variants.py`.
 """
 BUDGETS = (2.5, 3.5, 4.5)
 EXACT = 16.0  # bits
+HEADS = (64, 3)  # head_dim and kv heads of the model
 
 
 def kept(name: str) -> Evaluation:
@@ -93,7 +97,39 @@ def kept(name: str) -> Evaluation:
 
 def keep(name: str, folder: Path) -> None:
     """A folder's results without what the page does not tell: errors layer by layer, places, texts."""
-    found = Evaluation.from_dict(json.loads((folder / "results.json").read_text()))
+    _write(name, _of(folder))
+
+
+def add(folders: Sequence[Path]) -> None:
+    """Results of schemes that have come since, of the same model, text and settings, join those of all, or take their
+    place; of a scheme that does not fit the model is said why."""
+    found = kept(NAMES[0])
+    results = {one.scheme: one for one in found.results}
+    for more in map(_of, folders):
+        if (more.about_model, more.about_text, more.settings) != (found.about_model, found.about_text, found.settings):
+            raise SystemExit("the folders are of another model, text or settings than what is kept")
+        results |= {one.scheme: one for one in more.results}
+    for name, scheme in kvdsl.schemes.ALL.items():
+        if name not in results:
+            results[name] = _refused(name, scheme)
+    _write(NAMES[0], dataclasses.replace(found, results=tuple(results[name] for name in kvdsl.schemes.ALL)))
+
+
+def _refused(name: str, scheme: Scheme) -> SchemeResult:
+    """Why it does not fit; SystemExit for a scheme that fits, and has not been measured."""
+    try:
+        kvdsl.bits(scheme, *HEADS)
+    except SchemeError as error:
+        known: dict[str, Any] = {"scheme": name, "hash": scheme.hash, "source": scheme.source, "refused": str(error)}
+        return SchemeResult(**known, bits=None, perplexity=None, delta=None, tasks=Tasks())
+    raise SystemExit(f"{name} is not measured")
+
+
+def _of(folder: Path) -> Evaluation:
+    return Evaluation.from_dict(json.loads((folder / "results.json").read_text()))
+
+
+def _write(name: str, found: Evaluation) -> None:
     results = tuple(_reduced(one) for one in found.results)
     text = json.dumps(finite(dataclasses.replace(found, results=results).to_dict()), allow_nan=False)
     KEPT.mkdir(parents=True, exist_ok=True)
@@ -348,11 +384,14 @@ def page(found: Evaluation, variants: Evaluation) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="of all schemes, and of the variants")
+    parser.add_argument("--add", nargs="+", type=Path, default=[], metavar="FOLDER", help="of schemes that came since")
     given = parser.parse_args()
     if given.folders and len(given.folders) != len(NAMES):
         parser.error("give two folders of `kvdsl eval --out`, of all schemes and of the variants, or none")
     for name, folder in zip(NAMES, given.folders, strict=False):
         keep(name, folder)
+    if given.add:
+        add(given.add)
     (ROOT / "docs" / "quality.md").write_text(page(*map(kept, NAMES)), encoding="utf-8")
 
 
