@@ -55,6 +55,8 @@ class Attention(AttentionImpl[Metadata]):  # type: ignore[misc]
         if attn_type != AttentionType.DECODER:
             raise BackendError(f"attn_type: {attn_type}; a cache is a decoder's")
         config, asked = get_current_vllm_config(), settings()
+        if asked.marked and kv_cache_dtype == "auto":
+            asked = asked.left_alone(config.model_config.dtype)
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.kv_cache_dtype, self.sliding_window = kv_cache_dtype, sliding_window

@@ -14,14 +14,14 @@ from kvdsl.kernels import KernelSet
 from kvdsl.shape import Shape
 
 from . import NAME
-from .settings import Settings, settings
+from .settings import MARK, Settings, settings
 
 
 class Backend(AttentionBackend):  # type: ignore[misc]
     """Pages are the scheme's, byte for byte; the tokens of a request's open block wait beside them."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto"]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", MARK]
     forward_includes_kv_cache_update = True
 
     @staticmethod
@@ -73,7 +73,7 @@ class Backend(AttentionBackend):  # type: ignore[misc]
         """The same with the scheme's pages: one slot for all heads, as some schemes have bytes that heads share."""
         if spec.state_content_bytes is not None:
             return spec
-        asked = settings()
+        asked = settings().of(spec, spec.dtype)
         kernels = compiled(asked, Shape(spec.head_size, spec.num_kv_heads, dtype="fp16"))
         content, rest = divmod(kernels.page_bytes, kernels.page_tokens)
         if rest:

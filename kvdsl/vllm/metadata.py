@@ -15,9 +15,9 @@ from vllm.v1.attention.backend import (
 )
 
 from kvdsl.errors import BackendError
-from kvdsl.serving import Requests, Slots, Step
+from kvdsl.serving import Requests, Served, Slots, Step
 
-from .settings import settings
+from .settings import MARK, settings
 
 
 def slot_count(config: Any) -> int:
@@ -46,10 +46,10 @@ class Builder(AttentionMetadataBuilder[Metadata]):  # type: ignore[misc]
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.how = settings().how
+        refuse(vllm_config, settings().how)
+        self.how = settings().of(kv_cache_spec, vllm_config.model_config.dtype).how
         self.draft = draft_of(vllm_config)
         self.slots = Slots(slot_count(vllm_config)) if self.how.waits else None
-        refuse(vllm_config, self.how.sinks, self.how.block)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -68,19 +68,19 @@ class Builder(AttentionMetadataBuilder[Metadata]):  # type: ignore[misc]
         return Metadata(step, int(told.num_actual_tokens))
 
 
-def refuse(config: Any, sinks: int, block: int) -> None:
+def refuse(config: Any, how: Served) -> None:
     """BackendError for a mode of the engine that would change what requests get."""
-    if sinks and config.cache_config.enable_prefix_caching:
+    if not how.shares and config.cache_config.enable_prefix_caching:
         raise BackendError(
-            f"enable_prefix_caching: True, but the first {sinks} tokens of a request stay exact beside its pages, "
+            f"enable_prefix_caching: True, but the first {how.sinks} tokens of a request stay exact beside its pages, "
             f"where no other request finds them; use --no-enable-prefix-caching"
         )
-    if skipped := config.cache_config.kv_cache_dtype_skip_layers:
+    if (skipped := config.cache_config.kv_cache_dtype_skip_layers) and config.cache_config.cache_dtype == "auto":
         raise BackendError(
-            f"kv_cache_dtype_skip_layers: {skipped}, but the engine pads every page to the largest, so that the other "
-            "layers would take as many bytes as these; leave it out"
+            f"kv_cache_dtype_skip_layers: {skipped}, but all layers are of type auto, so that none can be told from "
+            f"another; add --kv-cache-dtype {MARK}, which stands for the scheme"
         )
-    if draft_of(config) >= block:
+    if draft_of(config) >= how.block:
         raise BackendError(
-            f"num_speculative_tokens: {draft_of(config)} are no fewer than a block of {block} tokens; draft fewer"
+            f"num_speculative_tokens: {draft_of(config)} are no fewer than a block of {how.block} tokens; draft fewer"
         )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from kvdsl.errors import BackendError
 from kvdsl.kernels import Params
@@ -15,6 +17,8 @@ from kvdsl.registry import load
 from kvdsl.serving import Served, served
 
 VARIABLE = "KVDSL_SCHEME"
+MARK = "fp8"
+"""The engine's type of cache that stands for the scheme, where layers of type "auto" are to be left alone."""
 KEY = "kvdsl"
 USE = (
     f'give --additional-config \'{{"{KEY}": {{"scheme": "kivi4"}}}}\', or set {VARIABLE}=kivi4, '
@@ -24,11 +28,24 @@ USE = (
 
 @dataclass(frozen=True)
 class Settings:
-    """The scheme as it is served, and calibrated parameters of all layers, where it has any."""
+    """The scheme as it is served, and calibrated parameters of all layers, where it has any.
+
+    marked   layers that are left alone can be told: the engine's type of cache is MARK for the others
+    """
 
     name: str
     how: Served
     params: Params = field(default_factory=dict)
+    marked: bool = False
+
+    def left_alone(self, dtype: torch.dtype) -> Settings:
+        """Of a layer that keeps its numbers as they are, in blocks as long as those of other layers."""
+        name = "fp32" if dtype == torch.float32 else "fp16"
+        return Settings(name, replace(_made(name, None).how, block=self.how.block))
+
+    def of(self, spec: Any, dtype: torch.dtype) -> Settings:
+        """Of the layers that the engine describes so."""
+        return self.left_alone(dtype) if self.marked and not spec.kv_quant_mode else self
 
 
 _known: list[Settings] = []
@@ -44,6 +61,8 @@ def settings() -> Settings:
     if asked is None and config is None and _known:
         return _known[-1]
     found = _read(asked)
+    if config is not None:
+        found = replace(found, marked=config.cache_config.cache_dtype != "auto")
     _known[:] = [found]
     return found
 

@@ -79,6 +79,15 @@ def test_drafts_do_not_change_the_tokens(scheme: str) -> None:
     assert found["passes"][0]["tokens"] == EXPECTED[scheme] and found["drafts"] > 0
 
 
+def test_layers_may_be_left_alone() -> None:
+    """All of them: tokens are those of exact numbers.  One of two: a page more in float32, and room to the block."""
+    every = {"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0", "1"]}
+    assert ran("kivi4", options=every)["passes"] == ran("fp32")["passes"]
+    heads, dim = MODEL["num_key_value_heads"], MODEL["head_dim"]
+    one = ran("kivi4", options={**every, "kv_cache_dtype_skip_layers": ["0"]})
+    assert one["tokens"] == (1 << 30) // (2 * dim * heads * 128 * (32 + 5) // 8) * 128
+
+
 @pytest.mark.parametrize("scheme", ["token4", "kivi4"])
 def test_of_200_requests_none_is_lost_when_room_is_short(scheme: str) -> None:
     """Preempted requests are computed anew, and every one says what it says alone."""
@@ -101,7 +110,7 @@ def test_capacity_is_what_the_scheme_s_bits_say(scheme: str) -> None:
     ("scheme", "options", "said"),
     [
         ("kivi2_sinks", {"enable_prefix_caching": True}, "use --no-enable-prefix-caching"),
-        ("token4", {"kv_cache_dtype_skip_layers": ["0"]}, "the engine pads every page to the largest"),
+        ("token4", {"kv_cache_dtype_skip_layers": ["0"]}, "add --kv-cache-dtype fp8"),
         (str(HERE / "over_heads.py:mine"), {"tensor_parallel_size": 2}, "or fewer ranks"),
         ("zipcache", {}, "so where a token stands follows from the tokens after it"),
         ("kivi5", {}, "kivi4"),
