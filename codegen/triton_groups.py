@@ -17,7 +17,8 @@ def side_by_side(planes: Planes) -> bool:
     meta, width = planes.side.layout.meta, planes.width
     if meta is None or planes.ragged or width & (width - 1):
         return False
-    return meta.tokens == 1 < meta.channels and width % meta.channels == 0
+    full = meta.groups * meta.channels % width == 0  # a stretch of few channels leaves lanes of its plane idle
+    return meta.tokens == 1 < meta.channels and width % meta.channels == 0 and full
 
 
 UNIT = 7
