@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import hypothesis
 from hypothesis import HealthCheck, settings
 
@@ -37,6 +39,15 @@ LAW_NAMES = sorted(name for name, law in LAWS.items() if not law.routed)
 TIER_LAWS = sorted(name for name, law in LAWS.items() if law.routed)
 PLAIN = {name: scheme for name, scheme in schemes.ALL.items() if not scheme.routed}
 """Shipped schemes that compile to one set of kernels."""
+SIBLINGS = {"nuq3", "rotatekv3", "rotatekv2", "turboquant1", "turboquant_prod3", "turboquant_prod2"}
+SIBLINGS |= {"vllm_3bit_nc", "vllm_k3v4_nc", "quarot2", "turboquant2", "q5_0", "q5_1", "q4_1", "token2", "token3"}
+SIBLINGS |= {"channel2", "channel3", "bitdecoding2", "turboquant3", "turboquant_3p5", "kivi4", "skvq_k2v1p5", "gearl4"}
+SIBLINGS |= {"gear4", "kvquant4", "kvquant2", "kitty_pro", "kvtuner", "mla_fp8", "mla_nvfp4"}
+SIBLINGS |= {"mxfp8", "octave_k3v3", "octave_compact", "exl3_2", "exl3_3", "exl3_5", "exl3_6", "exl3_7", "exl3_8"}
+SIBLINGS |= {"saw_int4", "oscar2", "kvarn_k4v2", "kvarn_k2v2", "kvarn_even"}
+"""They differ in their bits alone, or in their length, from others: KVDSL_PROFILE=thorough asks them as often, and the
+interpreter asks them at all.  All take long together."""
+THOROUGH = os.environ.get("KVDSL_PROFILE") == "thorough"
 SMALL_BLOCKS = Scheme(
     keys=Store(Uniform(4), scale=Scale(Block(4, 32))),
     values=Store(Uniform(3), scale=Scale(Block(8, heads=2), range="absmax", dtype="bf16")),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from law_cases import LAW_NAMES, PLAIN, THRESHOLDS, fixed, holds
+from law_cases import LAW_NAMES, PLAIN, SIBLINGS, THOROUGH, THRESHOLDS, fixed, holds
 
 from kvdsl.errors import SchemeError
 from kvdsl.scheme import (
@@ -29,7 +29,8 @@ from kvdsl.testing import LAWS, Case, LawBroken, applicable, cases, check, fault
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_a_shipped_scheme_obeys_every_law(name: str) -> None:
-    assert holds(ALL[name], "torch", examples=2) >= len(applicable(ALL[name].with_(layers=())))
+    examples = 1 if name in SIBLINGS and not THOROUGH else 2
+    assert holds(ALL[name], "torch", examples=examples) >= len(applicable(ALL[name].with_(layers=())))
 
 
 @pytest.mark.parametrize("law", LAW_NAMES)

@@ -32,7 +32,10 @@ NO_PREFIXES = {"enable_prefix_caching": False}
 
 def ran(scheme: str | None, *, fails: bool = False, **asked: Any) -> Any:
     """What an engine answers; or, where it fails, all that it printed."""
-    scenario = json.dumps({"scheme": scheme, "prompts": prompts(), "tokens": TOKENS, **asked})
+    ranks = asked.get("options", {}).get("tensor_parallel_size", 1)
+    bound = {} if ranks == 1 else {"VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks)))}
+    common = {"scheme": scheme, "prompts": prompts(), "tokens": TOKENS, "environment": bound}
+    scenario = json.dumps({**common, **asked})
     command = [sys.executable, str(HERE / "run.py"), str(FOLDER)]
     done = subprocess.run(command, input=scenario, capture_output=True, text=True, timeout=900)
     lines = [line for line in done.stdout.splitlines() if line.startswith(ANSWER)]
@@ -66,8 +69,7 @@ def test_prompts_in_chunks_give_the_same_tokens() -> None:
 
 def test_two_ranks_give_the_same_tokens() -> None:
     """Each builds kernels for its own heads."""
-    options = {"tensor_parallel_size": 2}
-    found = ran("kivi4", options=options, environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1"})
+    found = ran("kivi4", options={"tensor_parallel_size": 2})
     assert found["passes"][0]["tokens"] == EXPECTED["kivi4"]
 
 

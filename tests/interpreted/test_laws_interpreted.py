@@ -6,13 +6,12 @@ or attend many times (constants, parts, chunks, poison, second times): the torch
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from law_cases import PLAIN, RARE, fixed
+from law_cases import PLAIN, RARE, SIBLINGS, THOROUGH, fixed
 
 from kvdsl.rules import shape_faults
 from kvdsl.scheme import Recent, Scheme, Store, Uniform, per_channel, per_token
@@ -27,15 +26,6 @@ QUICK = (
 )  # fmt: skip
 RAGGED = "neighbours_do_not_reach_the_words"  # packs five times: of shipped schemes those without a map are asked
 SLOW = ("windows_and_padding_are_seen", "neighbours_do_not_reach_attention", "splits_do_not_matter")
-SIBLINGS = {"nuq3", "rotatekv3", "rotatekv2", "turboquant1", "turboquant_prod3", "turboquant_prod2"}
-SIBLINGS |= {"vllm_3bit_nc", "vllm_k3v4_nc", "quarot2", "turboquant2", "q5_0", "q5_1", "q4_1", "token2", "token3"}
-SIBLINGS |= {"channel2", "channel3", "bitdecoding2", "turboquant3", "turboquant_3p5", "kivi4", "skvq_k2v1p5", "gearl4"}
-SIBLINGS |= {"gear4", "kvquant4", "kvquant2", "kitty_pro", "kvtuner", "mla_fp8", "mla_nvfp4"}
-SIBLINGS |= {"mxfp8", "octave_k3v3", "octave_compact", "exl3_2", "exl3_3", "exl3_5", "exl3_6", "exl3_7", "exl3_8"}
-SIBLINGS |= {"saw_int4", "oscar2", "kvarn_k4v2", "kvarn_k2v2", "kvarn_even"}
-"""They differ in their bits alone, or in their length, from schemes that are asked, and take long:
-KVDSL_PROFILE=thorough asks them, too."""
-THOROUGH = os.environ.get("KVDSL_PROFILE") == "thorough"
 ASKED = [name for name in PLAIN if THOROUGH or name not in SIBLINGS]
 SHAPES = (Shape(32, 1, 2), Shape(64, 2, 4), Shape(128, 1, 2), Shape(64, 4, 4), Shape(576, 1, 3))
 
