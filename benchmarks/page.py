@@ -137,5 +137,10 @@ def models() -> list[str]:
     return lines
 
 
+def whole() -> str:
+    """docs/speed.md."""
+    return "\n".join([page(documents()), *models()])
+
+
 if __name__ == "__main__":
-    print("\n".join([page(documents()), *models()]), end="")
+    print(whole(), end="")
