@@ -145,7 +145,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a calibrated scale": (
         {"code": Bands((Store(Uniform(8), scale=Scale(when="calibrated")), ANGLES)), "transform": Polar()},
-        "keys.code.stores[0].scale.when: radii and angles are not calibrated",
+        "keys.code.stores[0].scale.when: stretches are not calibrated",
     ),
     "angles under a scale": (
         {"code": Bands((RADII, Store(Codebook(4, "angle"), scale=per_token()))), "transform": Polar()},
