@@ -74,6 +74,9 @@ def warps(kernel: str, plan: Plan) -> int:
     beside = all(any(term.factors for term in side.terms) for side in (plan.keys, plan.values))
     narrow = narrow or plan.keys.masked and plan.keys.row > WIDEST
     narrow = narrow or all(side.groups > 1 and len(side.layout.streams) > 2 for side in (plan.keys, plan.values))
+    # scales of every channel stay in registers beside two streams of codes on both sides
+    streams = min(len(side.layout.streams) for side in (plan.keys, plan.values))
+    narrow = narrow or kernel in ATTEND and plan.keys.static and streams > 1
     wide = plan.values.row > WIDEST or narrow or beside and any(term.alphabet.bits >= 4 for term in plan.terms)
     return 1 if plan.rows(many=kernel != "decode") == DECODE_ROWS and not wide else 2
 

@@ -52,7 +52,7 @@ def test_factors_bring_tokens_to_like_sizes() -> None:
     x = (normal(1, 1, 128, 64) * torch.linspace(1, 9, 128)[:, None] * torch.linspace(3, 1, 64)).double()
     for of_tokens in (True, False):
         part = Balance(128)
-        each = balance.spread(balance.factors(x, part, of_tokens=of_tokens), part, of_tokens=of_tokens)
+        each = balance.spread(balance.balancing(x, part, of_tokens=of_tokens), part, of_tokens=of_tokens)
         sizes = balance.divided(x, each).std(-1 if of_tokens else -2)
         assert sizes.amax() / sizes.amin() < 1.35  # noise of 64 or 128 numbers; it was 9 and 3
 

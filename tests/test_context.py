@@ -326,11 +326,12 @@ def test_schemes_are_refused_by_the_field_that_asks_for_all_tokens() -> None:
     refused = {name for name, found in places.items() if found}
     routed = {name for name, scheme in ALL.items() if scheme.routed}
     assert routed <= refused and all(
-        set(places[name]) <= {"router", "tiers", "requantize", "keys.transform"} for name in refused
+        set(places[name]) <= {"router", "tiers", "requantize", "keys.transform"} or ALL[name].shared for name in refused
     )
     assert {name for name in refused - routed} == {
-        name for name, one in ALL.items() if one.keys.rope is not None
+        name for name, one in ALL.items() if one.keys.rope is not None or one.shared
     } - routed
+    assert places["mla_fp8"] == ["values.code"]
     assert (
         places["zipcache"] == ["router", "requantize"]
         and places["hf_quanto4"]

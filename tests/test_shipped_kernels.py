@@ -27,7 +27,7 @@ from kvdsl.codegen.static import untiered
 from kvdsl.rules import shape_faults
 from kvdsl.scheme import Float, Recent, Scheme, Store, Uniform, per_channel, per_token
 from kvdsl.schemes import ALL
-from kvdsl.shape import Shape
+from kvdsl.shape import Shape, usual
 
 pytest.importorskip("triton")
 
@@ -125,7 +125,7 @@ def test_no_kernel_is_compiled_anew_for_another_length() -> None:
     """Triton compiles a kernel again where an argument that it may specialize becomes, or ceases to be, a multiple of
     16: only numbers that belong to the parameters may be such."""
     for name, scheme in untiered(ALL).items():
-        plan = plan_for(scheme, Shape(128, 8, 32))
+        plan = plan_for(scheme, usual(scheme))
         text = render(plan, "triton", name)
         loose = loose_arguments(text)
         for launch in launches(plan, text):

@@ -12,7 +12,7 @@ from .rounding import LARGEST_INPUT, f32, ratio, stored
 LEAST, MOST = 1e-3, 1e3  # of one deviation
 
 
-def factors(y: Tensor, part: Balance, *, of_tokens: bool) -> Tensor:
+def balancing(y: Tensor, part: Balance, *, of_tokens: bool) -> Tensor:
     """The stored factors of y (B, H, T, D), whole tiles: fp16 numbers (B, H, T) of tokens, or (B, H, tiles, D) of the
     channels of every tile.  NaN counts as 0."""
     clean = torch.where(y.isnan(), torch.zeros_like(y), y).clamp(-LARGEST_INPUT, LARGEST_INPUT)

@@ -18,8 +18,8 @@ from kvdsl.codes import Bands, Chosen, Float, LowRank, Sketch, Sparse
 from kvdsl.errors import ShapeError
 from kvdsl.scheme import Band, Parted, Scale, Store, Uniform, bands
 
-from . import balance
 from .alphabets import Alphabet, alphabet, given_table, has_offset, holds_numbers, level_count
+from .balance import balancing, divided, spread
 from .blocks import block_size, cut, join
 from .chosen import among, choose, gathered, kept_of, put_back
 from .low_rank import factors, multiplied
@@ -203,9 +203,9 @@ def _alone(store: Store, x: Tensor, params: Params | None, side: str) -> Quantiz
     y = polar(store, encoded(x, mapped))
     across, each = None, None
     if (part := store.balance) is not None:
-        across = balance.factors(y, part, of_tokens=store.of_tokens)
-        each = balance.spread(across, part, of_tokens=store.of_tokens)
-        y = balance.divided(y, each)
+        across = balancing(y, part, of_tokens=store.of_tokens)
+        each = spread(across, part, of_tokens=store.of_tokens)
+        y = divided(y, each)
     bands = _banded(store, x, y, params, side)
     if bands:
         codes, scale, offset, coded = None, None, None, torch.cat([band.coded for band in bands], -1)

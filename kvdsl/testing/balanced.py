@@ -30,7 +30,7 @@ def bound(store: Store, x: Tensor, within: Callable[[Store, Tensor], Tensor]) ->
     """That of the numbers over their factors, times these, and what dividing and multiplying round; `within` is it of a
     store without them.  Where a factor is stored as 0 everything decodes to 0."""
     assert store.balance is not None
-    factors = balance.factors(x.double(), store.balance, of_tokens=store.of_tokens)
+    factors = balance.balancing(x.double(), store.balance, of_tokens=store.of_tokens)
     each = balance.spread(factors, store.balance, of_tokens=store.of_tokens)
     inside = x.double().clamp(-LARGEST, LARGEST)
     found = within(store.with_(transform=()), balance.divided(inside, each).float()) * each + 2.0**-21 * inside.abs()
