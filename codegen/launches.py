@@ -45,7 +45,12 @@ def warps(kernel: str, plan: Plan) -> int:
     streams in groups on both sides, or of 4 bits beside vectors of low rank on both sides, or received attention beside
     many scales would not fit its registers, four or more where a page is rewritten, products are of float32 numbers,
     values are sums of codes, single numbers and vectors of low rank, keys are rotated, or radii and angles become
-    channels level by level."""
+    channels level by level.  Always a power of two, which Triton asks for."""
+    return 1 << _wanted(kernel, plan).bit_length() - 1
+
+
+def _wanted(kernel: str, plan: Plan) -> int:
+    """Warps by what a program does; of heads of 96 or 192 channels they come out as three or six."""
     exact = plan.shape.dtype == "fp32" or any(term.floats == "fp32" for term in plan.terms)
     if kernel == "append":
         # Both sides' blocks, in loops around them, and few programs: twice the warps that pack either.

@@ -46,6 +46,17 @@ MINE = Scheme(
 """As a user would write it: widths of two streams, many scales a token."""
 
 
+@pytest.mark.parametrize("dim", [80, 192, 256])
+@pytest.mark.parametrize("name", ["kivi4", "gear4", "channel2", "turboquant_2p5"])
+def test_programs_have_a_power_of_two_of_warps(name: str, dim: int) -> None:
+    """Which a GPU asks for and the interpreter does not: heads of 192 channels once asked for six."""
+    if shape_faults(ALL[name], shape := Shape(dim, 8, 32)):
+        pytest.skip("of a scheme whose blocks do not fit such heads")
+    plan = plan_for(ALL[name], shape)
+    found = {one.kernel: one.warps for one in launches(plan, render(plan, "triton", name))}
+    assert {kernel: warps for kernel, warps in found.items() if warps & (warps - 1)} == {}
+
+
 def new(name: str, plan: Plan, text: str, seen: set[object], turn: int) -> tuple[Launch, ...]:
     """The launches of kernels that differ from all seen so far in more than their names: `merge` is the same for every
     scheme, and with equal rows `extend` is `decode`."""
