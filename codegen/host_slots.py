@@ -6,6 +6,7 @@ are read.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -82,10 +83,17 @@ def by_channel(query: Tensor, heads: int) -> Tensor:
 def by_turned_channel(query: Tensor, heads: int, pairs: int, interleaved: bool) -> Tensor:
     """The same, and behind the numbers of every channel those of the query a quarter turn on, q'' = (q[b], -q[a]) of
     each rotated pair (a, b), else 0: float32 (B, H, D, 2 * Q * group)."""
-    _, partner, first = partners(query.shape[3], 2 * pairs, interleaved)
-    sign = torch.where(torch.arange(query.shape[3]) < 2 * pairs, torch.where(first, 1.0, -1.0), 0.0)
-    turned = query[..., partner.to(query.device)].to(torch.float32) * sign.to(query.device)
+    partner, sign = _quarter(query.shape[3], 2 * pairs, interleaved, query.device)
+    turned = query[..., partner].to(torch.float32) * sign
     return torch.cat((by_channel(query, heads), by_channel(turned, heads)), -1)
+
+
+@lru_cache(maxsize=64)
+def _quarter(channels: int, rotated: int, interleaved: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(the partner of every channel, the sign that it has in q''): copied to the device once, not in every step."""
+    _, partner, first = partners(channels, rotated, interleaved)
+    sign = torch.where(torch.arange(channels) < rotated, torch.where(first, 1.0, -1.0), 0.0)
+    return partner.to(device), sign.to(device)
 
 
 def in_places(numbers: Tensor, places: Tensor, length: int) -> Tensor:

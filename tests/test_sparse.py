@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from law_cases import SPARSE
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kvdsl
 from kvdsl import Block, Float, LowRank, PreRope, Recent, Scheme, Sparse, Store, Uniform, per_token, reference
@@ -206,3 +209,27 @@ def test_its_kernels_are_clean_text_and_proven() -> None:
     told = "\n".join(show(View("it", gear2, Shape(128, 2)), "normal-form")[1])
     assert "q . x[t] = sum_i n[t, i]*q[m[t, i]]   [exhaustive (16 cases)]" in told
     assert "sum_t p[t]*x[t, d] = sum_i n[i, d]*p[m[i, d]]   [exhaustive (16 cases)]" in told
+
+
+class Elsewhere(TorchDispatchMode):
+    """Remembers operations whose results are on another device."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.device, self.found = device, list[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.device.type != self.device:
+            self.found.append(str(func))
+        return result
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_a_step_copies_nothing_to_the_device(interleaved: bool) -> None:
+    """Queries of keys before RoPE: a copy of the host's would wait for the device, and no CUDA graph takes it."""
+    query = torch.randn(1, 4, 1, 32, device="meta")
+    host_slots.by_turned_channel(query, 2, 16, interleaved)
+    with Elsewhere("meta") as seen:
+        host_slots.by_turned_channel(query, 2, 16, interleaved)
+    assert seen.found == []
