@@ -14,6 +14,7 @@ from .host import LARGEST, finite
 from .plan import SidePlan
 
 LEAST, MOST = 1e-3, 1e3
+EVENER = 1 - 2**-20  # a round that evens out no more than this is none: else rounding would choose among equals
 AT_ONCE = 1 << 22  # numbers in float64
 
 
@@ -49,7 +50,8 @@ def _factors(tiles: Tensor, part: Balance, over: int) -> Tensor:
         other = (other * _deviation(tiles / (kept * other), across)).clamp(low, high)
         even = tiles / (kept * other)
         uneven = _spread(_deviation(even, over)) + _spread(_deviation(even, across))
-        best, least = torch.where(uneven < least, kept, best), torch.minimum(uneven, least)
+        better = uneven < least * EVENER
+        best, least = torch.where(better, kept, best), torch.where(better, uneven, least)
     return (best * unit).to(torch.float32).clamp(-LARGEST, LARGEST).to(torch.float16)
 
 

@@ -124,7 +124,7 @@ class Balance(Part):
     multiplied by the deviation of its token over the channels, or of its channel over the tokens, of numbers over both
     factors; then one along the other axis in the same way; each is kept within e^low..e^high.  Of `loops` rounds that
     one counts after which max/min of the deviations of rows plus max/min of those of columns is least, the first of
-    equals.
+    those that are equal to a millionth.
 
     unit   None; `rms`: all of this of numbers over the root mean square of their tile, which stored factors have, too
     """

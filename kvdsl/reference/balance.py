@@ -10,6 +10,7 @@ from kvdsl.transforms import Balance
 from .rounding import LARGEST_INPUT, f32, ratio, stored
 
 LEAST, MOST = 1e-3, 1e3  # of one deviation
+GAIN = 2**-20  # the relative gain that makes a round better than those before it, of which many can be equal
 
 
 def balancing(y: Tensor, part: Balance, *, of_tokens: bool) -> Tensor:
@@ -31,8 +32,8 @@ def balancing(y: Tensor, part: Balance, *, of_tokens: bool) -> Tensor:
         other = (other * _deviation(tile / (kept * other), across)).clamp(low, high)
         even = tile / (kept * other)
         uneven = _spread(_deviation(even, over)) + _spread(_deviation(even, across))
-        best = torch.where(uneven < least, kept, best)
-        least = torch.minimum(uneven, least)
+        better = uneven < least * (1 - GAIN)
+        best, least = torch.where(better, kept, best), torch.where(better, uneven, least)
     kept = best * unit
     return stored(f32(kept), "fp16").squeeze(-1).flatten(2) if of_tokens else stored(f32(kept), "fp16").squeeze(-2)
 
