@@ -1,6 +1,6 @@
 """`python benchmarks/page.py > docs/speed.md`: the figures of benchmarks/results, as a page.
 
-Each file there is what `kvdsl bench ... --json` printed on a GPU; of a scheme that several have, the last counts.
+Each file there is what `kvdsl bench ... --json` printed on a GPU; of a scheme and shape that several have, the last counts.
 """
 
 from __future__ import annotations
@@ -62,21 +62,23 @@ def section(device: str, found: list[Mapping[str, Any]]) -> list[str]:
     lines += [f"Read limit of the runs: {limits} GB/s.", "", markdown_row(("scheme", *shapes, "unpack"))]
     lines.append("| --- |" + " ---: |" * (len(shapes) + 1))
     lines.append(markdown_row(("SDPA, float16", *(f"{exact(rows, shape):.1f}" for shape in shapes), "")))
-    newest = {row["scheme"]: place for place, document in enumerate(found) for row in timed(document["results"])}
-    for place, document in enumerate(found):
-        by_scheme: dict[str, dict[str, Mapping[str, Any]]] = {}
-        for row in timed(document["results"]):
-            by_scheme.setdefault(row["scheme"], {})[row["shape"]] = row
-        over = {row["shape"]: exact(timed(document["results"]), row["shape"]) for row in timed(document["results"])}
-        for name, measured in by_scheme.items():
-            if newest[name] != place:
-                continue
-            cells = [cell(measured[shape], over[shape], limit) if shape in measured else "" for shape in shapes]
-            slower = next(iter(measured.values()))["speedup_unpack"]
-            lines.append(markdown_row((f"`{name}`", *cells, "" if slower is None else f"{slower:.0f}")))
+    for name, cells in newest(found).items():
+        columns = (cell(*cells[shape], limit) if shape in cells else "" for shape in shapes)
+        slower = next(iter(cells.values()))[0]["speedup_unpack"]
+        lines.append(markdown_row((f"`{name}`", *columns, "" if slower is None else f"{slower:.0f}")))
     lines += others(found, limit)
     lines += ["", "How they were run:", "", *(f"* `{document['command']}`" for document in found), ""]
     return lines
+
+
+def newest(found: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, tuple[Mapping[str, Any], float]]]:
+    """Of every scheme and shape the last row, and microseconds of SDPA in its run."""
+    last: dict[str, dict[str, tuple[Mapping[str, Any], float]]] = {}
+    for document in found:
+        rows = timed(document["results"])
+        for row in rows:
+            last.setdefault(row["scheme"], {})[row["shape"]] = (row, exact(rows, row["shape"]))
+    return last
 
 
 def timed(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
