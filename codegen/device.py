@@ -376,3 +376,9 @@ def over_rows(numbers, COUNT: tl.constexpr):
     """Every number of [n, columns] COUNT times one below the other: [n * COUNT, columns]."""
     tall = tl.broadcast_to(numbers[:, None, :], [numbers.shape[0], COUNT, numbers.shape[1]])
     return tl.reshape(tall, [numbers.shape[0] * COUNT, numbers.shape[1]])
+
+
+@triton.jit
+def halves(numbers):
+    """The first and the second half of [n]: two of [n / 2]."""
+    return tl.split(tl.trans(tl.reshape(numbers, (2, numbers.shape[0] // 2))))

@@ -12,10 +12,11 @@ from .plan import Plan, SidePlan
 from .printer import number
 from .text import plus
 from .triton_groups import UNIT, halves, in_halves
-from .triton_meta import across, entry, read, static_read, token_entry
+from .triton_meta import across, entry, read, static_read
 from .triton_planes import Planes
 from .triton_rope import Positions
 from .triton_rows import ExactRows
+from .triton_together import load_together, read_group
 
 
 class Keys(Planes):
@@ -118,26 +119,25 @@ class Keys(Planes):
             lines += self.decode(half, tokens)
             dots = [(f"n{j}.to({self.exact})", f"e{j}") for j in range(layout.planes)]
             return lines + self._dots("s", dots, self.precise)
-        base = self.meta if layout.meta is not None else ""
         if when is When.ONCE_PER_TILE:
-            lines += self._rescaled_queries(base, half) if side.rescaled else self._tile_queries(base, half)
+            lines += self._rescaled_queries(self.meta, half) if side.rescaled else self._tile_queries(self.meta, half)
         if when not in (When.AFTER_DOT, When.NEVER):
             lines += self._dots("s", self._operands(half, range(layout.planes)))
             scaled = "s" if self.steps.lifted == 1 else f"s * {number(self.steps.lifted)}"
             total = " + total0[None, :]" if self.steps.offset_in_score else ""
             lines += [f"s = {scaled}{total}"] if scaled != "s" or total else []
             return lines + ([f"s = s * {across(side, tokens, '')}[:, None]"] if side.layout.across else [])
+        lines += load_together(self, half)
         for group in range(side.groups):
             members = [j for j in range(layout.planes) if side.group(j) == group]
             name = "s" if side.groups == 1 else f"s{group}"
             lines += self._dots(name, self._operands(half, members))
             if layout.meta is not None:
-                lines += read(side, base, token_entry(side, tokens, group), self.scale, self.offset)
+                lines += read_group(self, group, half, tokens)
             score = self.steps.assembled(name, f"total{group}", self.scale, self.offset)
             lines += [f"{name} = {score}"] if score != name else []
-        if side.groups > 1:
-            lines.append("s = " + " + ".join(f"s{group}" for group in range(side.groups)))
-        return lines
+        total = ["s = " + " + ".join(f"s{group}" for group in range(side.groups))]
+        return lines + total * (side.groups > 1)
 
     def _dot(self, plane: int, *, first: bool) -> str:
         """Add a plane's share of the score s, of decoded channels."""

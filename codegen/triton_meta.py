@@ -54,17 +54,18 @@ def token_entry(side: SidePlan, tokens: str, group: int) -> str:
     return entry(side, tokens if meta.tokens == 1 else f"{tokens} // {meta.tokens}", str(group))
 
 
-def read(side: SidePlan, base: str, index: str, scale: str, offset: str, mask: str = "") -> list[str]:
-    """Lines that load the entry at `base + index` into float32 `scale` and, where there is one, `offset`."""
+def read(side: SidePlan, base: str, index: str, scale: str, offset: str, mask: str = "", loaded: str = "") -> list[str]:
+    """Lines that load the entry at `base + index` into float32 `scale` and, where there is one, `offset`; `loaded`
+    names it where it is there already."""
     meta = side.layout.meta
     assert meta is not None
     where = base if index == "0" else f"{base} + {index}"
     suffix = f", mask={mask}, other=0" if mask else ""
     word = f"{scale}_word"
     lines = []
-    if len(where) + len(suffix) > 80:
+    if not loaded and len(where) + len(suffix) > 80:
         lines, where = [f"entry = {where}"], "entry"
-    load = f"tl.load({where}{suffix})"
+    load = loaded or f"tl.load({where}{suffix})"
     outer = f" * {side.letter}_outer" if side.second is not None else ""
     whole, low, high = READ[side.scale.dtype]
     if side.has_offset and side.scale.zero_inside:

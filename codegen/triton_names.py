@@ -12,7 +12,7 @@ from .side import SidePlan
 
 OWN = re.compile(r"\b(?:(s|known)|([abenoqrsxy]|total|carried|added)(_?\d+(?:_\d+)?))\b")
 """Names that a term's lines give to what is its own: numbered ones, its scores, its mask of lanes."""
-OF_HEAD = "scale|offset|outer|meta|factor|start|three|digit|half"
+OF_HEAD = "stored|scale|offset|outer|meta|factor|start|three|digit|half"
 """What behind a side's letter names something of one head; so do words, which have a digit there."""
 
 

@@ -17,6 +17,7 @@ from .triton_groups import UNIT, halves, in_halves
 from .triton_meta import across, entry, read, static_read, token_entry
 from .triton_planes import Planes
 from .triton_rows import ExactRows
+from .triton_together import load_together, read_group
 
 
 class Values(Planes):
@@ -97,13 +98,13 @@ class Values(Planes):
             ]
         if self.when is When.ONCE_PER_TILE:
             return lines + self._tile_sums(half, decay)
-        base = self.meta if layout.meta is not None else ""
         if side.layout.across:
             return lines + self._balanced_sums(half, tokens, decay)
         carried = self._carried()
+        lines += load_together(self, half) if self.when is When.AFTER_DOT else []
         for group in range(side.groups):
             if self.when is When.AFTER_DOT:
-                lines += read(side, base, token_entry(side, tokens, group), self.scale, self.offset)
+                lines += read_group(self, group, half, tokens)
             weight = self.steps.weight("p", self.scale)
             lines.append(f"weight = {f'({weight})' if ' ' in weight else weight}.to(tl.float16)")
             if carried is not None:
