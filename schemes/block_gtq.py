@@ -10,8 +10,8 @@ Published: every pair of every layer and kv head has 1 to 8 bits of its own, one
 E_j*4^-b, until their mean is 2 or 3.  Here pages are alike for all heads, so that quotas are the scheme's: a quarter of
 the pairs has a bit less than the mean, those of least energy, and a quarter a bit more.  That is, in quarters, what the
 rule gives for the mean spectrum of a small model (SmolLM2: 7, 19, 5 and 1 of 32 pairs have 1, 2, 3 and 4 bits).  The
-sum of E_j*4^-b is 0.61 of that of equal bits there, 0.54 with bits of each head's own.  Other quotas for a layer, or
-for some of its heads, are schemes in `layers` and `heads`.
+sum of E_j*4^-b is 0.61 of that of equal bits there, 0.54 with bits of each head's own.  `kvdsl.quotas` counts them for
+any keys and queries; other quotas for a layer, or for some of its heads, are schemes in `layers` and `heads`.
 No group has 5 to 8 bits, which the released code holds in whole bytes, beyond its budget.  It leaves groups of one bit
 unrotated, and holds norms in fp32.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import kvdsl
 from kvdsl import params, reference
 from kvdsl.errors import SchemeError, ShapeError
 from kvdsl.matrices import rotation
+from kvdsl.pair_bits import allotted, energies
 from kvdsl.rules import refuse_for
 from kvdsl.scheme import Bands, Codebook, Permute, PreRope, Rotate, Scheme, Store, Uniform, per_token
 from kvdsl.schemes import block_gtq_k2v2, block_gtq_k3v2, block_gtq_k3v3
@@ -164,3 +166,36 @@ def test_what_a_shape_refuses() -> None:
         refuse_for(Scheme(keys=Store(transform=Rotate("orthogonal", (16, 32), seed=0)), values=Store()), Shape(64, 1))
     with pytest.raises(SchemeError, match="values.transform.*'energy' is of keys"):
         Scheme(keys=Store(), values=Store(transform=Permute("energy")))
+
+
+def test_bits_by_energy_leave_the_least_error_of_all() -> None:
+    """Of three pairs every choice of 1 to 4 bits with as many together is tried; no head is asked for another's."""
+    energy = torch.tensor([[9.0, 1.0, 0.02], [1.0, 1.0, 1.0]])
+    found = allotted(energy, 7 / 3, most=4)
+    tried = [one for one in itertools.product(range(1, 5), repeat=3) if sum(one) == 7]
+    for head, bits in zip(energy, found, strict=True):
+        left = [float((head * 4.0 ** -torch.tensor(one)).sum()) for one in tried]
+        assert float((head * 4.0**-bits).sum()) == pytest.approx(min(left))
+    assert found.tolist() == [[4, 2, 1], [3, 2, 2]]
+    with pytest.raises(ValueError, match="bits: 0.5 in the mean of 1 to 8 a pair"):
+        allotted(energy, 0.5)
+
+
+def test_quotas_of_a_layer_make_a_scheme_of_its_own() -> None:
+    """Steeply falling energies ask for bits that are far apart; energies are those that an order is by."""
+    k, _, q = falling(64, 64, 0.8)
+    found = kvdsl.quotas(k, q, 2, most=4)
+    assert found == {1: 0.5, 2: 0.25, 4: 0.25} and sum(bits * share for bits, share in found.items()) == 2
+    groups = tuple(Store(Codebook(bits, "beta"), scale=per_token(refit="norm")) for bits in found)
+    changed = {
+        "keys.code": Bands(groups, channels=tuple(found.values())),
+        "keys.transform": Permute("energy", pairs="halves"),
+    }
+    own = block_gtq_k2v2.with_(**changed)
+    assert kvdsl.bits(own, head_dim=64).keys == kvdsl.bits(block_gtq_k2v2, head_dim=64).keys
+    order = kvdsl.calibrate(own, k, k, q)[ORDER].long()
+    assert torch.equal(energies(k, q).argsort(-1), order[:, ::2])
+    with pytest.raises(ValueError, match="parts: 32 pairs are no whole number of 5 parts"):
+        kvdsl.quotas(k, q, 2, parts=5)
+    with pytest.raises(ShapeError, match=r"beside keys \(1, 2, 64, 64\) give \(batch, a multiple of 2, queries, 64\)"):
+        kvdsl.quotas(k, q[:, :3], 2)
