@@ -121,6 +121,12 @@ def test_a_rotation_of_several_sizes_is_a_block_of_each_from_the_next_seed() -> 
     assert torch.equal(whole, rotation("orthogonal", (16, 32, 16), 5))
 
 
+def test_text_tells_numbers_behind_the_map_from_channels() -> None:
+    """Of stretches behind a map a decoded number is one of y, not of a key."""
+    text = " ".join(kvdsl.build(block_gtq_k2v2, Shape(64, 1), "torch").source.split())
+    assert "keys, numbers from 16 on: y[t, d] = l[t, d]*s[t, g]" in text and "k[t, d] = l[t, d]" not in text
+
+
 def test_a_spec_with_shares_is_a_file_and_back_and_the_same() -> None:
     for scheme in (block_gtq_k2v2, block_gtq_k3v2):
         assert Scheme.from_toml(scheme.to_toml()) == scheme == Scheme.from_json(scheme.to_json())
