@@ -73,7 +73,8 @@ def _said(part: object) -> str:
         return f"y = R_t^-1 x, R_t turns channels {which} by t*f[i], f the model's R/2 frequencies"
     if isinstance(part, Rotate):
         whole = f"{part.heads} neighbouring heads, one behind the other" if part.heads > 1 else "the head"
-        size = whole if part.size is ALL else f"blocks of {part.size} channels"
+        many = " and ".join(map(str, part.size)) if isinstance(part.size, tuple) else part.size
+        size = whole if part.size is ALL else f"blocks of {many} channels"
         drawn = "" if part.seed is None else f", from seed {part.seed}"
         return f"y = R x, R {part.kind} over {size}{drawn}"
     if isinstance(part, Eigenbasis):
@@ -92,7 +93,8 @@ def _said(part: object) -> str:
     if isinstance(part, ChannelShift):
         return f"y = x - m, m a channel's {part.by}, calibrated"
     assert isinstance(part, Permute)
-    return f"y = channels of x in order of their {part.by}, calibrated"
+    what = {None: "channels", "halves": "pairs i and i + D/2", "neighbours": "pairs 2i and 2i + 1"}[part.pairs]
+    return f"y = {what} of x in order of their {part.by}, calibrated"
 
 
 def absorb(side: str, store: Store, letter: str) -> Absorbed | None:

@@ -20,6 +20,8 @@ def formula_lines(side: SidePlan) -> list[str]:
     if side.band and side.absorbed is not None:
         lines = [f"{side.name}: {step}" for step in side.absorbed.steps]
         lines += [side.absorbed.read, side.absorbed.where]
+        if side.stretch:
+            return lines + [line for term in side.terms for line in (f"{term.title}:", *_coded_lines(term, "y"))]
         return lines + [line for term in side.terms for line in _number_lines(term, term.number)]
     return [line for term in side.terms for line in _term_lines(side, term)]
 

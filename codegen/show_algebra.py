@@ -45,7 +45,7 @@ def _side(side: SidePlan) -> dict[str, Any]:
 
 
 def _name(side: SidePlan) -> str:
-    return "y[t, d]" if side.turned and not side.band else f"{side.number}[t, d]"
+    return "y[t, d]" if side.turned and (side.stretch or not side.band) else f"{side.number}[t, d]"
 
 
 def _definition(side: SidePlan) -> str:

@@ -111,8 +111,8 @@ class SidePlan:
     def title(self) -> str:
         """What a person calls this term."""
         if self.band:
-            polar = f"angles of level {self.depth}" if self.depth else "radii"
-            return f"{self.name}, {f'channels from {self.first} on' if self.stretch else polar}"
+            own = f"{'numbers' if self.mapped else 'channels'} from {self.first} on"
+            return f"{self.name}, {own if self.stretch else f'angles of level {self.depth}' if self.depth else 'radii'}"
         if self.outliers:
             return f"{self.name}, {'single numbers' if self.slots else 'outlier channels'}"
         return self.name + ", what is left" * self.home.count(".residual")

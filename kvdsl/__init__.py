@@ -23,6 +23,7 @@ _PLACES = {
     "routed_api": ("labels",),
     "hf": ("cache", "use"),
     "search_maps": ("search",),
+    "pair_bits": ("quotas",),
     "evaluation": ("evaluate",),
     "codegen.sweep_run": ("sweep",),
     "codegen.recommending": ("recommend",),

@@ -161,9 +161,9 @@ def calibrate(
     gradients: Gradients | None = None,
 ) -> dict[str, Tensor]:
     """What the scheme takes from data, measured over k and v (B, H, T, D), and over queries q (B, Hq, Q, D) where keys
-    are balanced against them or a basis is by attention: thresholds of single numbers, transforms, calibrated scales,
-    rounded as the scheme stores them, second levels, tables of levels; float32 on the CPU.  Empty where nothing is
-    calibrated.
+    are balanced against them, a basis is by attention or an order by energy: thresholds of single numbers, transforms,
+    calibrated scales, rounded as the scheme stores them, second levels, tables of levels; float32 on the CPU.  Empty
+    where nothing is calibrated.
 
     The first token stands at position 0: those that the scheme keeps as sinks are not measured.  `params` holds what no
     data tells, the frequencies `keys.transform[0]` of PreRope, which are returned too.  `gradients`, for tables with

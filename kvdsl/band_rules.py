@@ -6,8 +6,12 @@ from collections.abc import Iterator
 
 from .codes import in_trits
 from .errors import Fault
-from .scheme import Bands, Codebook, Polar, Rotate, Sketch
+from .part import shares
+from .scheme import Balance, Bands, Codebook, Polar, PreRope, Rotate, Sketch
+from .shape import Shape
 from .sites import Site, rule
+
+LEAST = 8  # channels that a stretch is a multiple of, where it is a share of a head: whole bytes of every code
 
 
 @rule("~.code", "~.transform")
@@ -38,9 +42,10 @@ def _stretches_of_channels_are_of_the_vector(site: Site) -> Iterator[Fault]:
     if len(code.stores) != len(code.channels):
         fact = f"{len(code.channels)} stretches for {len(code.stores)} stores"
         yield site.fault("code.channels", fact, f"give {len(code.stores)} counts")
-    if site.store.transform:
-        fact = "each of the stretches is of channels as they come"
-        yield site.fault("transform", fact, "leave transform out, or leave channels out behind Polar()")
+    for position, part in enumerate(site.store.transform):  # type: ignore[arg-type]
+        if isinstance(part, (PreRope, Polar, Balance)):
+            fact = f"stretches of channels have none behind {type(part).__name__}"
+            yield site.fault(f"transform[{position}]", fact, "leave it out, or leave channels out behind Polar()")
 
 
 @rule("~.code", "~.scale", "~.residual", "~.transform")
@@ -98,3 +103,15 @@ def _angles_are_in_radians(site: Site) -> Iterator[Fault]:
         yield site.fault("code.levels", "no angles are coded here", mend)
     elif site.store.scale is not None:
         yield site.fault("scale", "the law of angles gives them in radians", "leave scale out")
+
+
+def shape_faults(site: Site, shape: Shape) -> Iterator[Fault]:
+    """Stretches that are shares of a head, and no whole numbers of bytes of it."""
+    code = site.store.code
+    if not isinstance(code, Bands) or not code.channels or code.head_dim is not None:
+        return
+    for position, share in enumerate(shares(code.channels)):
+        if share * shape.head_dim % LEAST:
+            fact = f"{float(share):g} of head_dim {shape.head_dim} are no multiple of {LEAST} channels"
+            mend = "use other shares, as (0.25, 0.5, 0.25) of 64 or 128"
+            yield site.fault(f"code.channels[{position}]", fact, mend)

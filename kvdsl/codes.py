@@ -6,7 +6,7 @@ import math
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Literal
 
-from .part import ALL, Block, Count, Part
+from .part import ALL, Block, Count, Part, Sizes, counted
 
 if TYPE_CHECKING:
     from .scheme import Store, TopChannels
@@ -114,13 +114,14 @@ class Bands(Part):
     """Stretches of the numbers to be coded, each with a store of its own, one behind the other: behind `Polar(levels)`
     the radii, then the angles of the first level, of the second, ..., `levels` + 1 in all; else channels of the vector.
 
-    channels   how many each stretch has, of a vector of as many as they are together; () behind `Polar`
+    channels   how many each stretch has, of a vector of as many as they are together, or their shares of any vector's;
+               () behind `Polar`
     """
 
     inner = ("stores",)
     stores: tuple[Store, ...] = ()
     _: KW_ONLY
-    channels: tuple[int, ...] = ()
+    channels: Sizes = ()
 
     def __post_init__(self) -> None:
         for field in ("stores", "channels"):
@@ -130,7 +131,11 @@ class Bands(Part):
     @property
     def head_dim(self) -> int | None:
         """Channels of the vector, where the stretches say so."""
-        return sum(self.channels) or None
+        return sum(counted(self.channels, 0)) or None
+
+    def counts(self, head_dim: int) -> tuple[int, ...]:
+        """Channels of each stretch of a vector of `head_dim`."""
+        return counted(self.channels, head_dim)
 
 
 @dataclass(frozen=True, repr=False)

@@ -27,8 +27,8 @@ def fitted(
 
     `given` holds the frequencies of rotary positions where they come off first; the first token stands at `at`.
     `learned` scales are max|x|^a with the exponent a, one a head, under which the store codes the data with the least
-    squared error; `learned` shifts are the middle of the range.  Raises ShapeError where `balance`, or a basis by
-    attention, has no queries.
+    squared error; `learned` shifts are the middle of the range.  Raises ShapeError where `balance`, a basis by
+    attention, or an order by energy has no queries.
     """
     from .reference.quantize import encoded_rows
 
@@ -51,8 +51,7 @@ def fitted(
             low, high = y.amin((0, 2)), y.amax((0, 2))
             found[name] = y.mean((0, 2)) if part.by == "mean" else (low + high) / 2
         elif isinstance(part, Permute):
-            size = y.amax((0, 2)) - y.amin((0, 2)) if part.by == "range" else y.sum((0, 2))
-            found[name] = size.argsort(dim=-1, stable=True).to(torch.float32)
+            found[name] = _order(part, y, _queries(part, seen, side, x, q, k, found)).to(torch.float32)
         seen = (*seen, part)
     return {name: numbers.to(torch.float32) for name, numbers in found.items()}
 
@@ -201,15 +200,31 @@ def _learned(
     return best
 
 
+def _order(part: Permute, y: Tensor, q: Tensor | None) -> Tensor:
+    """Channels of every head of y (B, H, T, D) by their measure, int64 (H, D); those of a pair side by side."""
+    if part.by == "energy":
+        assert q is not None
+        size = (y.square().mean((0, 2)) + q.square().mean((0, 2))) / 2
+    else:
+        size = y.amax((0, 2)) - y.amin((0, 2)) if part.by == "range" else y.sum((0, 2))
+    if part.pairs is None:
+        return size.argsort(dim=-1, stable=True)
+    first = torch.arange(size.shape[1]).unflatten(0, (2, -1) if part.pairs == "halves" else (-1, 2))
+    pairs = first.mT if part.pairs == "halves" else first  # (D/2, 2)
+    return pairs[size[:, pairs].sum(-1).argsort(dim=-1, stable=True)].flatten(1)
+
+
 def _queries(
-    part: Eigenbasis, seen: tuple[object, ...], side: Side, x: Tensor, q: Tensor | None, k: Tensor | None,
+    part: Eigenbasis | Permute, seen: tuple[object, ...], side: Side, x: Tensor, q: Tensor | None, k: Tensor | None,
     numbers: dict[str, Tensor],
 ) -> Tensor | None:  # fmt: skip
-    """The queries of each kv head, (B, H, Q, D), behind the maps before a basis of keys; None where none are asked."""
-    if part.by == "own":
+    """The queries of each kv head, (B, H, Q, D), behind the maps before a basis, or an order, of keys; None where none
+    are asked."""
+    if part.by not in ("attention", "energy"):
         return None
     if q is None or side == "values" and k is None:
-        raise ShapeError("q: missing; a basis by attention is of the queries that meet the keys, give q=")
+        what = "a basis by attention" if part.by == "attention" else "an order by energy"
+        raise ShapeError(f"q: missing; {what} is of the queries that meet the keys, give q=")
     turned = q.double().unflatten(1, (x.shape[1], -1)).flatten(2, 3)
     return _met(Store(transform=seen), side, turned, numbers) if seen and side == "keys" else turned  # type: ignore
 

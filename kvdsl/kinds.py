@@ -29,7 +29,7 @@ from .codes import (
     When,
 )
 from .errors import Fault
-from .part import ALL, Part
+from .part import ALL, Part, shares
 from .saying import closest, kind_of, listed, named, said
 from .scale import Exponent, MetaFormat, Range, Refit, Zero
 from .scheme import Block, Flush, Prefill, Recent, Scale, Scheme, Sinks, Store, TopChannels
@@ -41,6 +41,7 @@ from .transforms import (
     Eigenbasis,
     Moment,
     Order,
+    Pairs,
     Permute,
     Polar,
     PreRope,
@@ -189,16 +190,34 @@ def stores(place: str, value: Any) -> Iterator[Fault]:
 
 
 def stretches(place: str, value: Any) -> Iterator[Fault]:
-    """Counts of channels, a multiple of NARROWEST each."""
+    """Counts of channels, a multiple of NARROWEST each, or shares of a head's."""
+    yield from _stretches(place, value, count(NARROWEST, WIDEST, "channels"), NARROWEST)
+
+
+def rotated(place: str, value: Any) -> Iterator[Fault]:
+    """A count of channels, ALL, or the sizes of several blocks."""
+    whole_axis = not isinstance(value, tuple)
+    each = count(2, 256, "channels", whole_axis=whole_axis)
+    yield from each(place, value) if whole_axis else _stretches(place, value, each, 1)
+
+
+def _stretches(place: str, value: Any, check: Check, least: int) -> Iterator[Fault]:
+    """Counts of channels, a multiple of `least` each, or shares of a head's that are all of it."""
     if not isinstance(value, tuple):
         yield Fault(place, f"{said(value)} is {kind_of(value)}, not a list of counts", "write channels=(512, 64)")
         return
-    check = count(NARROWEST, WIDEST, "channels")
+    if value and all(isinstance(item, float) for item in value):
+        found = [f for i, one in enumerate(value) for f in share("channels", 1, "0.25")(f"{place}[{i}]", one)]
+        yield from found
+        if not found and (all_of := sum(shares(value))) != 1:
+            fact = f"{' and '.join(map(str, value))} are {float(all_of):g} of a head together"
+            yield Fault(place, fact, "give shares of all its channels, as (0.25, 0.5, 0.25)")
+        return
     for position, item in enumerate(value):
-        yield from (found := tuple(check(f"{place}[{position}]", item)))
-        if not found and item % NARROWEST:
-            fact = f"{item} channels are no multiple of {NARROWEST}"
-            yield Fault(f"{place}[{position}]", fact, f"use {round(item / NARROWEST) * NARROWEST or NARROWEST}")
+        yield from (found := [*check(f"{place}[{position}]", item)])
+        if not found and item % least:
+            fact = f"{item} channels are no multiple of {least}"
+            yield Fault(f"{place}[{position}]", fact, f"use {round(item / least) * least or least}")
 
 
 def outliers(place: str, value: Any) -> Iterator[Fault]:
@@ -312,7 +331,7 @@ KINDS: dict[type[Part], dict[str, Check]] = {
     PreRope: {"interleaved": flag},
     Rotate: {
         "kind": word(RotateKind),
-        "size": count(2, 256, "channels", whole_axis=True),
+        "size": rotated,
         "heads": count(1, MOST_JOINED, "kv heads"),
         "seed": count(0, LARGEST_SEED, "seed", optional=True),
     },
@@ -323,7 +342,7 @@ KINDS: dict[type[Part], dict[str, Check]] = {
     },  # fmt: skip
     ChannelScale: {"by": word(ScaleRule), "when": word(Literal["calibrated", "online", "prompt", "arrived"])},
     ChannelShift: {"by": word(ShiftRule), "when": word(Literal["calibrated"])},
-    Permute: {"by": word(Order), "when": word(Literal["calibrated"])},
+    Permute: {"by": word(Order), "pairs": word(Pairs, optional=True), "when": word(Literal["calibrated"])},
     Polar: {"levels": count(1, MOST_TURNS, "levels")},
     Bands: {"stores": stores, "channels": stretches},
     Shared: {},

@@ -11,19 +11,24 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from .codes import Sketch
+from .part import Sizes, counted
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def rotation(kind: str, size: int, seed: int | None = None, channels: int | None = None) -> Tensor:
-    """The orthonormal matrix of a rotation, float64: size x size, or channels x channels with that block repeated.
+def rotation(kind: str, size: int | Sizes, seed: int | None = None, channels: int | None = None) -> Tensor:
+    """The orthonormal matrix of a rotation, float64: size x size, or channels x channels with that block repeated; of
+    several sizes, or shares of `channels`, one block behind the other, each from the next seed.
 
     `random_hadamard` draws a sign for each of the channels, so that its blocks differ.  Raises ValueError for a
     Hadamard matrix whose size is no power of two, and for channels that are no whole number of blocks.
     """
     import torch
 
+    if isinstance(size, tuple):
+        blocks = counted(size, sum(size) if channels is None else channels)  # type: ignore[arg-type]
+        return torch.block_diag(*(rotation(kind, one, (seed or 0) + i) for i, one in enumerate(blocks)))
     channels = size if channels is None else channels
     if channels % size:
         raise ValueError(f"{channels} channels are no whole number of blocks of {size}")

@@ -174,7 +174,7 @@ def _distinct(name: str, channels: Tensor, head_dim: int) -> None:
 
 def missing(scheme: Scheme, name: str) -> str:
     """What is said of a number that was not given."""
-    balanced = any(getattr(part, "by", None) in ("balance", "attention") for _, part in scheme.walk())
+    balanced = any(getattr(part, "by", None) in ("balance", "attention", "energy") for _, part in scheme.walk())
     given, data = ("scheme, k, v, q", "k, v and q") if balanced else ("scheme, k, v", "k and v")
     if weighted(scheme):
         given, data = f"{given}, gradients=(dk, dv)", f"{data}, and of the loss's derivatives"

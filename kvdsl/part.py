@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses as dc
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, ClassVar, Self
 
 
@@ -20,6 +21,23 @@ class _All:
 
 ALL = _All()
 Count = int | _All
+FINEST = 1 << 10
+"""Parts that a whole is in, of which shares are several: 1/3 is meant where 0.333333 is said."""
+Sizes = tuple[int | float, ...]
+
+
+"""Of neighbouring stretches: counts, or shares of whatever they are stretches of."""
+
+
+def counted(sizes: Sizes, whole: int) -> tuple[int, ...]:
+    """How many of `whole` numbers each stretch has."""
+    return tuple(size if isinstance(size, int) else round(size * whole) for size in sizes)
+
+
+def shares(sizes: Sizes) -> tuple[Fraction, ...]:
+    """The part of the whole that each stretch is: of counts, of what they are together."""
+    together = sum(size for size in sizes if isinstance(size, int))
+    return tuple(Fraction(s, together) if isinstance(s, int) else Fraction(s).limit_denominator(FINEST) for s in sizes)
 
 
 class Part:

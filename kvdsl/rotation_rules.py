@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterator
 
 from .errors import Fault
-from .scheme import Rotate
+from .part import counted, shares
+from .scheme import ALL, Rotate
 from .shape import Shape
 from .sites import Site, rule
 
@@ -23,11 +24,13 @@ def _a_rotation_is_drawn_from_a_seed(site: Site) -> Iterator[Fault]:
         if not drawn and part.seed is not None:
             mend = "leave seed out, or use kind='random_hadamard'"
             yield site.fault(f"{place}.seed", f"nothing of a {part.kind} rotation is drawn", mend)
-        if part.heads > 1 and isinstance(part.size, int):
+        if part.heads > 1 and part.size is not ALL:
             fact = f"{part.heads} heads are rotated as one vector, and blocks of {part.size} channels would part it"
             yield site.fault(f"{place}.size", fact, "leave size out, or leave heads out")
-        elif part.kind != "orthogonal" and isinstance(part.size, int) and not _is_power(part.size):
-            yield site.fault(f"{place}.size", *_no_power(part.size))
+            continue
+        for size in part.size if isinstance(part.size, tuple) else (part.size,):
+            if part.kind != "orthogonal" and isinstance(size, int) and not _is_power(size):
+                yield site.fault(f"{place}.size", *_no_power(size))
 
 
 def shape_faults(site: Site, shape: Shape) -> Iterator[Fault]:
@@ -40,6 +43,9 @@ def shape_faults(site: Site, shape: Shape) -> Iterator[Fault]:
 def _at_shape(site: Site, place: str, part: Rotate, shape: Shape) -> Iterator[Fault]:
     head_dim = site.head_dim(shape)
     channels = part.heads * head_dim
+    if isinstance(part.size, tuple):
+        yield from _blocks(site, place, part, shape)
+        return
     size = part.size if isinstance(part.size, int) else channels
     if shape.kv_heads % part.heads:
         fits = math.gcd(part.heads, shape.kv_heads)
@@ -51,6 +57,19 @@ def _at_shape(site: Site, place: str, part: Rotate, shape: Shape) -> Iterator[Fa
         yield site.fault(f"{place}.size", fact, f"use size={common}" if common > 1 else "leave size out")
     elif part.kind != "orthogonal" and not _is_power(size):
         yield _no_hadamard(site, place, part, shape) if part.heads > 1 else site.fault(place, *_no_power(size))
+
+
+def _blocks(site: Site, place: str, part: Rotate, shape: Shape) -> Iterator[Fault]:
+    """Of several sizes."""
+    head_dim = site.head_dim(shape)
+    assert isinstance(part.size, tuple)
+    sizes = counted(part.size, head_dim)
+    told = " and ".join(map(str, part.size))
+    if sum(sizes) != head_dim or any(share * head_dim % 1 for share in shares(part.size)):
+        fact = f"blocks of {told} channels are not {site.said_dim(shape)}"
+        yield site.fault(f"{place}.size", fact, "give sizes, or shares, that are whole numbers and all of it")
+    elif part.kind != "orthogonal" and (odd := [size for size in sizes if not _is_power(size)]):
+        yield site.fault(f"{place}.size", *_no_power(odd[0]))
 
 
 def _no_hadamard(site: Site, place: str, part: Rotate, shape: Shape) -> Fault:

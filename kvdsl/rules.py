@@ -37,6 +37,7 @@ from .scheme import (
     ChannelScale,
     Eigenbasis,
     LowRank,
+    Permute,
     Scheme,
     Shared,
     Sketch,
@@ -255,6 +256,9 @@ def _queries_balance_keys(site: Site) -> Iterator[Fault]:
         elif isinstance(part, Eigenbasis) and part.by == "attention" and site.store.rope is not None:
             fact = "'attention' is of the queries that meet keys, and keys before RoPE meet none"
             yield site.fault(f"transform[{position}].by", fact, "behind PreRope() use 'own'")
+        elif isinstance(part, Permute) and part.by == "energy" and (site.side == "values" or site.store.rope):
+            fact = "'energy' is of keys and of the queries that meet them"
+            yield site.fault(f"transform[{position}].by", fact, "on values, and behind PreRope(), use 'range'")
 
 
 def _rows(field: str, table: Any) -> Iterator[Fault]:
@@ -294,7 +298,7 @@ def _shape(site: Site, shape: Shape) -> Iterator[Fault]:
     yield from outlier_rules.shape_faults(site, shape)
     yield from sparse_rules.shape_faults(site, shape)
     yield from chosen_rules.shape_faults(site, shape)
-    yield from shared_rules.shape_faults(site, shape) if not band else ()
+    yield from (*shared_rules.shape_faults(site, shape), *band_rules.shape_faults(site, shape)) if not band else ()
     if site.head_dim(shape) < 1 or isinstance(code, Shared):
         return
     yield from rotation_rules.shape_faults(site, shape) if not band else ()

@@ -255,7 +255,7 @@ def _step(part: object, head_dim: int, together: int, given: Tensor | None) -> t
     if isinstance(part, Rotate):
         rotated = part.heads * head_dim
         size = rotated if part.size is ALL else part.size
-        assert isinstance(size, int)
+        assert isinstance(size, (int, tuple))
         matrix = rotation(part.kind, size, part.seed, rotated)
         matrix = torch.block_diag(*[matrix] * (together // part.heads))[None]
         return (matrix, zero), (matrix.mT, zero)

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Literal, get_args
 
 from .codes import Bands, Chosen, Code, Codebook, Float, LowRank, Sketch, Sparse, Uniform, When
-from .part import ALL, Count, Part
+from .part import ALL, Count, Part, shares
 from .scale import Range, Scale
 from .transforms import Balance, ChannelScale, ChannelShift, Permute, Pick, Polar, PreRope, Rotate, Size, Transform
 
@@ -227,7 +227,8 @@ class Store(Part):
         """The size of its blocks where the map is a Hadamard rotation and nothing else, else 0."""
         match [part for part in self.linear if not isinstance(part, PreRope)]:
             case [Rotate("hadamard" | "random_hadamard", size, heads)] if not isinstance(self.code, Sketch):
-                return size if isinstance(size, int) else heads * head_dim
+                whole = 0 if isinstance(size, tuple) else heads * head_dim
+                return size if isinstance(size, int) else whole
         return 0
 
     @property
@@ -366,14 +367,14 @@ def bands(store: Store) -> tuple[Band, ...]:
     level."""
     assert isinstance(store.code, Bands)
     levels = store.levels
-    if whole := store.code.head_dim:
-        shares = [Fraction(count, whole) for count in store.code.channels]
-        channels = [1] * len(shares)
+    if store.code.channels:
+        parts = [*shares(store.code.channels)]
+        channels = [1] * len(parts)
     else:
-        shares = [Fraction(1, 2**levels), *(Fraction(1, 2 ** (level + 1)) for level in range(levels))]
+        parts = [Fraction(1, 2**levels), *(Fraction(1, 2 ** (level + 1)) for level in range(levels))]
         channels = [2**levels, *(2 ** (level + 1) for level in range(levels))]
     return tuple(
-        Band(one.code, scale=one.scale, transform=store.transform, first=sum(shares[:i], Fraction(0)), share=shares[i],
+        Band(one.code, scale=one.scale, transform=store.transform, first=sum(parts[:i], Fraction(0)), share=parts[i],
              channels=channels[i])
         for i, one in enumerate(store.code.stores)
     )  # fmt: skip

@@ -31,7 +31,7 @@ _WHERE |= {"block": "Block", "line": "Block", "sinks": "Sinks", "recent": "Recen
 _WHERE |= {"tiers": "Tier", "probes": "Probes"}
 _TYPES = {field: tuple(names.split()) for field, names in _WHERE.items()}
 _COUNTS = ("tokens", "per", "channels", "heads", "size", "dim")
-_LISTS = ("transform", "levels", "clip", "stores", "tiers", "channels")
+_LISTS = ("transform", "levels", "clip", "stores", "tiers", "channels", "size")
 TABLES = ("layers", "heads")
 _SHOWN = {"code", "format"}  # worth reading even where they are the default
 

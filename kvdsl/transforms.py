@@ -10,19 +10,21 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
-from .part import ALL, Count, Part
+from .part import ALL, Count, Part, Sizes
 
 RotateKind = Literal["hadamard", "random_hadamard", "orthogonal", "bit_reversal"]
 ScaleRule = Literal["absmax", "sqrt_absmax", "balance", "learned"]
 ShiftRule = Literal["mean", "middle", "learned"]
-Order = Literal["range", "sum"]
+Order = Literal["range", "sum", "energy"]
+Pairs = Literal["halves", "neighbours"]
 Moment = Literal["attention", "own"]
 Size = Literal["norm", "absmean", "absmax"]
 
 
 @dataclass(frozen=True, repr=False)
 class Rotate(Part):
-    """y = R x with R orthonormal, in blocks of `size` channels (ALL: the whole head, or all `heads` of them).
+    """y = R x with R orthonormal, in blocks of `size` channels (ALL: the whole head, or all `heads` of them), or one
+    block behind the other of as many channels as each of several sizes says, or of these shares of the head.
 
     kind     `hadamard`: Sylvester's matrix over sqrt(size), a power of two; `random_hadamard`: the same after random
              signs; `orthogonal`: the Q of a random normal matrix (with the signs of R's diagonal), any size;
@@ -30,13 +32,17 @@ class Rotate(Part):
     heads    x is the vectors of so many neighbouring kv heads, one behind the other, and y is cut into as many again:
              an outlier of one head is spread over all of them (RotateKV, arXiv 2501.16383).  Reading one head then
              reads what is stored of all
-    seed     of the signs or the matrix
+    seed     of the signs or the matrix; of blocks of several sizes each has the next one
     """
 
     kind: RotateKind = "hadamard"
-    size: Count = ALL
+    size: Count | Sizes = ALL
     heads: int = 1
     seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.size, list):
+            object.__setattr__(self, "size", tuple(self.size))
 
 
 @dataclass(frozen=True, repr=False)
@@ -64,10 +70,18 @@ class ChannelShift(Part):
 
 @dataclass(frozen=True, repr=False)
 class Permute(Part):
-    """Channels of each kv head in another order, so that those which share a scale are alike: sorted by the range or
-    the sum of their numbers in calibration data."""
+    """Channels of each kv head in another order, so that those which share a scale are alike, or that what matters is
+    coded in more bits: sorted by a measure of calibration data, from the smallest on.
+
+    by      `range`: of a channel's numbers; `sum`: of them; `energy`: of keys, the mean of k^2 of a channel and of q^2
+            of the queries that meet it, each taken on its own, half and half (Block-GTQ, arXiv 2606.24033)
+    pairs   None: channels go where they go.  `halves`: channels i and i + D/2, `neighbours`: 2i and 2i + 1, which
+            rotary positions turn together, stay side by side, sorted by the sum of their measures
+    """
 
     by: Order = "range"
+    _: KW_ONLY
+    pairs: Pairs | None = None
     when: Literal["calibrated"] = "calibrated"
 
 

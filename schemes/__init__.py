@@ -4,6 +4,7 @@ from kvdsl.scheme import Scheme
 
 from .baseline import channel2, channel3, channel4, token2, token3, token4
 from .bitdecoding import bitdecoding2, bitdecoding4
+from .block_gtq import block_gtq_k2v2, block_gtq_k3v2, block_gtq_k3v3
 from .exllamav3 import exl3_2, exl3_3, exl3_4, exl3_5, exl3_6, exl3_7, exl3_8
 from .fp4 import fp4_block16, mxfp4, nvfp4, nvfp4_4over6
 from .fp8 import fp8_tensor, fp8_token_head, mxfp8
@@ -116,6 +117,9 @@ ALL: dict[str, Scheme] = {
     "kvarn_k2v2": kvarn_k2v2,
     "kvarn_even": kvarn_even,
     "oscar2": oscar2,
+    "block_gtq_k2v2": block_gtq_k2v2,
+    "block_gtq_k3v2": block_gtq_k3v2,
+    "block_gtq_k3v3": block_gtq_k3v3,
     "saw_int4": saw_int4,
     "skvq2": skvq2,
     "skvq_k2v1p5": skvq_k2v1p5,
@@ -167,6 +171,9 @@ __all__ = [
     "ALL",
     "bitdecoding2",
     "bitdecoding4",
+    "block_gtq_k2v2",
+    "block_gtq_k3v2",
+    "block_gtq_k3v3",
     "channel2",
     "channel3",
     "channel4",

@@ -45,6 +45,7 @@ SIBLINGS |= {"channel2", "channel3", "bitdecoding2", "turboquant3", "turboquant_
 SIBLINGS |= {"gear4", "kvquant4", "kvquant2", "kitty_pro", "kvtuner", "mla_fp8", "mla_nvfp4"}
 SIBLINGS |= {"mxfp8", "octave_k3v3", "octave_compact", "exl3_2", "exl3_3", "exl3_5", "exl3_6", "exl3_7", "exl3_8"}
 SIBLINGS |= {"saw_int4", "oscar2", "kvarn_k4v2", "kvarn_k2v2", "kvarn_even"}
+SIBLINGS |= {"block_gtq_k2v2", "block_gtq_k3v2", "block_gtq_k3v3"}  # stretches behind a map are among the rare ones
 """They differ in their bits alone, or in their length, from others: KVDSL_PROFILE=thorough asks them as often, and the
 interpreter asks them at all.  All take long together."""
 THOROUGH = os.environ.get("KVDSL_PROFILE") == "thorough"
@@ -155,9 +156,12 @@ CHOSEN = Scheme(
 """Two sketches of unlike rows, of a few channels of every 64 tokens; what both leave is coded behind them."""
 STRETCHES = Scheme(
     keys=Store(Bands((Store(Uniform(4), scale=per_token()), Store(Uniform(8), scale=per_token())), channels=(32, 32))),
-    values=Store(Bands((Store(), Store(Uniform(8), scale=per_token(range="absmax"))), channels=(32, 32))),
+    values=Store(
+        Bands((Store(), Store(Uniform(8), scale=per_token(range="absmax"))), channels=(0.25, 0.75)),
+        transform=Rotate("orthogonal", (0.25, 0.75), seed=0),
+    ),
 )
-"""Channels of each side in stores of their own."""
+"""Channels of each side in stores of their own: of values shares of what is rotated, each within itself."""
 RECORD = Scheme(
     keys=Store(
         Bands(

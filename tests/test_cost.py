@@ -69,6 +69,7 @@ DIFFERENT |= {
 # No account is published: of bits chosen here, of other bits than the paper's, of baselines.
 OWN = {"kvtq_2bit", "quarot2", "rotatekv4", "rotatekv3", "rotatekv2", "smoothquant8", "omniquant4", "wkvquant4"}
 OWN |= {"gear4", "gearl4", "gear2", "gearl2"}  # the paper has one block for a prompt of any length
+OWN |= {"block_gtq_k2v2", "block_gtq_k3v2", "block_gtq_k3v3"}  # quotas of all heads; norms count, as there they do not
 OWN |= {"kvarn_even"}  # another rule of factors
 OWN |= {"streaming", "snapkv"}  # a window or a prompt's share of what grows without end
 OWN |= {"zipcache_84", "zipcache_32", "roco", "kivi2_sinks", "kvsink2"}

@@ -68,6 +68,10 @@ ERRORS: dict[str, tuple[float, float]] = {
     "kvarn_k4v2": (0.0098, 0.246),
     "kvarn_k2v2": (0.246, 0.246),
     "oscar2": (0.156, 0.127),
+    # a quarter, half and a quarter of the channels in tables of neighbouring bits; vectors as long as they were
+    "block_gtq_k2v2": (0.1627, 0.1189),
+    "block_gtq_k3v2": (0.0462, 0.1189),
+    "block_gtq_k3v3": (0.0462, 0.0338),
     "saw_int4": (0.00994, 0.00994),
     "rotatekv4": (0.01008, 0.01008),
     "rotatekv2": (0.1715, 0.1715),

@@ -95,7 +95,8 @@ def maps(store: Store, head_dim: int, heads: int, params: Params | None = None, 
             continue
         if isinstance(part, Rotate):
             channels = part.heads * head_dim
-            r = rotation(part.kind, part.size if isinstance(part.size, int) else channels, part.seed, channels)
+            blocks = part.size if isinstance(part.size, (int, tuple)) else channels
+            r = rotation(part.kind, blocks, part.seed, channels)
             r = torch.block_diag(*[r] * (together // part.heads))
             e, u, w = product(r, e), product(u[:, None], r.T)[:, 0], product(w, r.T)
             continue

@@ -206,7 +206,7 @@ def transforms(draw: Draw) -> tuple[Transform, ...]:
     one = st.one_of(
         st.builds(Rotate, st.just("hadamard"), st.sampled_from([8, 16, 32])),
         st.builds(Rotate, st.just("random_hadamard"), st.sampled_from([8, 32]), seed=st.integers(0, 3)),
-        st.builds(Rotate, st.just("orthogonal"), st.sampled_from([8, ALL]), seed=st.integers(0, 3)),
+        st.builds(Rotate, st.just("orthogonal"), st.sampled_from([8, ALL, (0.25, 0.75)]), seed=st.integers(0, 3)),
         st.builds(Rotate, st.sampled_from(["random_hadamard", "orthogonal"]), heads=st.just(2), seed=st.integers(0, 3)),
         st.builds(ChannelScale, st.sampled_from(["absmax", "sqrt_absmax", "learned"])),
         st.builds(ChannelShift, st.sampled_from(["mean", "middle"])),

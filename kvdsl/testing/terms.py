@@ -47,7 +47,7 @@ class Stretch(NamedTuple):
             return store
         stores = list(outer.code.stores)
         stores[self.band or 0] = Store(store.code, scale=store.scale)
-        return outer.with_(code=Bands(tuple(stores)))
+        return outer.with_(code=outer.code.with_(stores=tuple(stores)))
 
 
 def stretches(store: Store, coded: Tensor) -> Iterator[Stretch]:
@@ -62,10 +62,10 @@ def stretches(store: Store, coded: Tensor) -> Iterator[Stretch]:
 
 def pieces(store: Store, x: Tensor) -> list[tuple[Store, Tensor]]:
     """Of a store whose stretches are of channels: each as a store, and its channels of x (B, H, T, D); else nothing."""
-    if not isinstance(store.code, Bands) or not store.code.channels:
+    if not isinstance(store.code, Bands) or not store.code.channels or store.mapped:
         return []
     stores = [Store(one.code, scale=one.scale) for one in store.code.stores]
-    return list(zip(stores, x.split(list(store.code.channels), -1), strict=True))
+    return list(zip(stores, x.split(list(store.code.counts(x.shape[3])), -1), strict=True))
 
 
 def terms_of(store: Store, x: Tensor, params: Params | None, side: str, at: int = 0) -> Iterator[TermOf]:

@@ -1,0 +1,65 @@
+"""How many bits which share of a head's rotary pairs should have, by the energy of keys and queries in them.
+
+One more bit makes a quarter of a pair's error in scores, so the next one goes where E*4^-b is largest: what that rule
+gives has the least sum of all with as many bits (Block-GTQ, arXiv 2606.24033).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .errors import ShapeError
+from .transforms import Pairs
+
+LEAST_ENERGY = 2.0**-100  # of a part without any: its logarithm is a number
+
+
+def energies(k: Tensor, q: Tensor, pairs: Pairs = "halves") -> Tensor:
+    """(mean |k_j|^2 + mean |q_j|^2)/2 of every rotary pair j: float64 (H, D/2), of keys k (B, H, T, D) and of queries
+    q (B, Hq, Q, D), each of a group of query heads taken on its own.
+
+    Raises ShapeError for queries whose heads are no multiple of those of the keys, or of another length.
+    """
+    heads, channels = k.shape[1], k.shape[3]
+    if q.dim() != 4 or q.shape[1] % heads or q.shape[3] != channels:
+        right = f"(batch, a multiple of {heads}, queries, {channels})"
+        raise ShapeError(f"q: shape {tuple(q.shape)}; beside keys {tuple(k.shape)} give {right}")
+    whole = sum(x.double().unflatten(1, (heads, -1)).square().mean((0, 2, 3)).cpu() for x in (k, q))
+    size = whole.unflatten(1, (2, -1)).sum(1) if pairs == "halves" else whole.unflatten(1, (-1, 2)).sum(2)
+    return size / 2
+
+
+def allotted(energy: Tensor, bits: float, least: int = 1, most: int = 8) -> Tensor:
+    """Bits of every pair of each head, `bits` in the mean, rounded down to whole bits a head: int64 of the shape of
+    energies (..., D/2).  Of equal ones the first has the next bit.
+
+    Raises ValueError for a mean below `least`, or above `most`.
+    """
+    if not least <= bits <= most:
+        raise ValueError(f"bits: {bits} in the mean of {least} to {most} a pair; give a mean between them")
+    found = torch.full(energy.shape, least, dtype=torch.int64)
+    size = energy.detach().cpu().double()
+    for _ in range(int(bits * energy.shape[-1]) - least * energy.shape[-1]):
+        gain = (size * 4.0 ** -found.double()).masked_fill(found >= most, -1.0)
+        at = gain.argmax(-1, keepdim=True)
+        found.scatter_add_(-1, at, torch.ones_like(at))
+    return found
+
+
+def quotas(
+    k: Tensor, q: Tensor, bits: float, *, parts: int = 4, pairs: Pairs = "halves", least: int = 1, most: int = 8
+) -> dict[int, float]:
+    """Which share of a head's pairs should have how many bits, alike for all heads of keys k (B, H, T, D) that meet
+    queries q (B, Hq, Q, D), fewest bits first: what `Bands(channels=...)` behind `Permute("energy")` takes.
+
+    Each head's pairs in the order of their energy are cut into so many equal `parts`, of which each has as many bits as
+    by the rule for the geometric mean of its energies over the heads.  `bits` is the mean, rounded down to whole bits
+    of all parts together.  Raises ValueError for pairs that are no whole number of parts.
+    """
+    rising = energies(k, q, pairs).sort(-1).values
+    if rising.shape[-1] % parts:
+        raise ValueError(f"parts: {rising.shape[-1]} pairs are no whole number of {parts} parts; give a divisor")
+    spectrum = rising.unflatten(-1, (parts, -1)).mean(-1).clamp(min=LEAST_ENERGY).log().mean(0).exp()
+    each = allotted(spectrum, bits, least, most).tolist()
+    return {count: each.count(count) / parts for count in sorted(set(each))}
