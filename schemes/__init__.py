@@ -36,6 +36,7 @@ from .saw_int4 import saw_int4
 from .skvq import skvq2, skvq_k2v1p5
 from .smoothquant import smoothquant8
 from .snapkv import snapkv
+from .squat import squat2, squat4
 from .streaming import streaming
 from .token_head import int4_token_head, int4_token_head_free, int4_token_head_held, int8_token_head
 from .turboquant import (
@@ -119,6 +120,8 @@ ALL: dict[str, Scheme] = {
     "saw_int4": saw_int4,
     "skvq2": skvq2,
     "skvq_k2v1p5": skvq_k2v1p5,
+    "squat2": squat2,
+    "squat4": squat4,
     "smoothquant8": smoothquant8,
     "omniquant4": omniquant4,
     "wkvquant4": wkvquant4,
@@ -248,6 +251,8 @@ __all__ = [
     "skvq_k2v1p5",
     "smoothquant8",
     "snapkv",
+    "squat2",
+    "squat4",
     "streaming",
     "token2",
     "token3",
