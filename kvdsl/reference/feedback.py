@@ -8,8 +8,7 @@ import dataclasses as dc
 import torch
 from torch import Tensor
 
-from kvdsl.encoding import Feedback
-from kvdsl.scheme import Store
+from kvdsl.scheme import Feedback, Store
 
 from .quantize import Params, quantize
 from .rounding import LARGEST_INPUT, f32
