@@ -5,8 +5,8 @@ are coded in blocks of 64, as KIVI codes them; a block's error e moves the chann
 least |e|^2 + 0.001 |Q e|^2 that they can bring it to, before s and min of theirs are measured.  Reading is KIVI's.  Q
 is of a sequence's first step, and stays for all that is packed later, where nothing of a prompt is packed yet, too.
 
-Values leave the window with the keys, 128 at a time, where KIVI lets them go one by one.  The released code moves the
-channels of its caller's keys, which the same step then attends to; here keys are never written to.
+Values leave the window with the keys, 128 at a time, where KIVI lets them go one by one.  The released quantizer moves
+channels in the very keys that it is given; here these are never written to.
 """
 
 from kvdsl.scheme import Feedback, Recent, Scheme, Store, Tier, Uniform, per_channel, per_token

@@ -120,7 +120,7 @@ def test_directions_are_the_largest_singular_ones() -> None:
 
 
 def test_keys_of_the_caller_stay_as_they_are() -> None:
-    """The release moves channels in place, in keys that the same step attends to."""
+    """The released quantizer moves channels in place; here a step attends to its keys as they came, which stay so."""
     q, k, v = numbers(48)
     before = k.clone()
     cache = TieredCache(build_tiers(SMALL, SHAPE, "torch"), 1, device="cpu")
