@@ -10,7 +10,7 @@ from .fp8 import fp8_tensor, fp8_token_head, mxfp8
 from .gear import gear2, gear4, gearl2, gearl4
 from .h2o import h2o
 from .hf_quantized import hf_quanto4
-from .innerq import innerq, innerq3
+from .innerq import innerq, innerq3, innerq_signed
 from .int8 import int8_tensor
 from .kitty import kitty, kitty_pro
 from .kivi import kivi2, kivi2_sinks, kivi4
@@ -113,6 +113,7 @@ ALL: dict[str, Scheme] = {
     "rotatekv2": rotatekv2,
     "innerq3": innerq3,
     "innerq": innerq,
+    "innerq_signed": innerq_signed,
     "kvarn_k4v2": kvarn_k4v2,
     "kvarn_k2v2": kvarn_k2v2,
     "kvarn_even": kvarn_even,
@@ -193,6 +194,7 @@ __all__ = [
     "hf_quanto4",
     "innerq",
     "innerq3",
+    "innerq_signed",
     "int4_token_head",
     "int4_token_head_free",
     "int4_token_head_held",

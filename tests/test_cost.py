@@ -70,7 +70,7 @@ DIFFERENT |= {
 # No account is published: of bits chosen here, of other bits than the paper's, of baselines.
 OWN = {"kvtq_2bit", "quarot2", "rotatekv4", "rotatekv3", "rotatekv2", "smoothquant8", "omniquant4", "wkvquant4"}
 OWN |= {"gear4", "gearl4", "gear2", "gearl2"}  # the paper has one block for a prompt of any length
-OWN |= {"kvarn_even"}  # another rule of factors
+OWN |= {"kvarn_even", "innerq_signed"}  # another rule of factors; signed scales
 OWN |= {"streaming", "snapkv"}  # a window or a prompt's share of what grows without end
 OWN |= {"zipcache_84", "zipcache_32", "roco", "kivi2_sinks", "kvsink2"}
 OWN |= {"kvtuner"}  # a map of bits for one model, over KIVI
