@@ -5,8 +5,10 @@ are coded in blocks of 64, as KIVI codes them; a block's error e moves the chann
 least |e|^2 + 0.001 |Q e|^2 that they can bring it to, before s and min of theirs are measured.  Reading is KIVI's.  Q
 is of a sequence's first step, and stays for all that is packed later, where nothing of a prompt is packed yet, too.
 
-Values leave the window with the keys, 128 at a time, where KIVI lets them go one by one.  The released quantizer moves
-channels in the very keys that it is given; here these are never written to.
+Keys have their positions, as KIVI's and those of the released `squat_post`; the release has another form that stores
+them without.  Values leave the window with the keys, 128 at a time, where KIVI lets them go one by one.  The released
+quantizer moves channels in the very keys that it is given, and its scripts give all sequences of a batch the first
+one's Q; here keys are never written to, and a sequence has its own.
 """
 
 from kvdsl.scheme import Feedback, Recent, Scheme, Store, Tier, Uniform, per_channel, per_token
