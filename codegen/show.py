@@ -98,6 +98,8 @@ def routed(scheme: Scheme) -> dict[str, str]:
     """Which tokens stay exact and where the others go, in words."""
     sinks = [f"the first {scheme.sinks.tokens}"] if scheme.sinks else []
     recent = [f"the newest {scheme.recent.tokens}"] if scheme.recent else []
+    if scheme.recent is not None and scheme.recent.flush == "whole":
+        recent = [f"the newest until {scheme.recent.tokens} are full, which leave together"]
     found = {"exact": " and ".join([*sinks, *recent]) or "a step's own tokens"}
     for number, tier in enumerate(scheme.tiers):
         share = (
@@ -106,6 +108,8 @@ def routed(scheme: Scheme) -> dict[str, str]:
         found[f"tier {number}"] = f"{share}, {'dropped' if tier.drops else repr(tier)}"
     if scheme.router is not None:
         found["router"] = repr(scheme.router)
+    if (part := scheme.keys.feedback) is not None:
+        found["coding"] = f"keys {part.channels} channels at a time, errors moving later ones by the prompt's queries"
     if scheme.requantize != "never":
         found["anew"] = "whenever tokens leave, all that is packed is decoded and quantized again"
     return found

@@ -216,7 +216,7 @@ def _with_tiers(kernels: TierKernels, batch: int, tokens: int, normal: Numbers, 
     counts = [tokens - draw.randrange(min(RAGGED, tokens)) for _ in range(batch)]
     step = found.append(normal(shape.kv_heads, tokens), normal(shape.kv_heads, tokens), counts=counts)
     scheme = kernels.scheme
-    asks = scheme.router is not None or any(one and one.by == "balance" for x in segments(scheme) for one in x.measured)
+    asks = scheme.router is not None or any(one.asks for one in segments(scheme))
     found.route(normal(shape.kv_heads * shape.group, tokens) if asks else None, step)
     return found
 

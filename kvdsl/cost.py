@@ -212,6 +212,8 @@ def _of_tiers(scheme: Scheme, side: Side, shape: Shape, tokens: int | None) -> S
         kept += part
         if (measured := one.of(side)) is not None and tokens is not None and part:
             metadata += EXACT * (2 if measured.by == "range" else 1) / tokens
+        if one.feedback is not None and side == "keys" and tokens is not None and part:
+            metadata += WIDTH["fp32"] * one.feedback.rank / tokens
     carried = scheme.router.carried if isinstance(scheme.router, Saliency) else 0
     before = any(one.scheme is not None and one.scheme.keys.rope is not None for one in segments(scheme))
     kept = 0.0 if scheme.router is None and not before else kept

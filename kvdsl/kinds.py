@@ -28,6 +28,7 @@ from .codes import (
     Weights,
     When,
 )
+from .encoding import Feedback
 from .errors import Fault
 from .part import ALL, Part, shares
 from .saying import closest, kind_of, listed, named, said
@@ -352,6 +353,7 @@ KINDS: dict[type[Part], dict[str, Check]] = {
         "transform": transforms,
         "outliers": one_of("outliers=TopChannels(8, store=Store(...))", TopChannels, Sparse, optional=True),
         "residual": one_of("residual=Sketch(basis='gaussian')", Store, optional=True),
+        "feedback": one_of("feedback=Feedback()", Feedback, optional=True),
     },
     TopChannels: {
         "n": outliers,

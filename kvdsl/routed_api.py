@@ -13,7 +13,7 @@ from .inputs import refuse_tensor
 from .kernels import Backend, Params
 from .routing import column
 from .scheme import SIDES, Saliency, Scheme
-from .segments import segments
+from .segments import segments, unwindowed
 from .shape import Shape
 from .tier_contents import held
 from .tier_params import of_tier
@@ -125,14 +125,14 @@ def _filled(
     for name, x, size in (("q", q, None), ("queries", queries, k.shape[2])):
         if x is not None:
             refuse_tensor(name, x, (k.shape[0], shape.q_heads, size, k.shape[3]), shape, k.device)
-    stored = scheme if window else scheme.with_(sinks=None, recent=None)
-    balanced = any(about is not None and about.by == "balance" for one in segments(stored) for about in one.measured)
+    stored = scheme if window else unwindowed(scheme)
+    why = next((one.asks for one in segments(stored) if one.asks), "")
     asks = isinstance(stored.router, Saliency) and choice is None
     if choice is not None:
         _checked_labels(stored, choice, k)
-    if queries is None and (asks or balanced):
-        mend = "" if balanced else ", or labels=kvdsl.labels(scheme, q, k, v)"
-        why = "the router goes by attention" if asks else "keys are balanced against queries"
+    if queries is None and (asks or why):
+        mend = "" if why else ", or labels=kvdsl.labels(scheme, q, k, v)"
+        why = "the router goes by attention" if asks else why
         raise ShapeError(f"queries: missing; {why}, give those of all tokens, (B, Hq, T, D){mend}")
     kernels = build_tiers(stored, replace(shape, placed=sliding is not None), backend)
     device = _device(kernels.exact, k)

@@ -14,6 +14,7 @@ from . import (  # noqa: F401  (they enter their rules)
     band_rules,
     chosen_rules,
     code_rules,
+    feedback_rules,
     low_rank_rules,
     measure_rules,
     outlier_rules,

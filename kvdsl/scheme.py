@@ -27,6 +27,7 @@ from .codes import (
     Uniform,
     When,
 )
+from .encoding import Feedback
 from .part import ALL, Block, Count, Part
 from .scale import MetaFormat, Range, Refit, Scale, Zero, per_channel, per_tensor, per_token
 from .store import Band, Parted, Side, Store, TopChannels, bands
@@ -46,11 +47,11 @@ from .transforms import (
 
 __all__ = [
     "ALL", "Balance", "Band", "Bands", "Block", "ChannelScale", "ChannelShift", "Chosen", "Code", "Codebook", "Count",
-    "DROP", "Eigenbasis", "Float", "FloatFormat", "Flush", "Largest", "Layers", "LowRank", "MetaFormat", "Origin",
-    "PARTS", "Part", "Parted", "Permute", "Polar", "Pick", "PreRope", "Prefill", "Probes", "Range", "Recent", "Refit",
-    "Requantize", "Rotate", "Rounding", "Router", "SIDES", "Saliency", "Scale", "Scheme", "Shared", "Side", "Sinks",
-    "Sketch", "Sparse", "Store", "Tier", "TopChannels", "Transform", "Uniform", "When", "Zero", "bands", "per_channel",
-    "per_tensor", "per_token",
+    "DROP", "Eigenbasis", "Feedback", "Float", "FloatFormat", "Flush", "Largest", "Layers", "LowRank", "MetaFormat",
+    "Origin", "PARTS", "Part", "Parted", "Permute", "Polar", "Pick", "PreRope", "Prefill", "Probes", "Range", "Recent",
+    "Refit", "Requantize", "Rotate", "Rounding", "Router", "SIDES", "Saliency", "Scale", "Scheme", "Shared", "Side",
+    "Sinks", "Sketch", "Sparse", "Store", "Tier", "TopChannels", "Transform", "Uniform", "When", "Zero", "bands",
+    "per_channel", "per_tensor", "per_token",
 ]  # fmt: skip
 
 Flush = Literal["auto", "rolling", "whole"]
@@ -239,5 +240,5 @@ def _ordered(rows: Iterable[Any]) -> list[Any]:
 SIDES: tuple[Side, Side] = ("keys", "values")
 _CODES: tuple[type[Part], ...] = tuple(code for code in get_args(Code) if code is not Chosen)
 _TRANSFORMS: tuple[type[Part], ...] = get_args(Transform)
-_PARTS = (Block, Scale, *_CODES, *_TRANSFORMS, TopChannels, Store, Recent, Sinks, Tier, Probes, Scheme)
+_PARTS = (Block, Scale, *_CODES, *_TRANSFORMS, Feedback, TopChannels, Store, Recent, Sinks, Tier, Probes, Scheme)
 PARTS: dict[str, type[Part]] = {c.__name__: c for c in _PARTS}

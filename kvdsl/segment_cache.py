@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .feedback import fed, trip, weighed
 from .inputs import DTYPES
 from .kernels import KernelSet, Params, Places, Side
 from .measuring import Affine, measure, nothing
@@ -26,11 +27,13 @@ Tokens = dict[Side, Tensor]
 class Beside:
     """What stands beside the pages at one moment: factors and shifts of either side; of the token in place j of a
     sequence and head its position behind the sinks, int32 (B, H, room), and its sums, float32 (sums, B, H, room);
-    `end`: no sequence was ever longer, sinks included."""
+    `end`: no sequence was ever longer, sinks included; `weights`: what the queries of a sequence's first step weigh in
+    errors of keys, float32 (B, H, rank, D), of rank 0 where these are not fed forward."""
 
     affine: dict[Side, Affine]
     positions: Tensor
     sums: Tensor
+    weights: Tensor
     end: int = 0
 
 
@@ -49,7 +52,9 @@ class SegmentCache:
         # Without a router a tier has all tokens in their order: none is told where it stood, unless kernels ask.
         self.placed = placed or kernels.reading.shape.placed
         positions = torch.zeros(batch, shape.kv_heads, 0, dtype=torch.int32, device=device)
-        self.beside = Beside(affine, positions, torch.zeros(sums, batch, shape.kv_heads, 0, device=device))
+        rank = 0 if segment.feedback is None else segment.feedback.rank
+        weights = torch.zeros(batch, shape.kv_heads, rank, shape.head_dim, device=device)
+        self.beside = Beside(affine, positions, torch.zeros(sums, batch, shape.kv_heads, 0, device=device), weights)
         self._no_rows = torch.empty(0)
 
     @property
@@ -66,7 +71,7 @@ class SegmentCache:
     def nbytes(self) -> int:
         """Bytes of pages, exact rows, tables, places, sums, and what is measured."""
         affine = sum(one.nbytes for one in self.beside.affine.values())
-        return self.cache.nbytes + affine + self.routing_bytes
+        return self.cache.nbytes + affine + self.beside.weights.nbytes + self.routing_bytes
 
     @property
     def routing_bytes(self) -> int:
@@ -108,11 +113,22 @@ class SegmentCache:
                 affine[side] = old.where(which, measure(about, x, valid, query))
         self.beside = replace(self.beside, affine=affine)
 
+    def weigh(self, query: Tensor, begun: Sequence[bool]) -> None:
+        """Of sequences that have begun errors of keys are weighed by their queries (B, Hq, Q, D) from now on."""
+        part, old = self.segment.feedback, self.beside.weights
+        if part is not None:
+            which = column(begun, old.device)[..., None, None] > 0
+            weights = torch.where(which, weighed(part, query, old.shape[1]), old)
+            self.beside = replace(self.beside, weights=weights)
+
     def _coded(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Keys and values as they are packed, in the dtype of the packing kernels."""
-        affine = self.beside.affine
+        affine, part, kernels = self.beside.affine, self.segment.feedback, self.kernels.packing
         keys, values = (affine[side].taken(tokens[side]) if side in affine else tokens[side] for side in SIDES)
         dtype = self.cache.rows("keys").dtype
+        if part is not None:
+            page = kernels.page_tokens
+            keys = fed(part, self.beside.weights, keys, lambda x: trip(kernels, x, self.params), page)
         return keys.to(dtype).contiguous(), values.to(dtype).contiguous()
 
     def _note(self, before: Sequence[int], counts: Sequence[int], positions: Tensor, sums: Tensor) -> None:
@@ -252,4 +268,5 @@ class SegmentCache:
         positions = (
             beside.positions.index_select(0, at) if self.placed else beside.positions[:1].expand(len(index), -1, -1)
         )
-        self.beside = replace(beside, affine=affine, positions=positions, sums=beside.sums.index_select(1, at))
+        sums, weights = beside.sums.index_select(1, at), beside.weights.index_select(0, at)
+        self.beside = replace(beside, affine=affine, positions=positions, sums=sums, weights=weights)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
+from .encoding import Feedback
 from .part import ALL
 from .scheme import SIDES, ChannelScale, Recent, Scheme, Side, Sinks, Store, Tier, Uniform
 from .shape import Shape
@@ -40,11 +41,26 @@ class Segment:
     tier      what the scheme says of it; of one without tiers, all that it stores
     scheme    how its tokens are stored, a scheme without tiers; None where they are dropped
     measured  of each side what is measured of all tokens, and divided out before they are coded
+    feedback  how errors of keys are fed forward before these are coded
     """
 
     tier: Tier
     scheme: Scheme | None
     measured: tuple[Measured | None, Measured | None] = (None, None)
+    feedback: Feedback | None = None
+
+    @property
+    def rewritten(self) -> bool:
+        """Whether other numbers than the tokens' own are coded: they are packed from float32."""
+        return any(self.measured) or self.feedback is not None
+
+    @property
+    def asks(self) -> str:
+        """Why queries of the prompt must be known, in words; nothing where they need not be."""
+        if self.feedback is not None:
+            return "errors of keys are fed forward by what the prompt's queries weigh"
+        balanced = any(about is not None and about.by == "balance" for about in self.measured)
+        return "keys are balanced against queries" if balanced else ""
 
     def placed(self, shape: Shape) -> Shape:
         """The shape that this tier is compiled for: keys before their rotary positions are told where they stand."""
@@ -59,6 +75,13 @@ class Segment:
 def segments(scheme: Scheme) -> tuple[Segment, ...]:
     """The tiers of a routed scheme in order.  Raises SchemeError, as any Scheme does, where one of them is illegal."""
     return tuple(segment(scheme, tier) for tier in scheme.tiers or (Tier(),))
+
+
+def unwindowed(scheme: Scheme) -> Scheme:
+    """The same without sinks and window: no token waits but for those that it is coded with."""
+    fed = any(one.feedback is not None for one in segments(scheme))
+    blocks = [one.scheme.recent for one in segments(scheme) if one.scheme is not None]
+    return scheme.with_(sinks=None, recent=blocks[0] if fed else None)
 
 
 def front(scheme: Scheme) -> Scheme:
@@ -93,11 +116,12 @@ def segment(scheme: Scheme, tier: Tier) -> Segment:
     """One tier of a scheme.  Raises SchemeError where what it stores is illegal."""
     if tier.drops:
         return Segment(tier, None)
-    keys, measured_keys = _peeled(tier.store("keys", scheme.keys))
+    whole = tier.store("keys", scheme.keys)
+    keys, measured_keys = _peeled(dc.replace(whole, feedback=None))
     values, measured_values = _peeled(tier.store("values", scheme.values))
     block = math.lcm(*(waiting(term) for store in (keys, values) for term in store.terms))
     recent = Recent(block, "whole") if block > 1 else None
-    return Segment(tier, Scheme(keys, values, recent=recent), (measured_keys, measured_values))
+    return Segment(tier, Scheme(keys, values, recent=recent), (measured_keys, measured_values), whole.feedback)
 
 
 def _peeled(store: Store) -> tuple[Store, Measured | None]:

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Literal, get_args
 
 from .codes import Bands, Chosen, Code, Codebook, Float, LowRank, Sketch, Sparse, Uniform, When
+from .encoding import Feedback
 from .part import ALL, Count, Part, shares
 from .scale import Range, Scale
 from .transforms import Balance, ChannelScale, ChannelShift, Permute, Pick, Polar, PreRope, Rotate, Size, Transform
@@ -27,6 +28,7 @@ class Store(Part):
                single numbers that are kept as they are, this one being of what stands in for them
     residual   a store of its own for what is left, x - x^ of what is decoded; a Sketch or LowRank may stand for it.
                What is read is the sum of both
+    feedback   how an error makes other channels' numbers others before they are coded, of keys that go to a tier
     """
 
     inner = ("code", "scale", "transform")
@@ -36,6 +38,7 @@ class Store(Part):
     transform: tuple[Transform, ...] | Transform = ()
     outliers: TopChannels | Sparse | None = None
     residual: Store | Sketch | LowRank | None = None
+    feedback: Feedback | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.residual, (Sketch, LowRank)):

@@ -17,7 +17,7 @@ Build = Callable[[Scheme, Shape, Backend | None], KernelSet]
 @dataclass(frozen=True, eq=False)
 class TierSet:
     """Kernels of one tier: those that read it for queries of the model's dtype, and those that pack it: the same, but
-    for rows in float32 where something is measured of all tokens and taken out of them; `single`: of one head's pages,
+    for rows in float32 where other numbers than the tokens' own are coded; `single`: of one head's pages,
     where tokens may be written over one by one."""
 
     reading: KernelSet
@@ -72,7 +72,7 @@ def _tier(scheme: Scheme, one: Segment, shape: Shape, backend: Backend | None, b
         return None
     shape = one.placed(shape)
     reading = build(one.scheme, shape, backend)
-    rows = replace(shape, dtype="fp32") if any(one.measured) else shape
+    rows = replace(shape, dtype="fp32") if one.rewritten else shape
     packing = reading if rows == shape else build(one.scheme, rows, backend)
     assert packing.page_bytes == reading.page_bytes
     down = scheme.router is not None and scheme.router.moves == "down" and scheme.requantize == "never"

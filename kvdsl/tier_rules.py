@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from fractions import Fraction
 
-from . import tier_kinds  # noqa: F401  (it enters what their fields may hold)
+from . import feedback_rules, tier_kinds  # noqa: F401  (they enter what fields may hold)
 from .errors import Fault, SchemeError
 from .scheme import ALL, SIDES, ChannelScale, Scheme, Store
 from .segments import segment, segments, spans_all
@@ -35,7 +35,7 @@ def _routes(scheme: Scheme) -> Iterator[Fault]:
     if scheme.prefill == "stored":
         fact = "tokens are sent to tiers behind the attention of their own step, which sees them exactly"
         yield Fault("prefill", fact, "leave prefill out")
-    if scheme.recent is not None and scheme.tiers and scheme.recent.flush == "whole":
+    if scheme.recent is not None and scheme.router is not None and scheme.recent.flush == "whole":
         yield Fault("recent.flush", "a window that leaves at once is a router's `every`", "leave flush out")
 
 
@@ -107,6 +107,7 @@ def _of_heads(store: Store) -> bool:
 
 def _stores(scheme: Scheme) -> Iterator[Fault]:
     for place, store in stores(scheme):
+        yield from feedback_rules.of_tier(scheme, place, store)
         for position, part in enumerate(store.transform):  # type: ignore[arg-type]
             if isinstance(part, ChannelScale) and part.when != "calibrated":
                 yield from _measured(scheme, part, f"{place}.transform[{position}]", position)

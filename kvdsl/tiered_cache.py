@@ -219,9 +219,11 @@ class TieredCache:
         step, lse   what the attention read, and its log-sum-exps (B, Hq, Q), where they are known
         choice      the tier of every token so far, int64 (B, H, longest), in place of the router's own: as many tokens
                     of every head; ShapeError where they are not
-        Where a router asks for attention and no query is given, tokens wait.
+        Where a router asks for attention and no query is given, tokens wait.  ShapeError where a sequence's first step
+        has no query, and its keys' errors are fed forward by them.
         """
         with self._changing():
+            self._weigh(query)
             router, first = self.watch.router, [prompt is None for prompt in self.prompts]
             if router is not None and query is None and choice is None:
                 return
@@ -248,6 +250,20 @@ class TieredCache:
             self.prompts = tuple(n if p is None and n else p for p, n in zip(self.prompts, behind, strict=True))
             self.prompt_query = None
             self.front = self.front.without([one.tokens for one in dues])
+
+    def _weigh(self, query: Tensor | None) -> None:
+        """Let tiers see the queries of sequences whose first step this is."""
+        fed = [one for one in self.tiers if one is not None and one.segment.feedback is not None]
+        begun = [n == count > 0 for n, count in zip(self.lengths, self._fresh, strict=True)]
+        if not fed or not any(begun):
+            return
+        if query is None:
+            raise ShapeError(
+                f"query: missing; {fed[0].segment.asks}: give route() those of a sequence's first step, (B, Hq, Q, D), "
+                "and read the cache by kvdsl's attention, which does"
+            )
+        for one in fed:
+            one.weigh(real(query, self._fresh), begun)
 
     def append_and_attend(
         self, query: Tensor, keys: Tensor, values: Tensor, *, counts: Sequence[int] | None = None,

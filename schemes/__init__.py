@@ -11,7 +11,7 @@ from .fp8 import fp8_tensor, fp8_token_head, mxfp8
 from .gear import gear2, gear4, gearl2, gearl4
 from .h2o import h2o
 from .hf_quantized import hf_quanto4
-from .innerq import innerq, innerq3
+from .innerq import innerq, innerq3, innerq_signed
 from .int8 import int8_tensor
 from .kitty import kitty, kitty_pro
 from .kivi import kivi2, kivi2_sinks, kivi4
@@ -37,6 +37,7 @@ from .saw_int4 import saw_int4
 from .skvq import skvq2, skvq_k2v1p5
 from .smoothquant import smoothquant8
 from .snapkv import snapkv
+from .squat import squat2, squat4
 from .streaming import streaming
 from .token_head import int4_token_head, int4_token_head_free, int4_token_head_held, int8_token_head
 from .turboquant import (
@@ -113,6 +114,7 @@ ALL: dict[str, Scheme] = {
     "rotatekv2": rotatekv2,
     "innerq3": innerq3,
     "innerq": innerq,
+    "innerq_signed": innerq_signed,
     "kvarn_k4v2": kvarn_k4v2,
     "kvarn_k2v2": kvarn_k2v2,
     "kvarn_even": kvarn_even,
@@ -123,6 +125,8 @@ ALL: dict[str, Scheme] = {
     "saw_int4": saw_int4,
     "skvq2": skvq2,
     "skvq_k2v1p5": skvq_k2v1p5,
+    "squat2": squat2,
+    "squat4": squat4,
     "smoothquant8": smoothquant8,
     "omniquant4": omniquant4,
     "wkvquant4": wkvquant4,
@@ -197,6 +201,7 @@ __all__ = [
     "hf_quanto4",
     "innerq",
     "innerq3",
+    "innerq_signed",
     "int4_token_head",
     "int4_token_head_free",
     "int4_token_head_held",
@@ -255,6 +260,8 @@ __all__ = [
     "skvq_k2v1p5",
     "smoothquant8",
     "snapkv",
+    "squat2",
+    "squat4",
     "streaming",
     "token2",
     "token3",

@@ -8,8 +8,10 @@ there, keys like values, where the paper packs keys one by one.
 
 The released code measures n_i on the tokens that leave first: behind a prompt of up to 128 tokens that is a single key,
 and channels where it is near 0 have others blown up for ever; so is a channel of zeros, whose size it divides by.  Here
-the window is measured, too, and a size of 0 is taken as 1.  Groups of values that are coded by an asymmetric range of
-one bit less, where that errs less, are left out.
+the window is measured, too, and a size of 0 is taken as 1.  The paper's hybrid, where a group of values that errs less
+so has its two ends for levels in place of three around 0, is left out: it has a minimum more to store, and half of each
+code without use.  `innerq_signed` gives a group its side by the sign of s instead, s = -v/2 of the v with the largest
+size, c within -2..1: no bit more than ternary values, and all four codes.
 """
 
 from kvdsl.scheme import ChannelScale, Recent, Scheme, Sinks, Store, Tier, Uniform, per_channel, per_token
@@ -25,3 +27,6 @@ innerq3 = Scheme(
     source="arXiv 2602.23200",
 )
 innerq = innerq3.with_(**{"values.code.bits": 2})
+innerq_signed = innerq.with_(
+    **{"values.scale.range": "signed_absmax"}, source="arXiv 2602.23200, values under signed scales"
+)

@@ -37,6 +37,7 @@ PUBLISHED |= {f"exl3_{b}": (b + 0.5, b + 0.5) for b in range(2, 9)}
 PUBLISHED |= {"mla_fp8": (656 * 8 / 576, 0), "mla_nvfp4": (352 * 8 / 576, 0)}  # bytes of a token's record
 PUBLISHED |= {"innerq3": (3.5, 3.5), "innerq": (3.5, 2.5)}
 PUBLISHED |= {"kvarn_k4v2": (4.375, 2.375), "kvarn_k2v2": (2.375, 2.375)}
+PUBLISHED |= {"squat2": (3, 3), "squat4": (5, 5)}  # as KIVI
 PUBLISHED |= {"saw_int4": (4.25, 4.25), "oscar2": (2.25, 2.25)}
 PUBLISHED |= {f"turboquant_prod{b}": (b + 0.25, b + 0.25) for b in (2, 3, 4)}
 
@@ -70,7 +71,7 @@ DIFFERENT |= {
 OWN = {"kvtq_2bit", "quarot2", "rotatekv4", "rotatekv3", "rotatekv2", "smoothquant8", "omniquant4", "wkvquant4"}
 OWN |= {"gear4", "gearl4", "gear2", "gearl2"}  # the paper has one block for a prompt of any length
 OWN |= {"block_gtq_k2v2", "block_gtq_k3v2", "block_gtq_k3v3"}  # quotas of all heads; norms count, as there they do not
-OWN |= {"kvarn_even"}  # another rule of factors
+OWN |= {"kvarn_even", "innerq_signed"}  # another rule of factors; signed scales
 OWN |= {"streaming", "snapkv"}  # a window or a prompt's share of what grows without end
 OWN |= {"zipcache_84", "zipcache_32", "roco", "kivi2_sinks", "kvsink2"}
 OWN |= {"kvtuner"}  # a map of bits for one model, over KIVI

@@ -15,6 +15,7 @@ from kvdsl.scheme import (
     ALL,
     DROP,
     ChannelScale,
+    Feedback,
     Float,
     PreRope,
     Probes,
@@ -42,6 +43,12 @@ SCHEMES = {
         both=EXACT, recent=Recent(3), tiers=(Tier(top=4), DROP), router=Saliency("accumulated", moves="down")
     ),
     "streaming": Scheme(both=EXACT, sinks=Sinks(2), recent=Recent(4), tiers=(DROP,)),
+    "fed": Scheme(
+        keys=Store(Uniform(2), scale=per_channel(tokens=4), feedback=Feedback(weight=0.1, channels=8)),
+        values=EXACT,
+        recent=Recent(4, "whole"),
+        tiers=(Tier(),),
+    ),
 }
 
 

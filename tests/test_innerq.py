@@ -11,7 +11,7 @@ import kvdsl
 from kvdsl.codegen import build, build_tiers
 from kvdsl.making import made
 from kvdsl.scheme import ChannelScale, Scheme
-from kvdsl.schemes import innerq
+from kvdsl.schemes import innerq, innerq_signed
 from kvdsl.shape import Shape
 
 SHAPE = Shape(32, 1, 2, dtype="fp32")
@@ -79,3 +79,18 @@ def test_zeros_stay_zeros() -> None:
 def test_bits_are_the_papers() -> None:
     counted = kvdsl.bits(innerq)
     assert (counted.keys, counted.values) == (3.5, 2.5)
+
+
+@pytest.mark.parametrize("offset", [0.0, 2.0])
+def test_signed_scales_err_less_than_ternary_values_and_than_the_paper_s_hybrid(offset: float) -> None:
+    """At the same 2.5 bits, on values around 0 and beside it.  The hybrid: of every group three levels around 0 or its
+    two ends, whichever err less in the sum of sizes."""
+    keys, values = normal(320, 9), normal(320, 10) + offset
+    found = [kvdsl.roundtrip(s, keys, values, window=False, backend="torch")[1] for s in (innerq_signed, innerq)]
+    groups = values.unflatten(2, (-1, 32))
+    low, high = groups.amin(3, keepdim=True), groups.amax(3, keepdim=True)
+    ends, ternary = torch.where(groups - low < high - groups, low, high), found[1].unflatten(2, (-1, 32))
+    lost = [(x - groups).abs().sum(3, keepdim=True) for x in (ends, ternary)]
+    found.append(torch.where(lost[0] < lost[1], ends, ternary).flatten(2, 3))
+    signed, plain, hybrid = ((x - values).square().mean().item() for x in found)
+    assert 2.9 * signed < hybrid <= plain

@@ -27,11 +27,13 @@ SHIPPED = tuple(name for name in kvdsl.names() if kvdsl.load(name).routed)
 
 
 def short(name: str) -> Scheme:
-    """A shipped scheme that decides every few tokens, behind a window of a few."""
+    """A shipped scheme that decides every few tokens, behind a window of a few; blocks of channels are short, too."""
     scheme = kvdsl.load(name)
     changes: dict[str, Any] = {}
     if scheme.recent is not None:
-        changes["recent"] = Recent(16, scheme.recent.flush)
+        changes["recent"] = Recent(32 if scheme.recent.flush == "whole" else 16, scheme.recent.flush)
+    if scheme.keys.feedback is not None:
+        changes["keys"] = scheme.keys.with_(feedback=scheme.keys.feedback.with_(channels=16))
     if scheme.router is not None and isinstance(scheme.router.every, int) and scheme.router.every > 12:
         changes["router"] = scheme.router.with_(every=12)
     changes["tiers"] = tuple(

@@ -36,7 +36,7 @@ class RoutedStream:
         ]
         self.sinks = scheme.sinks.tokens if scheme.sinks else 0
         self.prompt: int | None = None
-        self.gone, self.group = 0, 1
+        self.gone, self.group, self.begun = 0, 1, False
         self.x: dict[Side, Tensor] = {}
         self.where = torch.zeros(0)
         self.queries: list[tuple[int, Tensor]] = []
@@ -128,6 +128,11 @@ class RoutedStream:
         """Note the attention of the step's queries, and decide on what is due.  `labels` int64 (B, H, T): where tokens
         stand behind the decision, whatever this one would be."""
         first, behind = self.prompt is None, max(0, self.tokens - self.sinks)
+        if self.tokens and not self.begun:
+            self.begun = True
+            for tier in self.tiers:
+                if tier is not None:
+                    tier.begin(q, self.where.shape[1])
         if isinstance(self.router, Saliency) and q is not None:
             self._note(self.router, q, scale, softcap)
         if isinstance(self.router, Saliency) and q is None:

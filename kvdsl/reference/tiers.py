@@ -13,8 +13,10 @@ import math
 import torch
 from torch import Tensor
 
+from kvdsl.errors import ShapeError
 from kvdsl.scheme import ALL, SIDES, ChannelScale, Chosen, LowRank, Scheme, Side, Sparse, Store, Tier
 
+from .feedback import directions, fed_forward
 from .quantize import Params, quantize
 from .rounding import LARGEST_INPUT, f32, ratio, stored
 
@@ -39,6 +41,7 @@ class TierRows:
         self.params = {name.removeprefix(prefix): x for name, x in given.items() if name.startswith(prefix)}
         self.block = math.lcm(*(_together(term) for store in self.stores.values() for term in store.terms))
         self.sizes: dict[Side, Tensor] = {}
+        self.directions: Tensor | None = None
         self.tokens: Tensor | None = None
         self.rows: Rows = {}
 
@@ -50,7 +53,21 @@ class TierRows:
     @property
     def measures(self) -> bool:
         """Whether something is measured of all its tokens, so that rows are kept in float32."""
-        return bool(self.scales) or any(_spans(store) for store in self.stores.values())
+        return bool(self.scales) or any(_spans(store) for store in self.stores.values()) or self.fed
+
+    @property
+    def fed(self) -> bool:
+        """Whether errors of keys are fed forward."""
+        return self.stores["keys"].feedback is not None
+
+    def begin(self, query: Tensor | None, heads: int) -> None:
+        """A sequence's first step has these queries (B, Hq, Q, D)."""
+        part = self.stores["keys"].feedback
+        if part is None:
+            return
+        if query is None:
+            raise ShapeError("q: missing; errors of keys are fed forward by the queries of the first step")
+        self.directions = directions(part, query, heads)
 
     def measure(self, rows: Rows, query: Tensor | None, when: str) -> None:
         """Measure tokens as they came, float64 (B, H, n, D), where a size of each channel is of those; query (B, Hq, Q,
@@ -87,6 +104,10 @@ class TierRows:
             return x
         assert self.tokens is not None
         at = self.tokens[:, :, :whole]
+        if side == "keys" and store.feedback is not None:
+            assert self.directions is not None
+            fed = fed_forward(store, x[:, :, :whole], self.directions, self.params)
+            store, x = dc.replace(store, feedback=None), torch.cat([fed, x[:, :, whole:]], 2)
         return torch.cat([quantize(store, x[:, :, :whole], self.params, side, at).decoded, x[:, :, whole:]], 2)
 
 

@@ -13,6 +13,7 @@ from kvdsl.scheme import (
     DROP,
     ChannelScale,
     Codebook,
+    Feedback,
     Float,
     Largest,
     Origin,
@@ -63,6 +64,11 @@ MEASURED: tuple[Store, ...] = (
 """Stores that measure the prompt."""
 BALANCED = Store(Uniform(2), scale=per_token(channels=32), transform=ChannelScale("balance", when="prompt"))
 """One of keys that measures the prompt's queries, too."""
+FED: tuple[Store, ...] = (
+    Store(Uniform(2), scale=per_channel(tokens=8), feedback=Feedback(2, weight=0.1, channels=16)),
+    Store(Codebook(3, "normal"), scale=per_token(channels=8), feedback=Feedback(weight=0.01, channels=24)),
+)
+"""Stores of keys whose errors are fed forward, under scales of several tokens and of one."""
 ANEW: tuple[Store, ...] = (
     Store(Uniform(4), scale=per_channel(tokens=ALL)),
     Store(Uniform(2), scale=per_channel(tokens=ALL, dtype="fp32").with_(clip=0.9)),
@@ -83,11 +89,16 @@ def _routed(draw: Draw, longest: int, attention: bool) -> Scheme:
     sinks = draw(st.sampled_from([None, None, Sinks(1), Sinks(4)]))
     anew = draw(st.sampled_from(["never", "never", "on_flush"]))
     rolling = st.builds(Recent, st.integers(1, longest))
+    if draw(st.integers(0, 9)) == 9:
+        full = Recent(8 * draw(st.integers(1, max(1, longest // 8))), "whole")
+        return Scheme(
+            draw(st.sampled_from(FED)), draw(st.sampled_from(ALONE)), sinks=sinks, recent=full, tiers=(Tier(),)
+        )
     if draw(st.integers(0, 4)) == 4:  # no tiers, or one
         keys, values = draw(_keys(anew, "new")), draw(_stores(anew, "new"))
         tiers = draw(st.sampled_from([(), (Tier(),)])) if anew == "on_flush" else (Tier(),)
         whole = st.builds(Recent, st.integers(1, longest), st.just("whole"))
-        recent = draw(st.one_of(st.none(), rolling, *([] if tiers else [whole])))
+        recent = draw(st.one_of(st.none(), rolling, whole))
         return Scheme(keys, values, sinks=sinks, recent=recent, tiers=tiers, requantize=anew)
     router = draw(_routers(attention, anew, longest))
     keys, values = draw(_keys(anew, router.moves)), draw(_stores(anew, router.moves))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 from tier_cases import BEFORE_ROPE, case
 
+from kvdsl.scheme import Recent, Scheme, Tier
 from kvdsl.shape import Shape
 from kvdsl.testing import LAWS, Case
+from kvdsl.testing.tier_strategies import ALONE, FED
 
 NAMES = ("zipcache", "mikv", "h2o")  # of the others tokens go other ways through the same kernels
 
@@ -23,3 +25,8 @@ def test_keys_before_rope_in_tiers_obey_the_law(name: str, law: str) -> None:
     """With a sliding window where tokens move down."""
     shape = Shape(32, 2, 4, placed=name == "down")
     LAWS[law](Case(BEFORE_ROPE[name], shape, "triton", tokens=45, seed=1))
+
+
+def test_keys_whose_errors_are_fed_forward_obey_the_law() -> None:
+    scheme = Scheme(FED[0], ALONE[0], recent=Recent(8, "whole"), tiers=(Tier(),))
+    LAWS["tiers_hold_what_is_defined"](Case(scheme, Shape(32, 1, 2), "triton", batch=2, tokens=20, seed=1))
