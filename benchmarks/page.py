@@ -1,6 +1,7 @@
 """`python benchmarks/page.py > docs/speed.md`: the figures of benchmarks/results, as a page.
 
-Each file there is what `kvdsl bench ... --json` printed on a GPU; of a scheme and shape that several have, the last counts.
+Each file there is what `kvdsl bench ... --json` printed on a GPU; of a scheme and shape that several have, the last
+counts.
 """
 
 from __future__ import annotations

@@ -59,8 +59,8 @@ def test_factors_bring_tokens_to_like_sizes() -> None:
 
 @pytest.mark.parametrize("of_tokens", [True, False])
 def test_the_order_of_sums_chooses_nothing(of_tokens: bool) -> None:
-    """Of tokens with a common offset one channel, after rotation, holds nearly all of them: rounds end at the bounds, as
-    uneven as each other but for rounding, and a GPU once took another one than a CPU."""
+    """Of tokens with a common offset one channel, after rotation, holds nearly all of them: rounds end at the bounds,
+    as uneven as each other but for rounding, and a GPU once took another one than a CPU."""
     for seed in range(8):
         x = normal(1, 1, 128, 32, seed=seed).double()
         x[..., 0] += 20 * 32**0.5
