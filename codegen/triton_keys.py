@@ -136,8 +136,8 @@ class Keys(Planes):
                 lines += read_group(self, group, half, tokens)
             score = self.steps.assembled(name, f"total{group}", self.scale, self.offset)
             lines += [f"{name} = {score}"] if score != name else []
-        total = ["s = " + " + ".join(f"s{group}" for group in range(side.groups))]
-        return lines + total * (side.groups > 1)
+        summed = ["s = " + " + ".join(f"s{group}" for group in range(side.groups))]
+        return lines + summed * (side.groups > 1)
 
     def _dot(self, plane: int, *, first: bool) -> str:
         """Add a plane's share of the score s, of decoded channels."""
