@@ -47,18 +47,40 @@ def dots_keep_their_precision(text: Text) -> Iterator[Fault]:
 
 
 def bfloat16_is_widened_at_once(text: Text) -> Iterator[Fault]:
-    """Arithmetic and tl.dot on bfloat16 are garbage in the interpreter: a load of it is followed by .to(tl.float32)."""
+    """Arithmetic and tl.dot on bfloat16 are garbage in the interpreter: a load of it is followed by .to(tl.float32), or
+    by nothing but a store as it is."""
     for function in text.functions:
         kinds = text.types.get(function.name, {})
         narrow = {name for name, found in kinds.items() if "*bf16" in found}
         reached = text.derived(function, narrow)
-        for call in calls(function, "tl.load"):
-            if call.args and reached & names(call.args[0], is_load) and not is_widened(call, text.parents):
+        loads = [call for call in calls(function, "tl.load") if call.args and reached & names(call.args[0], is_load)]
+        stores = [call for call in calls(function, "tl.store") if len(call.args) > 1]
+        stores = [call for call in stores if reached & names(call.args[0], is_load)]
+        copied = _copied(function, text, loads, stores)
+        for call in loads:
+            if not is_widened(call, text.parents) and not _targets(text.parents[call]) & copied:
                 yield call.lineno, "bfloat16 is loaded and not widened by .to(tl.float32) in the same expression"
-        for call in calls(function, "tl.store"):
-            if len(call.args) > 1 and reached & names(call.args[0], is_load):
-                if not is_of(call.args[1], {"tl.bfloat16"}, text, function):
-                    yield call.lineno, "a store to bfloat16 rounds wrongly in the interpreter; round to bits first"
+        for call in stores:
+            if ast.unparse(call.args[1]) not in copied and not is_of(call.args[1], {"tl.bfloat16"}, text, function):
+                yield call.lineno, "a store to bfloat16 rounds wrongly in the interpreter; round to bits first"
+
+
+def _copied(function: ast.FunctionDef, text: Text, loads: list[ast.Call], stores: list[ast.Call]) -> set[str]:
+    """Names of numbers that such loads give and that are stored by such stores, and nothing else."""
+    given = set[str]().union(*(_targets(text.parents[call]) for call in loads))
+    found = {name for name in given if all(value in loads for value in text.assignments(function)[name])}
+    kept = [call.args[1] for call in stores]
+    read = (node for node in ast.walk(function) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load))
+    return found - {node.id for node in read if node not in kept}
+
+
+def _targets(node: ast.AST) -> set[str]:
+    """The name that an assignment gives, if it is one."""
+    return (
+        {target.id for target in node.targets if isinstance(target, ast.Name)}
+        if isinstance(node, ast.Assign)
+        else set()
+    )
 
 
 def no_rounding_casts(text: Text) -> Iterator[Fault]:

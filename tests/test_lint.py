@@ -187,6 +187,14 @@ def test_bfloat16_must_be_stored_as_bits() -> None:
     assert any("rounds wrongly" in fault for fault in faults_in(through, [LAUNCH]))
 
 
+def test_bfloat16_may_be_copied() -> None:
+    """As `append` does with a new token's row: nothing is done with it."""
+    copy = "y = tl.load(in_ptr + 1)\n    tl.store(in_ptr + 2, y)"
+    for said, faults in ((copy, 0), (f"{copy}\n    z = y + peak", 2)):
+        text = in_kernel(said).replace("other=0)", "other=0).to(tl.float32)")
+        assert len(faults_in(text, [LAUNCH])) == faults, faults_in(text, [LAUNCH])
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.text(max_size=60))
 def test_text_in_a_comment_or_docstring_never_becomes_code(text: str) -> None:
