@@ -12,7 +12,7 @@ _PLACES = {
     "scheme": ("ALL", "Balance", "Bands", "Block", "ChannelScale", "ChannelShift", "Codebook", "DROP", "Eigenbasis",
                "Float", "Largest", "LowRank", "Origin", "Part", "Permute", "Polar", "PreRope", "Probes", "Recent",
                "Rotate", "Router", "Saliency", "Scale", "Scheme", "Shared", "Sinks", "Sketch", "Sparse", "Store",
-               "Tier", "TopChannels", "Uniform", "per_channel", "per_tensor", "per_token"),
+               "Tier", "TopChannels", "Uniform", "Vectors", "per_channel", "per_tensor", "per_token"),
     "shape": ("Shape",),
     "errors": ("BackendError", "CacheError", "Fault", "ProofError", "SchemeError", "ShapeError"),
     "registry": ("load", "name_of", "names"),

@@ -25,6 +25,7 @@ from .codes import (
     SketchBasis,
     Sparse,
     Uniform,
+    Vectors,
     Weights,
     When,
 )
@@ -55,6 +56,7 @@ LONGEST_BLOCK = 512  # tokens that may share a scale: a page holds whole blocks
 LONGEST_WINDOW = 1 << 20
 LONGEST_SOURCE = 4096  # characters
 MOST_LEVELS = 16  # of a table: more are no lookup in registers any more
+MOST_COUPLED = 8  # numbers that share a code
 MOST_CLIP = 4.0
 MOST_CANDIDATES = 8
 LONGEST_SKETCH = 1024  # rows
@@ -291,6 +293,11 @@ KINDS: dict[type[Part], dict[str, Check]] = {
         "weights": word(Weights, optional=True),
         "match": word(Match, optional=True),
     },
+    Vectors: {
+        "bits": count(1, 8, "bits"),
+        "channels": count(2, MOST_COUPLED, "channels"),
+        "weights": word(Weights, optional=True),
+    },
     Sketch: {
         "dim": count(8, LONGEST_SKETCH, "rows", whole_axis=True),
         "basis": word(SketchBasis),
@@ -328,7 +335,9 @@ KINDS: dict[type[Part], dict[str, Check]] = {
     Bands: {"stores": stores, "channels": stretches},
     Shared: {},
     Store: {
-        "code": one_of("Uniform(bits=4) or Float('fp16')", Uniform, Float, Codebook, Sketch, Bands, LowRank, Shared),
+        "code": one_of(
+            "Uniform(bits=4) or Float('fp16')", Uniform, Float, Codebook, Vectors, Sketch, Bands, LowRank, Shared
+        ),
         "scale": one_of("scale=per_token(channels=32)", Scale, optional=True),
         "transform": transforms,
         "outliers": one_of("outliers=TopChannels(8, store=Store(...))", TopChannels, Sparse, optional=True),
