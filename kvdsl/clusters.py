@@ -13,7 +13,7 @@ from torch import Tensor
 from .codes import Vectors
 
 SEED = 0
-ROUNDS = 100  # the paper's; most tables stand still before
+ROUNDS = 100  # at most: most tables stand still before
 MOST_VECTORS = 1 << 14  # that a table is fitted to; of more evenly spaced ones are taken
 TOGETHER = 1 << 24  # distances that are in memory at a time
 LARGEST = 65504.0

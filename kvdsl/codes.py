@@ -103,7 +103,7 @@ class Vectors(Part):
 
     weights  of the squared distances that the tables make least.  None: all vectors of a group count alike.  `fisher`:
              each as the squared derivatives of the model's loss by its numbers add up to (CQ, arXiv 2405.03917,
-             section 3.2)
+             centroids guided by the Fisher information)
     """
 
     bits: int

@@ -44,7 +44,7 @@ def lost(store: Store, x: torch.Tensor) -> float:
 
 
 def test_coupled_channels_lose_less_of_correlated_numbers_at_equal_bits() -> None:
-    """CQ, section 3.1: the more channels share a code, the less is lost, and far less where channels depend on one
+    """The claim of CQ: the more channels share a code, the less is lost, and far less where channels depend on one
     another.  Of independent normal numbers a better packing is all there is to gain."""
     own, common = normal(1, 1, 2048, 32), normal(1, 1, 2048, 8, seed=1).repeat_interleave(4, -1)
     found = []
