@@ -15,7 +15,7 @@ from typing import Literal
 
 from kvdsl.codes import width
 from kvdsl.errors import ProofError
-from kvdsl.scheme import Codebook, Float, Scale, Sketch, Store
+from kvdsl.scheme import Codebook, Float, Scale, Sketch, Store, Vectors
 
 EXTREMES = ("absmax", "signed_absmax")  # ranges whose scale is the largest number over the top level
 
@@ -71,7 +71,8 @@ SMALL = {
 class Alphabet:
     """The codes of one side.
 
-    kind     affine: level(c) = first + step*c; table: looked up; pattern: the bits of a small float
+    kind     affine: level(c) = first + step*c; table: looked up; pattern: the bits of a small float; vectors: looked up
+             in memory, of each group of channels in its own table
     bits     of a code
     count    codes that are ever stored
     levels   of a table known now, float32 numbers, one for each of the 2**bits codes; () where there is no such table
@@ -80,7 +81,7 @@ class Alphabet:
     lift     a scale is multiplied by 2**lift before it is rounded to float16, so that it is near the numbers themselves
     """
 
-    kind: Literal["affine", "table", "pattern"]
+    kind: Literal["affine", "table", "pattern", "vectors"]
     bits: int
     count: int
     levels: tuple[float, ...] = ()
@@ -100,6 +101,16 @@ class Alphabet:
     def given(self) -> bool:
         """The levels come with the parameters, once the kernels run."""
         return self.kind == "table" and not self.levels
+
+    @property
+    def vectors(self) -> bool:
+        """A code stands for the numbers of several channels."""
+        return self.kind == "vectors"
+
+    @property
+    def fitted(self) -> bool:
+        """What codes stand for comes with the parameters."""
+        return self.given or self.vectors
 
     @property
     def top(self) -> float:
@@ -152,6 +163,8 @@ def alphabet_of(store: Store, channels: int) -> Alphabet:
 
         level = single(estimator(code, channels))
         return Alphabet("affine", 1, 2, (-level, level), Fraction(-level), Fraction(2 * level))
+    if isinstance(code, Vectors):
+        return Alphabet("vectors", code.bits, 2**code.bits)
     if not isinstance(code, Codebook):
         bits = 0 if isinstance(code, Float) or bits is None else bits
         return Alphabet("affine", bits, 2**bits)
@@ -190,6 +203,8 @@ def prove(alphabet: Alphabet) -> list[tuple[str, str]]:
     """(statement, method) of what a code's number rests on.  Raises ProofError where it does not hold."""
     if alphabet.given:
         return [("l = the table of the parameters, rounded to float16 where a product reads it", "by definition")]
+    if alphabet.vectors:
+        return [("l = a number of float16, from the table of the channel's group", "by definition")]
     method = f"exhaustive ({2**alphabet.bits} codes)"
     if not alphabet.looked_up:
         if not alphabet.levels:

@@ -41,10 +41,10 @@ def prove_bijection(layout: Layout) -> tuple[BijectionProof, ...]:
             period = 2 * PAIR if stream.paired else 1
             seen = set()
             for token in range(period):
-                for channel in range(part.width):
+                for channel in range(part.codes):
                     byte, bit = stream.address(token, channel, part.plane_width)
                     seen |= {8 * byte + bit + k for k in range(stream.width)}
-            wanted = period * part.width * stream.width
+            wanted = period * part.codes * stream.width
             stride = stream.row(period) * stream.row_words * 16
             if seen != set(range(wanted)) or stride != wanted:
                 raise ProofError(f"{side}: the {stream.width}-bit stream does not fill its section exactly once")

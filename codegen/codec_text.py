@@ -9,10 +9,13 @@ from .codec_codes import encode, levels_of, loss, products
 from .codec_scales import measure, refit, word_lines
 from .plan import SidePlan
 from .text import WIDTH, Lines
+from .triton_vectors import encode as encode_vectors
 
 
 def functions(side: SidePlan, ns: Namespace) -> list[str]:
     """The texts of a side's functions, those that something calls."""
+    if side.alphabet.vectors:
+        return [encode_vectors(side)] if ns == "tl." else []
     under = coding(side) if side.store.measure is not None else []
     told = "The codes of x, int32." if ns == "tl." else "The codes of x, whole numbers."
     made = [_Function("encode", ["x", *under], told, encode)]

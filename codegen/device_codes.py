@@ -260,6 +260,12 @@ else:
 
 
 @triton.jit
+def half_of(words, WHICH: tl.constexpr):
+    """One of the float16 numbers in words of two or four of them, the lowest bits first, as float32."""
+    return (words >> 16 * WHICH).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
 def half_bits(level):
     """The bits of a float16 as near as can be, int32."""
     return level.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)

@@ -107,6 +107,9 @@ def alphabet_lines(side: SidePlan) -> list[str]:
         lines.append("c of chosen channels that of 0")
     if alphabet.small is not None:
         lines.append(f"l[t, d] = the number whose {alphabet.bits} bits are stored, {alphabet.small.name}")
+    elif alphabet.vectors:
+        size = side.layout.coupled
+        lines.append(f"l[t, d] = number d % {size} of vector c[t, d // {size}] of the table of these {size} channels")
     elif alphabet.given:
         others = ", not those that numbers are compared with" * alphabet.matched
         lines.append(f"l[t, d] = one of {alphabet.count} calibrated levels{others}")
@@ -138,7 +141,8 @@ def page_lines(plan: Plan) -> list[str]:
         for stream in part.streams:
             rows = "tokens t and t + 32 share a word" if stream.paired else "one token a row"
             planes = f"{part.plane_width} bytes of 5 ternary digits" if stream.digits else ""
-            planes = planes or f"{stream.width}-bit planes of {part.plane_width} channels"
+            codes = f"codes of {part.coupled} channels" if part.coupled > 1 else "channels"
+            planes = planes or f"{stream.width}-bit planes of {part.plane_width} {codes}"
             lines.append(f"  {stream.offset:6d}  {side.title}: {planes}, {rows}")
     for side in plan.stored:
         if held := side.factors:

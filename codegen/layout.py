@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Literal
 
-from kvdsl.codes import SLOT_TOKENS, in_trits, trit_bytes
+from kvdsl.codes import SLOT_TOKENS, coupled, in_trits, trit_bytes
 from kvdsl.codes import width as code_bits
 from kvdsl.scheme import ALL, SIDES, Band, Chosen, Float, LowRank, MetaFormat, Scheme, Sparse, Store
 from kvdsl.shape import Shape
@@ -124,15 +124,16 @@ class Meta:
 
 @dataclass(frozen=True)
 class Span:
-    """The channels of a plane: lanes [low, high) of a tile of words, lane x being channel start + x."""
+    """The channels of a plane: lanes [low, high) of a tile of words, lane x being channel start + step * x."""
 
     start: int
     low: int
     high: int
+    step: int = 1
 
     @property
     def channels(self) -> range:
-        return range(self.start + self.low, self.start + self.high)
+        return range(self.start + self.step * self.low, self.start + self.step * self.high, self.step)
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,8 @@ class SideLayout:
     """One side of a page, `width` numbers a token.  `streams` is empty where the numbers themselves are stored
     (`float_offset`), vectors of low rank (`factors`), single numbers (`slots`), or those of chosen channels (`beside`),
     which `channels` tells.  Planes have `plane_width` lanes; of digits the last may have fewer, and one that crosses
-    groups of channels counts as several.  `rest`: where the side's next term stands."""
+    groups of channels counts as several.  Of `coupled` channels that share a code each has planes of its own, one
+    behind the other, which are read from the same words.  `rest`: where the side's next term stands."""
 
     width: int
     streams: tuple[Stream, ...]
@@ -153,6 +155,7 @@ class SideLayout:
     beside: Beside | None = None
     channels: Channels | None = None
     across: Across | None = None
+    coupled: int = 1
     rest: SideLayout | None = None
 
     @property
@@ -169,6 +172,15 @@ class SideLayout:
     @property
     def planes(self) -> int:
         return len(self.spans)
+
+    @property
+    def codes(self) -> int:
+        """Codes of a token."""
+        return self.width // self.coupled
+
+    def place(self, stream: Stream, plane: int) -> Place:
+        """Where the codes of a plane stand in a stream."""
+        return stream.places[plane // self.coupled]
 
     @property
     def digits(self) -> bool:
@@ -206,11 +218,17 @@ def widths(bits: int) -> tuple[int, ...]:
     return tuple(w for w in (8, 4, 2, 1) if bits & w)
 
 
-def _natural(width: int, head_dim: int) -> tuple[bool, int]:
-    """(paired, plane width) of a stream on its own."""
-    if head_dim * width % 16 == 0 and head_dim * width // 16 >= NARROWEST:
-        return False, head_dim * width // 16
-    return True, head_dim * width // 8
+def _natural(width: int, codes: int, least: int = NARROWEST) -> tuple[bool, int]:
+    """(paired, plane width) of a stream of so many codes a token on its own; planes below `least` hold two tokens."""
+    if codes * width % 16 == 0 and codes * width // 16 >= least:
+        return False, codes * width // 16
+    return True, codes * width // 8
+
+
+def _least(store: Store) -> int:
+    """Lanes of planes that one token fills: where channels share codes each has planes of its own, so that they would
+    be many narrow ones, whose operands fill the registers."""
+    return 2 * NARROWEST if coupled(store.code) > 1 else NARROWEST
 
 
 def _groups(store: Store) -> int | None:
@@ -223,6 +241,9 @@ def _groups(store: Store) -> int | None:
 
 def _spans(store: Store, head_dim: int, width: int) -> tuple[Span, ...]:
     """The planes, in order."""
+    if (step := coupled(store.code)) > 1:
+        whole = range(0, head_dim, width * step)
+        return tuple(Span(start + i, 0, width, step) for start in whole for i in range(step))
     spans = []
     for start in range(0, head_dim, width):
         end = min(start + width, head_dim)
@@ -235,8 +256,9 @@ def _spans(store: Store, head_dim: int, width: int) -> tuple[Span, ...]:
 
 
 def plane_width(store: Store, head_dim: int) -> int:
-    """Channels a plane, common to all streams of a side; it divides a per-token group of channels where that can be,
-    and half of a vector in polar coordinates: radius and angle of a pair stand in the same lane of two planes."""
+    """Channels a plane, or codes of several, common to all streams of a side; it divides a per-token group of channels
+    where that can be, and half of a vector in polar coordinates: radius and angle of a pair stand in the same lane of
+    two planes."""
     width = _common_width(store, head_dim)
     while store.polar and not isinstance(store, Band) and head_dim // 2 % width:
         width //= 2
@@ -254,7 +276,8 @@ def _common_width(store: Store, head_dim: int) -> int:
         return head_dim & -head_dim
     if in_trits(store.code):
         return trit_bytes(head_dim)
-    width = min(_natural(w, head_dim)[1] for w in widths(code_bits(store.code) or 0))
+    head_dim //= coupled(store.code)
+    width = min(_natural(w, head_dim, _least(store))[1] for w in widths(code_bits(store.code) or 0))
     group, narrow = _groups(store), width
     if group is None:
         return width
@@ -263,11 +286,13 @@ def _common_width(store: Store, head_dim: int) -> int:
     return width if group % narrow or head_dim // narrow > MOST_PLANES else narrow
 
 
-def _streams(bits: int, head_dim: int, width: int, tokens: int, offset: int) -> tuple[tuple[Stream, ...], int]:
+def _streams(
+    bits: int, head_dim: int, width: int, tokens: int, offset: int, least: int = NARROWEST
+) -> tuple[tuple[Stream, ...], int]:
     streams, shift = [], bits
     for stream_width in widths(bits):
         shift -= stream_width
-        paired, _ = _natural(stream_width, head_dim)
+        paired, _ = _natural(stream_width, head_dim, least)
         per_byte = 8 // stream_width
         per_tile = per_byte if paired else 2 * per_byte
         places = tuple(
@@ -339,8 +364,8 @@ def lay_out(scheme: Scheme, shape: Shape) -> Layout:
             if in_trits(store.code):
                 streams, offset = _digit_stream(spans, width, tokens, offset)
             else:
-                streams, offset = _streams(bits, dim, width, tokens, offset)
-            codes[at] = SideLayout(dim, streams, width, spans, None)
+                streams, offset = _streams(bits, dim // coupled(store.code), width, tokens, offset, _least(store))
+            codes[at] = SideLayout(dim, streams, width, spans, None, coupled=coupled(store.code))
     metas = {at: _meta(store, dims[at], shape.kv_heads, tokens) for at, store in stores.items()}
     for at, meta in metas.items():
         if meta is not None and not meta.shared:

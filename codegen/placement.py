@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 
-from kvdsl.scheme import ALL, Scale, Store, Uniform
+from kvdsl.scheme import ALL, Scale, Store, Uniform, Vectors
 from kvdsl.window import token_block
 
 from .layout import SideLayout
@@ -44,10 +44,10 @@ def place(store: Store, part: SideLayout) -> When:
 
     Behind the dot product a scale must be constant over the channels of whole planes; once per tile it must be constant
     over a tile's tokens, which takes blocks of 32 tokens or a multiple.  Rotary positions are put back on decoded
-    numbers, and radii and angles become channels when both are decoded.
+    numbers, radii and angles become channels when both are decoded, and vectors are looked up number by number.
     """
     scale = store.measure
-    if store.polar:
+    if store.polar or isinstance(store.code, Vectors):
         return When.IN_LOOP
     if scale is None:
         return When.NEVER

@@ -98,7 +98,7 @@ class Plan:
         shared = all(term.layout.plane_width >= 2 * NARROWEST for term in self.terms)
         apart = all(side.apart or side.residual is not None for side in (self.keys, self.values))
         full = self.values.row > WIDEST or apart
-        full = full or self.keys.rope is not None and (self.keys.alphabet.given or self.keys.mixed)
+        full = full or self.keys.rope is not None and (self.keys.alphabet.fitted or self.keys.mixed)
         full = full or self.keys.joined > 1 and self.keys.row > WIDEST
         return shared and not full
 

@@ -7,7 +7,9 @@ from .plan import Plan
 from .text import helpers_used
 from .torch_sides import TorchSide
 
-HOST = ("host", "host_beside", "host_blocks", "host_factors", "host_maps", "host_products", "host_slots")
+HOST = (
+    "host", "host_beside", "host_blocks", "host_factors", "host_maps", "host_products", "host_slots", "host_vectors",
+)  # fmt: skip
 
 
 def render(plan: Plan, name: str) -> str:

@@ -16,6 +16,7 @@ from kvdsl.errors import BackendError
 from kvdsl.kernels import Params
 
 from .assembling import fewest_spills
+from .host_vectors import table_words
 from .launch import ATTEND, DEPTH, assembled
 from .launches import ASSEMBLER, GIVEN_POINTERS, arguments, fused, stages, warps
 from .occupancy import more_registers, residents
@@ -65,7 +66,7 @@ class KernelModule:
                 assert pool is not None
                 values[name] = pool.view(VIEWS[name])
             elif name in GIVEN_POINTERS:
-                values[name] = params[GIVEN_POINTERS[name]]
+                values[name] = table_words(params[GIVEN_POINTERS[name]])
             elif name not in values and name.startswith(("keys_", "values_")):
                 values[name] = _parameter(name, params)
         function = getattr(self.module, kernel)[grid]

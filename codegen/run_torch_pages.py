@@ -75,7 +75,7 @@ class TorchPages:
 
     def _given(self, part: SidePlan, params: Params) -> list[Tensor]:
         """What comes with the parameters, in the order in which the term's functions take it."""
-        wanted = (part.static, "scale"), (part.second is not None, "scale.scale"), (part.alphabet.given, "code")
+        wanted = (part.static, "scale"), (part.second is not None, "scale.scale"), (part.alphabet.fitted, "code")
         return [params[f"{part.path}.{name}"] for takes, name in wanted if takes]
 
     def _turned(self, part: SidePlan, rows: Tensor, params: Params) -> Tensor:

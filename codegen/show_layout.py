@@ -122,12 +122,12 @@ def _stream(part: SideLayout, stream: Stream) -> dict[str, Any]:
 
 def _drawn(side: SidePlan, stream: Stream) -> list[str]:
     """One word of each word tile, highest bit first, with the channel that each run of bits belongs to."""
-    wide = side.layout.plane_width
+    wide, size = side.layout.plane_width, side.layout.coupled
+    codes, step = (f"codes of {size} channels", f"{size}x") if size > 1 else ("channels", "x")
     if stream.digits:
         return _drawn_digits(side, wide)
     lines = [
-        f"{side.title}, {stream.width}-bit stream: planes of {wide} channels; "
-        f"16-bit words of a tile, x = 0..{wide - 1}",
+        f"{side.title}, {stream.width}-bit stream: planes of {wide} {codes}; 16-bit words of a tile, x = 0..{wide - 1}",
         f"  row t // 64 * 32 + t % 32: token t in the low byte, token t + {PAIR} in the high byte"
         if stream.paired
         else "  row t: one token",
@@ -138,7 +138,7 @@ def _drawn(side: SidePlan, stream: Stream) -> list[str]:
             if place.tile == tile:
                 for byte in (0, 1) if stream.paired else (place.byte,):
                     low = 8 * byte + place.bit
-                    cells[low] = f"{place.plane * wide}+x"
+                    cells[low] = f"{place.plane * wide * size}+{step}"
         starts = sorted(cells, reverse=True)
         size = max(map(len, cells.values())) + 1
         bits = [f"{low + stream.width - 1}..{low}" if stream.width > 1 else str(low) for low in starts]

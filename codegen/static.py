@@ -219,6 +219,9 @@ def _of_codes(term: SidePlan) -> list[str]:
         found.append(f"codes of {alphabet.bits} bits stand in streams of {widths}")
     if alphabet.small is not None:
         found.append(f"each code of {alphabet.small.name} becomes a float16")
+    elif alphabet.vectors:
+        size = term.layout.coupled
+        found.append(f"each code of {size} channels is looked up in a table in memory, {2 * size} bytes a code")
     elif alphabet.kind == "table":
         whose = "the parameters" if alphabet.given else "the scheme"
         found.append(f"each code is looked up in a table of {alphabet.count} levels of {whose}")

@@ -35,14 +35,14 @@ class TorchPack:
 
     def __init__(self, plan: Plan, side: SidePlan) -> None:
         self.plan, self.side = plan, side
-        self.width, self.planes = side.layout.plane_width, range(side.layout.planes)
+        self.width, self.planes = side.layout.plane_width, range(side.layout.planes // side.layout.coupled)
         self.prefix = side.letter
         self.steps = Steps(side, sp.Integer(1), "..., ", "")
 
     @property
     def _split(self) -> str:
         """The call that splits channels into planes."""
-        sizes = [span.high - span.low for span in self.side.layout.spans]
+        sizes = [span.high - span.low for span in self.side.layout.spans[:: self.side.layout.coupled]]
         return f"split(({listed(map(str, sizes))}), -1)" if len(set(sizes)) > 1 else f"chunk({len(sizes)}, -1)"
 
     # ---- what a function takes ------------------------------------------------------------------------------------
@@ -65,7 +65,7 @@ class TorchPack:
         side = self.side
         found = ["calibrated"] if side.static else []
         found += ["second"] if side.second is not None else []
-        return found + (["table"] if side.alphabet.given else [])
+        return found + (["table"] if side.alphabet.fitted else [])
 
     def _given(self, function: str) -> list[str]:
         """Lines that name the numbers of the parameters as this one of the side's functions takes them."""
@@ -109,7 +109,7 @@ class TorchPack:
             elif meta is not None:
                 self._measured(out)
                 under = [self._spread(name) for name in coding(side)]
-            coded = call(side, "encode", ["x", *under])
+            coded = "nearest_vectors(x, table)" if side.alphabet.vectors else call(side, "encode", ["x", *under])
             out.add(f"code = {coded}" if side.uniform is not None else f"code = {coded}.to(torch.uint8)")
             if side.raised:
                 out.add(f"above, code = code >> {side.alphabet.bits}, code & {2**side.alphabet.bits - 1}")

@@ -128,6 +128,8 @@ class TorchSide(TorchPack):
         codes = f"codes_{self.side.label}(pages)"
         if not self.side.alphabet.looked_up:
             return [f"code = {codes}.to(torch.float32)"]
+        if self.side.alphabet.vectors:
+            return [f"code = vectors_of({codes}, table)"]
         return [*self._given("levels"), f"code = {call(self.side, 'levels', [codes])}"]
 
     def _numbers(self) -> list[str]:

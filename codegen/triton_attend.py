@@ -377,7 +377,7 @@ def parameters(plan: Plan) -> list[str]:
     for side in (plan.keys, plan.values):  # what is left has none
         found += [f"{side.name}_scale_ptr"] if side.static else []
         found += [f"{side.name}_second_ptr"] if side.second is not None else []
-        found += [f"{side.name}_table_ptr"] if side.alphabet.given else []
+        found += [f"{side.name}_table_ptr"] if side.alphabet.fitted else []
     return found
 
 

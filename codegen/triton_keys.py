@@ -17,6 +17,7 @@ from .triton_planes import Planes
 from .triton_rope import Positions
 from .triton_rows import ExactRows
 from .triton_together import load_together, read_group
+from .triton_vectors import first_channel
 
 
 class Keys(Planes):
@@ -104,7 +105,7 @@ class Keys(Planes):
         if side.floats and not side.polar:
             return self._float_scores(tokens)
         lines = self.load(half, tokens)
-        if side.polar:
+        if side.polar or side.alphabet.vectors:
             for i, (j, made) in enumerate(self.packed_channels(half, tokens)):
                 lines += [*made, self._dot(j, first=not i)]
             return lines
@@ -262,9 +263,7 @@ class Keys(Planes):
         for j in range(self.side.layout.planes):
             address = f"{token} * {self.side.dim} + {lane}{plus(j * self.width)}"
             lines.append(f"k = tl.load({self.side.rows} + {address}{other})")
-            left, right = "k", f"e{j}"
-            if fp32 and self.exact == "tl.float16":
-                right = f"x{j}"
+            left, right = "k", f"x{j}" if fp32 and self.exact == "tl.float16" else f"e{j}"
             if not fp32 and self.exact == "tl.float32":
                 left = "k.to(tl.float32)"
             precise = ', input_precision="ieee"' if fp32 or self.exact == "tl.float32" else ""
@@ -292,7 +291,7 @@ class Keys(Planes):
     def exact_scores(self, there: str, *, more: bool = False) -> list[str]:
         """r = scores of exact edge tokens, where a mask says that they are there, in the planes of the decoded ones;
         `more`: their share is added to it."""
-        token, lane = self.grid("row", self.lane)
+        token, lane = self.grid("row", first_channel(self))
         first = plus(self.side.first) if self.side.stretch else ""
         lines = [f"source = key_rows + {token} * {self.plan.shape.head_dim} + {lane}{first}"]
         for j in range(self.side.layout.planes):

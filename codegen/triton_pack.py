@@ -21,6 +21,7 @@ from .triton_attend import parameters, pools
 from .triton_blocks import Block, Given, InPlanes, OverHeads, Walked, measured, settle
 from .triton_meta import entry, section, static_read
 from .triton_planes import Planes
+from .triton_vectors import coded, first_channel
 
 KEEP = """
 @triton.jit
@@ -106,10 +107,12 @@ class Pack(Planes):
                 )
             if side.layout.meta is not None:
                 self._online(body)
+            elif side.alphabet.vectors:
+                coded(self, body)
             else:
                 names = ["scale", *(["offset"] if side.has_offset else [])] if side.static else []
                 for j in range(side.layout.planes):
-                    self._loads(body, [j])
+                    self.load_planes(body, [j])
                     body.extend(static_read(self, j, self.lane) if side.static else [])
                     self._encode(body, j, [f"{self.prefix}_{name}[None, :]" for name in names])
             self._words(body)
@@ -135,7 +138,7 @@ class Pack(Planes):
         }
         keep = fill(
             KEEP, **holes, rows_ptr=rows, span=self.span, lanes_t=self.tokens, page=plan.layout.page_tokens,
-            lanes=self.lane_lines(), lane=self.lane,
+            lanes=self.lane_lines(), lane=first_channel(self),
             span_mask=f" & (tl.arange(0, {self.tokens}) < {self.span})" if self.tokens != self.span else "",
             head_dim=side.stride, first_lane=plus(side.first) if side.band else "", body=body,
         )  # fmt: skip
@@ -156,7 +159,7 @@ class Pack(Planes):
                 body.add("x = tl.where(x == x, finite(x), x).to(tl.float16)")
             body.add(f"tl.store({self.at('out', j)}, x, mask={mask})")
 
-    def _loads(self, body: Lines, planes: Iterable[int]) -> None:
+    def load_planes(self, body: Lines, planes: Iterable[int]) -> None:
         """x<plane> of some planes: of float32 ones just before they are needed, as a token block of all channels would
         fill the registers."""
         body.extend([f"x{j} = {self.loaded('source', j)}" for j in planes])
@@ -201,12 +204,12 @@ class Pack(Planes):
         blocks = {group: InPlanes(self, members) for group, members in groups.items()}
         if not settled(side) or fine(side):
             for group, block in blocks.items():
-                self._loads(body, block.members)
+                self.load_planes(body, block.members)
                 body.extend(settle(side, {"": block}, halves=False) if settled(side) else [])
                 self._block(body, group, block, block.members)
             return
         # float16 numbers are few registers: all are asked for at once, and one branch looks after all that are odd
-        self._loads(body, planes)
+        self.load_planes(body, planes)
         several = len(blocks) > 1
         marks = {f"_{i}" if several else "": block for i, block in enumerate(blocks.values())}
         halves = several or statistics(side) != ["top"]
@@ -224,7 +227,7 @@ class Pack(Planes):
             mask = f", mask={inside}, other=2.0" if (inside := self.inside(members[0])) else ""
             body.add(f"count = tl.load({self.at('counts', members[0])}{mask})")
         body.extend(measured(self.side, block))
-        self._loads(body, [] if block.in_registers else members)
+        self.load_planes(body, [] if block.in_registers else members)
         body.add(f"{', '.join(words(self.side))} = {call(self.side, 'words', [*stored_numbers(self.side), 'spoilt'])}")
         self._store(body, group, only, members[0])
         for j in members:
@@ -254,9 +257,13 @@ class Pack(Planes):
     def _encode(self, body: Lines, plane: int, under: list[str]) -> None:
         """Codes of a plane under its numbers, put into their words at once: they are not kept."""
         body.add(f"c = {call(self.side, 'encode', [f'x{plane}', *under])}")
+        self.put(body, plane)
+
+    def put(self, body: Lines, plane: int) -> None:
+        """Codes c of a plane into their words."""
         joint = "+" if self.side.uniform is not None else "|"  # what is added to whole numbers becomes one constant
         for stream in self.side.layout.streams:
-            place = stream.places[plane]
+            place = self.side.layout.place(stream, plane)
             if stream.digits:
                 self._add_digit(body, stream, plane)
                 continue
@@ -266,7 +273,7 @@ class Pack(Planes):
                 bits = f"({bits} & {2**stream.width - 1})"
             shift = 8 * place.byte + place.bit
             word = self._word(stream, place.tile)
-            begun = any(other.tile == place.tile for other in stream.places[:plane])
+            begun = any(other.tile == place.tile for other in stream.places[: place.plane])
             moved = f"({bits} << {shift})" if shift else bits
             body.add(f"{word} = {word} {joint} {moved}" if begun else f"{word} = {bare(moved)}")
         if self.side.raised:

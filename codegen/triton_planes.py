@@ -17,7 +17,8 @@ from .tiling import PAIR
 from .triton_groups import of_groups, side_by_side
 from .triton_meta import entry, pointer, read, static_read, times_across
 from .triton_names import head_name, mark, own, pair_name
-from .triton_tables import look_up, of_byte, small_floats
+from .triton_tables import Part, joined, look_up, small_floats
+from .triton_vectors import first_channel, looked_up, table_lines
 
 
 class Planes:
@@ -110,6 +111,7 @@ class Planes:
                 lines += self._outer()
             else:
                 lines.append(f"{self.prefix}_{name} = tl.load({side.label}_table_ptr{plus(index)}).to(tl.float32)")
+        lines += table_lines(self) if side.alphabet.vectors else []
         return lines + (self._registers() if side.alphabet.given else [])
 
     def _outer(self) -> list[str]:
@@ -215,7 +217,7 @@ class Planes:
         if self.side.layout.digits:
             ((name, _),) = self._parts(plane, half)
             return f"{name}.to(tl.float16, bitcast=True)"
-        place = stream.places[plane]
+        place = self.side.layout.place(stream, plane)
         high = bool(half % 2) if stream.paired else bool(place.byte)
         name = self.words(stream, place.tile, half) + ("_high" if high else "")
         lowest = self.side.run(stream, plane).start * stream.width
@@ -223,18 +225,18 @@ class Planes:
             return f"{name}.to(tl.float16, bitcast=True)"
         return f"plane({name}, {2 ** (place.bit + stream.width) - 2**lowest})"
 
-    def _looked_up(self, parts: list[tuple[str, int]]) -> str:
+    def _looked_up(self, parts: list[Part]) -> str:
         """The levels of one plane's codes as float16, over 2**unit."""
         if self.side.alphabet.small is not None:
             return small_floats(self.side, *parts)
         text = look_up(self.side, parts, self._known("half", self.side.alphabet.words))
         return f"{text}.to(tl.float16, bitcast=True)"
 
-    def _parts(self, plane: int, half: int) -> list[tuple[str, int]]:
+    def _parts(self, plane: int, half: int) -> list[Part]:
         """(words, first bit) of a plane in each stream; of digits (the digits, 0)."""
         found = []
         for stream in self.side.layout.streams:
-            place = stream.places[plane]
+            place = self.side.layout.place(stream, plane)
             if stream.digits:
                 found.append((self._digit(place.bit), 0))
             else:
@@ -242,15 +244,7 @@ class Planes:
                 found.append((self.words(stream, place.tile, half), 8 * byte + place.bit))
         return found
 
-    def _joined(self, parts: list[tuple[str, int]]) -> str:
-        """The codes of one plane, whole numbers."""
-        pieces = []
-        for stream, (name, bit) in zip(self.side.layout.streams, map(of_byte, parts), strict=True):
-            kept = f"(({name} >> {bit}) & {2**stream.width - 1})" if bit else f"({name} & {2**stream.width - 1})"
-            pieces.append(f"({kept} << {stream.shift})" if stream.shift else kept)
-        return f"({' | '.join(pieces)})" if len(pieces) > 1 else pieces[0]
-
-    def _numbered(self, parts: list[tuple[str, int]]) -> str:
+    def _numbered(self, parts: list[Part]) -> str:
         """The codes of one plane, or their levels to the last bit where they are looked up, as float32."""
         alphabet = self.side.alphabet
         if alphabet.small is not None or alphabet.levels and alphabet.looked_up and alphabet.halves:
@@ -264,7 +258,7 @@ class Planes:
             found = [look_up(self.side, parts, half, alone=True) for half in (high, low)]
             return f"joined({', '.join(found)})"
         # widened first: from 16 bits the compiler was seen to lose what follows the conversion, for some lanes
-        return f"{self._joined(parts)}.to(tl.int32).to(tl.float32)"
+        return f"{joined(self.side, parts)}.to(tl.int32).to(tl.float32)"
 
     def block(self, half: int) -> str:
         """The token block, within its page, of sub-tile `half` (one block spans the sub-tile)."""
@@ -280,7 +274,8 @@ class Planes:
 
     def plane_lane(self, plane: int) -> str:
         """The channels of a plane."""
-        return f"({self.lane} + {self.start(plane)})" if self.start(plane) else self.lane
+        first = first_channel(self)
+        return f"({first} + {self.start(plane)})" if self.start(plane) else first
 
     def channel_group(self, plane: int) -> str:
         """The channel group of each lane of a plane."""
@@ -305,7 +300,7 @@ class Planes:
         """n<plane>: one plane of loaded words, decoded, float32."""
         meta = self.side.layout.meta
         block = self.block(half) if meta is not None and meta.tokens % self.plan.half == 0 else ""
-        return [f"c = {self._numbered(self._parts(plane, half))}", *self._number(plane, tokens, "", block)]
+        return [*self._letters(plane, self._parts(plane, half)), *self._number(plane, tokens, "", block)]
 
     def channels(self, decode: Callable[[int], list[str]]) -> Iterator[tuple[int, list[str]]]:
         """Every plane, and lines behind which n<plane> are its channels: radii and angles, that are decoded by planes,
@@ -366,11 +361,16 @@ class Planes:
             other = f", mask={mask}, other=0.0" if mask else ""
             address = f"{side.rows} + {token} * {side.dim} + {lane}"
             return [f"place = {self.at(address, plane)}", f"n{plane} = tl.load(place{other}).to(tl.float32)"]
-        places = [(stream.width, stream.places[plane]) for stream in side.layout.streams]
+        places = [(stream.width, side.layout.place(stream, plane)) for stream in side.layout.streams]
         parts = [(f"{self.prefix}{width}_{place.tile}", 8 * place.byte + place.bit) for width, place in places]
         if side.layout.digits:
             parts = self._parts(plane, 0)
-        return [f"c = {self._numbered(parts)}", *self._number(plane, tokens, guard, self._edge_block())]
+        return [*self._letters(plane, parts), *self._number(plane, tokens, guard, self._edge_block())]
+
+    def _letters(self, plane: int, parts: list[Part]) -> list[str]:
+        """c = what the codes of one plane stand for without a scale, or themselves."""
+        vectors = self.side.alphabet.vectors
+        return looked_up(self, plane, parts) if vectors else [f"c = {self._numbered(parts)}"]
 
     def _edge_block(self) -> str:
         """The token block of an edge tile, where none has tokens of several."""

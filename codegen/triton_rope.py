@@ -16,6 +16,7 @@ from .text import fill, padded, plus
 from .triton_places import LOOSE, PLACES, of_tokens, stand_name
 from .triton_planes import Planes
 from .triton_unmap import Unmap, unseen
+from .triton_vectors import first_channel
 
 ROTATE_ROWS = 16  # tokens of a program that rotates rows
 INPUTS = ("rope_ptr", "near_ptr", "PAIRS: tl.constexpr")
@@ -181,6 +182,8 @@ class Positions:
         """The channels of a plane, for `pair` and its like."""
         if self.side.ordered:
             return self.channel(plane), 0, self.dim
+        if self.side.alphabet.vectors:
+            return self.channel(plane), 0, self.dim
         return self.planes.lane, self.planes.start(plane), self.planes.width
 
     def _pair(self, plane: int) -> str:
@@ -209,7 +212,8 @@ class Positions:
     def near(self, half: int) -> list[str]:
         """The address of the waves of sub-tile `half`: those of the first tokens of all, the same in every tile; of
         every head in its own order, where it has one, so that lanes are neighbours."""
-        token, lane = self.planes.grid(f"({half * self.plan.half} + tl.arange(0, {self.plan.half}))", self.planes.lane)
+        tokens = f"({half * self.plan.half} + tl.arange(0, {self.plan.half}))"
+        token, lane = self.planes.grid(tokens, first_channel(self.planes))
         head = f" + h * {NEAR * 2 * self.dim}" if self.side.ordered else ""
         return [f"wave = near_ptr{head} + nothing + {token} * {2 * self.dim} + {lane}"]
 

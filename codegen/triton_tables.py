@@ -51,3 +51,12 @@ def of_byte(part: Part) -> Part:
     """The same place in the byte that holds it, which stands in the low half of words of another name."""
     name, bit = part
     return name + "_high" * (bit > 7), bit % 8
+
+
+def joined(side: SidePlan, parts: Sequence[Part]) -> str:
+    """The codes of one plane, whole numbers."""
+    pieces = []
+    for stream, (name, bit) in zip(side.layout.streams, map(of_byte, parts), strict=True):
+        kept = f"(({name} >> {bit}) & {2**stream.width - 1})" if bit else f"({name} & {2**stream.width - 1})"
+        pieces.append(f"({kept} << {stream.shift})" if stream.shift else kept)
+    return f"({' | '.join(pieces)})" if len(pieces) > 1 else pieces[0]

@@ -7,6 +7,7 @@ from .text import Lines, fill, plus
 from .triton_attend import parameters, pools
 from .triton_names import tokens_name
 from .triton_planes import Planes
+from .triton_vectors import first_channel
 
 UNPACK = """
 @triton.jit(do_not_specialize=["begin", "end", "table_width"])
@@ -55,7 +56,7 @@ class Unpack(Planes):
             else:
                 halves.extend(self.decoded(half, t))
             first = plus(side.first) if side.band else ""
-            halves.add(f"place = out + (u - begin)[:, None] * {side.stride} + {self.lane}[None, :]{first}")
+            halves.add(f"place = out + (u - begin)[:, None] * {side.stride} + {first_channel(self)}[None, :]{first}")
             for j in range(side.layout.planes):
                 halves.add(f"tl.store({self.at('place', j)}, n{j}, mask={self.mask('inside', j)})")
         keep = [a for a in addresses if not a.startswith((*self.foreign(), "page_token"))]

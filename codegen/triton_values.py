@@ -18,6 +18,7 @@ from .triton_meta import across, entry, read, static_read, token_entry
 from .triton_planes import Planes
 from .triton_rows import ExactRows
 from .triton_together import load_together, read_group
+from .triton_vectors import first_channel
 
 
 class Values(Planes):
@@ -79,7 +80,7 @@ class Values(Planes):
         if side.floats and not side.polar:
             return self._float_values(tokens, decay)
         lines = self.load(half, tokens)
-        if side.polar:
+        if side.polar or side.alphabet.vectors:
             lines.append(f"weight = {self.cast('p')}")
             for j, made in self.packed_channels(half, tokens):
                 lines += [*made, f"o{j} = tl.dot(n{j}.to({self.exact}), weight, o{j}{decay}{self.precise})"]
@@ -199,7 +200,7 @@ class Values(Planes):
 
     def exact_tokens(self, there: str) -> list[str]:
         """Add exact edge tokens, where a mask says that they are there, to the same sums."""
-        token, lane = self.grid("row", self.lane)
+        token, lane = self.grid("row", first_channel(self))
         first = plus(self.side.first) if self.side.stretch else ""
         lines = [f"source = value_rows + {token} * {self.side.channels} + {lane}{first}"]
         for j in range(self.side.layout.planes):

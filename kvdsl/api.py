@@ -199,7 +199,7 @@ def calibrate(
         single = None if store.mapped or store.polar else single  # what is coded is other numbers
         found |= own | measured(store.with_(transform=()), y, side, dy, single)
     ready = checked(scheme, shape, found | given)
-    return {name: ready[name] for name in wanted(scheme, shape)}
+    return {name: ready[name].to(torch.float32) for name in wanted(scheme, shape)}
 
 
 def _gradient(

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .scheme import Codebook, Count, Float, Scale, Store
+from .clusters import vectors
+from .scheme import Codebook, Count, Float, Scale, Store, Vectors
 
 FINEST = 448.0  # largest e4m3: a second level puts the largest scale there
 ROUNDS = 50  # of the search for a table
@@ -37,6 +38,8 @@ def measured(
             numbers, weights = numbers[coded], None if weights is None else weights[coded]
         levels = table(numbers, 2**code.bits, weights, centred=scale.range == "absmax")
         found[f"{side}.code"] = levels if code.match is None else matched(levels, numbers)
+    if isinstance(code, Vectors):
+        found[f"{side}.code"] = vectors(code, x, gradient)
     if scale is not None and scale.when == "calibrated":
         found[f"{side}.scale"] = _scale(store, x, side, found)
     if scale is not None and scale.scale is not None:

@@ -94,6 +94,29 @@ class Codebook(Part):
 
 
 @dataclass(frozen=True, repr=False)
+class Vectors(Part):
+    """The nearest of 2**bits vectors of `channels` neighbouring channels, the one of the lowest code where several are
+    equally near: one code for all of them, `bits / channels` bits a number.  Every such group of channels of every kv
+    head has a table of its own, fitted to calibration data by k-means, in float16.  A NaN counts as 0.
+
+    (x_0 - v_0)^2 + (x_1 - v_1)^2 + ... is compared, summed from the left, each step in float32.
+
+    weights  of the squared distances that the tables make least.  None: all vectors of a group count alike.  `fisher`:
+             each as the squared derivatives of the model's loss by its numbers add up to (CQ, arXiv 2405.03917,
+             centroids guided by the Fisher information)
+    """
+
+    bits: int
+    _: KW_ONLY
+    channels: int
+    weights: Weights | None = None
+
+    def groups(self, numbers: int) -> int:
+        """How many codes a vector of so many numbers has."""
+        return numbers // self.channels
+
+
+@dataclass(frozen=True, repr=False)
 class Sketch(Part):
     """Signs of random projections, c = sign(S x) with 0 taken as -1, scaled by the norm of x (QJL, arXiv 2406.03482).
 
@@ -231,7 +254,7 @@ class Chosen(Part):
         return self.choice.tokens
 
 
-Code = Uniform | Float | Codebook | Sketch | Bands | Shared | LowRank | Sparse | Chosen
+Code = Uniform | Float | Codebook | Vectors | Sketch | Bands | Shared | LowRank | Sparse | Chosen
 
 
 def width(code: Code) -> int | None:
@@ -247,6 +270,11 @@ def width(code: Code) -> int | None:
     if in_trits(code):
         return 2
     return 1 if isinstance(code, Sketch) else code.bits
+
+
+def coupled(code: Code) -> int:
+    """How many neighbouring numbers share a code."""
+    return code.channels if isinstance(code, Vectors) else 1
 
 
 def in_trits(code: Code) -> bool:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from fractions import Fraction
 
-from .codes import SLOT_TOKENS, in_trits, trit_bytes, width
+from .codes import SLOT_TOKENS, coupled, in_trits, trit_bytes, width
 from .errors import SchemeError, ShapeError
 from .rules import layer_faults, refuse_for
 from .scheme import (
@@ -24,6 +24,7 @@ from .scheme import (
     Sparse,
     Store,
     TopChannels,
+    Vectors,
 )
 from .segments import segments
 from .shape import USUAL, Shape
@@ -282,7 +283,7 @@ def _code(store: Store, numbers: int) -> Fraction:
         return Fraction(8 * trit_bytes(numbers))
     bits = width(store.code)
     assert bits is not None
-    return Fraction(bits * numbers)
+    return Fraction(bits * numbers, coupled(store.code))
 
 
 def _online(store: Store) -> Scale | None:
@@ -308,8 +309,8 @@ def _widths(scale: Scale) -> tuple[int, ...]:
 
 def _constants(store: Store, shape: Shape) -> int:
     """Bytes a layer of calibrated numbers: a scale, (kv heads or 1) x (groups of channels or 1), offsets too; a second
-    level, (kv heads or 1); the levels of a table, those that codes are decoded at if they are others; the matrices of a
-    basis."""
+    level, (kv heads or 1); the levels of a table, those that codes are decoded at if they are others; vectors, in fp16;
+    the matrices of a basis."""
     scale, count = store.measure, 0
     bases = (part for part in store.own.linear if isinstance(part, Eigenbasis))
     count += sum((shape.kv_heads if part.per == "head" else 1) * store.own.width(shape.head_dim) ** 2 for part in bases)
@@ -317,6 +318,8 @@ def _constants(store: Store, shape: Shape) -> int:
         count += shape.kv_heads * (shape.head_dim - store.own.width(shape.head_dim))
     if isinstance(store.code, Codebook) and store.code.levels == "calibrated":
         count += 2 ** (width(store.code) or 0) * (1 if store.code.match is None else 2)
+    if isinstance(store.code, Vectors):  # in float16
+        count += shape.kv_heads * shape.head_dim * 2**store.code.bits // 2
     if scale is not None and scale.when == "calibrated":
         channels = store.own.width(shape.head_dim)
         groups = channels // _size(scale.block.channels, channels)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .errors import ShapeError
-from .scheme import Codebook, Scheme, Side, Store
+from .scheme import Codebook, Scheme, Side, Store, Vectors
 
 Gradients = tuple[Tensor, Tensor]
 """Of a loss by keys and by values, (B, H, T, D) each."""
@@ -14,7 +14,7 @@ Gradients = tuple[Tensor, Tensor]
 
 def weighted(part: Scheme | Store) -> bool:
     """Whether a table is fitted with weights.  Of a scheme with layers its own stores count."""
-    return any(isinstance(code, Codebook) and code.weights is not None for _, code in part.walk())
+    return any(isinstance(code, (Codebook, Vectors)) and code.weights is not None for _, code in part.walk())
 
 
 def coded(

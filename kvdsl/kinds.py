@@ -25,6 +25,7 @@ from .codes import (
     SketchBasis,
     Sparse,
     Uniform,
+    Vectors,
     Weights,
     When,
 )
@@ -348,7 +349,9 @@ KINDS: dict[type[Part], dict[str, Check]] = {
     Bands: {"stores": stores, "channels": stretches},
     Shared: {},
     Store: {
-        "code": one_of("Uniform(bits=4) or Float('fp16')", Uniform, Float, Codebook, Sketch, Bands, LowRank, Shared),
+        "code": one_of(
+            "Uniform(bits=4) or Float('fp16')", Uniform, Float, Codebook, Vectors, Sketch, Bands, LowRank, Shared
+        ),
         "scale": one_of("scale=per_token(channels=32)", Scale, optional=True),
         "transform": transforms,
         "outliers": one_of("outliers=TopChannels(8, store=Store(...))", TopChannels, Sparse, optional=True),

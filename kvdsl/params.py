@@ -20,24 +20,25 @@ from torch import Tensor
 from .errors import ShapeError
 from .fisher import weighted
 from .kernels import Params
-from .scheme import SIDES, Codebook, Count, Float, PreRope, Scheme, Side, Store
+from .scheme import SIDES, Codebook, Count, Float, PreRope, Scheme, Side, Store, Vectors
 from .shape import Shape
 from .spaces import calibrated, in_loop, maps, refuse_others
 
 HASH = "kvdsl.scheme"
 ROPE = "keys.transform[0]"
 """Where PreRope stands, and the name of its frequencies."""
+LARGEST = 65504.0  # of float16
 LONGEST_HEADER = 1 << 20  # bytes of a file's description that are read
 
 
 def wanted(scheme: Scheme, shape: Shape) -> dict[str, tuple[int, ...]]:
     """The names and shapes of the numbers a scheme needs beside its pages: of a scale (kv heads or 1, groups of
-    channels or 1), and (2, ...) = scale, offset where the range has an offset; of a second level (kv heads or 1, 1); of
-    a table (levels,), or (2, levels) = those that numbers are compared with and those that codes are decoded at, where
-    these match data; of a transform (kv heads, head_dim); of PreRope (head_dim / 2) frequencies, or fewer where not
-    all channels are rotated; of outlier channels (kv heads, so many), the others being the head's for scales and
-    transforms; of single numbers (2, kv heads, head_dim) = lower and upper thresholds.  Empty where nothing is
-    calibrated."""
+    channels or 1), and (2, ...) = scale, offset where the range has an offset; of a second level (kv heads or 1,
+    1); of a table (levels,), or (2, levels) = those that numbers are compared with and those that codes are decoded
+    at, where these match data; of vectors (kv heads, groups of channels, vectors, channels of one); of a transform
+    (kv heads, head_dim); of PreRope (head_dim / 2) frequencies, or fewer where not all channels are rotated; of
+    outlier channels (kv heads, so many), the others being the head's for scales and transforms; of single numbers
+    (2, kv heads, head_dim) = lower and upper thresholds. Empty where nothing is calibrated."""
     found: dict[str, tuple[int, ...]] = {}
     if scheme.heads:
         from .head_params import wanted_of_heads
@@ -58,6 +59,8 @@ def wanted(scheme: Scheme, shape: Shape) -> dict[str, tuple[int, ...]]:
             found[f"{side}.scale.scale"] = (_blocks(scale.scale.block.heads, shape.kv_heads), 1)
         if isinstance(code, Codebook) and code.levels == "calibrated":
             found[f"{side}.code"] = (2,) * (code.match is not None) + (2 ** (code.bits or 0),)
+        if isinstance(code, Vectors):
+            found[f"{side}.code"] = (shape.kv_heads, code.groups(shape.head_dim), 2**code.bits, code.channels)
     return found
 
 
@@ -93,7 +96,7 @@ def _blocks(size: Count, whole: int) -> int:
 def checked(
     scheme: Scheme, shape: Shape, params: Params | None, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
-    """The wanted numbers as float32 on a device, and the maps made of them.
+    """The wanted numbers as float32 on a device, tables of vectors as float16, and the maps made of them.
 
     A map given under its own name (`keys.encode` with `keys.decode`) stands for what it is made of; frequencies stay on
     the CPU, where cosines are made of them.  ShapeError names what is missing, of another shape or not finite.
@@ -141,6 +144,9 @@ def checked(
             _distinct(name, given, shape.head_dim)
         elif name.endswith(".outliers") and bool((given[0] > given[1]).any()):
             raise ShapeError(f"params[{name!r}]: a lower threshold is above the upper one; give (lower, upper)")
+        if name.endswith(".code") and given.dim() == 4:
+            taken[name] = _halves(name, given).to(device).contiguous()
+            continue
         if name.endswith(".code") and not bool((given.diff() > 0).all()):
             raise ShapeError(f"params[{name!r}]: the levels do not rise; sort them, each one different")
         taken[name] = given.detach().to("cpu" if rope else device, torch.float32).contiguous()
@@ -151,6 +157,14 @@ def checked(
         exact = shape.dtype == "fp32" or scheme.side(side).code == Float("fp32")
         taken |= made | in_loop(scheme.side(side), side, shape.kv_heads, shape.head_dim, made, exact=exact)
     return taken
+
+
+def _halves(name: str, vectors: Tensor) -> Tensor:
+    """Vectors as the numbers that kernels read.  ShapeError for those beyond float16."""
+    if float(vectors.abs().max()) > LARGEST:
+        fact = f"{float(vectors.abs().max())!r} is beyond float16, in which vectors are kept"
+        raise ShapeError(f"params[{name!r}]: {fact}; give numbers within {LARGEST}")
+    return vectors.detach().to(torch.float16)
 
 
 def _orthonormal(name: str, basis: Tensor) -> None:

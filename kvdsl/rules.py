@@ -25,6 +25,7 @@ from . import (  # noqa: F401  (they enter their rules)
     shared_rules,
     sparse_rules,
     tier_rules,
+    vector_rules,
 )
 from .codes import SLOT_TOKENS
 from .errors import Fault, SchemeError
@@ -307,6 +308,7 @@ def _shape(site: Site, shape: Shape) -> Iterator[Fault]:
         fact = f"a Hadamard basis needs a power of two, and head_dim is {shape.head_dim}"
         yield site.fault("code.basis", fact, "use basis='orthogonal'")
     yield from polar_rules.shape_faults(site, shape) if not band else ()
+    yield from vector_rules.shape_faults(site, shape)
     if site.scale is None:
         return
     block, size, heads = site.scale.block, site.store.coded(site.head_dim(shape)), shape.kv_heads

@@ -25,6 +25,7 @@ from .codes import (
     Sketch,
     Sparse,
     Uniform,
+    Vectors,
     When,
 )
 from .encoding import Feedback
@@ -50,8 +51,8 @@ __all__ = [
     "DROP", "Eigenbasis", "Feedback", "Float", "FloatFormat", "Flush", "Largest", "Layers", "LowRank", "MetaFormat",
     "Origin", "PARTS", "Part", "Parted", "Permute", "Polar", "Pick", "PreRope", "Prefill", "Probes", "Range", "Recent",
     "Refit", "Requantize", "Rotate", "Rounding", "Router", "SIDES", "Saliency", "Scale", "Scheme", "Shared", "Side",
-    "Sinks", "Sketch", "Sparse", "Store", "Tier", "TopChannels", "Transform", "Uniform", "When", "Zero", "bands",
-    "per_channel", "per_tensor", "per_token",
+    "Sinks", "Sketch", "Sparse", "Store", "Tier", "TopChannels", "Transform", "Uniform", "Vectors", "When", "Zero",
+    "bands", "per_channel", "per_tensor", "per_token",
 ]  # fmt: skip
 
 Flush = Literal["auto", "rolling", "whole"]

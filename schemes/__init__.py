@@ -5,6 +5,7 @@ from kvdsl.scheme import Scheme
 from .baseline import channel2, channel3, channel4, token2, token3, token4
 from .bitdecoding import bitdecoding2, bitdecoding4
 from .block_gtq import block_gtq_k2v2, block_gtq_k3v2, block_gtq_k3v3
+from .cq import cq_2c8b, cq_4c8b, cq_8c8b
 from .exllamav3 import exl3_2, exl3_3, exl3_4, exl3_5, exl3_6, exl3_7, exl3_8
 from .fp4 import fp4_block16, mxfp4, nvfp4, nvfp4_4over6
 from .fp8 import fp8_tensor, fp8_token_head, mxfp8
@@ -80,6 +81,9 @@ ALL: dict[str, Scheme] = {
     "kvquant4": kvquant4,
     "kvquant3": kvquant3,
     "kvquant2": kvquant2,
+    "cq_2c8b": cq_2c8b,
+    "cq_4c8b": cq_4c8b,
+    "cq_8c8b": cq_8c8b,
     "gear4": gear4,
     "gearl4": gearl4,
     "gear2": gear2,
@@ -181,6 +185,9 @@ __all__ = [
     "channel2",
     "channel3",
     "channel4",
+    "cq_2c8b",
+    "cq_4c8b",
+    "cq_8c8b",
     "exl3_2",
     "exl3_3",
     "exl3_4",

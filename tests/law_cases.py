@@ -30,6 +30,7 @@ from kvdsl.scheme import (
     Store,
     TopChannels,
     Uniform,
+    Vectors,
     per_channel,
     per_token,
 )
@@ -44,6 +45,7 @@ SIBLINGS |= {"vllm_3bit_nc", "vllm_k3v4_nc", "quarot2", "turboquant2", "q5_0", "
 SIBLINGS |= {"channel2", "channel3", "bitdecoding2", "turboquant3", "turboquant_3p5", "kivi4", "skvq_k2v1p5", "gearl4"}
 SIBLINGS |= {"gear4", "kvquant4", "kvquant2", "kitty_pro", "kvtuner", "mla_fp8", "mla_nvfp4"}
 SIBLINGS |= {"mxfp8", "octave_k3v3", "octave_compact", "exl3_2", "exl3_3", "exl3_5", "exl3_6", "exl3_7", "exl3_8"}
+SIBLINGS |= {"cq_2c8b", "cq_4c8b", "cq_8c8b"}
 SIBLINGS |= {"saw_int4", "oscar2", "kvarn_k4v2", "kvarn_k2v2", "kvarn_even"}
 SIBLINGS |= {"block_gtq_k2v2", "block_gtq_k3v2", "block_gtq_k3v3"}  # stretches behind a map are among the rare ones
 """They differ in their bits alone, or in their length, from others: KVDSL_PROFILE=thorough asks them as often, and the
@@ -173,9 +175,16 @@ RECORD = Scheme(
     sinks=Sinks(2),
 )
 """Values are the first channels of the keys."""
+VECTORS = Scheme(
+    keys=Store(Vectors(2, channels=8), transform=PreRope(interleaved=True)),
+    values=Store(Vectors(3, channels=2), transform=Rotate("orthogonal", size=8, seed=0)),
+    recent=Recent(8),
+    sinks=Sinks(1),
+)
+"""Two words of a table a code, and half of one.  The codes of 8 bits that are shipped take the interpreter long."""
 RARE = {"small blocks": SMALL_BLOCKS, "sums": SUMS, "bands": BANDS, "several heads": SEVERAL_HEADS}
 RARE |= {"low rank": LOW_RANK, "matched": MATCHED, "single numbers": SPARSE, "thresholds": THRESHOLDS}
-RARE |= {"chosen channels": CHOSEN, "stretches": STRETCHES, "record": RECORD}
+RARE |= {"chosen channels": CHOSEN, "stretches": STRETCHES, "record": RECORD, "vectors": VECTORS}
 """What no shipped scheme has."""
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvdsl.codes import Codebook, Float, Sketch, Uniform
+from kvdsl.codes import Codebook, Float, Sketch, Uniform, Vectors
 from kvdsl.errors import ShapeError
 from kvdsl.levels import table
 from kvdsl.matrices import estimator
@@ -80,7 +80,7 @@ def code_bits(store: Store) -> int:
     if isinstance(code, Uniform) and code.bits is None:
         assert code.levels is not None
         return math.ceil(math.log2(code.levels))
-    assert isinstance(code, (Uniform, Codebook))
+    assert isinstance(code, (Uniform, Codebook, Vectors))
     if code.bits is None:
         assert isinstance(code, Codebook) and isinstance(code.levels, tuple)
         return max(1, math.ceil(math.log2(len(code.levels))))

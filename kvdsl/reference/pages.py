@@ -9,6 +9,8 @@ the low bytes and one in the high bytes of W words; W is a fifth of the channels
 holds channels w, w + W, ..., w + 4W as the digits d of a number 0.ddddd of base 3, the first channel's digit first,
 those beyond the last channel 0: the byte is the number of 256ths of it, rounded up.
 
+Channels that share a code are as one: where this speaks of a channel's code, it is that of a group of them.
+
 A side's codes are those of the space that is coded: M channels, head_dim but for a sketch.  A minifloat's code is its
 bits, a sketch's one bit; numbers in fp16 and fp32 stand as they are, row after row.  Of low rank all is in fp16: where
 codes would be, one row a vector of the numbers that the page's tokens have of it; where metadata would be, the vectors.
@@ -17,8 +19,9 @@ Of channels that are chosen anew numbers stand where codes would be, and which t
 
 Codes are cut into streams of 8, 4, 2 or 1 bits, the widest with the top bits (3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2,
 7 = 4 + 2 + 1), each stream a section of 16-bit little-endian words.  A row of words is one token, or two tokens (32
-apart, one in the low bytes, one in the high bytes) where one token would fill fewer than 16 words.  The channels are
-cut into planes of equal width; channel x of plane j stands in word x of its tile, at the place of the plane.
+apart, one in the low bytes, one in the high bytes) where one token would fill fewer than 16 words, or 32 of codes of
+vectors.  The channels are cut into planes of equal width; channel x of plane j stands in word x of its tile, at the
+place of the plane.
 
 Choices where several readings are possible: a stored zero has no sign; a NaN scale is the positive quiet NaN without
 payload (under `in_scale` with the zero point in its low bits); scales of shared metadata in fp32 with an offset stand
@@ -36,7 +39,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvdsl.codes import Chosen, Codebook, Float, LowRank, Sparse, Uniform
+from kvdsl.codes import Chosen, Codebook, Float, LowRank, Sparse, Uniform, Vectors
 from kvdsl.errors import ShapeError
 from kvdsl.scheme import SIDES, Band, Scale, Scheme, Side, Store
 
@@ -176,6 +179,7 @@ def _places(scheme: Scheme, shape: Shape) -> tuple[int, dict[tuple[Side, int], _
         for bits in _widths(store):
             starts.append(end)
             numbers = 1 if isinstance(store.code, LowRank) else width[at]
+            numbers = numbers // store.code.channels if isinstance(store.code, Vectors) else numbers
             row_bits = 8 * _digit_bytes(width[at]) if _ternary(store) else numbers * bits
             end = _aligned(end + size * row_bits // 8)
         codes[at] = tuple(starts)
@@ -277,9 +281,9 @@ def _metadata_bytes(store: Store, head_groups: int, d: int, size: int) -> int:
     return head_groups * _groups(store, d) * (size // _block_tokens(store)) * _entry_bytes(store.measure)
 
 
-def _paired(d: int, width: int) -> bool:
-    """Whether a row of words of this stream holds two tokens."""
-    return d * width % 16 != 0 or d * width // 16 < 16
+def _paired(store: Store, d: int, width: int) -> bool:
+    """Whether a row of words of this stream of d codes a token holds two tokens."""
+    return d * width % 16 != 0 or d * width // 16 < (32 if isinstance(store.code, Vectors) else 16)
 
 
 def _plane(store: Store, d: int) -> int:
@@ -291,7 +295,7 @@ def _plane(store: Store, d: int) -> int:
 
 
 def _common_plane(store: Store, d: int) -> int:
-    natural = min(d * width // (8 if _paired(d, width) else 16) for width in _widths(store))
+    natural = min(d * width // (8 if _paired(store, d, width) else 16) for width in _widths(store))
     if not _has_metadata(store) or _block_tokens(store) > 1 or _groups(store, d) == 1:
         return natural
     channels, plane = d // _groups(store, d), natural
@@ -315,7 +319,7 @@ def _put_codes(blob: Bytes, starts: tuple[int, ...], codes: Any, t: int, store: 
         part = (codes >> below) & ((1 << width) - 1)
         in_byte = 8 // width
         for j in range(d // plane):
-            if _paired(d, width):
+            if _paired(store, d, width):
                 row, byte, tile, slot = t // 64 * 32 + t % 32, t % 64 // 32, j // in_byte, j % in_byte
                 row_bytes = d * width // 8 * 2
             else:

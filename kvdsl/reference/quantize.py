@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvdsl.codes import Bands, Chosen, Float, LowRank, Sketch, Sparse
+from kvdsl.codes import Bands, Chosen, Float, LowRank, Sketch, Sparse, Vectors
 from kvdsl.errors import ShapeError
 from kvdsl.scheme import Band, Parted, Scale, Store, Uniform, bands
 
@@ -245,6 +245,8 @@ def _coded(store: Store, x: Tensor, y: Tensor, params: Params | None, side: str)
     if holds_numbers(store):
         assert isinstance(code, Float)
         return None, None, None, _number(y, code)
+    if isinstance(code, Vectors):
+        return _vectors(y, code, params, side)
     if scale is None:
         return _unscaled(y, store)
     size = block_size(scale.block, y.shape, side)
@@ -336,6 +338,26 @@ def _unscaled(y: Tensor, store: Store) -> Coded:
     decoded = letters.level(c, none)
     kept = isinstance(code, Float) and MINIFLOATS[code.format].nan
     return c.to(torch.int64), None, None, torch.where(y.isnan(), y, decoded) if kept else decoded
+
+
+def _vectors(y: Tensor, code: Vectors, params: Params | None, side: str) -> Coded:
+    """Of every group of channels the code of the nearest vector of its table, and that vector; a NaN counts as 0."""
+    right = (y.shape[1], y.shape[3] // code.channels, 1 << code.bits, code.channels)
+    table = _calibrated(params, f"{side}.code", right, f"vectors of the {side} are calibrated, give their numbers")
+    table = table.to(torch.float16).to(torch.float64)
+    numbers = _finite(y).unflatten(-1, (-1, code.channels))
+    least = torch.full(numbers.shape[:-1], float("inf"), dtype=torch.float64)
+    codes = torch.zeros_like(least, dtype=torch.int64)
+    for entry in range(1 << code.bits):
+        far = torch.zeros_like(least)
+        for channel in range(code.channels):
+            apart = f32(numbers[..., channel] - table[:, None, :, entry, channel])
+            far = f32(far + f32(apart * apart))
+        codes = torch.where(far < least, entry, codes)
+        least = torch.minimum(far, least)
+    heads, groups = (torch.arange(n) for n in right[:2])
+    decoded = table[heads[:, None, None], groups, codes]
+    return codes, None, None, decoded.flatten(-2)
 
 
 def _given(store: Store, shape: torch.Size, size: tuple[int, int, int], params: Params | None, side: str) -> Measured:

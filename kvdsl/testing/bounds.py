@@ -61,6 +61,7 @@ from kvdsl.scheme import (
     Sparse,
     Store,
     Uniform,
+    Vectors,
     bands,
 )
 from kvdsl.spaces import apart
@@ -115,6 +116,9 @@ def bound(store: Store, x: Tensor, params: Params | None = None, side: str = "ke
         return low_rank.bound(x, store.code)
     if isinstance(store.code, Float) and store.code.format == "fp32":
         return torch.zeros_like(given)
+    if isinstance(store.code, Vectors):
+        assert params is not None
+        return _vectors(store.code, inside, params[f"{side}.code"]) + (given - inside).abs()
     if isinstance(store.code, Codebook) and store.measure is None:
         assert isinstance(store, Band)
         levels = torch.tensor(table(store.code, store.channels), dtype=torch.float64)
@@ -137,6 +141,13 @@ def bound(store: Store, x: Tensor, params: Params | None = None, side: str = "ke
         roots = [one.square().sum(OVER_BLOCK, keepdim=True).sqrt() for one in limits]
         limit = torch.stack(roots).amin(0).expand_as(numbers)
     return limit.reshape(x.shape) + (given - inside).abs()
+
+
+def _vectors(code: Vectors, x: Tensor, table: Tensor) -> Tensor:
+    """No number is farther from its own than the nearest vector from all of its group, but for float32 sums."""
+    groups, entries = x.unflatten(-1, (-1, code.channels)), table.double().cpu()
+    far = torch.stack([(groups - entry).square().sum(-1) for entry in entries[:, None].unbind(3)]).amin(0)
+    return (far.sqrt() * (1 + 2.0**-20)).repeat_interleave(code.channels, -1)
 
 
 def _summed_bound(store: Store, x: Tensor, params: Params | None, side: str, at: int) -> Tensor:

@@ -30,6 +30,7 @@ from kvdsl.scheme import (
     Sparse,
     Store,
     TopChannels,
+    Vectors,
 )
 from kvdsl.shape import Shape
 from kvdsl.transforms import Pick
@@ -181,11 +182,25 @@ def given_levels(store: Store) -> Tensor | None:
     return levels if store.code.match is None else torch.stack([levels, 1.125 * levels - 0.03])
 
 
+def given_vectors(code: Vectors, x: Tensor) -> Tensor:
+    """Tables of float16 numbers of about the size of those of x (B, H, T, D), float32: half of them some of x's own,
+    one of them twice."""
+    clean = x.double().nan_to_num(0.0).clamp(-65504, 65504)
+    sizes = (x.shape[1], code.groups(x.shape[3]), 2**code.bits, code.channels)
+    size = clean.abs().mean((0, 2)).reshape(sizes[0], sizes[1], 1, -1)
+    found = torch.randn(sizes, generator=torch.Generator().manual_seed(code.bits)).double() * size
+    rows = clean.transpose(0, 1).flatten(1, 2).unflatten(-1, (-1, code.channels)).transpose(1, 2)
+    own = min(2 ** (code.bits - 1), rows.shape[2])
+    found[:, :, :own] = rows[:, :, :own]
+    found[:, :, -1] = found[:, :, 0]
+    return found.clamp(-65504, 65504).half().float()
+
+
 def calibrated(store: Store, x: Tensor, share: float, side: str) -> dict[str, Tensor]:
     """The parameters of a store by name: a calibrated scale, float32 numbers that its metadata format holds where
     float32 arithmetic has that format, a second level, a table."""
     scale, found = store.measure, dict[str, Tensor]()
-    table = given_levels(store)
+    table = given_vectors(store.code, x) if isinstance(store.code, Vectors) else given_levels(store)
     if table is not None:
         found[f"{side}.code"] = table
     if scale is None:

@@ -13,7 +13,7 @@ from kvdsl.inputs import DTYPES
 from kvdsl.kernels import Side
 from kvdsl.reference.alphabets import alphabet
 from kvdsl.reference.quantize import level_count, quantize
-from kvdsl.scheme import SIDES, Codebook, Float, LowRank, Scheme, Store, Uniform
+from kvdsl.scheme import SIDES, Codebook, Float, LowRank, Scheme, Store, Uniform, Vectors
 
 from .bounds import blocks_of, bound, spread
 from .cases import Case, law, require, require_equal, require_within, static
@@ -28,7 +28,7 @@ def _has_ends(store: Store) -> bool:
     unclipped."""
     scale = store.measure
     if scale is None:
-        return not isinstance(store.code, LowRank)
+        return not isinstance(store.code, (LowRank, Vectors))
     known = not isinstance(store.code, Codebook) or isinstance(store.code.levels, tuple)
     if static(store):
         return known

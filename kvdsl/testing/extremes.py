@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from kvdsl.codes import coupled
 from kvdsl.reference.quantize import encoded_rows, quantize
 from kvdsl.scheme import (
     SIDES,
@@ -22,6 +23,7 @@ from kvdsl.scheme import (
     Sparse,
     Store,
     TopChannels,
+    Vectors,
 )
 
 from . import balanced, low_rank, sparse, splits
@@ -38,8 +40,8 @@ TOPS = {"fp16": LARGEST, "e4m3": 448.0, "e5m2": 57344.0}  # where a format of nu
 def _keeps_constants(store: Store) -> bool:
     """Whether a block of one number has a code for it."""
     scale = store.measure
-    if len(store.placed("")) > 1 or isinstance(store.code, LowRank):
-        return False  # a second number for the block
+    if len(store.placed("")) > 1 or isinstance(store.code, (LowRank, Vectors)):
+        return False  # a second number for the block, or another one
     if scale is None:
         return True
     if scale.scale is not None or isinstance(store.code, Codebook) and store.code.levels == "calibrated":
@@ -65,9 +67,9 @@ def a_constant_block_is_itself(case: Case) -> None:
 
 @law("P4", kinds=("normal", "outlier_channel"))
 def a_nan_spoils_its_block_only(case: Case) -> None:
-    """A NaN makes its own block NaN (a calibrated scale codes it as 0) and leaves every other number as it was; where
-    vectors are mapped it stands in every number of its vector, and it is none of the largest numbers of a line, or of
-    a channel."""
+    """A NaN makes its own block NaN (a calibrated scale, or a table of vectors, codes it as 0) and leaves every other
+    number as it was; where vectors are mapped it stands in every number of its vector, and it is none of the largest
+    numbers of a line, or of a channel."""
     k, v = case.pair(case.whole)
     params = case.params(k, v)
     at = tuple(case.random.randrange(n) for n in k.shape)
@@ -85,7 +87,7 @@ def a_nan_spoils_its_block_only(case: Case) -> None:
         if store.rope is not None:  # positions mix the numbers of a pair again
             bad, other = (found.any(-1, keepdim=True).expand(x.shape) for found in (bad, other))
         require_equal(f"decoded {side}", got[~(bad | other)], before[~(bad | other)])
-        if static(store):
+        if static(store) or isinstance(store.code, Vectors):
             require_equal(f"decoded {side}", got[bad], quantize(store, x, params, side, case.sinks).decoded[bad])
         else:
             require(bool(got[bad].isnan().all()), f"decoded {side}: a number beside the NaN at {at} is {got[bad]}")
@@ -105,6 +107,8 @@ def _spoilt(term: TermOf, x: Tensor) -> Tensor:
         bad = numbers.isnan()
         if isinstance(part.code, LowRank):
             bad = low_rank.any_in_block(bad, part.code)
+        if (size := coupled(part.code)) > 1:
+            bad = bad.unflatten(-1, (-1, size)).any(-1).repeat_interleave(size, -1)
         if part.measure is not None and not static(part):
             hit = blocks_of(part, bad.double()).amax((2, 4, 6)) > 0
             bad = spread(part, hit.double(), numbers) > 0
@@ -134,7 +138,7 @@ def _grown(scheme: Scheme, name: str, numbers: Tensor, factor: float) -> Tensor 
     side, _, inner = name.partition(".")
     store = scheme.side("keys" if side == "keys" else "values")
     place = dict(store.walk()).get(inner)
-    if not isinstance(place, (Scale, ChannelShift, Sparse)):
+    if not isinstance(place, (Scale, ChannelShift, Sparse, Vectors)):
         return 1.0
     if not isinstance(place, Scale) or not store.polar:
         return factor
@@ -206,7 +210,7 @@ def _usual_part(part: Stretch, one: TermOf, more: TermOf, factor: float) -> Tens
     if isinstance(store.code, (Sparse, Chosen)):
         return sparse.usual(x, factor)
     if store.measure is None:
-        if isinstance(store.code, Codebook):  # angles do not grow
+        if isinstance(store.code, (Codebook, Vectors)):  # angles do not grow, tables of vectors do
             return usual
         assert isinstance(store.code, Float)
         least, most = 2.0 ** LEAST[store.code.format], TOPS.get(store.code.format, float("inf"))

@@ -38,6 +38,7 @@ from kvdsl.scheme import (
     TopChannels,
     Transform,
     Uniform,
+    Vectors,
     per_channel,
     per_token,
 )
@@ -60,11 +61,12 @@ def schemes(*, longest: int = 64) -> st.SearchStrategy[Scheme]:
 def _schemes(draw: Draw, longest: int) -> Scheme:
     keys = draw(stores(longest))
     values = draw(st.one_of(st.just(keys), stores(longest)))
-    plain = keys.residual is None and not isinstance(keys.outliers, TopChannels)
-    plain = plain and not keys.polar and not isinstance(keys.code, (LowRank, Sketch))
+    plain = keys.residual is None and not keys.polar and not isinstance(keys.outliers, TopChannels)
+    plain = plain and not isinstance(keys.code, (LowRank, Sketch, *(Vectors,) * bool(keys.transform)))
     if plain and draw(st.integers(0, 4)) == 4:
         keys = keys.with_(transform=(PreRope(draw(st.booleans())), *keys.transform))
-    if longest >= 32 and keys.outliers is None and draw(st.integers(0, 7)) == 7:
+    alone = isinstance(keys.code, Vectors) or keys.outliers is not None
+    if longest >= 32 and not alone and draw(st.integers(0, 7)) == 7:
         keys = keys.with_(outliers=draw(chosen(keys)))
     if longest >= 32 and draw(st.integers(0, 11)) == 11:
         keys, values = draw(balanced(per_channel(tokens=32))), draw(balanced(per_token()))
@@ -110,8 +112,7 @@ def stores(draw: Draw, longest: int) -> Store:
         top: Store = draw(_single(longest))
         if _parts(top) and _measured_online(top, plain=True):
             store = store.with_(outliers=TopChannels(draw(st.sampled_from([8, 32, 0.25, 0.5])), store=top))
-    plain = isinstance(store.code, Float) and store.code.plain
-    whole = isinstance(store.code, Bands) or plain
+    whole = isinstance(store.code, (Bands, Vectors)) or isinstance(store.code, Float) and store.code.plain
     if store.outliers is None and not whole and longest >= SLOT_TOKENS and draw(st.integers(0, 11)) == 11:
         store = store.with_(outliers=draw(sparse()))
     if whole or draw(st.integers(0, 5)) < 5:
@@ -138,12 +139,12 @@ def _low_rank(longest: int) -> st.SearchStrategy[LowRank]:
 
 def _parts(store: Store) -> bool:
     """Whether the store may be of some channels of a head."""
-    return not isinstance(store.code, (Bands, LowRank, Sketch)) and store.joined == 1
+    return not isinstance(store.code, (Bands, LowRank, Sketch, Vectors)) and store.joined == 1
 
 
 def _measured_online(store: Store, *, plain: bool = False) -> bool:
     """Whether the store may be of what another one left; `plain`: of outlier channels, which may be exact."""
-    if isinstance(store.code, Bands) or isinstance(store.code, Float) and store.code.plain and not plain:
+    if isinstance(store.code, (Bands, Vectors)) or isinstance(store.code, Float) and store.code.plain and not plain:
         return False
     given = [part for _, part in store.walk() if getattr(part, "when", None) == "calibrated"]
     return not given and not (isinstance(store.code, Codebook) and store.code.levels == "calibrated")
@@ -151,11 +152,14 @@ def _measured_online(store: Store, *, plain: bool = False) -> bool:
 
 @st.composite
 def _single(draw: Draw, longest: int) -> Store:
-    """A legal store: one float in eight, else levels, evenly spaced, of a table, or of a small float, under a scale, or
-    a sketch."""
+    """A legal store: one float in eight, else a sketch, vectors, or levels, even, of a table or a small float, under a
+    scale."""
     kind = draw(st.sampled_from(["float", "sketch", "low rank", "table", "small", "small", *["uniform"] * 5]))
     if kind == "low rank":
-        return Store(draw(_low_rank(longest)))
+        if draw(st.booleans()):
+            return Store(draw(_low_rank(longest)))
+        vectors = Vectors(draw(st.integers(1, 4)), channels=draw(st.sampled_from([2, 4])))
+        return Store(vectors, transform=draw(st.sampled_from([(), Rotate("hadamard", 8)])))
     if kind == "float":
         number = Float(draw(st.sampled_from(["fp16", "fp32", "e4m3", "e5m2"])))
         return draw(_in_polar(Store(number, transform=draw(transforms()))))
