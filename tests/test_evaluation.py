@@ -155,7 +155,7 @@ def test_other_families_lose_nothing_through_an_exact_scheme_either(family: str)
 # -- bytes -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+@pytest.mark.parametrize("scheme", [*SCHEMES.values(), ALL["squat2"]], ids=[*SCHEMES, "squat2"])
 @pytest.mark.parametrize("tokens", [1, 70, 161])
 def test_bytes_are_those_of_a_real_cache_and_add_up(scheme: Scheme, tokens: int, small: tiny.Loaded) -> None:
     model = small[0]

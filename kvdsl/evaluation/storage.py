@@ -78,7 +78,8 @@ def parts_of(cache: Any) -> dict[str, int]:
     index            where single numbers and chosen channels stand
     padding          what aligning the sections of their pages adds
     window           exact rows that hold a token
-    labels           of tiers: where each token stood, sums that are carried on, queries that a router keeps
+    labels           of tiers: where each token stood, sums that are carried on, queries that a router keeps, and what a
+                     prompt's queries weigh
     tables           which page stands where, and counts
     reserved         places of pages, and exact rows, that hold no token yet; the page of zeros
     """
@@ -95,7 +96,7 @@ def parts_of(cache: Any) -> dict[str, int]:
         kept = [one for one in cache.tiers if one is not None]
         for one in kept:
             found.update(_plain(one.cache))
-            found["labels"] += one.routing_bytes
+            found["labels"] += one.routing_bytes + one.beside.weights.nbytes
             found["metadata"] += sum(x.nbytes for x in one.beside.affine.values())
         found["tables"] += cache.nbytes - front.nbytes - cache.watch.nbytes - sum(one.nbytes for one in kept)
     else:
