@@ -76,11 +76,8 @@ def _copied(function: ast.FunctionDef, text: Text, loads: list[ast.Call], stores
 
 def _targets(node: ast.AST) -> set[str]:
     """The name that an assignment gives, if it is one."""
-    return (
-        {target.id for target in node.targets if isinstance(target, ast.Name)}
-        if isinstance(node, ast.Assign)
-        else set()
-    )
+    targets = node.targets if isinstance(node, ast.Assign) else []
+    return {target.id for target in targets if isinstance(target, ast.Name)}
 
 
 def no_rounding_casts(text: Text) -> Iterator[Fault]:

@@ -180,9 +180,7 @@ class Positions:
 
     def _channels(self, plane: int) -> tuple[str, int, int]:
         """The channels of a plane, for `pair` and its like."""
-        if self.side.ordered:
-            return self.channel(plane), 0, self.dim
-        if self.side.alphabet.vectors:
+        if self.side.ordered or self.side.alphabet.vectors:
             return self.channel(plane), 0, self.dim
         return self.planes.lane, self.planes.start(plane), self.planes.width
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from .codes import Vectors
+from .measuring import LARGEST
 
 SEED = 0
 ROUNDS = 100  # at most: most tables stand still before
 MOST_VECTORS = 1 << 14  # that a table is fitted to; of more evenly spaced ones are taken
 TOGETHER = 1 << 24  # distances that are in memory at a time
-LARGEST = 65504.0
 
 
 def vectors(code: Vectors, x: Tensor, gradient: Tensor | None = None) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from .errors import ShapeError
 from .fisher import weighted
 from .kernels import Params
+from .measuring import LARGEST
 from .scheme import SIDES, Codebook, Count, Float, PreRope, Scheme, Side, Store, Vectors
 from .shape import Shape
 from .spaces import calibrated, in_loop, maps, refuse_others
@@ -27,7 +28,6 @@ from .spaces import calibrated, in_loop, maps, refuse_others
 HASH = "kvdsl.scheme"
 ROPE = "keys.transform[0]"
 """Where PreRope stands, and the name of its frequencies."""
-LARGEST = 65504.0  # of float16
 LONGEST_HEADER = 1 << 20  # bytes of a file's description that are read
 
 

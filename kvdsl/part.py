@@ -24,8 +24,6 @@ Count = int | _All
 FINEST = 1 << 10
 """Parts that a whole is in, of which shares are several: 1/3 is meant where 0.333333 is said."""
 Sizes = tuple[int | float, ...]
-
-
 """Of neighbouring stretches: counts, or shares of whatever they are stretches of."""
 
 

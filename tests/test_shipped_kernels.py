@@ -20,7 +20,7 @@ import pytest
 from law_cases import SIBLINGS
 
 from kvdsl.codegen import render
-from kvdsl.codegen.aot import ARCHES, compile_many, line
+from kvdsl.codegen.aot import ARCHES, CompiledKernel, compile_many, line
 from kvdsl.codegen.launch import Launch
 from kvdsl.codegen.launches import launches
 from kvdsl.codegen.lint import faults_in
@@ -93,13 +93,19 @@ def evenly(store: Store) -> bool:
     return not store.turned and (isinstance(code, Uniform) or isinstance(code, Float) and code.plain)
 
 
-def test_keys_in_an_order_behind_their_positions_fit_the_registers_and_tensor_memory(tmp_path: Path) -> None:
-    """The order taken back by a matrix would want more tensor memory than a B200 has; `extend` has the same body."""
-    plan = plan_for(ALL["skvq2"], Shape(128, 8, 32))
-    text, path = render(plan, "triton", "skvq2"), tmp_path / "skvq2.py"
+def decode_of(name: str, arch: str, folder: Path) -> CompiledKernel:
+    """The decode kernel of a shipped scheme."""
+    plan = plan_for(ALL[name], Shape(128, 8, 32))
+    text, path = render(plan, "triton", name), folder / f"{name}.py"
     path.write_text(text)
     decode = [launch for launch in launches(plan, text) if launch.kernel == "decode"]
-    ((kernel,),) = compile_many([(path, decode)], ("sm_100",), cache_folder=CACHE)
+    ((kernel,),) = compile_many([(path, decode)], (arch,), cache_folder=CACHE)
+    return kernel
+
+
+def test_keys_in_an_order_behind_their_positions_fit_the_registers_and_tensor_memory(tmp_path: Path) -> None:
+    """The order taken back by a matrix would want more tensor memory than a B200 has; `extend` has the same body."""
+    kernel = decode_of("skvq2", "sm_100", tmp_path)
     assert not kernel.spilled, line(kernel)
 
 
@@ -107,11 +113,7 @@ def test_keys_in_an_order_behind_their_positions_fit_the_registers_and_tensor_me
 def test_what_is_stored_of_a_token_is_asked_for_ahead(name: str, tmp_path: Path) -> None:
     """Scales of one or two bytes are too narrow for it, unless those of all groups come at once: the loop waits
     for nothing but the number of a page."""
-    plan = plan_for(ALL[name], Shape(128, 8, 32))
-    text, path = render(plan, "triton", name), tmp_path / f"{name}.py"
-    path.write_text(text)
-    decode = [launch for launch in launches(plan, text) if launch.kernel == "decode"]
-    ((kernel,),) = compile_many([(path, decode)], ("sm_90",), cache_folder=CACHE)
+    kernel = decode_of(name, "sm_90", tmp_path)
     assert {name: count for name, count in kernel.loads.items() if name.startswith("LDG.")} == {"LDG.32": 1}
 
 
