@@ -382,3 +382,17 @@ def over_rows(numbers, COUNT: tl.constexpr):
 def halves(numbers):
     """The first and the second half of [n]: two of [n / 2]."""
     return tl.split(tl.trans(tl.reshape(numbers, (2, numbers.shape[0] // 2))))
+
+
+@triton.jit
+def product(codes, queries, so_far=None):
+    """codes [tokens, lanes] times queries [lanes, rows], float16, added to the sum so far, float32.
+
+    For queries that were made in the loop: a lane of the GPU has made those of neighbouring channels, and a product
+    asks it for others.  A sum does not mind the order, so both are given in the one in which each lane has its own."""
+    STEPS: tl.constexpr = codes.shape[1] // 16
+    codes = tl.reshape(tl.permute(tl.reshape(codes, (codes.shape[0], 4, STEPS, 2, 2)), (0, 2, 3, 1, 4)), codes.shape)
+    queries = tl.reshape(
+        tl.permute(tl.reshape(queries, (4, STEPS, 2, 2, queries.shape[1])), (1, 2, 0, 3, 4)), queries.shape
+    )
+    return tl.dot(codes, queries, so_far)

@@ -15,7 +15,7 @@ from .bijection import BijectionProof, prove_bijection
 from .layout import Layout, SideLayout, lay_out
 from .placement import When, place
 from .side import SidePlan
-from .tiling import NARROWEST, sub_tile, tile
+from .tiling import AHEAD, NARROWEST, PAIR, sub_tile, tile
 
 __all__ = ["Plan", "SidePlan", "plan_for"]
 
@@ -127,11 +127,19 @@ def plan_for(scheme: Scheme, shape: Shape) -> Plan:
     in_loop = shape.dtype == "fp32" or any(term.when is When.IN_LOOP or term.joined > 1 for term in terms)
     ragged = any(term.layout.plane_width < NARROWEST for term in terms)
     crowded = all(side.groups > 1 and len(side.layout.streams) > 1 for side in (keys, values))
-    tokens = tile(scheme, shape, heavy=in_loop or ragged or crowded)
+    heavy = in_loop or ragged or crowded
+    least = TILE if paired or any(_few_bytes(term) for term in terms) else PAIR
+    tokens = tile(scheme, layout.head_bytes / layout.page_tokens, least=least, heavy=heavy)
     half = sub_tile(tokens, blocks, narrow=paired or narrow)
     if not paired and any(term.floats == "fp32" for term in terms):
         tokens = half = EXACT_TILE
     return Plan(scheme, shape, layout, keys, values, tokens, tokens // half, proofs)
+
+
+def _few_bytes(term: SidePlan) -> bool:
+    """What PAIR tokens have stored of their own is too little to be asked for ahead of time."""
+    meta = term.layout.meta
+    return meta is not None and meta.tokens == 1 and PAIR * meta.groups * meta.element < AHEAD
 
 
 def _planned(

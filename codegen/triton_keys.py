@@ -12,11 +12,11 @@ from .plan import Plan, SidePlan
 from .printer import number
 from .text import plus
 from .triton_groups import UNIT, halves, in_halves
-from .triton_meta import across, entry, read, static_read
+from .triton_meta import across, static_read
 from .triton_planes import Planes
 from .triton_rope import Positions
 from .triton_rows import ExactRows
-from .triton_together import load_together, read_group
+from .triton_together import load_together, read_group, read_plane
 from .triton_vectors import first_channel
 
 
@@ -121,9 +121,10 @@ class Keys(Planes):
             dots = [(f"n{j}.to({self.exact})", f"e{j}") for j in range(layout.planes)]
             return lines + self._dots("s", dots, self.precise)
         if when is When.ONCE_PER_TILE:
-            lines += self._rescaled_queries(self.meta, half) if side.rescaled else self._tile_queries(self.meta, half)
+            lines += self._rescaled_queries(half) if side.rescaled else self._tile_queries(half)
         if when not in (When.AFTER_DOT, When.NEVER):
-            lines += self._dots("s", self._operands(half, range(layout.planes)))
+            product = "product" if when is When.ONCE_PER_TILE else "tl.dot"
+            lines += self._dots("s", self._operands(half, range(layout.planes)), product=product)
             scaled = "s" if self.steps.lifted == 1 else f"s * {number(self.steps.lifted)}"
             total = " + total0[None, :]" if self.steps.offset_in_score else ""
             lines += [f"s = {scaled}{total}"] if scaled != "s" or total else []
@@ -188,18 +189,18 @@ class Keys(Planes):
             lines += [*wave(j), *positions.dots(j)]
         return lines
 
-    def _tile_queries(self, base: str, half: int) -> list[str]:
+    def _tile_queries(self, half: int) -> list[str]:
         """Re-derive the prepared queries for the token block of sub-tile `half`."""
         lines = []
         for j in range(self.side.layout.planes):
-            lines += self._block_numbers(base, half, j)
+            lines += read_plane(self, j, half)
             lines += self.steps.scaled(j, f"x{j}", self.scale, self.offset)
         lines += self.steps.prepared("y")
         if self.steps.offset_in_score:
             lines.append(f"total0 = tl.sum({' + '.join(f'b{j}' for j in range(self.side.layout.planes))}, 0)")
         return lines
 
-    def _rescaled_queries(self, base: str, half: int) -> list[str]:
+    def _rescaled_queries(self, half: int) -> list[str]:
         """r<width>_<plane>: the prepared queries times the scale of the sub-tile's token block, in float16: queries in
         float32 kept beside them would fill the registers.  What offsets add is rounded to float16 for two planes at a
         time, whose channels are as many powers of two apart, and summed in float32."""
@@ -209,7 +210,7 @@ class Keys(Planes):
         last = {self._power(j): j for j in range(self.side.layout.planes)}
         waiting: dict[int, str] = {}
         for j in range(self.side.layout.planes):
-            lines += [*self._block_numbers(base, half, j), f"{factor} = {self.scale}.to(tl.float16)"]
+            lines += [*read_plane(self, j, half), f"{factor} = {self.scale}.to(tl.float16)"]
             for stream in streams:
                 scaled = self.steps.times_scale(f"q{stream.width}_{j}", factor, start)
                 lines.append(f"r{stream.width}_{j} = {scaled}")
@@ -235,11 +236,6 @@ class Keys(Planes):
         stream = self.side.operands[0]
         return stream.places[plane].bit - stream.shift
 
-    def _block_numbers(self, base: str, half: int, plane: int) -> list[str]:
-        """Lines that read a plane's scales and offsets of the token block of sub-tile `half`."""
-        index = entry(self.side, self.block(half), self.channel_group(plane))
-        return read(self.side, base, index, self.scale, self.offset, mask=self.inside(plane))
-
     def _operands(self, half: int, planes: range | list[int]) -> list[tuple[str, str]]:
         return [
             (self.operand(stream, j, half), f"{'r' if self.side.rescaled else 'q'}{stream.width}_{j}")
@@ -247,11 +243,13 @@ class Keys(Planes):
             for j in planes
         ]
 
-    def _dots(self, name: str, operands: list[tuple[str, str]], precise: str = "") -> list[str]:
+    def _dots(
+        self, name: str, operands: list[tuple[str, str]], precise: str = "", product: str = "tl.dot"
+    ) -> list[str]:
         lines = []
         for i, (left, right) in enumerate(operands):
             so_far = f", {name}" if i else ""
-            lines.append(f"{name} = tl.dot({left}, {right}{so_far}{precise})")
+            lines.append(f"{name} = {product}({left}, {right}{so_far}{precise})")
         return lines
 
     def _float_scores(self, tokens: str) -> list[str]:

@@ -14,10 +14,10 @@ from .placement import When
 from .plan import Plan, SidePlan
 from .text import plus
 from .triton_groups import UNIT, halves, in_halves
-from .triton_meta import across, entry, read, static_read, token_entry
+from .triton_meta import across, read, static_read, token_entry
 from .triton_planes import Planes
 from .triton_rows import ExactRows
-from .triton_together import load_together, read_group
+from .triton_together import load_together, read_group, read_plane
 from .triton_vectors import first_channel
 
 
@@ -103,11 +103,11 @@ class Values(Planes):
             return lines + self._balanced_sums(half, tokens, decay)
         carried = self._carried()
         lines += load_together(self, half) if self.when is When.AFTER_DOT else []
+        lines += ["p_half = p.to(tl.float16)"] * self.halved
         for group in range(side.groups):
             if self.when is When.AFTER_DOT:
                 lines += read_group(self, group, half, tokens)
-            weight = self.steps.weight("p", self.scale)
-            lines.append(f"weight = {f'({weight})' if ' ' in weight else weight}.to(tl.float16)")
+            lines.append(f"weight = {self._weight()}")
             if carried is not None:
                 lines += self._carry(group, carried[0], half)
             for stream in side.operands:
@@ -116,6 +116,20 @@ class Values(Planes):
                         name = f"a{stream.width}_{j}"
                         lines.append(f"{name} = tl.dot({self.operand(stream, j, half)}, weight, {name}{decay})")
         return lines
+
+    @property
+    def halved(self) -> bool:
+        """Weights and the scales of several groups are multiplied in float16, two at a time: one rounding more."""
+        side = self.side
+        plain = side.scale.dtype == "fp16" and side.second is None and side.alphabet.step == 1 and not self.steps.lift
+        return self.when is When.AFTER_DOT and side.groups > 1 and plain and not side.scale.zero_inside
+
+    def _weight(self) -> str:
+        """What multiplies a group's codes, in float16."""
+        if self.halved:
+            return self.steps.weight("p_half", f"{self.scale}.to(tl.float16)")
+        weight = self.steps.weight("p", self.scale)
+        return f"{f'({weight})' if ' ' in weight else weight}.to(tl.float16)"
 
     def _carry(self, group: int, added: str, half: int) -> list[str]:
         """Add to the sum that carries a group's offsets: once a tile, what the numbers of one thread make."""
@@ -139,8 +153,7 @@ class Values(Planes):
                 f"a{stream.width}_{j} = tl.dot({self.operand(stream, j, half)}, weight)" for j in range(layout.planes)
             ]
         for j in range(layout.planes):
-            index, mask = entry(self.side, self.block(half), self.channel_group(j)), self.inside(j)
-            lines += read(self.side, self.meta, index, self.scale, self.offset, mask=mask)
+            lines += read_plane(self, j, half)
             lines.append(f"total = {self.steps.clean(j)}")
             lines.append(f"o{j} = o{j}{decay} + {self.steps.output('total', 'weighed', self.scale, self.offset)}")
         return lines

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from kvdsl.codegen.launches import loop_bytes, warps
 from kvdsl.codegen.occupancy import MOST_SPLITS, edge_splits, held, more_registers, splits
+from kvdsl.codegen.plan import plan_for
+from kvdsl.schemes import ALL
+from kvdsl.shape import Shape
 
 PROCESSORS = 132
 ROOM = 228 << 10
@@ -44,6 +48,13 @@ def test_a_thread_has_the_registers_that_its_programs_leave(
     assert more_registers(registers, warps, programs) == right
     if right is not None:
         assert held(int(right.removeprefix("maxnreg=")), 1024, warps, ROOM) >= programs
+
+
+@pytest.mark.parametrize("name", ["channel3", "kvtuner", "kivi2", "q8_0", "int8_token_head"])
+def test_tiles_leave_a_processor_two_programs_a_partition(name: str) -> None:
+    """With two tiles of each in shared memory, and all registers that a thread can have."""
+    plan = plan_for(ALL[name], Shape(128, 8, 32))
+    assert held(255, 2 * loop_bytes(plan), warps("decode", plan), ROOM) == 8
 
 
 @pytest.mark.parametrize("resident", [6, 8, 12])
