@@ -22,6 +22,8 @@ what it gets does not depend on who else is in the batch.
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 from kvdsl.kernels import Form
 
 from .launches import loop_bytes
@@ -83,10 +85,20 @@ def dense_cost(plan: Plan, queries: int, packed: int, exact: int = 0) -> float:
 
 def thresholds(plan: Plan, tokens: int) -> list[tuple[Form, int, int]]:
     """(form, the first and the last number of queries in a row that it is taken for), up to as many as there are
-    tokens."""
+    tokens.
+
+    What `extend` is for is asked one by one.  Of more queries each pass costs as much as the one before, and so do the
+    rows that attend to decoded numbers: decoding once is taken from some number on, and for all behind it.
+    """
+    most = min(tokens, MOST)
+    few = range(1, min(most, max(1, plan.rows(many=True) // plan.shape.group)) + 1)
+    beyond = range(few.stop, most + 1)
+    turn = bisect_left(beyond, True, key=lambda queries: form(plan, queries, tokens) == "dense")
+    taken: list[Form] = [form(plan, queries, tokens) for queries in few]
+    taken += ["decode"] * turn
+    taken += ["dense"] * (len(beyond) - turn)
     found: list[tuple[Form, int, int]] = []
-    for queries in range(1, min(tokens, MOST) + 1):
-        now = form(plan, queries, tokens)
+    for queries, now in enumerate(taken, 1):
         first = found.pop()[1] if found and found[-1][0] == now else queries
         found.append((now, first, queries))
     return found

@@ -11,6 +11,7 @@ from .lint_text import (
     Rule,
     Text,
     calls,
+    dotted,
     has_wide,
     is_load,
     is_of,
@@ -27,7 +28,7 @@ _NARROW = {"tl.float16", "tl.int8", "tl.uint8"}
 
 def masked_loads_say_what_else(text: Text) -> Iterator[Fault]:
     """A masked load without `other` is 0 in the interpreter and undefined on a GPU."""
-    for call in calls(text.tree, "tl.load"):
+    for call in calls(text.nodes(text.tree), "tl.load"):
         given = keywords(call)
         masked = len(call.args) > 1 or "mask" in given
         if masked and len(call.args) < 3 and "other" not in given:
@@ -39,7 +40,7 @@ def masked_loads_say_what_else(text: Text) -> Iterator[Fault]:
 def dots_keep_their_precision(text: Text) -> Iterator[Fault]:
     """The default of a float32 tl.dot is TF32 on a GPU and exact in the interpreter: say float16 or "ieee"."""
     for function in text.functions:
-        for call in calls(function, "tl.dot"):
+        for call in calls(text.nodes(function), "tl.dot"):
             precise = "input_precision" in keywords(call)
             # Triton refuses operands of different types, so knowing one is knowing both.
             if not precise and not any(is_of(operand, _NARROW, text, function) for operand in call.args[:2]):
@@ -53,8 +54,9 @@ def bfloat16_is_widened_at_once(text: Text) -> Iterator[Fault]:
         kinds = text.types.get(function.name, {})
         narrow = {name for name, found in kinds.items() if "*bf16" in found}
         reached = text.derived(function, narrow)
-        loads = [call for call in calls(function, "tl.load") if call.args and reached & names(call.args[0], is_load)]
-        stores = [call for call in calls(function, "tl.store") if len(call.args) > 1]
+        nodes = text.nodes(function)
+        loads = [call for call in calls(nodes, "tl.load") if call.args and reached & names(call.args[0], is_load)]
+        stores = [call for call in calls(nodes, "tl.store") if len(call.args) > 1]
         stores = [call for call in stores if reached & names(call.args[0], is_load)]
         copied = _copied(function, text, loads, stores)
         for call in loads:
@@ -70,7 +72,7 @@ def _copied(function: ast.FunctionDef, text: Text, loads: list[ast.Call], stores
     given = set[str]().union(*(_targets(text.parents[call]) for call in loads))
     found = {name for name in given if all(value in loads for value in text.assignments(function)[name])}
     kept = [call.args[1] for call in stores]
-    read = (node for node in ast.walk(function) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load))
+    read = (node for node in text.nodes(function) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load))
     return found - {node.id for node in read if node not in kept}
 
 
@@ -82,7 +84,7 @@ def _targets(node: ast.AST) -> set[str]:
 
 def no_rounding_casts(text: Text) -> Iterator[Fault]:
     """Casts to bfloat16 truncate in the interpreter, and 8-bit floats are wrong in it: only bits may become them."""
-    for node in ast.walk(text.tree):
+    for node in text.nodes(text.tree):
         if isinstance(node, ast.Attribute) and node.attr.startswith("float8"):
             yield node.lineno, "8-bit floats are handled as bytes"
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("to", "cast"):
@@ -94,8 +96,8 @@ def no_rounding_casts(text: Text) -> Iterator[Fault]:
 def atomics_count(text: Text) -> Iterator[Fault]:
     """Atomics on floats make results depend on the order of programs; only integers may be counted."""
     for function in text.functions:
-        for call in ast.walk(function):
-            if isinstance(call, ast.Call) and ast.unparse(call.func).startswith("tl.atomic_"):
+        for call in text.nodes(function):
+            if isinstance(call, ast.Call) and (dotted(call.func) or ast.unparse(call.func)).startswith("tl.atomic_"):
                 value = call.args[-1] if call.args else ast.Constant(None)
                 counted = isinstance(value, ast.Constant) and isinstance(value.value, int)
                 if not counted and not is_of(value, {"tl.int32", "tl.int64"}, text, function):
@@ -111,15 +113,14 @@ def offsets_are_wide(text: Text) -> Iterator[Fault]:
         pages = {name for name, values in assignments.items() if any(is_load(value) for value in values)}
         narrow = text.derived(function, programs, _is_bounded) - wide | pages - wide
         pointers = text.derived(function, text.pointers(function))
-        for node in ast.walk(function):
+        for node in text.nodes(function):
             if not (isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult)):
                 continue
-            around = names(sum_around(node, text.parents))
             factors = (node.left, node.right)
-            if not (pointers & around or any("stride" in name for name in names(node))):
-                continue
             small = not any(is_program(factor) or narrow & names(factor, _is_bounded) for factor in factors)
-            if not small and not any(has_wide(factor, wide) for factor in factors):
+            if small or any(has_wide(factor, wide) for factor in factors):
+                continue
+            if pointers & names(sum_around(node, text.parents)) or any("stride" in name for name in names(node)):
                 yield node.lineno, f"{ast.unparse(node)} may pass 2**31: widen by .to(tl.int64) first"
 
 
@@ -127,7 +128,7 @@ def functions_keep_their_names(text: Text) -> Iterator[Fault]:
     """A number named as a function hides it: what calls the function would call the number."""
     for function in text.functions:
         hidden = {argument.arg for argument in function.args.args} | set(text.assignments(function))
-        for node in ast.walk(function):
+        for node in text.nodes(function):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in hidden:
                 yield node.lineno, f"{node.func.id} is called and also the name of a number"
 

@@ -9,7 +9,7 @@ import re
 import tokenize
 from collections.abc import Iterator
 
-from .lint_text import Fault, Rule, Text, is_constexpr, line, names
+from .lint_text import Fault, Rule, Text, dotted, is_constexpr, line, names
 
 DEVICE = ("kvdsl.codegen.device", "kvdsl.codegen.device_codes", "kvdsl.codegen.device_steps")
 
@@ -62,14 +62,14 @@ def only_plain_comments(text: Text) -> Iterator[Fault]:
 
 def only_known_nodes(text: Text) -> Iterator[Fault]:
     """No statement or expression beyond what kernels need: no class, lambda, comprehension, while, try, del, await."""
-    for node in ast.walk(text.tree):
+    for node in text.nodes(text.tree):
         if not isinstance(node, _NODES):
             yield line(node), f"{type(node).__name__} has no place in a kernel"
 
 
 def only_known_imports(text: Text) -> Iterator[Fault]:
     """`import triton`, `import triton.language as tl`, names from the modules of DEVICE, and nothing else."""
-    for node in ast.walk(text.tree):
+    for node in text.nodes(text.tree):
         if isinstance(node, ast.Import):
             for name in node.names:
                 if (name.name, name.asname) not in (("triton", None), ("triton.language", "tl")):
@@ -92,7 +92,7 @@ def only_kernels_at_the_top(text: Text) -> Iterator[Fault]:
             yield node.lineno, f"{type(node).__name__} at the top of a module"
         elif len(node.decorator_list) != 1 or not _is_jit(node.decorator_list[0]):
             yield node.lineno, f"{node.name} must be decorated with triton.jit and nothing else"
-    for inner in ast.walk(text.tree):
+    for inner in text.nodes(text.tree):
         if not isinstance(inner, ast.FunctionDef):
             continue
         if text.parents[inner] is not text.tree:
@@ -119,23 +119,24 @@ def only_known_names(text: Text) -> Iterator[Fault]:
         arguments = {argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)}
         if function.args.vararg or function.args.kwarg:
             yield function.lineno, f"{function.name} takes any number of arguments"
-        written = {n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        written = {n.id for n in text.nodes(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
         for name in sorted(arguments | written | {function.name}):
             if not _IDENTIFIER.fullmatch(name) or name in ("tl", "triton", *_BUILTINS):
                 yield function.lineno, f"{name!r} is no name for a kernel or a variable"
+        known = top | arguments | written
         for statement in function.body:
             for inner in ast.walk(statement):
-                if isinstance(inner, ast.Name) and inner.id not in top | arguments | written:
+                if isinstance(inner, ast.Name) and inner.id not in known:
                     yield inner.lineno, f"{inner.id} is not defined in the kernel; globals must be constexpr"
 
 
 def only_known_attributes(text: Text) -> Iterator[Fault]:
     """Attributes are public names of `tl`, triton.jit, or a few methods of tensors."""
-    for node in ast.walk(text.tree):
+    for node in text.nodes(text.tree):
         if not isinstance(node, ast.Attribute):
             continue
         # One level below `tl` only: its submodules lead to the rest of Python.
-        known = bool(re.fullmatch(r"triton\.(jit|cdiv)|tl\.[A-Za-z]\w*", ast.unparse(node)))
+        known = bool(re.fullmatch(r"triton\.(jit|cdiv)|tl\.[A-Za-z]\w*", dotted(node)))
         if isinstance(node.ctx, ast.Store) or not (known or node.attr in _METHODS):
             yield node.lineno, f"attribute .{node.attr} is not one a kernel needs"
         if node.attr in _REFUSED:
@@ -146,7 +147,7 @@ def only_known_attributes(text: Text) -> Iterator[Fault]:
 
 def only_known_strings(text: Text) -> Iterator[Fault]:
     """No string but docstrings and the values of a few keywords."""
-    for node in ast.walk(text.tree):
+    for node in text.nodes(text.tree):
         if not isinstance(node, ast.Constant) or not isinstance(node.value, (str, bytes)):
             continue
         parent = text.parents[node]
@@ -164,7 +165,7 @@ def only_known_strings(text: Text) -> Iterator[Fault]:
 
 def only_finite_numbers(text: Text) -> Iterator[Fault]:
     """Literals are integers that fit 64 bits, finite floats, booleans, None or strings."""
-    for node in ast.walk(text.tree):
+    for node in text.nodes(text.tree):
         if isinstance(node, ast.Constant) and not isinstance(node.value, (str, bytes, type(None))):
             value = node.value
             most = 2**64 if isinstance(value, int) else 3.4e38

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from .launch import Launch
 
@@ -25,13 +25,20 @@ class Text:
             warnings.simplefilter("ignore", DeprecationWarning)
             self.tree = ast.parse(source)
         self._assignments: dict[ast.FunctionDef, dict[str, list[ast.expr]]] = {}
-        self.parents = {child: node for node in ast.walk(self.tree) for child in ast.iter_child_nodes(node)}
+        self._nodes: dict[ast.AST, list[ast.AST]] = {}
+        self.parents = {child: node for node in self.nodes(self.tree) for child in ast.iter_child_nodes(node)}
         self.functions = [node for node in self.tree.body if isinstance(node, ast.FunctionDef)]
         self.types: dict[str, dict[str, set[str]]] = {}  # kernel -> argument -> its types over the launches
         for launch in launches:
             kinds = self.types.setdefault(launch.kernel, {})
             for name, kind in launch.signature:
                 kinds.setdefault(name, set()).add(kind)
+
+    def nodes(self, tree: ast.AST) -> list[ast.AST]:
+        """All of a function or of the whole text, listed once for all rules."""
+        if tree not in self._nodes:
+            self._nodes[tree] = list(ast.walk(tree))
+        return self._nodes[tree]
 
     def pointers(self, function: ast.FunctionDef) -> set[str]:
         """Arguments that are pointers: as the launches say, else those called ..._ptr."""
@@ -45,7 +52,7 @@ class Text:
         if function in self._assignments:
             return self._assignments[function]
         found = self._assignments.setdefault(function, {})
-        for node in ast.walk(function):
+        for node in self.nodes(function):
             if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)) and node.value is not None:
                 for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
                     if isinstance(target, ast.Name):
@@ -70,12 +77,14 @@ class Text:
         self, function: ast.FunctionDef, sources: set[str], hidden: Callable[[ast.AST], bool] | None = None
     ) -> set[str]:
         """`sources` and the names whose value is computed from them, not looking into loads or `hidden` parts."""
-        known, assignments, size = set(sources), self.assignments(function), -1
+        known, size = set(sources), -1
+        parts = {
+            name: set().union(*(names(value, hidden or is_load) for value in values))
+            for name, values in self.assignments(function).items()
+        }
         while len(known) != size:
             size = len(known)
-            known |= {
-                n for n, values in assignments.items() if any(known & names(v, hidden or is_load) for v in values)
-            }
+            known |= {name for name, read in parts.items() if known & read}
         return known
 
 
@@ -83,9 +92,20 @@ def line(node: ast.AST) -> int:
     return int(getattr(node, "lineno", 1))
 
 
-def calls(tree: ast.AST, function: str) -> Iterator[ast.Call]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == function:
+def dotted(node: ast.AST) -> str:
+    """A name or an attribute of names as it is written, "" of anything else."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        before = dotted(node.value)
+        return before and f"{before}.{node.attr}"
+    return ""
+
+
+def calls(nodes: Iterable[ast.AST], function: str) -> Iterator[ast.Call]:
+    """Calls of a function, which is named as it is written there."""
+    for node in nodes:
+        if isinstance(node, ast.Call) and dotted(node.func) == function:
             yield node
 
 
@@ -93,20 +113,26 @@ def keywords(call: ast.Call) -> set[str | None]:
     return {keyword.arg for keyword in call.keywords}
 
 
-def names(node: ast.AST, skip: Callable[[ast.AST], bool] = lambda node: False) -> set[str]:
+def names(node: ast.AST, skip: Callable[[ast.AST], bool] | None = None) -> set[str]:
     """Names in an expression, not looking into sub-expressions to `skip`."""
-    if skip(node):
-        return set()
-    found = {node.id} if isinstance(node, ast.Name) else set()
-    return found.union(*(names(child, skip) for child in ast.iter_child_nodes(node)))
+    found, todo = set(), [node]
+    while todo:
+        part = todo.pop()
+        if skip is not None and skip(part):
+            continue
+        if isinstance(part, ast.Name):
+            found.add(part.id)
+        else:
+            todo += ast.iter_child_nodes(part)
+    return found
 
 
 def is_load(node: ast.AST) -> bool:
-    return isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.load"
+    return isinstance(node, ast.Call) and dotted(node.func) == "tl.load"
 
 
 def is_program(node: ast.AST) -> bool:
-    return isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.program_id"
+    return isinstance(node, ast.Call) and dotted(node.func) == "tl.program_id"
 
 
 def is_constexpr(node: ast.stmt) -> bool:
@@ -115,7 +141,7 @@ def is_constexpr(node: ast.stmt) -> bool:
         return ast.unparse(node.annotation) == "tl.constexpr" and isinstance(node.value, ast.Constant)
     if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
         plain = len(node.value.args) == 1 and isinstance(node.value.args[0], ast.Constant) and not node.value.keywords
-        return plain and ast.unparse(node.value.func) == "tl.constexpr" and isinstance(node.targets[0], ast.Name)
+        return plain and dotted(node.value.func) == "tl.constexpr" and isinstance(node.targets[0], ast.Name)
     return False
 
 
@@ -136,7 +162,7 @@ def is_of(node: ast.expr, types: set[str], text: Text, function: ast.FunctionDef
     if isinstance(node, ast.Subscript):
         return is_of(node.value, types, text, function, depth)
     if isinstance(node, ast.Call):
-        name = ast.unparse(node.func)
+        name = dotted(node.func)
         if name in _FP16_DEVICE:
             return "tl.float16" in types
         if name.startswith("tl.") and name.removeprefix("tl.") in _LAYOUT_ONLY and node.args:

@@ -37,9 +37,12 @@ CACHE = Path(__file__).resolve().parent.parent / "build" / "aot"
 THOROUGH = os.environ.get("KVDSL_PROFILE") == "thorough"
 SHAPES = [Shape(128, 8, 32), Shape(64, 8, 8), Shape(128, 4, 64, dtype="bf16")] if THOROUGH else [Shape(128, 8, 32)]
 CALLS = r"\b(measure|encode|levels|words|products|refit|loss)_(keys|values)\("  # these differ from text to text
-FEW = ("kivi2",)
+FEW = ("kivi4",)
 RECEIVED = ("reach", "received")
 MOST = ("decode", "append")
+TIERS = {"kvsink2_tiers_1", "zipcache_32_tiers_0", "innerq3_tiers_0"}
+"""They are tiers of other schemes in other bits, or `kivi2`: thorough takes them.  Each takes long, as Triton looks
+through a whole kernel for every load of it."""
 MINE = Scheme(
     keys=Store(Uniform(3), scale=per_channel(tokens=64)),
     values=Store(Uniform(5), scale=per_token(channels=16)),
@@ -81,7 +84,7 @@ def arches(name: str, scheme: Scheme, turn: int) -> tuple[str, ...]:
     """The architectures that a scheme is compiled for."""
     if THOROUGH or name in FEW:
         return ARCHES
-    if name in SIBLINGS:
+    if name in SIBLINGS | TIERS:
         return ()
     even = all(evenly(store) for store in (scheme.keys, scheme.values))
     return (ARCHES[turn % len(ARCHES)],) if even else ()

@@ -25,6 +25,8 @@ TYPES = {
     torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64", torch.uint8: "*u8", torch.int16: "*i16",
     torch.int32: "*i32",
 }  # fmt: skip
+UNREAD = ("decode", "extend")
+"""Their arguments are all that is asked here: what they would write decides nothing that is launched behind them."""
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -40,7 +42,8 @@ def test_tensors_have_the_types_of_the_signature(name: str, monkeypatch: pytest.
             for name, value in given.items()
             if isinstance(value, torch.Tensor) and name in signature and TYPES[value.dtype] != signature[name]
         )
-        run(self, kernel, grid, given, *rest)
+        if kernel not in UNREAD:
+            run(self, kernel, grid, given, *rest)
 
     monkeypatch.setattr(KernelModule, "_run", spied)
     walked(name, SHAPE, "cpu", chunks=(65, 1), steps=1)
