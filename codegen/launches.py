@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from functools import cache
 
 from kvdsl.scheme import SIDES
@@ -149,7 +150,7 @@ def loop_bytes(plan: Plan, *, repeated: bool = False) -> int:
 def arguments(source: str) -> dict[str, tuple[str, ...]]:
     """The argument names of every kernel of a generated text."""
     tree = ast.parse(source)
-    called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    called = set(re.findall(r"(?<!def )\b(\w+)\(", source))
     return {
         node.name: tuple(arg.arg for arg in node.args.args)
         for node in tree.body

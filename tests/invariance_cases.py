@@ -17,7 +17,7 @@ SCHEMES = ("token4", "kivi2", "quarot4", "fp16")
 Q_HEADS = 4
 SHAPE = Shape(64, 2, Q_HEADS)
 CAPACITY = 512
-LENGTHS = (301, 64, 7)
+LENGTHS = (173, 64, 7)
 STEPS = 2
 
 

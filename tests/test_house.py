@@ -14,8 +14,10 @@ import pytest
 
 import kvdsl
 from kvdsl.codegen import render
+from kvdsl.codegen.launches import launches
 from kvdsl.codegen.listing import rows
-from kvdsl.codegen.plan import plan_for
+from kvdsl.codegen.plan import Plan, plan_for
+from kvdsl.kernels import Backend
 from kvdsl.rules import shape_faults
 from kvdsl.schemes import ALL
 from kvdsl.shape import Shape
@@ -244,20 +246,42 @@ def test_every_scheme_says_where_it_comes_from() -> None:
 SHAPES = (Shape(128, 8, 32), Shape(64, 3, 9, "fp32"))
 
 
-def texts(backend: str, *, every: int = 1) -> Iterator[tuple[str, str]]:
-    """(name, text) of every shipped scheme, or of one in `every`, at every shape."""
+def texts(backend: Backend, *, every: int = 1) -> Iterator[tuple[str, Plan, str]]:
+    """(name, plan, text) of every shipped scheme, or of one in `every`, at every shape."""
     for name, scheme in [(name, scheme) for name, scheme in ALL.items() if not scheme.routed][::every]:
         for shape in SHAPES:
             if not shape_faults(scheme, shape):
-                text = render(plan_for(scheme, shape), backend, name)  # type: ignore[arg-type]
-                yield f"{name}_{backend}_{shape.head_dim}", text
+                plan = plan_for(scheme, shape)
+                yield f"{name}_{backend}_{shape.head_dim}", plan, render(plan, backend, name)
+
+
+def loose_arguments(tree: ast.Module) -> dict[str, set[str]]:
+    """Of every kernel of a generated text the arguments that it is not specialized for."""
+    return {
+        node.name: set(re.findall(r"'(\w+)'", " ".join(map(ast.unparse, node.decorator_list))))
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef)
+    }
+
+
+def anew(plan: Plan, text: str, tree: ast.Module) -> list[str]:
+    """Kernels that would be compiled anew for another length: Triton does so where an argument that it may specialize
+    becomes, or ceases to be, a multiple of 16.  Only numbers that belong to the parameters may be such."""
+    loose, found = loose_arguments(tree), []
+    for launch in launches(plan, text):
+        whole = {argument for argument, kind in launch.signature if kind == "i32"} - loose[launch.kernel]
+        others = [argument for argument in whole if not re.fullmatch(r"(keys|values)\w*_(stride|shifts)", argument)]
+        found += [f"{launch.kernel} is specialized for {others}"] if others else []
+    return found
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-def test_generated_text_is_clean(backend: str, tmp_path: Path) -> None:
-    for name, text in texts(backend):
+def test_generated_text_is_clean(backend: Backend, tmp_path: Path) -> None:
+    for name, plan, text in texts(backend):
         (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
-        assert ast.get_docstring(ast.parse(text)), name
+        tree = ast.parse(text)
+        assert ast.get_docstring(tree), name
+        assert backend == "torch" or plan.shape != SHAPES[0] or not anew(plan, text, tree), name
     select = ["--isolated", "--select", "F,E9", "--target-version", "py311"]
     done = subprocess.run(
         [sys.executable, "-m", "ruff", "check", *select, str(tmp_path)], capture_output=True, text=True
@@ -270,7 +294,7 @@ def test_generated_text_does_not_depend_on_the_process(backend: str) -> None:
     """What would be printed in another order is printed by shared code: one scheme in five has it all."""
     code = (
         "import hashlib, sys; sys.path.insert(0, 'tests'); from test_house import texts\n"
-        f"print(hashlib.sha256(''.join(t for _, t in texts({backend!r}, every=5)).encode()).hexdigest())"
+        f"print(hashlib.sha256(''.join(t for *_, t in texts({backend!r}, every=5)).encode()).hexdigest())"
     )
     first, second = (python(f"import os; os.chdir({str(ROOT)!r})\n{code}", PYTHONHASHSEED=seed) for seed in "12")
     assert first == second
