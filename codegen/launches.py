@@ -169,6 +169,8 @@ def _type(name: str, kernel: str, plan: Plan) -> str:
         return "*i32"
     if name == "keys_inner_ptr" or name.endswith("_rows_ptr") and name.startswith("keys_"):
         return "*fp32" if plan.exact_keys else "*fp16"
+    if name.endswith("_table_ptr") and plan.side(name.removesuffix("_table_ptr")).alphabet.sums:
+        return "*fp16"
     if name.endswith("_table_ptr") and plan.side(name.removesuffix("_table_ptr")).alphabet.vectors:
         return f"*i{16 * word_halves(plan.side(name.removesuffix('_table_ptr')))}"
     if name.endswith("_columns_ptr"):  # a map, of rows

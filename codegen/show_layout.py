@@ -113,7 +113,7 @@ def _stream(part: SideLayout, stream: Stream) -> dict[str, Any]:
         "width": stream.width,
         "shift": stream.shift,
         "paired": stream.paired,
-        "plane_channels": part.plane_width,
+        "plane_channels": part.code_width,
         "rows": stream.rows,
         "row_words": stream.row_words,
         "planes": places,
@@ -122,8 +122,9 @@ def _stream(part: SideLayout, stream: Stream) -> dict[str, Any]:
 
 def _drawn(side: SidePlan, stream: Stream) -> list[str]:
     """One word of each word tile, highest bit first, with the channel that each run of bits belongs to."""
-    wide, size = side.layout.plane_width, side.layout.coupled
+    wide, size = side.layout.code_width, side.layout.coupled
     codes, step = (f"codes of {size} channels", f"{size}x") if size > 1 else ("channels", "x")
+    codes = "bytes of codes" if side.layout.row else codes
     if stream.digits:
         return _drawn_digits(side, wide)
     lines = [
