@@ -84,6 +84,7 @@ def _sections(plan: Plan, side: SidePlan) -> list[dict[str, Any]]:
         last = stream.shift + stream.width - 1
         bits = f"bits {stream.shift} to {last}" if last > stream.shift else f"bit {last}"
         bits = f"{TRITS} ternary digits a byte" if stream.digits else bits
+        bits = f"{part.row} bytes a token" if part.row else bits
         what = f"codes, {bits}: {stream.rows} rows of {stream.row_words} words"
         rows.append(_row(side, stream.offset, stream.size, what))
     if part.meta is not None:
@@ -145,7 +146,8 @@ def _drawn(side: SidePlan, stream: Stream) -> list[str]:
         bits = [f"{low + stream.width - 1}..{low}" if stream.width > 1 else str(low) for low in starts]
         size = max(size, *(len(b) + 1 for b in bits))
         lines.append(f"  word {tile * wide}+x".ljust(14) + "bit     " + "|".join(b.center(size) for b in bits))
-        lines.append(" " * 14 + "channel " + "|".join(cells[low].center(size) for low in starts))
+        what = "byte" if side.layout.row else "channel"
+        lines.append(" " * 14 + what.ljust(8) + "|".join(cells[low].center(size) for low in starts))
     return lines
 
 
