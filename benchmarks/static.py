@@ -47,6 +47,8 @@ are of {", ".join(ARCHES)}. Of a scheme with tiers there is what its tiers store
 Schemes of shared values have their own head_dim, and 32 query heads for one kv head.
 
 * slots: instructions of all warps of a program for {LINE} packed bytes, code that is rarely run left out.
+* a loop within the main loop counts as one round: of sums of vectors, which are read so, the work is many times as
+  much, and the shares are as many times too large.
 * products: m16n8k16 products over the fewest that the codes take, 4/b for {LINE} bytes of codes of b bits. More are of
   maps, vectors of low rank, positions and streams that are multiplied apart. "-": they are of float32, or some are in
   tensor memory, where code does not tell their size; shares are without those.

@@ -15,7 +15,7 @@ from typing import Literal
 
 from kvdsl.codes import width
 from kvdsl.errors import ProofError
-from kvdsl.scheme import Codebook, Float, Scale, Sketch, Store, Vectors
+from kvdsl.scheme import Additive, Codebook, Float, Scale, Sketch, Store, Vectors
 
 EXTREMES = ("absmax", "signed_absmax")  # ranges whose scale is the largest number over the top level
 
@@ -72,7 +72,7 @@ class Alphabet:
     """The codes of one side.
 
     kind     affine: level(c) = first + step*c; table: looked up; pattern: the bits of a small float; vectors: looked up
-             in memory, of each group of channels in its own table
+             in memory, of each group of channels in its own table; sums: of several, bytes of a row of them
     bits     of a code
     count    codes that are ever stored
     levels   of a table known now, float32 numbers, one for each of the 2**bits codes; () where there is no such table
@@ -81,7 +81,7 @@ class Alphabet:
     lift     a scale is multiplied by 2**lift before it is rounded to float16, so that it is near the numbers themselves
     """
 
-    kind: Literal["affine", "table", "pattern", "vectors"]
+    kind: Literal["affine", "table", "pattern", "vectors", "sums"]
     bits: int
     count: int
     levels: tuple[float, ...] = ()
@@ -108,9 +108,19 @@ class Alphabet:
         return self.kind == "vectors"
 
     @property
+    def sums(self) -> bool:
+        """All codes of a token stand for a sum of vectors of all channels."""
+        return self.kind == "sums"
+
+    @property
+    def in_memory(self) -> bool:
+        """What codes stand for is looked up in memory."""
+        return self.vectors or self.sums
+
+    @property
     def fitted(self) -> bool:
         """What codes stand for comes with the parameters."""
-        return self.given or self.vectors
+        return self.given or self.in_memory
 
     @property
     def top(self) -> float:
@@ -165,6 +175,8 @@ def alphabet_of(store: Store, channels: int) -> Alphabet:
         return Alphabet("affine", 1, 2, (-level, level), Fraction(-level), Fraction(2 * level))
     if isinstance(code, Vectors):
         return Alphabet("vectors", code.bits, 2**code.bits)
+    if isinstance(code, Additive):
+        return Alphabet("sums", 8, 256)
     if not isinstance(code, Codebook):
         bits = 0 if isinstance(code, Float) or bits is None else bits
         return Alphabet("affine", bits, 2**bits)
@@ -205,6 +217,8 @@ def prove(alphabet: Alphabet) -> list[tuple[str, str]]:
         return [("l = the table of the parameters, rounded to float16 where a product reads it", "by definition")]
     if alphabet.vectors:
         return [("l = a number of float16, from the table of the channel's group", "by definition")]
+    if alphabet.sums:
+        return [("l = a sum of numbers of float16, one of each stage's table", "by definition")]
     method = f"exhaustive ({2**alphabet.bits} codes)"
     if not alphabet.looked_up:
         if not alphabet.levels:

@@ -42,7 +42,7 @@ def prove_bijection(layout: Layout) -> tuple[BijectionProof, ...]:
             seen = set()
             for token in range(period):
                 for channel in range(part.codes):
-                    byte, bit = stream.address(token, channel, part.plane_width)
+                    byte, bit = stream.address(token, channel, part.code_width)
                     seen |= {8 * byte + bit + k for k in range(stream.width)}
             wanted = period * part.codes * stream.width
             stride = stream.row(period) * stream.row_words * 16

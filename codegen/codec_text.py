@@ -9,6 +9,7 @@ from .codec_codes import encode, levels_of, loss, products
 from .codec_scales import measure, refit, word_lines
 from .plan import SidePlan
 from .text import WIDTH, Lines
+from .triton_additive import functions as of_sums
 from .triton_vectors import encode as encode_vectors
 
 
@@ -18,7 +19,7 @@ def functions(side: SidePlan, ns: Namespace) -> list[str]:
         return [encode_vectors(side)] if ns == "tl." else []
     under = coding(side) if side.store.measure is not None else []
     told = "The codes of x, int32." if ns == "tl." else "The codes of x, whole numbers."
-    made = [_Function("encode", ["x", *under], told, encode)]
+    made = [] if side.alphabet.sums else [_Function("encode", ["x", *under], told, encode)]
     if _names_levels(side, ns):
         made.append(_Function("levels", ["c"], "What codes stand for, float32.", levels_of))
     if not side.static and side.store.measure is not None:
@@ -38,11 +39,14 @@ def functions(side: SidePlan, ns: Namespace) -> list[str]:
             )
         told = f"Stored {stored} as words: NaN where a block is spoilt."
         made.append(_Function("words", [*stored_numbers(side), "spoilt"], told, word_lines, takes_given=False))
-    return [function.text(side, ns) for function in made]
+    texts = [function.text(side, ns) for function in made]
+    return texts + (of_sums(side) if side.alphabet.sums and ns == "tl." else [])
 
 
 def _names_levels(side: SidePlan, ns: Namespace) -> bool:
     """Triton's kernels look known levels up in registers, and need the function for what packing fits or weighs."""
+    if side.alphabet.sums:
+        return False
     if ns == "torch." and side.alphabet.looked_up:
         return True
     if side.store.measure is None or side.scale.when != "online":

@@ -7,7 +7,7 @@ import textwrap
 import sympy as sp
 
 from kvdsl import cost
-from kvdsl.codes import width
+from kvdsl.codes import Additive, width
 
 from .placement import When
 from .plan import Plan, SidePlan
@@ -110,6 +110,10 @@ def alphabet_lines(side: SidePlan) -> list[str]:
     elif alphabet.vectors:
         size = side.layout.coupled
         lines.append(f"l[t, d] = number d % {size} of vector c[t, d // {size}] of the table of these {size} channels")
+    elif isinstance(side.store.code, Additive):
+        code = side.store.code.of(side.dim)
+        turned = ", every other one turned by a quarter" * code.commuting
+        lines.append(f"l[t, d] = the sum of numbers d of {code.codes} vectors, those of the codes c of t{turned}")
     elif alphabet.given:
         others = ", not those that numbers are compared with" * alphabet.matched
         lines.append(f"l[t, d] = one of {alphabet.count} calibrated levels{others}")
@@ -142,6 +146,7 @@ def page_lines(plan: Plan) -> list[str]:
             rows = "tokens t and t + 32 share a word" if stream.paired else "one token a row"
             planes = f"{part.plane_width} bytes of 5 ternary digits" if stream.digits else ""
             codes = f"codes of {part.coupled} channels" if part.coupled > 1 else "channels"
+            planes = f"{part.row} bytes of codes" if part.row else planes
             planes = planes or f"{stream.width}-bit planes of {part.plane_width} {codes}"
             lines.append(f"  {stream.offset:6d}  {side.title}: {planes}, {rows}")
     for side in plan.stored:

@@ -46,8 +46,8 @@ def warps(kernel: str, plan: Plan) -> int:
     16 rows, sums of many numbers, tiles most of whose lanes are idle, two sketches, one of many rows, codes of three
     streams in groups on both sides, or of 4 bits beside vectors of low rank on both sides, or received attention beside
     many scales would not fit its registers, four or more where a page is rewritten, products are of float32 numbers,
-    values are sums of codes, single numbers and vectors of low rank, keys are rotated, or radii and angles become
-    channels level by level.  Always a power of two, which Triton asks for."""
+    values are sums of codes, single numbers and vectors of low rank, keys are rotated, entries of tables are
+    added up, or radii and angles become channels level by level.  Always a power of two, which Triton asks for."""
     return 1 << _wanted(kernel, plan).bit_length() - 1
 
 
@@ -72,7 +72,7 @@ def _wanted(kernel: str, plan: Plan) -> int:
         return 4
     if kernel == "reach" and plan.keys.rope is not None and plan.keys.sparse:
         return 8  # a running maximum beside single numbers at their positions
-    if plan.keys.rope is not None or any(term.band for term in plan.terms):
+    if plan.keys.rope is not None or any(term.band or term.alphabet.sums for term in plan.terms):
         return 4  # decoded numbers, waves and two queries a plane: one warp moves hundreds of them to memory
     if plan.values.sparse and any(term.factors for term in plan.values.terms):
         return 4  # sums of three kinds
@@ -170,6 +170,8 @@ def _type(name: str, kernel: str, plan: Plan) -> str:
         return "*i32"
     if name == "keys_inner_ptr" or name.endswith("_rows_ptr") and name.startswith("keys_"):
         return "*fp32" if plan.exact_keys else "*fp16"
+    if name.endswith("_table_ptr") and plan.side(name.removesuffix("_table_ptr")).alphabet.sums:
+        return "*fp16"
     if name.endswith("_table_ptr") and plan.side(name.removesuffix("_table_ptr")).alphabet.vectors:
         return f"*i{16 * word_halves(plan.side(name.removesuffix('_table_ptr')))}"
     if name.endswith("_columns_ptr"):  # a map, of rows

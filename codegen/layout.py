@@ -15,11 +15,11 @@ from typing import Literal
 
 from kvdsl.codes import SLOT_TOKENS, coupled, in_trits, trit_bytes
 from kvdsl.codes import width as code_bits
-from kvdsl.scheme import ALL, SIDES, Band, Chosen, Float, LowRank, MetaFormat, Scheme, Sparse, Store
+from kvdsl.scheme import ALL, SIDES, Additive, Band, Chosen, Float, LowRank, MetaFormat, Scheme, Sparse, Store
 from kvdsl.shape import Shape
 from kvdsl.window import tile_tokens, token_block, waiting
 
-from .sections import Across, Beside, Channels, Factors, Slots
+from .sections import Across, Beside, Channels, Factors, Slots, Span
 from .tiling import NARROWEST, PAIR
 
 ALIGN = 16  # bytes: what one asynchronous copy moves
@@ -123,26 +123,13 @@ class Meta:
 
 
 @dataclass(frozen=True)
-class Span:
-    """The channels of a plane: lanes [low, high) of a tile of words, lane x being channel start + step * x."""
-
-    start: int
-    low: int
-    high: int
-    step: int = 1
-
-    @property
-    def channels(self) -> range:
-        return range(self.start + self.step * self.low, self.start + self.step * self.high, self.step)
-
-
-@dataclass(frozen=True)
 class SideLayout:
     """One side of a page, `width` numbers a token.  `streams` is empty where the numbers themselves are stored
     (`float_offset`), vectors of low rank (`factors`), single numbers (`slots`), or those of chosen channels (`beside`),
     which `channels` tells.  Planes have `plane_width` lanes; of digits the last may have fewer, and one that crosses
     groups of channels counts as several.  Of `coupled` channels that share a code each has planes of its own, one
-    behind the other, which are read from the same words.  `rest`: where the side's next term stands."""
+    behind the other, which are read from the same words.  `row`: bytes of a token's codes, of which every channel is a
+    sum; the stream is of bytes then, and planes are of channels alone.  `rest`: where the side's next term stands."""
 
     width: int
     streams: tuple[Stream, ...]
@@ -156,6 +143,7 @@ class SideLayout:
     channels: Channels | None = None
     across: Across | None = None
     coupled: int = 1
+    row: int = 0
     rest: SideLayout | None = None
 
     @property
@@ -175,8 +163,18 @@ class SideLayout:
 
     @property
     def codes(self) -> int:
-        """Codes of a token."""
-        return self.width // self.coupled
+        """Codes of a token, of sums their bytes."""
+        return self.row or self.width // self.coupled
+
+    @property
+    def code_width(self) -> int:
+        """Lanes of a plane of codes."""
+        return self.streams[0].row_words if self.row else self.plane_width
+
+    @property
+    def planar(self) -> tuple[Stream, ...]:
+        """The streams that planes of channels are taken from."""
+        return () if self.row else self.streams
 
     def place(self, stream: Stream, plane: int) -> Place:
         """Where the codes of a plane stand in a stream."""
@@ -266,10 +264,8 @@ def plane_width(store: Store, head_dim: int) -> int:
 
 
 def _common_width(store: Store, head_dim: int) -> int:
-    if isinstance(store.code, Float) and store.code.plain:
-        return min(64, head_dim & -head_dim)
-    if isinstance(store.code, LowRank):
-        return min(FACTORED, head_dim & -head_dim)
+    if isinstance(store.code, (Additive, LowRank)) or isinstance(store.code, Float) and store.code.plain:
+        return min(FACTORED if isinstance(store.code, LowRank) else 64, head_dim & -head_dim)
     if isinstance(store.code, Chosen):  # few: one plane
         return head_dim
     if isinstance(store.code, Sparse):  # elementwise sums: the wider the fewer moves between registers
@@ -358,9 +354,12 @@ def lay_out(scheme: Scheme, shape: Shape) -> Layout:
             beside = Beside(dim, store.code.bits, store.code.below, offset)
             codes[at] = SideLayout(dim, (), width, spans, None, beside=beside)
             offset = aligned(offset + beside.size(tokens))
+        elif isinstance(store.code, Additive):
+            row = store.code.of(dim).row
+            streams, offset = _streams(8, row, _natural(8, row)[1], tokens, offset)
+            codes[at] = SideLayout(dim, streams, width, spans, None, row=row)
         else:
-            bits = code_bits(store.code)
-            assert bits is not None
+            bits = code_bits(store.code) or 0
             if in_trits(store.code):
                 streams, offset = _digit_stream(spans, width, tokens, offset)
             else:

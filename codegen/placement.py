@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 
-from kvdsl.scheme import ALL, Scale, Store, Uniform, Vectors
+from kvdsl.scheme import ALL, Additive, Scale, Store, Uniform, Vectors
 from kvdsl.window import token_block
 
 from .layout import SideLayout
@@ -47,7 +47,7 @@ def place(store: Store, part: SideLayout) -> When:
     numbers, radii and angles become channels when both are decoded, and vectors are looked up number by number.
     """
     scale = store.measure
-    if store.polar or isinstance(store.code, Vectors):
+    if store.polar or isinstance(store.code, (Additive, Vectors)):
         return When.IN_LOOP
     if scale is None:
         return When.NEVER

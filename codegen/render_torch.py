@@ -8,7 +8,8 @@ from .text import helpers_used
 from .torch_sides import TorchSide
 
 HOST = (
-    "host", "host_beside", "host_blocks", "host_factors", "host_maps", "host_products", "host_slots", "host_vectors",
+    "host", "host_additive", "host_beside", "host_blocks", "host_factors", "host_maps", "host_products", "host_slots",
+    "host_vectors",
 )  # fmt: skip
 
 

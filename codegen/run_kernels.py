@@ -66,7 +66,9 @@ class KernelModule:
                 assert pool is not None
                 values[name] = pool.view(VIEWS[name])
             elif name in GIVEN_POINTERS:
-                values[name] = table_words(params[GIVEN_POINTERS[name]])
+                table = params[GIVEN_POINTERS[name]]
+                sums = self.plan.side(name.rpartition("_")[0].rpartition("_")[0]).alphabet.sums
+                values[name] = table if sums else table_words(table)
             elif name not in values and name.startswith(("keys_", "values_")):
                 values[name] = _parameter(name, params)
         function = getattr(self.module, kernel)[grid]

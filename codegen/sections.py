@@ -1,8 +1,23 @@
-"""Sections of a page that hold no codes and no scales: vectors of low rank, single numbers, chosen channels."""
+"""Parts of a page: the channels of a plane; sections that hold no codes and no scales, as vectors of low rank, single
+numbers, chosen channels."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Span:
+    """The channels of a plane: lanes [low, high) of a tile of words, lane x being channel start + step * x."""
+
+    start: int
+    low: int
+    high: int
+    step: int = 1
+
+    @property
+    def channels(self) -> range:
+        return range(self.start + self.step * self.low, self.start + self.step * self.high, self.step)
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,7 @@ def _sections(plan: Plan, side: SidePlan) -> list[dict[str, Any]]:
         last = stream.shift + stream.width - 1
         bits = f"bits {stream.shift} to {last}" if last > stream.shift else f"bit {last}"
         bits = f"{TRITS} ternary digits a byte" if stream.digits else bits
+        bits = f"{part.row} bytes a token" if part.row else bits
         what = f"codes, {bits}: {stream.rows} rows of {stream.row_words} words"
         rows.append(_row(side, stream.offset, stream.size, what))
     if part.meta is not None:
@@ -113,7 +114,7 @@ def _stream(part: SideLayout, stream: Stream) -> dict[str, Any]:
         "width": stream.width,
         "shift": stream.shift,
         "paired": stream.paired,
-        "plane_channels": part.plane_width,
+        "plane_channels": part.code_width,
         "rows": stream.rows,
         "row_words": stream.row_words,
         "planes": places,
@@ -122,8 +123,9 @@ def _stream(part: SideLayout, stream: Stream) -> dict[str, Any]:
 
 def _drawn(side: SidePlan, stream: Stream) -> list[str]:
     """One word of each word tile, highest bit first, with the channel that each run of bits belongs to."""
-    wide, size = side.layout.plane_width, side.layout.coupled
+    wide, size = side.layout.code_width, side.layout.coupled
     codes, step = (f"codes of {size} channels", f"{size}x") if size > 1 else ("channels", "x")
+    codes = "bytes of codes" if side.layout.row else codes
     if stream.digits:
         return _drawn_digits(side, wide)
     lines = [
@@ -144,7 +146,8 @@ def _drawn(side: SidePlan, stream: Stream) -> list[str]:
         bits = [f"{low + stream.width - 1}..{low}" if stream.width > 1 else str(low) for low in starts]
         size = max(size, *(len(b) + 1 for b in bits))
         lines.append(f"  word {tile * wide}+x".ljust(14) + "bit     " + "|".join(b.center(size) for b in bits))
-        lines.append(" " * 14 + "channel " + "|".join(cells[low].center(size) for low in starts))
+        what = "byte" if side.layout.row else "channel"
+        lines.append(" " * 14 + what.ljust(8) + "|".join(cells[low].center(size) for low in starts))
     return lines
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kvdsl.codes import SLOT_TOKENS
-from kvdsl.scheme import Scheme
+from kvdsl.scheme import Additive, Scheme
 from kvdsl.segments import parts
 from kvdsl.shape import Shape
 
@@ -222,6 +222,11 @@ def _of_codes(term: SidePlan) -> list[str]:
     elif alphabet.vectors:
         size = term.layout.coupled
         found.append(f"each code of {size} channels is looked up in a table in memory, {2 * size} bytes a code")
+    elif alphabet.sums:
+        code = term.store.code
+        assert isinstance(code, Additive)
+        rounds = code.of(term.dim).count
+        found.append(f"every channel is a sum of entries of tables in memory: {rounds} rounds of loops, counted as one")
     elif alphabet.kind == "table":
         whose = "the parameters" if alphabet.given else "the scheme"
         found.append(f"each code is looked up in a table of {alphabet.count} levels of {whose}")
@@ -249,7 +254,7 @@ def _of_scales(term: SidePlan) -> list[str]:
     found = []
     if term.second is not None:
         found.append("scales are of two levels")
-    if term.rope is None and term.when.name == "IN_LOOP":
+    if term.rope is None and term.when.name == "IN_LOOP" and not term.alphabet.sums:
         found.append(f"groups of {meta.channels} channels cross planes: their scales meet each number")
     elif term.groups > 1:
         found.append(f"{term.groups} groups of {meta.channels} channels of a token have their own scales and products")

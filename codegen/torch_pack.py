@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import sympy as sp
 
-from kvdsl.scheme import LowRank
+from kvdsl.scheme import Additive, LowRank
 
 from .codec import (
     call,
@@ -16,6 +16,7 @@ from .codec import (
     counted_numbers,
     given,
     given_name,
+    in_steps,
     numbers,
     searched,
     statistics,
@@ -35,13 +36,17 @@ class TorchPack:
 
     def __init__(self, plan: Plan, side: SidePlan) -> None:
         self.plan, self.side = plan, side
-        self.width, self.planes = side.layout.plane_width, range(side.layout.planes // side.layout.coupled)
+        self.width = side.layout.code_width
+        planes = side.layout.planes // side.layout.coupled
+        self.planes = range(side.layout.row // self.width if side.layout.row else planes)
         self.prefix = side.letter
         self.steps = Steps(side, sp.Integer(1), "..., ", "")
 
     @property
     def _split(self) -> str:
         """The call that splits channels into planes."""
+        if self.side.layout.row:
+            return f"chunk({len(self.planes)}, -1)"
         sizes = [span.high - span.low for span in self.side.layout.spans[:: self.side.layout.coupled]]
         return f"split(({listed(map(str, sizes))}), -1)" if len(set(sizes)) > 1 else f"chunk({len(sizes)}, -1)"
 
@@ -110,6 +115,9 @@ class TorchPack:
                 self._measured(out)
                 under = [self._spread(name) for name in coding(side)]
             coded = "nearest_vectors(x, table)" if side.alphabet.vectors else call(side, "encode", ["x", *under])
+            if side.alphabet.sums:
+                over = in_steps(side, "x", "torch.").replace("scale", under[0])
+                coded = f"nearest_sums({over}, table, {turns(side)})"
             out.add(f"code = {coded}" if side.uniform is not None else f"code = {coded}.to(torch.uint8)")
             if side.raised:
                 out.add(f"above, code = code >> {side.alphabet.bits}, code & {2**side.alphabet.bits - 1}")
@@ -219,3 +227,12 @@ def unpacked(names: Iterable[str]) -> str:
     """Names on the left of an assignment, or returned."""
     names = list(names)
     return f"({names[0]},)" if len(names) == 1 else ", ".join(names)
+
+
+def turns(side: SidePlan) -> str:
+    """What a table's second entries are, as functions of sums take it: None, or how pairs lie."""
+    code, rope = side.store.code, side.store.rope
+    assert isinstance(code, Additive)
+    if not code.commuting:
+        return "turned=None"
+    return f"turned={'neighbours' if rope is not None and rope.interleaved else 'halves'!r}"

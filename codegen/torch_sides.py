@@ -16,7 +16,7 @@ from .layout import Stream
 from .placement import When
 from .sections import Across, Beside, Slots
 from .text import Lines, bare, listed
-from .torch_pack import TorchPack
+from .torch_pack import TorchPack, turns
 
 IN_STEPS = r"(code|\(code (?P<sign>[+-]) (?P<centre>[\d.]+)\)) \* scale(?P<offset> \+ offset)?"
 
@@ -128,6 +128,8 @@ class TorchSide(TorchPack):
         codes = f"codes_{self.side.label}(pages)"
         if not self.side.alphabet.looked_up:
             return [f"code = {codes}.to(torch.float32)"]
+        if self.side.alphabet.sums:
+            return [f"code = sums_of({codes}, table, {turns(self.side)})"]
         if self.side.alphabet.vectors:
             return [f"code = vectors_of({codes}, table)"]
         return [*self._given("levels"), f"code = {call(self.side, 'levels', [codes])}"]

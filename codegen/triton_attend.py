@@ -188,7 +188,7 @@ class Attend:
     def sections(self, *, several: bool = True) -> list[str]:
         """Where the page's words, numbers and metadata of head h begin; `several` as for `addresses`."""
         plan, lines, layout = self.plan, [], self.plan.layout
-        if any(term.layout.streams for term in plan.terms):
+        if any(term.layout.planar for term in plan.terms):
             lines.append(f"words = pool16_ptr + page * {layout.page_bytes // 2} + h * {layout.head_bytes // 2}")
         words = list(lines)
         for side in plan.terms:
@@ -211,6 +211,9 @@ class Attend:
             start = f"page * {layout.page_bytes // size} + h * {layout.head_bytes // size}"
             start += f" + {side.layout.float_offset // size}" if side.layout.float_offset else ""
             lines.append(f"{side.rows} = pool_{side.floats}_ptr + {start}")
+        if side.layout.row:
+            start = f"page * {layout.page_bytes} + h * {layout.head_bytes}{plus(side.layout.streams[0].offset)}"
+            lines.append(f"{side.letter}_coded = pool8_ptr + {start}")
         lines += sections_of(plan, side)
         if side.layout.meta is not None:
             lines.append(f"{side.letter}_meta = {section(side, layout.page_bytes, layout.head_bytes)[1]}")
@@ -386,8 +389,8 @@ def pools(plan: Plan) -> list[str]:
     names = set()
     for side in plan.terms:
         floats = "fp16" if side.factors or side.slots or side.beside and not side.beside.below else side.floats
-        names |= {"pool8_ptr"} if side.slots or side.chosen else set()
-        names.add(f"pool_{floats}_ptr" if floats else "pool16_ptr")
+        names |= {"pool8_ptr"} if side.slots or side.chosen or side.layout.row else set()
+        names |= set() if side.layout.row else {f"pool_{floats}_ptr" if floats else "pool16_ptr"}
         names |= {"pool_fp16_ptr"} if side.layout.across else set()
         if side.layout.meta is not None:
             names.add(f"pool{8 * side.layout.meta.element}_ptr")

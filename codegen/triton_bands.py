@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from .layout import Place, SideLayout, Span, Stream
+from .layout import Place, SideLayout, Stream
 from .plan import Plan, SidePlan
+from .sections import Span
 from .text import plus
 from .tiling import NARROWEST, PAIR
 from .triton_keys import Keys

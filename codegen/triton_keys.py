@@ -105,7 +105,7 @@ class Keys(Planes):
         if side.floats and not side.polar:
             return self._float_scores(tokens)
         lines = self.load(half, tokens)
-        if side.polar or side.alphabet.vectors:
+        if side.polar or side.alphabet.in_memory:
             for i, (j, made) in enumerate(self.packed_channels(half, tokens)):
                 lines += [*made, self._dot(j, first=not i)]
             return lines

@@ -10,13 +10,14 @@ from collections.abc import Iterable, Sequence
 from kvdsl.codes import TRITS
 from kvdsl.window import token_block
 
-from .codec import call, coding, fine, made, settled, statistics, stored_numbers, words
+from .codec import call, coding, fine, in_steps, made, settled, statistics, stored_numbers, words
 from .codec_text import functions
 from .layout import Stream
 from .placement import within_groups
 from .plan import Plan, SidePlan
 from .text import Lines, bare, fill, padded, plus
 from .tiling import PAIR
+from .triton_additive import coded as sums_coded
 from .triton_attend import parameters, pools
 from .triton_blocks import Block, Given, InPlanes, OverHeads, Walked, measured, settle
 from .triton_meta import entry, section, static_read
@@ -101,7 +102,7 @@ class Pack(Planes):
         if side.floats:
             self._floats(body)
         else:
-            if any(not stream.paired for stream in side.layout.streams):
+            if any(not stream.paired for stream in side.layout.planar):
                 body.add(
                     f"words = pool16_ptr + page * {plan.layout.page_bytes // 2} + h * {plan.layout.head_bytes // 2}"
                 )
@@ -230,6 +231,10 @@ class Pack(Planes):
         self.load_planes(body, [] if block.in_registers else members)
         body.add(f"{', '.join(words(self.side))} = {call(self.side, 'words', [*stored_numbers(self.side), 'spoilt'])}")
         self._store(body, group, only, members[0])
+        if self.side.alphabet.sums:
+            over = in_steps(self.side, "finite(x{j}.to(tl.float32))", "tl.").replace("scale", f"scale{block.column}")
+            sums_coded(self, members, [f"x{j} = {over.format(j=j)}" for j in members], body)
+            return
         for j in members:
             self._encode(body, j, [f"{name}{block.column}" for name in coding(self.side)])
 
@@ -300,7 +305,7 @@ class Pack(Planes):
     def _words(self, body: Lines) -> None:
         """Store the words: whole where a token has its own, else single bytes."""
         plan, lane = self.plan, self.lane
-        for stream in self.side.layout.streams:
+        for stream in self.side.layout.planar:
             if stream.paired:
                 base = f"page * {plan.layout.page_bytes} + h * {plan.layout.head_bytes} + {stream.offset}"
                 row = f"(t // {2 * PAIR} * {PAIR} + t % {PAIR}) * {2 * stream.row_words} + t % {2 * PAIR} // {PAIR}"

@@ -14,6 +14,7 @@ from .printer import number
 from .steps import Steps
 from .text import padded, plus
 from .tiling import PAIR
+from .triton_additive import summed, tables
 from .triton_groups import of_groups, side_by_side
 from .triton_meta import entry, pointer, read, static_read, times_across
 from .triton_names import head_name, mark, own, pair_name
@@ -111,7 +112,7 @@ class Planes:
                 lines += self._outer()
             else:
                 lines.append(f"{self.prefix}_{name} = tl.load({side.label}_table_ptr{plus(index)}).to(tl.float32)")
-        lines += table_lines(self) if side.alphabet.vectors else []
+        lines += table_lines(self) if side.alphabet.vectors else tables(side)
         return lines + (self._registers() if side.alphabet.given else [])
 
     def _outer(self) -> list[str]:
@@ -149,11 +150,9 @@ class Planes:
 
     def grid(self, tokens: str, lanes: str) -> tuple[str, str]:
         """Index expressions of tokens and lanes for a tile of this side."""
-        return (
-            (f"{tokens}[None, :]", f"{lanes}[:, None]")
-            if self.transposed
-            else (f"{tokens}[:, None]", f"{lanes}[None, :]")
-        )
+        if self.transposed:
+            return f"{tokens}[None, :]", f"{lanes}[:, None]"
+        return f"{tokens}[:, None]", f"{lanes}[None, :]"
 
     def mask(self, tokens: str, plane: int | None = None) -> str:
         """The mask of a tile load, of words or of a plane's channels: lanes in range and, if `tokens` names a token
@@ -175,7 +174,7 @@ class Planes:
         lines = []
         mask = self.mask("")
         other = f", mask={mask}, other=0" if mask else ""
-        for stream in self.side.layout.streams:
+        for stream in self.side.layout.planar:
             if stream.paired and half % 2:
                 continue
             token, lane = self.grid(pair_name(self.plan, half) if stream.paired else tokens, self.lane)
@@ -183,7 +182,7 @@ class Planes:
                 start = stream.offset // 2 + tile * self.width
                 address = f"{token} * {stream.row_words} + {lane}{plus(start)}"
                 lines.append(f"{self.words(stream, tile, half)} = tl.load(words + {address}{other})")
-        for stream in self.side.layout.streams:
+        for stream in self.side.layout.planar:
             for tile in range(stream.tiles):
                 if not stream.paired or half % 2:
                     name = self.words(stream, tile, half)
@@ -235,7 +234,7 @@ class Planes:
     def _parts(self, plane: int, half: int) -> list[Part]:
         """(words, first bit) of a plane in each stream; of digits (the digits, 0)."""
         found = []
-        for stream in self.side.layout.streams:
+        for stream in self.side.layout.planar:
             place = self.side.layout.place(stream, plane)
             if stream.digits:
                 found.append((self._digit(place.bit), 0))
@@ -300,7 +299,7 @@ class Planes:
         """n<plane>: one plane of loaded words, decoded, float32."""
         meta = self.side.layout.meta
         block = self.block(half) if meta is not None and meta.tokens % self.plan.half == 0 else ""
-        return [*self._letters(plane, self._parts(plane, half)), *self._number(plane, tokens, "", block)]
+        return [*self._letters(plane, tokens, self._parts(plane, half)), *self._number(plane, tokens, "", block)]
 
     def channels(self, decode: Callable[[int], list[str]]) -> Iterator[tuple[int, list[str]]]:
         """Every plane, and lines behind which n<plane> are its channels: radii and angles, that are decoded by planes,
@@ -326,7 +325,7 @@ class Planes:
     def load_tokens(self, tokens: str) -> list[str]:
         """Load the words of any tokens of the page; where two tokens share words, each takes its own byte."""
         side, lines = self.side, []
-        for stream in side.layout.streams:
+        for stream in side.layout.planar:
             row = tokens
             if stream.paired:
                 row = "pair_row"
@@ -361,16 +360,17 @@ class Planes:
             other = f", mask={mask}, other=0.0" if mask else ""
             address = f"{side.rows} + {token} * {side.dim} + {lane}"
             return [f"place = {self.at(address, plane)}", f"n{plane} = tl.load(place{other}).to(tl.float32)"]
-        places = [(stream.width, side.layout.place(stream, plane)) for stream in side.layout.streams]
+        places = [(stream.width, side.layout.place(stream, plane)) for stream in side.layout.planar]
         parts = [(f"{self.prefix}{width}_{place.tile}", 8 * place.byte + place.bit) for width, place in places]
         if side.layout.digits:
             parts = self._parts(plane, 0)
-        return [*self._letters(plane, parts), *self._number(plane, tokens, guard, self._edge_block())]
+        return [*self._letters(plane, tokens, parts), *self._number(plane, tokens, guard, self._edge_block())]
 
-    def _letters(self, plane: int, parts: list[Part]) -> list[str]:
+    def _letters(self, plane: int, tokens: str, parts: list[Part]) -> list[str]:
         """c = what the codes of one plane stand for without a scale, or themselves."""
-        vectors = self.side.alphabet.vectors
-        return looked_up(self, plane, parts) if vectors else [f"c = {self._numbered(parts)}"]
+        if self.side.alphabet.sums:
+            return summed(self, plane, tokens)
+        return looked_up(self, plane, parts) if self.side.alphabet.vectors else [f"c = {self._numbered(parts)}"]
 
     def _edge_block(self) -> str:
         """The token block of an edge tile, where none has tokens of several."""

@@ -80,7 +80,7 @@ class Values(Planes):
         if side.floats and not side.polar:
             return self._float_values(tokens, decay)
         lines = self.load(half, tokens)
-        if side.polar or side.alphabet.vectors:
+        if side.polar or side.alphabet.in_memory:
             lines.append(f"weight = {self.cast('p')}")
             for j, made in self.packed_channels(half, tokens):
                 lines += [*made, f"o{j} = tl.dot(n{j}.to({self.exact}), weight, o{j}{decay}{self.precise})"]

@@ -9,7 +9,8 @@ from importlib import import_module
 from typing import Any
 
 _PLACES = {
-    "scheme": ("ALL", "Balance", "Bands", "Block", "ChannelScale", "ChannelShift", "Codebook", "DROP", "Eigenbasis",
+    "scheme": ("ALL", "Additive",
+               "Balance", "Bands", "Block", "ChannelScale", "ChannelShift", "Codebook", "DROP", "Eigenbasis",
                "Feedback", "Float", "Largest", "LowRank", "Origin", "Part", "Permute", "Polar", "PreRope", "Probes",
                "Recent", "Rotate", "Router", "Saliency", "Scale", "Scheme", "Shared", "Sinks", "Sketch", "Sparse",
                "Store", "Tier", "TopChannels", "Uniform", "Vectors", "per_channel", "per_tensor", "per_token"),

@@ -197,7 +197,7 @@ def calibrate(
         y = encoded_rows(store, x, own, side, sinks) if store.turned else x
         dy = _gradient(store, x, single, gradients, own | given, side, sinks) if weighted(store) else None
         single = None if store.mapped or store.polar else single  # what is coded is other numbers
-        found |= own | measured(store.with_(transform=()), y, side, dy, single)
+        found |= own | measured(store.with_(transform=()), y, side, dy, single, store.rope)
     ready = checked(scheme, shape, found | given)
     return {name: ready[name].to(torch.float32) for name in wanted(scheme, shape)}
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .additive import sums
 from .clusters import vectors
-from .scheme import Codebook, Count, Float, Scale, Store, Vectors
+from .scheme import Additive, Codebook, Count, Float, PreRope, Scale, Store, Vectors
 
 FINEST = 448.0  # largest e4m3: a second level puts the largest scale there
 ROUNDS = 50  # of the search for a table
@@ -22,11 +23,17 @@ SMALL_TOPS = {"e4m3": 448.0, "e5m2": 57344.0, "e2m1": 6.0}
 
 
 def measured(
-    store: Store, x: Tensor, side: str, gradient: Tensor | None = None, single: Tensor | None = None
+    store: Store,
+    x: Tensor,
+    side: str,
+    gradient: Tensor | None = None,
+    single: Tensor | None = None,
+    rope: PreRope | None = None,
 ) -> dict[str, Tensor]:
     """What a store wants beside its pages, measured over all tokens of x (B, H, T, D): float32 by the names of
     `kvdsl.params`.  `gradient`: the loss's by x, of the same shape, where the table is weighted.  `single`: which
-    numbers stand in for others, that are read whatever their code is: a table is not fitted to them."""
+    numbers stand in for others, that are read whatever their code is: a table is not fitted to them.  `rope`: what took
+    positions off, which says what a pair is."""
     code, scale, found = store.code, store.measure, dict[str, Tensor]()
     if isinstance(code, Codebook) and code.levels == "calibrated":
         assert scale is not None and code.bits is not None
@@ -40,6 +47,9 @@ def measured(
         found[f"{side}.code"] = levels if code.match is None else matched(levels, numbers)
     if isinstance(code, Vectors):
         found[f"{side}.code"] = vectors(code, x, gradient)
+    if isinstance(code, Additive):
+        assert scale is not None
+        found[f"{side}.code"] = sums(code, scale, x, interleaved=rope is not None and rope.interleaved)
     if scale is not None and scale.when == "calibrated":
         found[f"{side}.scale"] = _scale(store, x, side, found)
     if scale is not None and scale.scale is not None:

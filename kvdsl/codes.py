@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from .part import ALL, Block, Count, Part, Sizes, counted
@@ -114,6 +114,51 @@ class Vectors(Part):
     def groups(self, numbers: int) -> int:
         """How many codes a vector of so many numbers has."""
         return numbers // self.channels
+
+
+@dataclass(frozen=True, repr=False)
+class Additive(Part):
+    """A sum of vectors of all channels, one from the table of every stage: the nearest of its 2**bits vectors to what
+    the stages before it left of the numbers over their scale, the one of the lowest code where several are equally near
+    (residual vector quantization, Juang and Gray, ICASSP 1982).  Every kv head has tables of its own, fitted to
+    calibration data one stage after the other, in float16: `bits * stages / channels` bits a number.
+
+    A distance is a sum of squares in float64, of differences in float32; what is left, and the sum when it is read, are
+    rounded to float32 after each vector, the first stage's first.
+
+    stages      how many, or how many for each channel of a head, one at least: 0.125 are 16 of 128 channels, 8 of 64
+    commuting   every stage has a second code, of the vectors of the same table turned by a quarter, (x, y) -> (-y, x)
+                for the pairs that rotary positions turn in a head all of whose channels are rotated, taken behind the
+                first: twice the bits.  Rotary positions turn the sum as they turn the entries, so that these may be
+                met by the query before codes are looked up (CommVQ, arXiv 2506.18879, section 3.2)
+    """
+
+    bits: int
+    _: KW_ONLY
+    stages: int | float
+    commuting: bool = False
+
+    def of(self, channels: int) -> Additive:
+        """The same with a count of stages, for heads of so many channels."""
+        if not isinstance(self.stages, float):
+            return self
+        return replace(self, stages=max(1, math.floor(self.stages * channels)))
+
+    @property
+    def count(self) -> int:
+        """Stages, where these are a count."""
+        assert isinstance(self.stages, int)
+        return self.stages
+
+    @property
+    def codes(self) -> int:
+        """Codes of a vector."""
+        return self.count * (1 + self.commuting)
+
+    @property
+    def row(self) -> int:
+        """Bytes of them, one behind the other, the first one's bits lowest."""
+        return -(-self.bits * self.codes // 8)
 
 
 @dataclass(frozen=True, repr=False)
@@ -254,7 +299,10 @@ class Chosen(Part):
         return self.choice.tokens
 
 
-Code = Uniform | Float | Codebook | Vectors | Sketch | Bands | Shared | LowRank | Sparse | Chosen
+Code = Uniform | Float | Codebook | Vectors | Additive | Sketch | Bands | Shared | LowRank | Sparse | Chosen
+
+CODES = (Uniform, Float, Codebook, Vectors, Additive, Sketch, Bands, LowRank, Shared)
+"""Those that a store may name."""
 
 
 def width(code: Code) -> int | None:

@@ -12,6 +12,7 @@ from .rules import layer_faults, refuse_for
 from .scheme import (
     ALL,
     SIDES,
+    Additive,
     Band,
     Bands,
     Chosen,
@@ -268,6 +269,9 @@ def _stored(store: Store, shape: Shape, tokens: int, side: Side) -> tuple[Fracti
     if store.chosen is not None:
         which, more = _choice(store.chosen, shape, tokens)
         metadata, padding = metadata + which, padding + more
+    if isinstance(store.code, Additive):  # rows of whole bytes
+        code = store.code.of(shape.head_dim)
+        padding += Fraction(8 * code.row - code.bits * code.codes, shape.head_dim)
     return _code(store, store.coded(shape.head_dim)) / shape.head_dim, metadata, padding
 
 
@@ -283,6 +287,8 @@ def _code(store: Store, numbers: int) -> Fraction:
         return Fraction(8 * trit_bytes(numbers))
     bits = width(store.code)
     assert bits is not None
+    if isinstance(store.code, Additive):
+        return Fraction(bits * store.code.of(numbers).codes)
     return Fraction(bits * numbers, coupled(store.code))
 
 
@@ -320,6 +326,8 @@ def _constants(store: Store, shape: Shape) -> int:
         count += 2 ** (width(store.code) or 0) * (1 if store.code.match is None else 2)
     if isinstance(store.code, Vectors):  # in float16
         count += shape.kv_heads * shape.head_dim * 2**store.code.bits // 2
+    if isinstance(store.code, Additive):  # the same
+        count += shape.kv_heads * shape.head_dim * store.code.of(shape.head_dim).count * 2**store.code.bits // 2
     if scale is not None and scale.when == "calibrated":
         channels = store.own.width(shape.head_dim)
         groups = channels // _size(scale.block.channels, channels)

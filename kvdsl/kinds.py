@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
 
 from .codes import (
+    CODES,
     Bands,
     Codebook,
     Fill,
@@ -25,7 +26,6 @@ from .codes import (
     SketchBasis,
     Sparse,
     Uniform,
-    Vectors,
     Weights,
     When,
 )
@@ -349,9 +349,7 @@ KINDS: dict[type[Part], dict[str, Check]] = {
     Bands: {"stores": stores, "channels": stretches},
     Shared: {},
     Store: {
-        "code": one_of(
-            "Uniform(bits=4) or Float('fp16')", Uniform, Float, Codebook, Vectors, Sketch, Bands, LowRank, Shared
-        ),
+        "code": one_of("Uniform(bits=4) or Float('fp16')", *CODES),
         "scale": one_of("scale=per_token(channels=32)", Scale, optional=True),
         "transform": transforms,
         "outliers": one_of("outliers=TopChannels(8, store=Store(...))", TopChannels, Sparse, optional=True),

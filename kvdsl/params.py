@@ -21,7 +21,7 @@ from .errors import ShapeError
 from .fisher import weighted
 from .kernels import Params
 from .measuring import LARGEST
-from .scheme import SIDES, Codebook, Count, Float, PreRope, Scheme, Side, Store, Vectors
+from .scheme import SIDES, Additive, Codebook, Count, Float, PreRope, Scheme, Side, Store, Vectors
 from .shape import Shape
 from .spaces import calibrated, in_loop, maps, refuse_others
 
@@ -33,12 +33,13 @@ LONGEST_HEADER = 1 << 20  # bytes of a file's description that are read
 
 def wanted(scheme: Scheme, shape: Shape) -> dict[str, tuple[int, ...]]:
     """The names and shapes of the numbers a scheme needs beside its pages: of a scale (kv heads or 1, groups of
-    channels or 1), and (2, ...) = scale, offset where the range has an offset; of a second level (kv heads or 1,
-    1); of a table (levels,), or (2, levels) = those that numbers are compared with and those that codes are decoded
-    at, where these match data; of vectors (kv heads, groups of channels, vectors, channels of one); of a transform
-    (kv heads, head_dim); of PreRope (head_dim / 2) frequencies, or fewer where not all channels are rotated; of
-    outlier channels (kv heads, so many), the others being the head's for scales and transforms; of single numbers
-    (2, kv heads, head_dim) = lower and upper thresholds. Empty where nothing is calibrated."""
+    channels or 1), and (2, ...) = scale, offset where the range has an offset; of a second level (kv heads or 1, 1); of
+    a table (levels,), or (2, levels) = those that numbers are compared with and those that codes are decoded at, where
+    these match data; of vectors (kv heads, groups of channels, vectors, channels of one), or (kv heads, stages,
+    vectors, head_dim) of sums; of a transform (kv heads, head_dim); of PreRope (head_dim / 2) frequencies, or fewer
+    where not all channels are rotated; of outlier channels (kv heads, so many), the others being the head's for scales
+    and transforms; of single numbers (2, kv heads, head_dim) = lower and upper thresholds.  Empty where nothing is
+    calibrated."""
     found: dict[str, tuple[int, ...]] = {}
     if scheme.heads:
         from .head_params import wanted_of_heads
@@ -59,6 +60,8 @@ def wanted(scheme: Scheme, shape: Shape) -> dict[str, tuple[int, ...]]:
             found[f"{side}.scale.scale"] = (_blocks(scale.scale.block.heads, shape.kv_heads), 1)
         if isinstance(code, Codebook) and code.levels == "calibrated":
             found[f"{side}.code"] = (2,) * (code.match is not None) + (2 ** (code.bits or 0),)
+        if isinstance(code, Additive):
+            found[f"{side}.code"] = (shape.kv_heads, code.of(shape.head_dim).count, 2**code.bits, shape.head_dim)
         if isinstance(code, Vectors):
             found[f"{side}.code"] = (shape.kv_heads, code.groups(shape.head_dim), 2**code.bits, code.channels)
     return found

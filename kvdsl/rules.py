@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from . import (  # noqa: F401  (they enter their rules)
+    additive_rules,
     balance_rules,
     band_rules,
     chosen_rules,
@@ -309,6 +310,7 @@ def _shape(site: Site, shape: Shape) -> Iterator[Fault]:
         yield site.fault("code.basis", fact, "use basis='orthogonal'")
     yield from polar_rules.shape_faults(site, shape) if not band else ()
     yield from vector_rules.shape_faults(site, shape)
+    yield from additive_rules.shape_faults(site, shape)
     if site.scale is None:
         return
     block, size, heads = site.scale.block, site.store.coded(site.head_dim(shape)), shape.kv_heads

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any, Literal, get_args
 
 from .codes import (
+    Additive,
     Bands,
     Chosen,
     Code,
@@ -47,7 +48,8 @@ from .transforms import (
 )
 
 __all__ = [
-    "ALL", "Balance", "Band", "Bands", "Block", "ChannelScale", "ChannelShift", "Chosen", "Code", "Codebook", "Count",
+    "ALL", "Additive",
+    "Balance", "Band", "Bands", "Block", "ChannelScale", "ChannelShift", "Chosen", "Code", "Codebook", "Count",
     "DROP", "Eigenbasis", "Feedback", "Float", "FloatFormat", "Flush", "Largest", "Layers", "LowRank", "MetaFormat",
     "Origin", "PARTS", "Part", "Parted", "Permute", "Polar", "Pick", "PreRope", "Prefill", "Probes", "Range", "Recent",
     "Refit", "Requantize", "Rotate", "Rounding", "Router", "SIDES", "Saliency", "Scale", "Scheme", "Shared", "Side",

@@ -10,14 +10,14 @@ from fractions import Fraction
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, get_args
 
-from .codes import Bands, Chosen, Code, Codebook, Float, LowRank, Sketch, Sparse, Uniform, When
+from .codes import Additive, Bands, Chosen, Code, Codebook, Float, LowRank, Sketch, Sparse, Uniform, When
 from .encoding import Feedback
 from .part import ALL, Count, Part, shares
 from .scale import Range, Scale
 from .transforms import Balance, ChannelScale, ChannelShift, Permute, Pick, Polar, PreRope, Rotate, Size, Transform
 
 Side = Literal["keys", "values"]
-_OWN_RANGE: dict[type[Part], Range] = {Uniform: "minmax", Float: "absmax", Codebook: "norm"}
+_OWN_RANGE: dict[type[Part], Range] = {Uniform: "minmax", Float: "absmax", Codebook: "norm", Additive: "norm"}
 
 
 @dataclass(frozen=True, repr=False)

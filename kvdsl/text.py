@@ -25,7 +25,7 @@ DEEPEST = 12
 
 _WHERE = {"keys": "Store", "values": "Store", "both": "Store", "residual": "Store", "scale": "Scale"}
 _WHERE |= {"outliers": "TopChannels Sparse", "store": "Store"}
-_WHERE |= {"code": "Uniform Float Codebook Vectors Sketch Bands LowRank Shared", "stores": "Store"}
+_WHERE |= {"code": "Uniform Float Codebook Vectors Additive Sketch Bands LowRank Shared", "stores": "Store"}
 _WHERE |= {"transform": "PreRope Rotate Eigenbasis ChannelScale ChannelShift Permute Polar Balance"}
 _WHERE |= {"block": "Block", "line": "Block", "sinks": "Sinks", "recent": "Recent", "scheme": "Scheme"}
 _WHERE |= {"tiers": "Tier", "probes": "Probes", "feedback": "Feedback"}

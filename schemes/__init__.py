@@ -5,6 +5,7 @@ from kvdsl.scheme import Scheme
 from .baseline import channel2, channel3, channel4, token2, token3, token4
 from .bitdecoding import bitdecoding2, bitdecoding4
 from .block_gtq import block_gtq_k2v2, block_gtq_k3v2, block_gtq_k3v3
+from .commvq import commvq, commvq_1bit
 from .cq import cq_2c8b, cq_4c8b, cq_8c8b
 from .exllamav3 import exl3_2, exl3_3, exl3_4, exl3_5, exl3_6, exl3_7, exl3_8
 from .fp4 import fp4_block16, mxfp4, nvfp4, nvfp4_4over6
@@ -81,6 +82,8 @@ ALL: dict[str, Scheme] = {
     "kvquant4": kvquant4,
     "kvquant3": kvquant3,
     "kvquant2": kvquant2,
+    "commvq": commvq,
+    "commvq_1bit": commvq_1bit,
     "cq_2c8b": cq_2c8b,
     "cq_4c8b": cq_4c8b,
     "cq_8c8b": cq_8c8b,
@@ -185,6 +188,8 @@ __all__ = [
     "channel2",
     "channel3",
     "channel4",
+    "commvq",
+    "commvq_1bit",
     "cq_2c8b",
     "cq_4c8b",
     "cq_8c8b",

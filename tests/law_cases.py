@@ -11,6 +11,7 @@ from kvdsl import schemes
 from kvdsl.kernels import Backend
 from kvdsl.scheme import (
     ALL,
+    Additive,
     Bands,
     Block,
     ChannelShift,
@@ -46,6 +47,7 @@ SIBLINGS |= {"channel2", "channel3", "bitdecoding2", "turboquant3", "turboquant_
 SIBLINGS |= {"gear4", "kvquant4", "kvquant2", "kitty_pro", "kvtuner", "mla_fp8", "mla_nvfp4"}
 SIBLINGS |= {"mxfp8", "octave_k3v3", "octave_compact", "exl3_2", "exl3_3", "exl3_5", "exl3_6", "exl3_7", "exl3_8"}
 SIBLINGS |= {"cq_2c8b", "cq_4c8b", "cq_8c8b"}
+SIBLINGS |= {"commvq", "commvq_1bit"}
 SIBLINGS |= {"saw_int4", "oscar2", "kvarn_k4v2", "kvarn_k2v2", "kvarn_even"}
 SIBLINGS |= {"block_gtq_k2v2", "block_gtq_k3v2", "block_gtq_k3v3"}  # stretches behind a map are among the rare ones
 """They differ in their bits alone, or in their length, from others: KVDSL_PROFILE=thorough asks them as often, and the
@@ -182,9 +184,16 @@ VECTORS = Scheme(
     sinks=Sinks(1),
 )
 """Two words of a table a code, and half of one.  The codes of 8 bits that are shipped take the interpreter long."""
+ADDITIVE = Scheme(
+    keys=Store(Additive(3, stages=3, commuting=True), scale=per_token(heads=ALL), transform=PreRope()),
+    values=Store(Additive(2, stages=0.0625), scale=per_token()),
+    recent=Recent(8),
+    sinks=Sinks(1),
+)
+"""Codes across the borders of bytes, and a byte that they do not fill.  What is shipped takes the interpreter long."""
 RARE = {"small blocks": SMALL_BLOCKS, "sums": SUMS, "bands": BANDS, "several heads": SEVERAL_HEADS}
 RARE |= {"low rank": LOW_RANK, "matched": MATCHED, "single numbers": SPARSE, "thresholds": THRESHOLDS}
-RARE |= {"chosen channels": CHOSEN, "stretches": STRETCHES, "record": RECORD, "vectors": VECTORS}
+RARE |= {"chosen channels": CHOSEN, "stretches": STRETCHES, "record": RECORD, "vectors": VECTORS, "additive": ADDITIVE}
 """What no shipped scheme has."""
 
 

@@ -52,6 +52,11 @@ DIFFERENT: dict[str, tuple[tuple[float, float], tuple[float, float], str]] = {
     "nuq3": ((3, 3), (3, 3 + 32 / 1024), "a token's scale and offset are counted, which the paper leaves out"),
     "nuq2": ((2, 2), (2, 2 + 32 / 1024), "a token's scale and offset are counted, which the paper leaves out"),
 }
+BYTES_OF_CODES = "a row of codes is whole bytes, and the norm of a token is counted"
+DIFFERENT |= {
+    "commvq": ((252 / 128, 2), (2.015625, 2.015625), BYTES_OF_CODES),
+    "commvq_1bit": ((126 / 128, 1), (1.015625, 1.015625), BYTES_OF_CODES),
+}
 DIFFERENT |= {
     "octave_k3v4": ((4.25, 4.25), (4.25, 4.125), "a slot of 134 bytes is padded to 136 there"),
     "octave_k3v3": ((4.25, 3.25), (4.25, 3.125), "a slot of 118 bytes is padded to 120 there"),

@@ -141,8 +141,8 @@ TREES = [
     ({"both": {"part": "Stor"}}, "both.part: 'Stor' is no part that can stand here; use Store"),
     (
         {"both": {"code": {"bits": 2}}},
-        "both.code.part: no part says what this is; use Uniform, Float, Codebook, Vectors, Sketch, Bands, LowRank or "
-        "Shared",
+        "both.code.part: no part says what this is; use Uniform, Float, Codebook, Vectors, Additive, Sketch, Bands, "
+        "LowRank or Shared",
     ),
     ({"both": {}, "recent": {}}, "recent.tokens: None is no number of tokens; use an int from 1 to 1048576"),
     ({"both": {}, "layers": 3}, "layers: 3 is no list; write [{ indices = [0, 1], scheme = {...} }]"),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvdsl.codes import Codebook, Float, Sketch, Uniform, Vectors
+from kvdsl.codes import Additive, Codebook, Float, Sketch, Uniform, Vectors
 from kvdsl.errors import ShapeError
 from kvdsl.levels import table
 from kvdsl.matrices import estimator
@@ -77,6 +77,8 @@ def code_bits(store: Store) -> int:
         return MINIFLOATS[code.format].bits if code.format in MINIFLOATS else int(code.format[2:])
     if isinstance(code, Sketch):
         return 1
+    if isinstance(code, Additive):
+        return 8  # a byte of a row of them
     if isinstance(code, Uniform) and code.bits is None:
         assert code.levels is not None
         return math.ceil(math.log2(code.levels))

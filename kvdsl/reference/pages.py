@@ -9,7 +9,8 @@ the low bytes and one in the high bytes of W words; W is a fifth of the channels
 holds channels w, w + W, ..., w + 4W as the digits d of a number 0.ddddd of base 3, the first channel's digit first,
 those beyond the last channel 0: the byte is the number of 256ths of it, rounded up.
 
-Channels that share a code are as one: where this speaks of a channel's code, it is that of a group of them.
+Channels that share a code are as one: where this speaks of a channel's code, it is that of a group of them.  Of sums of
+vectors the codes of a token are one string of bits, the first code's lowest, whose bytes are as codes of 8 bits.
 
 A side's codes are those of the space that is coded: M channels, head_dim but for a sketch.  A minifloat's code is its
 bits, a sketch's one bit; numbers in fp16 and fp32 stand as they are, row after row.  Of low rank all is in fp16: where
@@ -39,10 +40,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvdsl.codes import Chosen, Codebook, Float, LowRank, Sparse, Uniform, Vectors
+from kvdsl.codes import Additive, Chosen, Codebook, Float, LowRank, Sparse, Uniform, Vectors
 from kvdsl.errors import ShapeError
 from kvdsl.scheme import SIDES, Band, Scale, Scheme, Side, Store
 
+from .additive import row_bytes
 from .alphabets import code_bits, has_offset, holds_numbers
 from .page_parts import (
     Bytes,
@@ -139,7 +141,9 @@ def pages(scheme: Scheme, shape: Shape, k: Tensor, v: Tensor, params: Params | N
                     put_floats(here, place.codes[0], coded.coded[:, h, t], t % size, store.code)
                 else:
                     assert coded.codes is not None
-                    _put_codes(here, place.codes, coded.codes[:, h, t].numpy(), t % size, store, size)
+                    codes = coded.codes[:, h, t].numpy()
+                    codes = row_bytes(codes, store.code) if isinstance(store.code, Additive) else codes
+                    _put_codes(here, place.codes, codes, t % size, store, size)
         if place.across is not None and coded.across is not None:
             assert store.balance is not None
             one = store.of_tokens
@@ -180,6 +184,7 @@ def _places(scheme: Scheme, shape: Shape) -> tuple[int, dict[tuple[Side, int], _
             starts.append(end)
             numbers = 1 if isinstance(store.code, LowRank) else width[at]
             numbers = numbers // store.code.channels if isinstance(store.code, Vectors) else numbers
+            numbers = store.code.of(width[at]).row if isinstance(store.code, Additive) else numbers
             row_bits = 8 * _digit_bytes(width[at]) if _ternary(store) else numbers * bits
             end = _aligned(end + size * row_bits // 8)
         codes[at] = tuple(starts)

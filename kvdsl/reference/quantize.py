@@ -14,10 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvdsl.codes import Bands, Chosen, Float, LowRank, Sketch, Sparse, Vectors
+from kvdsl.codes import Additive, Bands, Chosen, Float, LowRank, Sketch, Sparse, Vectors
 from kvdsl.errors import ShapeError
 from kvdsl.scheme import Band, Parted, Scale, Store, Uniform, bands
 
+from .additive import summed
 from .alphabets import Alphabet, alphabet, given_table, has_offset, holds_numbers, level_count
 from .balance import balancing, divided, spread
 from .blocks import block_size, cut, join
@@ -247,6 +248,10 @@ def _coded(store: Store, x: Tensor, y: Tensor, params: Params | None, side: str)
         return None, None, None, _number(y, code)
     if isinstance(code, Vectors):
         return _vectors(y, code, params, side)
+    if isinstance(code, Additive):
+        right = (y.shape[1], code.of(y.shape[3]).count, 1 << code.bits, y.shape[3])
+        table = _calibrated(params, f"{side}.code", right, f"vectors of the {side} are calibrated, give their numbers")
+        return summed(_finite(y), y.isnan(), store, table, side)
     if scale is None:
         return _unscaled(y, store)
     size = block_size(scale.block, y.shape, side)

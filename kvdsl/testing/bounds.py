@@ -48,6 +48,7 @@ from kvdsl.reference.quantize import encoded_rows, level_count, maps, quantize
 from kvdsl.reference.rounding import MINIFLOATS
 from kvdsl.reference.spaces import applied
 from kvdsl.scheme import (
+    Additive,
     Band,
     Bands,
     Block,
@@ -66,7 +67,7 @@ from kvdsl.scheme import (
 )
 from kvdsl.spaces import apart
 
-from . import balanced, low_rank
+from . import additive, balanced, low_rank
 from .fits import fitted
 from .formats import LARGEST, OVER_BLOCK, SLACK, deviation, power_of_two, within_quantile
 from .rotary import partners, spread_waves
@@ -243,6 +244,9 @@ def second(store: Store, params: Params | None, side: str) -> Tensor | float:
 def _candidate(store: Store, scale: Scale, numbers: Tensor, params: Params | None, side: str) -> Tensor:
     """The bound under one clip, fitted or not: float64, as numbers (B, H/bh, bh, T/bt, bt, D/bc, bc)."""
     near = within_quantile(scale, numbers)
+    if isinstance(store.code, Additive):
+        assert params is not None
+        return additive.bound(store.code, numbers, params[f"{side}.code"], scale)
     if isinstance(store.code, Uniform):
         limit = _online(store.code, scale, near, level_count(store), _outer(store, params, side))
     else:

@@ -20,6 +20,7 @@ from kvdsl.reference.quantize import encoded_rows, quantize
 from kvdsl.reference.spaces import without_rope
 from kvdsl.scheme import (
     SIDES,
+    Additive,
     ChannelScale,
     ChannelShift,
     Codebook,
@@ -196,11 +197,20 @@ def given_vectors(code: Vectors, x: Tensor) -> Tensor:
     return found.clamp(-65504, 65504).half().float()
 
 
+def given_sums(code: Additive, x: Tensor) -> Tensor:
+    """Tables of float16 numbers for vectors whose numbers are about 1, float32, of stages that become finer."""
+    count = code.of(x.shape[3]).count
+    sizes = (x.shape[1], count, 2**code.bits, x.shape[3])
+    found = torch.randn(sizes, generator=torch.Generator().manual_seed(code.bits))
+    return (found * 0.75 ** torch.arange(1, count + 1)[:, None, None]).half().float()
+
+
 def calibrated(store: Store, x: Tensor, share: float, side: str) -> dict[str, Tensor]:
     """The parameters of a store by name: a calibrated scale, float32 numbers that its metadata format holds where
     float32 arithmetic has that format, a second level, a table."""
     scale, found = store.measure, dict[str, Tensor]()
     table = given_vectors(store.code, x) if isinstance(store.code, Vectors) else given_levels(store)
+    table = given_sums(store.code, x) if isinstance(store.code, Additive) else table
     if table is not None:
         found[f"{side}.code"] = table
     if scale is None:

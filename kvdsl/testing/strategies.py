@@ -38,13 +38,13 @@ from kvdsl.scheme import (
     TopChannels,
     Transform,
     Uniform,
-    Vectors,
     per_channel,
     per_token,
 )
 from kvdsl.shape import Shape
 from kvdsl.window import waiting, windows
 
+from .additive import OF_VECTORS, of_vectors
 from .cases import Case
 from .data import KINDS
 from .outliers import chosen, sparse
@@ -62,10 +62,10 @@ def _schemes(draw: Draw, longest: int) -> Scheme:
     keys = draw(stores(longest))
     values = draw(st.one_of(st.just(keys), stores(longest)))
     plain = keys.residual is None and not keys.polar and not isinstance(keys.outliers, TopChannels)
-    plain = plain and not isinstance(keys.code, (LowRank, Sketch, *(Vectors,) * bool(keys.transform)))
+    plain = plain and not isinstance(keys.code, (LowRank, Sketch, *(OF_VECTORS * bool(keys.transform))))
     if plain and draw(st.integers(0, 4)) == 4:
         keys = keys.with_(transform=(PreRope(draw(st.booleans())), *keys.transform))
-    alone = isinstance(keys.code, Vectors) or keys.outliers is not None
+    alone = isinstance(keys.code, OF_VECTORS) or keys.outliers is not None
     if longest >= 32 and not alone and draw(st.integers(0, 7)) == 7:
         keys = keys.with_(outliers=draw(chosen(keys)))
     if longest >= 32 and draw(st.integers(0, 11)) == 11:
@@ -112,7 +112,7 @@ def stores(draw: Draw, longest: int) -> Store:
         top: Store = draw(_single(longest))
         if _parts(top) and _measured_online(top, plain=True):
             store = store.with_(outliers=TopChannels(draw(st.sampled_from([8, 32, 0.25, 0.5])), store=top))
-    whole = isinstance(store.code, (Bands, Vectors)) or isinstance(store.code, Float) and store.code.plain
+    whole = isinstance(store.code, (Bands, *OF_VECTORS)) or isinstance(store.code, Float) and store.code.plain
     if store.outliers is None and not whole and longest >= SLOT_TOKENS and draw(st.integers(0, 11)) == 11:
         store = store.with_(outliers=draw(sparse()))
     if whole or draw(st.integers(0, 5)) < 5:
@@ -139,12 +139,12 @@ def _low_rank(longest: int) -> st.SearchStrategy[LowRank]:
 
 def _parts(store: Store) -> bool:
     """Whether the store may be of some channels of a head."""
-    return not isinstance(store.code, (Bands, LowRank, Sketch, Vectors)) and store.joined == 1
+    return not isinstance(store.code, (Bands, LowRank, Sketch, *OF_VECTORS)) and store.joined == 1
 
 
 def _measured_online(store: Store, *, plain: bool = False) -> bool:
     """Whether the store may be of what another one left; `plain`: of outlier channels, which may be exact."""
-    if isinstance(store.code, (Bands, Vectors)) or isinstance(store.code, Float) and store.code.plain and not plain:
+    if isinstance(store.code, (Bands, *OF_VECTORS)) or isinstance(store.code, Float) and store.code.plain and not plain:
         return False
     given = [part for _, part in store.walk() if getattr(part, "when", None) == "calibrated"]
     return not given and not (isinstance(store.code, Codebook) and store.code.levels == "calibrated")
@@ -158,8 +158,7 @@ def _single(draw: Draw, longest: int) -> Store:
     if kind == "low rank":
         if draw(st.booleans()):
             return Store(draw(_low_rank(longest)))
-        vectors = Vectors(draw(st.integers(1, 4)), channels=draw(st.sampled_from([2, 4])))
-        return Store(vectors, transform=draw(st.sampled_from([(), Rotate("hadamard", 8)])))
+        return draw(of_vectors())
     if kind == "float":
         number = Float(draw(st.sampled_from(["fp16", "fp32", "e4m3", "e5m2"])))
         return draw(_in_polar(Store(number, transform=draw(transforms()))))
