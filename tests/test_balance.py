@@ -110,6 +110,16 @@ def test_a_constant_tile_is_its_constant(number: float) -> None:
             assert torch.allclose(got, x.double(), rtol=2**-9, atol=2**-24)
 
 
+def test_an_infinity_saturates_before_it_is_divided() -> None:
+    """By a factor of a thousand, which its decoded number is multiplied by again."""
+    side = Store(Uniform(1), scale=per_channel(tokens=32), transform=Balance(32, loops=1))
+    scheme = Scheme(both=side, recent=Recent(32), source="test")
+    k = torch.randn(1, 1, 64, 32, generator=torch.Generator().manual_seed(0))
+    k[0, 0, 3, 5] = torch.inf
+    for roundtrip in (reference.roundtrip, kvdsl.roundtrip):
+        assert 65000 < roundtrip(scheme, k, k)[0][0, 0, 3, 5] < 66000
+
+
 def test_packed_tiles_are_those_of_the_definition() -> None:
     """Zeros and single large tokens among them, and half-full tiles behind."""
     k = normal(2, 2, 120, 32, seed=4).half()
