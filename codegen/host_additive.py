@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kvdsl.additive import quarter_turned
+
 TOGETHER = 256  # vectors that are compared with all entries at a time
 ROUNDED = 2.0**-20  # of a distance: differences are float32
 CANCELLED = 2.0**-44  # of what a distance is the difference of
@@ -46,12 +48,8 @@ def _entries(table: Tensor, turned: str | None) -> Iterator[Tensor]:
     """The vectors (H, entries, D) that one code after the other is of, float32."""
     for stage in table.to(torch.float32).unbind(1):
         yield stage
-        if turned == "neighbours":
-            first, second = stage.unflatten(-1, (-1, 2)).unbind(-1)
-            yield torch.stack([-second, first], -1).flatten(-2)
-        elif turned is not None:
-            first, second = stage.chunk(2, -1)
-            yield torch.cat([-second, first], -1)
+        if turned is not None:
+            yield quarter_turned(stage, interleaved=turned == "neighbours")
 
 
 def _nearest(x: Tensor, entries: Tensor) -> Tensor:

@@ -30,15 +30,36 @@ KINDS[Additive] = {
 }
 
 
+def of_the_model(site: Site) -> Iterator[Fault]:
+    """Tables of vectors are of what a model gives, not of what another part leaves."""
+    if site.inner or site.band is not None:
+        what = "this is a stretch" if site.band is not None else "this is a part"
+        fact = f"tables of vectors are fitted to what comes from the model, and {what} of that"
+        yield site.fault("code", fact, "use Uniform(bits=2) under a scale")
+
+
+def maps_before(site: Site, channels: str) -> Iterator[Fault]:
+    """What may not come before codes of vectors of such channels of a head."""
+    parts = site.store.transform
+    for position, part in enumerate(parts):  # type: ignore[arg-type]
+        place = f"transform[{position}]"
+        if isinstance(part, (Polar, Balance)):
+            fact = f"{type(part).__name__} is followed by codes of single numbers"
+            yield site.fault(place, fact, "leave it out")
+        elif isinstance(part, Rotate) and part.heads > 1:
+            fact = f"tables of vectors are a head's own, and {part.heads} heads are rotated as one vector"
+            yield site.fault(f"{place}.heads", fact, "leave heads out")
+        elif position and isinstance(parts[0], PreRope):  # type: ignore[index]
+            fact = f"behind PreRope() vectors are of {channels}, as they come"
+            yield site.fault(place, fact, "leave it out, or leave out PreRope()")
+
+
 @rule("~.code", "~.outliers", "~.residual")
 def _sums_stand_alone(site: Site) -> Iterator[Fault]:
     store = site.store
     if not isinstance(store.code, Additive):
         return
-    if site.inner or site.band is not None:
-        what = "this is a stretch" if site.band is not None else "this is a part"
-        fact = f"tables of vectors are fitted to what comes from the model, and {what} of that"
-        yield site.fault("code", fact, "use Uniform(bits=2) under a scale")
+    yield from of_the_model(site)
     if store.outliers is not None:
         yield site.fault("outliers", "vectors are of all channels, and none is split off", "leave outliers out")
     if store.residual is not None:
@@ -68,20 +89,8 @@ def _sums_are_of_vectors_of_about_one_size(site: Site) -> Iterator[Fault]:
 
 @rule("~.code", "~.transform")
 def _sums_are_of_a_head_as_it_comes(site: Site) -> Iterator[Fault]:
-    if not isinstance(site.store.code, Additive):
-        return
-    parts = site.store.transform
-    for position, part in enumerate(parts):  # type: ignore[arg-type]
-        place = f"transform[{position}]"
-        if isinstance(part, (Polar, Balance)):
-            fact = f"{type(part).__name__} is followed by codes of single numbers"
-            yield site.fault(place, fact, "leave it out")
-        elif isinstance(part, Rotate) and part.heads > 1:
-            fact = f"tables of vectors are a head's own, and {part.heads} heads are rotated as one vector"
-            yield site.fault(f"{place}.heads", fact, "leave heads out")
-        elif position and isinstance(parts[0], PreRope):  # type: ignore[index]
-            fact = "behind PreRope() vectors are of all channels, as they come"
-            yield site.fault(place, fact, "leave it out, or leave out PreRope()")
+    if isinstance(site.store.code, Additive):
+        yield from maps_before(site, "all channels")
 
 
 def shape_faults(site: Site, shape: Shape) -> Iterator[Fault]:

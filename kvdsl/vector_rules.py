@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from .additive_rules import maps_before, of_the_model
 from .codes import Weights
 from .errors import Fault
 from .kinds import KINDS, count, word
-from .scheme import Balance, Polar, PreRope, Rotate, Vectors
+from .scheme import Vectors
 from .shape import Shape
 from .sites import Site, rule
 
@@ -26,10 +27,7 @@ def _vectors_stand_alone(site: Site) -> Iterator[Fault]:
     store = site.store
     if not isinstance(store.code, Vectors):
         return
-    if site.inner or site.band is not None:
-        what = "this is a stretch" if site.band is not None else "this is a part"
-        fact = f"tables of vectors are fitted to what comes from the model, and {what} of that"
-        yield site.fault("code", fact, "use Uniform(bits=2) under a scale")
+    yield from of_the_model(site)
     if store.scale is not None:
         yield site.fault("scale", "vectors are of numbers as they come, of their size, too", "leave scale out")
     if store.outliers is not None:
@@ -50,18 +48,7 @@ def _packs_of_channels_are_loaded_at_once(site: Site) -> Iterator[Fault]:
 def _channels_that_share_a_code_are_neighbours(site: Site) -> Iterator[Fault]:
     if not isinstance(site.store.code, Vectors):
         return
-    parts = site.store.transform
-    for position, part in enumerate(parts):  # type: ignore[arg-type]
-        place = f"transform[{position}]"
-        if isinstance(part, (Polar, Balance)):
-            fact = f"{type(part).__name__} is followed by codes of single numbers"
-            yield site.fault(place, fact, "leave it out")
-        elif isinstance(part, Rotate) and part.heads > 1:
-            fact = f"tables of vectors are a head's own, and {part.heads} heads are rotated as one vector"
-            yield site.fault(f"{place}.heads", fact, "leave heads out")
-        elif position and isinstance(parts[0], PreRope):  # type: ignore[index]
-            fact = "behind PreRope() vectors are of neighbouring channels, as they come"
-            yield site.fault(place, fact, "leave it out, or leave out PreRope()")
+    yield from maps_before(site, "neighbouring channels")
 
 
 def shape_faults(site: Site, shape: Shape) -> Iterator[Fault]:
