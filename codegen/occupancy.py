@@ -7,20 +7,28 @@ alone, behind all others.  Measured on an H200, 8 x 8 x 131072, share of the rea
 95 % with 16, 82 % with 24 and 94 % with 32.  Nor should a partition of a processor have one more than the others, which
 would wait for it: `kivi4`, of which a processor holds 9, takes 104 us with 16 programs a sequence and 120 with 18 (8 x
 8 x 32768), `token4`, 11, 76 with 15 and 80 with 22.
+
+What is below is in tiles: the time that a warp takes for one of TILE tokens where its partition has no other.  Its four
+constants are fitted to what numbers of programs took on an H200, nine schemes at eleven sizes
+(benchmarks/results/schedules/h200.json): what they choose takes 1.02 times the best of each on average.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from kvdsl.window import TILE
 
-MOST_SPLITS = 128
+from .text import padded
+
+MOST_SPLITS = 128  # programs of a sequence: `quarot4` 1 x 8 x 32768 takes 23 us with 128 partials and 67 with 130
 MOST_EDGES = 32
-START = 1.5  # what a program does beside its tiles, in tiles
-EDGE = 0.8  # what a tile at the edges, of fewer tokens, takes
-MERGE = 0.07  # what one more partial of a row costs where all are merged, in tiles
+START = 1.0  # what a program does beside its tiles
+EDGE = 1.5  # what a tile at the edges takes, of fewer tokens, but decoded or exact
+LATENCY = 2.5  # programs of one warp that a partition runs in the time of one: the others work while it waits
+PARTIAL = 0.04  # what one more partial of a row costs where all are merged
 REGISTERS = 65536  # of a processor, on every GPU that Triton knows of NVIDIA's
 MOST_REGISTERS = 255  # of a thread
 PARTITIONS = 4  # of a processor: each has a quarter of its registers, and warps of its own
@@ -62,45 +70,80 @@ def more_registers(registers: int, warps: int, programs: int) -> str | None:
     return f"maxnreg={most}" if most - registers >= ALLOCATED else None
 
 
-def splits(programs: int, pages: int, page_tokens: int, places: int) -> int:
-    """How many programs should share a sequence of so many pages, where `programs` are needed without sharing and the
-    GPU has `places`: few if they fill it, as what they found must be merged."""
-    return ranked(programs, pages, page_tokens, places)[0]
+@dataclass(frozen=True)
+class Room:
+    """What a GPU has for a kernel: processors, programs that each of them holds at once, and warps of a program."""
+
+    processors: int
+    residents: int
+    warps: int = 1
+
+    @property
+    def places(self) -> int:
+        """Programs that run at once."""
+        return self.processors * self.residents
+
+    def pace(self, programs: int) -> float:
+        """What a tile takes with so many programs at once, of which every processor has as many but one."""
+        beside = -(-(-(-programs // self.processors) * self.warps) // PARTITIONS)  # warps of the fullest partition
+        return max(LATENCY, beside) / self.warps
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is read: by `programs` where none is shared, each `pages` of `page_tokens` tokens and `edges` tiles."""
+
+    programs: int
+    pages: int
+    page_tokens: int
+    edges: int = 0
+
+
+def splits(work: Work, room: Room) -> int:
+    """How many programs should share the pages of a sequence: few if they fill the GPU, as what they found must be
+    merged."""
+    return ranked(work, room)[0]
 
 
 @lru_cache(maxsize=4096)
-def ranked(programs: int, pages: int, page_tokens: int, places: int) -> tuple[int, ...]:
-    """The same, the best first: of the numbers that give as many waves of programs of as many pages the least, which
-    has the fewest partials to merge."""
-    kinds: dict[tuple[int, int], int] = {}
-    for count in range(1, max(1, min(pages, MOST_SPLITS)) + 1):
-        kinds.setdefault((-(-programs * count // places), -(-pages // count)), count)
+def ranked(work: Work, room: Room) -> tuple[int, ...]:
+    """The same, the best first: of the numbers that give each program as many pages the least, which has the fewest
+    partials to merge, with the edges shared as is best beside it."""
+    least = 1 if work.edges else 0  # programs at the edges
+    kinds: dict[int, int] = {}
+    for count in range(1, max(1, min(work.pages, MOST_SPLITS - least)) + 1):
+        kinds.setdefault(-(-work.pages // count), count)
 
-    def cost(kind: tuple[int, int]) -> float:
-        waves, each = kind
-        return waves * (each * page_tokens / TILE + START) + MERGE * kinds[kind]
+    def time(count: int) -> float:
+        return predicted(work, count, edge_splits(work, count, room) if least else 0, room)
 
-    return tuple(kinds[kind] for kind in sorted(kinds, key=cost))
+    return tuple(sorted(kinds.values(), key=time))
 
 
 @lru_cache(maxsize=4096)
-def edge_splits(programs: int, count: int, pages: int, page_tokens: int, tiles: int, places: int) -> int:
-    """How many more programs should share the edges of a sequence, `tiles` of them, where `count` share its pages: they
-    take the places that are left, and those of programs that have ended."""
-    main = -(-pages // count) * page_tokens / TILE + START
-
-    def cost(more: int) -> float:
-        each = -(-tiles // more) * EDGE + START
-        return _ended(programs * count, main, programs * more, each, places) + MERGE * more
-
-    return min((2**i for i in range(MOST_EDGES.bit_length()) if 2**i < 2 * max(1, tiles)), key=cost)
+def edge_splits(work: Work, count: int, room: Room) -> int:
+    """How many more programs should share the edges of a sequence where `count` share its pages: they take the places
+    that are left, and those of programs that have ended."""
+    most = max(1, min(MOST_EDGES, MOST_SPLITS - count, 2 * work.edges - 1))
+    sizes = (2**i for i in range(most.bit_length()))
+    return min(sizes, key=lambda more: predicted(work, count, more, room))
 
 
-def _ended(first: int, long: float, then: int, each: float, places: int) -> float:
-    """When the last program ends, of `first` that take `long` and `then` behind them that take `each`."""
-    waves, rest = divmod(first, places)
-    free = places - rest
-    beside = free * int(long / each) if rest else 0  # those that end while the last wave of the first ones runs
-    if then <= beside:
-        return waves * long + max(long, -(-then // free) * each)
-    return waves * long + (long if rest else 0.0) + -(-(then - beside) // places) * each
+def predicted(work: Work, count: int, more: int, room: Room) -> float:
+    """What a step takes, in tiles: until all have ended, of `count` programs a sequence that share its pages and `more`
+    behind them for its edges, and have been merged."""
+    long = -(-work.pages // count) * work.page_tokens / TILE + START
+    short = -(-work.edges // max(1, more)) * EDGE + START
+    waves, rest = divmod(work.programs * count, room.places)
+    waiting, free = work.programs * more, room.places - rest
+    time = waves * long * room.pace(room.places)
+    if rest and waiting <= free:
+        time += min(long, short) * room.pace(rest + waiting)
+        time += abs(long - short) * room.pace(rest if long > short else waiting)
+        waiting = 0
+    elif rest:
+        time += long * room.pace(room.places)
+        waiting = max(0, waiting - free * int(long / short))  # as many have ended beside the others
+    waves, rest = divmod(waiting, room.places)
+    time += short * (waves * room.pace(room.places) + (room.pace(rest) if rest else 0.0))
+    return time + PARTIAL * padded(count + more)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,11 +12,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from kvdsl.kernels import AttentionState, Form, Params, Places, Segments
 from kvdsl.params import ROPE
+from kvdsl.scheme import Scheme
+from kvdsl.window import windows
 
 from . import forms, run_dense
 from .host_channels import ready_rows
 from .host_slots import by_channel, by_turned_channel
-from .occupancy import MOST_EDGES, MOST_SPLITS, edge_splits, ranked, splits
+from .launches import warps
+from .occupancy import MOST_EDGES, MOST_SPLITS, Room, Work, edge_splits, ranked, splits
 from .plan import SidePlan
 from .run_pages import PageModule
 from .run_parts import LOG2E, NO_WINDOW, Part, Scratch, within
@@ -85,20 +89,26 @@ class TritonModule(PageModule):
 
     def splits(self, programs: int, longest: int, kernel: str = "") -> int:
         """How many programs of a kernel share one sequence, see `occupancy.splits`."""
-        page = self.plan.layout.page_tokens
-        pages = max(1, -(-longest // page))
-        if not torch.cuda.is_available():
-            return min(2, pages)
-        return splits(max(1, programs), pages, page, self.places(kernel))
+        work = self._work(programs, longest)
+        return splits(work, self.room(kernel)) if torch.cuda.is_available() else min(2, work.pages)
 
     def ranked(self, programs: int, longest: int, depth: int | None = None) -> tuple[int, ...]:
         """Numbers of programs of decode that share a sequence, the model's best first."""
-        page = self.plan.layout.page_tokens
-        return ranked(max(1, programs), max(1, -(-longest // page)), page, self.places(KERNEL, depth))
+        return ranked(self._work(programs, longest), self.room(KERNEL, depth))
 
-    def places(self, kernel: str, depth: int | None = None) -> int:
-        """Programs of a kernel that the GPU holds at once."""
-        return self.residents.get((kernel, depth), USUAL) * self.processors()
+    def _work(self, programs: int, longest: int, exact: int | None = None, window: int | None = None) -> Work:
+        """What `programs` read of sequences of up to `longest` tokens.  At the edges are `exact` rows, or as many as
+        the scheme leaves, of the newest page half, and all of one that a window cuts."""
+        page = self.plan.layout.page_tokens
+        exact = _exact(self.plan.scheme) if exact is None else exact
+        cut = page // 2 if window is None else page // 2 + page
+        tiles = -(-min(longest, exact + cut) // self.plan.edge_tile)
+        return Work(max(1, programs), max(1, -(-longest // page)), page, tiles)
+
+    def room(self, kernel: str, depth: int | None = None) -> Room:
+        """What the GPU has for programs of a kernel."""
+        held = self.residents.get((kernel, depth), USUAL)
+        return Room(self.processors(), held, warps(kernel, self.plan) if kernel else 1)
 
     def tuned(self, part: Part) -> Schedule | None:
         """The schedule that was found best by timing for a segment that is alone; None: the model's is taken.  Windows,
@@ -116,21 +126,20 @@ class TritonModule(PageModule):
     def _clean_splits(self, part: Part) -> int:
         """How many programs share the pages of one sequence that all its queries see, or all of it."""
         if part.form != "dense":
-            return self.splits(part.programs * part.blocks, part.state.longest, part.form)
-        tiles = -(-part.state.longest // run_dense.LEAST)
-        return splits(max(1, run_dense.programs(part)), max(1, tiles), run_dense.LEAST, self.processors())
+            work = self._work_of(part)
+            return splits(work, self.room(part.form)) if torch.cuda.is_available() else min(2, work.pages)
+        tiles = max(1, -(-part.state.longest // run_dense.LEAST))
+        return splits(Work(max(1, run_dense.programs(part)), tiles, run_dense.LEAST), Room(self.processors(), 1))
 
     def edge_splits(self, part: Part) -> int:
-        """How many more programs share the edges of one sequence, see `occupancy.edge_splits`: of exact rows as many as
-        there is room for, of the newest page half, and all of one that a window cuts."""
-        state, plan = part.state, self.plan
+        """How many more programs share the edges of one sequence, see `occupancy.edge_splits`."""
         if not torch.cuda.is_available():
             return 2
-        page, programs = plan.layout.page_tokens, max(1, part.programs * part.blocks)
-        cut = page // 2 if state.window is None else page // 2 + page
-        tiles = -(-min(state.longest, state.key_rows.shape[2] + cut) // plan.edge_tile)
-        pages, places = max(1, -(-state.longest // page)), self.places(part.form, part.depth)
-        return edge_splits(programs, part.clean, pages, page, tiles, places)
+        return edge_splits(self._work_of(part), part.clean, self.room(part.form, part.depth))
+
+    def _work_of(self, part: Part) -> Work:
+        state = part.state
+        return self._work(part.programs * part.blocks, state.longest, state.key_rows.shape[2], state.window)
 
     def unknown(self, kernel: str) -> bool:
         """Whether it is not known yet how many programs of a kernel the GPU holds at once."""
@@ -229,6 +238,12 @@ class TritonModule(PageModule):
             "ROWS": part.rows, "SPLITS": padded(count),
         }  # fmt: skip
         self._run(kernel, (batch * heads, queries), given, None, part.params)
+
+
+@lru_cache(maxsize=256)
+def _exact(scheme: Scheme) -> int:
+    """Rows of exact tokens that a sequence has room for."""
+    return max(one.sinks + one.ring for one in windows(scheme).values())
 
 
 def _parts(query: Tensor, segments: Segments, splits: int | None, form: Form | None) -> list[Part]:

@@ -19,7 +19,7 @@ import kvdsl
 from kvdsl import codegen
 from kvdsl.codegen import doctor, schedules, store, tuning
 from kvdsl.codegen.cli import run
-from kvdsl.codegen.occupancy import ranked
+from kvdsl.codegen.occupancy import Room, Work, ranked
 from kvdsl.codegen.plan import plan_for
 from kvdsl.codegen.schedules import Bucket, Card, Schedule, Schedules
 from kvdsl.errors import BackendError, SchemeError
@@ -178,7 +178,7 @@ class Launched:
         return Schedule(self.ranked(programs, longest)[0], 3)
 
     def ranked(self, programs: int, longest: int, depth: int | None = None) -> tuple[int, ...]:
-        return ranked(programs, self.pages, 64, 132 * (24 // (depth or 3)))
+        return ranked(Work(programs, self.pages, 64), Room(132, 24 // (depth or 3)))
 
 
 def test_the_models_own_is_tried_first_then_its_next_ones_and_another_depth() -> None:
