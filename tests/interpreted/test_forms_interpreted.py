@@ -16,7 +16,7 @@ from kvdsl.testing.attention import attend, require_close, step_of
 from kvdsl.window import windows
 
 NAMES = ("token4", "kivi2", "quarot4", "turboquant2", "qjl", "fp16", "int8_tensor", "gear2", "kvquant3")
-RARER = ("several heads", "low rank", "single numbers", "thresholds", "chosen channels", "bands")
+RARER = ("several heads", "low rank", "single numbers", "thresholds", "chosen channels", "bands", "rounded")
 
 
 @pytest.mark.parametrize("name", [*NAMES, *RARER])
