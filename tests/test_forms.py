@@ -100,6 +100,10 @@ def test_segments_may_be_read_in_any_form() -> None:
     form_cases.segments_may_be_read_in_any_form("torch")
 
 
+def test_rounded_queries_meet_decoded_keys() -> None:
+    form_cases.rounded_queries_meet_decoded_keys("torch")
+
+
 @pytest.mark.parametrize("name", place_cases.SCHEMES)
 def test_places_may_be_any(name: str) -> None:
     form_cases.places_may_be_any(name, "torch")

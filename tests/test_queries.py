@@ -123,7 +123,7 @@ def test_sums_of_vectors_meet_rounded_queries(law: str) -> None:
     LAWS[law](Case(scheme, Shape(48, 1, 2), "torch", tokens=70, seed=3))
 
 
-REFUSED = {
+REFUSED: dict[str, dict[str, Any]] = {
     "queries: Float('e4m3') is a Float, not a Store": {"queries": Float("e4m3")},
     "queries.code: fp16 rounds no more": {"queries": Store()},
     "queries.code: a query is rounded to numbers": {"queries": Store(Sketch(64))},

@@ -16,7 +16,7 @@ from kvdsl.testing.attention import attend, require_close, step_of
 from kvdsl.window import windows
 
 NAMES = ("token4", "kivi2", "quarot4", "turboquant2", "qjl", "fp16", "int8_tensor", "gear2", "kvquant3")
-RARER = ("several heads", "low rank", "single numbers", "thresholds", "chosen channels", "bands", "rounded")
+RARER = ("several heads", "low rank", "single numbers", "thresholds", "chosen channels", "bands")
 
 
 @pytest.mark.parametrize("name", [*NAMES, *RARER])
@@ -37,6 +37,10 @@ def test_ragged_sequences_of_any_dtype_capped(dtype: str, window: int | None) ->
     one = form_cases.case("token4", "triton", ODD[dtype], tokens=170)
     step = step_of(one, 50, window=window)
     require_close(one, step, attend(one, step, form="dense"))
+
+
+def test_rounded_queries_meet_decoded_keys() -> None:
+    form_cases.rounded_queries_meet_decoded_keys("triton")
 
 
 def test_chunks_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
