@@ -43,6 +43,17 @@ def functions(side: SidePlan, ns: Namespace) -> list[str]:
     return texts + (of_sums(side) if side.alphabet.sums and ns == "tl." else [])
 
 
+def unstored(side: SidePlan, ns: Namespace) -> list[str]:
+    """The texts of what rounds numbers to those that codes stand for, where nothing is stored of them."""
+    under = coding(side) if side.store.measure is not None else []
+    made = [_Function("encode", ["x", *under], "The codes of x.", encode)]
+    if under:
+        told = "The scale of blocks with these statistics."
+        made.insert(0, _Function("measure", statistics(side), told, measure))
+    made.append(_Function("levels", ["c"], "What codes stand for, float32.", levels_of))
+    return [function.text(side, ns) for function in made]
+
+
 def _names_levels(side: SidePlan, ns: Namespace) -> bool:
     """Triton's kernels look known levels up in registers, and need the function for what packing fits or weighs."""
     if side.alphabet.sums:

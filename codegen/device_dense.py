@@ -9,6 +9,7 @@ Glossary:
   clean tiles    packed on both sides and seen by every row: the main loop, no masks
   other tiles    sinks, window, exact tokens, the newest: decoded or exact, token by token, and masked
   size           power of two that a row of the query was divided by
+  met            what decoded keys meet, where queries are rounded for packed tokens, and `more` what is added to that
 
 A chunk goes on where the one before it ended: partial outputs and their log-sum-exps are read and written again, so
 that working memory does not grow with the tokens.  Keys, values and weights are rounded as at the edges of the kernels
@@ -24,9 +25,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def attended(query, keys, values, seen, size, peak, mass, total, softcap, CAPPED: tl.constexpr, MASKED: tl.constexpr):
-    """Running maximum, sum of weights and weighted values, with one tile more."""
-    s = tl.dot(query, keys, input_precision="ieee") * size[:, None]
+def attended(s, values, seen, size, peak, mass, total, softcap, CAPPED: tl.constexpr, MASKED: tl.constexpr):
+    """Running maximum, sum of weights and weighted values, with one tile more, of scores s."""
+    s = s * size[:, None]
     if CAPPED:
         s = softcap * tanh(s / softcap) * LOG2E
     if MASKED:
@@ -46,6 +47,8 @@ def attended(query, keys, values, seen, size, peak, mass, total, softcap, CAPPED
 )
 def attend_dense(
     query_ptr,
+    met_ptr,
+    more_ptr,
     keys_ptr,
     values_ptr,
     packed_keys_ptr,
@@ -83,6 +86,8 @@ def attend_dense(
     TOKENS: tl.constexpr,
     CAPPED: tl.constexpr,
     PLACED: tl.constexpr,
+    ROUNDED: tl.constexpr,
+    SHIFTED: tl.constexpr,
     GOES_ON: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -109,10 +114,20 @@ def attend_dense(
     oldest = tl.maximum(start, last - window + 1)
     lane = tl.arange(0, LANES)
     place = tl.arange(0, VALUE_LANES)
-    source = query_ptr + ((head * queries + token) * DIM)[:, None] + lane[None, :]
-    x = tl.load(source, mask=live[:, None] & (lane < DIM)[None, :], other=0.0).to(tl.float32) * scaling
-    size, inverse = above(tl.max(tl.abs(x), 1))
+    source = ((head * queries + token) * DIM)[:, None] + lane[None, :]
+    within = live[:, None] & (lane < DIM)[None, :]
+    x = tl.load(query_ptr + source, mask=within, other=0.0).to(tl.float32) * scaling
+    top = tl.max(tl.abs(x), 1)
+    if ROUNDED:
+        z = tl.load(met_ptr + source, mask=within, other=0.0) * scaling
+        top = tl.maximum(top, tl.max(tl.abs(z), 1))
+    size, inverse = above(top)
     query = (x * inverse[:, None]).to(dtype)
+    met = query
+    if ROUNDED:
+        met = (z * inverse[:, None]).to(dtype)
+    if SHIFTED:
+        more = tl.load(more_ptr + head * queries + token, mask=live, other=0.0) * scaling * inverse
 
     out = (split.to(tl.int64) * tl.num_programs(0) + bh) * lines + row_index
     partial = partial_ptr + out[:, None] * VALUE_DIM + place[None, :]
@@ -161,7 +176,10 @@ def attend_dense(
         else:
             known = (place < VALUE_DIM)[None, :]
             v = tl.load(values + (row * VALUE_DIM)[:, None] + place[None, :], mask=known, other=0.0)
-        peak, mass, total = attended(query, k, v, 0, size, peak, mass, total, softcap, CAPPED, False)
+        s = tl.dot(met, k, input_precision="ieee")
+        if SHIFTED:
+            s = s + more[:, None]
+        peak, mass, total = attended(s, v, 0, size, peak, mass, total, softcap, CAPPED, False)
 
     key_rows = key_rows_ptr + bh.to(tl.int64) * (SINKS + ring) * DIM
     value_rows = value_rows_ptr + bh.to(tl.int64) * (SINKS + ring) * VALUE_DIM
@@ -179,14 +197,20 @@ def attend_dense(
         k = tl.load(keys + lane[:, None] + ((u - low) * DIM)[None, :], mask=there, other=0.0)
         there = (lane < DIM)[:, None] & (here & (coded == 0))[None, :]
         exact = tl.load(key_rows + lane[:, None] + (row * DIM)[None, :], mask=there, other=0.0)
-        k = tl.where(coded[None, :], k, exact.to(tl.float32).to(dtype))
+        exact = exact.to(tl.float32).to(dtype)
+        if ROUNDED:  # of a decoded key the exact one is 0, of an exact one the decoded
+            s = tl.dot(query, exact, tl.dot(met, k, input_precision="ieee"), input_precision="ieee")
+        else:
+            s = tl.dot(query, tl.where(coded[None, :], k, exact), input_precision="ieee")
+        if SHIFTED:
+            s = s + tl.where(coded[None, :], more[:, None], 0.0)
         coded = (u >= 0) & (u < packed_values)
         there = coded[:, None] & (place < VALUE_DIM)[None, :]
         v = tl.load(values + ((u - low) * VALUE_DIM)[:, None] + place[None, :], mask=there, other=0.0)
         there = (here & (coded == 0))[:, None] & (place < VALUE_DIM)[None, :]
         exact = tl.load(value_rows + (row * VALUE_DIM)[:, None] + place[None, :], mask=there, other=0.0)
         v = tl.where(coded[:, None], v, exact.to(tl.float32).to(dtype))
-        peak, mass, total = attended(query, k, v, seen, size, peak, mass, total, softcap, CAPPED, True)
+        peak, mass, total = attended(s, v, seen, size, peak, mass, total, softcap, CAPPED, True)
 
     whole = tl.where(mass > 0.0, mass, 1.0)
     tl.store(partial, total / whole[:, None], mask=stored)

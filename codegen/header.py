@@ -73,6 +73,12 @@ def _coded_lines(side: SidePlan, letter: str) -> list[str]:
     return [*lines, outer + " + ".join(texts).replace("+ -", "- "), f"           {applied(side)}"]
 
 
+def query_line(plan: Plan) -> str:
+    """What packed keys meet where queries are rounded."""
+    met = "q'" if plan.keys.mapped else "q"
+    return f"queries: packed keys meet {met} as {plan.scheme.queries!r} reads it, exact ones q itself"
+
+
 def applied(side: SidePlan) -> str:
     """Where the scale of a term is applied."""
     if side.beside is not None and side.beside.below:
@@ -184,6 +190,7 @@ def heading(plan: Plan, name: str) -> str:
     lines = [f"{name}: attention over a KV cache of {bits.mean:g} bits an element.", "", *spec, ""]
     for side in (plan.keys, plan.values):
         lines += formula_lines(side)
+    lines += textwrap.wrap(query_line(plan), 108, subsequent_indent="    ") if plan.queries is not None else []
     lines += ["", *page_lines(plan), ""]
     lines.append(
         f"head_dim {shape.head_dim}, {shape.kv_heads} kv heads, {shape.q_heads} query heads, {shape.dtype} in and out"

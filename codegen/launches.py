@@ -62,7 +62,7 @@ def _wanted(kernel: str, plan: Plan) -> int:
         return _pack_warps(plan.side(kernel.removeprefix("pack_")))
     if kernel.startswith("unpack"):
         return max(4, min(16, plan.tile * plan.side(kernel.removeprefix("unpack_")).dim // 2048))
-    if kernel == "turn_query" and rotated(plan.keys):
+    if kernel == "turn_query" and (rotated(plan.keys) or plan.queries is not None):
         return 1
     if kernel.startswith(("turn_k", "turn_v", "restore")):
         return 1 if plan.side(kernel.partition("_")[2]).hadamard else 8

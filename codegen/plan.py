@@ -74,6 +74,13 @@ class Plan:
         """The terms of both sides whose numbers are those of a map of their own."""
         return self.keys.spaces + self.values.spaces
 
+    @cached_property
+    def queries(self) -> SidePlan | None:
+        """What queries are rounded to behind the keys' map, as a side that is nowhere stored; None: as they are."""
+        if self.scheme.queries is None:
+            return None
+        return replace(plan_for(Scheme(both=self.scheme.queries), self.shape).keys, home="queries", fine=True)
+
     @property
     def half(self) -> int:
         """Tokens of a sub-tile."""
@@ -116,6 +123,8 @@ def plan_for(scheme: Scheme, shape: Shape) -> Plan:
     dims = {name: scheme.dim(name, shape.head_dim) for name in SIDES}
     keys, values = (_planned(name, scheme.side(name), layout.side(name), shape, dims[name]) for name in SIDES)
     values = replace(values, shared=scheme.shared)
+    if scheme.queries is not None:
+        keys = _rounded(keys)
     terms = keys.terms + values.terms
     paired = any(term.layout.paired for term in terms)
     # two planes at once are decoded, with what they become, or looked up
@@ -134,6 +143,11 @@ def plan_for(scheme: Scheme, shape: Shape) -> Plan:
     if not paired and any(term.floats == "fp32" for term in terms):
         tokens = half = EXACT_TILE
     return Plan(scheme, shape, layout, keys, values, tokens, tokens // half, proofs)
+
+
+def _rounded(side: SidePlan) -> SidePlan:
+    """A side, of all of whose terms packed tokens meet a rounded query."""
+    return replace(side, rounded=True, rest=None if side.rest is None else _rounded(side.rest))
 
 
 def _few_bytes(term: SidePlan) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .header import heading
 from .plan import Plan
 from .text import helpers_used
+from .torch_queries import rounding
 from .torch_sides import TorchSide
 
 HOST = (
@@ -15,6 +16,8 @@ HOST = (
 
 def render(plan: Plan, name: str) -> str:
     """The whole text, deterministic."""
-    body = "\n\n".join(text for term in plan.terms for text in TorchSide(plan, term).functions())
+    texts = [text for term in plan.terms for text in TorchSide(plan, term).functions()]
+    texts += rounding(plan.queries) if plan.queries is not None else []
+    body = "\n\n".join(texts)
     imports = "import torch\n" + helpers_used(HOST, body)
     return f"{heading(plan, name)}\n{imports}\n\n{body}"

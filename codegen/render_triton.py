@@ -9,6 +9,7 @@ from .text import helpers_used, without_unused
 from .triton_append import append
 from .triton_attend import Attend
 from .triton_merge import collect, merge, unite
+from .triton_queries import rounding
 from .triton_received import Received
 from .triton_rope import rope, unrope
 from .triton_term_pages import pack_of, unpack_of
@@ -21,7 +22,8 @@ def render(plan: Plan, name: str) -> str:
     """The whole text, formatted and deterministic."""
     attend = Attend(plan)
     kernels = [write(plan, term) for term in plan.spaces if term.mapped for write in (turn, restore)]
-    kernels += [turn_query(plan)] if plan.keys.through else []
+    if plan.keys.through:
+        kernels += [turn_query(plan)] if plan.queries is None else rounding(plan, plan.queries)
     kernels += [unrope(plan), rope(plan)] if plan.keys.rope is not None else []
     kernels += [pack_of(plan, term) for term in plan.stored]
     kernels.append(append(plan))

@@ -17,6 +17,7 @@ from .chunks import decoded_chunks
 from .device_dense import attend_dense
 from .plan import WIDEST, Plan
 from .run_parts import LOG2E, NO_WINDOW, Part, Scratch
+from .run_queries import among_decoded
 from .text import padded
 
 LEAST = 256  # tokens that a program has at least, to be worth its partial
@@ -52,7 +53,8 @@ def attend(part: Part, into: Scratch, lines: int) -> None:
     batch, _, queries, dim = query.shape
     sizes = tiles(plan, queries * shape.group)
     given: dict[str, Any] = {
-        "query_ptr": query, "packed_keys_ptr": state.packed_keys, "packed_values_ptr": state.packed_values,
+        "query_ptr": query, **_met(part),
+        "packed_keys_ptr": state.packed_keys, "packed_values_ptr": state.packed_values,
         "length_ptr": state.length, "start_ptr": state.start, "first_ptr": state.first,
         "key_rows_ptr": state.key_rows, "value_rows_ptr": state.value_rows,
         "place_ptr": None if places is None else places.at, "asked_ptr": None if places is None else places.asked,
@@ -72,6 +74,20 @@ def attend(part: Part, into: Scratch, lines: int) -> None:
         keys, values = decoded(part, low, min(high, state.packed_most))
         given |= {"keys_ptr": keys, "values_ptr": values, "low": low, "high": high, "held": keys.shape[2]}
         _launch(grid, given | sizes | {"GOES_ON": low > 0})
+
+
+def _met(part: Part) -> dict[str, Any]:
+    """What decoded keys meet where queries are rounded, and what is added to that."""
+    plan, shape = part.plan, part.plan.shape
+    given: dict[str, Any] = {"met_ptr": None, "more_ptr": None, "ROUNDED": False, "SHIFTED": False}
+    if plan.queries is None:
+        return given
+    query = part.query.contiguous()
+    turned = part.module.turned(query, part.params)["turned_ptr"]
+    rows, met = (x.to(torch.float32).unflatten(1, (shape.kv_heads, -1)).flatten(2, 3) for x in (query, turned))
+    near, more = among_decoded(plan, rows, met, part.params)
+    given |= {"met_ptr": near.reshape(query.shape).contiguous(), "ROUNDED": True, "SHIFTED": more is not None}
+    return given | {"more_ptr": None if more is None else more.reshape(query.shape[:3]).contiguous()}
 
 
 def _launch(grid: tuple[int, int, int], given: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from .host_beside import met_at
 from .host_channels import queries
 from .host_products import scored
 from .plan import SidePlan
+from .run_queries import Asked, among_decoded, asked
 from .run_torch_pages import TorchPages, on_host
 from .torch_alone import one_by_one
 
@@ -55,6 +56,12 @@ class TorchModule(TorchPages):
         grouped = query.to(torch.float32).mul(factor).unflatten(1, (self.plan.shape.kv_heads, -1))
         return grouped.movedim(2, 3).reshape(batch, self.plan.shape.kv_heads, queries * self.plan.shape.group, dim).mT
 
+    def _asked(self, query: Tensor, factor: float, params: Params) -> Asked:
+        """The same, and what they are for packed keys."""
+        if self.plan.queries is None:
+            return Asked(self._rows(query, factor))
+        return asked(self.plan, self.module, self._rows(query, 1.0), factor, params)
+
     def _heads(self, x: Tensor, queries: int) -> Tensor:
         """(B, H, Q * group, n) back to (B, Hq, Q, n)."""
         return x.unflatten(2, (queries, self.plan.shape.group)).movedim(3, 2).flatten(1, 2)
@@ -66,14 +73,15 @@ class TorchModule(TorchPages):
         if tokens == 0:
             return torch.empty(batch, heads, queries, 0, device=query.device)
         pages = -(-tokens // self.plan.layout.page_tokens)
-        score = self._scores_of_codes(self._rows(query, 1.0), self._gather(pool, table, 0, pages), 0, params, places)
+        rows = self._asked(query, 1.0, params)
+        score = self._scores_of_codes(rows, self._gather(pool, table, 0, pages), 0, params, places)
         return self._heads(score.mT[..., :tokens], queries)
 
     def _scores_of_codes(
-        self, columns: Tensor, pages: Tensor, first: int, params: Params, places: Places | None = None
+        self, asked: Asked, pages: Tensor, first: int, params: Params, places: Places | None = None
     ) -> Tensor:
-        """q.k of the tokens of pages (B, pages, page_bytes), packed from u = first on, for queries (B, H, D, rows): the
-        query is mapped, not the keys, but for rotary positions and what is behind them."""
+        """q.k of the tokens of pages (B, pages, page_bytes), packed from u = first on: the query is mapped, not the
+        keys, but for rotary positions and what is behind them."""
         if self.plan.keys.rope is not None:
             decoded, *others = (
                 getattr(self.module, f"unpack_{part.space}")(*self._inputs(part, pages, params))
@@ -83,11 +91,12 @@ class TorchModule(TorchPages):
                 decoded = applied(params["keys.decode"], decoded)
             if self.plan.keys.shifted:
                 decoded = decoded + params["keys.decode_shift"][:, None]
-            return scored(self._placed(sum(others, decoded), first, params, torch.float32, places), columns)
-        first_score, *others = (self._term_scores(term, columns, pages, params) for term in self.plan.keys.spaces)
+            return scored(self._placed(sum(others, decoded), first, params, torch.float32, places), asked.columns)
+        first_score, *others = (self._term_scores(term, asked, pages, params) for term in self.plan.keys.spaces)
         return sum(others, first_score)
 
-    def _term_scores(self, term: SidePlan, columns: Tensor, pages: Tensor, params: Params) -> Tensor:
+    def _term_scores(self, term: SidePlan, asked: Asked, pages: Tensor, params: Params) -> Tensor:
+        columns, met = asked
         if term.masked:
             decode, channels = params[f"{term.home}.decode"], self._channels(term, pages)
             met = queries(columns, decode, channels, top=term.store.gathers)
@@ -95,7 +104,8 @@ class TorchModule(TorchPages):
         if term.beside:
             met = met_at(columns, self._channels(term, pages))
             return getattr(self.module, term.product)(met, *self._inputs(term, pages, params))
-        met = (columns.mT @ params[f"{term.home}.decode"]).mT if term.mapped else columns
+        if met is None:
+            met = (columns.mT @ params[f"{term.home}.decode"]).mT if term.mapped else columns
         inputs, together = self._inputs(term, pages, params), term.joined
         if together == 1:
             score: Tensor = getattr(self.module, term.product)(met, *inputs)
@@ -179,9 +189,8 @@ class TorchModule(TorchPages):
         queries = query.shape[2]
         state, span = self._span(state, queries)
         factor = state.scaling if state.softcap is not None else state.scaling * LOG2E
-        columns = self._rows(query, factor)
         packed = self._gather(state.pool, state.table, span.low, span.high) if span.high > span.low else None
-        score = self._all_scores(columns, packed, state, span, params)
+        score = self._all_scores(self._asked(query, factor, params), packed, state, span, params)
         if state.softcap is not None:
             score = torch.tanh(score / state.softcap) * (state.softcap * LOG2E)
         if span.masked:
@@ -221,14 +230,15 @@ class TorchModule(TorchPages):
     def _dense(self, query: Tensor, state: AttentionState, params: Params) -> tuple[Tensor, Tensor]:
         """The same by decoded numbers, chunk by chunk."""
         queries, sinks, dim = query.shape[2], self.plan.sinks, query.shape[3]
-        columns = self._rows(query, state.scaling if state.softcap is not None else state.scaling * LOG2E)
+        asked = self._asked(query, state.scaling if state.softcap is not None else state.scaling * LOG2E, params)
+        columns = asked.columns
         heads, rows = columns.shape[0] * columns.shape[1], columns.shape[3]
         most = columns.new_full((*columns.shape[:2], 1, rows), -torch.inf)
         mass, total = torch.zeros_like(most), columns.new_zeros(*most.shape[:2], self.plan.values.channels, rows)
         spans = [(-sinks, min(sinks, state.longest) - sinks)] if sinks else []
         for low, high in [*spans, *decoded_chunks(self.plan, state, 4 * heads * (2 * rows + 4 * dim))]:
             u = torch.arange(low, high, device=query.device)
-            score = self._numbers("keys", state, low, high, params) @ columns
+            score = self._products(self._numbers("keys", state, low, high, params), asked, u, state, params)
             if state.softcap is not None:
                 score = torch.tanh(score / state.softcap) * (state.softcap * LOG2E)
             score = torch.where(self._seen(state, queries, u), score, -torch.inf)
@@ -241,6 +251,15 @@ class TorchModule(TorchPages):
         total = total / torch.where(mass > 0, mass, 1.0)
         lse = torch.where(mass > 0, most + torch.log2(mass), -torch.inf) / LOG2E
         return self._heads(total.mT, queries), self._heads(lse.mT, queries)[..., 0]
+
+    def _products(self, keys: Tensor, asked: Asked, u: Tensor, state: AttentionState, params: Params) -> Tensor:
+        """Scores of keys (B, H, tokens, D) of the tokens at u, decoded where they are packed: (B, H, tokens, rows)."""
+        score: Tensor = keys @ asked.columns
+        if asked.met is None:
+            return score
+        near, more = among_decoded(self.plan, asked.columns.mT, asked.met.mT, params)
+        coded = keys @ near.mT + (0.0 if more is None else more[:, :, None])
+        return torch.where(((u >= 0) & (u < state.packed_keys[:, None]))[:, None, :, None], coded, score)
 
     def _numbers(self, side: Side, state: AttentionState, low: int, high: int, params: Params) -> Tensor:
         """Tokens u in [low, high), sinks or others, decoded where they are packed: float32 (B, H, high - low, D)."""
@@ -263,19 +282,19 @@ class TorchModule(TorchPages):
         return torch.cat((torch.arange(-self.plan.sinks, sinks - self.plan.sinks, device=device), u)) if sinks else u
 
     def _all_scores(
-        self, columns: Tensor, packed: Tensor | None, state: AttentionState, span: Span, params: Params
+        self, asked: Asked, packed: Tensor | None, state: AttentionState, span: Span, params: Params
     ) -> Tensor:
         """Scores of the sinks, and of the tokens u of a span, by codes or by exact rows."""
-        rows, floor, tail = columns.mT, span.low * self.plan.layout.page_tokens, span.end
+        rows, floor, tail = asked.columns.mT, span.low * self.plan.layout.page_tokens, span.end
         found = [rows @ self._sinks(state, state.key_rows, span.alike).mT] if self.plan.sinks else []
         if packed is not None:
-            coded = self._scores_of_codes(columns, packed, floor, params, state.places).mT
+            coded = self._scores_of_codes(asked, packed, floor, params, state.places).mT
         if span.alike:
             found += [coded[..., : span.keys - floor]] if span.keys > floor else []
             exact = self._slices(state.key_rows, self.plan.sinks, span.first, span.keys, tail)
             found.append(rows @ exact.mT)
         else:
-            u = torch.arange(span.keys, tail, device=columns.device)
+            u = torch.arange(span.keys, tail, device=rows.device)
             exact = rows @ self._exact_rows(state, state.key_rows, u, self._alive(state, u, state.packed_keys)).mT
             if packed is not None:
                 found.append(coded[..., : span.keys - floor])

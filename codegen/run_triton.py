@@ -51,8 +51,11 @@ class TritonModule(PageModule):
         if keys.masked:
             maps = keys.terms[: 1 if alike(self.plan) else 2]
             given.update({f"{term.space}_rows_ptr": self._rows_of_map(term, params) for term in maps})
-        if not keys.through:
-            return given
+        return given | self.turned(query, params) if keys.through else given
+
+    def turned(self, query: Tensor, params: Params) -> dict[str, Any]:
+        """What the query (B, Hq, Q, D) becomes for packed tokens, and what is added to scores."""
+        keys, shape, given = self.plan.keys, self.plan.shape, dict[str, Any](query_ptr=query)
         batch, _, queries, _ = query.shape
         given["turned_ptr"] = query.new_empty(*query.shape[:3], keys.row, dtype=torch.float32)
         if keys.shifted:

@@ -7,7 +7,7 @@ from typing import Any
 import sympy as sp
 
 from .algebra import NormalForm, ProofStep, Term
-from .header import alphabet_lines, applied
+from .header import alphabet_lines, applied, query_line
 from .placement import When
 from .plan import Plan, SidePlan
 
@@ -25,6 +25,9 @@ def normal_form(plan: Plan) -> Stage:
         told = _side(side)
         data[side.path] = told
         lines += ["", *_lines(side, told)]
+    if plan.queries is not None:
+        data["queries"] = query_line(plan)
+        lines += ["", query_line(plan)]
     return data, lines
 
 

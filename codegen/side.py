@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SidePlan:
-    """One side, what is stored of what another store left, or a band: what it is, where it stands, where its scale is
-    applied.
+    """One side, what another store left, or a band: what it is, where it stands, where its scale is applied.
 
     A vector is the sum of its terms.  The numbers that they code stand one behind the other in one row, so that one map
     takes a query to what all of them meet, and their sums to an output.  Bands are stretches of one such row, which
@@ -49,6 +48,8 @@ class SidePlan:
     """Whether vectors have numbers that may be smaller than float16 has any."""
     shared: bool = False
     """Whether it is read where the keys' first stretch stands, and nowhere written."""
+    rounded: bool = False
+    """Whether packed tokens meet a rounded query."""
     home: str = ""
     """Where its store stands in the spec: the beginning of the names of the map of its row."""
 
@@ -179,8 +180,8 @@ class SidePlan:
 
     @property
     def through(self) -> bool:
-        """Packed tokens meet the query, or add to the output, through one map of all terms."""
-        return self.hoisted or not self.band and any(term.in_row for term in self.terms[1:])
+        """Packed tokens meet the query, or add to the output, through one map of all terms, or behind its rounding."""
+        return self.hoisted or self.rounded or not self.band and any(term.in_row for term in self.terms[1:])
 
     @property
     def scale(self) -> Scale:
@@ -258,9 +259,10 @@ class SidePlan:
     @cached_property
     def plain(self) -> SidePlan | None:
         """The term whose numbers are the vector's own, as exact ones are: those meet its query, or add to its sums.  Of
-        several the one of the widest planes.  None where reading adds a vector to packed tokens alone, and where a
-        residual stands alone behind codes: more sums leave it fewer registers than exact rows of their own."""
-        if self.shifted or self.residual is not None and not any(term.store.gathers for term in self.terms):
+        several the one of the widest planes.  None where reading adds a vector to packed tokens alone, or they meet a
+        rounded query, and where a residual stands alone behind codes: exact rows of their own take fewer registers."""
+        alone = self.residual is not None and not any(term.store.gathers for term in self.terms)
+        if self.shifted or self.rounded or alone:
             return None
         terms = (self,) if self.band else self.terms
         own = (term for term in terms if not term.mapped and term.rope is None)
@@ -385,9 +387,7 @@ class SidePlan:
 
     def run(self, stream: Stream, plane: int) -> range:
         """Positions, in the plane's byte, of the planes that share its scale: only those may be read uncleaned.
-
-        Rescaled queries leave no place to take off what uncleaned planes have too much.
-        """
+        Rescaled queries leave no place to take off what uncleaned planes have too much."""
         place = stream.places[plane]
         if self.rescaled:
             return range(place.bit // stream.width, place.bit // stream.width + 1)

@@ -259,6 +259,8 @@ def restore(plan: Plan, side: SidePlan) -> str:
 
 def query_tile(side: SidePlan) -> tuple[int, int]:
     """(query rows of a program of `turn_query`, numbers of its result)."""
+    if side.rounded:
+        return max(1, ROTATED // padded(side.row)), padded(side.row)
     return (turn_rows(side), padded(side.row)) if rotated(side) else (QUERY_ROWS, QUERY_LANES)
 
 

@@ -20,6 +20,7 @@ from . import (  # noqa: F401  (they enter their rules)
     measure_rules,
     outlier_rules,
     polar_rules,
+    query_rules,
     residual_rules,
     rope_rules,
     rotation_rules,
@@ -70,6 +71,8 @@ def faults(scheme: Scheme) -> tuple[Fault, ...]:
         for reads, check in RULES:
             if not any(_touch(read.replace("~", site.place), wrong) for read in reads for wrong in bad):
                 found += check(site)
+    if not bad:
+        found += query_rules.faults(scheme)
     for field in ("layers", "heads"):
         if not any(_touch(field, wrong) for wrong in bad):
             found += _rows(field, getattr(scheme, field))
@@ -95,7 +98,8 @@ def shape_faults(scheme: Scheme, shape: Shape) -> tuple[Fault, ...]:
         parts.append(tuple(tier_rules.shape_faults(scheme, shape)))
         return tuple(dict.fromkeys(fault for part in parts for fault in part))
     whole = (site for site in _sites(scheme) if site.band is None)
-    return tuple(fault for site in whole for one in (site, *_stretches(site, shape)) for fault in _shape(one, shape))
+    faults = [fault for site in whole for one in (site, *_stretches(site, shape)) for fault in _shape(one, shape)]
+    return (*faults, *query_rules.shape_faults(scheme, shape))
 
 
 def refuse_for(scheme: Scheme, shape: Shape) -> None:

@@ -89,6 +89,8 @@ class Scheme(Part):
     the end) to schemes of their own.  Raises SchemeError naming every fault, its place and its mend.
 
     heads       the same of kv heads of a layer, each group of like ones by itself
+    queries     what a query is rounded to, behind the keys' transforms, before it meets packed keys; exact ones meet it
+                as it is
     tiers       what is neither a sink nor recent goes to one of them, as `router` says; one alone takes all
     requantize  `on_flush`: whenever tokens leave the window, all that is stored is decoded and quantized anew
     """
@@ -100,6 +102,7 @@ class Scheme(Part):
     both: InitVar[Store | None] = None
     sinks: Sinks | None = None
     recent: Recent | None = None
+    queries: Store | None = None
     tiers: tuple[Tier, ...] = ()
     router: Router | None = None
     requantize: Requantize = "never"

@@ -24,7 +24,7 @@ LONGEST_TEXT = 1 << 20  # characters
 DEEPEST = 12
 
 _WHERE = {"keys": "Store", "values": "Store", "both": "Store", "residual": "Store", "scale": "Scale"}
-_WHERE |= {"outliers": "TopChannels Sparse", "store": "Store"}
+_WHERE |= {"outliers": "TopChannels Sparse", "store": "Store", "queries": "Store"}
 _WHERE |= {"code": "Uniform Float Codebook Vectors Additive Sketch Bands LowRank Shared", "stores": "Store"}
 _WHERE |= {"transform": "PreRope Rotate Eigenbasis ChannelScale ChannelShift Permute Polar Balance"}
 _WHERE |= {"block": "Block", "line": "Block", "sinks": "Sinks", "recent": "Recent", "scheme": "Scheme"}

@@ -9,7 +9,7 @@ from .commvq import commvq, commvq_1bit
 from .cq import cq_2c8b, cq_4c8b, cq_8c8b
 from .exllamav3 import exl3_2, exl3_3, exl3_4, exl3_5, exl3_6, exl3_7, exl3_8
 from .fp4 import fp4_block16, mxfp4, nvfp4, nvfp4_4over6
-from .fp8 import fp8_tensor, fp8_token_head, mxfp8
+from .fp8 import fp8_tensor, fp8_token_head, mxfp8, mxfp8_queries
 from .gear import gear2, gear4, gearl2, gearl4
 from .h2o import h2o
 from .hf_quantized import hf_quanto4
@@ -158,6 +158,7 @@ ALL: dict[str, Scheme] = {
     "fp8_tensor": fp8_tensor,
     "fp8_token_head": fp8_token_head,
     "mxfp8": mxfp8,
+    "mxfp8_queries": mxfp8_queries,
     "mxfp4": mxfp4,
     "fp4_block16": fp4_block16,
     "nvfp4": nvfp4,
@@ -241,6 +242,7 @@ __all__ = [
     "mla_nvfp4",
     "mxfp4",
     "mxfp8",
+    "mxfp8_queries",
     "nuq2",
     "nuq3",
     "nuq4",

@@ -2,7 +2,7 @@
 or under a power of two for 32 channels (SGLang, mxfp8).
 
 s = max|x|/448 over calibration data or over the token's head; c = e4m3(x/s), nearest even and saturating; x^ = s*c.
-mxfp8: s = 2^ceil(log2(max|x|/448)), under which nothing saturates.  Its kernels code queries alike; here they are not.
+mxfp8: s = 2^ceil(log2(max|x|/448)), under which nothing saturates.  Its kernels code queries alike: mxfp8_queries.
 """
 
 from kvdsl.scheme import Float, Scheme, Store, per_tensor, per_token
@@ -19,3 +19,4 @@ mxfp8 = Scheme(
     both=Store(Float("e4m3"), scale=per_token(channels=32, dtype="e8m0", exponent="ceil")),
     source="SGLang, mxfp8",
 )
+mxfp8_queries = mxfp8.with_(queries=mxfp8.keys)

@@ -5,7 +5,8 @@ largest number is 4.5 to 9.1 and what is beyond 6 saturates; c = the nearest to 
 the same with a minus sign, the lower one where two are equally near; y^ = s c.  0.156 is 0.936/6.  A block of zeros has
 the least of all powers here, a byte that says so there.
 
-Its kernels round queries to e4m3, too, behind the same matrix; here they stay as they are.
+Queries: e4m3(H q/sqrt(d)), nearest even and saturating at 448, under no scale.  Keys that are exact meet q itself.  Its
+kernels round the queries of single tokens, and decode keys for those of prompts; here all meet packed keys alike.
 """
 
 from kvdsl.scheme import Float, Rotate, Scheme, Store, per_token
@@ -18,5 +19,6 @@ PLAIN = Store(
 ultraquant4 = Scheme(
     keys=PLAIN.with_(transform=Rotate("hadamard")),
     values=PLAIN,
+    queries=Store(Float("e4m3")),
     source="arXiv 2606.20474",
 )

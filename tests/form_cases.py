@@ -7,6 +7,7 @@ from dataclasses import replace
 import place_cases
 import pytest
 import torch
+from law_cases import ROUNDED
 from segment_cases import attended, cut, require_union
 
 from kvdsl.codegen import chunks
@@ -32,6 +33,18 @@ def chunks_go_on(name: str, backend: Backend, monkeypatch: pytest.MonkeyPatch) -
     require_close(one, step, attend(one, step, form="dense"))
     for got, want in zip(attend(one, step, form="dense"), whole, strict=True):
         assert torch.allclose(got, want, atol=2e-3)
+
+
+def rounded_queries_meet_decoded_keys(backend: Backend) -> None:
+    """As they meet codes, and exact keys queries as they are, also in a tile of both; which shows where these are
+    large."""
+    one = Case(ROUNDED, SMALL, backend, batch=2, tokens=60, seed=1)
+    step = step_of(one, 3)
+    step = replace(step, q=4 * step.q)
+    want, got = (attend(one, step, form=form) for form in ("extend", "dense"))
+    other = attend(replace(one, scheme=ROUNDED.with_(queries=None)), step, form="dense")
+    for found, right, plain in zip(got, want, other, strict=True):
+        assert torch.allclose(found, right, atol=1e-2) and (plain - right).abs().max() > 0.1
 
 
 def segments_may_be_read_in_any_form(backend: Backend) -> None:

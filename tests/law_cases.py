@@ -46,6 +46,7 @@ SIBLINGS |= {"vllm_3bit_nc", "vllm_k3v4_nc", "quarot2", "turboquant2", "q5_0", "
 SIBLINGS |= {"channel2", "channel3", "bitdecoding2", "turboquant3", "turboquant_3p5", "kivi4", "skvq_k2v1p5", "gearl4"}
 SIBLINGS |= {"gear4", "kvquant4", "kvquant2", "kitty_pro", "kvtuner", "mla_fp8", "mla_nvfp4"}
 SIBLINGS |= {"mxfp8", "octave_k3v3", "octave_compact", "exl3_2", "exl3_3", "exl3_5", "exl3_6", "exl3_7", "exl3_8"}
+SIBLINGS |= {"mxfp8_queries"}
 SIBLINGS |= {"cq_2c8b", "cq_4c8b", "cq_8c8b"}
 SIBLINGS |= {"commvq", "commvq_1bit"}
 SIBLINGS |= {"saw_int4", "oscar2", "kvarn_k4v2", "kvarn_k2v2", "kvarn_even"}
@@ -191,9 +192,18 @@ ADDITIVE = Scheme(
     sinks=Sinks(1),
 )
 """Codes across the borders of bytes, and a byte that they do not fill.  What is shipped takes the interpreter long."""
+ROUNDED = Scheme(
+    keys=Store(Uniform(3), scale=per_token(channels=16), transform=(ChannelShift(), Rotate("orthogonal", seed=0))),
+    values=Store(Uniform(4), scale=per_token()),
+    queries=Store(Float("e4m3"), scale=per_token(channels=16, dtype="e8m0", exponent="ceil")),
+    recent=Recent(8),
+    sinks=Sinks(2),
+)
+"""Queries are rounded in groups, behind a map that also adds a vector; exact keys meet them as they are."""
 RARE = {"small blocks": SMALL_BLOCKS, "sums": SUMS, "bands": BANDS, "several heads": SEVERAL_HEADS}
 RARE |= {"low rank": LOW_RANK, "matched": MATCHED, "single numbers": SPARSE, "thresholds": THRESHOLDS}
 RARE |= {"chosen channels": CHOSEN, "stretches": STRETCHES, "record": RECORD, "vectors": VECTORS, "additive": ADDITIVE}
+RARE |= {"rounded": ROUNDED}
 """What no shipped scheme has."""
 
 

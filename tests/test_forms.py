@@ -100,6 +100,10 @@ def test_segments_may_be_read_in_any_form() -> None:
     form_cases.segments_may_be_read_in_any_form("torch")
 
 
+def test_rounded_queries_meet_decoded_keys() -> None:
+    form_cases.rounded_queries_meet_decoded_keys("torch")
+
+
 @pytest.mark.parametrize("name", place_cases.SCHEMES)
 def test_places_may_be_any(name: str) -> None:
     form_cases.places_may_be_any(name, "torch")
@@ -115,6 +119,7 @@ DENSE = {
     "of 64 rows": (Shape(128, 2, 8), 64, {"GOES_ON": True}),
     "of a small head": (Shape(64, 2, 8), 256, {}),
     "of a wide head": (Shape(256, 2, 8), 256, {"CAPPED": True}),
+    "of rounded queries": (Shape(128, 2, 8), 256, {"ROUNDED": True, "SHIFTED": True}),
     "of tokens in any order": (Shape(96, 2, 8), 256, {"PLACED": True, "CAPPED": True}),
 }
 
@@ -128,10 +133,12 @@ def dense_launch(shape: Shape, rows: int, given: dict[str, bool]) -> Launch:
     lanes, stages = padded(shape.head_dim), sizes.pop("STAGES")
     constants: dict[str, object] = {"HEADS": 2, "GROUP": 4, "DIM": shape.head_dim, "LANES": lanes, "SINKS": 4, **sizes}
     constants |= {"VALUE_DIM": shape.head_dim, "VALUE_LANES": lanes}
-    constants |= {"CAPPED": False, "PLACED": False, "GOES_ON": False, **given}
+    constants |= dict.fromkeys(("CAPPED", "PLACED", "ROUNDED", "SHIFTED", "GOES_ON"), False) | given
     constants |= {} if given.get("PLACED") else {"place_ptr": None, "asked_ptr": None}
+    constants |= {} if given.get("ROUNDED") else {"met_ptr": None, "more_ptr": None}
     kinds = dict.fromkeys(("query_ptr", "key_rows_ptr", "value_rows_ptr"), f"*{shape.dtype}")
-    kinds |= {"keys_ptr": "*fp16", "values_ptr": "*fp16", "partial_ptr": "*fp32", "lse_ptr": "*fp32"}
+    kinds |= {"keys_ptr": "*fp16", "values_ptr": "*fp16"}
+    kinds |= dict.fromkeys(("partial_ptr", "lse_ptr", "met_ptr", "more_ptr"), "*fp32")
     kinds |= {"scaling": "fp32", "softcap": "fp32"} | dict.fromkeys([*constants, "STAGES"], "constexpr")
     names = attend_dense.arg_names
     signature = tuple((name, kinds.get(name, "*i32" if name.endswith("_ptr") else "i32")) for name in names)

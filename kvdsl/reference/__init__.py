@@ -8,6 +8,7 @@ loops where loops are clearer, imports the language, its tables and matrices, an
     alphabets   codes of numbers, numbers of codes
     measure     scales and offsets of blocks
     quantize    one store applied to one tensor: codes, stored scales and offsets, decoded numbers
+    queries     products of queries, rounded or not, with what a cache holds
     timeline    which tokens are packed when
     attention   roundtrip, scores and attend on a whole sequence
     streams     the cache as a plain object that grows

@@ -11,6 +11,7 @@ from kvdsl.errors import ShapeError
 from kvdsl.scheme import Scheme
 
 from .quantize import Params, widened
+from .queries import products
 from .timeline import contents, packed_tokens, whole_sequence
 
 
@@ -35,10 +36,9 @@ def scores(scheme: Scheme, q: Tensor, k: Tensor, *, window: bool = True, params:
 
     Query head h reads kv head h // (Hq / H).  `window` and `params` as in `roundtrip`; raises ShapeError.
     """
-    group = _grouped(q, k)
+    _grouped(q, k)
     packed = whole_sequence(scheme, k.shape[2], window=window)["keys"]
-    held = contents(scheme.keys, k, packed, params, "keys")
-    return widened(q, "q") @ held.repeat_interleave(group, 1).transpose(2, 3)
+    return products(scheme, q, contents(scheme.keys, k, packed, params, "keys"), packed, params)
 
 
 def attend(
@@ -75,7 +75,9 @@ def attend(
     packed = {side: packed_tokens(scheme, side, seen) if window else (0, tokens) for side in ("keys", "values")}
     held_keys = contents(scheme.keys, k, packed["keys"], params, "keys")
     held_values = contents(scheme.side("values"), v, packed["values"], params, "values")
-    return softmax_rows(q, held_keys, held_values, scale=scale, sliding=sliding, start=start, softcap=softcap)
+    _grouped(q, k)
+    raw = products(scheme, q, held_keys, packed["keys"], params)
+    return softmax_rows(q, held_keys, held_values, raw=raw, scale=scale, sliding=sliding, start=start, softcap=softcap)
 
 
 def softmax_rows(
@@ -83,17 +85,20 @@ def softmax_rows(
     k: Tensor,
     v: Tensor,
     *,
+    raw: Tensor | None = None,
     scale: float | None = None,
     sliding: int | None = None,
     start: Tensor | int | None = None,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`attend` over keys and values as they are, float64."""
+    """`attend` over keys and values as they are, float64; `raw`: products in place of q.k, (B, Hq, Q, T)."""
     group = _grouped(q, k)
     batch, heads, queries, _ = q.shape
     tokens = k.shape[2]
     factor = q.shape[3] ** -0.5 if scale is None else scale
-    logits = (widened(q, "q") @ k.to(torch.float64).repeat_interleave(group, 1).transpose(2, 3)) * factor
+    if raw is None:
+        raw = widened(q, "q") @ k.to(torch.float64).repeat_interleave(group, 1).transpose(2, 3)
+    logits = raw * factor
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     position = torch.arange(tokens - queries, tokens)[:, None]

@@ -10,6 +10,7 @@ from kvdsl.scheme import Scheme
 
 from .attention import softmax_rows
 from .quantize import Params, widened
+from .queries import products
 from .timeline import contents, packed_tokens
 
 
@@ -74,7 +75,8 @@ class Stream:
         for side, x in (("keys", self.keys), ("values", self.values)):
             store = self.scheme.side("keys" if side == "keys" else "values")
             held.append(contents(store, x, packed_tokens(self.scheme, side, seen), self.params, side))
-        return softmax_rows(q, held[0], held[1], scale=scale, sliding=sliding, start=start, softcap=softcap)
+        raw = products(self.scheme, q, held[0], packed_tokens(self.scheme, "keys", seen), self.params)
+        return softmax_rows(q, *held, raw=raw, scale=scale, sliding=sliding, start=start, softcap=softcap)
 
 
 def stream(scheme: Scheme, k: Tensor, v: Tensor, *, params: Params | None = None) -> Stream:

@@ -15,6 +15,7 @@ from kvdsl.inputs import DTYPES
 from kvdsl.kernels import AttentionState, Form, Params, Side
 from kvdsl.reference.attention import softmax_rows
 from kvdsl.reference.quantize import level_count
+from kvdsl.reference.queries import products
 from kvdsl.reference.timeline import packed_tokens
 from kvdsl.scheme import SIDES, Float, Scheme, Store, Uniform
 
@@ -23,7 +24,7 @@ from .cases import Case, law, require, require_equal, require_within, static
 from .data import MODEST
 from .driving import USUAL, Ends, Poison, attention_state, device_of, packed, ready
 from .halves import HALF, eager, normal_form, seen_by
-from .products import mapped_back, mapped_query, product_errors, query_sizes, sides_of, sizes_of
+from .products import mapped_back, mapped_query, product_errors, rounded_sizes, sides_of, sizes_of
 
 DRAWS = 6  # of rounding errors, beside the one that a query has
 
@@ -85,6 +86,7 @@ def truth(case: Case, step: Step) -> tuple[Tensor, Tensor, Tensor]:
     for b in range(case.batch):
         (keys, key_part), (values, value_part) = (coded(case, step, b, side) for side in SIDES)
         q, options = step.q[b : b + 1], _options(step, b)
+        raw = products_of(case, step, b)
         out, lse = softmax_rows(q, keys, values, **options)
         plain = eager(q, keys, values, DTYPES[case.shape.dtype], **options)
         mapped = mapped_query(case.scheme.keys, q, case.shape.kv_heads, step.params)
@@ -95,7 +97,10 @@ def truth(case: Case, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         for i in range(DRAWS):
             source = torch.Generator().manual_seed(case.seed * DRAWS + i)
             factored.append(normal_form(q, mapped, *parts, drawn=(source, spread_of), **options))
-        found.append((out, lse, torch.stack([(one - out).abs() for one in (plain, *factored)]).amax(0)))
+        error = torch.stack([(one - out).abs() for one in (plain, *factored)]).amax(0)
+        if raw is not None:  # arithmetic is as far off as with queries as they are
+            out, lse = softmax_rows(q, keys, values, raw=raw, **options)
+        found.append((out, lse, error))
     out, lse, error = (torch.cat(rows) for rows in zip(*found, strict=True))
     return out, lse, error
 
@@ -106,8 +111,17 @@ def weighed_parts(case: Case, step: Step) -> Tensor:
     for b in range(case.batch):
         (keys, _), (values, part) = (coded(case, step, b, side) for side in SIDES)
         part = mapped_back(case.scheme.side("values"), part, values.shape[3], step.params)
-        found.append(softmax_rows(step.q[b : b + 1], keys, part.abs(), **_options(step, b))[0])
+        raw = products_of(case, step, b)
+        found.append(softmax_rows(step.q[b : b + 1], keys, part.abs(), raw=raw, **_options(step, b))[0])
     return torch.cat(found)
+
+
+def products_of(case: Case, step: Step, b: int) -> Tensor | None:
+    """q.k^ of sequence b, float64 (1, Hq, Q, length), where packed keys meet a rounded query; else None."""
+    if case.scheme.queries is None:
+        return None
+    span, q = packed_tokens(case.scheme, "keys", step.seen[b]), step.q[b : b + 1]
+    return products(case.scheme, q, coded(case, step, b, "keys")[0], span, step.params)
 
 
 def coded(case: Case, step: Step, b: int, side: Side) -> tuple[Tensor, Tensor]:
@@ -140,7 +154,7 @@ def score_sizes(case: Case, step: Step, b: int) -> tuple[Tensor, Tensor]:
     span = packed_tokens(case.scheme, "keys", step.seen[b])
     k = step.k[b : b + 1, :, : step.lengths[b]]
     size = sizes_of(case.scheme.keys, k, span, step.params, "keys", _largest).repeat_interleave(case.shape.group, 1)
-    return query_sizes(case.scheme.keys, step.q[b : b + 1], case.shape.kv_heads, step.params), size
+    return rounded_sizes(case.scheme, step.q[b : b + 1], case.shape.kv_heads, step.params), size
 
 
 def score_spread(case: Case, step: Step, b: int) -> Tensor:
@@ -329,7 +343,7 @@ def chunks_attend_like_single_steps(case: Case) -> None:
 
 @law("P32", kinds=MODEST)
 def scores_are_products(case: Case) -> None:
-    """P32: scores of packed tokens are q.k^, up to three kinds of rounding (`product_errors`)."""
+    """P32: scores of packed tokens are q.k^, of q rounded if queries are, up to what `product_errors` says."""
     tokens = case.whole
     k, v = case.pair(tokens)
     params = case.params(k, v)
@@ -339,11 +353,12 @@ def scores_are_products(case: Case) -> None:
     q, device = case.query(2), device_of(case.kernels)
     got = case.kernels.scores(q.to(device), pages.pool, pages.table, tokens, ready(case.kernels, params)).cpu()
     store, group = case.scheme.keys, case.shape.group
-    held = reference.quantize(store, k, params, "keys", case.sinks).decoded.repeat_interleave(group, 1).transpose(2, 3)
+    decoded = reference.quantize(store, k, params, "keys", case.sinks).decoded
+    held = decoded.repeat_interleave(group, 1).transpose(2, 3)
     size = sizes_of(store, k, (0, tokens), params, "keys", _largest, case.sinks).repeat_interleave(group, 1)
-    sizes = query_sizes(store, q, case.shape.kv_heads, params)
+    sizes = rounded_sizes(case.scheme, q, case.shape.kv_heads, params)
     limit = product_errors(case.kernels.backend, q, held, sizes, size) + 1e-30
-    require_within("scores", got, q.double() @ held, limit)
+    require_within("scores", got, products(case.scheme, q, decoded, (0, tokens), params), limit)
 
 
 def _largest(store: Store, k: Tensor, params: Params) -> Tensor:
@@ -364,7 +379,8 @@ def _largest(store: Store, k: Tensor, params: Params) -> Tensor:
 def _plain(scheme: Scheme) -> bool:
     """Whether numbers are stored as they are: those of a map, and angles, are rounded to float16 once more."""
     sides = (scheme.keys, scheme.values)
-    return all(isinstance(side.code, Float) and side.code.plain and not side.turned for side in sides)
+    plain = all(isinstance(side.code, Float) and side.code.plain and not side.turned for side in sides)
+    return plain and scheme.queries is None
 
 
 @law("P32", _plain, MODEST)

@@ -17,9 +17,10 @@ from torch import Tensor
 from kvdsl.kernels import Backend, Params
 from kvdsl.levels import table
 from kvdsl.reference.quantize import Quantized, encoded_rows, maps
+from kvdsl.reference.queries import rounded
 from kvdsl.reference.spaces import applied, by_head, cartesian, joined, with_rope
 from kvdsl.reference.timeline import contents
-from kvdsl.scheme import Chosen, Codebook, LowRank, Parted, Side, Sketch, Sparse, Store, Uniform
+from kvdsl.scheme import Chosen, Codebook, LowRank, Parted, Scheme, Side, Sketch, Sparse, Store, Uniform
 
 from . import low_rank
 from .bounds import second, spread
@@ -236,6 +237,15 @@ def query_sizes(store: Store, q: Tensor, heads: int, params: Params) -> Tensor:
     *coded, exact = mapped.split(q.shape[3], -1)
     lengths = [(one.square() + partners(store, one, params).square()).sqrt() for one in coded]
     return torch.cat((*lengths, exact), -1)
+
+
+def rounded_sizes(scheme: Scheme, q: Tensor, heads: int, params: Params) -> Tensor:
+    """The same of a scheme that may round queries: the larger of what a number of the query is, and is rounded to."""
+    sizes = query_sizes(scheme.keys, q, heads, params)
+    if scheme.queries is None:
+        return sizes
+    met = rounded(scheme, q, heads, params).abs()
+    return torch.maximum(sizes, torch.nn.functional.pad(met, (0, sizes.shape[3] - met.shape[3])))
 
 
 def product_errors(backend: Backend, q: Tensor, held: Tensor, sizes: Tensor, size: Tensor) -> Tensor:

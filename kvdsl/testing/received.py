@@ -8,6 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kvdsl.reference.queries import products
+from kvdsl.reference.timeline import packed_tokens
+
 from .attention import Step, coded, rounding_of, score_sizes, step_of
 from .cases import Case, law, require, require_within
 from .data import MODEST
@@ -52,9 +55,10 @@ def weights_of(case: Case, step: Step, position: Tensor) -> Weights:
     size = (*step.q.shape[:3], max(step.lengths))
     scores, errors = torch.full(size, -math.inf, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
     for b, length in enumerate(step.lengths):
-        held = coded(case, step, b, "keys")[0].repeat_interleave(case.shape.group, 1).transpose(2, 3)
-        q = step.q[b : b + 1]
-        score = q.double() @ held * scaling
+        keys, q = coded(case, step, b, "keys")[0], step.q[b : b + 1]
+        held = keys.repeat_interleave(case.shape.group, 1).transpose(2, 3)
+        span = packed_tokens(case.scheme, "keys", step.seen[b])
+        score = products(case.scheme, q, keys, span, step.params) * scaling
         score = score if cap is None else torch.tanh(score / cap) * cap
         error = product_errors(case.kernels.backend, q, held, *score_sizes(case, step, b)) * scaling
         error = error + 2.0**-22 * score.abs()

@@ -48,6 +48,7 @@ from .additive import OF_VECTORS, of_vectors
 from .cases import Case
 from .data import KINDS
 from .outliers import chosen, sparse
+from .rounded import queries
 
 Draw = Callable[..., Any]
 
@@ -81,7 +82,7 @@ def _schemes(draw: Draw, longest: int) -> Scheme:
     prefill = draw(st.sampled_from(["exact", "exact", "stored"]))
     if not _legal_widths(Scheme(keys=keys, values=values, recent=recent), 128):
         keys, values = keys.with_(outliers=None), values.with_(outliers=None)
-    return Scheme(keys=keys, values=values, sinks=sinks, recent=recent, prefill=prefill)
+    return Scheme(keys=keys, values=values, sinks=sinks, recent=recent, prefill=prefill, queries=draw(queries(keys)))
 
 
 def _legal_widths(scheme: Scheme, widest: int) -> list[int]:

@@ -39,6 +39,10 @@ def test_ragged_sequences_of_any_dtype_capped(dtype: str, window: int | None) ->
     require_close(one, step, attend(one, step, form="dense"))
 
 
+def test_rounded_queries_meet_decoded_keys() -> None:
+    form_cases.rounded_queries_meet_decoded_keys("triton")
+
+
 def test_chunks_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     form_cases.chunks_go_on("kivi2", "triton", monkeypatch)
 
