@@ -56,12 +56,13 @@ def fewest_spills(binary: Any, settings: Sequence[str | None]) -> tuple[str | No
 
 def roomier(binary: Any, assembly: Assembly, warps: int, shared: int) -> Assembly:
     """A kernel with all the registers that a GPU has for it whose programs may have so many bytes of shared memory, see
-    `occupancy.more_registers`."""
+    `occupancy.more_registers`; as it was where the assembler then moves some to memory, as it does for few kernels."""
     if assembly.spilled:
         return assembly
     programs = held(assembly.registers, binary.metadata.shared, warps, shared + RESERVED)
     setting = more_registers(assembly.registers, warps, programs)
-    return assembly if setting is None else read(assembled_again(binary, setting))
+    other = assembly if setting is None else read(assembled_again(binary, setting))
+    return assembly if other.spilled else other
 
 
 def assembled_again(binary: Any, setting: str | None) -> bytes:

@@ -55,7 +55,7 @@ def measure(side: SidePlan, ns: Namespace) -> list[str]:
         bits = side.alphabet.bits
         out.add(f"scale = as_float((as_int(scale) + {2**bits // 2}) & {-(2**bits)})")
     elif scale.dtype != "e8m0":
-        _stored(out, side, "scale", ns)
+        _stored(out, side, "scale", ns, floor=scale.floor)
     if side.has_offset:
         _offset(out, side, ns)
     out.add(f"return {', '.join(numbers(side))}")
@@ -112,10 +112,12 @@ def _affine(out: Lines, side: SidePlan, clip: str, ns: Namespace) -> None:
         out.add("constant = scale == 0.0", f"scale = {ns}where(constant, {ns}abs(low), scale)")
 
 
-def _stored(out: Lines, side: SidePlan, name: str, ns: Namespace, *, divided: bool = True) -> None:
+def _stored(out: Lines, side: SidePlan, name: str, ns: Namespace, *, divided: bool = True, floor: float = 0.0) -> None:
     """Round `name` to the metadata's dtype."""
     if side.second is not None and divided:
         out.add(f"{name} = exact_quotient({name}, outer)")
+    if floor:
+        out.add(f"{name} = {ns}where({name} > {literal(floor)}, {name}, {literal(floor)})")
     out.add(f"{name} = {_rounded(side.scale.dtype, name, ns)}")
 
 

@@ -43,11 +43,12 @@ ASSEMBLER = (None, "--register-usage-level=10", "--register-usage-level=0", "max
 
 def warps(kernel: str, plan: Plan) -> int:
     """Warps of a program: one where tiles stay in one warp's tensor cores or numbers are exchanged within it, two where
-    16 rows, sums of many numbers, tiles most of whose lanes are idle, two sketches, one of many rows, codes of three
-    streams in groups on both sides, or of 4 bits beside vectors of low rank on both sides, or received attention beside
-    many scales would not fit its registers, four or more where a page is rewritten, products are of float32 numbers,
-    values are sums of codes, single numbers and vectors of low rank, keys are rotated, entries of tables are
-    added up, or radii and angles become channels level by level.  Always a power of two, which Triton asks for."""
+    16 rows, sums of many numbers, tiles most of whose lanes are idle, codes of vectors in narrow planes, two sketches,
+    one of many rows, codes of three streams in groups on both sides, or of 4 bits beside vectors of low rank on both
+    sides, or received attention beside many scales would not fit its registers, four or more where a page is rewritten,
+    products are of float32 numbers, values are sums of codes, single numbers and vectors of low rank, keys are rotated,
+    entries of tables are added up, or radii and angles become channels level by level.  Always a power of two, which
+    Triton asks for."""
     return 1 << _wanted(kernel, plan).bit_length() - 1
 
 
@@ -72,6 +73,8 @@ def _wanted(kernel: str, plan: Plan) -> int:
         return 4
     if kernel == "reach" and plan.keys.rope is not None and plan.keys.sparse:
         return 8  # a running maximum beside single numbers at their positions
+    if kernel != "received" and all(t.alphabet.vectors and t.layout.plane_width < NARROWEST for t in plan.terms):
+        return 2  # half of an operand's lanes are idle: what two more warps would do is the same again
     if plan.keys.rope is not None or any(term.band or term.alphabet.sums for term in plan.terms):
         return 4  # decoded numbers, waves and two queries a plane: one warp moves hundreds of them to memory
     if plan.values.sparse and any(term.factors for term in plan.values.terms):

@@ -101,10 +101,9 @@ class KernelModule:
         best = min(found, key=lambda one: found[one])
         if (held := residents(compiled[best], options["num_warps"])) is not None:
             self.residents[kernel, asked] = held
-            more = more_registers(compiled[best].n_regs, options["num_warps"], held) if kernel in ATTEND else None
-            if more is not None and best[1] is None and not found[best]:
-                best = best[0], more
-                launch(*best)  # compiled now, and not while a graph is captured
+            if kernel in ATTEND and best[1] is None and not found[best]:
+                roomier = _roomier(partial(launch, best[0]), compiled[best], options["num_warps"], held)
+                best = best[0], roomier
         self.settings[kernel, asked] = best
 
 
@@ -127,6 +126,13 @@ def _setting(launch: Callable[[str | None], Any]) -> tuple[str | None, int]:
             break
     best = settings[0] if len(settings) == 1 else min(spills, key=lambda one: spills[one])
     return best, spills[best]
+
+
+def _roomier(launch: Callable[[str | None], Any], compiled: Any, warps: int, programs: int) -> str | None:
+    """The setting under which a kernel has the registers that so many programs leave it, which was launched under it:
+    compiled now, and not while a graph is captured.  None where it has them, or some would be moved to memory then."""
+    more = more_registers(compiled.n_regs, warps, programs)
+    return None if more is None or _spills(launch(more)) else more
 
 
 def _spills(compiled: Any) -> int:

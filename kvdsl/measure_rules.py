@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from .errors import Fault
-from .scheme import ALL, Codebook, Float, Uniform
+from .kinds import KINDS
+from .saying import said
+from .scheme import ALL, Codebook, Float, MetaFormat, Scale, Uniform
 from .sites import Site, rule
+
+LEAST: dict[MetaFormat, int] = {"fp16": -24, "bf16": -126, "fp32": -126, "e4m3": -9}
+"""The exponents of the least numbers that a floor may be; of formats with as many as float32 of normal ones."""
+
+
+def floor(place: str, value: Any) -> Iterator[Fault]:
+    """A float that a scale is no less than."""
+    if type(value) is not float or not 0 <= value <= 1:
+        fact = f"{said(value)} is no number that scales would be no less than"
+        yield Fault(place, fact, "use a float up to 1, as 2.0**-9, or 0.0 for none")
+
+
+KINDS[Scale]["floor"] = floor
 
 
 @rule("~.code", "~.scale.range", "~.scale.when")
@@ -114,6 +130,36 @@ def _an_exponent_is_of_a_power_of_two(site: Site) -> Iterator[Fault]:
         yield site.fault("scale.exponent", "a calibrated scale is given, not measured", "leave exponent out")
 
 
+@rule("~.scale.floor", "~.scale.dtype", "~.scale.range", "~.scale.zero", "~.scale.refit", "~.scale.when")
+def _a_floor_is_of_a_size_that_is_measured(site: Site) -> Iterator[Fault]:
+    scale, measured = site.scale, site.store.measure
+    if scale is None or measured is None or not scale.floor:
+        return
+    fact, mend = "", "leave floor out"
+    if scale.when == "calibrated":
+        fact = "a calibrated scale is given, not measured"
+    elif scale.dtype == "e8m0":
+        fact, mend = (
+            "e8m0 reaches every size, and has a power of its own for zeros",
+            "leave floor out, or use dtype='e4m3'",
+        )
+    elif measured.range not in ("absmax", "minmax") or scale.zero != "min":
+        what = f"{measured.range} with zero={scale.zero!r}" if scale.zero != "min" else f"{measured.range}"
+        fact, mend = (
+            f"a floor is of the step of a range, not of what {what} stores",
+            "leave floor out, or use range='absmax'",
+        )
+    elif scale.refit is not None:
+        fact = f"{scale.refit} fits a second scale, which would be below it"
+    elif scale.floor < 2.0 ** LEAST[scale.dtype]:
+        fact, mend = (
+            f"{scale.floor:g} is less than any number of {scale.dtype} but 0",
+            f"use 2.0**{LEAST[scale.dtype]} or more",
+        )
+    if fact:
+        yield site.fault("scale.floor", fact, mend)
+
+
 @rule("~.scale.scale", "~.scale.block", "~.scale.when", "~.scale.zero")
 def _a_second_level_is_one_number(site: Site) -> Iterator[Fault]:
     first = site.scale
@@ -138,6 +184,7 @@ def _a_second_level_is_one_number(site: Site) -> Iterator[Fault]:
         ("zero", "min"),
         ("refit", None),
         ("exponent", "floor"),
+        ("floor", 0.0),
         ("scale", None),
     )
     for field, usual in usual_fields:

@@ -57,7 +57,19 @@ def quotas(
     by the rule for the geometric mean of its energies over the heads.  `bits` is the mean, rounded down to whole bits
     of all parts together.  Raises ValueError for pairs that are no whole number of parts.
     """
-    rising = energies(k, q, pairs).sort(-1).values
+    return _shares(energies(k, q, pairs), bits, parts, least, most)
+
+
+def head_quotas(
+    k: Tensor, q: Tensor, bits: float, *, parts: int = 4, pairs: Pairs = "halves", least: int = 1, most: int = 8
+) -> tuple[dict[int, float], ...]:
+    """`quotas` of every kv head alone, as Block-GTQ has them: of schemes in a table of `heads`."""
+    return tuple(_shares(one[None], bits, parts, least, most) for one in energies(k, q, pairs))
+
+
+def _shares(energy: Tensor, bits: float, parts: int, least: int, most: int) -> dict[int, float]:
+    """Which share of the pairs of heads, whose energies (H, D/2) these are, should have how many bits."""
+    rising = energy.sort(-1).values
     if rising.shape[-1] % parts:
         raise ValueError(f"parts: {rising.shape[-1]} pairs are no whole number of {parts} parts; give a divisor")
     spectrum = rising.unflatten(-1, (parts, -1)).mean(-1).clamp(min=LEAST_ENERGY).log().mean(0).exp()

@@ -38,6 +38,8 @@ class Scale(Part):
     exponent which power of two, of a = clip*max|x|: `floor` 2^(floor(log2 a) - floor(log2 top level)) (OCP MX 1.0),
              under which numbers may lie beyond the top level; `ceil` the least one that is no less than a / the top
              level, under which none does; `round` the one nearest to that in its logarithm
+    floor    the least number that is stored of s, of blocks of zeros too: a block that measures less has this one, as
+             float32.  0: none, and what measures less than half the dtype's least number has 0, and so are its numbers
     scale    a second level: a calibrated scale that s is divided by before it is stored
     """
 
@@ -51,6 +53,7 @@ class Scale(Part):
     refit: Refit | None = None
     dtype: MetaFormat = "fp16"
     exponent: Exponent = "floor"
+    floor: float = 0.0
     scale: Scale | None = None
     when: When = "online"
 

@@ -150,6 +150,7 @@ def spans_all(store: Store) -> bool:
         and isinstance(scale.clip, float)
         and scale.refit is None
         and scale.quantile is None
+        and not scale.floor
         and scale.dtype != "e8m0"
     )
     alone = not store.transform and store.outliers is None and store.residual is None

@@ -13,14 +13,17 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from kvdsl.codegen import aot
+from kvdsl.codegen import aot, assembling
 from kvdsl.codegen.aot import ARCHES, CompileError, compile_in_child
+from kvdsl.codegen.assembling import Assembly
 from kvdsl.codegen.launch import Launch
 from kvdsl.codegen.launches import ASSEMBLER
 from kvdsl.codegen.lint import faults_in
+from kvdsl.codegen.sass import Code
 from kvdsl.errors import BackendError
 
 pytest.importorskip("triton")
@@ -176,8 +179,8 @@ def test_a_kernel_that_is_assembled_again_is_what_triton_compiles_under_that_set
 class Compiled:
     """What a launch gives."""
 
-    def __init__(self, n_spills: int) -> None:
-        self.n_spills = n_spills
+    def __init__(self, n_spills: int, n_regs: int = 0) -> None:
+        self.n_spills, self.n_regs = n_spills, n_regs
 
 
 @pytest.mark.parametrize("alone", [True, False])
@@ -203,6 +206,20 @@ def test_a_kernel_runs_under_the_setting_that_was_found(alone: bool, monkeypatch
     spills[None] = 0
     launched.clear()
     assert run_kernels._setting(launch) == (None, 0) and launched == [None]
+
+
+@pytest.mark.parametrize("spills", [0, 10])
+def test_room_for_more_registers_is_taken_unless_the_assembler_then_spills(
+    spills: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it did for the decode kernel of `cq_4c8b` at head_dim 64, of 180 registers; ahead of time as where it runs."""
+    found = run_kernels._roomier(lambda setting: Compiled(spills), Compiled(0, 180), 4, 2)
+    assert found == (None if spills else "maxnreg=255")
+    tight, roomy = (Assembly(b"", Code((), {}), count, stack) for count, stack in ((180, 0), (255, spills)))
+    monkeypatch.setattr(assembling, "assembled_again", lambda binary, setting: setting)
+    monkeypatch.setattr(assembling, "read", lambda cubin: roomy)
+    binary = SimpleNamespace(metadata=SimpleNamespace(shared=50 << 10))
+    assert assembling.roomier(binary, tight, 4, 228 << 10) is (tight if spills else roomy)
 
 
 def test_the_pipeline_is_as_deep_as_shared_memory_lets_it(small: Path) -> None:

@@ -205,3 +205,22 @@ def test_quotas_of_a_layer_make_a_scheme_of_its_own() -> None:
         kvdsl.quotas(k, q, 2, parts=5)
     with pytest.raises(ShapeError, match=r"beside keys \(1, 2, 64, 64\) give \(batch, a multiple of 2, queries, 64\)"):
         kvdsl.quotas(k, q[:, :3], 2)
+
+
+def test_quotas_of_each_head_make_a_table_of_heads_that_errs_less() -> None:
+    """One head's energies fall and the other's do not: quotas alike for both are too steep for the one."""
+    k, _, q = falling(64, 64, 0.8)
+    k[:, 1], q[:, 2:] = falling(64, 64, 1.0)[0][:, 1], falling(64, 64, 1.0)[2][:, 2:]
+    each = kvdsl.head_quotas(k, q, 2, most=4)
+    assert each == ({1: 0.5, 2: 0.25, 4: 0.25}, {2: 1.0}) and kvdsl.quotas(k, q, 2, most=4) != each[1]
+    one = Store(Codebook(2, "beta"), scale=per_token(refit="norm"))
+    other = Bands(tuple(one.with_(bits=bits) for bits in each[0]), channels=tuple(each[0].values()))
+    flat = Scheme(both=one)
+    falls = Scheme(keys=Store(other, transform=Permute("energy", pairs="halves")), values=one)
+
+    def lost(scheme: Scheme) -> float:
+        got = kvdsl.roundtrip(scheme, k, k, params=kvdsl.calibrate(scheme, k, k, q), backend="torch")[0] - k
+        return (q.unflatten(1, (2, -1)).double() @ got.double().mT[:, :, None]).square().mean().item()
+
+    both = lost(flat.with_(heads={0: falls}))
+    assert both < lost(falls) and both < lost(flat)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from tiny import generated, left_padded, model, plain, prompt
+from tiny import characters, generated, left_padded, model, plain, prompt, words
 
+from kvdsl.evaluation import Settings, evaluate
 from kvdsl.hf import cache, use
 from kvdsl.scheme import Bands, Float, Scheme, Shared, Store, per_token
 
@@ -53,3 +56,18 @@ def test_a_scheme_that_does_not_fit_the_model_is_refused() -> None:
         cache("mla_fp8", network)
     with pytest.raises(ValueError, match="static: layer 0 keeps latents"):
         cache(EXACT, network, static=True, capacity=64)
+
+
+def test_quality_is_measured_of_records() -> None:
+    """Exact ones lose nothing, 8 bits a little, and bytes add up; what compares keys and values is refused."""
+    network = plain(model("deepseek_v3", **SIZES))
+    asked, loaded = Settings(tasks=("perplexity",), windows=1, context=40, score=4, chunk=2), (network, characters())
+    found = evaluate({"exact": EXACT, "packed": PACKED}, loaded, text=words(40), settings=asked).results
+    exact, packed = (one.tasks.perplexity for one in found)
+    assert exact and packed and abs(exact.kl) < 1e-6 < packed.kl < 0.1
+    assert found[1].storage
+    size = found[1].storage.sizes[-1]  # two layers; a token has codes of 64 bytes and 32 numbers in float16
+    assert size.parts.code == size.tokens * 2 * (64 + 32 * 2)
+    assert not any("expand_kv" in vars(layer.self_attn) for layer in network.model.layers)
+    with pytest.raises(ValueError, match="tasks: layers compares keys and values, and this model caches latents"):
+        evaluate([PACKED], loaded, text=words(40), settings=replace(asked, tasks=("layers",)))

@@ -56,11 +56,22 @@ def test_a_record_is_the_latent_then_the_key_with_positions_then_scales() -> Non
 
 @pytest.mark.parametrize("name", ["mla_fp8", "mla_nvfp4"])
 def test_a_latent_of_one_number_or_of_zeros_is_kept(name: str) -> None:
-    """A block of zeros has a scale of 0, and nothing is divided by it."""
+    """A block of zeros has a scale of 0, and nothing is divided by it, or the least one that is stored."""
     k = torch.zeros(1, 1, 3, 576)
     k[:, :, 1], k[:, :, 2, 64:] = 1.5, -3.0  # over 6 a power of two
     keys, values = kvdsl.roundtrip(ALL[name], k, k[..., :512], backend="torch")
     assert torch.equal(keys, k) and torch.equal(values, k[..., :512])
+
+
+def test_a_floor_of_scales_keeps_small_latents() -> None:
+    """Half of 2^-9, the least number of e4m3, times 6: latents up to that had a scale of 0 and were lost without it."""
+    k = torch.zeros(1, 1, 1, 576)
+    k[..., :512] = torch.tensor([0.5, 1, -1.5, 2]).repeat(128) * 2.0**-9
+    kept, lost = (
+        kvdsl.roundtrip(one, k, k[..., :512], backend="torch")[1]
+        for one in (ALL["mla_nvfp4"], ALL["mla_nvfp4"].with_(floor=0.0))
+    )
+    assert torch.equal(kept, k[..., :512]) and not lost.any()
 
 
 def test_values_are_read_where_keys_stand() -> None:

@@ -181,6 +181,33 @@ FAULTY: list[tuple[Callable[[], Scheme], str]] = [
         "keys.scale.exponent: a calibrated scale is given, not measured; leave exponent out",
     ),
     (
+        lambda: keys(Float("e2m1"), per_token(dtype="e4m3", floor=2.0**-10)),
+        "keys.scale.floor: 0.000976562 is less than any number of e4m3 but 0; use 2.0**-9 or more",
+    ),
+    (
+        lambda: keys(Codebook(4, "normal"), per_token(floor=0.5)),
+        "keys.scale.floor: a floor is of the step of a range, not of what norm stores; "
+        "leave floor out, or use range='absmax'",
+    ),
+    (
+        lambda: keys(Float("e2m1"), per_token(dtype="e8m0", floor=0.5)),
+        "keys.scale.floor: e8m0 reaches every size, and has a power of its own for zeros; "
+        "leave floor out, or use dtype='e4m3'",
+    ),
+    (
+        lambda: keys(Float("e2m1"), per_token(refit="least_squares", floor=0.5)),
+        "keys.scale.floor: least_squares fits a second scale, which would be below it; leave floor out",
+    ),
+    (
+        lambda: keys(Uniform(4), per_tensor(when="calibrated", floor=0.5)),
+        "keys.scale.floor: a calibrated scale is given, not measured; leave floor out",
+    ),
+    (
+        lambda: keys(Uniform(4), per_token(floor=-1.0)),
+        "keys.scale.floor: -1.0 is no number that scales would be no less than; "
+        "use a float up to 1, as 2.0**-9, or 0.0 for none",
+    ),
+    (
         lambda: keys(Float("fp16", rounding="away"), None),
         "keys.code.rounding: fp16 is rounded as a processor does, to even, and not 'away'; "
         "leave rounding out, or use a small float, as Float('e4m3')",

@@ -71,6 +71,14 @@ def test_tiles_leave_a_processor_two_programs_a_partition(name: str) -> None:
     assert held(255, 2 * loop_bytes(plan), warps("decode", plan), ROOM) == 8
 
 
+@pytest.mark.parametrize(("name", "dim", "right"), [("cq_8c8b", 64, 2), ("cq_8c8b", 128, 4), ("cq_4c8b", 64, 4)])
+def test_codes_of_vectors_in_planes_narrower_than_an_operand_are_read_by_two_warps(
+    name: str, dim: int, right: int
+) -> None:
+    """Four moved 6 numbers to memory on sm_100, where two have room, and took 1.7 times the instructions."""
+    assert warps("decode", plan_for(ALL[name], Shape(dim, 8, 32))) == right
+
+
 @pytest.mark.parametrize("resident", [6, 8])
 def test_all_places_are_taken_and_none_twice(resident: int) -> None:
     """A long sequence: one more program than there are places would run alone."""

@@ -93,6 +93,10 @@ BY_HAND: dict[str, tuple[Code, dict[str, Any], list[float], list[int], float, fl
     # 17 is a tie between 16 and 18; y = -1/2 belongs to the level below
     "e4m3 scale": (TERNARY, {"range": "absmax", "dtype": "e4m3"}, [17, -8, 8.5], [2, 0, 2], 16, None, [16, -16, 16]),
     "e4m3 scale saturates": (TERNARY, {"range": "absmax", "dtype": "e4m3"}, [900, 224], [2, 1], 448, None, [448, 0]),
+    # 2^-8 / 6 is less than half of 2^-9, and is raised to 2^-9: y = 2, -1/2; without a floor all would be 0
+    "floor": (Float("e2m1"), {"dtype": "e4m3", "floor": 2.0**-9}, [2.0**-8, -(2.0**-10)], [4, 9], 2.0**-9, None,
+              [2.0**-8, -(2.0**-10)]),
+    "floor one number": (TERNARY, {"dtype": "fp16", "floor": 0.5, "range": "minmax"}, [3, 3], [1, 1], 0.5, 3, [3, 3]),
     # (20 - 1) / 2 = 9.5 and 10.5 both become 10, ties to even
     "e4m3 offset": (TERNARY, {"range": "minmax", "dtype": "e4m3"}, [1, 20, 15], [0, 2, 1], 10, 10, [0, 20, 10]),
 }  # fmt: skip

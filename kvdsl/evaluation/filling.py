@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvdsl.generation import continued, full_cache
 from kvdsl.hf import cache as packed_cache
-from kvdsl.hf import observed
+from kvdsl.hf import latent, observed
 from kvdsl.hf.handle import step_of
 from kvdsl.hf.layer import PackedCache
 from kvdsl.hf.plug import implementations, restore
@@ -28,11 +28,12 @@ Layer = tuple[Tensor, Tensor, Tensor | None]
 
 @contextmanager
 def unchanged(model: Any) -> Iterator[None]:
-    """The model's attention is as before afterwards."""
+    """The model's attention is as before afterwards, and so are modules that cache latents."""
     before = implementations(model)
     try:
         yield
     finally:
+        latent.restore(model)
         restore(before)
 
 

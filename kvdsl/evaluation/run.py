@@ -14,7 +14,7 @@ from kvdsl.cost import bits
 from kvdsl.errors import BackendError, CacheError, SchemeError, ShapeError
 from kvdsl.fisher import weighted
 from kvdsl.generation import Loaded, called, digest_of, opened
-from kvdsl.hf import completed, measured, observed, seen
+from kvdsl.hf import completed, latent, measured, observed, seen
 from kvdsl.kernels import Backend, Params
 from kvdsl.params import from_data, of_all_layers, takes_data
 from kvdsl.registry import load, name_of
@@ -71,6 +71,10 @@ def evaluate(
         text, text_name = botchan(), "botchan"
     say("loading the model")
     network, tokenizer = opened(model, device)
+    if "layers" in asked.tasks and latent.modules(network):
+        raise ValueError(
+            "tasks: layers compares keys and values, and this model caches latents in their place; leave layers out"
+        )
     corpus = parted(tokenizer, text, text_name, asked.calibration)
     positions = getattr(network.config.get_text_config(decoder=True), "max_position_embeddings", None)
     units = planned(asked, corpus, tokenizer, positions)

@@ -38,6 +38,9 @@ def stored(scheme: Scheme, model: Any, tokens: int, params: Params | None, backe
     sizes = ((shape.kv_heads, tokens), (shape.kv_heads, tokens), (shape.q_heads, tokens))
     tensors = [torch.randn(1, heads, count, shape.head_dim, generator=generator) for heads, count in sizes]
     keys, values, queries = (x.to(model.device, DTYPES[shape.dtype]) for x in tensors)
+    if scheme.shared:  # as such a model caches them: latents, and keys with positions
+        size = scheme.dim("values", shape.head_dim)
+        keys, values = keys[..., :size], keys[..., size:]
     count, known = len(cache.layers), dict[tuple[str, int | None], dict[str, int]]()
     parts, constants, mine = Counter[str](), 0, 0
     for index, layer in enumerate(cache.layers):
@@ -126,14 +129,19 @@ def _plain(cache: QuantizedCache) -> dict[str, int]:
 
 
 def shape_of(model: Any) -> Shape:
-    """Heads and their size, and the dtype of the model's numbers.  Of a model whose layers differ, the first's."""
+    """Heads and their size, and the dtype of the model's numbers.  Of a model whose layers differ, the first's; of one
+    that caches latents that of its records."""
+    from kvdsl.hf import latent
     from kvdsl.hf.layer import FORMATS
 
     config = model.config.get_text_config(decoder=True)
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     softcap = getattr(config, "attn_logit_softcapping", None) is not None
-    return Shape(width, getattr(config, "num_key_value_heads", None) or heads, heads, FORMATS[model.dtype], softcap)
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    if latent.modules(model):
+        kv_heads, width = 1, config.kv_lora_rank + config.qk_rope_head_dim
+    return Shape(width, kv_heads, heads, FORMATS[model.dtype], softcap)
 
 
 def formula(scheme: Scheme, side: Side, shape: Shape) -> str:

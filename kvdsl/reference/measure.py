@@ -87,7 +87,10 @@ def measure(x: Tensor, code: Code, scale: Scale, clip: float, letters: Alphabet,
 
 def kept(s: Tensor, o: Tensor | None, scale: Scale, second: Tensor | None) -> Measured:
     """A scale and an offset as they are stored and used."""
-    words = [None if n is None else stored(n if second is None else f32(n / second), scale.dtype) for n in (s, o)]
+    found = [n if n is None or second is None else f32(n / second) for n in (s, o)]
+    if scale.floor and found[0] is not None:
+        found[0] = found[0].clamp(min=constant(scale.floor))
+    words = [None if n is None else stored(n, scale.dtype) for n in found]
     used = [word if word is None or second is None else f32(word * second) for word in words]
     assert words[0] is not None and used[0] is not None
     return Measured(words[0], words[1], used[0], used[1])

@@ -69,7 +69,7 @@ from kvdsl.spaces import apart
 
 from . import additive, balanced, low_rank
 from .fits import fitted
-from .formats import LARGEST, OVER_BLOCK, SLACK, deviation, power_of_two, within_quantile
+from .formats import LARGEST, OVER_BLOCK, SLACK, deviation, power_of_two, raised, within_quantile
 from .rotary import partners, spread_waves
 from .terms import behind, pieces, terms_of
 
@@ -298,7 +298,7 @@ def _uneven(store: Store, scale: Scale, numbers: Tensor, params: Params | None, 
             low, high = low.clamp(max=0), high.clamp(min=0)
         step, offset = (high - low) / 2, (high + low) / 2
         moved_offset = _stored_step(scale, offset, outer) + SLACK * largest
-    moved = _stored_step(scale, step, outer)
+    moved = _stored_step(scale, step := raised(scale, step, outer), outer)
     return _levelled(store, letters, numbers - offset, step, moved) + moved_offset + SLACK * (largest + numbers.abs())
 
 
@@ -364,6 +364,7 @@ def _online(code: Uniform, scale: Scale, numbers: Tensor, levels: int, outer: Te
         exact, step = step, power_of_two(scale, largest, top)
         short = (exact - step).clamp(min=0)  # a power below the step: the range ends short
         return _factor(code, scale) * step + levels * short + max(0.0, 1 - scale.clip) * largest + SLACK * largest
+    step = raised(scale, step, outer)
     moved = _stored_step(scale, step, outer, spare)
     limit = _factor(code, scale) * (step + moved) + levels * moved + max(0.0, 1 - scale.clip) * largest
     if not symmetric and scale.zero == "min":

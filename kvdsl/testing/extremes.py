@@ -219,7 +219,7 @@ def _usual_part(part: Stretch, one: TermOf, more: TermOf, factor: float) -> Tens
     if store.measure.scale is not None:  # a second level grows with the scale, and what is stored stays the same
         return usual
     dtype = "fp32" if static(store) else store.measure.dtype
-    least, most = 2.0 ** LEAST[dtype], min(LARGEST, FORMATS[dtype][2]) / factor
+    least, most = max(2.0 ** LEAST[dtype], store.measure.floor), min(LARGEST, FORMATS[dtype][2]) / factor
     for tried in (part.put(one.store, tried) for tried in _tried(store)):
         before, after = (part.kept(quantize(tried, term.x, term.params, term.place)) for term in (one, more))
         pairs = [(before.scale, after.scale)]

@@ -27,6 +27,11 @@ def deviation(value: Tensor, dtype: str, spare: int = 0) -> Tensor:
     return (value.abs() * unit * factor).clamp(min=least * factor) + (value.abs() - largest).clamp(min=0)
 
 
+def raised(scale: Scale, step: Tensor, outer: Tensor | float) -> Tensor:
+    """Steps of blocks, no less than the scale's floor times a second level."""
+    return torch.maximum(step, torch.ones_like(step) * scale.floor * outer) if scale.floor else step
+
+
 def power_of_two(scale: Scale, largest: Tensor, top: float) -> Tensor:
     """The step, float64, of blocks whose largest sizes these are, under levels up to `top`."""
     assert not isinstance(scale.clip, tuple)

@@ -282,8 +282,7 @@ def _scales(draw: Draw, code: Any, range_: str, longest: int) -> Scale:
     if online:
         clips.append((1.0, 0.8) if offset else (1.0, 1.5))
     refit, second = None, None
-    matched = isinstance(code, Codebook) and code.match is not None
-    if online and not offset and dtype != "e8m0" and not matched:
+    if online and not offset and dtype != "e8m0" and not (isinstance(code, Codebook) and code.match is not None):
         refits = [None, None, None, "least_squares", "weighted_least_squares", "unit_gain"]
         refit = draw(st.sampled_from(refits if range_ == "signed_absmax" else [*refits, "norm"]))
     if online and zero == "min" and dtype != "e8m0" and draw(st.integers(0, 3)) == 3:
@@ -291,10 +290,11 @@ def _scales(draw: Draw, code: Any, range_: str, longest: int) -> Scale:
         second = Scale(Block(ALL, ALL, heads), dtype="fp32", when="calibrated")
     ends = range_ not in ("norm", "absmean") and block.channels in (1, ALL) and block.heads == 1
     quantile = draw(st.sampled_from([None] * 9 + [0.9])) if ends else None
-    powers: tuple[Exponent, ...] = get_args(Exponent) if online and dtype == "e8m0" else ("floor",)
+    sized = online and range_ in ("absmax", "minmax") and zero == "min" and dtype != "e8m0" and refit is None
     return Scale(
         block, range=range_, clip=draw(st.sampled_from(clips)), quantile=quantile, zero=zero, refit=refit, dtype=dtype,  # type: ignore[arg-type]
-        exponent=draw(st.sampled_from(powers)), scale=second, when=when,
+        exponent=draw(st.sampled_from(get_args(Exponent) if online and dtype == "e8m0" else ("floor",))),
+        floor=draw(st.sampled_from([0.0] * 5 + [0.25 * sized])), scale=second, when=when,
     )  # fmt: skip
 
 
@@ -368,6 +368,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "scale.scale": (1.0, "fp32"),
     "scale.zero": ("max", None, 0),
     "scale.dtype": ("fp8", "float16", None),
+    "scale.floor": (-1.0, 2.0, 1, math.nan, None),
     "scale.exponent": ("up", "FLOOR", None),
     "scale.when": ("later", None),
 }
