@@ -34,7 +34,8 @@ from . import (  # noqa: F401  (they enter their laws)
     tiers,
 )
 from .cases import LAWS, Case, Law, LawBroken
-from .strategies import cases, faulty_schemes, schemes, shapes
+from .faulty import faulty_schemes
+from .strategies import cases, schemes, shapes
 from .tier_strategies import routed_schemes
 
 __all__ = [
