@@ -78,6 +78,8 @@ def _said(part: object) -> str:
         drawn = "" if part.seed is None else f", from seed {part.seed}"
         return f"y = R x, R {part.kind} over {size}{drawn}"
     if isinstance(part, Eigenbasis):
+        if part.by == "balanced":
+            return f"y = T x, x = T^-1 y, T balances the moments of keys and queries, of each {part.per}, calibrated"
         moment = "the moments that attention weighs" if part.by == "attention" else "their own moment"
         return f"y = U^T x, U the eigenvectors of {moment}, of each {part.per}, calibrated"
     if isinstance(part, Balance):

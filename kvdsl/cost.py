@@ -319,7 +319,8 @@ def _constants(store: Store, shape: Shape) -> int:
     the matrices of a basis."""
     scale, count = store.measure, 0
     bases = (part for part in store.own.linear if isinstance(part, Eigenbasis))
-    count += sum((shape.kv_heads if part.per == "head" else 1) * store.own.width(shape.head_dim) ** 2 for part in bases)
+    square = store.own.width(shape.head_dim) ** 2
+    count += sum((shape.kv_heads if part.per == "head" else 1) * part.matrices * square for part in bases)
     if store.split is not None:
         count += shape.kv_heads * (shape.head_dim - store.own.width(shape.head_dim))
     if isinstance(store.code, Codebook) and store.code.levels == "calibrated":

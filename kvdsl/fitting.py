@@ -15,6 +15,7 @@ from .spaces import apart, applied, maps
 from .transforms import Pick
 
 EXPONENTS = tuple(i / 20 for i in range(21))  # of the search for learned scales
+DAMPING = 1e-4  # of a moment's mean diagonal
 LEAST = 2.0**-14  # of a channel's scale: a channel of zeros is left as it is
 
 
@@ -220,17 +221,20 @@ def _queries(
 ) -> Tensor | None:  # fmt: skip
     """The queries of each kv head, (B, H, Q, D), behind the maps before a basis, or an order, of keys; None where none
     are asked."""
-    if part.by not in ("attention", "energy"):
+    if part.by not in ("attention", "energy", "balanced") or part.by == "balanced" and side == "values":
         return None
     if q is None or side == "values" and k is None:
-        what = "a basis by attention" if part.by == "attention" else "an order by energy"
+        what = "an order by energy" if part.by == "energy" else f"a basis by {part.by}"
         raise ShapeError(f"q: missing; {what} is of the queries that meet the keys, give q=")
     turned = q.double().unflatten(1, (x.shape[1], -1)).flatten(2, 3)
     return _met(Store(transform=seen), side, turned, numbers) if seen and side == "keys" else turned  # type: ignore
 
 
 def _basis(part: Eigenbasis, side: Side, y: Tensor, q: Tensor | None, k: Tensor | None) -> Tensor:
-    """The eigenvectors as rows, (H or 1, D, D), each with its largest number above 0, of y (B, H, T, D)."""
+    """The eigenvectors as rows, (H or 1, D, D), each with its largest number above 0, of y (B, H, T, D); or T and T^-1,
+    (H or 1, 2, D, D), where two moments are balanced."""
+    if part.by == "balanced":
+        return _balanced(_moment(y), None if q is None else _moment(q), part.per)
     moment = _moment(y if q is None or side == "values" else q)
     if q is not None and side == "values":
         assert k is not None
@@ -241,6 +245,31 @@ def _basis(part: Eigenbasis, side: Side, y: Tensor, q: Tensor | None, k: Tensor 
     vectors = torch.linalg.eigh(moment).eigenvectors.flip(-1).mT
     largest = vectors.gather(-1, vectors.abs().argmax(-1, keepdim=True))
     return vectors * torch.where(largest < 0, -1.0, 1.0)
+
+
+def _balanced(own: Tensor, other: Tensor | None, per: str) -> Tensor:
+    """T and T^-1 under which both moments, (H, D, D) each, are the same diagonal, the largest first: (H or 1, 2, D, D),
+    each row of T with its largest number above 0.  `other`: None for one of numbers that all weigh alike."""
+    one = torch.eye(own.shape[-1], dtype=own.dtype)
+    other = one[None] if other is None else other
+    own, other = (_full(x.mean(0, keepdim=True) if per == "layer" else x) for x in (own, other))
+    root = torch.linalg.cholesky(own)
+    squares, vectors = torch.linalg.eigh(root.mT @ other @ root)
+    lengths = squares.flip(-1).clamp(min=2.0**-900).sqrt()  # S
+    inverse = torch.linalg.solve_triangular(root, one.expand_as(root), upper=False)
+    there = lengths.sqrt()[..., None] * (vectors.flip(-1).mT @ inverse)
+    back = root @ vectors.flip(-1) / lengths.sqrt()[:, None]
+    size = (own.diagonal(dim1=1, dim2=2).sum(-1) / lengths.sum(-1)).sqrt()[:, None, None]
+    largest = there.gather(-1, there.abs().argmax(-1, keepdim=True))
+    factor = size * torch.where(largest < 0, -1.0, 1.0)  # (H or 1, D, 1)
+    return torch.stack([there * factor, back / factor.mT], 1)
+
+
+def _full(moment: Tensor) -> Tensor:
+    """A moment of full rank: that of few vectors, or of channels that are never used, with a little of every channel
+    added."""
+    size = moment.diagonal(dim1=1, dim2=2).mean(-1).clamp(min=2.0**-900)
+    return moment + DAMPING * size[:, None, None] * torch.eye(moment.shape[-1], dtype=moment.dtype)
 
 
 def _moment(x: Tensor) -> Tensor:

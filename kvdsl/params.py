@@ -143,6 +143,8 @@ def checked(
             raise ShapeError(f"params[{name!r}]: {float(given.min())!r} is no scale to divide by; give numbers above 0")
         if ".transform" in name and given.dim() == 3:
             _orthonormal(name, given)
+        if ".transform" in name and given.dim() == 4:
+            _inverse(name, given)
         if name.endswith(".outliers") and given.dim() == 2:
             _distinct(name, given, shape.head_dim)
         elif name.endswith(".outliers") and bool((given[0] > given[1]).any()):
@@ -177,6 +179,16 @@ def _orthonormal(name: str, basis: Tensor) -> None:
     if off > 1e-4:
         fact = f"products of its rows are off by {off:.3g} from those of a rotation"
         raise ShapeError(f"params[{name!r}]: {fact}; give rows of length 1 at right angles")
+
+
+def _inverse(name: str, pair: Tensor) -> None:
+    """ShapeError unless the second matrix takes back what the first one does, as far as float32 or so tells."""
+    there, back = pair.detach().cpu().double().unbind(1)
+    sizes = there.abs() @ back.abs()  # of what cancels
+    off = float(((there @ back - torch.eye(there.shape[-1], dtype=torch.float64)).abs() / sizes.clamp(min=1)).amax())
+    if off > 1e-4:
+        fact = f"products of its two matrices are off by {off:.3g} from those of a map and its inverse"
+        raise ShapeError(f"params[{name!r}]: {fact}; give T and T^-1, one behind the other")
 
 
 def _distinct(name: str, channels: Tensor, head_dim: int) -> None:

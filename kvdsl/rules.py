@@ -260,8 +260,8 @@ def _queries_balance_keys(site: Site) -> Iterator[Fault]:
         elif isinstance(part, ChannelScale) and part.by == "balance" and site.store.rope is not None:
             fact = "'balance' weighs a channel of keys against one of queries, and keys before RoPE meet no query"
             yield site.fault(f"transform[{position}].by", fact, "behind PreRope() use 'sqrt_absmax'")
-        elif isinstance(part, Eigenbasis) and part.by == "attention" and site.store.rope is not None:
-            fact = "'attention' is of the queries that meet keys, and keys before RoPE meet none"
+        elif isinstance(part, Eigenbasis) and part.by != "own" and site.store.rope is not None:
+            fact = f"{part.by!r} is of the queries that meet keys, and keys before RoPE meet none"
             yield site.fault(f"transform[{position}].by", fact, "behind PreRope() use 'own'")
         elif isinstance(part, Permute) and part.by == "energy" and (site.side == "values" or site.store.rope):
             fact = "'energy' is of keys and of the queries that meet them"

@@ -44,7 +44,8 @@ Map = tuple[Tensor, Tensor]  # matrix (heads or 1, out, in) and shift (heads or 
 
 def calibrated(store: Store, side: Side, heads: int, head_dim: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the transforms' numbers that come with the parameters: (kv heads, head_dim) each, of a basis
-    (kv heads or 1, head_dim, head_dim), of PreRope the model's (head_dim / 2) frequencies, or fewer; which channels are
+    (kv heads or 1, head_dim, head_dim), and of one that is no rotation, with its inverse, (kv heads or 1, 2, head_dim,
+    head_dim), of PreRope the model's (head_dim / 2) frequencies, or fewer; which channels are
     outliers, (kv heads, so many), or the thresholds of single numbers, (2, kv heads, head_dim), come before."""
     found: dict[str, tuple[int, ...]] = {}
     if isinstance(store.outliers, Sparse) and store.outliers.when == "calibrated":
@@ -54,7 +55,8 @@ def calibrated(store: Store, side: Side, heads: int, head_dim: int) -> dict[str,
             others = part.width(head_dim)
             found[name], head_dim = (heads, head_dim - others), others
         elif isinstance(part, Eigenbasis):
-            found[name] = (heads if part.per == "head" else 1, head_dim, head_dim)
+            pair = (2,) if part.matrices == 2 else ()
+            found[name] = (heads if part.per == "head" else 1, *pair, head_dim, head_dim)
         elif not isinstance(part, Rotate):
             found[name] = (head_dim // 2,) if isinstance(part, PreRope) else (heads, head_dim)
     return found
@@ -266,9 +268,10 @@ def _step(part: object, head_dim: int, together: int, given: Tensor | None) -> t
         return (matrix, zeros), (matrix.mT, zero)
     if isinstance(part, Eigenbasis):
         rows = given.to("cpu", torch.float64)
-        rows = rows.expand(together, -1, -1) if len(rows) < together else rows
-        matrix = torch.stack([torch.block_diag(*some) for some in rows.split(together)])
-        return (matrix, zero), (matrix.mT, zero)
+        rows = rows if part.matrices == 2 else torch.stack([rows, rows.mT], 1)
+        rows = rows.expand(together, -1, -1, -1) if len(rows) < together else rows
+        there, back = (_blocks(rows[:, way], together) for way in (0, 1))
+        return (there, zero), (back, zero)
     numbers = given.to("cpu", torch.float64).reshape(-1, channels)
     if isinstance(part, ChannelScale):
         return (torch.diag_embed(1 / numbers), zero), (torch.diag_embed(numbers), zero)
@@ -278,6 +281,11 @@ def _step(part: object, head_dim: int, together: int, given: Tensor | None) -> t
     order = torch.arange(channels) // head_dim * head_dim + numbers.to(torch.int64)  # within each head
     matrix = one[order]
     return (matrix, zero), (matrix.mT, zero)
+
+
+def _blocks(rows: Tensor, together: int) -> Tensor:
+    """Matrices (H, D, D) of so many heads each, one behind the other."""
+    return torch.stack([torch.block_diag(*some) for some in rows.split(together)])
 
 
 def _picked(part: Pick, top: Tensor, head_dim: int) -> Tensor:

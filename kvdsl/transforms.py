@@ -17,7 +17,7 @@ ScaleRule = Literal["absmax", "sqrt_absmax", "balance", "learned"]
 ShiftRule = Literal["mean", "middle", "learned"]
 Order = Literal["range", "sum", "energy"]
 Pairs = Literal["halves", "neighbours"]
-Moment = Literal["attention", "own"]
+Moment = Literal["attention", "own", "balanced"]
 Size = Literal["norm", "absmean", "absmax"]
 
 
@@ -87,17 +87,26 @@ class Permute(Part):
 
 @dataclass(frozen=True, repr=False)
 class Eigenbasis(Part):
-    """y = U^T x, the columns of U the eigenvectors of a second moment of calibration data, largest eigenvalue first.
+    """y = U^T x, the columns of U the eigenvectors of a second moment of calibration data, largest eigenvalue first; or
+    y = T x, x^ = T^-1 y^, T no rotation, where two moments are balanced.
 
     by    `attention`: of keys the moment of the queries that meet them, sum q q^T; of values their own, each weighted
           by k^T (sum q q^T) k of its key, these weights adding up to 1 over a head (OSCAR, arXiv 2605.17757).  `own`:
-          of the vectors themselves, sum x x^T
+          of the vectors themselves, sum x x^T.  `balanced`: with K the moment of keys and Q of the queries that meet
+          them, T K T^T = T^-T Q T^-1 = S, diagonal, so that y has no direction that is long and weighs little: K = C
+          C^T, C^T Q C = V S^2 V^T, T = S^(1/2) V^T C^-1 (WUSH-KV, arXiv 2609.38121), times what makes y as long as x
+          in the mean.  Of values Q is of numbers that all weigh alike, as the output's weights are not at hand
     per   a matrix for every kv head, or one for all heads of a `layer`, from the mean of their moments
     """
 
     by: Moment = "attention"
     per: Literal["head", "layer"] = "head"
     when: Literal["calibrated"] = "calibrated"
+
+    @property
+    def matrices(self) -> int:
+        """How many come with the parameters: where T is no rotation T and its inverse."""
+        return 2 if self.by == "balanced" else 1
 
 
 @dataclass(frozen=True, repr=False)

@@ -56,6 +56,7 @@ from .turboquant import (
 from .ultraquant import ultraquant4
 from .vllm_turboquant import vllm_3bit_nc, vllm_4bit_nc, vllm_k3v4_nc, vllm_k8v4
 from .wkvquant import wkvquant4
+from .wush import wush2
 from .zipcache import zipcache, zipcache_32, zipcache_84, zipcache_code
 
 ALL: dict[str, Scheme] = {
@@ -126,6 +127,7 @@ ALL: dict[str, Scheme] = {
     "kvarn_k2v2": kvarn_k2v2,
     "kvarn_even": kvarn_even,
     "oscar2": oscar2,
+    "wush2": wush2,
     "block_gtq_k2v2": block_gtq_k2v2,
     "block_gtq_k3v2": block_gtq_k3v2,
     "block_gtq_k3v3": block_gtq_k3v3,
@@ -295,6 +297,7 @@ __all__ = [
     "vllm_k3v4_nc",
     "vllm_k8v4",
     "wkvquant4",
+    "wush2",
     "zipcache",
     "zipcache_32",
     "zipcache_84",

@@ -40,7 +40,7 @@ PUBLISHED |= {"innerq3": (3.5, 3.5), "innerq": (3.5, 2.5)}
 PUBLISHED |= {"kvarn_k4v2": (4.375, 2.375), "kvarn_k2v2": (2.375, 2.375)}
 PUBLISHED |= {"squat2": (3, 3), "squat4": (5, 5)}  # as KIVI
 PUBLISHED |= {"cq_2c8b": (4, 4), "cq_4c8b": (2, 2), "cq_8c8b": (1, 1)}
-PUBLISHED |= {"saw_int4": (4.25, 4.25), "oscar2": (2.25, 2.25)}
+PUBLISHED |= {"saw_int4": (4.25, 4.25), "oscar2": (2.25, 2.25), "wush2": (2.25, 2.25)}
 PUBLISHED |= {f"turboquant_prod{b}": (b + 0.25, b + 0.25) for b in (2, 3, 4)}
 
 # What is published, what is stored here, and why that differs.

@@ -68,6 +68,7 @@ ERRORS: dict[str, tuple[float, float]] = {
     "kvarn_k4v2": (0.0098, 0.246),
     "kvarn_k2v2": (0.246, 0.246),
     "oscar2": (0.156, 0.127),
+    "wush2": (0.157, 0.125),
     # a quarter, half and a quarter of the channels in tables of neighbouring bits; vectors as long as they were
     "block_gtq_k2v2": (0.1627, 0.1189),
     "block_gtq_k3v2": (0.0462, 0.1189),

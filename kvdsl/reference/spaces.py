@@ -102,9 +102,13 @@ def maps(store: Store, head_dim: int, heads: int, params: Params | None = None, 
             continue
         if isinstance(part, Eigenbasis):
             count = 1 if part.per == "layer" else heads
-            basis = _param(params, name, count, (head_dim, head_dim), "a basis").expand(heads, -1, -1)
-            r = torch.stack([torch.block_diag(*some) for some in basis.split(together)])
-            e, u, w = product(r, e), product(r, u[..., None])[..., 0], product(w, r.mT)
+            if part.by == "balanced":
+                t = _param(params, name, count, (2, head_dim, head_dim), "a basis").expand(heads, -1, -1, -1)
+            else:
+                t = _param(params, name, count, (head_dim, head_dim), "a basis").expand(heads, -1, -1)
+                t = torch.stack([t, t.mT], 1)
+            r, back = (torch.stack([torch.block_diag(*some) for some in m.split(together)]) for m in t.unbind(1))
+            e, u, w = product(r, e), product(r, u[..., None])[..., 0], product(w, back)
             continue
         given = _param(params, name, heads, (head_dim,), "a calibrated transform")
         if isinstance(part, Permute):  # within each head

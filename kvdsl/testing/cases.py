@@ -146,6 +146,9 @@ def _transforms(store: Store, side: str, x: Tensor, seed: int) -> dict[str, Tens
             heads = x.shape[1] if part.per == "head" else 1
             every = [rotation("orthogonal", clean.shape[3], seed + position + head) for head in range(heads)]
             numbers = torch.stack(every).float()
+            if part.matrices == 2:
+                sizes = torch.exp2(torch.randint(-2, 3, (heads, clean.shape[3], 1), generator=generator).float())
+                numbers = torch.stack([numbers * sizes, (numbers / sizes).mT], 1)
         elif isinstance(part, ChannelShift):
             numbers = clean.mean((0, 2))
         elif isinstance(part, Permute):

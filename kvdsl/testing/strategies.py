@@ -214,7 +214,7 @@ def transforms(draw: Draw) -> tuple[Transform, ...]:
         st.builds(ChannelScale, st.sampled_from(["absmax", "sqrt_absmax", "learned"])),
         st.builds(ChannelShift, st.sampled_from(["mean", "middle"])),
         st.builds(Rotate, st.just("bit_reversal"), st.sampled_from([8, 32])),
-        st.builds(Eigenbasis, st.just("own"), per=st.sampled_from(["head", "layer"])),
+        st.builds(Eigenbasis, st.sampled_from(["own", "balanced"]), per=st.sampled_from(["head", "layer"])),
         st.builds(Permute, st.sampled_from(["range", "sum"])),
     )
     if draw(st.integers(0, 3)) < 3:
