@@ -121,9 +121,10 @@ def test_an_infinity_saturates_before_it_is_divided() -> None:
 
 
 def test_packed_tiles_are_those_of_the_definition() -> None:
-    """Zeros and single large tokens among them, and half-full tiles behind."""
+    """Zeros and single large tokens among them, one whose rotated numbers are beyond float16, and half-full tiles
+    behind."""
     k = normal(2, 2, 120, 32, seed=4).half()
-    k[0, :, 40:44], k[1, 0, 50] = 0, 600
+    k[0, :, 40:44], k[1, 0, 50], k[1, 1, 7] = 0, 600, 60000
     for packed, defined in zip(kvdsl.roundtrip(TILES, k, k), reference.roundtrip(TILES, k, k), strict=True):
         assert torch.equal(packed.double(), defined)
 

@@ -44,8 +44,8 @@ def spread(factors: Tensor, part: Balance, *, of_tokens: bool) -> Tensor:
 
 
 def divided(y: Tensor, each: Tensor) -> Tensor:
-    """y (B, H, T, D) over the factors, float32; 0 where one is stored as 0.  Infinities saturate before, not behind."""
-    return ratio(y.clamp(-LARGEST_INPUT, LARGEST_INPUT), each.expand_as(y))
+    """y (B, H, T, D) over the factors, float32; 0 where one is stored as 0."""
+    return ratio(y, each.expand_as(y))
 
 
 def _deviation(x: Tensor, axis: int) -> Tensor:

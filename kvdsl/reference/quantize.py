@@ -206,7 +206,8 @@ def _alone(store: Store, x: Tensor, params: Params | None, side: str) -> Quantiz
     if (part := store.balance) is not None:
         across = balancing(y, part, of_tokens=store.of_tokens)
         each = spread(across, part, of_tokens=store.of_tokens)
-        y = divided(y, each)
+        # infinities saturate before they are divided, as they do before a map, whose numbers may be larger
+        y = divided(y if mapped is not None else y.clamp(-LARGEST_INPUT, LARGEST_INPUT), each)
     bands = _banded(store, x, y, params, side)
     if bands:
         codes, scale, offset, coded = None, None, None, torch.cat([band.coded for band in bands], -1)

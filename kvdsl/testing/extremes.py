@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from kvdsl.codes import coupled
 from kvdsl.reference.quantize import encoded_rows, quantize
 from kvdsl.scheme import (
     SIDES,
+    Balance,
     ChannelShift,
     Chosen,
     Codebook,
@@ -114,7 +116,10 @@ def _spoilt(term: TermOf, x: Tensor) -> Tensor:
             bad = spread(part, hit.double(), numbers) > 0
         found.append(bad)
     bad = torch.cat(found, -1)
-    return bad.any(-1, keepdim=True).expand(x.shape) if store.turned else bad
+    parts: Any = store.transform
+    divided = all(isinstance(part, Balance) for part in parts)  # number by number, or not at all
+    apart = divided and not isinstance(store.code, Sketch) and store.outliers is None
+    return bad if apart else bad.any(-1, keepdim=True).expand(x.shape)
 
 
 @law("P2", kinds=("normal", "huge"))

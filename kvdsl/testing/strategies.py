@@ -64,7 +64,8 @@ def _schemes(draw: Draw, longest: int) -> Scheme:
     plain = keys.residual is None and not keys.polar and not isinstance(keys.outliers, TopChannels)
     plain = plain and not isinstance(keys.code, (LowRank, Sketch, *(OF_VECTORS * bool(keys.transform))))
     if plain and draw(st.integers(0, 4)) == 4:
-        keys = keys.with_(transform=(PreRope(draw(st.booleans())), *keys.transform))
+        own = (Eigenbasis("own", per=part.per) if isinstance(part, Eigenbasis) else part for part in keys.transform)
+        keys = keys.with_(transform=(PreRope(draw(st.booleans())), *own))
     alone = isinstance(keys.code, OF_VECTORS) or keys.outliers is not None
     if longest >= 32 and not alone and draw(st.integers(0, 7)) == 7:
         keys = keys.with_(outliers=draw(chosen(keys)))
