@@ -92,7 +92,9 @@ class TritonModule(PageModule):
 
     def splits(self, programs: int, longest: int, kernel: str = "") -> int:
         """How many programs of a kernel share one sequence, see `occupancy.splits`."""
-        work = self._work(programs, longest)
+        return self._splits(self._work(programs, longest), kernel)
+
+    def _splits(self, work: Work, kernel: str) -> int:
         return splits(work, self.room(kernel)) if torch.cuda.is_available() else min(2, work.pages)
 
     def ranked(self, programs: int, longest: int, depth: int | None = None) -> tuple[int, ...]:
@@ -129,8 +131,7 @@ class TritonModule(PageModule):
     def _clean_splits(self, part: Part) -> int:
         """How many programs share the pages of one sequence that all its queries see, or all of it."""
         if part.form != "dense":
-            work = self._work_of(part)
-            return splits(work, self.room(part.form)) if torch.cuda.is_available() else min(2, work.pages)
+            return self._splits(self._work_of(part), part.form)
         tiles = max(1, -(-part.state.longest // run_dense.LEAST))
         return splits(Work(max(1, run_dense.programs(part)), tiles, run_dense.LEAST), Room(self.processors(), 1))
 

@@ -19,14 +19,12 @@ def rounding(queries: SidePlan) -> list[str]:
             out.add(f"return {call(queries, 'levels', [call(queries, 'encode', ['x'])])}")
             return [*unstored(queries, "torch."), str(out)]
         channels = queries.scale.block.channels
-        shape = "x.shape"
-        if channels is not ALL:
-            out.add(f"shape, x = x.shape, x.unflatten(-1, (-1, {channels}))")
-            shape = "shape"
+        cut = channels is not ALL
+        out.extend([f"shape, x = x.shape, x.unflatten(-1, (-1, {channels}))"] if cut else [])
         out.add(
             "spoilt = torch.isnan(x).any(-1, keepdim=True)", "x = finite(x)", "top = x.abs().amax(-1, keepdim=True)"
         )
         out.add(f"scale = {call(queries, 'measure', ['top'])}")
         out.add(f"x = {call(queries, 'levels', [call(queries, 'encode', ['x', 'scale'])])} * scale")
-        out.add(f"return x.masked_fill(spoilt, torch.nan){'.reshape(shape)' if shape == 'shape' else ''}")
+        out.add(f"return x.masked_fill(spoilt, torch.nan){'.reshape(shape)' if cut else ''}")
     return [*unstored(queries, "torch."), str(out)]

@@ -11,25 +11,8 @@ from kvdsl.scheme import ALL
 from .codec import call, settled
 from .codec_text import unstored
 from .plan import Plan, SidePlan
-from .text import Lines, fill, padded
-from .triton_turn import query_tile, rotated, stages_of, whole_arguments, whole_map, with_signs
-
-ROUND = """
-@triton.jit(do_not_specialize=["queries"])
-def turn_query($args):
-    bh = tl.program_id(0)
-    b = bh // $heads
-    h = bh % $heads
-    row_index = tl.program_id(2) * $rows + tl.arange(0, $rows)
-    live = row_index < queries * $group
-    place = (b * $q_heads + h * $group + row_index % $group).to(tl.int64) * queries + row_index // $group
-    i = tl.arange(0, $lanes)
-    known = live[:, None] & (i < $dim)[None, :]
-    x = tl.load(query_ptr + place[:, None] * $dim + i[None, :], mask=known, other=0.0).to(tl.float32)
-    $mapped
-    tl.store(turned_ptr + place[:, None] * $dim + i[None, :], round_queries($number), mask=known)
-    $bias
-"""
+from .text import Lines, padded
+from .triton_turn import query_as_rows, query_tile, rotated, stages_of, whole_arguments, whole_map, with_signs
 
 
 def rounding(plan: Plan, queries: SidePlan) -> list[str]:
@@ -62,7 +45,6 @@ def _round(plan: Plan, queries: SidePlan) -> str:
 
 def _turn(plan: Plan) -> str:
     side, shape = plan.keys, plan.shape
-    rows, lanes = query_tile(side)
     args = ["query_ptr", *(whole_arguments(side) if side.mapped else []), "turned_ptr"]
     bias, mapped, number = list[str](), list[str](), "y"
     if not side.mapped:
@@ -80,10 +62,7 @@ def _turn(plan: Plan) -> str:
             f"shift = tl.load({shift}, mask=i < {shape.head_dim}, other=0.0)",
             "tl.store(bias_ptr + place, tl.sum(x * shift[None, :], 1), mask=live)",
         ]
-    return fill(
-        ROUND, args=", ".join([*args, "queries"]), rows=rows, lanes=lanes, heads=shape.kv_heads, group=shape.group,
-        q_heads=str(shape.q_heads), dim=side.row, mapped=mapped, number=number, bias=bias,
-    )  # fmt: skip
+    return query_as_rows(plan, args, mapped, f"round_queries({number})", bias)
 
 
 def _times_matrix(side: SidePlan) -> list[str]:

@@ -96,7 +96,8 @@ def turn_query($args):
     $bias
 """
 
-ROTATE_QUERY = """
+# Whole rows, by lines that give what is stored of rows x.
+QUERY_AS_ROWS = """
 @triton.jit(do_not_specialize=["queries"])
 def turn_query($args):
     bh = tl.program_id(0)
@@ -108,9 +109,9 @@ def turn_query($args):
     i = tl.arange(0, $lanes)
     known = live[:, None] & (i < $dim)[None, :]
     x = tl.load(query_ptr + place[:, None] * $dim + i[None, :], mask=known, other=0.0).to(tl.float32)
-    $signs
-    y = hadamard(x, $stages, $factor)
-    tl.store(turned_ptr + place[:, None] * $dim + i[None, :], y, mask=known)
+    $mapped
+    tl.store(turned_ptr + place[:, None] * $dim + i[None, :], $stored, mask=known)
+    $bias
 """
 
 
@@ -268,15 +269,10 @@ def turn_query(plan: Plan) -> str:
     """The text of `turn_query`: what multiplies a coded key in a score (B, Hq, Q, M), and what is added to it."""
     side, shape = plan.keys, plan.shape
     args = ["query_ptr", *whole_arguments(side), "turned_ptr"]
-    rows, lanes = query_tile(side)
-    shared: dict[str, str | int] = {
-        "rows": rows, "lanes": lanes, "heads": shape.kv_heads, "group": shape.group, "q_heads": str(shape.q_heads),
-    }  # fmt: skip
     if rotated(side):
-        return fill(
-            ROTATE_QUERY, args=", ".join([*args, "queries"]), **shared, dim=side.row, **stages_of(side),
-            signs=with_signs(side, "i", "x", "[None, :]"),
-        )  # fmt: skip
+        stages = stages_of(side)
+        mapped = [*with_signs(side, "i", "x", "[None, :]"), f"y = hadamard(x, {stages['stages']}, {stages['factor']})"]
+        return query_as_rows(plan, args, mapped, "y", [])
     bias = []
     if side.shifted:
         args.append("bias_ptr")
@@ -285,6 +281,20 @@ def turn_query(plan: Plan) -> str:
             "tl.store(bias_ptr + place, tl.sum(q * shift[None, :], 1), mask=live)",
         ]
     return fill(
-        QUERY, args=", ".join([*args, "queries"]), **shared, padded=padded(shape.head_dim), taken=shape.head_dim,
-        given=side.row, bias=bias, matrix_ptr=whole_map(side)[0], stride=whole_map(side)[1],
+        QUERY, args=", ".join([*args, "queries"]), **_query_holes(plan), padded=padded(shape.head_dim),
+        taken=shape.head_dim, given=side.row, bias=bias, matrix_ptr=whole_map(side)[0], stride=whole_map(side)[1],
     )  # fmt: skip
+
+
+def query_as_rows(plan: Plan, args: list[str], mapped: list[str], stored: str, bias: list[str]) -> str:
+    """The text of a `turn_query` whose programs have whole rows x: lines that map them, what is stored of each, and
+    lines behind that."""
+    return fill(
+        QUERY_AS_ROWS, args=", ".join([*args, "queries"]), **_query_holes(plan), dim=plan.keys.row, mapped=mapped,
+        stored=stored, bias=bias,
+    )  # fmt: skip
+
+
+def _query_holes(plan: Plan) -> dict[str, str | int]:
+    shape, (rows, lanes) = plan.shape, query_tile(plan.keys)
+    return {"rows": rows, "lanes": lanes, "heads": shape.kv_heads, "group": shape.group, "q_heads": str(shape.q_heads)}

@@ -31,7 +31,7 @@ def few(*names: str, shape: Shape = SMALL, tokens: int = 300, batch: int = 2, se
 @fixed(examples=25)
 @given(st.data())
 def test_a_cache_of_any_scheme_may_be_cut_anywhere(data: Any) -> None:
-    scheme = data.draw(schemes()).with_(queries=None)  # the wanted scores are of queries as they are
+    scheme = data.draw(schemes())
     case = data.draw(cases(scheme, data.draw(shapes(scheme, widest=64)), "torch", kinds=MODEST, batch=2))
     found = cut([case] * data.draw(st.integers(1, 3)), data.draw(st.sampled_from((1, 3))))
     require_union(found, attended(found))

@@ -86,7 +86,6 @@ def truth(case: Case, step: Step) -> tuple[Tensor, Tensor, Tensor]:
     for b in range(case.batch):
         (keys, key_part), (values, value_part) = (coded(case, step, b, side) for side in SIDES)
         q, options = step.q[b : b + 1], _options(step, b)
-        raw = products_of(case, step, b)
         out, lse = softmax_rows(q, keys, values, **options)
         plain = eager(q, keys, values, DTYPES[case.shape.dtype], **options)
         mapped = mapped_query(case.scheme.keys, q, case.shape.kv_heads, step.params)
@@ -98,8 +97,8 @@ def truth(case: Case, step: Step) -> tuple[Tensor, Tensor, Tensor]:
             source = torch.Generator().manual_seed(case.seed * DRAWS + i)
             factored.append(normal_form(q, mapped, *parts, drawn=(source, spread_of), **options))
         error = torch.stack([(one - out).abs() for one in (plain, *factored)]).amax(0)
-        if raw is not None:  # arithmetic is as far off as with queries as they are
-            out, lse = softmax_rows(q, keys, values, raw=raw, **options)
+        if case.scheme.queries is not None:  # arithmetic is as far off as with queries as they are
+            out, lse = softmax_rows(q, keys, values, raw=products_of(case, step, b), **options)
         found.append((out, lse, error))
     out, lse, error = (torch.cat(rows) for rows in zip(*found, strict=True))
     return out, lse, error
@@ -116,10 +115,8 @@ def weighed_parts(case: Case, step: Step) -> Tensor:
     return torch.cat(found)
 
 
-def products_of(case: Case, step: Step, b: int) -> Tensor | None:
-    """q.k^ of sequence b, float64 (1, Hq, Q, length), where packed keys meet a rounded query; else None."""
-    if case.scheme.queries is None:
-        return None
+def products_of(case: Case, step: Step, b: int) -> Tensor:
+    """q.k^ of sequence b, float64 (1, Hq, Q, length), of packed keys with what queries are rounded to."""
     span, q = packed_tokens(case.scheme, "keys", step.seen[b]), step.q[b : b + 1]
     return products(case.scheme, q, coded(case, step, b, "keys")[0], span, step.params)
 
