@@ -8,7 +8,7 @@ from functools import cache, cached_property
 from kvdsl.rules import refuse_for
 from kvdsl.scheme import SIDES, Band, Scheme, Side, Store
 from kvdsl.shape import Shape
-from kvdsl.window import TILE, token_block
+from kvdsl.window import TILE, token_block, windows
 
 from .alphabet import alphabet_of
 from .bijection import BijectionProof, prove_bijection
@@ -29,7 +29,7 @@ EXACT_TILE = 16  # tokens a tile where products are of float32 numbers, outside 
 @dataclass(frozen=True)
 class Plan:
     """`tile` tokens are read at a time, as `halves` sub-tiles: several where tokens share words, or few of them a
-    scale."""
+    scale.  `masked`: not all tokens of a tile are there."""
 
     scheme: Scheme
     shape: Shape
@@ -39,6 +39,12 @@ class Plan:
     tile: int
     halves: int
     bijection: tuple[BijectionProof, ...]
+    masked: bool = False
+
+    @cached_property
+    def at_edges(self) -> Plan:
+        """The plan of the tiles at a sequence's edges, some of whose tokens may not be packed."""
+        return replace(self, tile=self.edge_tile, halves=1, masked=True)
 
     @property
     def exact_keys(self) -> bool:
@@ -85,6 +91,13 @@ class Plan:
     def half(self) -> int:
         """Tokens of a sub-tile."""
         return self.tile // self.halves
+
+    @cached_property
+    def parted(self) -> bool:
+        """A token's key and value are packed at once, and come back from a cut at once, so that never one is decoded
+        and the other exact."""
+        keys, values = windows(self.scheme).values()
+        return keys == values
 
     @property
     def edge_tile(self) -> int:

@@ -15,7 +15,7 @@ from .triton_rope import rope, unrope
 from .triton_term_pages import pack_of, unpack_of
 from .triton_turn import restore, turn, turn_query
 
-DEVICE = ("device", "device_codes", "device_steps")
+DEVICE = ("device", "device_codes", "device_steps", "device_launch")
 
 
 def render(plan: Plan, name: str) -> str:

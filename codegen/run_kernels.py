@@ -20,6 +20,7 @@ from .host_vectors import table_words
 from .launch import ATTEND, DEPTH, assembled
 from .launches import ASSEMBLER, GIVEN_POINTERS, arguments, fused, stages, warps
 from .occupancy import more_registers, residents
+from .overlap import early, overlapping
 from .plan import Plan
 from .schedules import known
 
@@ -74,6 +75,8 @@ class KernelModule:
         function = getattr(self.module, kernel)[grid]
         if kernel not in self._options:
             self._options[kernel] = {"num_warps": warps(kernel, self.plan), "enable_fp_fusion": fused(kernel)}
+            if early(kernel, self.plan) and torch.cuda.is_available() and overlapping(torch.cuda.current_device()):
+                self._options[kernel] |= {"launch_pdl": True}
         options = self._options[kernel]
         compiled: dict[Setting, Any] = {}
 

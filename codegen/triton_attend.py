@@ -4,9 +4,8 @@ Glossary of the attention skeleton (for maintainers; not emitted):
   bh, b, h      program's sequence and kv head; split: its share of the tokens; rows: query tokens x heads of the group
   u             token position counted from the first one after the sinks; a page holds PAGE of them, a tile TILE
   clean pages   visible to every row and packed on both sides: the main loop, no masks
-  edge tiles    the first page when it is partly visible, everything from the last clean page on, and sinks: one more
-                program (or several) masks; of a mixed tile it decodes what is packed on either side and takes exact
-                rows for the rest, without branches, so that all loads of a tile are asked for at once and ahead
+  edge tiles    the first page when it is partly visible, everything from the last clean page on, and sinks, by one more
+                program (or several), see `triton_edges`
   asked         position behind the last query's: the sequence's length, and more where newer tokens stand elsewhere
   size          power of two that a row of the query was divided by; scores and maxima are in its units
   turned        the query mapped into the space that keys are coded in; exact rows meet the query itself
@@ -17,16 +16,17 @@ and the main loop, over pages that are packed on both sides, masks.
 
 from __future__ import annotations
 
+from .overlap import early
 from .plan import Plan, SidePlan
 from .text import Lines, fill, literal, plus
 from .tiling import PAIR
 from .triton_bands import FoldedKeys, FoldedValues
-from .triton_keys import KeySide
+from .triton_edges import Edges
 from .triton_meta import section
 from .triton_names import pair_name, tokens_name
 from .triton_places import LOOSE, PLACES, base, of_tile, order, seen, stand_name
+from .triton_sides import KeySide, ValueSide
 from .triton_terms import keys_of, sections_of, values_of
-from .triton_values import ValueSide
 
 LOG2E = 1.4426950408889634
 ATTEND = """
@@ -46,6 +46,7 @@ def $name(
     start = tl.load(start_ptr + b)
     asked = $asked
     table = table_ptr + b.to(tl.int64) * table_width
+    $wait
 
     # which rows: (query token, head of the group)
     row_index = block * ROWS + tl.arange(0, ROWS)
@@ -56,11 +57,12 @@ def $name(
     $query
     peak = tl.full([ROWS], -1.0e30, tl.float32)
     mass = tl.zeros([ROWS], tl.float32)
+    $lanes
+    $prologue
 
     $bounds
     if split < splits:
-        $lanes
-        $prologue
+        $clean_prologue
         $accumulators
         share = (high - low + splits - 1) // splits
         begin = tl.minimum(low + split * share, high)
@@ -80,37 +82,13 @@ def $name(
         value_rows = value_rows_ptr + bh.to(tl.int64) * ($sinks + ring) * $value_dim
         $rows_see
         end = length - $sinks
-        $lanes
-        $exact_query
-        $edge_prologue
-        $edge_accumulators
-        before = (low - edge) * $edge_sub
-        packed = tl.maximum(packed_keys, packed_values)
-        mixed = before + (tl.maximum(packed - high * $page, 0) + $edge_tile_less) // $edge_tile
-        tiles = before + (tl.maximum(end - high * $page, 0) + $edge_tile_less) // $edge_tile
-        for step in tl.range(split - splits, mixed, edge_splits, num_stages=2):
-            tile = tl.where(step < before, edge * $edge_sub + step, high * $edge_sub + step - before)
-            u = tile * $edge_tile + tl.arange(0, $edge_tile)
-            page = tl.load(table + tile * $edge_tile // $page).to(tl.int64)
-            t = u % $page
-            $seen
-            row = $row
-            $edge_addresses
-            $edges
-        # tiles of exact rows alone, those of sinks behind the others
-        done = (tl.maximum(mixed - split + splits, 0) + edge_splits - 1) // edge_splits * edge_splits
-        for step in tl.range(split - splits + done, tiles$sinks_behind, edge_splits, num_stages=2):
-            tile = high * $edge_sub + step - before
-            $sink_step
-            u = tile * $edge_tile + tl.arange(0, $edge_tile)
-            $seen
-            row = $row
-            $exact
+        $edges
         $edge_partials
 """
 
 # Stored in either branch: what both need at their ends would otherwise be kept in registers through the loops.
 PARTIALS = """
+let_next_begin()
 inverse = 1.0 / tl.where(mass > 0.0, mass, 1.0)
 out = ((split.to(tl.int64) * tl.num_programs(0) + bh) * tl.num_programs(2) + block) * ROWS
 partial = partial_ptr + (out + tl.arange(0, ROWS))[None, :] * $dim
@@ -149,12 +127,8 @@ class Attend:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        alone = (term for term in plan.keys.terms if not (term.masked and term.store.gathers))  # else read with another
-        keys = [keys_of(plan, term, head) for term in alone for head in term.heads]
-        keys = [FoldedKeys(plan, plan.keys)] if plan.keys.polar and plan.keys.band else keys
-        values = [values_of(plan, term, head) for term in plan.values.terms for head in term.heads]
-        values = [FoldedValues(plan, plan.values)] if plan.values.polar and plan.values.band else values
-        self.keys, self.values = KeySide(plan, keys), ValueSide(plan, values)
+        self.keys, self.values = sides_of(plan)
+        self.edges = Edges(plan, self.keys, self.values, sides_of(plan.at_edges), self._edge_weights)
         self.pools = pools(plan)
 
     def _shared(self, rows: int) -> dict[str, int | str]:
@@ -258,26 +232,11 @@ class Attend:
             return []
         return [f"{name} = softcap * tanh({name} * true_size[None, :] / softcap) * {literal(LOG2E)}"]
 
-    def edges(self) -> list[str]:
-        """The body of the loop over mixed tiles: every token is decoded or exact on either side, or not visible."""
-        lines = ["coded = u < packed_keys", "exact = here & (u >= packed_keys)", *self.keys.either()]
-        lines += self._edge_weights("s")
-        lines += ["coded = u < packed_values", "exact = here & (u >= packed_values)"]
-        return lines + self.values.either()
-
-    def exact(self) -> list[str]:
-        """The body of the loop over tiles of exact rows."""
-        return [*self.keys.exact("here"), *self._edge_weights("r"), *self.values.exact("here")]
-
     def _edge_weights(self, scores: str) -> list[str]:
         """p = weights of an edge tile's tokens under these scores, 0 where a row does not see them."""
         lines = [*self._capped(scores), f"s = tl.where(seen, {scores}, -1.0e30)", *self._softmax(["s"])]
         lines.append("p = tl.where(seen, tl.exp2(s * size[None, :] - (peak * size)[None, :]), 0.0)")
         return [*lines, "mass = mass * decay + tl.sum(p, 0)"]
-
-    def _row(self) -> str:
-        sinks = self.plan.sinks
-        return f"tl.where(u < 0, u + {sinks}, {sinks} + (u - first) % ring)" if sinks else "(u - first) % ring"
 
     def _partials(self, edges: bool) -> list[str]:
         """Lines that store a program's outputs; those of its exact tokens apart where values are turned."""
@@ -299,9 +258,10 @@ class Attend:
         """The text of `decode` or `extend`."""
         plan = self.plan
         size = ["true_size = size", "size = tl.full([ROWS], 1.0, tl.float32)"] if plan.shape.softcap else []
+        prologue = [*self.keys.prologue(), *size]
+        alike = self.edges.in_planes[0]
         values = self.values
-        edge_tile, sinks = plan.edge_tile, plan.sinks
-        sink_tiles = -(-sinks // edge_tile)
+        holes, seen = order(plan, self._shared(rows))
         itself = self.keys.exact_rows is not None or not plan.keys.through
         args = [*["query_ptr"] * itself, *self.keys.inputs(), *self.pools, "table_ptr", *parameters(plan)]
         args += ["packed_keys_ptr", "packed_values_ptr", "length_ptr", "start_ptr", "first_ptr"]
@@ -322,25 +282,18 @@ class Attend:
             **self._shared(rows),
             args=[f"{arg}," for arg in args],
             lanes=[*self.keys.lane_lines(), *values.lane_lines()],
+            wait=["await_last()"] if early(name, plan) else [],
             query=self._query(self.keys.query),
-            exact_query=self._query("query") if plan.keys.through and itself else [],
-            prologue=[*self.keys.prologue(), *size],
+            prologue=prologue if alike else [],
+            clean_prologue=[] if alike else prologue,
             accumulators=values.prologue(),
             addresses=self.addresses(),
             clean=self.clean(),
-            **order(plan, self._shared(rows)),
+            **holes,
             epilogue=values.epilogue(),
-            edge_prologue=[*self.keys.edge_prologue(), *size],
-            edge_accumulators=values.edge_prologue(),
-            edge_sub=plan.layout.page_tokens // edge_tile,
-            edge_tile=edge_tile,
-            edge_tile_less=edge_tile - 1,
-            sinks_behind=plus(sink_tiles),
-            sink_step=[f"tile = tl.where(step < tiles, tile, step - tiles - {sink_tiles})"] if sinks else [],
-            row=self._row(),
-            edge_addresses=self.sections(),
-            edges=self.edges(),
-            exact=self.exact(),
+            edges=self.edges.lines(
+                self.sections(), seen, size, self._query("query") if plan.keys.through and itself else []
+            ),
             clean_partials=self._partials(False),
             edge_partials=self._partials(True),
         )
@@ -395,3 +348,13 @@ def pools(plan: Plan) -> list[str]:
         if side.layout.meta is not None:
             names.add(f"pool{8 * side.layout.meta.element}_ptr")
     return sorted(names)
+
+
+def sides_of(plan: Plan) -> tuple[KeySide, ValueSide]:
+    """What reads keys and values of a plan's tiles."""
+    alone = (term for term in plan.keys.terms if not (term.masked and term.store.gathers))  # else read with another
+    keys = [keys_of(plan, term, head) for term in alone for head in term.heads]
+    keys = [FoldedKeys(plan, plan.keys)] if plan.keys.polar and plan.keys.band else keys
+    values = [values_of(plan, term, head) for term in plan.values.terms for head in term.heads]
+    values = [FoldedValues(plan, plan.values)] if plan.values.polar and plan.values.band else values
+    return KeySide(plan, keys), ValueSide(plan, values)

@@ -5,7 +5,7 @@ Operands are swapped: tokens are the rows of every product and the few query row
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 from .placement import When
 from .plan import Plan, SidePlan
@@ -15,7 +15,6 @@ from .triton_groups import UNIT, halves, in_halves
 from .triton_meta import across, static_read
 from .triton_planes import Planes
 from .triton_rope import Positions
-from .triton_rows import ExactRows
 from .triton_together import load_together, read_group, read_plane
 from .triton_vectors import first_channel
 
@@ -297,101 +296,3 @@ class Keys(Planes):
             lines.append(f"k = {load}.to(tl.float32).to({self.exact})")
             lines.append(f"r = tl.dot(k, e{j}{', r' if j or more else ''}{self.precise})")
         return self.own(lines)
-
-
-class KeySide:
-    """The keys' part of an attention kernel: the sum of their terms, and exact rows."""
-
-    def __init__(self, plan: Plan, terms: Sequence[Keys]) -> None:
-        self.plan, self.side = plan, plan.keys
-        self.terms = terms
-        self.first = self.terms[0]
-        self.positions = self.first.positions
-        self.exact_rows = None
-        if self.side.apart:
-            self.exact_rows = ExactRows(plan, self.side, self.first.exact, self.first.precise)
-        self.query = "turned" if self.side.through else "query"
-
-    def inputs(self) -> list[str]:
-        """The arguments that stand beside the query: the turned query, what it adds to a score, rotary positions."""
-        given = ["gathered_ptr"] * any(term.store.gathers for term in self.side.terms)
-        given += [name for term in self.terms for name in term.inputs()]
-        if self.positions is not None:
-            return [*self.positions.inputs(), *given]
-        return ["turned_ptr", *["bias_ptr"] * self.side.shifted, *given] if self.side.through else given
-
-    def lane_lines(self) -> list[str]:
-        return [line for term in self.terms for line in term.lane_lines()]
-
-    def readers(self) -> list[Planes]:
-        """All that read words, of one head each."""
-        return [reader for term in self.terms for reader in term.readers]
-
-    # ---- once per query -------------------------------------------------------------------------------------------
-
-    def _rows(self, others: list[str] | None = None) -> list[str]:
-        """Load the query rows of all terms, divided by one size; `others` share it."""
-        lines = [line for term in self.terms for line in term.loads(self.query)]
-        names = [name for term in self.terms for name in term.rows()]
-        turned = [f"w{j}" for j in range(self.side.layout.planes)] if self.positions is not None else []
-        more = [*names[1:], *(others or [])]
-        more += turned if self.side.factored else []  # other factors than those of their partners in x are on them
-        lines.append(f"top = tl.max(tl.abs({names[0]}), 0)")
-        lines += [f"top = tl.maximum(top, tl.max(tl.abs({name}), 0))" for name in more]
-        lines.append("size, inverse = above(top)  # [rows]")
-        lines += [f"{name} = {name} * inverse[None, :]" for name in [*names, *turned]]
-        if self.side.shifted and self.side.hoisted:
-            lines.append("bias = tl.load(bias_ptr + head * queries + token, mask=live, other=0.0) * scaling * inverse")
-        return lines
-
-    def prologue(self) -> list[str]:
-        """Load the query rows, plane by plane, and prepare them for the planes."""
-        if self.positions is not None:
-            fixed = self.positions.fixed() if self.positions.placed else []
-            return self._rows() + fixed + self.positions.prologue()
-        lines = self._rows()
-        for term in self.terms:
-            lines += [*(term.operands() if term.decoded else []), *term.prepared()]
-        return lines
-
-    def edge_prologue(self) -> list[str]:
-        """The operands for decoded numbers, and for exact ones."""
-        rows = self.exact_rows
-        if rows is None:
-            return self._rows() + [line for term in self.terms for line in term.operands()]
-        lines = [*rows.lanes(), *rows.queries(), *self._rows([f"r{j}" for j in rows.planes])]
-        if self.positions is not None:
-            lines += [*self.positions.fixed(), *self.positions.prologue()]
-        else:
-            lines += [line for term in self.terms for line in term.operands()]
-        return lines + [f"f{j} = (r{j} * inverse[None, :]).to({self.first.exact})" for j in rows.planes]
-
-    # ---- once per tile --------------------------------------------------------------------------------------------
-
-    def scores(self, half: int, tokens: str) -> list[str]:
-        """s = scores of the sub-tile's packed tokens [tokens, rows], in units of the row's `size`."""
-        return self._summed([term.scores(half, tokens) for term in self.terms])
-
-    def _summed(self, terms: list[list[str]]) -> list[str]:
-        """Lines of all terms, their scores added up, and what a shift adds to each."""
-        lines = [line for term in terms for line in term]
-        names = [f"s{term.mark}" for term in self.terms]
-        lines += [f"s = {' + '.join(names)}"] * (len(names) > 1)
-        return lines + ["s = s + bias[None, :]"] * (self.side.shifted and self.side.hoisted)
-
-    def decoded(self) -> list[str]:
-        """s = scores of edge tokens, decoded."""
-        return self._summed([term.tokens() for term in self.terms])
-
-    def exact(self, there: str) -> list[str]:
-        """r = scores of edge tokens, from exact rows, where a mask says that they are there."""
-        if self.exact_rows is not None:
-            return self.exact_rows.scores(there)
-        if self.side.stretch:
-            return [line for i, term in enumerate(self.terms) for line in term.exact_scores(there, more=i > 0)]
-        plain = (term for term in self.terms if term.side is self.side.plain)
-        return next(plain, self.first).exact_scores(there)  # of bands the one that has all
-
-    def either(self) -> list[str]:
-        """s = scores of edge tokens: decoded where `coded`, from exact rows where `exact`."""
-        return [*self.decoded(), *self.exact("exact"), "s = tl.where(coded[:, None], s, r)"]

@@ -26,6 +26,7 @@ def $name(
     s = tl.arange(0, SPLITS)
     d = tl.arange(0, $lanes)
     $place
+    await_last()
     lse = tl.load(lse_ptr + place, mask=s < splits, other=-1.0e30)
     most = tl.max(lse, 0)
     weight = tl.where(lse > -1.0e29, tl.exp2(lse - most), 0.0)

@@ -75,19 +75,20 @@ def seen(name: str, stand: str) -> str:
     return f"{name} = ({stand}[:, None] <= last[None, :]) & ({stand}[:, None] >= oldest[None, :])"
 
 
-def order(plan: Plan, shared: dict[str, int | str]) -> Holes:
-    """What attention's masks and bounds follow from: places in the order of tokens, or where each token stands."""
+def order(plan: Plan, shared: dict[str, int | str]) -> tuple[Holes, list[str]]:
+    """What attention's masks and bounds follow from, places in the order of tokens or where each token stands; and the
+    lines that say which rows see the tokens of an edge tile, and which are there."""
     sinks = plan.sinks
     if plan.shape.placed:
         rows = ["last = asked - queries + token  # [rows]", "oldest = tl.maximum(start, last - window + 1)  # [rows]"]
-        return {
+        holes: Holes = {
             "loose": LOOSE.removeprefix(", "), "asked": "tl.load(asked_ptr + b)", "places": [base(plan), *rows],
-            "bounds": fill(PLACED_BOUNDS, **shared).splitlines(), "rows_see": [], "seen": of_edges(plan),
+            "bounds": fill(PLACED_BOUNDS, **shared).splitlines(), "rows_see": [],
         }  # fmt: skip
+        return holes, of_edges(plan)
     last = f"last = tl.minimum(asked - queries + token, length - 1) - {sinks}  # [rows]"
     return {
         "loose": '"ahead"', "asked": "length + ahead", "places": [],
         "bounds": fill(BOUNDS, **shared).splitlines(),
         "rows_see": [last, f"oldest = tl.maximum(start, asked - queries + token - window + 1) - {sinks}  # [rows]"],
-        "seen": [f"{seen('seen', 'u')} & (u >= {-sinks})[:, None]", f"here = (u >= {-sinks}) & (u < end)"],
-    }  # fmt: skip
+    }, [f"{seen('seen', 'u')} & (u >= {-sinks})[:, None]", f"here = (u >= {-sinks}) & (u < end)"]  # fmt: skip

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 
 import sympy as sp
 
-from .alphabet import packed_table
 from .codec import given
 from .layout import Stream
 from .plan import Plan, SidePlan
@@ -18,7 +17,7 @@ from .triton_additive import summed, tables
 from .triton_groups import of_groups, side_by_side
 from .triton_meta import entry, pointer, read, static_read, times_across
 from .triton_names import head_name, mark, own, pair_name
-from .triton_tables import Part, joined, look_up, small_floats
+from .triton_tables import Part, joined, known, look_up, registers, small_floats
 from .triton_vectors import first_channel, looked_up, table_lines
 
 
@@ -52,6 +51,12 @@ class Planes:
     def meta(self) -> str:
         """The address of the page's stored numbers."""
         return f"{pointer(self.side)} + {self.prefix}_meta"
+
+    @property
+    def guard(self) -> str:
+        """The mask of the tokens whose words and metadata may be read; nothing where all may: of a key what is read in
+        vain makes a score that is masked, of a value it would meet a weight of 0."""
+        return "coded" if self.plan.masked and self.transposed else ""
 
     @property
     def mark(self) -> str:
@@ -113,7 +118,7 @@ class Planes:
             else:
                 lines.append(f"{self.prefix}_{name} = tl.load({side.label}_table_ptr{plus(index)}).to(tl.float32)")
         lines += table_lines(self) if side.alphabet.vectors else tables(side)
-        return lines + (self._registers() if side.alphabet.given else [])
+        return lines + (registers(self) if side.alphabet.given else [])
 
     def _outer(self) -> list[str]:
         """The line that loads the second level, where there is one."""
@@ -121,32 +126,6 @@ class Planes:
             return []
         head = " + h" if self.side.second.block.heads == 1 else ""
         return [f"{self.prefix}_outer = tl.load({self.side.label}_second_ptr{head}).to(tl.float32)"]
-
-    def _registers(self) -> list[str]:
-        """Lines that put a table of the parameters into registers, as `packed_table` does one that is known: what a
-        product reads, and the halves of the levels themselves."""
-        lines = []
-        count = 2**self.side.alphabet.bits
-        names = given(self.side, "levels")
-        levels = [f"{self.prefix}_{names[min(i, count - 1)]}" for i in range(max(4, count))]
-        for name, bits, shifts in (
-            ("half", "half_bits", (0, 8)),
-            ("high", "as_int", (16, 24)),
-            ("low", "as_int", (0, 8)),
-        ):
-            words = [f"{self.prefix}_{name}_bits{i}" for i in range(len(levels))]
-            lines += [f"{word} = {bits}({level})" for word, level in zip(words, levels, strict=True)]
-            for row, shift in enumerate(shifts):
-                for i in range(0, len(words), 4):
-                    register = f"{self.prefix}_{name}{row * len(words) // 4 + i // 4}"
-                    lines.append(f"{register} = four_bytes({', '.join(words[i : i + 4])}, {shift})")
-        return lines
-
-    def _known(self, name: str, entries: tuple[int, ...]) -> list[str]:
-        """The registers of a table: numbers, or those that the parameters' levels were put into."""
-        if not self.side.alphabet.given:
-            return list(map(str, packed_table(entries)))
-        return [f"{self.prefix}_{name}{i}" for i in range(max(4, 2**self.side.alphabet.bits) // 2)]
 
     def grid(self, tokens: str, lanes: str) -> tuple[str, str]:
         """Index expressions of tokens and lanes for a tile of this side."""
@@ -171,6 +150,8 @@ class Planes:
         of the two that share them.
 
         A page is whole, so words of tokens that were never packed are read too: any code, never used."""
+        if self.plan.masked:
+            return self.load_tokens(tokens)
         lines = []
         mask = self.mask("")
         other = f", mask={mask}, other=0" if mask else ""
@@ -228,7 +209,7 @@ class Planes:
         """The levels of one plane's codes as float16, over 2**unit."""
         if self.side.alphabet.small is not None:
             return small_floats(self.side, *parts)
-        text = look_up(self.side, parts, self._known("half", self.side.alphabet.words))
+        text = look_up(self.side, parts, known(self, "half", self.side.alphabet.words))
         return f"{text}.to(tl.float16, bitcast=True)"
 
     def _parts(self, plane: int, half: int) -> list[Part]:
@@ -251,7 +232,7 @@ class Planes:
             return f"{self._looked_up(parts)}.to(tl.float32){unit}"
         if alphabet.looked_up:
             high, low = (
-                self._known(name, entries) for name, entries in zip(("high", "low"), alphabet.singles, strict=True)
+                known(self, name, entries) for name, entries in zip(("high", "low"), alphabet.singles, strict=True)
             )
             # outside the main loop, two tables a number: one plane at a time, if registers are to last
             found = [look_up(self.side, parts, half, alone=True) for half in (high, low)]
@@ -331,7 +312,7 @@ class Planes:
                 row = "pair_row"
                 lines.append(f"pair_row = {tokens} // {2 * PAIR} * {PAIR} + {tokens} % {PAIR}")
             token, lane = self.grid(row, self.lane)
-            mask = self.mask("")
+            mask = self.mask(self.guard)
             other = f", mask={mask}, other=0" if mask else ""
             shift, _ = self.grid(f"({tokens} % {2 * PAIR} // {PAIR} * 8)", self.lane)
             for tile in range(stream.tiles):
@@ -341,7 +322,8 @@ class Planes:
                 if stream.digits:
                     lines += self._digits(f"(({name} >> {shift}) & 255).to(tl.int16)")
                 elif stream.paired:
-                    narrow = ".to(tl.int16)" if side.alphabet.looked_up else ""  # the shift has made them 32 bits wide
+                    # the shift has made them 32 bits wide
+                    narrow = ".to(tl.int16)" if side.alphabet.looked_up or self.plan.masked else ""
                     kept = f"({name} >> {shift}) & 255"
                     lines.append(f"{name} = ({kept}){narrow}" if narrow else f"{name} = {kept}")
                 else:

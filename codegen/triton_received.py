@@ -18,6 +18,7 @@ from functools import cached_property
 
 from .text import fill, literal
 from .triton_attend import LOG2E, Attend, parameters
+from .triton_edges import RING_ROW
 from .triton_names import tokens_name
 from .triton_places import LOOSE, PLACES, base, of_tile, seen, stand_name
 
@@ -238,7 +239,7 @@ class Received(Attend):
     def _row(self) -> str:
         """As in attention; a remainder says that the row of a sink is small, whatever the program's number."""
         sinks = self.plan.sinks
-        return f"tl.where(u < 0, (u + {sinks}) % {sinks}, {sinks} + (u - first) % ring)" if sinks else super()._row()
+        return f"tl.where(u < 0, (u + {sinks}) % {sinks}, {sinks} + (u - first) % ring)" if sinks else RING_ROW
 
     def _arguments(self, *last: str) -> list[str]:
         plan = self.plan

@@ -6,8 +6,14 @@ A place in words is (name, bit): the code begins at that bit of the 16-bit words
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from .alphabet import packed_table
+from .codec import given
 from .plan import SidePlan
+
+if TYPE_CHECKING:
+    from .triton_planes import Planes
 
 Part = tuple[str, int]
 
@@ -60,3 +66,28 @@ def joined(side: SidePlan, parts: Sequence[Part]) -> str:
         kept = f"(({name} >> {bit}) & {2**stream.width - 1})" if bit else f"({name} & {2**stream.width - 1})"
         pieces.append(f"({kept} << {stream.shift})" if stream.shift else kept)
     return f"({' | '.join(pieces)})" if len(pieces) > 1 else pieces[0]
+
+
+def registers(planes: Planes) -> list[str]:
+    """Lines that put a table of the parameters into registers, as `packed_table` does one that is known: what a product
+    reads, and the halves of the levels themselves."""
+    lines, prefix = [], planes.prefix
+    count = 2**planes.side.alphabet.bits
+    names = given(planes.side, "levels")
+    levels = [f"{prefix}_{names[min(i, count - 1)]}" for i in range(max(4, count))]
+    for name, bits, shifts in (("half", "half_bits", (0, 8)), ("high", "as_int", (16, 24)), ("low", "as_int", (0, 8))):
+        words = [f"{prefix}_{name}_bits{i}" for i in range(len(levels))]
+        lines += [f"{word} = {bits}({level})" for word, level in zip(words, levels, strict=True)]
+        for row, shift in enumerate(shifts):
+            for i in range(0, len(words), 4):
+                register = f"{prefix}_{name}{row * len(words) // 4 + i // 4}"
+                lines.append(f"{register} = four_bytes({', '.join(words[i : i + 4])}, {shift})")
+    return lines
+
+
+def known(planes: Planes, name: str, entries: tuple[int, ...]) -> list[str]:
+    """The registers of a table: numbers, or those that the parameters' levels were put into."""
+    alphabet = planes.side.alphabet
+    if not alphabet.given:
+        return list(map(str, packed_table(entries)))
+    return [f"{planes.prefix}_{name}{i}" for i in range(max(4, 2**alphabet.bits) // 2)]

@@ -23,7 +23,7 @@ def _span(planes: Planes) -> int:
     """How many sub-tiles' numbers come at once: one, or all where one's are too few to be asked for ahead of time;
     0 where every group's come alone."""
     side, plan, meta = planes.side, planes.plan, planes.side.layout.meta
-    if meta is None or meta.tokens > 1 or meta.kind == "words" or side.scale.dtype in DEAR:
+    if meta is None or plan.masked or meta.tokens > 1 or meta.kind == "words" or side.scale.dtype in DEAR:
         return 0
     span = 1 if side.groups * plan.half * meta.element >= AHEAD else plan.halves
     pieces = side.groups * span
@@ -54,7 +54,7 @@ def read_group(planes: Planes, group: int, half: int, tokens: str) -> list[str]:
     span = _span(planes)
     loaded = _name(f"{planes.prefix}_stored", group * span + half % span, 1) if span else ""
     index = token_entry(planes.side, tokens, group)
-    return read(planes.side, planes.meta, index, planes.scale, planes.offset, loaded=loaded)
+    return read(planes.side, planes.meta, index, planes.scale, planes.offset, mask=planes.guard, loaded=loaded)
 
 
 def read_plane(planes: Planes, plane: int, half: int) -> list[str]:

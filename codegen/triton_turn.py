@@ -92,6 +92,7 @@ def turn_query($args):
         matrix + d.to(tl.int64)[:, None] * $given + i[None, :], mask=known[:, None] & (i < $given)[None, :], other=0.0
     )
     y = tl.dot(q, w, input_precision="ieee")
+    let_next_begin()
     tl.store(turned_ptr + place[:, None] * $given + i[None, :], y, mask=live[:, None] & (i < $given)[None, :])
     $bias
 """
@@ -110,6 +111,7 @@ def turn_query($args):
     known = live[:, None] & (i < $dim)[None, :]
     x = tl.load(query_ptr + place[:, None] * $dim + i[None, :], mask=known, other=0.0).to(tl.float32)
     $mapped
+    let_next_begin()
     tl.store(turned_ptr + place[:, None] * $dim + i[None, :], $stored, mask=known)
     $bias
 """

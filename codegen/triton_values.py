@@ -6,8 +6,6 @@ the output; where it varies with the channel within a block of tokens, each tile
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from sympy import Expr
 
 from .placement import When
@@ -16,7 +14,6 @@ from .text import plus
 from .triton_groups import UNIT, halves, in_halves
 from .triton_meta import across, read, static_read, token_entry
 from .triton_planes import Planes
-from .triton_rows import ExactRows
 from .triton_together import load_together, read_group, read_plane
 from .triton_vectors import first_channel
 
@@ -239,76 +236,3 @@ class Values(Planes):
                 text = self.steps.plus_carried(text, side.group(j), carried[1])
             lines.append(f"o{j} = {text}")
         return self.own(lines)
-
-
-class ValueSide:
-    """The values' part of an attention kernel: sums of every term, and of exact rows."""
-
-    def __init__(self, plan: Plan, terms: Sequence[Values]) -> None:
-        self.plan, self.side = plan, plan.values
-        self.terms = terms
-        self.first = self.terms[0]
-        self.exact_rows = None
-        if self.side.apart:
-            self.exact_rows = ExactRows(plan, self.side, self.first.exact, self.first.precise)
-
-    def outputs(self) -> list[str]:
-        """The arguments where sums over exact rows go, and the packed tokens' share of the weights."""
-        return ["exact_ptr", *(["share_ptr"] if self.side.shifted else [])] if self.side.apart else []
-
-    def lane_lines(self) -> list[str]:
-        return [line for term in self.terms for line in term.lane_lines()]
-
-    def prologue(self) -> list[str]:
-        return [line for term in self.terms for line in term.prologue()]
-
-    def accumulate(self, half: int, tokens: str) -> list[str]:
-        """Add a sub-tile's packed values under weights p.
-
-        Beside keys that are turned in the loop registers are few: single numbers, which gather p, come first, while
-        nothing else is made of it."""
-        terms = list(self.terms)
-        if self.plan.keys.rope is not None:
-            terms.sort(key=lambda term: term.side.slots is None)
-        return [line for term in terms for line in term.accumulate(half, tokens)]
-
-    def epilogue(self) -> list[str]:
-        return [line for term in self.terms for line in term.epilogue()]
-
-    def stores(self, out: str) -> list[str]:
-        """Lines that store what was summed, one term behind the other."""
-        return [line for term in self.terms for line in term.stores(out)]
-
-    def edge_prologue(self) -> list[str]:
-        lines = [line for term in self.terms for line in term.edge_prologue()]
-        if self.exact_rows is not None:
-            lines += [*self.exact_rows.lanes(), *self.exact_rows.accumulators()]
-            lines += ["coded_mass = tl.zeros([ROWS], tl.float32)"] * self.side.shifted
-        return lines
-
-    def either(self) -> list[str]:
-        """Add edge tokens under weights p: decoded where `coded`, from exact rows where `exact`."""
-        lines = [*self._decayed(), *(line for term in self.terms for line in term.tokens())]
-        if self.side.shifted:
-            lines.append("coded_mass = coded_mass + tl.sum(tl.where(coded[:, None], p, 0.0), 0)")
-        return lines + self._rows("exact")
-
-    def exact(self, there: str) -> list[str]:
-        """Add edge tokens under weights p from exact rows, where a mask says that they are there."""
-        return self._decayed() + self._rows(there)
-
-    def _decayed(self) -> list[str]:
-        """All sums over edge tokens, decayed, and the weights as an operand."""
-        sums = [name for term in self.terms for name in term.sums()]
-        sums += self.exact_rows.names() if self.exact_rows is not None else []
-        lines = [f"weight = {self.first.cast('p')}", *(f"{name} = {name} * decay[None, :]" for name in sums)]
-        return lines + ["coded_mass = coded_mass * decay"] * self.side.shifted
-
-    def _rows(self, there: str) -> list[str]:
-        """Lines that add exact rows to sums that have decayed."""
-        if self.exact_rows is not None:
-            return self.exact_rows.accumulate(there)
-        if self.side.stretch:
-            return [line for term in self.terms for line in term.exact_tokens(there)]
-        plain = (term for term in self.terms if term.side is self.side.plain)
-        return next(plain, self.first).exact_tokens(there)  # of bands the one that has all

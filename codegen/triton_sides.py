@@ -1,0 +1,225 @@
+"""A side's part of an attention kernel, in Triton: the sum of its terms, and exact rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .placement import When
+from .plan import Plan
+from .triton_keys import Keys
+from .triton_planes import Planes
+from .triton_rows import ExactRows
+from .triton_values import Values
+
+
+def largest(names: Sequence[str]) -> list[str]:
+    """Lines that make of tiles [lanes, rows] the largest size of each row."""
+    first, *more = names
+    return [f"top = tl.max(tl.abs({first}), 0)"] + [f"top = tl.maximum(top, tl.max(tl.abs({x}), 0))" for x in more]
+
+
+class KeySide:
+    """The keys' part of an attention kernel: the sum of their terms, and exact rows."""
+
+    def __init__(self, plan: Plan, terms: Sequence[Keys]) -> None:
+        self.plan, self.side = plan, plan.keys
+        self.terms = terms
+        self.first = self.terms[0]
+        self.positions = self.first.positions
+        self.exact_rows = None
+        if self.side.apart:
+            self.exact_rows = ExactRows(plan, self.side, self.first.exact, self.first.precise)
+        self.query = "turned" if self.side.through else "query"
+
+    def inputs(self) -> list[str]:
+        """The arguments that stand beside the query: the turned query, what it adds to a score, rotary positions."""
+        given = ["gathered_ptr"] * any(term.store.gathers for term in self.side.terms)
+        given += [name for term in self.terms for name in term.inputs()]
+        if self.positions is not None:
+            return [*self.positions.inputs(), *given]
+        return ["turned_ptr", *["bias_ptr"] * self.side.shifted, *given] if self.side.through else given
+
+    def lane_lines(self) -> list[str]:
+        return [line for term in self.terms for line in term.lane_lines()]
+
+    def readers(self) -> list[Planes]:
+        """All that read words, of one head each."""
+        return [reader for term in self.terms for reader in term.readers]
+
+    # ---- once per query -------------------------------------------------------------------------------------------
+
+    def _rows(self, others: list[str] | None = None) -> list[str]:
+        """Load the query rows of all terms, divided by one size; `others` share it."""
+        lines = [line for term in self.terms for line in term.loads(self.query)]
+        names = [name for term in self.terms for name in term.rows()]
+        turned = [f"w{j}" for j in range(self.side.layout.planes)] if self.positions is not None else []
+        more = [*names[1:], *(others or [])]
+        more += turned if self.side.factored else []  # other factors than those of their partners in x are on them
+        lines += largest([names[0], *more])
+        lines.append("size, inverse = above(top)  # [rows]")
+        lines += [f"{name} = {name} * inverse[None, :]" for name in [*names, *turned]]
+        if self.side.shifted and self.side.hoisted:
+            lines.append("bias = tl.load(bias_ptr + head * queries + token, mask=live, other=0.0) * scaling * inverse")
+        return lines
+
+    def prologue(self) -> list[str]:
+        """Load the query rows, plane by plane, and prepare them for the planes."""
+        if self.positions is not None:
+            fixed = self.positions.fixed() if self.positions.placed else []
+            return self._rows() + fixed + self.positions.prologue()
+        lines = self._rows()
+        for term in self.terms:
+            lines += [*(term.operands() if term.decoded else []), *term.prepared()]
+        return lines
+
+    def edge_prologue(self) -> list[str]:
+        """The operands for decoded numbers, and for exact ones."""
+        rows = self.exact_rows
+        if rows is None:
+            return self._rows() + [line for term in self.terms for line in term.operands()]
+        lines = [*rows.lanes(), *rows.queries(), *self._rows([f"r{j}" for j in rows.planes])]
+        if self.positions is not None:
+            lines += [*self.positions.fixed(), *self.positions.prologue()]
+        else:
+            lines += [line for term in self.terms for line in term.operands()]
+        return lines + [f"f{j} = (r{j} * inverse[None, :]).to({self.first.exact})" for j in rows.planes]
+
+    def exact_prologue(self, size: str) -> list[str]:
+        """The operands for exact numbers behind packed ones, whose scores are in units of `size`."""
+        rows = self.exact_rows
+        if rows is None:
+            names = [name for term in self.terms for name in term.rows()]
+            lines = [line for term in self.terms for line in term.loads(self.query)]
+            lines += [f"shrink = 1.0 / {size}", *(f"{name} = {name} * shrink[None, :]" for name in names)]
+            return lines + [line for term in self.terms for line in term.operands()]
+        names = [f"r{j}" for j in rows.planes]
+        lines = [*rows.lanes(), *rows.queries(), *largest(names), "row_size, shrink = above(top)  # [rows]"]
+        lines += [f"f{j} = (r{j} * shrink[None, :]).to({self.first.exact})" for j in rows.planes]
+        return [*lines, f"row_size = row_size / {size}"]
+
+    # ---- once per tile --------------------------------------------------------------------------------------------
+
+    def scores(self, half: int, tokens: str) -> list[str]:
+        """s = scores of the sub-tile's packed tokens [tokens, rows], in units of the row's `size`."""
+        return self._summed([term.scores(half, tokens) for term in self.terms])
+
+    def _summed(self, terms: list[list[str]]) -> list[str]:
+        """Lines of all terms, their scores added up, and what a shift adds to each."""
+        lines = [line for term in terms for line in term]
+        names = [f"s{term.mark}" for term in self.terms]
+        lines += [f"s = {' + '.join(names)}"] * (len(names) > 1)
+        return lines + ["s = s + bias[None, :]"] * (self.side.shifted and self.side.hoisted)
+
+    def decoded(self) -> list[str]:
+        """s = scores of edge tokens, decoded."""
+        return self._summed([term.tokens() for term in self.terms])
+
+    @property
+    def in_planes(self) -> bool:
+        """Tokens at the edges may be scored as those of clean pages are: nothing but codes is read, and a scale is put
+        onto scores or onto the query."""
+        places = (When.AFTER_DOT, When.ONCE_PER_QUERY, When.NEVER)
+        plain = all(type(term) is Keys and not term.decoded and term.positions is None for term in self.terms)
+        return plain and all(term.side.when in places and not term.side.layout.across for term in self.terms)
+
+    def exact(self, there: str) -> list[str]:
+        """r = scores of edge tokens, from exact rows, where a mask says that they are there."""
+        if self.exact_rows is not None:
+            return self.exact_rows.scores(there)
+        if self.side.stretch:
+            return [line for i, term in enumerate(self.terms) for line in term.exact_scores(there, more=i > 0)]
+        plain = (term for term in self.terms if term.side is self.side.plain)
+        return next(plain, self.first).exact_scores(there)  # of bands the one that has all
+
+    def either(self) -> list[str]:
+        """s = scores of edge tokens: decoded where `coded`, from exact rows where `exact`."""
+        return [*self.decoded(), *self.exact("exact"), "s = tl.where(coded[:, None], s, r)"]
+
+
+class ValueSide:
+    """The values' part of an attention kernel: sums of every term, and of exact rows."""
+
+    def __init__(self, plan: Plan, terms: Sequence[Values]) -> None:
+        self.plan, self.side = plan, plan.values
+        self.terms = terms
+        self.first = self.terms[0]
+        self.exact_rows = None
+        if self.side.apart:
+            self.exact_rows = ExactRows(plan, self.side, self.first.exact, self.first.precise)
+
+    def outputs(self) -> list[str]:
+        """The arguments where sums over exact rows go, and the packed tokens' share of the weights."""
+        return ["exact_ptr", *(["share_ptr"] if self.side.shifted else [])] if self.side.apart else []
+
+    def lane_lines(self) -> list[str]:
+        return [line for term in self.terms for line in term.lane_lines()]
+
+    def prologue(self) -> list[str]:
+        return [line for term in self.terms for line in term.prologue()]
+
+    def accumulate(self, half: int, tokens: str) -> list[str]:
+        """Add a sub-tile's packed values under weights p.
+
+        Beside keys that are turned in the loop registers are few: single numbers, which gather p, come first, while
+        nothing else is made of it."""
+        terms = list(self.terms)
+        if self.plan.keys.rope is not None:
+            terms.sort(key=lambda term: term.side.slots is None)
+        return [line for term in terms for line in term.accumulate(half, tokens)]
+
+    def epilogue(self) -> list[str]:
+        return [line for term in self.terms for line in term.epilogue()]
+
+    def stores(self, out: str) -> list[str]:
+        """Lines that store what was summed, one term behind the other."""
+        return [line for term in self.terms for line in term.stores(out)]
+
+    def edge_prologue(self) -> list[str]:
+        lines = [line for term in self.terms for line in term.edge_prologue()]
+        if self.exact_rows is not None:
+            lines += [*self.exact_rows.lanes(), *self.exact_rows.accumulators()]
+            lines += ["coded_mass = tl.zeros([ROWS], tl.float32)"] * self.side.shifted
+        return lines
+
+    def either(self) -> list[str]:
+        """Add edge tokens under weights p: decoded where `coded`, from exact rows where `exact`."""
+        return self.decoded() + self._rows("exact")
+
+    def decoded(self) -> list[str]:
+        """Add edge tokens under weights p, decoded, where `coded`."""
+        lines = [*self._decayed(), *(line for term in self.terms for line in term.tokens())]
+        if self.side.shifted:
+            lines.append("coded_mass = coded_mass + tl.sum(tl.where(coded[:, None], p, 0.0), 0)")
+        return lines
+
+    @property
+    def in_planes(self) -> bool:
+        """Tokens at the edges may be added up as those of clean pages are, in the basis of dirty planes."""
+        return all(type(term) is Values and term.in_planes for term in self.terms)
+
+    def exact_prologue(self) -> list[str]:
+        """Sums of exact numbers that are apart from those of packed tokens, which come before."""
+        if self.exact_rows is None:
+            return []
+        lines = [*self.exact_rows.lanes(), *self.exact_rows.accumulators()]
+        return lines + ["coded_mass = mass"] * self.side.shifted
+
+    def exact(self, there: str) -> list[str]:
+        """Add edge tokens under weights p from exact rows, where a mask says that they are there."""
+        return self._decayed() + self._rows(there)
+
+    def _decayed(self) -> list[str]:
+        """All sums over edge tokens, decayed, and the weights as an operand."""
+        sums = [name for term in self.terms for name in term.sums()]
+        sums += self.exact_rows.names() if self.exact_rows is not None else []
+        lines = [f"weight = {self.first.cast('p')}", *(f"{name} = {name} * decay[None, :]" for name in sums)]
+        return lines + ["coded_mass = coded_mass * decay"] * self.side.shifted
+
+    def _rows(self, there: str) -> list[str]:
+        """Lines that add exact rows to sums that have decayed."""
+        if self.exact_rows is not None:
+            return self.exact_rows.accumulate(there)
+        if self.side.stretch:
+            return [line for term in self.terms for line in term.exact_tokens(there)]
+        plain = (term for term in self.terms if term.side is self.side.plain)
+        return next(plain, self.first).exact_tokens(there)  # of bands the one that has all
