@@ -10,7 +10,9 @@ would wait for it: `kivi4`, of which a processor holds 9, takes 104 us with 16 p
 
 What is below is in tiles: the time that a warp takes for one of TILE tokens where its partition has no other.  Its four
 constants are fitted to what numbers of programs took on an H200, nine schemes at eleven sizes
-(benchmarks/results/schedules/h200.json): what they choose takes 1.02 times the best of each on average.
+(benchmarks/results/schedules/h200_1.json): what they choose takes 1.03 times the best of each on average, and 1.04
+times that of later kernels, eight schemes at eight sizes (h200_2.json).  A fit to those alone, of which fewer numbers
+were timed, went wrong where none was: `token2` 8 x 8 x 131072 took 252 us with 16 programs a sequence, 176 with 49.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from .text import padded
 MOST_SPLITS = 128  # programs of a sequence: `quarot4` 1 x 8 x 32768 takes 23 us with 128 partials and 67 with 130
 MOST_EDGES = 32
 START = 1.0  # what a program does beside its tiles
-EDGE = 1.5  # what a tile at the edges takes, of fewer tokens, but decoded or exact
+EDGE = 1.5  # what a tile at the edges takes, of fewer tokens
 LATENCY = 2.5  # programs of one warp that a partition runs in the time of one: the others work while it waits
 PARTIAL = 0.04  # what one more partial of a row costs where all are merged
 REGISTERS = 65536  # of a processor, on every GPU that Triton knows of NVIDIA's
