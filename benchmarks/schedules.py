@@ -51,8 +51,10 @@ def row(name: str, text: str) -> dict[str, Any]:
     size = Size.parse(text)
     kernels = build(getattr(schemes, name), size.shape, "triton")
     normal = numbers(size, device, dtype=DTYPES[size.shape.dtype])
-    query, full = normal(size.q_heads, 1), filled(kernels, size.batch, size.tokens, normal)
-    module, segments = kernels.module, [(kernels.module, full.cache.state(), full.cache.params, None)]
+    query = normal(size.q_heads, 1)
+    full: Any = filled(kernels, size.batch, size.tokens, normal)
+    module: Any = kernels.module
+    segments = [(module, full.cache.state(), full.cache.params, None)]
     full.attend(query)  # tells how many programs a processor holds
     (part,) = _parts(query, segments, None, None)
     clock = clock_of(device)

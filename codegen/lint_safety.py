@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from .lint_text import Fault, Rule, Text, dotted, is_constexpr, line, names
 
-DEVICE = ("kvdsl.codegen.device", "kvdsl.codegen.device_codes", "kvdsl.codegen.device_steps")
+DEVICE = tuple(f"kvdsl.codegen.device{part}" for part in ("", "_codes", "_steps", "_launch"))
 
 _IDENTIFIER = re.compile(r"_?[A-Za-z][A-Za-z0-9]*(_[A-Za-z0-9]+)*")
 _NODES = (

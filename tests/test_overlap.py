@@ -1,4 +1,4 @@
-"""Kernels of one step that are launched before the one in front of them has ended: that they wait, and which they are."""
+"""Kernels of a step that are launched before the one in front of them has ended: that they wait, and which they are."""
 
 from __future__ import annotations
 
