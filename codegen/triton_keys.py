@@ -148,7 +148,7 @@ class Keys(Planes):
 
     def _turned_back(self, positions: Positions, half: int, tokens: str) -> list[str]:
         """Scores of decoded numbers, each at its token's position."""
-        words = [[] if self.side.floats else reader.load(half, tokens) for reader in self.readers]
+        words = [[] if reader.side.floats else reader.load(half, tokens) for reader in self.readers]
         planes = [reader.packed_channels(half, tokens) for reader in self.readers]
         unmap, wave = positions.unmap, positions.near_waves
         if positions.placed:
@@ -333,7 +333,7 @@ class KeySide:
         """Load the query rows of all terms, divided by one size; `others` share it."""
         lines = [line for term in self.terms for line in term.loads(self.query)]
         names = [name for term in self.terms for name in term.rows()]
-        turned = [f"w{j}" for j in range(self.side.layout.planes)] if self.positions is not None else []
+        turned = [f"w{j}" for j in self.positions.count] if self.positions is not None else []
         more = [*names[1:], *(others or [])]
         more += turned if self.side.factored else []  # other factors than those of their partners in x are on them
         lines.append(f"top = tl.max(tl.abs({names[0]}), 0)")
