@@ -226,7 +226,7 @@ class SidePlan:
     @property
     def mixed(self) -> bool:
         """It stays in the loop, behind rotary positions, as a matrix: its numbers are sums over channels."""
-        return self.mapped and not self.hoisted and not self.store.channelwise
+        return self.store.mixed
 
     @property
     def ordered(self) -> bool:

@@ -26,6 +26,7 @@ from .triton_meta import section
 from .triton_names import pair_name, tokens_name
 from .triton_places import LOOSE, PLACES, base, of_tile, order, seen, stand_name
 from .triton_sides import KeySide, ValueSide
+from .triton_strung import StrungKeys, strung
 from .triton_terms import keys_of, sections_of, values_of
 
 LOG2E = 1.4426950408889634
@@ -355,6 +356,7 @@ def sides_of(plan: Plan) -> tuple[KeySide, ValueSide]:
     alone = (term for term in plan.keys.terms if not (term.masked and term.store.gathers))  # else read with another
     keys = [keys_of(plan, term, head) for term in alone for head in term.heads]
     keys = [FoldedKeys(plan, plan.keys)] if plan.keys.polar and plan.keys.band else keys
+    keys = [StrungKeys(plan, plan.keys)] if strung(plan.keys) else keys
     values = [values_of(plan, term, head) for term in plan.values.terms for head in term.heads]
     values = [FoldedValues(plan, plan.values)] if plan.values.polar and plan.values.band else values
     return KeySide(plan, keys), ValueSide(plan, values)

@@ -147,7 +147,7 @@ class Keys(Planes):
 
     def _turned_back(self, positions: Positions, half: int, tokens: str) -> list[str]:
         """Scores of decoded numbers, each at its token's position."""
-        words = [[] if self.side.floats else reader.load(half, tokens) for reader in self.readers]
+        words = [[] if reader.side.floats else reader.load(half, tokens) for reader in self.readers]
         planes = [reader.packed_channels(half, tokens) for reader in self.readers]
         unmap, wave = positions.unmap, positions.near_waves
         if positions.placed:

@@ -52,7 +52,7 @@ class KeySide:
         """Load the query rows of all terms, divided by one size; `others` share it."""
         lines = [line for term in self.terms for line in term.loads(self.query)]
         names = [name for term in self.terms for name in term.rows()]
-        turned = [f"w{j}" for j in range(self.side.layout.planes)] if self.positions is not None else []
+        turned = [f"w{j}" for j in self.positions.count] if self.positions is not None else []
         more = [*names[1:], *(others or [])]
         more += turned if self.side.factored else []  # other factors than those of their partners in x are on them
         lines += largest([names[0], *more])

@@ -24,7 +24,7 @@ _PLACES = {
     "routed_api": ("labels",),
     "hf": ("cache", "use"),
     "search_maps": ("search",),
-    "pair_bits": ("head_quotas", "quotas"),
+    "pair_bits": ("basis_quotas", "head_quotas", "quotas"),
     "evaluation": ("evaluate",),
     "codegen.sweep_run": ("sweep",),
     "codegen.recommending": ("recommend",),

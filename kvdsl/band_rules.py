@@ -43,9 +43,13 @@ def _stretches_of_channels_are_of_the_vector(site: Site) -> Iterator[Fault]:
         fact = f"{len(code.channels)} stretches for {len(code.stores)} stores"
         yield site.fault("code.channels", fact, f"give {len(code.stores)} counts")
     for position, part in enumerate(site.store.transform):  # type: ignore[arg-type]
-        if isinstance(part, (PreRope, Polar, Balance)):
+        mixed = isinstance(part, PreRope) and site.store.mixed
+        if isinstance(part, (PreRope, Polar, Balance)) and not mixed:
             fact = f"stretches of channels have none behind {type(part).__name__}"
-            yield site.fault(f"transform[{position}]", fact, "leave it out, or leave channels out behind Polar()")
+            mend = "leave it out, or leave channels out behind Polar()"
+            if isinstance(part, PreRope):
+                mend = "leave it out, or put a map of all channels behind it, as Eigenbasis('own')"
+            yield site.fault(f"transform[{position}]", fact, mend)
 
 
 @rule("~.code", "~.scale", "~.residual", "~.transform")
@@ -111,7 +115,9 @@ def shape_faults(site: Site, shape: Shape) -> Iterator[Fault]:
     if not isinstance(code, Bands) or not code.channels or code.head_dim is not None:
         return
     for position, share in enumerate(shares(code.channels)):
-        if share * shape.head_dim % LEAST:
-            fact = f"{float(share):g} of head_dim {shape.head_dim} are no multiple of {LEAST} channels"
+        whole = site.store.width(shape.head_dim)
+        if share * whole % LEAST:
+            of = f"the {whole} numbers that are kept" if site.store.short else f"head_dim {shape.head_dim}"
+            fact = f"{float(share):g} of {of} are no multiple of {LEAST} channels"
             mend = "use other shares, as (0.25, 0.5, 0.25) of 64 or 128"
             yield site.fault(f"code.channels[{position}]", fact, mend)

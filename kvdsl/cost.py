@@ -319,10 +319,10 @@ def _constants(store: Store, shape: Shape) -> int:
     the matrices of a basis."""
     scale, count = store.measure, 0
     bases = (part for part in store.own.linear if isinstance(part, Eigenbasis))
-    square = store.own.width(shape.head_dim) ** 2
+    square = store.own.given(shape.head_dim) ** 2
     count += sum((shape.kv_heads if part.per == "head" else 1) * part.matrices * square for part in bases)
     if store.split is not None:
-        count += shape.kv_heads * (shape.head_dim - store.own.width(shape.head_dim))
+        count += shape.kv_heads * (shape.head_dim - store.own.given(shape.head_dim))
     if isinstance(store.code, Codebook) and store.code.levels == "calibrated":
         count += 2 ** (width(store.code) or 0) * (1 if store.code.match is None else 2)
     if isinstance(store.code, Vectors):  # in float16
@@ -378,7 +378,7 @@ def _formula_of(store: Store, shape: Shape, tokens: int, side: Side) -> str:
     if isinstance(store.code, Chosen):
         count, told = store.coded(shape.head_dim), f" + {float(padding):g} of padding" if padding else ""
         return f"{count}/{shape.head_dim} x ({store.code.bits} + {PLACE}/{store.code.tokens}){told} = {total:g} bits"
-    part = f"{channels}/{shape.head_dim} x " if store.pick or stretch else ""
+    part = f"{channels}/{shape.head_dim} x " if store.pick or store.short or stretch else ""
     code = code * shape.head_dim / channels
     if (scale := _online(store)) is None:
         return f"{part}{float(code):g} = {total:g} bits" if part else f"{float(code):g} bits"

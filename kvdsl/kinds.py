@@ -6,6 +6,7 @@ import math
 import operator
 import struct
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Literal, get_args
 
 from .codes import (
@@ -222,10 +223,10 @@ def _stretches(place: str, value: Any, check: Check, least: int) -> Iterator[Fau
             yield Fault(f"{place}[{position}]", fact, f"use {round(item / least) * least or least}")
 
 
-def outliers(place: str, value: Any) -> Iterator[Fault]:
-    """A count of channels, or a share of a head's."""
-    whole = isinstance(value, float)
-    yield from (share("channels", 1, "0.125, or a count, as 8") if whole else count(1, 248, "channels"))(place, value)
+def portion(place: str, value: Any, *, whole_axis: bool = False) -> Iterator[Fault]:
+    """A count of channels, or a share of a head's; with `whole_axis` also ALL."""
+    whole = count(1, 248, "channels", whole_axis=whole_axis)
+    yield from (share("channels", 1, "0.125, or a count, as 8") if isinstance(value, float) else whole)(place, value)
 
 
 def share(what: str, most: float, example: str, *, optional: bool = False) -> Check:
@@ -341,6 +342,7 @@ KINDS: dict[type[Part], dict[str, Check]] = {
         "by": word(Moment),
         "per": word(Literal["head", "layer"]),
         "when": word(Literal["calibrated"]),
+        "rank": partial(portion, whole_axis=True),
     },  # fmt: skip
     ChannelScale: {"by": word(ScaleRule), "when": word(Literal["calibrated", "online", "prompt", "arrived"])},
     ChannelShift: {"by": word(ShiftRule), "when": word(Literal["calibrated"])},
@@ -357,7 +359,7 @@ KINDS: dict[type[Part], dict[str, Check]] = {
         "feedback": one_of("feedback=Feedback()", Feedback, optional=True),
     },
     TopChannels: {
-        "n": outliers,
+        "n": portion,
         "per": count(1, LONGEST_BLOCK, "tokens", whole_axis=True),
         "by": word(Size),
         "store": _store,

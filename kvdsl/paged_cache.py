@@ -239,10 +239,11 @@ class PagedCache:
 
     # -- waiting elsewhere --------------------------------------------------------------------------------------------
 
-    def swap_out(self, name: Name, path: str | Path | None = None) -> None:
-        """Move a sequence to host memory, or to a file as QuantizedCache.save writes it; its pages are given back."""
+    def swap_out(self, name: Name, path: str | Path | None = None, *, deflate: int | None = None) -> None:
+        """Move a sequence to host memory, or to a file as QuantizedCache.save writes it; its pages are given back.
+        `deflate`: a level, 1 to 9, of the streams that they wait as; None: as they are."""
         with self._turn():
-            self._sequences.swap_out(self._sequences.resident(name), None if path is None else Path(path))
+            self._sequences.swap_out(self._sequences.resident(name), None if path is None else Path(path), deflate)
 
     def swap_in(self, name: Name) -> None:
         """Bring a sequence back as it was, bit for bit, into pages of its own."""

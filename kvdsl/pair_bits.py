@@ -1,7 +1,9 @@
-"""How many bits which share of a head's rotary pairs should have, by the energy of keys and queries in them.
+"""How many bits which share of a head's rotary pairs should have, by the energy of keys and queries in them; or of its
+numbers in a basis of eigenvectors, by their variance.
 
 One more bit makes a quarter of a pair's error in scores, so the next one goes where E*4^-b is largest: what that rule
-gives has the least sum of all with as many bits (Block-GTQ, arXiv 2606.24033).
+gives has the least sum of all with as many bits (Block-GTQ, arXiv 2606.24033).  It is what a dynamic program would find
+for errors that fall so (KVTC, arXiv 2511.01815), 0 bits included.
 """
 
 from __future__ import annotations
@@ -67,11 +69,29 @@ def head_quotas(
     return tuple(_shares(one[None], bits, parts, least, most) for one in energies(k, q, pairs))
 
 
-def _shares(energy: Tensor, bits: float, parts: int, least: int, most: int) -> dict[int, float]:
+def basis_quotas(
+    x: Tensor, bits: float, *, parts: int = 8, least: int = 0, most: int = 8, mean: bool = True
+) -> dict[int, float]:
+    """Which share of a head's numbers should have how many bits in the basis of its own eigenvectors, alike for all
+    heads of x (B, H, T, D), the numbers of largest variance first: what `Bands(channels=...)` behind
+    `Eigenbasis("own")` takes, and whose part of 0 bits its `rank` leaves out.
+
+    Numbers are cut into so many equal `parts`, of which each has as many bits as by the rule for the geometric mean of
+    its variances over the heads.  `mean`: the mean comes off first, as `ChannelShift` takes it.  Raises ValueError for
+    channels that are no whole number of parts.
+    """
+    rows = x.detach().cpu().double().transpose(0, 1).flatten(1, 2)
+    rows = rows - rows.mean(1, keepdim=True) if mean else rows
+    variances = torch.linalg.eigvalsh(rows.mT @ rows / rows.shape[1])
+    found = _shares(variances, bits, parts, least, most, "channels")
+    return {count: found[count] for count in sorted(found, reverse=True)}
+
+
+def _shares(energy: Tensor, bits: float, parts: int, least: int, most: int, what: str = "pairs") -> dict[int, float]:
     """Which share of the pairs of heads, whose energies (H, D/2) these are, should have how many bits."""
     rising = energy.sort(-1).values
     if rising.shape[-1] % parts:
-        raise ValueError(f"parts: {rising.shape[-1]} pairs are no whole number of {parts} parts; give a divisor")
+        raise ValueError(f"parts: {rising.shape[-1]} {what} are no whole number of {parts} parts; give a divisor")
     spectrum = rising.unflatten(-1, (parts, -1)).mean(-1).clamp(min=LEAST_ENERGY).log().mean(0).exp()
     each = allotted(spectrum, bits, least, most).tolist()
     return {count: each.count(count) / parts for count in sorted(set(each))}

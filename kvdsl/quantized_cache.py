@@ -339,11 +339,12 @@ class QuantizedCache:
 
     # -- keeping -------------------------------------------------------------------------------------------------------
 
-    def save(self, path: str | Path) -> None:
-        """Write a safetensors file, see saving.py; an existing file is replaced only by a complete one."""
+    def save(self, path: str | Path, *, deflate: int | None = None) -> None:
+        """Write a safetensors file, see saving.py; an existing file is replaced only by a complete one.  `deflate`: a
+        level, 1 to 9, of the streams that its pages are written as; None: as they are."""
         from .saving import save
 
-        save(self, Path(path))
+        save(self, Path(path), deflate)
 
     @classmethod
     def load(cls, path: str | Path, kernels: KernelSet, **options: Any) -> Self:

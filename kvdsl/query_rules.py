@@ -80,6 +80,9 @@ def _of_keys(keys: Store) -> Iterator[Fault]:
     if keys.rope is not None:
         fact = "keys before RoPE meet the query turned to the position of each token, which is rounded for none"
         yield Fault("queries", fact, "leave it out, or PreRope() of the keys")
+    elif keys.short:
+        fact = "a basis of the keys keeps some of its numbers, and a query is rounded in all of them"
+        yield Fault("queries", fact, "leave it out, or rank of the keys' Eigenbasis")
     elif keys.outliers is not None or keys.residual is not None:
         what = "outliers" if keys.outliers is not None else "a residual"
         fact = f"keys with {what} are sums, whose terms meet the query each in numbers of its own"

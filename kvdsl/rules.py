@@ -13,6 +13,7 @@ from . import (  # noqa: F401  (they enter their rules)
     additive_rules,
     balance_rules,
     band_rules,
+    basis_rules,
     chosen_rules,
     code_rules,
     feedback_rules,
@@ -308,7 +309,7 @@ def _shape(site: Site, shape: Shape) -> Iterator[Fault]:
     yield from (*shared_rules.shape_faults(site, shape), *band_rules.shape_faults(site, shape)) if not band else ()
     if site.head_dim(shape) < 1 or isinstance(code, Shared):
         return
-    yield from rotation_rules.shape_faults(site, shape) if not band else ()
+    yield from (*rotation_rules.shape_faults(site, shape), *basis_rules.shape_faults(site, shape)) if not band else ()
     if isinstance(code, Sketch) and code.basis == "hadamard" and shape.head_dim.bit_count() > 1:
         fact = f"a Hadamard basis needs a power of two, and head_dim is {shape.head_dim}"
         yield site.fault("code.basis", fact, "use basis='orthogonal'")
@@ -321,7 +322,8 @@ def _shape(site: Site, shape: Shape) -> Iterator[Fault]:
     if isinstance(block.channels, int) and size % block.channels:
         common = math.gcd(block.channels, size)
         mend = f"use {common} or ALL" if common > 1 else "use ALL"
-        what = f"the {size} numbers of a stretch" if band else site.said_dim(shape)
+        kept = "of a stretch" if band else "that are kept" if site.store.short else ""
+        what = f"the {size} numbers {kept}" if kept else site.said_dim(shape)
         yield site.fault("scale.block.channels", f"groups of {block.channels} channels do not divide {what}", mend)
     if isinstance(block.heads, int) and heads % block.heads:
         fits = [str(n) for n in range(1, heads + 1) if heads % n == 0]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 import torch
 from torch import Tensor
 
+from .deflated import deflated, inflated, refuse_level
 from .errors import CacheError
 from .kernels import KernelSet
 from .snapshot import Document, digest, expected, restore, snapshot
@@ -29,12 +30,13 @@ HEADER_LIMIT = 1 << 20
 TYPES = {"U8": torch.uint8, "I32": torch.int32, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
-def save(cache: QuantizedCache, path: Path) -> None:
-    """Write the cache to `path`; an interrupted save leaves what was there."""
+def save(cache: QuantizedCache, path: Path, deflate: int | None = None) -> None:
+    """Write the cache to `path`, its pages as they are or as streams of a level of DEFLATE; an interrupted save leaves
+    what was there."""
     from safetensors.torch import save_file
 
-    document, tensors = snapshot(cache)
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    refuse_level(deflate)
+    document, tensors = deflated(*snapshot(cache), deflate)
     text = json.dumps(document | {"sha256": {name: digest(t) for name, t in tensors.items()}}, sort_keys=True)
     if len(text) > HEADER_LIMIT // 2:
         raise CacheError(f"save: {len(document['members'])} sequences do not fit one header; save them in parts (fork)")
@@ -67,7 +69,10 @@ def read(path: Path, kernels: KernelSet) -> tuple[Document, dict[str, Tensor]]:
             if len(data) != end - begin or hashlib.sha256(data).hexdigest() != sums[name]:
                 raise CacheError(f"{path}: the bytes of {name!r} are damaged")
             tensors[name] = (torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)).view(shape)
-    return document, tensors
+    try:
+        return inflated(document, tensors)
+    except CacheError as error:
+        raise CacheError(f"{path}: {error}") from error
 
 
 def copied(cache: Cache) -> Cache:

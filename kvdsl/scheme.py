@@ -32,7 +32,8 @@ from .codes import (
 from .encoding import Feedback
 from .part import ALL, Block, Count, Part
 from .scale import MetaFormat, Range, Refit, Scale, Zero, per_channel, per_tensor, per_token
-from .store import Band, Parted, Side, Store, TopChannels, bands
+from .store import Parted, Side, Store, TopChannels
+from .stretches import Band, bands
 from .tiers import DROP, Largest, Origin, Probes, Requantize, Router, Saliency, Tier
 from .transforms import (
     Balance,

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from .allocator import ZERO, Resident
+from .deflated import deflated, inflated, refuse_level
 from .errors import CacheError
 from .members import Member
 from .prefixes import Key
@@ -154,15 +155,16 @@ class Sequences:
         # What ends a chain is of no use without what begins it, so it is the first to go.
         self.base.pool.release(reversed(pages))
 
-    def swap_out(self, line: Line, path: Path | None) -> None:
-        """Copy a sequence to host memory or a file, and let it go of its pages."""
+    def swap_out(self, line: Line, path: Path | None, deflate: int | None = None) -> None:
+        """Copy a sequence to host memory or a file, its pages as streams of a level of DEFLATE or as they are, and let
+        it go of them."""
+        refuse_level(deflate)
         single = self.base.beside(line.alone())
         away: Away
         if path is None:
-            document, tensors = snapshot(single)
-            away = document, {name: tensor.cpu() for name, tensor in tensors.items()}
+            away = deflated(*snapshot(single), deflate)
         else:
-            single.save(path)
+            single.save(path, deflate=deflate)
             away = path
         line.length = line.member.length
         self.out(line)
@@ -172,7 +174,7 @@ class Sequences:
         """The sequence as it was, in pages of its own."""
         if line.away is None:
             raise CacheError(f"sequence {name!r}: it is not swapped out; there is nothing to bring back")
-        document, tensors = line.away if isinstance(line.away, tuple) else read(line.away, self.base.kernels)
+        document, tensors = inflated(*line.away) if isinstance(line.away, tuple) else read(line.away, self.base.kernels)
         if [row[0] for row in document["members"]] != [line.length]:
             raise CacheError(f"{line.away}: it holds another sequence than {name!r} of {line.length} tokens")
         batch = self.open(Now.empty(self.base.mark().policy, 1, self.base.kernels, self.base.device))

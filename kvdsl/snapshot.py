@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .deflated import FIELD, LENGTHS, refuse_level
 from .errors import CacheError
 from .inputs import DTYPES
 from .kernels import KernelSet, Params, Side
@@ -84,7 +85,9 @@ def expected(document: Document, kernels: KernelSet) -> dict[str, tuple[torch.dt
     for key, right in identity(kernels).items():
         if document.get(key) != right:
             raise CacheError(f"saved cache: {key} is {document.get(key)!r}, these kernels need {right!r}")
-    if set(document) != {*identity(kernels), "window", "draft", "members", "params"}:
+    level = document.get(FIELD)
+    refuse_level(level)
+    if set(document) - {FIELD} != {*identity(kernels), "window", "draft", "members", "params"}:
         raise CacheError(f"saved cache: its fields are {sorted(map(str, document))}, which is not format {FORMAT}")
     window, draft, rows = document["window"], document["draft"], document["members"]
     if not (window is None or _count(window, 1)) or not _count(draft, 0) or not isinstance(rows, list):
@@ -97,6 +100,8 @@ def expected(document: Document, kernels: KernelSet) -> dict[str, tuple[torch.dt
         "pages": (torch.uint8, (None, kernels.page_bytes)),
         "table": (torch.int32, (len(members), width)),
     }
+    if level is not None:
+        sizes |= {"pages": (torch.uint8, (None,)), LENGTHS: (torch.int32, (None,))}
     for side in SIDES:
         exact = sum(min(policy.sinks, m.length) + policy.after_sinks(m.length) - m.packed_of(side) for m in members)
         sizes[side] = (dtype, (exact, heads, kernels.dim(side)))

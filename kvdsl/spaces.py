@@ -57,6 +57,7 @@ def calibrated(store: Store, side: Side, heads: int, head_dim: int) -> dict[str,
         elif isinstance(part, Eigenbasis):
             pair = (2,) if part.matrices == 2 else ()
             found[name] = (heads if part.per == "head" else 1, *pair, head_dim, head_dim)
+            head_dim = part.width(head_dim)
         elif not isinstance(part, Rotate):
             found[name] = (head_dim // 2,) if isinstance(part, PreRope) else (heads, head_dim)
     return found
@@ -127,7 +128,7 @@ def _composed(store: Store, heads: int, head_dim: int, numbers: tuple[Tensor | N
     back: Map = forth
     for part, given in zip(store.linear, numbers, strict=True):
         there, here = _step(part, head_dim, together, given)
-        head_dim = part.width(head_dim) if isinstance(part, Pick) else head_dim
+        head_dim = part.width(head_dim) if isinstance(part, (Pick, Eigenbasis)) else head_dim
         forth = _after(there, forth)
         back = _after(back, here)
     if isinstance(store.code, Sketch):
@@ -270,8 +271,9 @@ def _step(part: object, head_dim: int, together: int, given: Tensor | None) -> t
         rows = given.to("cpu", torch.float64)
         rows = rows if part.matrices == 2 else torch.stack([rows, rows.mT], 1)
         rows = rows.expand(together, -1, -1, -1) if len(rows) < together else rows
-        there, back = (_blocks(rows[:, way], together) for way in (0, 1))
-        return (there, zero), (back, zero)
+        kept = part.width(head_dim)
+        there, back = _blocks(rows[:, 0, :kept], together), _blocks(rows[:, 1, :, :kept], together)
+        return (there, zero[:, : together * kept]), (back, zero)
     numbers = given.to("cpu", torch.float64).reshape(-1, channels)
     if isinstance(part, ChannelScale):
         return (torch.diag_embed(1 / numbers), zero), (torch.diag_embed(numbers), zero)
@@ -284,7 +286,7 @@ def _step(part: object, head_dim: int, together: int, given: Tensor | None) -> t
 
 
 def _blocks(rows: Tensor, together: int) -> Tensor:
-    """Matrices (H, D, D) of so many heads each, one behind the other."""
+    """Matrices (H, M, D) of so many heads each, one behind the other."""
     return torch.stack([torch.block_diag(*some) for some in rows.split(together)])
 
 

@@ -6,15 +6,26 @@ from __future__ import annotations
 import dataclasses as dc
 import math
 from dataclasses import KW_ONLY, dataclass
-from fractions import Fraction
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, get_args
 
 from .codes import Additive, Bands, Chosen, Code, Codebook, Float, LowRank, Sketch, Sparse, Uniform, When
 from .encoding import Feedback
-from .part import ALL, Count, Part, shares
+from .part import ALL, Count, Part
 from .scale import Range, Scale
-from .transforms import Balance, ChannelScale, ChannelShift, Permute, Pick, Polar, PreRope, Rotate, Size, Transform
+from .transforms import (
+    Balance,
+    ChannelScale,
+    ChannelShift,
+    Eigenbasis,
+    Permute,
+    Pick,
+    Polar,
+    PreRope,
+    Rotate,
+    Size,
+    Transform,
+)
 
 Side = Literal["keys", "values"]
 _OWN_RANGE: dict[type[Part], Range] = {Uniform: "minmax", Float: "absmax", Codebook: "norm", Additive: "norm"}
@@ -59,6 +70,8 @@ class Store(Part):
         """What has codes and scales of its own, in the order of a page: this store, that of its outlier channels and
         the stores of what is left, what is read being the sum of them all; or its bands."""
         if isinstance(self.code, Bands):
+            from .stretches import bands
+
             return bands(self)
         return tuple(store for _, store in self.placed(""))
 
@@ -123,9 +136,20 @@ class Store(Part):
         first = self.transform[:1]  # type: ignore[index]
         return first[0] if first and isinstance(first[0], Pick) else None
 
-    def width(self, head_dim: int) -> int:
-        """How many channels of a head's `head_dim` are coded."""
+    def given(self, head_dim: int) -> int:
+        """How many channels of a head's `head_dim` it is of."""
         return self.pick.width(head_dim) if self.pick else head_dim
+
+    def width(self, head_dim: int) -> int:
+        """How many numbers are made of them, which are coded: a basis may keep its first ones alone."""
+        last = self.linear[-1:]
+        whole = self.given(head_dim)
+        return last[0].width(whole) if last and isinstance(last[0], Eigenbasis) else whole
+
+    @property
+    def short(self) -> bool:
+        """Whether fewer numbers are coded than the vector has channels, and the others are read as 0."""
+        return any(isinstance(part, Eigenbasis) and part.rank is not ALL for part in self.linear)
 
     def numbered(self, place: str) -> tuple[tuple[str, Transform | Pick], ...]:
         """The maps of the vector in their order, each with the name of its parameters where the store stands at
@@ -220,6 +244,11 @@ class Store(Part):
     def joined(self) -> int:
         """How many neighbouring kv heads are mapped as one vector."""
         return math.lcm(*(part.heads for part in self.linear if isinstance(part, Rotate)))
+
+    @property
+    def mixed(self) -> bool:
+        """Whether that matrix stays in it, where numbers are sums over channels."""
+        return self.mapped and self.rope is not None and not self.channelwise
 
     @property
     def hoisted(self) -> bool:
@@ -342,42 +371,3 @@ class Parted(Store):
     def raised(self) -> Store | None:
         """What codes outlier channels with more bits, of which the lowest stand among the codes of this store."""
         return self.choice.store if isinstance(self.choice.store.code, Uniform) else None
-
-
-@dataclass(frozen=True, repr=False)
-class Band(Store):
-    """A stretch of the numbers that another store's map gives, as a store of it: no part of a spec.
-
-    first, share   where it begins and what it is, as shares of the vector
-    channels       of the vector, that one of its numbers tells of
-    """
-
-    first: Fraction = Fraction(0)
-    share: Fraction = Fraction(1)
-    channels: int = 1
-
-    def coded(self, head_dim: int) -> int:
-        """How many numbers of a vector of `head_dim` channels the band has."""
-        return int(head_dim * self.share)
-
-    def measured(self, head_dim: int) -> int:
-        """All numbers of the band."""
-        return self.coded(head_dim)
-
-
-def bands(store: Store) -> tuple[Band, ...]:
-    """The stretches of a store of Bands: of channels, or behind polar coordinates radii, then the angles level by
-    level."""
-    assert isinstance(store.code, Bands)
-    levels = store.levels
-    if store.code.channels:
-        parts = [*shares(store.code.channels)]
-        channels = [1] * len(parts)
-    else:
-        parts = [Fraction(1, 2**levels), *(Fraction(1, 2 ** (level + 1)) for level in range(levels))]
-        channels = [2**levels, *(2 ** (level + 1) for level in range(levels))]
-    return tuple(
-        Band(one.code, scale=one.scale, transform=store.transform, first=sum(parts[:i], Fraction(0)), share=parts[i],
-             channels=channels[i])
-        for i, one in enumerate(store.code.stores)
-    )  # fmt: skip

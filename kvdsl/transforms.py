@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
-from .part import ALL, Count, Part, Sizes
+from .part import ALL, Count, Part, Sizes, counted
 
 RotateKind = Literal["hadamard", "random_hadamard", "orthogonal", "bit_reversal"]
 ScaleRule = Literal["absmax", "sqrt_absmax", "balance", "learned"]
@@ -97,16 +97,23 @@ class Eigenbasis(Part):
           C^T, C^T Q C = V S^2 V^T, T = S^(1/2) V^T C^-1 (WUSH-KV, arXiv 2609.38121), times what makes y as long as x
           in the mean.  Of values Q is of numbers that all weigh alike, as the output's weights are not at hand
     per   a matrix for every kv head, or one for all heads of a `layer`, from the mean of their moments
+    rank  how many numbers of y are kept, the first, or their share of all: the others are read as 0.  Of a basis by
+          `own`, whose vectors are without their mean, that is what a principal component analysis leaves out
     """
 
     by: Moment = "attention"
     per: Literal["head", "layer"] = "head"
     when: Literal["calibrated"] = "calibrated"
+    rank: Count | float = ALL
 
     @property
     def matrices(self) -> int:
         """How many come with the parameters: where T is no rotation T and its inverse."""
         return 2 if self.by == "balanced" else 1
+
+    def width(self, head_dim: int) -> int:
+        """Numbers of y that are kept, of a head of `head_dim` channels."""
+        return counted((self.rank,), head_dim)[0] if isinstance(self.rank, (int, float)) else head_dim
 
 
 @dataclass(frozen=True, repr=False)

@@ -20,6 +20,7 @@ from .kivi import kivi2, kivi2_sinks, kivi4
 from .kvarn import kvarn_even, kvarn_k2v2, kvarn_k4v2
 from .kvquant import kvquant2, kvquant3, kvquant4, nuq2, nuq3, nuq4
 from .kvsink import kvsink2
+from .kvtc import kvtc2
 from .kvtq import kvtq, kvtq_2bit
 from .kvtuner import kvtuner
 from .llama_cpp import iq4_nl, q4_0, q4_1, q5_0, q5_1, q8_0
@@ -128,6 +129,7 @@ ALL: dict[str, Scheme] = {
     "kvarn_even": kvarn_even,
     "oscar2": oscar2,
     "wush2": wush2,
+    "kvtc2": kvtc2,
     "block_gtq_k2v2": block_gtq_k2v2,
     "block_gtq_k3v2": block_gtq_k3v2,
     "block_gtq_k3v3": block_gtq_k3v3,
@@ -235,6 +237,7 @@ __all__ = [
     "kvquant3",
     "kvquant4",
     "kvsink2",
+    "kvtc2",
     "kvtq",
     "kvtq_2bit",
     "kvtuner",

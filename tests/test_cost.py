@@ -78,6 +78,7 @@ DIFFERENT |= {
 OWN = {"kvtq_2bit", "quarot2", "rotatekv4", "rotatekv3", "rotatekv2", "smoothquant8", "omniquant4", "wkvquant4"}
 OWN |= {"gear4", "gearl4", "gear2", "gearl2"}  # the paper has one block for a prompt of any length
 OWN |= {"block_gtq_k2v2", "block_gtq_k3v2", "block_gtq_k3v3"}  # quotas of all heads; norms count, as there they do not
+OWN |= {"kvtc2"}  # stretches of a scale each, where the paper tells of ratios behind an entropy code
 OWN |= {"kvarn_even", "innerq_signed"}  # another rule of factors; signed scales
 OWN |= {"streaming", "snapkv"}  # a window or a prompt's share of what grows without end
 OWN |= {"zipcache_84", "zipcache_32", "roco", "kivi2_sinks", "kvsink2"}

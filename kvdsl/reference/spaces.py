@@ -44,7 +44,7 @@ def widened(x: Tensor, name: str) -> Tensor:
 def channels_of(store: Store, head_dim: int) -> int:
     """M, the channels of the coded space, of a band its own."""
     if isinstance(store, Band):
-        return int(head_dim * store.share)
+        return int(store.width(head_dim) * store.share)
     if isinstance(store.code, Sketch) and isinstance(store.code.dim, int):
         return store.code.dim
     if isinstance(store.code, Chosen):
@@ -81,6 +81,7 @@ def maps(store: Store, head_dim: int, heads: int, params: Params | None = None, 
     else:
         e = torch.eye(together * head_dim, dtype=torch.float64)[None]
         w, u = e, torch.zeros(1, together * head_dim, dtype=torch.float64)
+    v = w.new_zeros(1, w.shape[1])
     for name, part in store.numbered(side):
         if isinstance(part, PreRope):
             continue
@@ -107,7 +108,9 @@ def maps(store: Store, head_dim: int, heads: int, params: Params | None = None, 
             else:
                 t = _param(params, name, count, (head_dim, head_dim), "a basis").expand(heads, -1, -1)
                 t = torch.stack([t, t.mT], 1)
-            r, back = (torch.stack([torch.block_diag(*some) for some in m.split(together)]) for m in t.unbind(1))
+            head_dim = part.width(head_dim)  # those behind it are read as 0
+            kept = (t[:, 0, :head_dim], t[:, 1, :, :head_dim])
+            r, back = (torch.stack([torch.block_diag(*some) for some in m.split(together)]) for m in kept)
             e, u, w = product(r, e), product(r, u[..., None])[..., 0], product(w, back)
             continue
         given = _param(params, name, heads, (head_dim,), "a calibrated transform")
@@ -117,11 +120,10 @@ def maps(store: Store, head_dim: int, heads: int, params: Params | None = None, 
         if isinstance(part, ChannelScale):
             e, u, w = e / given[..., None], u / given, w * given[:, None, :]
         elif isinstance(part, ChannelShift):
-            u = u + given
+            u, v = u + given, v + product(w, given[..., None])[..., 0]
         else:
             p = torch.nn.functional.one_hot(given.to(torch.int64), given.shape[1]).to(torch.float64)
             e, u, w = p @ e, (p @ u[..., None])[..., 0], w @ p.transpose(1, 2)  # one term a sum
-    v = product(w, u[..., None])[..., 0]
     if together > 1:
         u, v = (x.expand(heads // together, -1).reshape(heads, -1) for x in (u, v))
     return f32(e), f32(u), f32(w), f32(v)

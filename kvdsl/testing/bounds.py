@@ -71,7 +71,7 @@ from . import additive, balanced, low_rank
 from .fits import fitted
 from .formats import LARGEST, OVER_BLOCK, SLACK, deviation, power_of_two, raised, within_quantile
 from .rotary import partners, spread_waves
-from .terms import behind, pieces, terms_of
+from .terms import behind, left_out, pieces, terms_of
 
 
 def blocks_of(store: Store, x: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ def _summed_bound(store: Store, x: Tensor, params: Params | None, side: str, at:
 
 def _mapped_bound(store: Store, x: Tensor, params: Params | None, side: str) -> Tensor:
     """The bound of y = E x - u carried back by |W|, and what rounding of the maps and of two sums adds: W E is the
-    identity but for 2^-24 of each factor, of which there are D in a sum."""
+    identity but for 2^-24 of each factor, of which there are D in a sum, and for axes that are not kept."""
     found = maps(store, x.shape[3], x.shape[1], params, side)
     assert found is not None
     encode, _, decode, shift = (part.abs() for part in found)
@@ -191,6 +191,7 @@ def _mapped_bound(store: Store, x: Tensor, params: Params | None, side: str) -> 
     within = applied(decode, bound(behind, coded, params, side))
     if store.pick:  # the other channels are not read
         within = within.where((decode != 0).any(-1)[:, None], x.double().abs())
+    within = within + left_out(x, found) if store.short else within
     size = applied(decode, applied(encode, x.double().abs().clamp(max=LARGEST))) + shift[:, None]
     return within + 2.0**-22 * size + (x.double().abs() - LARGEST).clamp(min=0)
 

@@ -8,7 +8,7 @@ import torch
 
 from kvdsl.reference.quantize import maps
 from kvdsl.reference.spaces import applied
-from kvdsl.scheme import Float, Scheme, Store
+from kvdsl.scheme import ALL, Eigenbasis, Float, Scheme, Store
 
 from .cases import Case, law, require_within
 from .data import MODEST
@@ -24,8 +24,10 @@ def _has_positions(scheme: Scheme) -> bool:
 def positions_come_back(case: Case) -> None:
     """P19: keys that are stored exactly once their positions are off give the scores of the keys themselves, at any
     position: within (D + 16) 2^-24 of the products' sizes, for sums of D terms and the roundings of both rotations.
-    Where maps are behind them, three times that, of the sizes that they make."""
-    exact = Store(Float("fp32"), transform=case.scheme.keys.transform)
+    Where maps are behind them, three times that, of the sizes that they make; of a basis all numbers are kept."""
+    parts = case.scheme.keys.transform
+    whole = tuple(part.with_(rank=ALL) if isinstance(part, Eigenbasis) else part for part in parts)  # type: ignore
+    exact = Store(Float("fp32"), transform=whole)
     case = replace(case, scheme=case.scheme.with_(keys=exact))
     k, v = case.pair(case.tokens)
     params = case.params(k, v)

@@ -20,12 +20,12 @@ from kvdsl.reference.quantize import Quantized, encoded_rows, maps
 from kvdsl.reference.queries import rounded
 from kvdsl.reference.spaces import applied, by_head, cartesian, joined, with_rope
 from kvdsl.reference.timeline import contents
-from kvdsl.scheme import Chosen, Codebook, LowRank, Parted, Scheme, Side, Sketch, Sparse, Store, Uniform
+from kvdsl.scheme import Bands, Chosen, Codebook, LowRank, Parted, Scheme, Side, Sketch, Sparse, Store, Uniform
 
 from . import low_rank
 from .bounds import second, spread
 from .rotary import partners
-from .terms import TermOf, pieces, terms_of
+from .terms import TermOf, pieces, stretches, terms_of
 
 Largest = Callable[[Store, Tensor, Params], Tensor]
 
@@ -61,7 +61,8 @@ def _widths(store: Store, channels: int, *, sizes: bool = False) -> list[int]:
     for _, term in store.placed(""):
         masked, coded = isinstance(term, Parted) and term.masked, term.coded(channels)
         coded = channels + (coded if sizes else 0) if masked else coded
-        coded = channels if isinstance(term.code, Chosen) else coded  # of some, others for every few tokens
+        whole = isinstance(term.code, Chosen) or term.rope is not None  # of some, others for every few tokens; turned
+        coded = channels if whole else coded
         found.append(coded * (term.joined if term.hoisted else 1))
     return found
 
@@ -152,18 +153,32 @@ def _sizes(term: TermOf, largest: Largest, *, roped: bool) -> Tensor:
     if isinstance(store.code, Chosen):  # n = s*c, or a float16 number, whose query is rounded once
         return term.kept.decoded.abs()
     coded = encoded_rows(store, term.x, params, term.place).double()
-    counted = isinstance(store.code, Uniform) or _step(store, coded.shape[-1]) is not None
-    signed = _factors(store, term.kept, params, term.place)
     if _masked(term):
         return _masked_sizes(term, found.abs(), params)
-    factors = signed.abs() / (2 if counted else 1)
-    if counted and not roped and _rescaled(store):
-        factors = signed.abs() + (found - signed).abs()
-    size = torch.stack((largest(store, coded, params), found.abs(), factors)).amax(0)
+    if isinstance(store.code, Bands) and store.code.channels:
+        parts = []
+        for one in stretches(store, coded):
+            bare = Store(one.store.code, scale=one.store.scale)
+            parts.append(_of_numbers(bare, one.numbers, one.kept(term.kept), term, largest, roped))
+        size = torch.cat(parts, -1)
+    else:
+        size = _of_numbers(store, coded, term.kept, term, largest, roped)
     if store.polar:
         turns = 2**store.levels
         size = size[..., : size.shape[-1] // turns].repeat(1, 1, 1, turns)
     return _carried(store, size, found, term.x.shape[3], params) if roped else _met(store, size)
+
+
+def _of_numbers(store: Store, coded: Tensor, kept: Quantized, term: TermOf, largest: Largest, roped: bool) -> Tensor:
+    """`sizes_of` of numbers (1, H, T, M) of the coded space under one scale, in that space."""
+    params, found = term.params, kept.coded
+    assert params is not None
+    counted = isinstance(store.code, Uniform) or _step(store, coded.shape[-1]) is not None
+    signed = _factors(store, kept, params, term.place)
+    factors = signed.abs() / (2 if counted else 1)
+    if counted and not roped and _rescaled(store):
+        factors = signed.abs() + (found - signed).abs()
+    return torch.stack((largest(store, coded, params), found.abs(), factors)).amax(0)
 
 
 def _masked(term: TermOf) -> bool:
@@ -212,7 +227,7 @@ def mapped_query(store: Store, q: Tensor, heads: int, params: Params, *, sizes: 
     """What multiplies the factors of keys: q (B, Hq, Q, D), or with W^T q before it (q again for every term where
     positions are put back on decoded keys, or vectors are masked); or their `sizes`."""
     if store.rope is not None:
-        return q.double().repeat(1, 1, 1, len(store.terms) + 1)
+        return q.double().repeat(1, 1, 1, len(store.placed("keys")) + 1)
     if not store.apart:
         return q.double()
     met = []

@@ -33,6 +33,7 @@ from kvdsl.scheme import (
     Scheme,
     Sinks,
     Sketch,
+    Sparse,
     Store,
     TopChannels,
     Transform,
@@ -79,10 +80,19 @@ def _schemes(draw: Draw, longest: int) -> Scheme:
     else:
         flush = st.sampled_from(["auto", "rolling", "whole"])
         recent = draw(st.one_of(st.none(), st.builds(Recent, st.integers(1, longest), flush)))
+    keys, values = (store.with_(rank=draw(st.sampled_from([ALL, 16]))) if _may_be_short(store) else store
+                    for store in (keys, values))  # fmt: skip
     prefill = draw(st.sampled_from(["exact", "exact", "stored"]))
     if not _legal_widths(Scheme(keys=keys, values=values, recent=recent), 128):
         keys, values = keys.with_(outliers=None), values.with_(outliers=None)
     return Scheme(keys=keys, values=values, sinks=sinks, recent=recent, prefill=prefill, queries=draw(queries(keys)))
+
+
+def _may_be_short(store: Store) -> bool:
+    """Whether the last map is a basis, which may keep its first numbers alone."""
+    last, block = store.transform[-1:], store.scale.block if store.scale is not None else Block()  # type: ignore
+    alone = store.joined == 1 and not isinstance(store.outliers, Sparse)
+    return bool(last) and isinstance(last[0], Eigenbasis) and alone and block.channels in (1, ALL)
 
 
 def _legal_widths(scheme: Scheme, widest: int) -> list[int]:

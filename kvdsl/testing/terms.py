@@ -9,7 +9,8 @@ from torch import Tensor
 
 from kvdsl.kernels import Params
 from kvdsl.reference.quantize import Quantized, links, maps, widened
-from kvdsl.reference.spaces import by_head, without_rope
+from kvdsl.reference.rounding import LARGEST_INPUT
+from kvdsl.reference.spaces import Maps, by_head, encoded, restored, without_rope
 from kvdsl.scheme import Bands, Parted, Store, bands
 
 
@@ -55,7 +56,7 @@ def stretches(store: Store, coded: Tensor) -> Iterator[Stretch]:
     if not isinstance(store.code, Bands):
         yield Stretch(store, coded, None)
         return
-    pieces = coded.split([band.coded(coded.shape[3]) for band in bands(store)], -1)
+    pieces = coded.split([int(coded.shape[3] * band.share) for band in bands(store)], -1)
     for index, (band, piece) in enumerate(zip(bands(store), pieces, strict=True)):
         yield Stretch(band, piece, index)
 
@@ -92,3 +93,9 @@ def behind(store: Store, x: Tensor, params: Params, at: int) -> tuple[Store, Ten
     encode, decode = (by_head(matrix, x.shape[1], store.joined) for matrix in found[::2])
     given = {"encode": encode, "encode_shift": -moved, "decode": decode, "decode_shift": shift}
     return without, x, {**params, **{f"keys.{name}": numbers for name, numbers in given.items()}}
+
+
+def left_out(x: Tensor, mapped: Maps) -> Tensor:
+    """How far finite x (B, H, T, D) is from what its numbers in another space, fewer ones, give back."""
+    clean = x.double().clamp(-LARGEST_INPUT, LARGEST_INPUT)
+    return (clean - restored(encoded(clean, mapped), mapped)).abs()
