@@ -50,12 +50,8 @@ SIBLINGS |= {"mxfp8_queries"}
 SIBLINGS |= {"cq_2c8b", "cq_4c8b", "cq_8c8b"}
 SIBLINGS |= {"commvq", "commvq_1bit"}
 SIBLINGS |= {"saw_int4", "oscar2", "wush2", "kvarn_k4v2", "kvarn_k2v2", "kvarn_even"}
-SIBLINGS |= {
-    "block_gtq_k2v2",
-    "block_gtq_k3v2",
-    "block_gtq_k3v3",
-    "kvtc2",
-}  # stretches behind a map are among the rare ones
+# stretches behind a map are among the rare ones
+SIBLINGS |= {"block_gtq_k2v2", "block_gtq_k3v2", "block_gtq_k3v3", "kvtc2"}
 """They differ in their bits alone, or in their length, from others: KVDSL_PROFILE=thorough asks them as often, and the
 interpreter asks them at all.  All take long together."""
 THOROUGH = os.environ.get("KVDSL_PROFILE") == "thorough"
