@@ -93,7 +93,7 @@ class Plan:
         return self.tile // self.halves
 
     @cached_property
-    def parted(self) -> bool:
+    def at_once(self) -> bool:
         """A token's key and value are packed at once, and come back from a cut at once, so that never one is decoded
         and the other exact."""
         keys, values = windows(self.scheme).values()

@@ -58,7 +58,6 @@ def $name(
     $query
     peak = tl.full([ROWS], -1.0e30, tl.float32)
     mass = tl.zeros([ROWS], tl.float32)
-    $lanes
     $prologue
 
     $bounds
@@ -259,11 +258,13 @@ class Attend:
         """The text of `decode` or `extend`."""
         plan = self.plan
         size = ["true_size = size", "size = tl.full([ROWS], 1.0, tl.float32)"] if plan.shape.softcap else []
-        prologue = [*self.keys.prologue(), *size]
-        alike = self.edges.in_planes[0]
         values = self.values
+        lanes = [*self.keys.lane_lines(), *values.lane_lines()]
+        prologue = [*lanes, *self.keys.prologue(), *size]
+        alike = self.edges.in_planes[0]
         holes, seen = order(plan, self._shared(rows))
         itself = self.keys.exact_rows is not None or not plan.keys.through
+        exact_query = self._query("query") if plan.keys.through and itself else []
         args = [*["query_ptr"] * itself, *self.keys.inputs(), *self.pools, "table_ptr", *parameters(plan)]
         args += ["packed_keys_ptr", "packed_values_ptr", "length_ptr", "start_ptr", "first_ptr"]
         args += ["key_rows_ptr", "value_rows_ptr", "partial_ptr"]
@@ -282,7 +283,6 @@ class Attend:
             name=name,
             **self._shared(rows),
             args=[f"{arg}," for arg in args],
-            lanes=[*self.keys.lane_lines(), *values.lane_lines()],
             wait=["await_last()"] if early(name, plan) else [],
             query=self._query(self.keys.query),
             prologue=prologue if alike else [],
@@ -292,9 +292,7 @@ class Attend:
             clean=self.clean(),
             **holes,
             epilogue=values.epilogue(),
-            edges=self.edges.lines(
-                self.sections(), seen, size, self._query("query") if plan.keys.through and itself else []
-            ),
+            edges=self.edges.lines(self.sections(), seen, [] if alike else lanes, size, exact_query),
             clean_partials=self._partials(False),
             edge_partials=self._partials(True),
         )

@@ -1,13 +1,12 @@
 """The edges of a sequence in Triton: sinks, a first page that a window cuts, and all that follows the clean pages.
 
 Tiles of both loops are dealt out to the programs of the edges in turn.  They mask, without branches, so that all loads
-of a tile are asked for at once and a tile ahead.  Where both sides are packed as far, the first loop reads codes and
-the second exact rows; a tile in which the ones end and the others begin is visited by both, each of which masks the
-other's tokens.  Else the first loop decodes of a mixed tile what is packed on either side and takes exact rows for the
-rest.
-
-Codes are read as in clean pages where that takes no block of tokens, and decoded number by number else, which is three
-times the text: what a kernel's text takes to be read is a cost of short contexts.
+of a tile are asked for at once and a tile ahead.  Where both sides are packed as far, and read as in clean pages, the
+first loop reads codes and the second exact rows; a tile in which the ones end and the others begin is visited by both,
+each of which masks the other's tokens.  Else the first loop decodes of a mixed tile, number by number, what is packed
+on either side, and takes exact rows for the rest.  That is three times the text, and what a kernel's text takes to be
+read is a cost of short contexts; but such codes fill the registers in two loops, where one leaves some: of codes of
+vectors numbers would be moved to memory.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from .text import fill, plus
 from .triton_sides import KeySide, ValueSide
 
 LOOPS = """
+$lanes
 $exact_query
 $prologue
 $accumulators
@@ -51,7 +51,7 @@ tiles = before + (tl.maximum(end - high * $page, 0) + $tile_less) // $tile
 """
 
 # Both loops visit a tile that is packed in part.
-PARTED_COUNTS = """
+AT_ONCE_COUNTS = """
 mixed = before + (tl.maximum(packed_keys - high * $page, 0) + $tile_less) // $tile
 again = ((end > packed_keys) & (packed_keys > high * $page) & (packed_keys % $tile > 0)).to(tl.int32)
 tiles = before + (tl.maximum(end - high * $page, 0) + $tile_less) // $tile + again
@@ -71,13 +71,17 @@ class Edges:
     ) -> None:
         self.plan, self.keys, self.values, self.weights = plan, keys, values, weights
         self.sides = sides
-        self.in_planes = tuple(plan.parted and side.in_planes for side in sides)
+        self.at_once = plan.at_once and all(side.in_planes or side.side.floats for side in sides)
+        self.in_planes = tuple(self.at_once and side.in_planes for side in sides)
 
-    def lines(self, addresses: list[str], seen: list[str], size: list[str], exact_query: list[str]) -> list[str]:
+    def lines(
+        self, addresses: list[str], seen: list[str], lanes: list[str], size: list[str], exact_query: list[str]
+    ) -> list[str]:
         """Lines behind which the edges' outputs are summed.
 
         addresses     where a page's words and metadata begin
         seen          which rows see an edge tile's tokens, and which are there
+        lanes         the lanes of both sides, where they are not known yet
         size          what makes of the query's size that of its scores
         exact_query   where the rows of the query itself are, if packed tokens meet another
         """
@@ -95,21 +99,22 @@ class Edges:
         text = fill(
             LOOPS,
             **sizes,
+            lanes=lanes,
             exact_query=exact_query,
             prologue=[] if keys else [*self.keys.edge_prologue(), *size],
             accumulators=self.sides[1].prologue() if values else self.values.edge_prologue(),
-            counts=fill(PARTED_COUNTS if plan.parted else COUNTS, **sizes).splitlines(),
-            mixed_seen=packed if plan.parted else [*seen, row],
+            counts=fill(AT_ONCE_COUNTS if self.at_once else COUNTS, **sizes).splitlines(),
+            mixed_seen=packed if self.at_once else [*seen, row],
             addresses=addresses,
-            mixed=self._packed() if plan.parted else self._mixed(),
+            mixed=self._packed() if self.at_once else self._mixed(),
             exact_prologue=[
                 *(self.sides[1].epilogue() + self.values.exact_prologue() if values else []),
                 *(self.keys.exact_prologue("true_size" if size else "size") if keys else []),
             ],
             sinks_behind=plus(sink_tiles),
-            again=" - again" if plan.parted else "",
+            again=" - again" if self.at_once else "",
             sink_step=[f"tile = tl.where(step < tiles, tile, step - tiles - {sink_tiles})"] if sinks else [],
-            seen=exact if plan.parted else seen,
+            seen=exact if self.at_once else seen,
             row=row,
             exact=[*exact_scores, *self.weights("r"), *self.values.exact("here")],
         )
