@@ -13,7 +13,7 @@ from kvdsl.scheme import ALL, Count, Float, LowRank, Scale, Sketch, Store, Unifo
 
 def queries(keys: Store) -> st.SearchStrategy[Store | None]:
     """As they are five times in six; else a small float of its own, or that or even levels under a scale."""
-    sums = keys.outliers is not None or keys.residual is not None or keys.joined > 1
+    sums = keys.outliers is not None or keys.residual is not None or keys.joined > 1 or keys.short
     if sums or keys.rope is not None or isinstance(keys.code, (LowRank, Sketch)):
         return st.none()
     ties = st.sampled_from(get_args(FloatRounding))
