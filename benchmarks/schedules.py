@@ -23,7 +23,7 @@ from kvdsl import schemes
 from kvdsl.bench import Size, numbers
 from kvdsl.bench_cache import filled
 from kvdsl.codegen import build
-from kvdsl.codegen.occupancy import MOST_SPLITS
+from kvdsl.codegen.occupancy import MOST_SPLITS, counts
 from kvdsl.codegen.run_triton import _parts
 from kvdsl.inputs import DTYPES
 from kvdsl.timing import clock_of, timed
@@ -35,12 +35,8 @@ MOST = 14  # numbers of programs for the pages of a sequence that are timed, bes
 EDGES = (1, 2, 4, 8)
 
 
-def counts(pages: int, least: int, most: int) -> list[int]:
-    """Numbers of programs from `least` to `most`, the fewest of those that give each as many pages, thinned out."""
-    kinds: dict[int, int] = {}
-    for count in range(least, most + 1):
-        kinds.setdefault(-(-pages // count), count)
-    found = sorted(kinds.values())
+def thinned(found: list[int]) -> list[int]:
+    """About MOST of these numbers, with the first and the last."""
     step = -(-len(found) // MOST)
     return sorted({*found[::step], found[-1]})
 
@@ -67,7 +63,7 @@ def row(name: str, text: str) -> dict[str, Any]:
     work, room = module._work_of(part), module.room(part.form)
     each = room.places // work.programs  # of a sequence, where all run at once
     most = min(work.pages, MOST_SPLITS, max(2, 3 * each))
-    few = counts(work.pages, max(1, min(each // 8, work.pages)), most)
+    few = thinned(counts(work.pages, most, max(1, min(each // 8, work.pages))))
     edges = [count for count in EDGES if count < 2 * work.edges]
     full_up = {2**i - more for i in range(2, 8) for more in edges[:3]}
     pairs = sorted(

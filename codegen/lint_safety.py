@@ -9,9 +9,10 @@ import re
 import tokenize
 from collections.abc import Iterator
 
+from . import text
 from .lint_text import Fault, Rule, Text, dotted, is_constexpr, line, names
 
-DEVICE = tuple(f"kvdsl.codegen.device{part}" for part in ("", "_codes", "_steps", "_launch"))
+DEVICE = tuple(f"kvdsl.codegen.{module}" for module in text.DEVICE)
 
 _IDENTIFIER = re.compile(r"_?[A-Za-z][A-Za-z0-9]*(_[A-Za-z0-9]+)*")
 _NODES = (

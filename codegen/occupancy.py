@@ -112,14 +112,19 @@ def ranked(work: Work, room: Room) -> tuple[int, ...]:
     """The same, the best first: of the numbers that give each program as many pages the least, which has the fewest
     partials to merge, with the edges shared as is best beside it."""
     least = 1 if work.edges else 0  # programs at the edges
-    kinds: dict[int, int] = {}
-    for count in range(1, max(1, min(work.pages, MOST_SPLITS - least)) + 1):
-        kinds.setdefault(-(-work.pages // count), count)
 
     def time(count: int) -> float:
         return predicted(work, count, edge_splits(work, count, room) if least else 0, room)
 
-    return tuple(sorted(kinds.values(), key=time))
+    return tuple(sorted(counts(work.pages, max(1, min(work.pages, MOST_SPLITS - least))), key=time))
+
+
+def counts(pages: int, most: int, least: int = 1) -> list[int]:
+    """Numbers of programs from `least` to `most`, rising: the fewest of those that give each as many pages."""
+    kinds: dict[int, int] = {}
+    for count in range(least, most + 1):
+        kinds.setdefault(-(-pages // count), count)
+    return list(kinds.values())
 
 
 @lru_cache(maxsize=4096)

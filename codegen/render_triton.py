@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from .header import heading
 from .plan import Plan
-from .text import helpers_used, without_unused
+from .text import DEVICE, helpers_used, without_unused
 from .triton_append import append
 from .triton_attend import Attend
 from .triton_merge import collect, merge, unite
@@ -14,8 +14,6 @@ from .triton_received import Received
 from .triton_rope import rope, unrope
 from .triton_term_pages import pack_of, unpack_of
 from .triton_turn import restore, turn, turn_query
-
-DEVICE = ("device", "device_codes", "device_steps", "device_launch")
 
 
 def render(plan: Plan, name: str) -> str:

@@ -16,6 +16,8 @@ and the main loop, over pages that are packed on both sides, masks.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from .overlap import early
 from .plan import Plan, SidePlan
 from .text import Lines, fill, literal, plus
@@ -26,8 +28,9 @@ from .triton_meta import section
 from .triton_names import pair_name, tokens_name
 from .triton_places import LOOSE, PLACES, base, of_tile, order, seen, stand_name
 from .triton_sides import KeySide, ValueSide
-from .triton_strung import StrungKeys, strung
+from .triton_strung import StrungKeys
 from .triton_terms import keys_of, sections_of, values_of
+from .triton_unmap import strung
 
 LOG2E = 1.4426950408889634
 ATTEND = """
@@ -128,8 +131,11 @@ class Attend:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.keys, self.values = sides_of(plan)
-        self.edges = Edges(plan, self.keys, self.values, sides_of(plan.at_edges), self._edge_weights)
         self.pools = pools(plan)
+
+    @cached_property
+    def edges(self) -> Edges:
+        return Edges(self.plan, self.keys, self.values, sides_of(self.plan.at_edges), self._edge_weights)
 
     def _shared(self, rows: int) -> dict[str, int | str]:
         plan = self.plan

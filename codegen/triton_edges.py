@@ -108,7 +108,7 @@ class Edges:
             addresses=addresses,
             mixed=self._packed() if self.at_once else self._mixed(),
             exact_prologue=[
-                *(self.sides[1].epilogue() + self.values.exact_prologue() if values else []),
+                *(self.sides[1].epilogue() + self.values.exact_prologue("mass") if values else []),
                 *(self.keys.exact_prologue("true_size" if size else "size") if keys else []),
             ],
             sinks_behind=plus(sink_tiles),

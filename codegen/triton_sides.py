@@ -175,11 +175,8 @@ class ValueSide:
         return [line for term in self.terms for line in term.stores(out)]
 
     def edge_prologue(self) -> list[str]:
-        lines = [line for term in self.terms for line in term.edge_prologue()]
-        if self.exact_rows is not None:
-            lines += [*self.exact_rows.lanes(), *self.exact_rows.accumulators()]
-            lines += ["coded_mass = tl.zeros([ROWS], tl.float32)"] * self.side.shifted
-        return lines
+        sums = [line for term in self.terms for line in term.edge_prologue()]
+        return sums + self.exact_prologue("tl.zeros([ROWS], tl.float32)")
 
     def either(self) -> list[str]:
         """Add edge tokens under weights p: decoded where `coded`, from exact rows where `exact`."""
@@ -197,12 +194,13 @@ class ValueSide:
         """Tokens at the edges may be added up as those of clean pages are, in the basis of dirty planes."""
         return all(type(term) is Values and term.in_planes for term in self.terms)
 
-    def exact_prologue(self) -> list[str]:
-        """Sums of exact numbers that are apart from those of packed tokens, which come before."""
+    def exact_prologue(self, coded_mass: str) -> list[str]:
+        """Sums of exact numbers that are apart from those of packed tokens, and `coded_mass`, the weights of those that
+        came before."""
         if self.exact_rows is None:
             return []
         lines = [*self.exact_rows.lanes(), *self.exact_rows.accumulators()]
-        return lines + ["coded_mass = mass"] * self.side.shifted
+        return lines + [f"coded_mass = {coded_mass}"] * self.side.shifted
 
     def exact(self, there: str) -> list[str]:
         """Add edge tokens under weights p from exact rows, where a mask says that they are there."""

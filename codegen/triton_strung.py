@@ -11,9 +11,6 @@ from .sections import Span
 from .tiling import NARROWEST
 from .triton_keys import Keys
 from .triton_planes import Planes
-from .triton_unmap import strung
-
-__all__ = ["StrungKeys", "strung"]
 
 
 class StrungKeys(Keys):
