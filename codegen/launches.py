@@ -10,8 +10,10 @@ from kvdsl.scheme import SIDES
 
 from .codec import searched, settled
 from .launch import ATTEND, CONSTEXPR, Launch
+from .occupancy import MOST_EDGES
 from .plan import DECODE_ROWS, WIDEST, Plan
 from .side import SidePlan
+from .text import padded
 from .tiling import NARROWEST
 from .triton_append import packs
 from .triton_turn import rotated
@@ -190,8 +192,10 @@ def launches(plan: Plan, source: str) -> tuple[Launch, ...]:
     records = []
     for kernel, names in arguments(source).items():
         rows = plan.rows(many=False)
-        # of models whose rotary positions turn all channels
-        constants = {"ROWS": rows, "TO_ROWS": rows, "SPLITS": 16, "PAIRS": plan.shape.head_dim // 2}
+        constants = {
+            "ROWS": rows, "TO_ROWS": rows, "SPLITS": 16, "EDGES": MOST_EDGES, "LANES": padded(plan.values.channels),
+            "PAIRS": plan.shape.head_dim // 2,  # of models whose rotary positions turn all channels
+        }  # fmt: skip
         records.append(
             Launch(
                 kernel,

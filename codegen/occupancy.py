@@ -27,6 +27,7 @@ from .text import padded
 
 MOST_SPLITS = 128  # programs of a sequence: `quarot4` 1 x 8 x 32768 takes 23 us with 128 partials and 67 with 130
 MOST_EDGES = 32
+LEAST_LANES = 32  # channels that a program merges
 START = 1.0  # what a program does beside its tiles
 EDGE = 1.5  # what a tile at the edges takes, of fewer tokens
 LATENCY = 2.5  # programs of one warp that a partition runs in the time of one: the others work while it waits
@@ -134,6 +135,15 @@ def edge_splits(work: Work, count: int, room: Room) -> int:
     most = max(1, min(MOST_EDGES, MOST_SPLITS - count, 2 * work.edges - 1))
     sizes = (2**i for i in range(most.bit_length()))
     return min(sizes, key=lambda more: predicted(work, count, more, room))
+
+
+def merge_lanes(rows: int, channels: int, processors: int) -> int:
+    """Channels that a program merges the partials of, of so many rows: all, or fewer where the rows are too few to
+    keep the processors busy."""
+    lanes = whole = padded(channels)
+    while lanes > LEAST_LANES and rows * whole // lanes <= processors:
+        lanes //= 2
+    return lanes
 
 
 def predicted(work: Work, count: int, more: int, room: Room) -> float:

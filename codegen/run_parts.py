@@ -26,7 +26,8 @@ one a row; where exact rows add to the output itself, `exact_ptr` and `share_ptr
 @dataclass(frozen=True, eq=False)
 class Part:
     """One segment: of every sequence `clean` programs share the pages that all queries see, `edges` what is left; of a
-    dense one `clean` share all of it.  `depth`: of the pipeline, where timing found it."""
+    dense one `clean` share all of it.  `depth`: of the pipeline, where timing found it.  `fixed`: sums must not depend
+    on who else is in the batch."""
 
     module: TritonModule
     query: Tensor
@@ -37,6 +38,7 @@ class Part:
     fold: Fold | None = None
     form: Form = "decode"
     depth: int | None = None
+    fixed: bool = False
 
     @property
     def plan(self) -> Plan:

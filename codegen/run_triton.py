@@ -19,7 +19,7 @@ from . import forms, run_dense
 from .host_channels import ready_rows
 from .host_slots import by_channel, by_turned_channel
 from .launches import warps
-from .occupancy import MOST_EDGES, MOST_SPLITS, Room, Work, edge_splits, ranked, splits
+from .occupancy import MOST_EDGES, MOST_SPLITS, Room, Work, edge_splits, merge_lanes, ranked, splits
 from .plan import SidePlan
 from .run_pages import PageModule
 from .run_parts import LOG2E, NO_WINDOW, Part, Scratch, within
@@ -237,11 +237,14 @@ class TritonModule(PageModule):
 
     def _merge(self, kernel: str, part: Part, scratch: Scratch, count: int, **more: Any) -> None:
         batch, heads, queries, _ = part.query.shape
+        rows, channels = batch * heads * queries, self.plan.values.channels
+        lanes = padded(channels) if part.fixed else merge_lanes(rows, channels, self.processors())
         given = {
             **scratch, **more, "queries": queries, "blocks": part.blocks, "splits": count, "clean": part.clean,
-            "ROWS": part.rows, "SPLITS": padded(count),
+            "ROWS": part.rows, "SPLITS": padded(count), "EDGES": max(MOST_EDGES, padded(part.edges)), "LANES": lanes,
         }  # fmt: skip
-        self._run(kernel, (batch * heads, queries), given, None, part.params)
+        each = padded(channels) // lanes if "LANES" in self.arguments[kernel] else 1
+        self._run(kernel, (batch * heads, queries, each), given, None, part.params)
 
 
 @lru_cache(maxsize=256)
@@ -254,7 +257,7 @@ def _parts(query: Tensor, segments: Segments, splits: int | None, form: Form | N
     """Segments with the form they are read in, the cheapest if none is asked for, and the programs that share a
     sequence's tokens in each: `splits`, or as many as timing, or else the model, found worthwhile."""
     parts = [
-        Part(module, query if fold is None else fold.query, state, params, fold=fold)
+        Part(module, query if fold is None else fold.query, state, params, fold=fold, fixed=splits is not None)
         for module, state, params, fold in segments
     ]
     parts = [replace(part, form=form or _form(part, fixed=splits is not None)) for part in parts]

@@ -3,10 +3,12 @@
 Tiles of both loops are dealt out to the programs of the edges in turn.  They mask, without branches, so that all loads
 of a tile are asked for at once and a tile ahead.  Where both sides are packed as far, and read as in clean pages, the
 first loop reads codes and the second exact rows; a tile in which the ones end and the others begin is visited by both,
-each of which masks the other's tokens.  Else the first loop decodes of a mixed tile, number by number, what is packed
-on either side, and takes exact rows for the rest.  That is three times the text, and what a kernel's text takes to be
-read is a cost of short contexts; but such codes fill the registers in two loops, where one leaves some: of codes of
-vectors numbers would be moved to memory.
+each of which masks the other's tokens.  Else the first loop takes of a mixed tile what is packed on either side, as in
+clean pages where that can be, and exact rows for the rest.
+
+Codes that cannot be read as in clean pages are decoded, number by number.  That is three times the text, and what a
+kernel's text takes to be read is a cost of short contexts; but such codes fill the registers in two loops, where one
+leaves some: of codes of vectors numbers would be moved to memory.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ for step in tl.range(split - splits, mixed, edge_splits, num_stages=2):
     u = tile * $tile + tl.arange(0, $tile)
     page = tl.load(table + tile * $tile // $page).to(tl.int64)
     t = u % $page
+    page_token = tile * $tile % $page
     $mixed_seen
     $addresses
     $mixed
@@ -72,7 +75,7 @@ class Edges:
         self.plan, self.keys, self.values, self.weights = plan, keys, values, weights
         self.sides = sides
         self.at_once = plan.at_once and all(side.in_planes or side.side.floats for side in sides)
-        self.in_planes = tuple(self.at_once and side.in_planes for side in sides)
+        self.in_planes = tuple(side.in_planes for side in sides)
 
     def lines(
         self, addresses: list[str], seen: list[str], lanes: list[str], size: list[str], exact_query: list[str]
@@ -85,8 +88,8 @@ class Edges:
         size          what makes of the query's size that of its scores
         exact_query   where the rows of the query itself are, if packed tokens meet another
         """
-        plan, (keys, values) = self.plan, self.in_planes
-        sinks, sink_tiles = plan.sinks, -(-plan.sinks // plan.edge_tile)
+        plan, sinks = self.plan, self.plan.sinks
+        sink_tiles = -(-sinks // plan.edge_tile)
         sizes = {
             "tile": plan.edge_tile, "tile_less": plan.edge_tile - 1, "page": plan.layout.page_tokens,
             "sub": plan.layout.page_tokens // plan.edge_tile,
@@ -95,35 +98,54 @@ class Edges:
         fresh = f"fresh = {'(u >= packed_keys) | (u < 0)' if sinks else 'u >= packed_keys'}"
         packed = [*seen, "coded = u < packed_keys", "seen = seen & coded[:, None]"]
         exact = [*seen, fresh, "seen = seen & fresh[:, None]", "here = here & fresh"]
-        exact_scores = [*self.keys.exact("here"), *["r = r * row_size[None, :]"] * (keys and self._apart)]
+        true_size = "true_size" if size else "size"
+        decoded_query = [] if self.in_planes[0] else [*self.keys.edge_prologue(), *size]
         text = fill(
             LOOPS,
             **sizes,
             lanes=lanes,
             exact_query=exact_query,
-            prologue=[] if keys else [*self.keys.edge_prologue(), *size],
-            accumulators=self.sides[1].prologue() if values else self.values.edge_prologue(),
+            prologue=[*decoded_query, *self._operands(true_size, at_once=False)],
+            accumulators=self._accumulators(),
             counts=fill(AT_ONCE_COUNTS if self.at_once else COUNTS, **sizes).splitlines(),
             mixed_seen=packed if self.at_once else [*seen, row],
             addresses=addresses,
             mixed=self._packed() if self.at_once else self._mixed(),
-            exact_prologue=[
-                *(self.sides[1].epilogue() + self.values.exact_prologue("mass") if values else []),
-                *(self.keys.exact_prologue("true_size" if size else "size") if keys else []),
-            ],
+            exact_prologue=[*self._ended(), *self._operands(true_size, at_once=True)],
             sinks_behind=plus(sink_tiles),
             again=" - again" if self.at_once else "",
             sink_step=[f"tile = tl.where(step < tiles, tile, step - tiles - {sink_tiles})"] if sinks else [],
             seen=exact if self.at_once else seen,
             row=row,
-            exact=[*exact_scores, *self.weights("r"), *self.values.exact("here")],
+            exact=[*self._exact_scores("here"), *self.weights("r"), *self.values.exact("here")],
         )
         return text.splitlines()
 
-    @property
-    def _apart(self) -> bool:
-        """Exact keys meet another query than packed ones, of a size of its own."""
-        return self.keys.exact_rows is not None
+    # ---- before, between and behind the loops --------------------------------------------------------------------
+
+    def _operands(self, size: str, *, at_once: bool) -> list[str]:
+        """What exact keys meet, where packed ones meet the query that was prepared for clean pages: made between the
+        loops if both sides are packed at once, else before both."""
+        if not self.in_planes[0] or at_once != self.at_once:
+            return []
+        return self.keys.exact_prologue(size) if at_once else self.keys.mixed_prologue(size)
+
+    def _accumulators(self) -> list[str]:
+        """The sums of the first loop."""
+        if not self.in_planes[1]:
+            return self.values.edge_prologue()
+        return self.sides[1].prologue() if self.at_once else self.values.mixed_prologue(self.sides[1])
+
+    def _ended(self) -> list[str]:
+        """Lines that make outputs of sums over planes, behind the first loop, and sums of exact rows where there were
+        none before."""
+        if not self.in_planes[1]:
+            return []
+        if self.at_once:
+            return self.sides[1].epilogue() + self.values.exact_prologue("mass")
+        return self.values.mixed_epilogue(self.sides[1])
+
+    # ---- the loops -----------------------------------------------------------------------------------------------
 
     def _packed(self) -> list[str]:
         """The body of the loop over tiles that are packed on both sides as far."""
@@ -133,7 +155,15 @@ class Edges:
         return [*scores, *self.weights("s"), *sums]
 
     def _mixed(self) -> list[str]:
-        """The body of the loop over tiles of tokens that are decoded, exact, or not visible, on either side."""
-        lines = ["coded = u < packed_keys", "exact = here & (u >= packed_keys)", *self.keys.either()]
-        lines += [*self.weights("s"), "coded = u < packed_values", "exact = here & (u >= packed_values)"]
-        return lines + self.values.either()
+        """The body of the loop over tiles of tokens that are packed, exact, or not visible, on either side."""
+        keys, values = self.in_planes
+        scores = self.sides[0].scores(0, "t") if keys else self.keys.decoded()
+        lines = ["coded = u < packed_keys", "exact = here & (u >= packed_keys)", *scores, *self._exact_scores("exact")]
+        lines += ["s = tl.where(coded[:, None], s, r)", *self.weights("s")]
+        lines += ["coded = u < packed_values", "exact = here & (u >= packed_values)"]
+        return lines + (self.values.either_in_planes(self.sides[1]) if values else self.values.either())
+
+    def _exact_scores(self, there: str) -> list[str]:
+        """r = scores of exact rows, in units of the size of what packed tokens meet."""
+        apart = self.in_planes[0] and self.keys.exact_rows is not None  # they meet another query, of another size
+        return [*self.keys.exact(there), *["r = r * row_size[None, :]"] * apart]

@@ -24,10 +24,11 @@ def $name(
     h = head % $q_heads // $group
     row = token * $group + head % $group
     s = tl.arange(0, SPLITS)
-    d = tl.arange(0, $lanes)
+    d = $lanes
     $place
     await_last()
     lse = tl.load(lse_ptr + place, mask=s < splits, other=-1.0e30)
+    $loads
     most = tl.max(lse, 0)
     weight = tl.where(lse > -1.0e29, tl.exp2(lse - most), 0.0)
     mass = tl.sum(weight, 0)
@@ -54,25 +55,40 @@ base = (b * $heads + h) * blocks + row // ROWS
 place = (s.to(tl.int64) * programs + base) * ROWS + row % ROWS
 """
 
-SUM = """
+# Asked for before it is known which weigh anything: a step waits for memory once here, and not twice.
+LOADS = """
 part = tl.load(
-    partial_ptr + place[:, None] * $head_dim + d[None, :],
-    mask=((s < splits) & (weight > 0.0))[:, None] & (d < $head_dim)[None, :],
+    partial_ptr + place[:, None] * $dim + d[None, :],
+    mask=(s < splits)[:, None] & (d < $dim)[None, :],
     other=0.0,
 )
-total = tl.sum(part * weight[:, None], 0) / tl.where(mass > 0.0, mass, 1.0)
 """
 
-# Where exact tokens add to the output itself, they have sums of their own.
-APART_PLACE = PLACE + "slot = (tl.maximum(s - clean, 0).to(tl.int64) * programs + base) * ROWS + row % ROWS"
+SUM = """
+part = tl.where((weight > 0.0)[:, None], part * weight[:, None], 0.0)
+total = tl.sum(part, 0) / tl.where(mass > 0.0, mass, 1.0)
+"""
+
+# Where exact tokens add to the output itself, they have sums of their own, of the programs behind the clean pages'.
+APART_PLACE = (
+    PLACE
+    + """\
+e = tl.arange(0, EDGES)
+slot = (e.to(tl.int64) * programs + base) * ROWS + row % ROWS
+"""
+)
+
+APART_LOADS = """
+ours = e < splits - clean
+exact_lse = tl.load(lse_ptr + slot + clean.to(tl.int64) * programs * ROWS, mask=ours, other=-1.0e30)
+exact = tl.load(
+    exact_ptr + slot[:, None] * $head_dim + d[None, :], mask=ours[:, None] & (d < $head_dim)[None, :], other=0.0
+)
+"""
 
 APART_SUM = """
-exact = tl.load(
-    exact_ptr + slot[:, None] * $head_dim + d[None, :],
-    mask=((s >= clean) & (s < splits) & (weight > 0.0))[:, None] & (d < $head_dim)[None, :],
-    other=0.0,
-)
-total = tl.sum(exact * weight[:, None], 0)
+exact_weight = tl.where(exact_lse > -1.0e29, tl.exp2(exact_lse - most), 0.0)
+total = tl.sum(tl.where((exact_weight > 0.0)[:, None], exact * exact_weight[:, None], 0.0), 0)
 """
 
 # Sums over packed tokens are of coded numbers: they are mapped back here, once.
@@ -97,20 +113,15 @@ total = total / tl.where(mass > 0.0, mass, 1.0)
 # Of a rotation all at once.
 ROTATED_SUM = """
 $exact
-part = tl.load(
-    partial_ptr + place[:, None] * $dim + d[None, :],
-    mask=((s < splits) & (weight > 0.0))[:, None] & (d < $dim)[None, :],
-    other=0.0,
-)
-coded = tl.sum(part * weight[:, None], 0)
+coded = tl.sum(tl.where((weight > 0.0)[:, None], part * weight[:, None], 0.0), 0)
 coded = tl.reshape(hadamard(coded[None, :], $stages, $factor), [$lanes])
 $signs
 total = (total + coded) / tl.where(mass > 0.0, mass, 1.0)
 """
 
 SHIFT = """
-share = tl.load(share_ptr + slot, mask=(s >= clean) & (s < splits) & (weight > 0.0), other=0.0)
-share = tl.sum(tl.where(s < clean, weight, share * weight), 0)
+share = tl.load(share_ptr + slot, mask=ours & (exact_weight > 0.0), other=0.0)
+share = tl.sum(tl.where(s < clean, weight, 0.0), 0) + tl.sum(share * exact_weight, 0)
 shift = tl.load(values_decode_shift_ptr + h * values_shifts * $head_dim + d, mask=d < $head_dim, other=0.0)
 total = total + shift * share
 """
@@ -139,13 +150,16 @@ def _text(plan: Plan, name: str, through: bool, into: str) -> str:
     result = {"fp16": "total.to(tl.float16)", "fp32": "total", "bf16": "bits_bf16(total).to(tl.int16)"}[shape.dtype]
     apart, shifted = through and values.apart, through and values.shifted
     sources = whole_arguments(values) if through else []
-    place, total = fill(APART_PLACE if apart else PLACE, **holes), fill(SUM, **holes)
+    place, total = fill(APART_PLACE if apart else PLACE, **holes), fill(SUM)
+    loads = fill(APART_LOADS, **holes) * apart
+    if not through or rotated(values):
+        loads += fill(LOADS, dim=values.row if through else dim)
     if through:
         turned = {**holes, "dim": values.row, "step": min(MERGE_LANES, padded(values.row))}
         turned |= {"matrix_ptr": whole_map(values)[0], "stride": whole_map(values)[1]}
         shift = fill(SHIFT, head_dim=dim).splitlines() if shifted else []
         exact = [f"total = tl.zeros([{padded(dim)}], tl.float32)"]
-        exact = fill(APART_SUM, **holes).splitlines() if apart else exact
+        exact = fill(APART_SUM).splitlines() if apart else exact
         if rotated(values):
             rotation = {**stages_of(values), "lanes": padded(dim), "signs": with_signs(values, "d", "coded")}
             total = fill(ROTATED_SUM, **turned, **rotation, exact=exact)
@@ -154,10 +168,12 @@ def _text(plan: Plan, name: str, through: bool, into: str) -> str:
     args = ["partial_ptr", *["exact_ptr"] * apart, *["share_ptr"] * shifted, "lse_ptr", *sources, f"{into}_ptr"]
     args += [f"{into}_lse_ptr", "queries", "blocks", "splits", *["clean"] * apart, *["to_blocks"] * (into == "to")]
     loose = [name for name in ("queries", "splits", "blocks", "clean", "to_blocks") if name in args]
-    args += ["ROWS: tl.constexpr", "SPLITS: tl.constexpr", *["TO_ROWS: tl.constexpr"] * (into == "to")]
+    args += ["ROWS: tl.constexpr", "SPLITS: tl.constexpr", *["EDGES: tl.constexpr"] * apart]
+    args += [*["LANES: tl.constexpr"] * (not through), *["TO_ROWS: tl.constexpr"] * (into == "to")]
+    lanes = f"tl.arange(0, {padded(dim)})" if through else "tl.program_id(2) * LANES + tl.arange(0, LANES)"
     end = fill(OUTPUT if into == "out" else PARTIAL, **holes, result=result)
     return fill(
         MERGE, name=name, loose=", ".join(f'"{one}"' for one in loose), args=[f"{arg}," for arg in args],
-        q_heads=str(shape.q_heads), **holes, lanes=padded(dim), place=place.splitlines(),
-        sum=total.splitlines(), end=end.splitlines(),
+        q_heads=str(shape.q_heads), **holes, lanes=lanes, place=place.splitlines(),
+        loads=loads.splitlines(), sum=total.splitlines(), end=end.splitlines(),
     )  # fmt: skip

@@ -97,6 +97,12 @@ class KeySide:
         lines += [f"f{j} = (r{j} * shrink[None, :]).to({self.first.exact})" for j in rows.planes]
         return [*lines, f"row_size = row_size / {size}"]
 
+    def mixed_prologue(self, size: str) -> list[str]:
+        """The operands for exact numbers beside packed ones, for which the rows of the query have been prepared."""
+        if self.exact_rows is None:
+            return [line for term in self.terms for line in term.operands()]
+        return self.exact_prologue(size)
+
     # ---- once per tile --------------------------------------------------------------------------------------------
 
     def scores(self, half: int, tokens: str) -> list[str]:
@@ -118,9 +124,8 @@ class KeySide:
     def in_planes(self) -> bool:
         """Tokens at the edges may be scored as those of clean pages are: nothing but codes is read, and a scale is put
         onto scores or onto the query."""
-        places = (When.AFTER_DOT, When.ONCE_PER_QUERY, When.NEVER)
         plain = all(type(term) is Keys and not term.decoded and term.positions is None for term in self.terms)
-        return plain and all(term.side.when in places and not term.side.layout.across for term in self.terms)
+        return plain and all(term.side.when is not When.IN_LOOP and not term.side.layout.across for term in self.terms)
 
     def exact(self, there: str) -> list[str]:
         """r = scores of edge tokens, from exact rows, where a mask says that they are there."""
@@ -130,10 +135,6 @@ class KeySide:
             return [line for i, term in enumerate(self.terms) for line in term.exact_scores(there, more=i > 0)]
         plain = (term for term in self.terms if term.side is self.side.plain)
         return next(plain, self.first).exact_scores(there)  # of bands the one that has all
-
-    def either(self) -> list[str]:
-        """s = scores of edge tokens: decoded where `coded`, from exact rows where `exact`."""
-        return [*self.decoded(), *self.exact("exact"), "s = tl.where(coded[:, None], s, r)"]
 
 
 class ValueSide:
@@ -182,6 +183,22 @@ class ValueSide:
         """Add edge tokens under weights p: decoded where `coded`, from exact rows where `exact`."""
         return self.decoded() + self._rows("exact")
 
+    def mixed_prologue(self, planes: ValueSide) -> list[str]:
+        """Sums over planes of packed tokens, and those of exact rows beside them."""
+        beside = [] if self.exact_rows is not None else [line for term in self.terms for line in term.edge_prologue()]
+        return planes.prologue() + beside + self.exact_prologue("tl.zeros([ROWS], tl.float32)")
+
+    def either_in_planes(self, planes: ValueSide) -> list[str]:
+        """Add edge tokens under weights p: as those of clean pages where `coded`, from exact rows where `exact`."""
+        lines = [*self._decayed(outputs=self.exact_rows is None), *self._rows("exact")]
+        lines.append("p = tl.where(coded[:, None], p, 0.0)")
+        lines += ["coded_mass = coded_mass + tl.sum(p, 0)"] * self.side.shifted
+        return lines + planes.accumulate(0, "t")
+
+    def mixed_epilogue(self, planes: ValueSide) -> list[str]:
+        """o0, o1, ... = the outputs of both."""
+        return [line for term in planes.terms for line in term.epilogue(more=self.exact_rows is None)]
+
     def decoded(self) -> list[str]:
         """Add edge tokens under weights p, decoded, where `coded`."""
         lines = [*self._decayed(), *(line for term in self.terms for line in term.tokens())]
@@ -206,9 +223,9 @@ class ValueSide:
         """Add edge tokens under weights p from exact rows, where a mask says that they are there."""
         return self._decayed() + self._rows(there)
 
-    def _decayed(self) -> list[str]:
-        """All sums over edge tokens, decayed, and the weights as an operand."""
-        sums = [name for term in self.terms for name in term.sums()]
+    def _decayed(self, *, outputs: bool = True) -> list[str]:
+        """The weights as an operand, and sums over edge tokens, decayed: those of exact rows, and `outputs`."""
+        sums = [name for term in self.terms for name in term.sums()] if outputs else []
         sums += self.exact_rows.names() if self.exact_rows is not None else []
         lines = [f"weight = {self.first.cast('p')}", *(f"{name} = {name} * decay[None, :]" for name in sums)]
         return lines + ["coded_mass = coded_mass * decay"] * self.side.shifted

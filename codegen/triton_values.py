@@ -221,8 +221,9 @@ class Values(Planes):
 
     # ---- once per output ------------------------------------------------------------------------------------------
 
-    def epilogue(self) -> list[str]:
-        """o0, o1, ... = the outputs of each plane's channels, not yet divided by the mass of weights."""
+    def epilogue(self, *, more: bool = False) -> list[str]:
+        """o0, o1, ... = the outputs of each plane's channels, not yet divided by the mass of weights; `more`: added to
+        what they were, where sums stay in the basis of planes."""
         if not self.in_planes:
             planes = range(self.side.layout.planes) if self.in_halves else ()
             return self.own([f"o{j} = o{j} * {2.0**UNIT}" for j in planes])
@@ -234,5 +235,5 @@ class Values(Planes):
                 text = self.steps.output("total", "carried0", self.scale, self.offset)
             elif carried is not None:
                 text = self.steps.plus_carried(text, side.group(j), carried[1])
-            lines.append(f"o{j} = {text}")
+            lines.append(f"o{j} = {f'o{j} + ' * more}{text}")
         return self.own(lines)

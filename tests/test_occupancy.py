@@ -14,6 +14,7 @@ from kvdsl.codegen.occupancy import (
     Work,
     edge_splits,
     held,
+    merge_lanes,
     more_registers,
     predicted,
     ranked,
@@ -114,6 +115,15 @@ def test_edges_that_find_no_place_wait_for_programs_that_end() -> None:
 def test_no_more_share_a_sequence_than_are_merged_at_once(pages: int) -> None:
     work, room = Work(1, pages, 64, edges=64), Room(PROCESSORS, 8)
     assert all(count + edge_splits(work, count, room) <= MOST_SPLITS for count in ranked(work, room))
+
+
+@pytest.mark.parametrize(
+    ("rows", "channels", "right"), [(32, 128, 32), (67, 128, 64), (133, 128, 128), (1, 96, 32), (1, 16, 16)]
+)
+def test_few_rows_are_merged_by_more_programs_that_find_a_processor_each(rows: int, channels: int, right: int) -> None:
+    lanes = merge_lanes(rows, channels, PROCESSORS)
+    assert lanes == right
+    assert lanes >= channels or rows * -(-channels // lanes) <= 2 * PROCESSORS
 
 
 @pytest.mark.parametrize(("name", "rows"), [("h200_1.json", 99), ("h200_2.json", 64)])
