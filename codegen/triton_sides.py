@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from .placement import When
 from .plan import Plan
 from .triton_keys import Keys
+from .triton_masked import MaskedKeys
 from .triton_planes import Planes
 from .triton_rows import ExactRows
 from .triton_values import Values
+
+PLANAR = (Keys, MaskedKeys)  # keys that are nothing but codes, whose scores are sums over planes
 
 
 def largest(names: Sequence[str]) -> list[str]:
@@ -124,7 +127,7 @@ class KeySide:
     def in_planes(self) -> bool:
         """Tokens at the edges may be scored as those of clean pages are: nothing but codes is read, and a scale is put
         onto scores or onto the query."""
-        plain = all(type(term) is Keys and not term.decoded and term.positions is None for term in self.terms)
+        plain = all(type(term) in PLANAR and not term.decoded and term.positions is None for term in self.terms)
         return plain and all(term.side.when is not When.IN_LOOP and not term.side.layout.across for term in self.terms)
 
     def exact(self, there: str) -> list[str]:
