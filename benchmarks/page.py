@@ -52,6 +52,11 @@ def page(found: Iterable[Mapping[str, Any]]) -> str:
     return "\n".join([HEAD, *(line for name, part in devices.items() for line in section(name, part))])
 
 
+def plot(device: str) -> str:
+    """The name of the file with a GPU's plots, see `benchmarks/plots.py`."""
+    return f"speed_{device.split()[1].lower()}.svg"
+
+
 def section(device: str, found: list[Mapping[str, Any]]) -> list[str]:
     """A table: a row a scheme, a column a shape."""
     rows = [row for document in found for row in timed(document["results"])]
@@ -59,7 +64,8 @@ def section(device: str, found: list[Mapping[str, Any]]) -> list[str]:
     versions = {f"torch {document['versions']['torch']}, Triton {document['versions']['triton']}" for document in found}
     rates = [document["read_limit_gbps"] for document in found]
     limits, limit = ", ".join(f"{rate:.0f}" for rate in rates), max(rates)
-    lines = [f"## {device}", "", f"{'; '.join(sorted(versions))}; {', '.join(sorted({d['date'] for d in found}))}."]
+    lines = [f"## {device}", "", f"![Speed by bits, and by contexts]({plot(device)})", ""]
+    lines += [f"{'; '.join(sorted(versions))}; {', '.join(sorted({d['date'] for d in found}))}."]
     lines += [f"Read limit of the runs: {limits} GB/s.", "", markdown_row(("scheme", *shapes, "unpack"))]
     lines.append("| --- |" + " ---: |" * (len(shapes) + 1))
     lines.append(markdown_row(("SDPA, float16", *(f"{exact(rows, shape):.1f}" for shape in shapes), "")))

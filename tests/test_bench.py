@@ -31,6 +31,16 @@ def test_the_page_of_figures_is_of_the_results() -> None:
     assert (ROOT / "docs" / "speed.md").read_text(encoding="utf-8") == made["whole"]()
 
 
+def test_the_plots_are_of_the_results() -> None:
+    """When this fails, `python benchmarks/plots.py` draws them anew.  Each file says what it was drawn from."""
+    pytest.importorskip("matplotlib")
+    made = runpy.run_path(str(ROOT / "benchmarks" / "plots.py"))
+    found = made["devices"]()
+    assert {made["path"](device) for device in found} == {*(ROOT / "docs").glob("speed_*.svg")}
+    for device, times in found.items():
+        assert made["digest"](times) in made["path"](device).read_text(encoding="utf-8")
+
+
 def test_the_page_takes_newer_results_too() -> None:
     """What does not fit and what is missing is passed over; other systems have a table of their own."""
     made = runpy.run_path(str(ROOT / "benchmarks" / "page.py"))
