@@ -8,11 +8,12 @@ alone, behind all others.  Measured on an H200, 8 x 8 x 131072, share of the rea
 would wait for it: `kivi4`, of which a processor holds 9, takes 104 us with 16 programs a sequence and 120 with 18 (8 x
 8 x 32768), `token4`, 11, 76 with 15 and 80 with 22.
 
-What is below is in tiles: the time that a warp takes for one of TILE tokens where its partition has no other.  Its four
-constants are fitted to what numbers of programs took on an H200, nine schemes at eleven sizes
-(benchmarks/results/schedules/h200_1.json): what they choose takes 1.03 times the best of each on average, and 1.04
-times that of later kernels, eight schemes at eight sizes (h200_2.json).  A fit to those alone, of which fewer numbers
-were timed, went wrong where none was: `token2` 8 x 8 x 131072 took 252 us with 16 programs a sequence, 176 with 49.
+What is below is in tiles of TILE tokens: of a full partition the time of one of a program's, divided by its programs.
+The five constants are fitted to what numbers of programs took on an H200, nine schemes at eleven sizes
+(benchmarks/results/schedules/h200_1.json), and later kernels, eight schemes at eight sizes (h200_2.json): what they
+choose takes 1.02 times the best of each of the first on average, and 1.03 times that of the others.  A fit to those
+alone, of which fewer numbers were timed, went wrong where none was: `token2` 8 x 8 x 131072 took 252 us with 16
+programs a sequence, 176 with 49.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ MOST_EDGES = 32
 LEAST_LANES = 32  # channels that a program merges
 START = 1.0  # what a program does beside its tiles
 EDGE = 1.5  # what a tile at the edges takes, of fewer tokens
-LATENCY = 2.5  # programs of one warp that a partition runs in the time of one: the others work while it waits
+LATENCY = 2.5  # what a tile takes where others work while a warp waits, so few that it waits all the same
+ALONE = 1.9  # what it takes a warp that has its partition alone
 PARTIAL = 0.04  # what one more partial of a row costs where all are merged
 REGISTERS = 65536  # of a processor, on every GPU that Triton knows of NVIDIA's
 MOST_REGISTERS = 255  # of a thread
@@ -89,7 +91,7 @@ class Room:
     def pace(self, programs: int) -> float:
         """What a tile takes with so many programs at once, of which every processor has as many but one."""
         beside = -(-(-(-programs // self.processors) * self.warps) // PARTITIONS)  # warps of the fullest partition
-        return max(LATENCY, beside) / self.warps
+        return (ALONE if beside <= 1 else max(LATENCY, beside)) / self.warps
 
 
 @dataclass(frozen=True)
