@@ -6,10 +6,11 @@ first loop reads codes and the second exact rows; a tile in which the ones end a
 each of which masks the other's tokens.  Else the first loop takes of a mixed tile what is packed on either side, and
 exact rows for the rest.
 
-Where codes of a side cannot be read as in clean pages, those of both are decoded, number by number.  That is three
-times the text, and what a kernel's text takes to be read is a cost of short contexts; but in two loops such codes fill
-the registers: of codes of vectors numbers would be moved to memory.  With the keys' planes beside decoded values a
-processor of an H200 held 8 programs of `channel4`, and not 12: 16 x 8 x 16384 took 93 us, and not 86.
+Where codes of a side cannot be read as in clean pages, those of both are decoded, number by number, and so are mixed
+tiles of two streams of codes, whose sums would stand beside those of exact rows.  That is three times the text, and
+what a kernel's text takes to be read is a cost of short contexts; but in two loops such codes fill the registers: of
+codes of vectors numbers would be moved to memory.  With the keys' planes beside decoded values a processor of an H200
+held 8 programs of `channel4`, and not 12: 16 x 8 x 16384 took 93 us, and not 86.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ class Edges:
         self.plan, self.keys, self.values, self.weights = plan, keys, values, weights
         self.sides = sides
         self.at_once = plan.at_once and all(side.in_planes or side.side.floats for side in sides)
-        alike = self.at_once or all(side.in_planes for side in sides)
+        single = all(len(term.operands) == 1 for term in plan.terms)
+        alike = self.at_once or single and all(side.in_planes for side in sides)
         self.in_planes = tuple(alike and side.in_planes for side in sides)
 
     def lines(
