@@ -46,10 +46,15 @@ def documents() -> list[dict[str, Any]]:
 
 def page(found: Iterable[Mapping[str, Any]]) -> str:
     """A section a device."""
+    return "\n".join([HEAD, *(line for name, part in by_device(found).items() for line in section(name, part))])
+
+
+def by_device(found: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """The results, GPU by GPU."""
     devices: dict[str, list[Mapping[str, Any]]] = {}
     for document in found:
         devices.setdefault(document["device"], []).append(document)
-    return "\n".join([HEAD, *(line for name, part in devices.items() for line in section(name, part))])
+    return devices
 
 
 def plot(device: str) -> str:

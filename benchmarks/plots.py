@@ -10,7 +10,6 @@ import json
 import runpy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -32,18 +31,15 @@ Times = dict[str, dict[str, tuple[float, float]]]
 def devices() -> dict[str, Times]:
     """What was measured on every GPU, the last of each scheme and shape, as in docs/speed.md; bits of a scheme from any
     of the results, as the first ones do not say them."""
-    found: dict[str, list[Mapping[str, Any]]] = {}
-    for document in PAGE["documents"]():
-        found.setdefault(document["device"], []).append(document)
-    rows = [row for some in found.values() for document in some for row in document["results"]]
-    bits = {row["scheme"]: row["bits"] for row in rows if "bits" in row}
+    found = PAGE["documents"]()
+    bits = {row["scheme"]: row["bits"] for document in found for row in document["results"] if "bits" in row}
     return {
         device: {
             scheme: {shape: (bits[scheme], exact / row["us"]) for shape, (row, exact) in cells.items()}
             for scheme, cells in PAGE["newest"](some).items()
             if scheme in bits
         }
-        for device, some in found.items()
+        for device, some in PAGE["by_device"](found).items()
     }
 
 

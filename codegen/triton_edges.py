@@ -153,19 +153,19 @@ class Edges:
 
     def _packed(self) -> list[str]:
         """The body of the loop over tiles that are packed on both sides as far."""
-        keys, values = self.in_planes
-        scores = self.sides[0].scores(0, "t") if keys else self.keys.decoded()
-        sums = self.sides[1].accumulate(0, "t") if values else self.values.decoded()
-        return [*scores, *self.weights("s"), *sums]
+        sums = self.sides[1].accumulate(0, "t") if self.in_planes[1] else self.values.decoded()
+        return [*self._coded_scores(), *self.weights("s"), *sums]
 
     def _mixed(self) -> list[str]:
         """The body of the loop over tiles of tokens that are packed, exact, or not visible, on either side."""
-        keys, values = self.in_planes
-        scores = self.sides[0].scores(0, "t") if keys else self.keys.decoded()
-        lines = ["coded = u < packed_keys", "exact = here & (u >= packed_keys)", *scores, *self._exact_scores("exact")]
-        lines += ["s = tl.where(coded[:, None], s, r)", *self.weights("s")]
-        lines += ["coded = u < packed_values", "exact = here & (u >= packed_values)"]
-        return lines + (self.values.either_in_planes(self.sides[1]) if values else self.values.either())
+        lines = ["coded = u < packed_keys", "exact = here & (u >= packed_keys)"]
+        lines += [*self._coded_scores(), *self._exact_scores("exact"), "s = tl.where(coded[:, None], s, r)"]
+        lines += [*self.weights("s"), "coded = u < packed_values", "exact = here & (u >= packed_values)"]
+        return lines + (self.values.either_in_planes(self.sides[1]) if self.in_planes[1] else self.values.either())
+
+    def _coded_scores(self) -> list[str]:
+        """s = scores of packed tokens."""
+        return self.sides[0].scores(0, "t") if self.in_planes[0] else self.keys.decoded()
 
     def _exact_scores(self, there: str) -> list[str]:
         """r = scores of exact rows, in units of the size of what packed tokens meet."""

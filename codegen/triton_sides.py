@@ -65,6 +65,10 @@ class KeySide:
             lines.append("bias = tl.load(bias_ptr + head * queries + token, mask=live, other=0.0) * scaling * inverse")
         return lines
 
+    def _operands(self) -> list[str]:
+        """What decoded numbers of all terms meet."""
+        return [line for term in self.terms for line in term.operands()]
+
     def prologue(self) -> list[str]:
         """Load the query rows, plane by plane, and prepare them for the planes."""
         if self.positions is not None:
@@ -79,12 +83,12 @@ class KeySide:
         """The operands for decoded numbers, and for exact ones."""
         rows = self.exact_rows
         if rows is None:
-            return self._rows() + [line for term in self.terms for line in term.operands()]
+            return self._rows() + self._operands()
         lines = [*rows.lanes(), *rows.queries(), *self._rows([f"r{j}" for j in rows.planes])]
         if self.positions is not None:
             lines += [*self.positions.fixed(), *self.positions.prologue()]
         else:
-            lines += [line for term in self.terms for line in term.operands()]
+            lines += self._operands()
         return lines + [f"f{j} = (r{j} * inverse[None, :]).to({self.first.exact})" for j in rows.planes]
 
     def exact_prologue(self, size: str) -> list[str]:
@@ -94,7 +98,7 @@ class KeySide:
             names = [name for term in self.terms for name in term.rows()]
             lines = [line for term in self.terms for line in term.loads(self.query)]
             lines += [f"shrink = 1.0 / {size}", *(f"{name} = {name} * shrink[None, :]" for name in names)]
-            return lines + [line for term in self.terms for line in term.operands()]
+            return lines + self._operands()
         names = [f"r{j}" for j in rows.planes]
         lines = [*rows.lanes(), *rows.queries(), *largest(names), "row_size, shrink = above(top)  # [rows]"]
         lines += [f"f{j} = (r{j} * shrink[None, :]).to({self.first.exact})" for j in rows.planes]
@@ -103,7 +107,7 @@ class KeySide:
     def mixed_prologue(self, size: str) -> list[str]:
         """The operands for exact numbers beside packed ones, for which the rows of the query have been prepared."""
         if self.exact_rows is None:
-            return [line for term in self.terms for line in term.operands()]
+            return self._operands()
         return self.exact_prologue(size)
 
     # ---- once per tile --------------------------------------------------------------------------------------------
@@ -178,8 +182,9 @@ class ValueSide:
         """Lines that store what was summed, one term behind the other."""
         return [line for term in self.terms for line in term.stores(out)]
 
-    def edge_prologue(self) -> list[str]:
-        sums = [line for term in self.terms for line in term.edge_prologue()]
+    def edge_prologue(self, *, outputs: bool = True) -> list[str]:
+        """Sums over edge tokens: of exact rows that are apart, and `outputs`."""
+        sums = [line for term in self.terms for line in term.edge_prologue()] if outputs else []
         return sums + self.exact_prologue("tl.zeros([ROWS], tl.float32)")
 
     def either(self) -> list[str]:
@@ -188,8 +193,7 @@ class ValueSide:
 
     def mixed_prologue(self, planes: ValueSide) -> list[str]:
         """Sums over planes of packed tokens, and those of exact rows beside them."""
-        beside = [] if self.exact_rows is not None else [line for term in self.terms for line in term.edge_prologue()]
-        return planes.prologue() + beside + self.exact_prologue("tl.zeros([ROWS], tl.float32)")
+        return planes.prologue() + self.edge_prologue(outputs=self.exact_rows is None)
 
     def either_in_planes(self, planes: ValueSide) -> list[str]:
         """Add edge tokens under weights p: as those of clean pages where `coded`, from exact rows where `exact`."""
