@@ -67,11 +67,7 @@ def $name(
     if split < splits:
         $clean_prologue
         $accumulators
-        share = (high - low + splits - 1) // splits
-        begin = tl.minimum(low + split * share, high)
-        stop = tl.minimum(begin + share, high)
-        next_page = tl.load(table + begin)
-        for tile in tl.range(begin$tiles, stop$tiles, num_stages=STAGES):
+        $loop
             page = next_page.to(tl.int64)
             next_page = tl.load(table + $next)
             $addresses
@@ -87,6 +83,24 @@ def $name(
         end = length - $sinks
         $edges
         $edge_partials
+"""
+
+# Every so many-th page: what the programs of a sequence read at one time stands side by side.  Microseconds on an H200
+# of shares in one piece, and so: `token2` 16 x 8 x 16384 58.6, 55.2, 8 x 8 x 131072 174, 170, `kivi2` 1 x 8 x 32768
+# 24.0, 21.5, `channel4` 8 x 8 x 131072 284, 286.
+EVERY = """
+next_page = tl.load(table + tl.minimum(low + split, high))
+for tile in tl.range(low + split, high, splits, num_stages=STAGES):
+"""
+
+# Of pages of several tiles as many in a row: `int8_token_head`, whose pages are among the largest, 8 x 8 x 131072 507 so
+# and 512 the other way.
+SHARES = """
+share = (high - low + splits - 1) // splits
+begin = tl.minimum(low + split * share, high)
+stop = tl.minimum(begin + share, high)
+next_page = tl.load(table + begin)
+for tile in tl.range(begin * $sub, stop * $sub, num_stages=STAGES):
 """
 
 # Stored in either branch: what both need at their ends would otherwise be kept in registers through the loops.
@@ -146,8 +160,13 @@ class Attend:
             "page": plan.layout.page_tokens,
             "page_less": plan.layout.page_tokens - 1, "tile": plan.tile, "tile_less": plan.tile - 1, "sub": sub,
             "per_page": f" // {sub}" if sub > 1 else "", "tiles": f" * {sub}" if sub > 1 else "",
-            "next": f"(tile + 1) // {sub}" if sub > 1 else "tile + 1",
         }  # fmt: skip
+
+    def _loop(self, rows: int) -> dict[str, list[str] | str]:
+        """The main loop's head, and which page follows a tile."""
+        sub = self.plan.layout.page_tokens // self.plan.tile
+        head = fill(SHARES if sub > 1 else EVERY, **self._shared(rows)).splitlines()
+        return {"loop": head, "next": f"(tile + 1) // {sub}" if sub > 1 else "tl.minimum(tile + splits, high)"}
 
     def addresses(self, *, several: bool = True) -> list[str]:
         """Where the page's words and metadata of head h begin, if `several` also of those that are rotated with it, and
@@ -294,6 +313,7 @@ class Attend:
             prologue=prologue if alike else [],
             clean_prologue=[] if alike else prologue,
             accumulators=values.prologue(),
+            **self._loop(rows),
             addresses=self.addresses(),
             clean=self.clean(),
             **holes,
