@@ -93,8 +93,8 @@ next_page = tl.load(table + tl.minimum(low + split, high))
 for tile in tl.range(low + split, high, splits, num_stages=STAGES):
 """
 
-# Of pages of several tiles as many in a row: `int8_token_head`, whose pages are among the largest, 8 x 8 x 131072 507 so
-# and 512 the other way.
+# Of pages of several tiles as many in a row: `int8_token_head`, whose pages are large, 8 x 8 x 131072 507, and 512 the
+# other way.
 SHARES = """
 share = (high - low + splits - 1) // splits
 begin = tl.minimum(low + split * share, high)
