@@ -78,7 +78,8 @@ def kept(rest: Tensor, taken: Split, side: Side) -> Tensor:
 def by_channel(query: Tensor, heads: int) -> Tensor:
     """A query (B, Hq, Q, D) as the numbers of all rows of every channel of a kv head, float32 (B, H, D, Q * group)."""
     rows = query.unflatten(1, (heads, -1)).permute(0, 1, 4, 3, 2)
-    return torch.empty(rows.shape, device=query.device).copy_(rows).flatten(3)  # one kernel, where .to() takes two
+    # one kernel, where .to() and .contiguous() are two
+    return torch.empty(rows.shape, dtype=torch.float32, device=query.device).copy_(rows).flatten(3)
 
 
 def by_turned_channel(query: Tensor, heads: int, pairs: int, interleaved: bool) -> Tensor:
