@@ -106,12 +106,12 @@ for tile in tl.range(begin * $sub, stop * $sub, num_stages=STAGES):
 # Stored in either branch: what both need at their ends would otherwise be kept in registers through the loops.
 PARTIALS = """
 let_next_begin()
-inverse = 1.0 / tl.where(mass > 0.0, mass, 1.0)
+inverse = reciprocal(tl.where(mass > 0.0, mass, 1.0))
 out = ((split.to(tl.int64) * tl.num_programs(0) + bh) * tl.num_programs(2) + block) * ROWS
 partial = partial_ptr + (out + tl.arange(0, ROWS))[None, :] * $dim
 $stores
 $exact
-lse = tl.where(mass > 0.0, peak * size + tl.log2(tl.where(mass > 0.0, mass, 1.0)), -1.0e30)
+lse = tl.where(mass > 0.0, peak * size + logarithm(tl.where(mass > 0.0, mass, 1.0)), -1.0e30)
 tl.store(lse_ptr + out + tl.arange(0, ROWS), lse)
 """
 

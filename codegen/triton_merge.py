@@ -33,7 +33,7 @@ def $name(
     weight = tl.where(lse > -1.0e29, tl.exp2(lse - most), 0.0)
     mass = tl.sum(weight, 0)
     $sum
-    found = most + tl.log2(tl.where(mass > 0.0, mass, 1.0))
+    found = most + logarithm(tl.where(mass > 0.0, mass, 1.0))
     $end
 """
 
@@ -66,7 +66,7 @@ part = tl.load(
 
 SUM = """
 part = tl.where((weight > 0.0)[:, None], part * weight[:, None], 0.0)
-total = tl.sum(part, 0) / tl.where(mass > 0.0, mass, 1.0)
+total = tl.sum(part, 0) * reciprocal(tl.where(mass > 0.0, mass, 1.0))
 """
 
 # Where exact tokens add to the output itself, they have sums of their own, of the programs behind the clean pages'.
@@ -107,7 +107,7 @@ for first in range(0, $dim, $step):
     w = tl.load(matrix + d.to(tl.int64)[:, None] * $dim + i[None, :], mask=known, other=0.0)
     total = total + tl.sum(w * coded[None, :], 1)
 $shift
-total = total / tl.where(mass > 0.0, mass, 1.0)
+total = total * reciprocal(tl.where(mass > 0.0, mass, 1.0))
 """
 
 # Of a rotation all at once.
@@ -116,7 +116,7 @@ $exact
 coded = tl.sum(tl.where((weight > 0.0)[:, None], part * weight[:, None], 0.0), 0)
 coded = tl.reshape(hadamard(coded[None, :], $stages, $factor), [$lanes])
 $signs
-total = (total + coded) / tl.where(mass > 0.0, mass, 1.0)
+total = (total + coded) * reciprocal(tl.where(mass > 0.0, mass, 1.0))
 """
 
 SHIFT = """
