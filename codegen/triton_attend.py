@@ -162,10 +162,10 @@ class Attend:
             "per_page": f" // {sub}" if sub > 1 else "", "tiles": f" * {sub}" if sub > 1 else "",
         }  # fmt: skip
 
-    def _loop(self, rows: int) -> dict[str, list[str] | str]:
+    def _loop(self) -> dict[str, list[str] | str]:
         """The main loop's head, and which page follows a tile."""
         sub = self.plan.layout.page_tokens // self.plan.tile
-        head = fill(SHARES if sub > 1 else EVERY, **self._shared(rows)).splitlines()
+        head = fill(SHARES if sub > 1 else EVERY, sub=sub).splitlines()
         return {"loop": head, "next": f"(tile + 1) // {sub}" if sub > 1 else "tl.minimum(tile + splits, high)"}
 
     def addresses(self, *, several: bool = True) -> list[str]:
@@ -313,7 +313,7 @@ class Attend:
             prologue=prologue if alike else [],
             clean_prologue=[] if alike else prologue,
             accumulators=values.prologue(),
-            **self._loop(rows),
+            **self._loop(),
             addresses=self.addresses(),
             clean=self.clean(),
             **holes,
