@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from .placement import When
 from .plan import Plan, SidePlan
 from .printer import number
-from .text import plus
+from .text import literal, plus
+from .tiling import NARROWEST
 from .triton_groups import UNIT, halves, in_halves
 from .triton_meta import across, static_read
 from .triton_planes import Planes
@@ -75,8 +76,7 @@ class Keys(Planes):
             lines.append("# the query of each plane: surplus bits of the planes below are taken off here")
             lines += self.steps.prepared("x")
             for group in range(side.groups):
-                members = [f"x{j}" for j in range(layout.planes) if side.group(j) == group]
-                lines.append(f"total{group} = tl.sum({' + '.join(members)}, 0)  # [rows]")
+                lines += self._total(group)
         if side.rescaled:
             lines += self.steps.prepared("x")
         if when is When.ONCE_PER_QUERY:
@@ -87,6 +87,23 @@ class Keys(Planes):
             if self.steps.offset_in_score:
                 lines.append(f"total0 = tl.sum({' + '.join(f'b{j}' for j in range(layout.planes))}, 0)  # [rows]")
         return self.own(lines)
+
+    def _total(self, group: int) -> list[str]:
+        """total<group> = the score that the prepared queries of a group make of numbers that are all 1: what products
+        read where all bits are set, over the largest code.
+
+        It is rounded as scores are, so that an offset and what the codes have too much of cancel.  And a query with a
+        second reader is made an operand once: Triton moves what has one reader into the loop, to be made in each tile.
+        """
+        side, lines, name = self.side, list[str](), ""
+        affine = not (side.alphabet.looked_up or side.layout.digits)
+        for stream in side.operands:
+            for j in (place.plane for place in stream.places if side.group(place.plane) == group):
+                ones = f"tl.full([{NARROWEST}, {self.lanes}], {self.word_bits(stream, j) if affine else 1}, tl.float16)"
+                so_far, name = f", {name}" * bool(name), f"total{group}_{len(lines)}"
+                lines.append(f"{name} = tl.dot({ones}, q{stream.width}_{j}{so_far})")
+        largest = sum((2**stream.width - 1) * 2**stream.shift for stream in side.operands) if affine else 1
+        return [*lines, f"total{group} = tl.sum({name}, 0) * {literal(1 / (NARROWEST * largest))}  # [rows]"]
 
     # ---- once per tile --------------------------------------------------------------------------------------------
 

@@ -200,10 +200,13 @@ class Planes:
         place = self.side.layout.place(stream, plane)
         high = bool(half % 2) if stream.paired else bool(place.byte)
         name = self.words(stream, place.tile, half) + ("_high" if high else "")
-        lowest = self.side.run(stream, plane).start * stream.width
-        if place.bit + stream.width == 8 and lowest == 0 and high:
-            return f"{name}.to(tl.float16, bitcast=True)"
-        return f"plane({name}, {2 ** (place.bit + stream.width) - 2**lowest})"
+        bits = self.word_bits(stream, plane)
+        return f"{name}.to(tl.float16, bitcast=True)" if bits == 255 and high else f"plane({name}, {bits})"
+
+    def word_bits(self, stream: Stream, plane: int) -> int:
+        """The bits of a byte that a product reads of a plane of an affine alphabet: what it reads where all are set."""
+        top = self.side.layout.place(stream, plane).bit + stream.width
+        return int(2**top - 2 ** (self.side.run(stream, plane).start * stream.width))
 
     def _looked_up(self, parts: list[Part]) -> str:
         """The levels of one plane's codes as float16, over 2**unit."""
