@@ -7,6 +7,7 @@ import re
 from functools import cache
 
 from kvdsl.scheme import SIDES
+from kvdsl.window import TILE
 
 from .codec import searched, settled
 from .launch import ATTEND, CONSTEXPR, Launch
@@ -52,6 +53,12 @@ def warps(kernel: str, plan: Plan) -> int:
     entries of tables are added up, or radii and angles become channels level by level.  Always a power of two, which
     Triton asks for."""
     return 1 << _wanted(kernel, plan).bit_length() - 1
+
+
+def divisible(plan: Plan) -> bool:
+    """Whether two warps of decode each do half of what one does: of a whole tile.  Smaller ones take as long with two,
+    and what gathers a query for every choice of channels (`qjl`) longer."""
+    return warps("decode", plan) == 1 and plan.tile >= TILE and not plan.keys.masked
 
 
 def _wanted(kernel: str, plan: Plan) -> int:

@@ -110,6 +110,18 @@ def splits(work: Work, room: Room) -> int:
     return ranked(work, room)[0]
 
 
+def alone(work: Work, processors: int, warps: int) -> bool:
+    """Whether every warp of programs of so many, one a page, has a partition of a processor to itself: of short
+    sequences, which wait for the instructions of one warp and not for memory.
+
+    Microseconds on an H200 with one warp a program and with two, of the best numbers of programs: 1 x 8 x 1024 `kivi4`
+    10.3, 9.4, `kvtq` 13.5, 10.8, `token4` 8.7, 8.3, 1 x 8 x 4096 `kivi2` 13.3, 12.1.  With fewer processors than that
+    it is the other way: 1 x 8 x 4096 `token4` 9.5, 9.9, 1 x 8 x 32768 `kivi4` 20.2, 26.7.
+    """
+    few = work.pages <= MOST_SPLITS - MOST_EDGES
+    return few and work.programs * work.pages * warps <= processors * PARTITIONS
+
+
 @lru_cache(maxsize=4096)
 def ranked(work: Work, room: Room) -> tuple[int, ...]:
     """The same, the best first: of the numbers that give each program as many pages the least, which has the fewest

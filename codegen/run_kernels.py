@@ -34,8 +34,8 @@ INNER = {"outliers_": ".outliers.store", "residual_": ".residual"}
 """How an argument's name goes on behind a side's -> its term's place behind the side's."""
 Setting = tuple[int, str | None]
 """Depth of the pipeline, setting of the assembler."""
-Asked = tuple[str, int | None]
-"""A kernel, and the depth that timing found for it; None: the one that spills least."""
+Asked = tuple[str, int | None, int]
+"""A kernel, the depth that timing found for it (None: the one that spills least), and its warps over the usual."""
 
 
 class KernelModule:
@@ -56,9 +56,9 @@ class KernelModule:
 
     def _run(
         self, kernel: str, grid: tuple[int, ...], given: Mapping[str, Any], pool: Tensor | None, params: Params,
-        asked: int | None = None,
+        depth: int | None = None, times: int = 1,
     ) -> None:  # fmt: skip
-        """Launch a kernel, at the depth that is asked for if that fits the GPU."""
+        """Launch a kernel, at the depth that is asked for if that fits the GPU, with `times` its usual warps."""
         if 0 in grid:
             return
         values = dict(given)
@@ -78,6 +78,9 @@ class KernelModule:
             if early(kernel, self.plan) and torch.cuda.is_available() and overlapping(torch.cuda.current_device()):
                 self._options[kernel] |= {"launch_pdl": True}
         options = self._options[kernel]
+        if times > 1:
+            options = options | {"num_warps": times * options["num_warps"]}
+        asked: Asked = (kernel, depth, times)
         compiled: dict[Setting, Any] = {}
 
         def launch(depth: int, setting: str | None) -> Any:
@@ -86,28 +89,28 @@ class KernelModule:
             compiled[depth, setting] = function(**given, **options, num_stages=depth, **assembled(setting))
             return compiled[depth, setting]
 
-        if (kernel, asked) in self.settings:
-            launch(*self.settings[kernel, asked])
+        if asked in self.settings:
+            launch(*self.settings[asked])
             return
         refused, found = None, dict[Setting, int]()
-        for depth in (*(() if asked is None else (asked,)), *stages(kernel, self.plan)):
+        for tried in (*(() if depth is None else (depth,)), *stages(kernel, self.plan)):
             try:
-                setting, spills = _setting(partial(launch, depth))
+                setting, spills = _setting(partial(launch, tried))
             except OutOfResources as error:
                 refused = error
                 continue
-            found[depth, setting] = spills
-            if not spills or asked is not None:
+            found[tried, setting] = spills
+            if not spills or depth is not None:
                 break
         if not found:
             raise BackendError(f"{kernel} does not fit this GPU: {refused}")
         best = min(found, key=lambda one: found[one])
         if (held := residents(compiled[best], options["num_warps"])) is not None:
-            self.residents[kernel, asked] = held
+            self.residents[asked] = held
             if kernel in ATTEND and best[1] is None and not found[best]:
                 roomier = _roomier(partial(launch, best[0]), compiled[best], options["num_warps"], held)
                 best = best[0], roomier
-        self.settings[kernel, asked] = best
+        self.settings[asked] = best
 
 
 def _setting(launch: Callable[[str | None], Any]) -> tuple[str | None, int]:

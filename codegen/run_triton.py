@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ from kvdsl.window import windows
 from . import forms, run_dense
 from .host_channels import ready_rows
 from .host_slots import by_channel, by_turned_channel
-from .launches import warps
-from .occupancy import MOST_EDGES, MOST_SPLITS, Room, Work, edge_splits, merge_lanes, ranked, splits
+from .launches import divisible, warps
+from .occupancy import MOST_EDGES, MOST_SPLITS, Room, Work, alone, edge_splits, merge_lanes, ranked, splits
 from .plan import SidePlan
 from .run_pages import PageModule
 from .run_parts import LOG2E, NO_WINDOW, Part, Scratch, within
@@ -95,7 +95,22 @@ class TritonModule(PageModule):
         return self._splits(self._work(programs, longest), kernel)
 
     def _splits(self, work: Work, kernel: str) -> int:
-        return splits(work, self.room(kernel)) if torch.cuda.is_available() else min(2, work.pages)
+        if not torch.cuda.is_available():
+            return min(2, work.pages)
+        return work.pages if self._short(work, kernel) else splits(work, self.room(kernel))
+
+    def _short(self, work: Work, kernel: str) -> bool:
+        """Whether twice the usual warps read a page each."""
+        return kernel == KERNEL and self._divisible and alone(work, self.processors(), 2)
+
+    @cached_property
+    def _divisible(self) -> bool:
+        return divisible(self.plan) and torch.cuda.is_available()
+
+    def _times(self, part: Part) -> int:
+        """Warps of a program over the usual."""
+        work = self._work_of(part)
+        return 2 if not part.fixed and part.clean >= work.pages and self._short(work, part.form) else 1
 
     def ranked(self, programs: int, longest: int, depth: int | None = None) -> tuple[int, ...]:
         """Numbers of programs of decode that share a sequence, the model's best first."""
@@ -112,7 +127,7 @@ class TritonModule(PageModule):
 
     def room(self, kernel: str, depth: int | None = None) -> Room:
         """What the GPU has for programs of a kernel."""
-        held = self.residents.get((kernel, depth), USUAL)
+        held = self.residents.get((kernel, depth, 1), USUAL)
         return Room(self.processors(), held, warps(kernel, self.plan) if kernel else 1)
 
     def tuned(self, part: Part) -> Schedule | None:
@@ -126,7 +141,11 @@ class TritonModule(PageModule):
 
     def by_model(self, programs: int, longest: int) -> Schedule:
         """The model's schedule of decode, where it was launched before; `programs` as for `splits`."""
-        return Schedule(self.splits(programs, longest, KERNEL), self.settings[KERNEL, None][0])
+        return Schedule(self.splits(programs, longest, KERNEL), self.settings[KERNEL, None, 1][0])
+
+    def fits(self, depth: int) -> bool:
+        """Whether decode was launched as deep as was asked for."""
+        return any(self.settings.get((KERNEL, depth, times), (0, None))[0] == depth for times in (1, 2))
 
     def _clean_splits(self, part: Part) -> int:
         """How many programs share the pages of one sequence that all its queries see, or all of it."""
@@ -147,7 +166,7 @@ class TritonModule(PageModule):
 
     def unknown(self, kernel: str) -> bool:
         """Whether it is not known yet how many programs of a kernel the GPU holds at once."""
-        return (kernel, None) not in self.residents and torch.cuda.is_available()
+        return (kernel, None, 1) not in self.residents and torch.cuda.is_available()
 
     def processors(self) -> int:
         """Multiprocessors of the GPU; 1 where kernels are interpreted."""
@@ -171,9 +190,10 @@ class TritonModule(PageModule):
             part for part in parts if part.form != "dense" and part.depth is None and part.module.unknown(part.form)
         ]
         if splits is None and unknown:
-            # the first launch tells how many programs a processor holds; what is returned must not depend on it
+            # the first launch tells how many programs a processor holds; what is returned must not depend on it.  It
+            # has the usual warps, so that a short sequence that becomes a long one does not wait for a compiler
             for part in unknown:
-                part.module._attend(part, part.own())
+                part.module._attend(replace(part, fixed=True), part.own())
             parts = _parts(query, segments, splits, form)
         end = next((part for part in parts if part.plain), parts[0])
         if len(parts) == 1 and end.fold is None and end.form != "dense":
@@ -218,7 +238,7 @@ class TritonModule(PageModule):
             "ahead": state.ahead,
         }  # fmt: skip
         grid = (part.programs, part.count, part.blocks)
-        self._run(part.form, grid, given, state.pool, part.params, part.depth)
+        self._run(part.form, grid, given, state.pool, part.params, part.depth, self._times(part))
 
     def _collect(self, part: Part, into: Scratch, like: Part) -> None:
         """Write one partial of every row, of the head's own numbers, at its place among those of another segment."""

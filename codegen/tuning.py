@@ -146,7 +146,7 @@ def candidates(
         if depth != model.stages and len(found) < MOST:
             # only a launch tells how many programs the GPU holds
             launch(Schedule(model.splits, depth))
-            if module.settings[KERNEL, depth][0] == depth:
+            if module.fits(depth):
                 found.append(Schedule(module.ranked(programs, longest, depth)[0], depth))
     return (found + ranked[OWN:])[:MOST]
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
-from kvdsl.codegen.launches import loop_bytes, warps
+from kvdsl.codegen import render
+from kvdsl.codegen.launches import divisible, loop_bytes, warps
 from kvdsl.codegen.occupancy import (
     MOST_SPLITS,
     Room,
     Work,
+    alone,
     edge_splits,
     held,
     merge_lanes,
@@ -21,6 +27,7 @@ from kvdsl.codegen.occupancy import (
     splits,
 )
 from kvdsl.codegen.plan import plan_for
+from kvdsl.codegen.run_parts import Part
 from kvdsl.schemes import ALL
 from kvdsl.shape import Shape
 
@@ -88,6 +95,34 @@ def test_all_places_are_taken_and_none_twice(resident: int) -> None:
     count = splits(work, room)
     waves = -(-64 * count // room.places)
     assert waves * room.places - 64 <= 64 * count <= waves * room.places
+
+
+def test_warps_are_alone_while_there_are_as_many_partitions() -> None:
+    assert alone(Work(8, 33, 128), PROCESSORS, 2) and not alone(Work(8, 34, 128), PROCESSORS, 2)
+    assert alone(Work(8, 66, 128), PROCESSORS, 1) and not alone(Work(9, 66, 128), PROCESSORS, 1)
+    assert not alone(Work(1, MOST_SPLITS, 128), PROCESSORS, 1)  # edges must find a place among the partials, too
+
+
+@pytest.mark.parametrize(("name", "tokens", "right"), [("token4", 1000, 2), ("token4", 3000, 1), ("qjl", 1000, 1)])
+def test_pages_of_a_short_sequence_have_two_warps_each(
+    monkeypatch: pytest.MonkeyPatch, name: str, tokens: int, right: int
+) -> None:
+    """Where a tile can be shared; the usual ones where the plan is fixed, for the batch must not decide."""
+    pytest.importorskip("triton")
+    from kvdsl.codegen.run_triton import TritonModule
+
+    plan = plan_for(ALL[name], Shape(128, 8, 32))
+    module: Any = TritonModule(plan, ModuleType(name), render(plan, "triton", name))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(module, "processors", lambda: PROCESSORS)
+    monkeypatch.setitem(vars(module), "_divisible", divisible(plan))
+    state: Any = SimpleNamespace(longest=tokens, key_rows=torch.empty(1, 8, 128, 0), window=None)
+    part = Part(module, torch.empty(1, 32, 1, 128), state, {})
+    part = replace(part, clean=module._clean_splits(part))
+    assert part.clean == -(-tokens // 64) or right == 1
+    assert module._times(part) == right
+    assert module._times(replace(part, clean=1)) == module._times(replace(part, fixed=True)) == 1
+    assert module._times(replace(part, form="extend")) == 1
 
 
 def test_short_sequences_are_shared_by_few() -> None:

@@ -177,6 +177,9 @@ class Launched:
     def by_model(self, programs: int, longest: int) -> Schedule:
         return Schedule(self.ranked(programs, longest)[0], 3)
 
+    def fits(self, depth: int) -> bool:
+        return bool(self.settings["decode", depth][0] == depth)
+
     def ranked(self, programs: int, longest: int, depth: int | None = None) -> tuple[int, ...]:
         return ranked(Work(programs, self.pages, 64), Room(132, 24 // (depth or 3)))
 

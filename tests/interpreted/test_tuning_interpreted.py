@@ -42,10 +42,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
     found: Asked = []
     launch = KernelModule._run
 
-    def run(self: Any, kernel: str, grid: Any, given: Any, pool: Any, params: Any, asked: Any = None) -> None:
+    def run(
+        self: Any, kernel: str, grid: Any, given: Any, pool: Any, params: Any, depth: Any = None, times: int = 1
+    ) -> None:
         if kernel == "decode":
-            found.append((asked, given["splits"]))
-        launch(self, kernel, grid, given, pool, params, asked)
+            found.append((depth, given["splits"]))
+        launch(self, kernel, grid, given, pool, params, depth, times)
 
     monkeypatch.setattr(KernelModule, "_run", run)
     return found
