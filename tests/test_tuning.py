@@ -164,14 +164,14 @@ class Launched:
     """A module that is launched nowhere: a GPU holds fewer programs the deeper the pipeline is, up to a depth."""
 
     def __init__(self, fits: int = 9, pages: int = 512) -> None:
-        self.plan, self.fits, self.pages, self.schedules = PLAN, fits, pages, Schedules(None, "")
+        self.plan, self.deepest, self.pages, self.schedules = PLAN, fits, pages, Schedules(None, "")
         self.settings: dict[Any, Any] = {("decode", None): (3, None)}
         self.launched: list[Schedule | None] = []
 
     def launch(self, schedule: Schedule | None) -> None:
         self.launched.append(schedule)
         if schedule is not None:
-            fits = schedule.stages <= self.fits or schedule.stages == 3
+            fits = schedule.stages <= self.deepest or schedule.stages == 3
             self.settings["decode", schedule.stages] = (schedule.stages if fits else 3, None)
 
     def by_model(self, programs: int, longest: int) -> Schedule:
