@@ -110,16 +110,18 @@ def splits(work: Work, room: Room) -> int:
     return ranked(work, room)[0]
 
 
-def alone(work: Work, processors: int, warps: int) -> bool:
-    """Whether every warp of programs of so many, one a page, has a partition of a processor to itself: of short
-    sequences, which wait for the instructions of one warp and not for memory.
+def alone(work: Work, room: Room) -> bool:
+    """Whether every warp has a partition of a processor to itself where each page has a program: of short sequences,
+    which wait for the instructions of one warp and not for memory.
 
-    Microseconds on an H200 with one warp a program and with two, of the best numbers of programs: 1 x 8 x 1024 `kivi4`
-    10.3, 9.4, `kvtq` 13.5, 10.8, `token4` 8.7, 8.3, 1 x 8 x 4096 `kivi2` 13.3, 12.1.  With fewer processors than that
+    As many programs are the best then; microseconds on an H200 of what the model took without this, and so: 1 x 8 x
+    4096 `token4` 10.4, 9.8, 1 x 8 x 8192 `token3` 15.1, 13.7.  And so are twice the warps, where these are alone, too:
+    1 x 8 x 1024 `kivi4` 10.3, 9.4, `kvtq` 13.5, 10.8, `token4` 8.7, 8.3, 1 x 8 x 4096 `kivi2` 13.3, 12.1.  Beyond that
     it is the other way: 1 x 8 x 4096 `token4` 9.5, 9.9, 1 x 8 x 32768 `kivi4` 20.2, 26.7.
     """
-    few = work.pages <= MOST_SPLITS - MOST_EDGES
-    return few and work.programs * work.pages * warps <= processors * PARTITIONS
+    programs = work.programs * work.pages
+    few = work.pages <= MOST_SPLITS - MOST_EDGES and programs <= room.places
+    return few and programs * room.warps <= room.processors * PARTITIONS
 
 
 @lru_cache(maxsize=4096)
@@ -131,7 +133,8 @@ def ranked(work: Work, room: Room) -> tuple[int, ...]:
     def time(count: int) -> float:
         return predicted(work, count, edge_splits(work, count, room) if least else 0, room)
 
-    return tuple(sorted(counts(work.pages, max(1, min(work.pages, MOST_SPLITS - least))), key=time))
+    found = sorted(counts(work.pages, max(1, min(work.pages, MOST_SPLITS - least))), key=time)
+    return tuple(dict.fromkeys([work.pages, *found] if alone(work, room) else found))
 
 
 def counts(pages: int, most: int, least: int = 1) -> list[int]:

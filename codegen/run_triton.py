@@ -95,22 +95,18 @@ class TritonModule(PageModule):
         return self._splits(self._work(programs, longest), kernel)
 
     def _splits(self, work: Work, kernel: str) -> int:
-        if not torch.cuda.is_available():
-            return min(2, work.pages)
-        return work.pages if self._short(work, kernel) else splits(work, self.room(kernel))
-
-    def _short(self, work: Work, kernel: str) -> bool:
-        """Whether twice the usual warps read a page each."""
-        return kernel == KERNEL and self._divisible and alone(work, self.processors(), 2)
+        return splits(work, self.room(kernel)) if torch.cuda.is_available() else min(2, work.pages)
 
     @cached_property
     def _divisible(self) -> bool:
         return divisible(self.plan) and torch.cuda.is_available()
 
     def _times(self, part: Part) -> int:
-        """Warps of a program over the usual."""
-        work = self._work_of(part)
-        return 2 if not part.fixed and part.clean >= work.pages and self._short(work, part.form) else 1
+        """Warps of a program over the usual: twice as many where each has a page, and every warp a partition."""
+        if part.fixed or part.form != KERNEL or not self._divisible:
+            return 1
+        work, room = self._work_of(part), self.room(KERNEL)
+        return 2 if part.clean >= work.pages and alone(work, replace(room, warps=2 * room.warps)) else 1
 
     def ranked(self, programs: int, longest: int, depth: int | None = None) -> tuple[int, ...]:
         """Numbers of programs of decode that share a sequence, the model's best first."""
