@@ -212,12 +212,6 @@ def hadamard(x, STAGES: tl.constexpr, FACTOR: tl.constexpr):
 
 
 @triton.jit
-def to_float(x):
-    """Whole numbers as float32."""
-    return x.to(tl.float32)
-
-
-@triton.jit
 def finite(x):
     """NaN to 0, and everything into the range of float16; as float32."""
     if x.dtype == tl.float16:
