@@ -34,8 +34,8 @@ MODELS = """## Whole models
 
 A Llama of random numbers in the shape of one of 8 billion (32 layers, 32 query and 8 kv heads of 128, float16), by
 `python benchmarks/generation.py`: `generate()` of transformers with its own dynamic cache and its static one, of which
-it compiles a step, and with schemes' caches, appended to and in place. Memory of schemes' rows is of a version that
-held a prompt's exact keys and values until the next step, which it does not any more.
+it compiles a step, and with schemes' caches, appended to and in place. Memory of schemes' rows of 2026-11-28 is of a
+version that held a prompt's exact keys and values until the next step, which it does not any more.
 """
 
 
