@@ -16,7 +16,7 @@ from kvdsl.shape import Shape
 from kvdsl.window import Window, windows
 
 from . import forms, render, schedules
-from .launches import launches, loop_bytes
+from .launches import divisible, launches, loop_bytes
 from .multiplications import multiplications
 from .plan import Plan, SidePlan, plan_for
 from .show_algebra import normal_form
@@ -170,7 +170,10 @@ def plan_stage(view: View) -> Stage:
         loop = f", {record['loop_packed_bytes']} packed bytes an iteration" if record["loop_packed_bytes"] else ""
         depths = " or ".join(map(str, record["stages"]))
         rounded = "" if record["fp_fusion"] else ", rounded after every operation"
-        lines.append(f"{record['kernel']:14s} {record['warps']} warps, {depths} stages{loop}{rounded}")
+        warps = f"{record['warps']} warps"
+        if record["kernel"] == schedules.KERNEL and divisible(plan):
+            warps += f", {2 * record['warps']} of short sequences"
+        lines.append(f"{record['kernel']:14s} {warps}, {depths} stages{loop}{rounded}")
         arguments = ", ".join(f"{name} {kind}" for name, kind in record["signature"] if kind != "constexpr")
         lines += textwrap.wrap(arguments, 104, initial_indent=" " * 15, subsequent_indent=" " * 15)
         if record["constants"]:
