@@ -240,8 +240,8 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     with pytest.raises(BackendError, match="timed on a GPU"):
         kvdsl.tune(token4, SHAPE)
     assert run(["show", "token4", "--stage", "plan"]) == 0
-    said = capsys.readouterr().out
-    assert "schedule of decode: by the model of the GPU" in said and "1 warps, 2 of short sequences" in said
+    shown = capsys.readouterr().out
+    assert "schedule of decode: by the model of the GPU" in shown and "1 warps, 2 of short sequences" in shown
     assert "there is none" in doctor.report()["schedules"]
 
 
