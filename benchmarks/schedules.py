@@ -30,17 +30,9 @@ from kvdsl.timing import clock_of, timed
 
 NAMES = ("token2", "token4", "int8_token_head", "channel4", "kivi2", "quarot4", "token3", "fp16")
 SIZES = (
-    "1x8x1024",
-    "1x8x2048",
-    "1x8x4096",
-    "1x8x8192",
-    "1x8x32768",
-    "8x8x1024",
-    "8x8x4096",
-    "64x8x2048",
-    "16x8x16384",
+    "1x8x1024", "1x8x2048", "1x8x4096", "1x8x8192", "1x8x32768", "8x8x1024", "8x8x4096", "64x8x2048", "16x8x16384",
     "8x8x131072",
-)
+)  # fmt: skip
 SAMPLES = 11
 MOST = 14  # numbers of programs for the pages of a sequence that are timed, beside those that fill up a power of two
 EDGES = (1, 2, 4, 8)

@@ -123,16 +123,6 @@ def above_infinity(x):
 
 
 @triton.jit
-def to_float(x):
-    """Whole numbers of less than 2**22 in size as float32.
-
-    Not converted: compilers move the sum behind a conversion into pairs of 16-bit integers, of which NVIDIA's assembler
-    then forgets to add to one (12.8, sm_90: the scales of ternary codes at head_dim 64).
-    """
-    return (x.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
-
-
-@triton.jit
 def odd(tops):
     """Whether any of some largest numbers is NaN, or beyond the range of float16."""
     return tl.max((~(tops <= 65504.0)).to(tl.int32), 0) != 0
@@ -148,3 +138,13 @@ def within(codes, LAST: tl.constexpr):
 def nearest_code(x):
     """The nearest integer, ties to even, as int32; |x| < 2**22.  It stands in the last bits of a number near 2**23."""
     return (x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+
+
+@triton.jit
+def to_float(x):
+    """Whole numbers of less than 2**22 in size as float32.
+
+    Not converted: compilers move the sum behind a conversion into pairs of 16-bit integers, of which NVIDIA's assembler
+    then forgets to add to one (12.8, sm_90: the scales of ternary codes at head_dim 64).
+    """
+    return (x.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0

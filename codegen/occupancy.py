@@ -133,8 +133,9 @@ def ranked(work: Work, room: Room) -> tuple[int, ...]:
     def time(count: int) -> float:
         return predicted(work, count, edge_splits(work, count, room) if least else 0, room)
 
-    found = sorted(counts(work.pages, max(1, min(work.pages, MOST_SPLITS - least))), key=time)
-    return tuple(dict.fromkeys([work.pages, *found] if alone(work, room) else found))
+    first = work.pages if alone(work, room) else None
+    found = counts(work.pages, max(1, min(work.pages, MOST_SPLITS - least)))
+    return tuple(sorted(found, key=lambda count: (count != first, time(count))))
 
 
 def counts(pages: int, most: int, least: int = 1) -> list[int]:

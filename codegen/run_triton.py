@@ -105,8 +105,11 @@ class TritonModule(PageModule):
         """Warps of a program over the usual: twice as many where each has a page, and every warp a partition."""
         if part.fixed or part.form != KERNEL or not self._divisible:
             return 1
-        work, room = self._work_of(part), self.room(KERNEL)
-        return 2 if part.clean >= work.pages and alone(work, replace(room, warps=2 * room.warps)) else 1
+        work = self._work_of(part)
+        if part.clean < work.pages:
+            return 1
+        room = self.room(KERNEL)
+        return 2 if alone(work, replace(room, warps=2 * room.warps)) else 1
 
     def ranked(self, programs: int, longest: int, depth: int | None = None) -> tuple[int, ...]:
         """Numbers of programs of decode that share a sequence, the model's best first."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from kvdsl.codegen import render
-from kvdsl.codegen.launches import divisible, loop_bytes, warps
+from kvdsl.codegen.launches import loop_bytes, warps
 from kvdsl.codegen.occupancy import (
     MOST_SPLITS,
     Room,
@@ -119,7 +120,6 @@ def test_pages_of_a_short_sequence_have_two_warps_each(
     module: Any = TritonModule(plan, ModuleType(name), render(plan, "triton", name))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(module, "processors", lambda: PROCESSORS)
-    monkeypatch.setitem(vars(module), "_divisible", divisible(plan))
     state: Any = SimpleNamespace(longest=tokens, key_rows=torch.empty(1, 8, 128, 0), window=None)
     part = Part(module, torch.empty(1, 32, 1, 128), state, {})
     part = replace(part, clean=module._clean_splits(part))
@@ -165,13 +165,19 @@ def test_few_rows_are_merged_by_more_programs_that_find_a_processor_each(rows: i
     assert lanes >= channels or rows * -(-channels // lanes) <= 2 * PROCESSORS
 
 
-def test_what_is_chosen_is_near_the_best_that_was_timed() -> None:
-    """Of kernels of which short sequences take two warps: the choice itself, or what was timed next to it."""
-    found, over = json.loads((TIMED / "h200_3.json").read_text()), []
+def timings(name: str) -> Iterator[tuple[Work, Room, dict[tuple[int, int], float]]]:
+    """Of every scheme and size of a file what was read, by which GPU, and the microseconds of each pair of numbers."""
+    found = json.loads((TIMED / name).read_text())
     for row in found["rows"]:
         work = Work(row["programs"], row["pages"], row["page_tokens"], row["edges"])
         room = Room(found["processors"], row["residents"])
-        timed = {(count, more): us for count, more, us in row["timed"]}
+        yield work, room, {(count, more): us for count, more, us in row["timed"]}
+
+
+def test_what_is_chosen_is_near_the_best_that_was_timed() -> None:
+    """Of kernels of which short sequences take two warps: the choice itself, or what was timed next to it."""
+    over = []
+    for work, room, timed in timings("h200_3.json"):
         count = splits(work, room)
         right = count, edge_splits(work, count, room)
         over.append(timed[min(timed, key=lambda pair: math.dist(pair, right))] / min(timed.values()))
@@ -181,12 +187,8 @@ def test_what_is_chosen_is_near_the_best_that_was_timed() -> None:
 @pytest.mark.parametrize(("name", "rows"), [("h200_1.json", 99), ("h200_2.json", 64)])
 def test_what_the_model_chooses_is_near_the_best_that_was_timed(name: str, rows: int) -> None:
     """Of every scheme and size on an H200; among the numbers of programs that were timed."""
-    found = json.loads((TIMED / name).read_text())
     over = []
-    for row in found["rows"]:
-        work = Work(row["programs"], row["pages"], row["page_tokens"], row["edges"])
-        room = Room(found["processors"], row["residents"])
-        timed = {(count, more): us for count, more, us in row["timed"]}
+    for work, room, timed in timings(name):
         within = [pair for pair in timed if sum(pair) <= MOST_SPLITS]
         over.append(timed[min(within, key=lambda pair: predicted(work, pair[0], pair[1], room))] / min(timed.values()))
     assert len(over) == rows and sum(over) / len(over) < 1.035 and max(over) < 1.16
