@@ -76,7 +76,9 @@ def assembled_again(binary: Any, setting: str | None) -> bytes:
     metadata = binary.metadata._asdict()
     try:
         backend = make_backend(binary.metadata.target)
-        options = backend.parse_options({**metadata, "ptx_options": None, **assembled(setting)})
+        # what is kept of a kernel may name a library of an environment that is gone; it was linked before
+        own = {"extern_libs": None, "ptx_options": None, **assembled(setting)}
+        options = backend.parse_options({**metadata, **own})
         ptx = _limited(binary.asm["ptx"], options.maxnreg)
         key = "\0".join((ptx, backend.hash(), options.hash()))
         kept = get_cache_manager(hashlib.sha256(key.encode()).hexdigest())

@@ -148,6 +148,7 @@ AGAIN = """
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from kvdsl.codegen import aot
 from kvdsl.codegen.assembling import assembled_again, read
 from kvdsl.codegen.launch import Launch
@@ -155,10 +156,12 @@ from kvdsl.codegen.launches import ASSEMBLER
 
 module, launch = aot._load(Path(sys.argv[1])), Launch.from_json(eval(sys.argv[2]))
 first = aot._binary(module, replace(launch, assembler=ASSEMBLER), "sm_90", 1)
+gone = first.metadata._replace(extern_libs=(("libdevice", "/gone/libdevice.10.bc"),))
+other = SimpleNamespace(asm=first.asm, src=first.src, metadata=gone)  # kept by a Triton that is there no more
 for setting in ASSEMBLER[1:]:
     whole = aot._binary(module, replace(launch, assembler=(setting,)), "sm_90", 1)
-    for _ in range(2):  # assembled, then found where it was kept
-        alone, code = read(assembled_again(first, setting)), read(whole.asm["cubin"])
+    for binary in (other, first):  # assembled, then found where it was kept
+        alone, code = read(assembled_again(binary, setting)), read(whole.asm["cubin"])
         assert (alone.code, alone.registers, alone.stack) == (code.code, code.registers, code.stack), setting
         print(setting, alone.registers, alone.code.spills)
 """
