@@ -37,3 +37,28 @@ else:
         return tl.inline_asm_elementwise(
             "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
+
+
+@triton.jit
+def higher_of_both(numbers):
+    """Of [2 * rows] the higher of every row's two, in both places."""
+    return _twice(tl.max(tl.reshape(numbers, (2, numbers.shape[0] // 2)), 0))
+
+
+@triton.jit
+def sum_of_both(numbers):
+    """Of [2 * rows] the sum of every row's two, in both places."""
+    return _twice(tl.sum(tl.reshape(numbers, (2, numbers.shape[0] // 2)), 0))
+
+
+@triton.jit
+def _twice(numbers):
+    """[rows] as [2 * rows]."""
+    both = tl.broadcast_to(numbers[None, :], (2, numbers.shape[0]))
+    return tl.reshape(both, (2 * numbers.shape[0],))
+
+
+@triton.jit
+def united(columns):
+    """Of [lanes, 2 * rows] the sum of every row's two: [lanes, rows]."""
+    return tl.sum(tl.reshape(columns, (columns.shape[0], 2, columns.shape[1] // 2)), 1)

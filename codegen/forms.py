@@ -1,7 +1,7 @@
 """Which form of attention is the cheapest for so many queries: a model of what each costs, in microseconds on an H200.
 
     decode   a program has few query rows (8, or 16 of wide groups); more are passes, each of which reads every page
-    extend   a program has 16 rows where registers allow, in one pass
+    extend   a program has 16 rows where registers allow, in one pass; 8, and passes of them, where one of decode has 4
     dense    packed tokens are decoded once into memory, and programs of many rows attend to what they are
 
 A pass over packed codes is bound by instructions, not by bytes, from about 16 rows on, so decoding once wins where
@@ -56,12 +56,19 @@ def form(
 
 def pages_form(plan: Plan, queries: int, packed: int, exact: int = 0, window: int | None = None) -> tuple[Form, float]:
     """(the cheapest form that reads pages, what it costs)."""
-    decode = pages_cost(plan, queries, packed, exact, window, many=False)
     few, many = (plan.rows(many=more) for more in (False, True))
+    if queries * plan.shape.group > few and _in_passes(plan) == "extend":
+        return "extend", pages_cost(plan, queries, packed, exact, window, many=True)
+    decode = pages_cost(plan, queries, packed, exact, window, many=False)
     if few < queries * plan.shape.group <= many:
         extend = pages_cost(plan, queries, packed, exact, window, many=True)
         return ("extend", extend) if extend < decode else ("decode", decode)
     return "decode", decode
+
+
+def _in_passes(plan: Plan) -> Form:
+    """What reads pages for more queries than the programs of either have rows for."""
+    return "extend" if plan.of_decode.abreast else "decode"
 
 
 def pages_cost(
@@ -76,7 +83,8 @@ def pages_cost(
 
 def dense_cost(plan: Plan, queries: int, packed: int, exact: int = 0) -> float:
     """Of decoding all that is packed, and of attention to that and to the exact tokens."""
-    operations, each = 4 * plan.shape.head_dim * plan.shape.kv_heads, plan.rows(many=False)
+    operations = 4 * plan.shape.head_dim * plan.shape.kv_heads
+    each = max(DECODE_ROWS, plan.rows(many=False))
     rows = -(-queries * plan.shape.group // each) * each  # whole passes, so that more queries never turn it back
     rate = EXACT_PRODUCTS if _item(plan) == 4 else PRODUCTS
     attend = max(_exact_bytes(plan) / ROUND_TRIP, rows * operations / rate)
@@ -95,7 +103,7 @@ def thresholds(plan: Plan, tokens: int) -> list[tuple[Form, int, int]]:
     beyond = range(few.stop, most + 1)
     turn = bisect_left(beyond, True, key=lambda queries: form(plan, queries, tokens) == "dense")
     taken: list[Form] = [form(plan, queries, tokens) for queries in few]
-    taken += ["decode"] * turn
+    taken += [_in_passes(plan)] * turn
     taken += ["dense"] * (len(beyond) - turn)
     found: list[tuple[Form, int, int]] = []
     for queries, now in enumerate(taken, 1):

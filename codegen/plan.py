@@ -29,7 +29,8 @@ EXACT_TILE = 16  # tokens a tile where products are of float32 numbers, outside 
 @dataclass(frozen=True)
 class Plan:
     """`tile` tokens are read at a time, as `halves` sub-tiles: several where tokens share words, or few of them a
-    scale.  `masked`: not all tokens of a tile are there."""
+    scale.  `masked`: not all tokens of a tile are there; `abreast`: sub-tiles are multiplied two at a time, see
+    `triton_abreast`."""
 
     scheme: Scheme
     shape: Shape
@@ -40,11 +41,28 @@ class Plan:
     halves: int
     bijection: tuple[BijectionProof, ...]
     masked: bool = False
+    abreast: bool = False
 
     @cached_property
     def at_edges(self) -> Plan:
         """The plan of the tiles at a sequence's edges, some of whose tokens may not be packed."""
-        return replace(self, tile=self.edge_tile, halves=1, masked=True)
+        return replace(self, tile=self.edge_tile, halves=1, masked=True, abreast=False)
+
+    @cached_property
+    def of_decode(self) -> Plan:
+        """The plan of decode, of one query: two tokens stand abreast where their rows leave half of the columns free
+        and `extend`, of as many columns, is there for more queries."""
+        few = 2 * self.shape.group <= DECODE_ROWS and not self._may_have_more and not self.shape.placed
+        few = few and max(self.keys.row, self.values.row) <= WIDEST
+        shared = self.keys.rescaled and self.halves == 1  # a query that was scaled for all of a tile would be so twice
+        if shared or not (few and _columnar(self.keys) and _columnar(self.values)):
+            return self
+        return replace(self, halves=max(2, self.halves), abreast=True)
+
+    @property
+    def turns(self) -> range:
+        """The first of the sub-tiles that are multiplied at once."""
+        return range(0, self.halves, 1 + self.abreast)
 
     @property
     def exact_keys(self) -> bool:
@@ -105,12 +123,15 @@ class Plan:
         return EDGE_TILE
 
     def rows(self, *, many: bool) -> int:
-        """Query rows of a program: 8, or 16 where there are more of them and two warps can share the planes.
+        """Query rows of a program: 8, or 16 where there are more of them and two warps can share the planes; 4 of
+        decode where two tokens stand abreast.
 
         Planes of 16 channels are one tensor-core operand, and a second warp would only repeat the work of the first.
         Sums over wide vectors, queries for several heads, maps on both sides, which exact rows do not share, and keys
         rotated in the loop with levels of the parameters or a map beside them fill the registers at 8 rows.
         """
+        if not many and self.of_decode.abreast:
+            return DECODE_ROWS // 2
         return EXTEND_ROWS if self._may_have_more and (many or self.shape.group > DECODE_ROWS) else DECODE_ROWS
 
     @cached_property
@@ -161,6 +182,19 @@ def plan_for(scheme: Scheme, shape: Shape) -> Plan:
 def _rounded(side: SidePlan) -> SidePlan:
     """A side, of all of whose terms packed tokens meet a rounded query."""
     return replace(side, rounded=True, rest=None if side.rest is None else _rounded(side.rest))
+
+
+def _columnar(side: SidePlan) -> bool:
+    """Tokens of a side may stand abreast: nothing but numbers of one term is read, whose scales are a token's, a
+    query's, or nowhere in the loop.  Levels that are looked up and codes of three streams would fill the registers,
+    and digits of two sub-tiles are as many instructions and more text."""
+    plain = len(side.terms) == 1 and not (side.floats or side.polar or side.shared or side.layout.across)
+    plain = plain and not (side.slots or side.factors or side.beside or side.masked or side.rope)
+    plain = plain and not (side.alphabet.looked_up or side.layout.digits)
+    plain = plain and len(side.layout.streams) <= 2 and side.joined == 1
+    meta = side.layout.meta
+    apart = side.when in (When.NEVER, When.AFTER_DOT, When.ONCE_PER_QUERY) or side.rescaled
+    return plain and apart and not (meta is not None and meta.kind == "words")
 
 
 def _few_bytes(term: SidePlan) -> bool:

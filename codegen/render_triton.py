@@ -27,7 +27,8 @@ def render(plan: Plan, name: str) -> str:
     kernels.append(append(plan))
     kernels += [unpack_of(plan, term, attend.addresses(several=False)) for term in plan.terms]
     kernels.append(attend.scores(plan.rows(many=True)))
-    kernels.append(attend.attention("decode", plan.rows(many=False)))
+    of_one = attend if plan.of_decode is plan else Attend(plan.of_decode)
+    kernels.append(of_one.attention("decode", plan.rows(many=False)))
     kernels.append(attend.attention("extend", plan.rows(many=True)))
     kernels += [merge(plan), collect(plan), *([unite(plan)] if plan.values.through else [])]
     kernels += Received(plan).texts()

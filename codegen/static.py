@@ -135,7 +135,7 @@ def ideal_mma(plan: Plan, kernel: str) -> float | None:
         return None
     coded = [term for term in plan.terms if term.layout.streams or term.floats]
     numbers = sum(term.dim for term in coded) * plan.tile
-    rows = plan.rows(many=kernel != "decode") / DECODE_ROWS
+    rows = max(plan.rows(many=kernel != "decode"), DECODE_ROWS) / DECODE_ROWS
     return numbers * rows / PRODUCT / (loop_bytes(plan) / LINE)
 
 

@@ -2,7 +2,7 @@
 
 `unit` is what a code read from a plane has to be multiplied by (2**24 where a masked word is a subnormal float16);
 `lead` precedes an index that adds an axis; `operand` is what a query must be cast to before a product; a scale that is
-rounded to float16 for a product is taken 2**lift times as large.
+rounded to float16 for a product is taken 2**lift times as large; `abreast`: tokens have scales in every column.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class Steps:
     lead: str
     operand: str
     lift: int = 0
+    abreast: bool = False
 
     @property
     def lifted(self) -> sp.Expr:
@@ -91,14 +92,18 @@ class Steps:
         factored = sp.factor_terms(score)
         axes = {"dot": ("t", "r"), "total": ("r",), "s": ("t",), "z": ("t",)}
         names = {"dot": dot, "total": total, "s": scale, "z": offset}
-        return self.printed(factored if factored.is_Mul else score, axes, names)
+        return self._in_columns(self.printed(factored if factored.is_Mul else score, axes, names))
 
     def weight(self, weights: str, scale: str) -> str:
         """What multiplies a token's codes in the output: its weight times its scale."""
         coded = next(t for t in self.side.form.terms if t.coded)
         factor = plain(coded.token_factor)
         factor = factor * sp.Integer(2) ** self.lift if self.scaled_weights else factor
-        return self.printed(factor, {"p": ("t", "r"), "s": ("t",)}, {"p": weights, "s": scale})
+        return self._in_columns(self.printed(factor, {"p": ("t", "r"), "s": ("t",)}, {"p": weights, "s": scale}))
+
+    def _in_columns(self, text: str) -> str:
+        """An expression over scores, where what tokens have stored is given for every column."""
+        return text.replace("[:, None]", "") if self.abreast else text
 
     @property
     def scaled_weights(self) -> bool:
@@ -114,7 +119,7 @@ class Steps:
             return weights, sp.Integer(1)
         coefficient, rest = sum(plain(t.token_factor * t.channel_factor) for t in terms).as_coeff_Mul()
         axes = {"p": ("t", "r"), "s": ("t",), "z": ("t",)}
-        return self.printed(rest, axes, {"p": weights, "s": scale, "z": offset}), coefficient
+        return self._in_columns(self.printed(rest, axes, {"p": weights, "s": scale, "z": offset})), coefficient
 
     def carried_by_token(self, scale: str, offset: str) -> str | None:
         """What each weight is multiplied by in the offsets' sum, where tokens are scaled; None if nothing is."""

@@ -22,10 +22,12 @@ from .overlap import early
 from .plan import Plan, SidePlan
 from .text import Lines, fill, literal, plus
 from .tiling import PAIR
+from .triton_abreast import both_of, columns, row_index
 from .triton_bands import FoldedKeys, FoldedValues
 from .triton_edges import Edges
 from .triton_meta import section
-from .triton_names import pair_name, tokens_name
+from .triton_names import abreast_name, pair_name, tokens_name
+from .triton_partials import partials
 from .triton_places import LOOSE, PLACES, base, of_tile, order, seen, stand_name
 from .triton_sides import KeySide, ValueSide
 from .triton_strung import StrungKeys
@@ -38,7 +40,7 @@ ATTEND = """
 def $name(
     $args
 ):
-    ROWS: tl.constexpr = $rows
+    ROWS: tl.constexpr = $columns
     bh = tl.program_id(0)
     split = tl.program_id(1)
     block = tl.program_id(2)
@@ -53,12 +55,13 @@ def $name(
     $wait
 
     # which rows: (query token, head of the group)
-    row_index = block * ROWS + tl.arange(0, ROWS)
+    $row_index
     live = row_index < queries * $group
     token = row_index // $group
     head = (b * $q_heads + h * $group + row_index % $group).to(tl.int64)
     $places
     $query
+    $columns_of
     peak = tl.full([ROWS], -1.0e30, tl.float32)
     mass = tl.zeros([ROWS], tl.float32)
     $prologue
@@ -101,18 +104,6 @@ begin = tl.minimum(low + split * share, high)
 stop = tl.minimum(begin + share, high)
 next_page = tl.load(table + begin)
 for tile in tl.range(begin * $sub, stop * $sub, num_stages=STAGES):
-"""
-
-# Stored in either branch: what both need at their ends would otherwise be kept in registers through the loops.
-PARTIALS = """
-let_next_begin()
-inverse = reciprocal(tl.where(mass > 0.0, mass, 1.0))
-out = ((split.to(tl.int64) * tl.num_programs(0) + bh) * tl.num_programs(2) + block) * ROWS
-partial = partial_ptr + (out + tl.arange(0, ROWS))[None, :] * $dim
-$stores
-$exact
-lse = tl.where(mass > 0.0, peak * size + logarithm(tl.where(mass > 0.0, mass, 1.0)), -1.0e30)
-tl.store(lse_ptr + out + tl.arange(0, ROWS), lse)
 """
 
 SCORES = """
@@ -178,6 +169,7 @@ class Attend:
         for half in range(plan.halves):
             shift = f" + {half * plan.half}" if half else ""
             lines.append(f"{tokens_name(plan, half)} = page_token{shift} + tl.arange(0, {plan.half})")
+        lines += [line for half in plan.turns for line in both_of(plan, half)] if plan.abreast else []
         if any(term.layout.paired for term in plan.terms):
             for half in range(0, plan.halves, 2):
                 shift = f" + {half // 2 * PAIR}" if half else ""
@@ -221,25 +213,25 @@ class Attend:
     def clean(self) -> list[str]:
         """The main loop's body: scores, online softmax, weighted values; masks only where tokens stand in any order."""
         plan, lines, placed = self.plan, [], self.plan.shape.placed
-        halves = range(plan.halves)
+        halves, several = plan.turns, len(plan.turns) > 1
+        tokens = abreast_name if plan.abreast else tokens_name
         for half in halves:
             lines += of_tile(plan, half) if placed else []
-            lines += self.keys.scores(half, tokens_name(plan, half))
+            lines += self.keys.scores(half, tokens(plan, half))
             lines += self._capped("s")
             if placed:
                 lines += [seen(f"seen{half}", stand_name(plan, half)), f"s = tl.where(seen{half}, s, -1.0e30)"]
-            if plan.halves > 1:
-                lines.append(f"s{half}_all = s")
-        names = [f"s{half}_all" for half in halves] if plan.halves > 1 else ["s"]
+            lines += [f"s{half}_all = s"] * several
+        names = [f"s{half}_all" for half in halves] if several else ["s"]
         lines += self._softmax(names)
-        for half in halves:
-            p = f"tl.exp2({names[half]} * size[None, :] - (peak * size)[None, :])"
+        for half, name in zip(halves, names, strict=True):
+            p = f"tl.exp2({name} * size[None, :] - (peak * size)[None, :])"
             lines.append(f"p = tl.where(seen{half}, {p}, 0.0)" if placed else f"p = {p}")
-            if plan.halves > 1:  # numbers of one thread are summed first, and exchanged once a tile
+            if several:  # numbers of one thread are summed first, and exchanged once a tile
                 lines.append("weights = weights + p" if half else "weights = p")
-            if half == plan.halves - 1:
-                lines.append(f"mass = mass * decay + tl.sum({'weights' if plan.halves > 1 else 'p'}, 0)")
-            lines += self.values.accumulate(half, tokens_name(plan, half))
+            if half == halves[-1]:
+                lines.append(f"mass = mass * decay + tl.sum({'weights' if several else 'p'}, 0)")
+            lines += self.values.accumulate(half, tokens(plan, half))
         return lines
 
     def _softmax(self, names: list[str]) -> list[str]:
@@ -262,17 +254,6 @@ class Attend:
         lines = [*self._capped(scores), f"s = tl.where(seen, {scores}, -1.0e30)", *self._softmax(["s"])]
         lines.append("p = tl.where(seen, tl.exp2(s * size[None, :] - (peak * size)[None, :]), 0.0)")
         return [*lines, "mass = mass * decay + tl.sum(p, 0)"]
-
-    def _partials(self, edges: bool) -> list[str]:
-        """Lines that store a program's outputs; those of its exact tokens apart where values are turned."""
-        values, exact = self.values, []
-        if edges and values.exact_rows is not None:
-            exact = ["slot = ((split - splits).to(tl.int64) * tl.num_programs(0) + bh) * tl.num_programs(2) + block"]
-            exact.append("slot = slot * ROWS + tl.arange(0, ROWS)")
-            exact += values.exact_rows.stores()
-            if values.side.shifted:
-                exact.append("tl.store(share_ptr + slot, coded_mass * inverse)")
-        return fill(PARTIALS, dim=values.side.row, stores=values.stores("partial"), exact=exact).splitlines()
 
     def _query(self, name: str) -> list[str]:
         """Where the rows of the query, or of the turned query, begin."""
@@ -307,6 +288,9 @@ class Attend:
             ATTEND,
             name=name,
             **self._shared(rows),
+            columns=2 * rows if plan.abreast else rows,
+            row_index=f"row_index = {row_index(plan.abreast)}",
+            columns_of=columns() if plan.abreast else [],
             args=[f"{arg}," for arg in args],
             wait=["await_last()"] if early(name, plan) else [],
             query=self._query(self.keys.query),
@@ -319,8 +303,8 @@ class Attend:
             **holes,
             epilogue=values.epilogue(),
             edges=self.edges.lines(self.sections(), seen, [] if alike else lanes, size, exact_query),
-            clean_partials=self._partials(False),
-            edge_partials=self._partials(True),
+            clean_partials=partials(plan, values, edges=False),
+            edge_partials=partials(plan, values, edges=True),
         )
 
     def scores(self, rows: int) -> str:

@@ -12,6 +12,7 @@ from .plan import Plan, SidePlan
 from .printer import number
 from .text import literal, plus
 from .tiling import NARROWEST
+from .triton_abreast import parted
 from .triton_groups import UNIT, halves, in_halves
 from .triton_meta import across, static_read
 from .triton_planes import Planes
@@ -74,19 +75,25 @@ class Keys(Planes):
         when = side.when
         if when is When.AFTER_DOT or when is When.NEVER and not side.floats:
             lines.append("# the query of each plane: surplus bits of the planes below are taken off here")
-            lines += self.steps.prepared("x")
+            lines += [*self.steps.prepared("x"), *self._parted()]
             for group in range(side.groups):
                 lines += self._total(group)
         if side.rescaled:
-            lines += self.steps.prepared("x")
+            lines += [*self.steps.prepared("x"), *self._parted()]
         if when is When.ONCE_PER_QUERY:
             for j in range(layout.planes):
                 lines += static_read(self, j, self.lane)
                 lines += self.steps.scaled(j, f"x{j}", self.scale, self.offset)
-            lines += self.steps.prepared("y")
+            lines += [*self.steps.prepared("y"), *self._parted()]
             if self.steps.offset_in_score:
                 lines.append(f"total0 = tl.sum({' + '.join(f'b{j}' for j in range(layout.planes))}, 0)  # [rows]")
         return self.own(lines)
+
+    def _parted(self) -> list[str]:
+        """Lines that make of every prepared query two, where tokens stand abreast."""
+        planes = range(self.side.layout.planes)
+        names = [f"q{stream.width}_{j}" for stream in self.side.operands for j in planes]
+        return parted(names) if self.plan.abreast else []
 
     def _total(self, group: int) -> list[str]:
         """total<group> = the score that the prepared queries of a group make of numbers that are all 1: what products
@@ -100,8 +107,9 @@ class Keys(Planes):
         for stream in side.operands:
             for j in (place.plane for place in stream.places if side.group(place.plane) == group):
                 ones = f"tl.full([{NARROWEST}, {self.lanes}], {self.word_bits(stream, j) if affine else 1}, tl.float16)"
-                so_far, name = f", {name}" * bool(name), f"total{group}_{len(lines)}"
-                lines.append(f"{name} = tl.dot({ones}, q{stream.width}_{j}{so_far})")
+                for _, end in self.at_once(0):
+                    so_far, name = f", {name}" * bool(name), f"total{group}_{len(lines)}"
+                    lines.append(f"{name} = tl.dot({ones}, q{stream.width}_{j}{end}{so_far})")
         largest = sum((2**stream.width - 1) * 2**stream.shift for stream in side.operands) if affine else 1
         return [*lines, f"total{group} = tl.sum({name}, 0) * {literal(1 / (NARROWEST * largest))}  # [rows]"]
 
@@ -120,7 +128,7 @@ class Keys(Planes):
             return self._turned_back(self.positions, half, tokens)
         if side.floats and not side.polar:
             return self._float_scores(tokens)
-        lines = self.load(half, tokens)
+        lines = self.load_at_once(half, tokens)
         if side.polar or side.alphabet.in_memory:
             for i, (j, made) in enumerate(self.packed_channels(half, tokens)):
                 lines += [*made, self._dot(j, first=not i)]
@@ -225,14 +233,14 @@ class Keys(Planes):
         sums: dict[int, str] = {}
         last = {self._power(j): j for j in range(self.side.layout.planes)}
         waiting: dict[int, str] = {}
-        for j in range(self.side.layout.planes):
-            lines += [*read_plane(self, j, half), f"{factor} = {self.scale}.to(tl.float16)"]
+        for j, i, end in ((j, i, end) for i, end in self.at_once(half) for j in range(self.side.layout.planes)):
+            lines += [*read_plane(self, j, i), f"{factor} = {self.scale}.to(tl.float16)"]
             for stream in streams:
-                scaled = self.steps.times_scale(f"q{stream.width}_{j}", factor, start)
-                lines.append(f"r{stream.width}_{j} = {scaled}")
+                scaled = self.steps.times_scale(f"q{stream.width}_{j}{end}", factor, start)
+                lines.append(f"r{stream.width}_{j}{end} = {scaled}")
             if self.side.has_offset:
                 lines.append(f"{start} = {self.offset}.to(tl.float16)")
-            added = self.steps.added(j, f"q{streams[0].width}_{j}", factor, start)
+            added = self.steps.added(j, f"q{streams[0].width}_{j}{end}", factor, start)
             if added:
                 power, value = self._power(j), added[0].split(" = ", 1)[1]
                 name = f"b{power}" if power >= 0 else f"b_{-power}"
@@ -254,9 +262,10 @@ class Keys(Planes):
 
     def _operands(self, half: int, planes: range | list[int]) -> list[tuple[str, str]]:
         return [
-            (self.operand(stream, j, half), f"{'r' if self.side.rescaled else 'q'}{stream.width}_{j}")
+            (self.operand(stream, j, i), f"{'r' if self.side.rescaled else 'q'}{stream.width}_{j}{end}")
             for stream in self.side.operands
             for j in planes
+            for i, end in self.at_once(half)
         ]
 
     def _dots(

@@ -15,6 +15,8 @@ OWN = re.compile(r"\b(?:(s|known)|([abenoqrsxy]|total|carried|added)(_?\d+(?:_\d
 OF_HEAD = "stored|scale|offset|outer|meta|factor|start|three|digit|half"
 """What behind a side's letter names something of one head; so do words, which have a digit there."""
 
+RIGHT = "_right"  # the end of names of what meets the second of two tokens that stand abreast
+
 
 def mark(side: SidePlan, head: int | None) -> str:
     """What tells the names of a term, read of the head-th of several, from those of the first term and head."""
@@ -49,3 +51,8 @@ def tokens_name(plan: Plan, half: int) -> str:
 def pair_name(plan: Plan, half: int) -> str:
     """The rows of words that the tokens of two sub-tiles share, `half` being either."""
     return "pair" if plan.halves == 2 else f"pair{half // 2}"
+
+
+def abreast_name(plan: Plan, half: int) -> str:
+    """The tokens of two sub-tiles that stand abreast, `half` being the first, counted in the page: [tokens, 2]."""
+    return "abreast" if plan.halves == 2 else f"abreast{half // 2}"

@@ -16,7 +16,7 @@ from .tiling import PAIR
 from .triton_additive import summed, tables
 from .triton_groups import of_groups, side_by_side
 from .triton_meta import entry, pointer, read, static_read, times_across
-from .triton_names import head_name, mark, own, pair_name
+from .triton_names import RIGHT, head_name, mark, own, pair_name, tokens_name
 from .triton_tables import Part, joined, known, look_up, registers, small_floats
 from .triton_vectors import first_channel, looked_up, table_lines
 
@@ -35,7 +35,7 @@ class Planes:
         looked_up = side.alphabet.looked_up
         # a masked word read as float16 is the code times 2**-24
         unit = sp.Integer(2) ** (side.alphabet.unit if looked_up else 24)
-        self.steps = Steps(side, unit, "", ".to(tl.float16)", side.alphabet.lift)
+        self.steps = Steps(side, unit, "", ".to(tl.float16)", side.alphabet.lift, plan.abreast)
 
     @property
     def scale(self) -> str:
@@ -144,6 +144,16 @@ class Planes:
         which = half // 2 if stream.paired else half
         several = self.plan.halves > (2 if stream.paired else 1)
         return f"{self.prefix}{stream.width}_{tile}{f'_{which}' if several else ''}"
+
+    def at_once(self, half: int) -> list[tuple[int, str]]:
+        """The sub-tiles that are multiplied at once, `half` being the first, and how names of what each meets end."""
+        return [(half, ""), (half + 1, RIGHT)] if self.plan.abreast else [(half, "")]
+
+    def load_at_once(self, half: int, tokens: str) -> list[str]:
+        """Load the words of these sub-tiles; `tokens` of the page are those of all of them."""
+        if not self.plan.abreast:
+            return self.load(half, tokens)
+        return [line for i, _ in self.at_once(half) for line in self.load(i, tokens_name(self.plan, i))]
 
     def load(self, half: int, tokens: str) -> list[str]:
         """Load the words of sub-tile `half`, whose tokens of the page are `tokens`; paired words come with the first

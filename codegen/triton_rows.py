@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from .plan import Plan, SidePlan
 from .text import plus
+from .triton_abreast import masked
 
 
 class ExactRows:
@@ -71,11 +72,13 @@ class ExactRows:
             lines.append(f"g{j} = tl.dot(v, weight, g{j}{self.precise})")
         return lines
 
-    def stores(self) -> list[str]:
-        """Store the sums of exact rows."""
+    def stores(self, once: str) -> list[str]:
+        """Store the sums of exact rows; `once`: the mask of the columns that are."""
         lines = [f"exact_out = exact_ptr + slot[None, :] * {self.dim} + {self.lane}[:, None]"]
         for j in self.planes:
             left = self.dim - j * self.width
-            mask = f", mask=({self.lane} < {left})[:, None]" if left < self.width else ""
-            lines.append(f"tl.store(exact_out{plus(j * self.width)}, g{j} * inverse[None, :]{mask})")
+            masks = [f"{once}[None, :]"] * bool(once)
+            masks += [f"({self.lane} < {left})[:, None]"] * (left < self.width)
+            stored = f"g{j} * inverse[None, :]{masked(' & '.join(masks))}"
+            lines.append(f"tl.store(exact_out{plus(j * self.width)}, {stored})")
         return lines

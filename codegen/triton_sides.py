@@ -178,9 +178,9 @@ class ValueSide:
     def epilogue(self) -> list[str]:
         return [line for term in self.terms for line in term.epilogue()]
 
-    def stores(self, out: str) -> list[str]:
-        """Lines that store what was summed, one term behind the other."""
-        return [line for term in self.terms for line in term.stores(out)]
+    def stores(self, out: str, united: str, once: str) -> list[str]:
+        """Lines that store what was summed, one term behind the other, as `Values.stores`."""
+        return [line for term in self.terms for line in term.stores(out, united, once)]
 
     def edge_prologue(self, *, outputs: bool = True) -> list[str]:
         """Sums over edge tokens: of exact rows that are apart, and `outputs`."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .tiling import AHEAD
+from .triton_abreast import in_columns
 from .triton_meta import entry, read, token_entry
 
 if TYPE_CHECKING:
@@ -23,7 +24,9 @@ def _span(planes: Planes) -> int:
     """How many sub-tiles' numbers come at once: one, or all where one's are too few to be asked for ahead of time;
     0 where every group's come alone."""
     side, plan, meta = planes.side, planes.plan, planes.side.layout.meta
-    if meta is None or plan.masked or meta.tokens > 1 or meta.kind == "words" or side.scale.dtype in DEAR:
+    if meta is None or plan.masked or plan.abreast:
+        return 0
+    if meta.tokens > 1 or meta.kind == "words" or side.scale.dtype in DEAR:
         return 0
     span = 1 if side.groups * plan.half * meta.element >= AHEAD else plan.halves
     pieces = side.groups * span
@@ -54,6 +57,8 @@ def read_group(planes: Planes, group: int, half: int, tokens: str) -> list[str]:
     span = _span(planes)
     loaded = _name(f"{planes.prefix}_stored", group * span + half % span, 1) if span else ""
     index = token_entry(planes.side, tokens, group)
+    if planes.plan.abreast:
+        loaded = in_columns(f"tl.load({planes.meta} + {index})")
     return read(planes.side, planes.meta, index, planes.scale, planes.offset, mask=planes.guard, loaded=loaded)
 
 

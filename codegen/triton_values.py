@@ -11,6 +11,7 @@ from sympy import Expr
 from .placement import When
 from .plan import Plan, SidePlan
 from .text import plus
+from .triton_abreast import apart, masked
 from .triton_groups import UNIT, halves, in_halves
 from .triton_meta import across, read, static_read, token_entry
 from .triton_planes import Planes
@@ -28,12 +29,16 @@ class Values(Planes):
         self.precise = ', input_precision="ieee"' if plan.shape.dtype == "fp32" else ""
         self.rows = "ROWS"
 
-    def stores(self, out: str) -> list[str]:
-        """Lines that store a tile a plane [lanes, rows], divided by the mass of weights; all rows have a place."""
+    def stores(self, out: str, united: str = "", once: str = "") -> list[str]:
+        """Lines that store a tile a plane [lanes, rows], divided by the mass of weights; all rows have a place.
+        `united`: the function that makes rows of columns; `once`: the mask of those that are stored."""
         lines, first = [], plus(self.side.first + (self.head or 0) * self.side.dim)
         for j in range(self.side.layout.planes):
-            mask = f", mask={self.inside(j)}[:, None]" if self.inside(j) else ""
-            lines.append(f"tl.store({out}{first} + {self.plane_lane(j)}[:, None], o{j} * inverse[None, :]{mask})")
+            masks = [f"{once}[None, :]"] * bool(once) + [f"{self.inside(j)}[:, None]"] * bool(self.inside(j))
+            number = f"o{j} * inverse[None, :]"
+            number = f"{united}({number})" if united else number
+            at = f"{out}{first} + {self.plane_lane(j)}[:, None]"
+            lines.append(f"tl.store({at}, {number}{masked(' & '.join(masks))})")
         return self.own(lines)
 
     @property
@@ -76,7 +81,7 @@ class Values(Planes):
         decay = " * decay[None, :]" if half == 0 else ""
         if side.floats and not side.polar:
             return self._float_values(tokens, decay)
-        lines = self.load(half, tokens)
+        lines = self.load_at_once(half, tokens)
         if side.polar or side.alphabet.in_memory:
             lines.append(f"weight = {self.cast('p')}")
             for j, made in self.packed_channels(half, tokens):
@@ -104,22 +109,25 @@ class Values(Planes):
         for group in range(side.groups):
             if self.when is When.AFTER_DOT:
                 lines += read_group(self, group, half, tokens)
-            lines.append(f"weight = {self._weight()}")
+            lines += apart(self._weight()) if self.plan.abreast else [f"weight = {self._weight()}"]
             if carried is not None:
                 lines += self._carry(group, carried[0], half)
             for stream in side.operands:
-                for j in range(layout.planes):
-                    if side.group(j) == group:
-                        name = f"a{stream.width}_{j}"
-                        lines.append(f"{name} = tl.dot({self.operand(stream, j, half)}, weight, {name}{decay})")
+                for j in (plane for plane in range(layout.planes) if side.group(plane) == group):
+                    name, past = f"a{stream.width}_{j}", decay
+                    for i, end in self.at_once(half):
+                        lines.append(f"{name} = tl.dot({self.operand(stream, j, i)}, weight{end}, {name}{past})")
+                        past = ""
         return lines
 
     @property
     def halved(self) -> bool:
-        """Weights and the scales of several groups are multiplied in float16, two at a time: one rounding more."""
+        """Weights and the scales of several groups, or of two tokens, are multiplied in float16, two at a time: one
+        rounding more."""
         side = self.side
         plain = side.scale.dtype == "fp16" and side.second is None and side.alphabet.step == 1 and not self.steps.lift
-        return self.when is When.AFTER_DOT and side.groups > 1 and plain and not side.scale.zero_inside
+        several = side.groups > 1 or self.plan.abreast
+        return self.when is When.AFTER_DOT and several and plain and not side.scale.zero_inside
 
     def _weight(self) -> str:
         """What multiplies a group's codes, in float16."""
@@ -130,10 +138,10 @@ class Values(Planes):
 
     def _carry(self, group: int, added: str, half: int) -> list[str]:
         """Add to the sum that carries a group's offsets: once a tile, what the numbers of one thread make."""
-        if self.plan.halves == 1:
+        if len(self.plan.turns) == 1:
             return [f"carried{group} = carried{group} * decay + tl.sum({added}, 0)"]
         lines = [f"added{group} = added{group} + {added}" if half else f"added{group} = {added}"]
-        last = half == self.plan.halves - 1
+        last = half == self.plan.turns[-1]
         return lines + [f"carried{group} = carried{group} * decay + tl.sum(added{group}, 0)"] * last
 
     def cast(self, name: str) -> str:

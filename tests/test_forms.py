@@ -25,8 +25,12 @@ SHAPE = Shape(128, 8, 32)
 def test_more_queries_are_read_for_in_passes_and_many_of_decoded_tokens(name: str, last: int) -> None:
     """4 query heads a kv head, 32768 tokens: 16 rows a program are taken where they are one pass, and worth it."""
     found = forms.thresholds(plan_for(ALL[name], SHAPE), 32768)
-    few = [("decode", 1, 2), ("extend", 3, 4), ("decode", 5, last)] if name == "token4" else [("decode", 1, last)]
-    assert found == [*few, ("dense", last + 1, forms.MOST)]
+    few = {
+        "token4": [("decode", 1, 2), ("extend", 3, 4), ("decode", 5, last)],
+        "kivi4": [("decode", 1, last)],
+        "token2": [("decode", 1, 1), ("extend", 2, last)],  # decode reads two tokens abreast, for one query
+    }
+    assert found == [*few[name], ("dense", last + 1, forms.MOST)]
 
 
 @pytest.mark.parametrize(
