@@ -154,10 +154,11 @@ def plan_stage(view: View) -> Stage:
         },
         "kernels": records,
     }
+    rows, abreast = plan.rows(many=False), ", of two tokens abreast" * plan.of_decode.abreast
     halves = f", as two halves of {plan.half} whose tokens share words" if plan.halves > 1 else ""
     lines = [
         f"tile     {plan.tile} tokens are read at a time{halves}",
-        f"rows     {plan.rows(many=False)} query rows a program in decode, {plan.rows(many=True)} in extend and scores",
+        f"rows     {rows} query rows a program in decode{abreast}, {plan.rows(many=True)} in extend and scores",
         *(f"pack     one program quantizes {span} tokens of the {place}" for place, span in data["span"].items()),
         *_placed(plan),
         f"queries  of a step, over {data['tokens']} packed tokens; chosen by what each form costs",

@@ -5,9 +5,11 @@ Of two sub-tiles the first one's tokens stand on the left, where its columns are
 the right, where the same rows are once more.  A query is two operands, each with zeros in the other's columns, so that
 products of both sub-tiles add up to one tile of scores [tokens, columns]: as many products as before, and half as many
 scores, scales and weights a lane.  Weights are two operands of values in the same way, whose sums need no more room.
-Each column has maxima and a mass of its own; when a program ends both become one.
+Each column has maxima and a mass of its own; when a program ends both become one.  At the edges, whose tiles are one
+product high, the columns on the right are idle as before, and what is on the left is stored.
 
-Measured on the machine code: the loop of `token2` had 1,238 instructions a tile on an H200.
+Instructions of a tile's main loop on sm_90, before and so: `token2` 1,238 and 1,050, `token3` 1,957 and 1,757, `kivi2`
+2,132 and 1,930.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ def row_index(abreast: bool) -> str:
 
 
 def columns() -> list[str]:
-    """Lines that tell the columns on the left from the others, and are factors of weights."""
+    """Lines that tell the columns on the left from the others, and the factors that do."""
     left = f"{LEFT} = tl.arange(0, ROWS) < {ROWS}"
     return [left, f"on_left = tl.where({LEFT}, 1.0, 0.0).to(tl.float16)[None, :]"]
 
@@ -47,16 +49,17 @@ def in_columns(numbers: str) -> str:
 
 
 def parted(queries: Iterable[str]) -> list[str]:
-    """Lines that make two operands of each query: zeros on the right, and zeros on the left."""
+    """Lines that make two operands of each query, zeros on the right and zeros on the left: by a factor, which takes
+    pairs of numbers."""
     lines = []
     for name in queries:
-        lines.append(f"{name}{RIGHT} = tl.where({LEFT}[None, :], 0.0, {name})")
-        lines.append(f"{name} = tl.where({LEFT}[None, :], {name}, 0.0)")
+        lines.append(f"{name}{RIGHT} = {name} - {name} * on_left")
+        lines.append(f"{name} = {name} * on_left")
     return lines
 
 
 def apart(weights: str) -> list[str]:
-    """Lines that make two operands of weights in the same way: by a factor, which takes pairs of numbers."""
+    """Lines that make two operands of weights in the same way."""
     return [f"whole = {weights}", "weight = whole * on_left", f"weight{RIGHT} = whole - weight"]
 
 
