@@ -161,6 +161,8 @@ def is_of(node: ast.expr, types: set[str], text: Text, function: ast.FunctionDef
         return depth > 0 and bool(values) and all(is_of(v, types, text, function, depth - 1) for v in values)
     if isinstance(node, ast.Subscript):
         return is_of(node.value, types, text, function, depth)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Sub, ast.Mult)):
+        return all(is_of(side, types, text, function, depth) for side in (node.left, node.right))
     if isinstance(node, ast.Call):
         name = dotted(node.func)
         if name in _FP16_DEVICE:

@@ -186,12 +186,13 @@ def _rounded(side: SidePlan) -> SidePlan:
 
 def _columnar(side: SidePlan) -> bool:
     """Tokens of a side may stand abreast: nothing but numbers of one term is read, whose scales are a token's, a
-    query's, or nowhere in the loop.  Levels that are looked up and codes of three streams would fill the registers,
-    and digits of two sub-tiles are as many instructions and more text."""
+    query's, or nowhere in the loop.  Levels that are looked up, codes of three streams, and those of two with many
+    scales would fill the registers, and digits of two sub-tiles are as many instructions and more text."""
     plain = len(side.terms) == 1 and not (side.floats or side.polar or side.shared or side.layout.across)
     plain = plain and not (side.slots or side.factors or side.beside or side.masked or side.rope)
     plain = plain and not (side.alphabet.looked_up or side.layout.digits)
-    plain = plain and len(side.layout.streams) <= 2 and side.joined == 1
+    streams = len(side.layout.streams)
+    plain = plain and (streams < 2 or streams == 2 and not side.rescaled and side.groups <= 4) and side.joined == 1
     meta = side.layout.meta
     apart = side.when in (When.NEVER, When.AFTER_DOT, When.ONCE_PER_QUERY) or side.rescaled
     return plain and apart and not (meta is not None and meta.kind == "words")

@@ -108,6 +108,7 @@ def test_every_rule_says_what_it_forbids() -> None:
         ("x = tl.dot(tokens, tokens)", "tl.dot of operands"),
         ("x = tokens.to(tl.float32)\n    y = tl.dot(x, x)", "tl.dot of operands"),
         ("x = tokens.to(tl.float16)\n    if h > 1:\n        x = tokens\n    y = tl.dot(x, x)", "tl.dot of operands"),
+        ("x = tokens.to(tl.float16)\n    y = tl.dot(x * tokens, x + tokens)", "tl.dot of operands"),
         ("x = tokens.to(tl.bfloat16)", "truncates"),
         ("x = tokens.to(tl.float8e4nv)", "8-bit floats"),
         ("tl.atomic_add(out_ptr, 1.0)", "atomic"),
@@ -129,6 +130,7 @@ def test_lines_that_are_refused(line: str, part: str) -> None:
     [
         "x = tl.dot(tokens, tokens, input_precision='ieee')",
         "x = tokens.to(tl.int8)\n    y = tl.dot(tl.trans(x), tokens)",
+        "x = tokens.to(tl.float16)\n    x = x - x * x\n    y = tl.dot(tokens, x)",
         "x = tokens.to(tl.int16).to(tl.bfloat16, bitcast=True)",
         "tl.atomic_add(out_ptr, 1)",
         "x = tokens\n    x = tokens.to(tl.float16)\n    y = tl.dot(x, tokens)\n    x = tokens",
