@@ -83,8 +83,7 @@ def pages_cost(
 
 def dense_cost(plan: Plan, queries: int, packed: int, exact: int = 0) -> float:
     """Of decoding all that is packed, and of attention to that and to the exact tokens."""
-    operations = 4 * plan.shape.head_dim * plan.shape.kv_heads
-    each = max(DECODE_ROWS, plan.rows(many=False))
+    operations, each = 4 * plan.shape.head_dim * plan.shape.kv_heads, plan.columns(many=False)
     rows = -(-queries * plan.shape.group // each) * each  # whole passes, so that more queries never turn it back
     rate = EXACT_PRODUCTS if _item(plan) == 4 else PRODUCTS
     attend = max(_exact_bytes(plan) / ROUND_TRIP, rows * operations / rate)

@@ -97,7 +97,7 @@ def _wanted(kernel: str, plan: Plan) -> int:
     streams = min(len(side.layout.streams) for side in (plan.keys, plan.values))
     narrow = narrow or kernel in ATTEND and plan.keys.static and streams > 1
     wide = plan.values.row > WIDEST or narrow or beside and any(term.alphabet.bits >= 4 for term in plan.terms)
-    return 1 if plan.rows(many=kernel != "decode") <= DECODE_ROWS and not wide else 2
+    return 1 if plan.columns(many=kernel != "decode") == DECODE_ROWS and not wide else 2
 
 
 def _pack_warps(side: SidePlan) -> int:

@@ -134,6 +134,10 @@ class Plan:
             return DECODE_ROWS // 2
         return EXTEND_ROWS if self._may_have_more and (many or self.shape.group > DECODE_ROWS) else DECODE_ROWS
 
+    def columns(self, *, many: bool) -> int:
+        """Columns of a program's products: its query rows, those of both tokens where two stand abreast."""
+        return self.rows(many=many) * (2 if not many and self.of_decode.abreast else 1)
+
     @cached_property
     def _may_have_more(self) -> bool:
         shared = all(term.layout.plane_width >= 2 * NARROWEST for term in self.terms)

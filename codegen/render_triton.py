@@ -28,8 +28,8 @@ def render(plan: Plan, name: str) -> str:
     kernels += [unpack_of(plan, term, attend.addresses(several=False)) for term in plan.terms]
     kernels.append(attend.scores(plan.rows(many=True)))
     of_one = attend if plan.of_decode is plan else Attend(plan.of_decode)
-    kernels.append(of_one.attention("decode", plan.rows(many=False)))
-    kernels.append(attend.attention("extend", plan.rows(many=True)))
+    kernels.append(of_one.attention("decode", plan.columns(many=False)))
+    kernels.append(attend.attention("extend", plan.columns(many=True)))
     kernels += [merge(plan), collect(plan), *([unite(plan)] if plan.values.through else [])]
     kernels += Received(plan).texts()
     body = "\n\n".join(without_unused(kernel) for kernel in kernels)

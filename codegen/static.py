@@ -135,8 +135,8 @@ def ideal_mma(plan: Plan, kernel: str) -> float | None:
         return None
     coded = [term for term in plan.terms if term.layout.streams or term.floats]
     numbers = sum(term.dim for term in coded) * plan.tile
-    rows = max(plan.rows(many=kernel != "decode"), DECODE_ROWS) / DECODE_ROWS
-    return numbers * rows / PRODUCT / (loop_bytes(plan) / LINE)
+    wide = plan.columns(many=kernel != "decode") / DECODE_ROWS
+    return numbers * wide / PRODUCT / (loop_bytes(plan) / LINE)
 
 
 def untiered(schemes: Mapping[str, Scheme]) -> dict[str, Scheme]:

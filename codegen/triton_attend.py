@@ -40,7 +40,7 @@ ATTEND = """
 def $name(
     $args
 ):
-    ROWS: tl.constexpr = $columns
+    ROWS: tl.constexpr = $rows
     bh = tl.program_id(0)
     split = tl.program_id(1)
     block = tl.program_id(2)
@@ -261,7 +261,7 @@ class Attend:
         return [f"{name} = {name}_ptr + ((head * queries + token) * {dim})[None, :]"]
 
     def attention(self, name: str, rows: int) -> str:
-        """The text of `decode` or `extend`."""
+        """The text of `decode` or `extend`, whose products have so many columns, see `Plan.columns`."""
         plan = self.plan
         size = ["true_size = size", "size = tl.full([ROWS], 1.0, tl.float32)"] if plan.shape.softcap else []
         values = self.values
@@ -288,7 +288,6 @@ class Attend:
             ATTEND,
             name=name,
             **self._shared(rows),
-            columns=2 * rows if plan.abreast else rows,
             row_index=f"row_index = {row_index(plan.abreast)}",
             columns_of=columns() if plan.abreast else [],
             args=[f"{arg}," for arg in args],

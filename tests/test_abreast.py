@@ -14,14 +14,9 @@ from kvdsl.shape import Shape
     ("name", "heads", "abreast"),
     [
         *[("token2", 4, True), ("token2", 1, True), ("token2", 8, False), ("kivi2", 4, True), ("quarot2", 4, True)],
-        *[
-            ("token4", 4, False),
-            ("bitdecoding2", 4, False),
-            ("turboquant3", 4, False),
-            ("channel2", 4, False),
-            ("kvtq", 4, False),
-        ],
+        *[("token4", 4, False), ("bitdecoding2", 4, False), ("turboquant3", 4, False), ("channel2", 4, False)],
         *[("qjl", 4, False), ("kvquant3", 4, False), ("fp16", 4, False), ("exl3_7", 4, False), ("qjl_kv", 4, False)],
+        ("kvtq", 4, False),
     ],
 )
 def test_two_tokens_stand_abreast_where_columns_would_be_idle(name: str, heads: int, abreast: bool) -> None:
