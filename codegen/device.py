@@ -290,42 +290,6 @@ def unit(x, whole):
 
 
 @triton.jit
-def pair_of(lane, FIRST: tl.constexpr, COUNT: tl.constexpr, PAIRS: tl.constexpr):
-    """Which of PAIRS pairs each of the channels FIRST + lane is of, lane < COUNT, where channels d and d + PAIRS are a
-    pair; any pair for channels behind them all."""
-    d = lane + FIRST
-    if FIRST + COUNT <= PAIRS:
-        found = d
-    elif (FIRST >= PAIRS) & (FIRST + COUNT <= 2 * PAIRS):
-        found = d - PAIRS
-    elif FIRST + COUNT <= 2 * PAIRS:
-        found = tl.where(d < PAIRS, d, d - PAIRS)
-    else:
-        found = tl.where(d < PAIRS, d, tl.where(d < 2 * PAIRS, d - PAIRS, d // 2))
-    return found
-
-
-@triton.jit
-def partner_of(lane, FIRST: tl.constexpr, COUNT: tl.constexpr, PAIRS: tl.constexpr):
-    """The other channel of each channel's pair, as in `pair_of`; of no pair: itself."""
-    d = lane + FIRST
-    if FIRST + COUNT <= PAIRS:
-        found = d + PAIRS
-    elif (FIRST >= PAIRS) & (FIRST + COUNT <= 2 * PAIRS):
-        found = d - PAIRS
-    else:
-        found = tl.where(d < PAIRS, d + PAIRS, tl.where(d < 2 * PAIRS, d - PAIRS, d))
-    return found
-
-
-@triton.jit
-def turn_of(lane, FIRST: tl.constexpr, COUNT: tl.constexpr, PAIRS: tl.constexpr):
-    """-1 for the first channel of a pair, 1 for the second, as in `pair_of`, 0 for those of no pair."""
-    d = lane + FIRST
-    return tl.where(d < PAIRS, -1.0, tl.where(d < 2 * PAIRS, 1.0, 0.0))
-
-
-@triton.jit
 def cartesian(radius, angle):
     """(radius cos(angle), radius sin(angle)), each within 2**-22 of the radius, of angles up to 2**10.
 

@@ -49,7 +49,8 @@ def warps(kernel: str, plan: Plan) -> int:
     16 rows, sums of many numbers, tiles most of whose lanes are idle, codes of vectors in narrow planes, two sketches,
     one of many rows, codes of three streams in groups on both sides, or of 4 bits beside vectors of low rank on both
     sides, or received attention beside many scales would not fit its registers, four or more where a page is rewritten,
-    products are of float32 numbers, values are sums of codes, single numbers and vectors of low rank, keys are rotated,
+    products are of float32 numbers, values are sums of codes, single numbers and vectors of low rank, keys are rotated
+    (two where pairs of planes are, by levels of the parameters),
     entries of tables are added up, or radii and angles become channels level by level.  Always a power of two, which
     Triton asks for."""
     return 1 << _wanted(kernel, plan).bit_length() - 1
@@ -84,6 +85,11 @@ def _wanted(kernel: str, plan: Plan) -> int:
         return 8  # a running maximum beside single numbers at their positions
     if kernel != "received" and all(t.alphabet.vectors and t.layout.plane_width < NARROWEST for t in plan.terms):
         return 2  # half of an operand's lanes are idle: what two more warps would do is the same again
+    if plan.in_pairs and plan.keys.alphabet.given:
+        # a row of waves of every plane, and scales of every channel, stay in registers
+        narrow = plan.keys.layout.plane_width < 2 * NARROWEST
+        if not narrow or kernel in ATTEND and not plan.keys.sparse:
+            return 2
     if plan.keys.rope is not None or any(term.band or term.alphabet.sums for term in plan.terms):
         return 4  # decoded numbers, waves and two queries a plane: one warp moves hundreds of them to memory
     if plan.values.sparse and any(term.factors for term in plan.values.terms):
@@ -125,8 +131,8 @@ def stages(kernel: str, plan: Plan) -> tuple[int, ...]:
     some GPUs, the waves of positions with it, which take several times what the codes do."""
     if kernel not in ATTEND:
         return (1,)
-    if plan.keys.masked:  # rows of a map, of channels that a page names: none can be asked for before the page is there
-        return (1, 2, 3)
+    if plan.keys.masked:  # rows of a map, of channels that a page names: of three tiles a processor has few programs
+        return (2, 1, 3)
     return (3, 2, 1) if plan.keys.rope is None else (2, 3, 1)
 
 

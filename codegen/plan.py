@@ -59,6 +59,19 @@ class Plan:
             return self
         return replace(self, halves=max(2, self.halves), abreast=True)
 
+    @cached_property
+    def in_pairs(self) -> bool:
+        """Rotary positions of keys turn pairs of planes, see `triton_pairs`."""
+        side, layout = self.keys, self.keys.layout
+        if side.rope is None or self.masked or self.shape.placed or self.exact_keys:
+            return False
+        plain = not (side.rope.interleaved or side.polar or side.floats or layout.digits) and side.joined == 1
+        plain = plain and not (side.ordered or side.factored or side.shifted)
+        plain = plain and not (side.alphabet.vectors or side.alphabet.sums)
+        width = layout.plane_width
+        operands = width >= NARROWEST and width & (width - 1) == 0
+        return plain and operands and layout.planes % 2 == 0 and layout.planes * width == self.shape.head_dim
+
     @property
     def turns(self) -> range:
         """The first of the sub-tiles that are multiplied at once."""

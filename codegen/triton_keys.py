@@ -15,6 +15,7 @@ from .tiling import NARROWEST
 from .triton_abreast import parted
 from .triton_groups import UNIT, halves, in_halves
 from .triton_meta import across, static_read
+from .triton_pairs import Pairs
 from .triton_planes import Planes
 from .triton_rope import Positions
 from .triton_together import load_together, read_group, read_plane
@@ -28,7 +29,8 @@ class Keys(Planes):
         super().__init__(plan, side, head)
         self.exact = "tl.float32" if plan.shape.dtype == "fp32" else "tl.float16"
         self.precise = ', input_precision="ieee"' if plan.shape.dtype == "fp32" else ""
-        self.positions = Positions(plan, self, side.rope) if side.rope is not None else None
+        kind = Pairs if plan.in_pairs else Positions
+        self.positions = kind(plan, self, side.rope) if side.rope is not None else None
         several = side.rope is not None and side.joined > 1
         # of the heads whose decoded numbers are mapped back together
         self.readers: list[Planes] = [Planes(plan, side, i) for i in range(side.joined)] if several else [self]
@@ -172,6 +174,8 @@ class Keys(Planes):
 
     def _turned_back(self, positions: Positions, half: int, tokens: str) -> list[str]:
         """Scores of decoded numbers, each at its token's position."""
+        if isinstance(positions, Pairs):
+            return positions.scores(half, tokens)
         words = [[] if reader.side.floats else reader.load(half, tokens) for reader in self.readers]
         planes = [reader.packed_channels(half, tokens) for reader in self.readers]
         unmap, wave = positions.unmap, positions.near_waves
