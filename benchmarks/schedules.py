@@ -35,7 +35,7 @@ SIZES = (
 )  # fmt: skip
 SAMPLES = 11
 MOST = 14  # numbers of programs for the pages of a sequence that are timed, beside those that fill up a power of two
-EDGES = (1, 2, 4, 8)
+EDGES = (1, 2, 4, 8, 16)
 
 
 def thinned(found: list[int]) -> list[int]:

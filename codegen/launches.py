@@ -45,14 +45,13 @@ ASSEMBLER = (None, "--register-usage-level=10", "--register-usage-level=0", "max
 
 
 def warps(kernel: str, plan: Plan) -> int:
-    """Warps of a program: one where tiles stay in one warp's tensor cores or numbers are exchanged within it, two where
-    16 rows, sums of many numbers, tiles most of whose lanes are idle, codes of vectors in narrow planes, two sketches,
-    one of many rows, codes of three streams in groups on both sides, or of 4 bits beside vectors of low rank on both
-    sides, or received attention beside many scales would not fit its registers, four or more where a page is rewritten,
-    products are of float32 numbers, values are sums of codes, single numbers and vectors of low rank, keys are rotated
-    (two where pairs of planes are, by levels of the parameters),
-    entries of tables are added up, or radii and angles become channels level by level.  Always a power of two, which
-    Triton asks for."""
+    """Warps of a program: one where tiles stay in one warp's tensor cores or numbers are exchanged within it, two
+    where 16 rows, sums of many numbers, tiles most of whose lanes are idle, codes of vectors in narrow planes, two
+    sketches, one of many rows, codes of three streams in groups on both sides, or of 4 bits beside vectors of low rank
+    on both sides, or received attention beside many scales would not fit its registers, four or more where a page is
+    rewritten, products are of float32 numbers, values are sums of codes, single numbers and vectors of low rank, keys
+    are rotated (two where pairs of planes are, by levels of the parameters), entries of tables are added up, or radii
+    and angles become channels level by level. Always a power of two, which Triton asks for."""
     return 1 << _wanted(kernel, plan).bit_length() - 1
 
 

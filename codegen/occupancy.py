@@ -12,8 +12,8 @@ What is below is in tiles of TILE tokens: of a full partition the time of one of
 The five constants are fitted to what numbers of programs took on an H200, nine schemes at eleven sizes
 (benchmarks/results/schedules/h200_1.json), and later kernels, eight schemes at eight sizes (h200_2.json): what they
 choose takes 1.02 times the best of each of the first on average, and 1.03 times that of the others, and of later ones,
-eleven schemes at ten sizes (h200_3.json).  A fit to the second alone, of which fewer numbers were timed, went wrong
-where none was: `token2` 8 x 8 x 131072 took 252 us with 16 programs a sequence, 176 with 49.
+eleven schemes at ten sizes (h200_3.json, h200_4.json).  A fit to the second alone, of which fewer numbers were timed,
+went wrong where none was: `token2` 8 x 8 x 131072 took 252 us with 16 programs a sequence, 176 with 49.
 """
 
 from __future__ import annotations

@@ -42,8 +42,10 @@ class Pairs(Positions):
     def prologue(self) -> list[str]:
         """Waves, and scales of channels, float16."""
         p, lane, dim = self.planes.prefix, self.planes.lane, self.dim
-        lines = [f"tile_waves = tl.full([], {self.plan.tile * dim}, tl.int64)"]
-        lines += [f"near = near_ptr + tl.arange(0, {self.plan.half})[:, None] * {2 * dim} + {lane}[None, :]"]
+        lines = [
+            f"tile_waves = tl.full([], {self.plan.tile * dim}, tl.int64)",
+            f"near = near_ptr + tl.arange(0, {self.plan.half})[:, None] * {2 * dim} + {lane}[None, :]",
+        ]
         for j in self.firsts:
             start = self.planes.start(j)
             lines.append(f"{p}_cosine{j} = tl.load(near{plus(start)}).to(tl.float16)")

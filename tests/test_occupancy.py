@@ -174,10 +174,11 @@ def timings(name: str) -> Iterator[tuple[Work, Room, dict[tuple[int, int], float
         yield work, room, {(count, more): us for count, more, us in row["timed"]}
 
 
-def test_what_is_chosen_is_near_the_best_that_was_timed() -> None:
+@pytest.mark.parametrize("name", ["h200_3.json", "h200_4.json"])
+def test_what_is_chosen_is_near_the_best_that_was_timed(name: str) -> None:
     """Of kernels of which short sequences take two warps: the choice itself, or what was timed next to it."""
     over = []
-    for work, room, timed in timings("h200_3.json"):
+    for work, room, timed in timings(name):
         count = splits(work, room)
         right = count, edge_splits(work, count, room)
         over.append(timed[min(timed, key=lambda pair: math.dist(pair, right))] / min(timed.values()))
