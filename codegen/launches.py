@@ -51,7 +51,7 @@ def warps(kernel: str, plan: Plan) -> int:
     on both sides, or received attention beside many scales would not fit its registers, four or more where a page is
     rewritten, products are of float32 numbers, values are sums of codes, single numbers and vectors of low rank, keys
     are rotated (two where pairs of planes are, by levels of the parameters), entries of tables are added up, or radii
-    and angles become channels level by level. Always a power of two, which Triton asks for."""
+    and angles become channels level by level.  Always a power of two, which Triton asks for."""
     return 1 << _wanted(kernel, plan).bit_length() - 1
 
 

@@ -25,6 +25,7 @@ from .data import MODEST
 from .driving import USUAL, Ends, Poison, attention_state, device_of, packed, ready
 from .halves import HALF, eager, normal_form, seen_by
 from .products import mapped_back, mapped_query, product_errors, rounded_sizes, sides_of, sizes_of
+from .rotary import roundings
 
 DRAWS = 6  # of rounding errors, beside the one that a query has
 
@@ -127,15 +128,15 @@ def coded(case: Case, step: Step, b: int, side: Side) -> tuple[Tensor, Tensor]:
     return sides_of(case.scheme.side(side), x, packed_tokens(case.scheme, side, step.seen[b]), step.params, side)
 
 
-def score_errors(case: Case, step: Step, unit: float = HALF) -> Tensor:
+def score_errors(case: Case, step: Step, unit: float | None = None) -> Tensor:
     """How far a scaled score of a visible token may be off, the most of each query: float64 (B, Hq, Q).
 
     scaling * sum_d |q_d| A_d * unit, with A_d the largest size in the block of that number, or its own where it is
     exact.  The default unit is that of operands rounded to float16, 2^-11 of each: a code that is not centred counts
-    s*c <= 2 A_d, and of an exact or decoded number the query and the number are rounded, or up to six numbers where
-    keys are put to their positions (`product_errors`).  A softcap has slopes up to 1.
+    s*c <= 2 A_d, and of an exact or decoded number the query and the number are rounded; or more numbers, `roundings`.
+    A softcap has slopes up to 1.
     """
-    unit = 3 * unit if case.scheme.keys.rope is not None else unit
+    unit = HALF / 2 * roundings(case.scheme.keys, case.kernels.backend) if unit is None else unit
     scaling = step.options.get("scaling")
     scaling = case.shape.head_dim**-0.5 if scaling is None else scaling
     found = []
@@ -160,7 +161,7 @@ def score_spread(case: Case, step: Step, b: int) -> Tensor:
     """The standard deviation of q.k^ of sequence b, float64 (1, Hq, Q, length): of each product of two numbers that are
     rounded by up to 2^-11, at any place alike, it is 2^-11 sqrt(2/3) of its size, of six sqrt(2)."""
     sizes, size = score_sizes(case, step, b)
-    count = 6 if case.scheme.keys.rope is not None else 2
+    count = roundings(case.scheme.keys, case.kernels.backend)
     return (sizes.square() @ size.square().transpose(2, 3) * (count / 3)).sqrt() * (HALF / 2)
 
 
@@ -357,7 +358,7 @@ def scores_are_products(case: Case) -> None:
     held = decoded.repeat_interleave(group, 1).transpose(2, 3)
     size = sizes_of(store, k, (0, tokens), params, "keys", _largest, case.sinks).repeat_interleave(group, 1)
     sizes = rounded_sizes(case.scheme, q, case.shape.kv_heads, params)
-    limit = product_errors(case.kernels.backend, q, held, sizes, size, roped=store.rope is not None) + 1e-30
+    limit = product_errors(store, case.kernels.backend, q, held, sizes, size) + 1e-30
     require_within("scores", got, products(case.scheme, q, decoded, (0, tokens), params), limit)
 
 

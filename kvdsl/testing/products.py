@@ -24,7 +24,7 @@ from kvdsl.scheme import Bands, Chosen, Codebook, LowRank, Parted, Scheme, Side,
 
 from . import low_rank
 from .bounds import second, spread
-from .rotary import partners
+from .rotary import partners, roundings
 from .terms import TermOf, pieces, stretches, terms_of
 
 Largest = Callable[[Store, Tensor, Params], Tensor]
@@ -263,22 +263,20 @@ def rounded_sizes(scheme: Scheme, q: Tensor, heads: int, params: Params) -> Tens
     return torch.maximum(sizes, torch.nn.functional.pad(met, (0, sizes.shape[3] - met.shape[3])))
 
 
-def product_errors(
-    backend: Backend, q: Tensor, held: Tensor, sizes: Tensor, size: Tensor, *, roped: bool = False
-) -> Tensor:
+def product_errors(store: Store, backend: Backend, q: Tensor, held: Tensor, sizes: Tensor, size: Tensor) -> Tensor:
     """How far products of q (B, Hq, Q, D) with held keys (B, Hq, D, T) may be off, float64 (B, Hq, Q, T), `sizes` those
     of the query (`query_sizes`), `size` (B, Hq, T, M) those of the keys (`sizes_of`): three kinds of rounding.
 
     Of operands to float16: 2^-10 of the products' sizes.  A query is divided by its row's largest number first; below
     2^-14 of that, 2^-7 in the highest plane of a word, float16 is off by 2^-25, there 2^-18, of it instead, times codes
-    of up to twice a size.  Keys behind their positions (`roped`) may be put there in float16: level, number, cosine,
-    product and sum are rounded, and the query, six times 2^-11.  The torch kernels round none: theirs are float32.
+    of up to twice a size.  Of keys behind their positions more are rounded (`roundings`).  The torch kernels round
+    none: their operands are float32.
     Of sums in float32, n numbers of a vector and a handful of factors and sums behind them: n + 8 times 2^-24 of q*s*c
     and q*o, of sizes up to 3 |q| A together, and of what a shift of the keys adds.
     """
     products, tiny = sizes @ size.transpose(2, 3), sizes.amax(-1, keepdim=True) * size.sum(-1)[:, :, None]
     summed = (size.shape[-1] + 8) * 2.0**-24 * (3 * products + q.double().abs() @ held.abs())
-    operands = (6 if roped else 2) * 2.0**-11
+    operands = roundings(store, backend) * 2.0**-11
     return summed + (operands * products + 2.0**-17 * tiny if backend == "triton" else 0.0)
 
 

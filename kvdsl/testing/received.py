@@ -60,8 +60,8 @@ def weights_of(case: Case, step: Step, position: Tensor) -> Weights:
         span = packed_tokens(case.scheme, "keys", step.seen[b])
         score = products(case.scheme, q, keys, span, step.params) * scaling
         score = score if cap is None else torch.tanh(score / cap) * cap
-        roped = case.scheme.keys.rope is not None
-        error = product_errors(case.kernels.backend, q, held, *score_sizes(case, step, b), roped=roped) * scaling
+        sizes = score_sizes(case, step, b)
+        error = product_errors(case.scheme.keys, case.kernels.backend, q, held, *sizes) * scaling
         error = error + 2.0**-22 * score.abs()
         start, token = step.options.get("start"), torch.arange(length)
         seen = (token <= position[b, :, None]) & (token >= (0 if start is None else start[b]))

@@ -5,9 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvdsl.kernels import Params
+from kvdsl.kernels import Backend, Params
 from kvdsl.rope import pairs, waves
 from kvdsl.scheme import Store
+
+
+def roundings(store: Store, backend: Backend) -> int:
+    """Of a product with a key of this store how many numbers may be rounded to float16: the query's and the key's.  Of
+    keys that the Triton kernels put to their positions in float16 level, number, cosine, product and sum: those of
+    which positions are all that was taken off, of halves that are pairs."""
+    turned = store.rope is not None and not store.rope.interleaved and len(store.transform) == 1  # type: ignore[arg-type]
+    return 6 if turned and backend == "triton" else 2
 
 
 def partners(store: Store, x: Tensor, params: Params) -> Tensor:
