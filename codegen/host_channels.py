@@ -50,9 +50,10 @@ def queries(query: Tensor, decode: Tensor, channels: Tensor, *, top: bool) -> Te
     return theirs if top else (decode.mT @ query)[:, :, None] - theirs
 
 
-def ready_rows(side: SidePlan, matrix: Tensor, beside: int) -> Tensor:
+def ready_rows(side: SidePlan, matrix: Tensor, sums: int) -> Tensor:
     """A map (heads or 1, D, M) of single channels to coded numbers, as queries whose surplus of lower bits in a word is
-    taken off, and behind each its sum: float32 (heads or 1, D, M + beside)."""
+    taken off, and behind them `sums` numbers a channel, the first of which is the sum of its row: float32 (heads or 1,
+    D * M + D * sums)."""
     from .algebra import query_of_dirty
 
     width, (stream,) = side.layout.plane_width, side.operands
@@ -62,6 +63,6 @@ def ready_rows(side: SidePlan, matrix: Tensor, beside: int) -> Tensor:
         position = place.bit // stream.width
         steps = query_of_dirty(stream.width, position, side.run(stream, place.plane))
         found.append(sum(planes[place.plane + step - position] * float(factor) for step, factor in steps))
-    last = matrix.new_zeros(*matrix.shape[:2], beside, dtype=torch.float32)
+    last = matrix.new_zeros(*matrix.shape[:2], sums, dtype=torch.float32)
     last[..., 0] = matrix.to(torch.float32).sum(-1)
-    return torch.cat((*found, last), -1)
+    return torch.cat((torch.cat(found, -1).flatten(1), last.flatten(1)), -1)

@@ -56,9 +56,8 @@ def warps(kernel: str, plan: Plan) -> int:
 
 
 def divisible(plan: Plan) -> bool:
-    """Whether two warps of decode each do half of what one does: of a whole tile.  Smaller ones take as long with two,
-    and what gathers a query for every choice of channels (`qjl`) longer."""
-    return warps("decode", plan) == 1 and plan.tile >= TILE and not plan.keys.masked
+    """Whether two warps of decode each do half of what one does: of a whole tile.  Smaller ones take as long."""
+    return warps("decode", plan) == 1 and plan.tile >= TILE
 
 
 def _wanted(kernel: str, plan: Plan) -> int:

@@ -25,8 +25,8 @@ from .run_pages import PageModule
 from .run_parts import LOG2E, NO_WINDOW, Part, Scratch, within
 from .schedules import KERNEL, Bucket, Schedule
 from .text import padded
-from .triton_masked import BESIDE, alike
-from .triton_turn import query_tile
+from .triton_masked import SUMS, alike
+from .triton_turn import gathers, query_tile
 
 USUAL = 8  # programs that a processor holds at once, of a kernel of which it is not known
 ROWS = WeakTensorKeyDictionary()
@@ -46,7 +46,7 @@ class TritonModule(PageModule):
                 gathered = by_turned_channel(query, shape.kv_heads, len(params[ROPE]), keys.rope.interleaved)
                 given["gathered_ptr"] = gathered
             return given | self._positions(end, query.device, params, places)
-        if any(term.store.gathers for term in keys.terms):
+        if gathers(self.plan) and not keys.through:
             given["gathered_ptr"] = by_channel(query, shape.kv_heads)
         if keys.masked:
             maps = keys.terms[: 1 if alike(self.plan) else 2]
@@ -54,10 +54,14 @@ class TritonModule(PageModule):
         return given | self.turned(query, params) if keys.through else given
 
     def turned(self, query: Tensor, params: Params) -> dict[str, Any]:
-        """What the query (B, Hq, Q, D) becomes for packed tokens, and what is added to scores."""
+        """What the query (B, Hq, Q, D) becomes for packed tokens, what is added to scores, the query by channels."""
         keys, shape, given = self.plan.keys, self.plan.shape, dict[str, Any](query_ptr=query)
         batch, _, queries, _ = query.shape
         given["turned_ptr"] = query.new_empty(*query.shape[:3], keys.row, dtype=torch.float32)
+        if gathers(self.plan):  # the query itself by channels, as `by_channel`
+            given["gathered_ptr"] = query.new_empty(
+                batch, shape.kv_heads, shape.head_dim, queries * shape.group, dtype=torch.float32
+            )
         if keys.shifted:
             given["bias_ptr"] = query.new_empty(query.shape[:3], dtype=torch.float32)
         rows, lanes = query_tile(keys)
@@ -66,12 +70,11 @@ class TritonModule(PageModule):
         return given
 
     def _rows_of_map(self, term: SidePlan, params: Params) -> Tensor:
-        """The rows of a sketch's map, a channel each, as queries that are ready for codes, each with its sum behind it:
-        (H or 1, D, M + 8); made once."""
+        """The rows of a sketch's map, a channel each, as queries that are ready for codes, their sums behind them
+        all: (H or 1, D * (M + 8)); made once."""
         matrix = params[f"{term.home}.decode"]
         if matrix not in ROWS:
-            dtype = torch.float32 if self.plan.exact_keys else torch.float16
-            ROWS[matrix] = ready_rows(term, matrix, BESIDE).to(dtype).contiguous()
+            ROWS[matrix] = ready_rows(term, matrix, SUMS).to(torch.float16)
         rows: Tensor = ROWS[matrix]
         return rows
 

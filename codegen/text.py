@@ -12,7 +12,7 @@ from pathlib import Path
 from string import Template
 
 WIDTH = 120  # of a line of generated text
-DEVICE = ("device", "device_codes", "device_ends", "device_steps", "device_turn", "device_launch")
+DEVICE = ("device", "device_codes", "device_ends", "device_masked", "device_steps", "device_turn", "device_launch")
 """The modules of this package whose functions generated kernels call."""
 
 

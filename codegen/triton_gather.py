@@ -6,10 +6,10 @@ from .plan import Plan, SidePlan
 from .text import padded
 
 
-def where_gathered(plan: Plan) -> str:
+def where_gathered(plan: Plan, name: str = "gathered", rows: str = "row_index[None, :]") -> str:
     """The line that says where the query's numbers begin, channel by channel: a number of all rows is one read."""
     size = plan.shape.head_dim * plan.shape.group
-    return f"gathered = gathered_ptr + bh.to(tl.int64) * queries * {size} + row_index[None, :]"
+    return f"{name} = gathered_ptr + bh.to(tl.int64) * queries * {size} + {rows}"
 
 
 def stride(plan: Plan) -> str:

@@ -273,11 +273,18 @@ class Keys(Planes):
         ]
 
     def _dots(
-        self, name: str, operands: list[tuple[str, str]], precise: str = "", product: str = "tl.dot"
+        self,
+        name: str,
+        operands: list[tuple[str, str]],
+        precise: str = "",
+        product: str = "tl.dot",
+        *,
+        more: bool = False,
     ) -> list[str]:
+        """Lines that add up products; `more`: they are added to what there is of that name."""
         lines = []
         for i, (left, right) in enumerate(operands):
-            so_far = f", {name}" if i else ""
+            so_far = f", {name}" if i or more else ""
             lines.append(f"{name} = {product}({left}, {right}{so_far}{precise})")
         return lines
 

@@ -1,23 +1,32 @@
 """Two sketches of keys in Triton, one of channels that are chosen anew every few tokens, each of vectors that have
 zeros where the other one looks.
 
-A score is q . k' of the sketch of the others, as if it were of all channels, plus sum_m q[m] (k''[m] - k'[m]) over the
-chosen channels m: what their own sketch says there instead of the other one.  So no query is made for every choice: a
-number k[m] is the score of a query that is 1 at m, and these are made ready for codes once and for all.
+The codes of the chosen channels meet the sketch of the query at these channels alone, those of the others what is left
+of the sketch of the whole query.  A sketch of some channels is a sum of rows of its map, which are made ready for codes
+once and for all: the product of the query there and these rows.  Two sub-tiles that chose their own share it, each with
+zeros at the other's channels, so that the sixteen rows of a product are eight of either.
+
+Reading rows is what a program waits for, so they come in pieces of a cache line: microseconds on an H200, `qjl`,
+16 x 8 x 16384, of pieces of 32 bytes, a plane's, 241, and of 128 bytes 178.
 """
 
 from __future__ import annotations
 
+from kvdsl.window import TILE
+
 from .plan import Plan, SidePlan
 from .sections import Channels
-from .text import padded
-from .triton_gather import at_channels, chosen, where_gathered, whole
+from .text import padded, plus
+from .triton_gather import chosen, stride, where_gathered, whole
 from .triton_keys import Keys
-from .triton_meta import read, token_entry
+from .triton_names import tokens_name
 from .triton_planes import Planes
+from .triton_together import cut, load_together, piece, read_group
 
-BESIDE = 8  # numbers behind a row of a map, the first of which is its sum
+SUMS = 8  # numbers a channel behind the rows of a map, the first of which is the sum of its row
 DEPTH = 16  # of a product, at least
+LINE = 128  # bytes of a cache line
+HALF = "tl.float16"  # what codes meet, whatever the query is
 
 
 def rows_of(side: SidePlan) -> str:
@@ -40,13 +49,22 @@ class MaskedKeys(Keys):
         self.top = Keys(plan, side.rest)
         self.readers: list[Planes] = [self, self.top]
         self.maps = (self,) if alike(plan) else (self, self.top)
-        self.lanes_chosen = max(8, padded(self.held.count))
         self.p = self.top.prefix
 
     @property
     def held(self) -> Channels:
         """Where the chosen channels stand."""
         return self.side.choice
+
+    @property
+    def several(self) -> bool:
+        """The tokens of a tile have chosen more than once, every sub-tile's once."""
+        return self.held.tokens < TILE
+
+    @property
+    def lanes_chosen(self) -> int:
+        """Lanes that the channels of one choice take."""
+        return max(DEPTH // 2 if self.several else DEPTH, padded(self.held.count))
 
     # ---- once per query -------------------------------------------------------------------------------------------
 
@@ -56,16 +74,32 @@ class MaskedKeys(Keys):
         return [name for space in spaces for name in (f"{space}_rows_ptr", f"{space}_decode_ptr", f"{space}_stride")]
 
     def lane_lines(self) -> list[str]:
-        """Also where the maps of the head begin."""
-        dim = self.plan.shape.head_dim
+        """Also which channels each row meets, [rows of two sub-tiles, channels], and where the maps of the head
+        begin."""
+        p, dim, lanes, count = self.p, self.plan.shape.head_dim, self.lanes_chosen, self.held.count
         lines = [*super().lane_lines(), *self.top.lane_lines()]
-        lines.append(f"{self.p}_at = tl.arange(0, {self.lanes_chosen})")
-        lines.append(where_gathered(self.plan))
+        lines.append(f"{p}_of = tl.arange(0, 2 * ROWS) // ROWS  # which of two sub-tiles")
+        if self.several:
+            lines += [f"{p}_either = tl.arange(0, {2 * lanes})", f"{p}_at = {p}_either % {lanes}"]
+            lines.append(f"{p}_meets = {p}_of[:, None] == ({p}_either // {lanes})[None, :]")
+        else:
+            lines += [f"{p}_at = tl.arange(0, {lanes})", f"{p}_meets = ({p}_of == 0)[:, None]"]
+        if self._known:
+            lines += [f"{p}_either = {p}_either // {lanes} * {count} + {p}_at"] * self.several
+            lines.append(f"{self._known} = {p}_at < {count}")
+        known = f" & {self._known}[None, :]" * bool(self._known)
+        lines += [where_gathered(self.plan), where_gathered(self.plan, f"{p}_gathered", "twice(row_index)[:, None]")]
+        lines.append(f"{p}_meets = {p}_meets & twice(live)[:, None]{known}")
         for side in (reader.side for reader in self.maps):
-            heads = f"h * (({side.space}_stride > 0) * {dim * (side.dim + BESIDE)})"
+            heads = f"h * (({side.space}_stride > 0) * {dim * (side.dim + SUMS)})"
             lines.append(f"{rows_of(side)} = {rows_of(side)}_ptr + {heads}")
             lines.append(f"{side.space}_decode = {side.space}_decode_ptr + h * {side.space}_stride")
         return lines
+
+    @property
+    def _known(self) -> str:
+        """The mask of lanes that are chosen channels; nothing where all are."""
+        return f"{self.p}_known" * (self.lanes_chosen > self.held.count)
 
     def loads(self, query: str) -> list[str]:
         """Also the query itself: its largest number is among those that rows are divided by."""
@@ -76,82 +110,122 @@ class MaskedKeys(Keys):
 
     # ---- once per tile --------------------------------------------------------------------------------------------
 
-    def _chosen(self, first: str) -> list[str]:
-        """Lines that load which channels are chosen for the tokens of the page from `first` on, and the query there, 0
-        in lanes beyond them."""
-        p, count = self.p, self.held.count
-        known = f"{p}_at < {count}" * (self.lanes_chosen > count)
-        met = at_channels(self.plan, f"{p}_channel", f"({known})[:, None]" if known else "")
+    def _scores(self, half: int, tokens: str) -> list[str]:
+        several = self.plan.halves > 1
+        if several and half % 2:
+            return [f"s = {self.p}_next"]
+        halves = [half, half + 1] if several else [half]
+        names = [tokens_name(self.plan, i) for i in halves] if several else [tokens]
+        sums, theirs = ["s", f"{self.p}_next"], [f"{self.p}_theirs", f"{self.p}_theirs_next"]
+        lines = self._chosen(half)
+        for i, name in zip(halves, names, strict=True):
+            lines += [*self.load(i, name), *self.top.load(i, name)]
+        for one in self.maps:
+            lines += self._products(one, halves, sums, theirs)
+        for reader in (self, self.top):
+            lines += load_together(reader, half)
+        for i, name, others, own in zip(halves, names, sums, theirs, strict=False):
+            lines += self._assembled(self, i, name, others, "_rest")
+            lines += [*self._assembled(self.top, i, name, own, "_sum"), f"{others} = {others} + {own}"]
+        return lines
+
+    def _chosen(self, half: int) -> list[str]:
+        """Lines that load which channels are chosen for the tokens of the tile from a sub-tile on, and the query there,
+        for every row: 0 at channels of other rows."""
+        first = f"(page_token + {half * self.plan.half})" if half else "page_token"
+        lane = f"{self.p}_either" if self.several and self.plan.halves > 1 else f"{self.p}_at"
+        return self._meet(first, lane, HALF)
+
+    def _meet(self, first: str, lane: str, kind: str) -> list[str]:
+        p = self.p
+        there = f"{p}_gathered + ({p}_channel * {stride(self.plan)})[None, :]"
         return [
-            *chosen(self.plan, self.top.side, f"{p}_channel", first, f"{p}_at", known),
-            f"{p}_met = {met} * (scaling * inverse)[None, :]",
+            *chosen(self.plan, self.top.side, f"{p}_channel", first, lane, self._known),
+            f"{p}_met = tl.load({there}, mask={p}_meets, other=0.0)",
+            f"{p}_met = ({p}_met * twice(scaling * inverse)[:, None]).to({kind})",
         ]
 
-    def _met(self) -> list[str]:
-        """What both sketches say of the chosen channels, [tokens, channels], under the query there.  A tensor core's
-        product is of 16 numbers or more: those of fewer are added up one by one."""
-        difference, met = f"{self.p}_theirs - {self.p}_others", f"{self.p}_met"
-        if self.lanes_chosen < DEPTH:
-            return [f"{met} = tl.sum(({difference})[:, :, None] * {met}[None, :, :], 1)", f"s = s + {met}"]
-        return [f"s = tl.dot(({difference}).to({self.exact}), {met}.to({self.exact}), s{self.precise})"]
-
-    def _scores(self, half: int, tokens: str) -> list[str]:
-        first = f"(page_token + {half * self.plan.half})" if half else "page_token"
-        lines = [*self._chosen(first), *self.load(half, tokens), *self.top.load(half, tokens)]
-        theirs, others, row, total = (f"{self.p}_{name}" for name in ("theirs", "others", "row", "sum"))
-        for one in self.maps:
-            start, size = f"{rows_of(one.side)} + {self.p}_channel", one.side.dim + BESIDE
-            of_top = one is self.top or len(self.maps) == 1
-            (stream,) = one.side.operands
-            for j in range(one.side.layout.planes):
-                so_far = f", {{}}{self.precise}" if j else self.precise
-                address = f"{start}[None, :] * {size} + {one.plane_lane(j)}[:, None]"
-                lines.append(f"{row} = tl.load({address}{self._lanes_known(one, j)})")
-                if one is self:
-                    plane = f"{self.prefix}_plane"
-                    lines.append(f"{plane} = {self.operand(stream, j, half)}")
-                    lines.append(f"s = tl.dot({plane}, q{stream.width}_{j}{so_far.format('s')})")
-                    lines.append(f"{others} = tl.dot({plane}, {row}{so_far.format(others)})")
-                if of_top:
+    def _products(self, one: Keys, halves: list[int], sums: list[str], theirs: list[str]) -> list[str]:
+        """Lines that multiply codes with sketches of one map, and say what these are of numbers that are all 1."""
+        p, side, dim = self.p, one.side, self.plan.shape.head_dim
+        (stream,) = side.operands
+        of_others, of_own = one is self, one is self.top or len(self.maps) == 1
+        lines, at_once = list[str](), self._at_once(one)
+        for first in range(0, side.layout.planes, at_once):
+            wide = f"tl.arange(0, {at_once * one.width})"
+            wide = f"({wide}{plus(first * one.width)})" if first else wide
+            lane = wide if at_once > 1 else f"({one.plane_lane(first)})"
+            lines += self._sketches(self._rows(rows_of(side), side.dim, lane, one.inside(first)), at_once, HALF)
+            for j, (i, half) in ((j, pair) for j in range(first, first + at_once) for pair in enumerate(halves)):
+                query = self._sketch(i, j - first)
+                if of_others:
+                    met = f"q{stream.width}_{j} - {query}"
+                    lines += self._dots(sums[i], [(self.operand(stream, j, half), met)], more=j > 0)
+                if of_own:
                     operand = self.top.operand(self.top.side.operands[0], j, half)
-                    lines.append(f"{theirs} = tl.dot({operand}, {row}{so_far.format(theirs)})")
-            lines.append(f"{total} = tl.load({start} * {size} + {one.side.dim}).to(tl.float32)")
-            if one is self:
-                lines += self._assembled(self, tokens, {"s": "total0", others: total})
-            if of_top:
-                lines += self._assembled(self.top, tokens, {theirs: total})
-        return [*lines, *self._met()]
-
-    def _assembled(self, reader: Keys, tokens: str, totals: dict[str, str]) -> list[str]:
-        """Lines that put the tokens' scales behind sums of a sketch's codes: name -> that of what its query adds."""
-        entry = token_entry(reader.side, tokens, 0)
-        lines = read(reader.side, reader.meta, entry, reader.scale, reader.offset)
-        for name, total in totals.items():
-            lines.append(f"{name} = {reader.steps.assembled(name, total, reader.scale, reader.offset)}")
+                    lines += self._dots(theirs[i], [(operand, query)], more=j > 0)
+        row = self._rows(f"{rows_of(side)} + {dim * side.dim}", SUMS, f"tl.arange(0, {SUMS})", "")
+        lines += [f"{p}_sums = tl.sum(tl.dot({p}_met, {row}), 1)", f"{p}_sum0, {p}_sum1 = halves({p}_sums)"]
+        if of_others:
+            lines += [f"{p}_rest{i} = total0 - {p}_sum{i}" for i in range(1 + self.several)]
         return lines
+
+    def _assembled(self, reader: Keys, half: int, tokens: str, name: str, total: str) -> list[str]:
+        """Lines that put the tokens' scales behind the sums of a sketch's codes."""
+        lines = read_group(reader, 0, half, tokens)
+        score = reader.steps.assembled(name, f"{self.p}{total}{self._which(half % 2)}", reader.scale, reader.offset)
+        return [*lines, f"{name} = {score}"]
 
     # ---- edges ----------------------------------------------------------------------------------------------------
 
     def tokens(self) -> list[str]:
         """s = scores of edge tokens, whose numbers are decoded."""
-        first = f"{self.p}_first"
+        p = self.p
+        first = f"{p}_first"
         lines = [f"{first} = tl.maximum(tile, 0) * {self.plan.edge_tile} % {self.plan.layout.page_tokens}"]
-        lines += self._chosen(first)
-        for reader, name in ((self, f"{self.p}_others"), (self.top, f"{self.p}_theirs")):
-            one = self.top if len(self.maps) > 1 and reader is self.top else self
-            start = f"{one.side.space}_decode + {self.p}_channel[None, :] * {one.side.dim}"
+        lines += self._meet(first, f"{p}_at", self.exact)
+        for reader in (self, self.top):
+            side = (self.top if len(self.maps) > 1 and reader is self.top else self).side
             lines += reader.load_tokens("t")
             for j, made in reader.edge_channels():
-                lines += made
-                if reader is self:
-                    lines.append(self._dot(j, first=not j))
-                address = f"{start} + {reader.plane_lane(j)}[:, None]"
-                lines.append(f"{self.p}_row = tl.load({address}{self._lanes_known(reader, j)}).to({self.exact})")
-                so_far = f", {name}" if j else ""
-                lines.append(f"{name} = tl.dot(n{j}.to({self.exact}), {self.p}_row{so_far}{self.precise})")
-        return [*lines, *self._met()]
+                row = self._rows(f"{side.space}_decode", side.dim, f"({reader.plane_lane(j)})", reader.inside(j))
+                lines += [*made, *self._sketches(f"{row}.to({self.exact})", 1, self.exact)]
+                query = self._sketch(0, 0)
+                name, met = ("s", f"e{j} - {query}") if reader is self else (f"{p}_theirs", query)
+                lines += self._dots(name, [(f"n{j}.to({self.exact})", met)], self.precise, more=j > 0)
+        return [*lines, f"s = s + {p}_theirs"]
 
-    def _lanes_known(self, reader: Keys, plane: int) -> str:
-        """The mask of a load of rows, where a plane's lanes are not all numbers."""
-        inside = reader.inside(plane)
-        return f", mask={inside}[:, None], other=0.0" if inside else ""
+    # ---- both -----------------------------------------------------------------------------------------------------
+
+    def _at_once(self, one: Keys) -> int:
+        """Planes whose rows are read at once."""
+        if one.ragged or any(one.partial(j) for j in range(one.side.layout.planes)):
+            return 1
+        return max(1, min(one.side.layout.planes, LINE // 2 // one.width))
+
+    def _rows(self, start: str, dim: int, lane: str, known: str) -> str:
+        """The load of lanes of the chosen channels' rows, of a map that begins somewhere: [channels, lanes]."""
+        mask = f", mask={known}[None, :], other=0.0" if known else ""
+        return f"tl.load({start} + {self.p}_channel[:, None] * {dim} + {lane}[None, :]{mask})"
+
+    def _sketches(self, rows: str, count: int, kind: str) -> list[str]:
+        """Lines that make the sketches of the query for either sub-tile, [lanes, rows], of some planes."""
+        p, precise = self.p, "" if kind == HALF else self.precise
+        names = [self._whole(i) if count > 1 else piece(self._whole(i), 0, 1) for i in range(2)]
+        lines = [f"{p}_rows = {rows}"]
+        lines.append(f"{', '.join(names)} = sub_tiles(tl.dot({p}_met, {p}_rows{precise}).to({kind}))")
+        for i in range(1 + self.several):
+            lines += cut(self._whole(i), count, "planes_apart")
+        return lines
+
+    def _whole(self, which: int) -> str:
+        """What the sketches for one of two sub-tiles are called."""
+        return f"{self.p}_{('query', 'query_next')[which]}"
+
+    def _sketch(self, which: int, place: int) -> str:
+        """One of its planes."""
+        return piece(self._whole(self._which(which)), place, 1)
+
+    def _which(self, which: int) -> int:
+        """Of which of two sub-tiles the channels are that one of them has chosen."""
+        return which if self.several else 0

@@ -49,13 +49,13 @@ def load_together(planes: Planes, half: int) -> list[str]:
     first = "" if meta.group_stride == tokens else " + page_token"
     first += f" + {half * plan.half}" if half else ""
     whole = f"{planes.prefix}_stored"
-    return [f"{whole} = tl.load({planes.meta}{first} + {at})", *_apart(whole, meta.groups * span)]
+    return [f"{whole} = tl.load({planes.meta}{first} + {at})", *cut(whole, meta.groups * span)]
 
 
 def read_group(planes: Planes, group: int, half: int, tokens: str) -> list[str]:
     """Lines that make scales and offsets of what is stored of one group, of the tokens of one sub-tile."""
     span = _span(planes)
-    loaded = _name(f"{planes.prefix}_stored", group * span + half % span, 1) if span else ""
+    loaded = piece(f"{planes.prefix}_stored", group * span + half % span, 1) if span else ""
     index = token_entry(planes.side, tokens, group)
     if planes.plan.abreast:
         loaded = in_columns(f"tl.load({planes.meta} + {index})")
@@ -75,25 +75,26 @@ def read_plane(planes: Planes, plane: int, half: int) -> list[str]:
     name, lines = f"{planes.prefix}_stored", list[str]()
     if plane == 0:
         at = entry(side, block, f"tl.arange(0, {layout.planes * planes.width})")
-        lines = [f"{name} = tl.load({planes.meta} + {at})", *_apart(name, layout.planes)]
-    return [*lines, *read(side, planes.meta, index, *names, loaded=_name(name, plane, 1))]
+        lines = [f"{name} = tl.load({planes.meta} + {at})", *cut(name, layout.planes)]
+    return [*lines, *read(side, planes.meta, index, *names, loaded=piece(name, plane, 1))]
 
 
-def _apart(whole: str, pieces: int) -> list[str]:
-    """Lines that cut a vector into equal pieces."""
+def cut(whole: str, pieces: int, function: str = "halves") -> list[str]:
+    """Lines that cut a vector, or what else the function cuts into two, into equal pieces."""
     lines, named = [], [(whole, 0, pieces)]
     while named[0][2] > 1:
         parts = []
         for name, first, count in named:
             half = count // 2
-            two = [(_name(whole, first + i * half, half), first + i * half, half) for i in range(2)]
-            lines.append(f"{two[0][0]}, {two[1][0]} = halves({name})")
+            two = [(piece(whole, first + i * half, half), first + i * half, half) for i in range(2)]
+            lines.append(f"{two[0][0]}, {two[1][0]} = {function}({name})")
             parts += two
         named = parts
     return lines
 
 
-def _name(whole: str, first: int, count: int) -> str:
+def piece(whole: str, first: int, count: int) -> str:
+    """What one of the pieces is called, or several side by side."""
     return f"{whole}{first}{f'_{first + count - 1}' if count > 1 else ''}"
 
 

@@ -95,6 +95,7 @@ def turn_query($args):
     let_next_begin()
     tl.store(turned_ptr + place[:, None] * $given + i[None, :], y, mask=live[:, None] & (i < $given)[None, :])
     $bias
+    $gathered
 """
 
 # Whole rows, by lines that give what is stored of rows x.
@@ -110,10 +111,12 @@ def turn_query($args):
     i = tl.arange(0, $lanes)
     known = live[:, None] & (i < $dim)[None, :]
     x = tl.load(query_ptr + place[:, None] * $dim + i[None, :], mask=known, other=0.0).to(tl.float32)
+    $kept
     $mapped
     let_next_begin()
     tl.store(turned_ptr + place[:, None] * $dim + i[None, :], $stored, mask=known)
     $bias
+    $gathered
 """
 
 
@@ -283,8 +286,9 @@ def turn_query(plan: Plan) -> str:
             "tl.store(bias_ptr + place, tl.sum(q * shift[None, :], 1), mask=live)",
         ]
     return fill(
-        QUERY, args=", ".join([*args, "queries"]), **_query_holes(plan), padded=padded(shape.head_dim),
+        QUERY, args=_query_arguments(plan, args), **_query_holes(plan), padded=padded(shape.head_dim),
         taken=shape.head_dim, given=side.row, bias=bias, matrix_ptr=whole_map(side)[0], stride=whole_map(side)[1],
+        gathered=_by_channel(plan, "q", "d"),
     )  # fmt: skip
 
 
@@ -292,9 +296,32 @@ def query_as_rows(plan: Plan, args: list[str], mapped: list[str], stored: str, b
     """The text of a `turn_query` whose programs have whole rows x: lines that map them, what is stored of each, and
     lines behind that."""
     return fill(
-        QUERY_AS_ROWS, args=", ".join([*args, "queries"]), **_query_holes(plan), dim=plan.keys.row, mapped=mapped,
-        stored=stored, bias=bias,
+        QUERY_AS_ROWS, args=_query_arguments(plan, args), **_query_holes(plan), dim=plan.keys.row, mapped=mapped,
+        stored=stored, bias=bias, kept=["q = x"] * gathers(plan), gathered=_by_channel(plan, "q", "i"),
     )  # fmt: skip
+
+
+def gathers(plan: Plan) -> bool:
+    """Whether a term reads the query at channels that a page names."""
+    return any(term.store.gathers for term in plan.keys.terms)
+
+
+def _query_arguments(plan: Plan, args: list[str]) -> str:
+    return ", ".join([*args, *["gathered_ptr"] * gathers(plan), "queries"])
+
+
+def _by_channel(plan: Plan, query: str, lane: str) -> list[str]:
+    """Lines that store the query [rows, lanes] itself by channels, see `host_slots.by_channel`: the programs of one
+    part of the result do."""
+    if not gathers(plan):
+        return []
+    group, dim = plan.shape.group, plan.shape.head_dim
+    at = f"gathered_ptr + bh.to(tl.int64) * queries * {dim * group} + {lane}[None, :] * (queries * {group})"
+    return [
+        "if tl.program_id(1) == 0:",
+        f"    gathered = {at}",
+        f"    tl.store(gathered + row_index[:, None], {query}, mask=live[:, None] & ({lane} < {dim})[None, :])",
+    ]
 
 
 def _query_holes(plan: Plan) -> dict[str, str | int]:
