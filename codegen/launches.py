@@ -83,7 +83,7 @@ def _wanted(kernel: str, plan: Plan) -> int:
         return 8  # a running maximum beside single numbers at their positions
     if kernel != "received" and all(t.alphabet.vectors and t.layout.plane_width < NARROWEST for t in plan.terms):
         return 2  # half of an operand's lanes are idle: what two more warps would do is the same again
-    if plan.in_pairs and plan.keys.alphabet.given:
+    if plan.in_pairs and (plan.keys.alphabet.given or plan.keys.ordered):
         # a row of waves of every plane, and scales of every channel, stay in registers
         narrow = plan.keys.layout.plane_width < 2 * NARROWEST
         if not narrow or kernel in ATTEND and not plan.keys.sparse:
@@ -91,11 +91,11 @@ def _wanted(kernel: str, plan: Plan) -> int:
     if plan.keys.rope is not None or any(term.band or term.alphabet.sums for term in plan.terms):
         return 4  # decoded numbers, waves and two queries a plane: one warp moves hundreds of them to memory
     if plan.values.sparse and any(term.factors for term in plan.values.terms):
-        return 4  # sums of three kinds
+        return 4 if plan.values.row > WIDEST // 2 else 2  # sums of three kinds
     narrow = any(term.store.pick and 2 * term.layout.plane_width <= NARROWEST for term in plan.terms)
     narrow = narrow or kernel == "received" and plan.keys.groups * plan.tile >= MANY
     beside = all(any(term.factors for term in side.terms) for side in (plan.keys, plan.values))
-    narrow = narrow or plan.keys.masked and plan.keys.row > WIDEST
+    narrow = narrow or plan.keys.masked and (plan.keys.row > WIDEST or kernel == "received")
     narrow = narrow or all(side.groups > 1 and len(side.layout.streams) > 2 for side in (plan.keys, plan.values))
     # scales of every channel stay in registers beside two streams of codes on both sides
     streams = min(len(side.layout.streams) for side in (plan.keys, plan.values))

@@ -66,7 +66,7 @@ class Plan:
         if side.rope is None or self.masked or self.shape.placed or self.exact_keys:
             return False
         plain = not (side.rope.interleaved or side.polar or side.floats or layout.digits) and side.joined == 1
-        plain = plain and not (side.ordered or side.factored or side.shifted)
+        plain = plain and not (side.factored or side.shifted)
         plain = plain and not (side.alphabet.vectors or side.alphabet.sums)
         width = layout.plane_width
         operands = width >= NARROWEST and width & (width - 1) == 0
@@ -193,7 +193,9 @@ def plan_for(scheme: Scheme, shape: Shape) -> Plan:
     half = sub_tile(tokens, blocks, narrow=paired or narrow)
     if not paired and any(term.floats == "fp32" for term in terms):
         tokens = half = EXACT_TILE
-    return Plan(scheme, shape, layout, keys, values, tokens, tokens // half, proofs)
+    plan = Plan(scheme, shape, layout, keys, values, tokens, tokens // half, proofs)
+    # the waves of every channel of an order stay in registers
+    return replace(plan, halves=max(plan.halves, tokens // PAIR)) if keys.ordered and plan.in_pairs else plan
 
 
 def _rounded(side: SidePlan) -> SidePlan:

@@ -50,6 +50,8 @@ class MaskedKeys(Keys):
         self.readers: list[Planes] = [self, self.top]
         self.maps = (self,) if alike(plan) else (self, self.top)
         self.p = self.top.prefix
+        self.in_twos = plan.halves > 1
+        """Two sub-tiles are scored at once, in the lines of the first."""
 
     @property
     def held(self) -> Channels:
@@ -111,11 +113,10 @@ class MaskedKeys(Keys):
     # ---- once per tile --------------------------------------------------------------------------------------------
 
     def _scores(self, half: int, tokens: str) -> list[str]:
-        several = self.plan.halves > 1
-        if several and half % 2:
+        if self.in_twos and half % 2:
             return [f"s = {self.p}_next"]
-        halves = [half, half + 1] if several else [half]
-        names = [tokens_name(self.plan, i) for i in halves] if several else [tokens]
+        halves = [half, half + 1] if self.in_twos else [half]
+        names = [tokens_name(self.plan, i) for i in halves] if self.in_twos else [tokens]
         sums, theirs = ["s", f"{self.p}_next"], [f"{self.p}_theirs", f"{self.p}_theirs_next"]
         lines = self._chosen(half)
         for i, name in zip(halves, names, strict=True):
@@ -124,16 +125,18 @@ class MaskedKeys(Keys):
             lines += self._products(one, halves, sums, theirs)
         for reader in (self, self.top):
             lines += load_together(reader, half)
-        for i, name, others, own in zip(halves, names, sums, theirs, strict=False):
-            lines += self._assembled(self, i, name, others, "_rest")
-            lines += [*self._assembled(self.top, i, name, own, "_sum"), f"{others} = {others} + {own}"]
+        for i, (half_, name) in enumerate(zip(halves, names, strict=True)):
+            which = self._which(i)
+            lines += self._assembled(self, half_, name, sums[i], f"{self.p}_rest{which}")
+            lines += self._assembled(self.top, half_, name, theirs[i], f"{self.p}_sum{which}")
+            lines.append(f"{sums[i]} = {sums[i]} + {theirs[i]}")
         return lines
 
     def _chosen(self, half: int) -> list[str]:
         """Lines that load which channels are chosen for the tokens of the tile from a sub-tile on, and the query there,
         for every row: 0 at channels of other rows."""
         first = f"(page_token + {half * self.plan.half})" if half else "page_token"
-        lane = f"{self.p}_either" if self.several and self.plan.halves > 1 else f"{self.p}_at"
+        lane = f"{self.p}_either" if self.several and self.in_twos else f"{self.p}_at"
         return self._meet(first, lane, HALF)
 
     def _meet(self, first: str, lane: str, kind: str) -> list[str]:
@@ -173,8 +176,7 @@ class MaskedKeys(Keys):
     def _assembled(self, reader: Keys, half: int, tokens: str, name: str, total: str) -> list[str]:
         """Lines that put the tokens' scales behind the sums of a sketch's codes."""
         lines = read_group(reader, 0, half, tokens)
-        score = reader.steps.assembled(name, f"{self.p}{total}{self._which(half % 2)}", reader.scale, reader.offset)
-        return [*lines, f"{name} = {score}"]
+        return [*lines, f"{name} = {reader.steps.assembled(name, total, reader.scale, reader.offset)}"]
 
     # ---- edges ----------------------------------------------------------------------------------------------------
 

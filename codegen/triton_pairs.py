@@ -8,10 +8,13 @@ known of every channel, under which levels become numbers, two in an instruction
 
 from __future__ import annotations
 
+from kvdsl.rope import NEAR
+
 from .text import plus
 from .triton_meta import static_read
 from .triton_planes import Planes
 from .triton_rope import Positions
+from .triton_together import load_together, read_group, together
 from .triton_unmap import unseen
 
 
@@ -33,7 +36,7 @@ class Pairs(Positions):
 
     def queries(self) -> list[str]:
         lines = super().queries()
-        for j in self.firsts:
+        for j in self.firsts if not self.side.ordered else ():
             partner = self._partner(j)
             lines.append(f"w{j} = quarter_on(x{partner}, w{j}, {self.aligned})")
             lines.append(f"w{partner} = quarter_on(-x{j}, w{partner}, {self.aligned})")
@@ -41,12 +44,13 @@ class Pairs(Positions):
 
     def prologue(self) -> list[str]:
         """Waves, and scales of channels, float16."""
-        p, lane, dim = self.planes.prefix, self.planes.lane, self.dim
+        p, lane, dim, ordered = self.planes.prefix, self.planes.lane, self.dim, self.side.ordered
+        head = f" + h * {NEAR * 2 * dim}" * ordered
         lines = [
             f"tile_waves = tl.full([], {self.plan.tile * dim}, tl.int64)",
-            f"near = near_ptr + tl.arange(0, {self.plan.half})[:, None] * {2 * dim} + {lane}[None, :]",
+            f"near = near_ptr{head} + tl.arange(0, {self.plan.half})[:, None] * {2 * dim} + {lane}[None, :]",
         ]
-        for j in self.firsts:
+        for j in self.count if ordered else self.firsts:
             start = self.planes.start(j)
             lines.append(f"{p}_cosine{j} = tl.load(near{plus(start)}).to(tl.float16)")
             lines.append(f"{p}_sine{j} = tl.load(near{plus(dim + start)}).to(tl.float16)")
@@ -64,6 +68,8 @@ class Pairs(Positions):
     def scores(self, half: int, tokens: str) -> list[str]:
         """s = scores of the sub-tile's packed tokens [tokens, rows], in units of the row's `size`."""
         lines = [*self.planes.load(half, tokens), *self.first(half)]
+        if self.side.ordered:
+            return [*lines, *self._ordered(half, tokens)]
         lines += [line for j in self.count for line in self.turned(j)]
         lines += [f"nothing = {unseen(half)}  # 0, which the compiler does not see", *self.near(0)]
         lines.append(f"s = tl.zeros([{self.plan.half}, ROWS], tl.float32)")
@@ -75,6 +81,26 @@ class Pairs(Positions):
             waves += ", cosine.to(tl.float16), sine.to(tl.float16)"
             lines.append(f"s = pair_scores(n{j}, n{m}, {waves}, e{j}, e{m}, h{j}, h{m}, s, {self.aligned})")
         return lines
+
+    def _ordered(self, half: int, tokens: str) -> list[str]:
+        """Lines that add up scores of channels whose partners stand anywhere, so that each has waves of its own."""
+        p, lines = self.planes.prefix, load_together(self.planes, half)
+        for j in self.count:
+            lines += [*self._of_tokens(j, half, tokens), *self.turned(j)]
+            lines.append(f"s = tl.dot(n{j} * {p}_cosine{j}, e{j}{', s' if j else ''})")
+            lines.append(f"s = tl.dot(n{j} * {p}_sine{j}, h{j}, s)")
+        return lines
+
+    def _of_tokens(self, plane: int, half: int, tokens: str) -> list[str]:
+        """n<plane>, of numbers whose tokens have the scales."""
+        planes, group = self.planes, self.planes.one_group(plane)
+        if group is None or not together(planes):
+            return self._number(plane, half, tokens)
+        first = plane == 0 or group != planes.one_group(plane - 1)
+        lines = read_group(planes, group, half, tokens) if first else []
+        names = (f"{planes.scale}[:, None]", f"{planes.offset}[:, None]")
+        lines += planes.letters(plane, half, tokens)
+        return [*lines, f"n{plane} = ({planes.steps.number('c', *names)}).to(tl.float16)"]
 
     def _number(self, plane: int, half: int, tokens: str) -> list[str]:
         """n<plane>: one plane of the sub-tile's loaded words, decoded, float16."""

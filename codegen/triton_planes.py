@@ -277,7 +277,7 @@ class Planes:
         lane = self.plane_lane(plane)
         return lane if meta.channels == 1 else f"{lane} // {meta.channels}"
 
-    def _one_group(self, plane: int) -> int | None:
+    def one_group(self, plane: int) -> int | None:
         """The channel group of all lanes of a plane; None where they are of several."""
         meta = self.side.layout.meta
         assert meta is not None
@@ -361,6 +361,10 @@ class Planes:
             parts = self._parts(plane, 0)
         return [*self._letters(plane, tokens, parts), *self._number(plane, tokens, guard, self._edge_block())]
 
+    def letters(self, plane: int, half: int, tokens: str) -> list[str]:
+        """c = what the codes of one plane of the loaded words of a sub-tile stand for without a scale."""
+        return self._letters(plane, tokens, self._parts(plane, half))
+
     def _letters(self, plane: int, tokens: str, parts: list[Part]) -> list[str]:
         """c = what the codes of one plane stand for without a scale, or themselves."""
         if self.side.alphabet.sums:
@@ -379,7 +383,7 @@ class Planes:
         if meta is not None:
             token, lane = self.grid(tokens, self.plane_lane(plane))
             token = block or (f"{token} // {meta.tokens}" if meta.tokens > 1 else token)
-            group, mask = self._one_group(plane), self.mask("" if block else guard, plane)
+            group, mask = self.one_group(plane), self.mask("" if block else guard, plane)
             alone = group is None and side_by_side(self)
             if alone:
                 lines += of_groups(self, plane, tokens, guard)
@@ -387,7 +391,7 @@ class Planes:
                 lane = f"{lane} // {meta.channels}" if meta.channels > 1 else lane
             else:  # a column of tokens, or one number
                 lane, mask = str(group), self.grid(guard, "")[0] if guard and not block else ""
-            if not alone and (group is None or plane == 0 or side.polar or group != self._one_group(plane - 1)):
+            if not alone and (group is None or plane == 0 or side.polar or group != self.one_group(plane - 1)):
                 lines += read(side, self.meta, entry(side, token, lane), *names, mask=mask)
         elif side.static:
             lines += static_read(self, plane, self.grid(tokens, self.lane)[1])

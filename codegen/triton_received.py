@@ -19,6 +19,7 @@ from functools import cached_property
 from .text import fill, literal
 from .triton_attend import LOG2E, Attend, parameters
 from .triton_edges import RING_ROW
+from .triton_masked import MaskedKeys
 from .triton_names import tokens_name
 from .triton_places import LOOSE, PLACES, base, of_tile, seen, stand_name
 
@@ -188,7 +189,13 @@ tl.store(out_ptr + where, tl.where(mass == 0.0, float("-inf"), lse), mask=live)
 
 
 class Received(Attend):
-    """Prints `reach` and `received`."""
+    """Prints `reach` and `received`, of whose sums beside scores the registers are full."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan)
+        for term in self.keys.terms:
+            if isinstance(term, MaskedKeys):
+                term.in_twos = False
 
     def texts(self) -> list[str]:
         """The texts of both kernels."""
