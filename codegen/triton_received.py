@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable
 from functools import cached_property
 
+from .plan import Plan
 from .text import fill, literal
 from .triton_attend import LOG2E, Attend, parameters
 from .triton_edges import RING_ROW
