@@ -36,6 +36,7 @@ POINTERS |= dict.fromkeys(GIVEN_POINTERS, "*fp32")
 FLOATS = ("scaling", "softcap")
 ENDS = ("merge", "unite")  # they store outputs
 SCORE = ("scores", "reach", "received")
+HALVED = 6144  # bytes of a tile, two tokens abreast, of which two warps each do half
 MANY = 512  # scales of a tile's keys, whose products wait beside sums of received attention
 
 # Settings of NVIDIA's assembler, tried in this order until a kernel keeps its numbers in registers: just above a count
@@ -48,16 +49,20 @@ def warps(kernel: str, plan: Plan) -> int:
     """Warps of a program: one where tiles stay in one warp's tensor cores or numbers are exchanged within it, two
     where 16 rows, sums of many numbers, tiles most of whose lanes are idle, codes of vectors in narrow planes, two
     sketches, one of many rows, codes of three streams in groups on both sides, or of 4 bits beside vectors of low rank
-    on both sides, or received attention beside many scales would not fit its registers, four or more where a page is
-    rewritten, products are of float32 numbers, values are sums of codes, single numbers and vectors of low rank, keys
-    are rotated (two where pairs of planes are, by levels of the parameters), entries of tables are added up, or radii
-    and angles become channels level by level.  Always a power of two, which Triton asks for."""
+    on both sides, values that are sums of codes, single numbers and vectors of low rank, or received attention beside
+    many scales or of two sketches would not fit its registers, four or more where a page is rewritten, products are of
+    float32 numbers, keys are rotated (two where pairs of planes are, by levels of the parameters, or channels in an
+    order), entries of tables are added up, or radii and angles become channels level by level.  Always a power of two,
+    which Triton asks for."""
     return 1 << _wanted(kernel, plan).bit_length() - 1
 
 
 def divisible(plan: Plan) -> bool:
-    """Whether two warps of decode each do half of what one does: of a whole tile.  Smaller ones take as long."""
-    return warps("decode", plan) == 1 and plan.tile >= TILE
+    """Whether two warps of decode each do half of what one does: of a whole tile, and of two tokens abreast of enough
+    codes that a product of each is less than what both do at the edges (`kvtq_2bit` 1 x 8 x 1024 9.0 us, with two warps
+    10.3).  Smaller ones take as long."""
+    enough = not plan.of_decode.abreast or loop_bytes(plan) >= HALVED
+    return warps("decode", plan) == 1 and plan.tile >= TILE and enough
 
 
 def _wanted(kernel: str, plan: Plan) -> int:
@@ -91,7 +96,7 @@ def _wanted(kernel: str, plan: Plan) -> int:
     if plan.keys.rope is not None or any(term.band or term.alphabet.sums for term in plan.terms):
         return 4  # decoded numbers, waves and two queries a plane: one warp moves hundreds of them to memory
     if plan.values.sparse and any(term.factors for term in plan.values.terms):
-        return 4 if plan.values.row > WIDEST // 2 else 2  # sums of three kinds
+        return 4 if plan.shape.head_dim > WIDEST // 2 else 2  # sums of three kinds
     narrow = any(term.store.pick and 2 * term.layout.plane_width <= NARROWEST for term in plan.terms)
     narrow = narrow or kernel == "received" and plan.keys.groups * plan.tile >= MANY
     beside = all(any(term.factors for term in side.terms) for side in (plan.keys, plan.values))
