@@ -134,19 +134,20 @@ def absorb(side: str, store: Store, letter: str) -> Absorbed | None:
 
 
 def _masked(store: Parted, whole: Absorbed) -> Absorbed:
-    """The same of one of two sketches, each of vectors with zeros where the other one looks: a score of what either
-    says of its channels is one of all channels of the first, and what the second says of its own instead."""
+    """The same of one of two sketches, each of vectors with zeros where the other one looks: the second meets the query
+    of its own channels, the first what is left of it."""
     q, first, second = (sp.symbols(f"{name}:{CHANNELS}") for name in ("q", "k", "o"))
     for chosen in itertools.product((False, True), repeat=CHANNELS):
         parted = sum(a * (c if m else b) for a, b, c, m in zip(q, first, second, chosen, strict=True))
-        whole_first = sum(a * b for a, b in zip(q, first, strict=True))
-        instead = sum(a * (c - b) for a, b, c, m in zip(q, first, second, chosen, strict=True) if m)
-        if sp.expand(parted - whole_first - instead) != 0:
+        own = [a if m else sp.Integer(0) for a, m in zip(q, chosen, strict=True)]
+        of_first = sum((a - r) * b for a, r, b in zip(q, own, first, strict=True))
+        of_second = sum(r * c for r, c in zip(own, second, strict=True))
+        if sp.expand(parted - of_first - of_second) != 0:
             raise ProofError(f"keys: chosen channels {chosen} are not parted")
-    statement = "q . k[t] = sum_d q[d]*k[t, d] + sum_(m in m[b]) q[m]*(o[t, m] - k[t, m])"
+    statement = "q . k[t] = sum_d (q[d] - r[d])*k[t, d] + sum_d r[d]*o[t, d], r = q at the channels m[b], 0 elsewhere"
     where, read = whole.where, f"{whole.read}, of the channels m[b] alone"
     if store.top:
-        where = "W of the channels m[b] meets the codes of either sketch, what that gives the query there, in the loop"
+        where = "W is applied to r, once per block of tokens, in the loop, and what it gives taken off the other query"
     else:
         read = f"{whole.read}, of the others alone"
     return Absorbed(whole.steps, read, statement, f"symbolic ({2**CHANNELS} choices of {CHANNELS} channels)", where)

@@ -28,6 +28,7 @@ from kvdsl.errors import BackendError
 
 from .assembling import Assembly, fewest_spills, roomier
 from .launch import ATTEND, Launch, assembled
+from .operands import misread
 from .roofline import GPUS, LINE, predicted_share, shares
 
 ARCHES = tuple(GPUS)
@@ -247,11 +248,9 @@ def _loaded(path: Path, name: str) -> ModuleType:
 def _binary(module: ModuleType, launch: Launch, arch: str, stages: int) -> Any:
     """Triton's compiled kernel (`.asm`, `.metadata`), under the first setting of the assembler."""
     triton = _triton()
-    kernel = getattr(module, launch.kernel, None)
-    if kernel is None:
+    if (kernel := getattr(module, launch.kernel, None)) is None:
         raise CompileError([f"{launch.kernel} for {arch}: there is no kernel of this name in {module.__file__}"])
-    names = [name for name, _ in launch.signature]
-    if names != list(kernel.arg_names):
+    if (names := [name for name, _ in launch.signature]) != list(kernel.arg_names):
         raise CompileError([f"{launch.kernel} for {arch}: launch has arguments {names}, text {list(kernel.arg_names)}"])
     place = {name: index for index, name in enumerate(names)}
     try:
@@ -264,13 +263,16 @@ def _binary(module: ModuleType, launch: Launch, arch: str, stages: int) -> Any:
         options: dict[str, object] = {"num_warps": launch.warps, "num_stages": stages}
         options |= {"enable_fp_fusion": launch.fp_fusion, **assembled(launch.assembler[0])}
         with _aimed_at(arch) as target:
-            return triton.compile(source, target=target, options=options)
+            binary = triton.compile(source, target=target, options=options)
     except OSError as error:
         folder = os.environ.get("TRITON_CACHE_DIR", "~/.triton/cache")
         raise BackendError(f"Triton cannot use its cache folder {folder} ({error}); set TRITON_CACHE_DIR") from error
     except Exception as error:  # Triton raises many kinds, and an assertion of LLVM's Python side is one of them
         message = " ".join(str(error).split()) or "no message"
         raise CompileError([f"{launch.kernel} for {arch}: {type(error).__name__}: {message[-600:]}"]) from error
+    if fault := misread(binary.asm["ttgir"]):
+        raise CompileError([f"{launch.kernel} for {arch}: {fault}"])
+    return binary
 
 
 class _Aim:

@@ -20,6 +20,7 @@ from .host_vectors import table_words
 from .launch import ATTEND, DEPTH, assembled
 from .launches import ASSEMBLER, GIVEN_POINTERS, arguments, fused, stages, warps
 from .occupancy import more_registers, residents
+from .operands import misread
 from .overlap import early, overlapping
 from .plan import Plan
 from .schedules import known
@@ -105,6 +106,8 @@ class KernelModule:
         if not found:
             raise BackendError(f"{kernel} does not fit this GPU: {refused}")
         best = min(found, key=lambda one: found[one])
+        if fault := misread(getattr(compiled[best], "asm", {}).get("ttgir", "")):
+            raise BackendError(f"{kernel}: {fault}; use backend='torch'")
         if (held := residents(compiled[best], options["num_warps"])) is not None:
             self.residents[asked] = held
             if kernel in ATTEND and best[1] is None and not found[best]:

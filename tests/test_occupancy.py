@@ -108,7 +108,9 @@ def test_warps_are_alone_while_there_are_as_many_partitions() -> None:
     assert splits(Work(8, 66, 128, 4), one) == 66
 
 
-@pytest.mark.parametrize(("name", "tokens", "right"), [("token4", 1000, 2), ("token4", 3000, 1), ("qjl", 1000, 1)])
+@pytest.mark.parametrize(
+    ("name", "tokens", "right"), [("token4", 1000, 2), ("token4", 3000, 1), ("qjl", 1000, 2), ("kvtq_2bit", 1000, 1)]
+)
 def test_pages_of_a_short_sequence_have_two_warps_each(
     monkeypatch: pytest.MonkeyPatch, name: str, tokens: int, right: int
 ) -> None:

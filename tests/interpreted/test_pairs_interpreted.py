@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvdsl.codegen.plan import plan_for
-from kvdsl.scheme import PreRope, Scheme, Store, Uniform, per_token
+from kvdsl.scheme import Permute, PreRope, Scheme, Store, Uniform, per_token
 from kvdsl.schemes import ALL
 from kvdsl.shape import Shape
 from kvdsl.testing import LAWS, Case
@@ -13,6 +13,10 @@ from kvdsl.testing import LAWS, Case
 WHOLE, PART, HALF = 1, 5, 7  # seeds: all channels are rotated, all but two, a half
 TOKEN = Scheme(
     keys=Store(Uniform(4), scale=per_token(), transform=PreRope()), values=Store(Uniform(4), scale=per_token())
+)
+ORDERED = Scheme(
+    keys=Store(Uniform(4), scale=per_token(channels=8), transform=(PreRope(), Permute("range"))),
+    values=Store(Uniform(4), scale=per_token()),
 )
 CASES = {
     "levels of 4 bits": (ALL["nuq4"], 64, WHOLE),
@@ -22,6 +26,9 @@ CASES = {
     "single numbers, a part rotated": (ALL["kvquant4"], 64, PART),
     "scales of tokens": (TOKEN, 64, WHOLE),
     "scales of tokens, a half rotated": (TOKEN, 64, HALF),
+    "channels in an order": (ALL["skvq2"], 128, WHOLE),
+    "channels in an order, a part rotated": (ALL["skvq2"], 128, PART),
+    "channels in an order, groups narrower than a plane": (ORDERED, 64, HALF),
 }
 
 
