@@ -70,6 +70,8 @@ class Plan:
         plain = plain and not (side.alphabet.vectors or side.alphabet.sums)
         width = layout.plane_width
         operands = width >= NARROWEST and width & (width - 1) == 0
+        if side.ordered and self.shape.head_dim > WIDEST // 2:
+            return False  # two warps have no registers for waves of so many channels
         return plain and operands and layout.planes % 2 == 0 and layout.planes * width == self.shape.head_dim
 
     @property
@@ -156,7 +158,8 @@ class Plan:
         shared = all(term.layout.plane_width >= 2 * NARROWEST for term in self.terms)
         apart = all(side.apart or side.residual is not None for side in (self.keys, self.values))
         full = self.values.row > WIDEST or apart
-        full = full or self.keys.rope is not None and (self.keys.alphabet.fitted or self.keys.mixed)
+        turned = self.keys.alphabet.fitted or self.keys.mixed or self.keys.ordered
+        full = full or self.keys.rope is not None and turned
         full = full or self.keys.joined > 1 and self.keys.row > WIDEST
         return shared and not full
 

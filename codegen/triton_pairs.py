@@ -4,6 +4,9 @@ Where channels d and d + D/2 are a pair, and planes are as many in either half o
 two planes: decoded numbers n and m of token t0 + i become n cos - m sin and m cos + n sin, and meet the query turned to
 t0.  The cosines and sines of a sub-tile's tokens are the same in every sub-tile, and stay in registers; so does what is
 known of every channel, under which levels become numbers, two in an instruction.
+
+Where channels stand in an order of the head's own, partners stand anywhere: each number has waves of its own, which
+stay in registers as well, and meets the query by its cosine and the query a quarter turn on by its sine.
 """
 
 from __future__ import annotations
@@ -67,15 +70,18 @@ class Pairs(Positions):
 
     def scores(self, half: int, tokens: str) -> list[str]:
         """s = scores of the sub-tile's packed tokens [tokens, rows], in units of the row's `size`."""
-        lines = [*self.planes.load(half, tokens), *self.first(half)]
-        if self.side.ordered:
-            return [*lines, *self._ordered(half, tokens)]
-        lines += [line for j in self.count for line in self.turned(j)]
+        lines = [*self.planes.load(half, tokens), *load_together(self.planes, half), *self.first(half)]
+        return [*lines, *(self._ordered(half, tokens) if self.side.ordered else self._paired(half, tokens))]
+
+    def _paired(self, half: int, tokens: str) -> list[str]:
+        """Lines that add up scores of partners in the same lanes."""
+        lines = [line for j in self.count for line in self.turned(j)]
         lines += [f"nothing = {unseen(half)}  # 0, which the compiler does not see", *self.near(0)]
         lines.append(f"s = tl.zeros([{self.plan.half}, ROWS], tl.float32)")
         for j in self.firsts:
             m = self._partner(j)
-            lines += [*self._number(j, half, tokens), *self._number(m, half, tokens)]
+            before = self._partner(j - 1) if j else None
+            lines += [*self._number(j, half, tokens, before), *self._number(m, half, tokens, j)]
             lines += self.near_waves(m)
             waves = f"{self.planes.prefix}_cosine{j}, {self.planes.prefix}_sine{j}"
             waves += ", cosine.to(tl.float16), sine.to(tl.float16)"
@@ -83,33 +89,28 @@ class Pairs(Positions):
         return lines
 
     def _ordered(self, half: int, tokens: str) -> list[str]:
-        """Lines that add up scores of channels whose partners stand anywhere, so that each has waves of its own."""
-        p, lines = self.planes.prefix, load_together(self.planes, half)
+        """Lines that add up scores of channels whose partners stand anywhere."""
+        p, lines = self.planes.prefix, list[str]()
         for j in self.count:
-            lines += [*self._of_tokens(j, half, tokens), *self.turned(j)]
+            lines += [*self._number(j, half, tokens, j - 1 if j else None), *self.turned(j)]
             lines.append(f"s = tl.dot(n{j} * {p}_cosine{j}, e{j}{', s' if j else ''})")
             lines.append(f"s = tl.dot(n{j} * {p}_sine{j}, h{j}, s)")
         return lines
 
-    def _of_tokens(self, plane: int, half: int, tokens: str) -> list[str]:
-        """n<plane>, of numbers whose tokens have the scales."""
-        planes, group = self.planes, self.planes.one_group(plane)
-        if group is None or not together(planes):
-            return self._number(plane, half, tokens)
-        first = plane == 0 or group != planes.one_group(plane - 1)
-        lines = read_group(planes, group, half, tokens) if first else []
-        names = (f"{planes.scale}[:, None]", f"{planes.offset}[:, None]")
-        lines += planes.letters(plane, half, tokens)
-        return [*lines, f"n{plane} = ({planes.steps.number('c', *names)}).to(tl.float16)"]
-
-    def _number(self, plane: int, half: int, tokens: str) -> list[str]:
-        """n<plane>: one plane of the sub-tile's loaded words, decoded, float16."""
-        planes = self.planes
-        if not in_halves(planes):
+    def _number(self, plane: int, half: int, tokens: str, before: int | None) -> list[str]:
+        """n<plane>: one plane of the sub-tile's loaded words, decoded, float16; `before`: the plane decoded last."""
+        planes, side = self.planes, self.side
+        if in_halves(planes):
+            (stream, *_) = side.operands
+            level = planes.operand(stream, plane, half)
+            return [f"n{plane} = {planes.steps.number(level, f'{planes.scale}{plane}', f'{planes.offset}{plane}')}"]
+        group = planes.one_group(plane) if together(planes) and side.layout.across is None else None
+        if group is None:
             return [*planes.decode_plane(plane, half, tokens), f"n{plane} = n{plane}.to(tl.float16)"]
-        (stream, *_) = self.side.operands
-        level = planes.operand(stream, plane, half)
-        return [f"n{plane} = {planes.steps.number(level, f'{planes.scale}{plane}', f'{planes.offset}{plane}')}"]
+        known = before is not None and planes.one_group(before) == group
+        lines = [] if known else read_group(planes, group, half, tokens)
+        number = planes.steps.number("c", f"{planes.scale}[:, None]", f"{planes.offset}[:, None]")
+        return [*lines, *planes.letters(plane, half, tokens), f"n{plane} = ({number}).to(tl.float16)"]
 
 
 def in_halves(planes: Planes) -> bool:
