@@ -25,8 +25,9 @@ from .run_pages import PageModule
 from .run_parts import LOG2E, NO_WINDOW, Part, Scratch, within
 from .schedules import KERNEL, Bucket, Schedule
 from .text import padded
+from .triton_gather import gathers
 from .triton_masked import SUMS, alike
-from .triton_turn import gathers, query_tile
+from .triton_turn import query_tile
 
 USUAL = 8  # programs that a processor holds at once, of a kernel of which it is not known
 ROWS = WeakTensorKeyDictionary()

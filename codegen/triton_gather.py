@@ -6,6 +6,11 @@ from .plan import Plan, SidePlan
 from .text import padded
 
 
+def gathers(plan: Plan) -> bool:
+    """Whether a term of the keys reads the query at channels that a page names."""
+    return any(term.store.gathers for term in plan.keys.terms)
+
+
 def where_gathered(plan: Plan, name: str = "gathered", rows: str = "row_index[None, :]") -> str:
     """The line that says where the query's numbers begin, channel by channel: a number of all rows is one read."""
     size = plan.shape.head_dim * plan.shape.group

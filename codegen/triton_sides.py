@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from .placement import When
 from .plan import Plan
+from .triton_gather import gathers
 from .triton_keys import Keys
 from .triton_masked import MaskedKeys
 from .triton_planes import Planes
@@ -36,7 +37,7 @@ class KeySide:
 
     def inputs(self) -> list[str]:
         """The arguments that stand beside the query: the turned query, what it adds to a score, rotary positions."""
-        given = ["gathered_ptr"] * any(term.store.gathers for term in self.side.terms)
+        given = ["gathered_ptr"] * gathers(self.plan)
         given += [name for term in self.terms for name in term.inputs()]
         if self.positions is not None:
             return [*self.positions.inputs(), *given]

@@ -15,6 +15,7 @@ from kvdsl.scheme import Rotate
 from .codec import made
 from .plan import Plan, SidePlan
 from .text import fill, literal, padded
+from .triton_gather import gathers, stride, where_gathered
 
 TURN_ROWS = 32  # tokens of a program
 TURN_LANES = 128  # numbers of the result of a program
@@ -288,7 +289,7 @@ def turn_query(plan: Plan) -> str:
     return fill(
         QUERY, args=_query_arguments(plan, args), **_query_holes(plan), padded=padded(shape.head_dim),
         taken=shape.head_dim, given=side.row, bias=bias, matrix_ptr=whole_map(side)[0], stride=whole_map(side)[1],
-        gathered=_by_channel(plan, "q", "d"),
+        gathered=_by_channel(plan, "d"),
     )  # fmt: skip
 
 
@@ -297,30 +298,24 @@ def query_as_rows(plan: Plan, args: list[str], mapped: list[str], stored: str, b
     lines behind that."""
     return fill(
         QUERY_AS_ROWS, args=_query_arguments(plan, args), **_query_holes(plan), dim=plan.keys.row, mapped=mapped,
-        stored=stored, bias=bias, kept=["q = x"] * gathers(plan), gathered=_by_channel(plan, "q", "i"),
+        stored=stored, bias=bias, kept=["q = x"] * gathers(plan), gathered=_by_channel(plan, "i"),
     )  # fmt: skip
-
-
-def gathers(plan: Plan) -> bool:
-    """Whether a term reads the query at channels that a page names."""
-    return any(term.store.gathers for term in plan.keys.terms)
 
 
 def _query_arguments(plan: Plan, args: list[str]) -> str:
     return ", ".join([*args, *["gathered_ptr"] * gathers(plan), "queries"])
 
 
-def _by_channel(plan: Plan, query: str, lane: str) -> list[str]:
-    """Lines that store the query [rows, lanes] itself by channels, see `host_slots.by_channel`: the programs of one
+def _by_channel(plan: Plan, lane: str) -> list[str]:
+    """Lines that store the query q [rows, lanes] itself by channels, see `host_slots.by_channel`: the programs of one
     part of the result do."""
     if not gathers(plan):
         return []
-    group, dim = plan.shape.group, plan.shape.head_dim
-    at = f"gathered_ptr + bh.to(tl.int64) * queries * {dim * group} + {lane}[None, :] * (queries * {group})"
+    at = f"gathered + ({lane} * {stride(plan)})[None, :]"
     return [
         "if tl.program_id(1) == 0:",
-        f"    gathered = {at}",
-        f"    tl.store(gathered + row_index[:, None], {query}, mask=live[:, None] & ({lane} < {dim})[None, :])",
+        f"    {where_gathered(plan, rows='row_index[:, None]')}",
+        f"    tl.store({at}, q, mask=live[:, None] & ({lane} < {plan.shape.head_dim})[None, :])",
     ]
 
 
