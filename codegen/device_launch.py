@@ -21,6 +21,12 @@ if INTERPRETED:
         """From here on all is there that the kernel in front of this one has written."""
         pass
 
+    @triton.jit
+    def fetch(lines):
+        """Have the L2 cache read the lines of memory at these addresses; nothing waits for them."""
+        pass
+
+
 else:
 
     @triton.jit
@@ -34,3 +40,16 @@ else:
         """From here on all is there that the kernel in front of this one has written."""
         if cuda_capability_geq(9, 0):
             tl.extra.cuda.gdc_wait()
+
+    @triton.jit
+    def fetch(lines):
+        """Have the L2 cache read the lines of memory at these addresses; nothing waits for them."""
+        text: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
+        tl.inline_asm_elementwise(text, "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def all_asked_for():
+    """Loads above are on their way before what is below is computed.  The assembler would put each of them in front of
+    what first needs it, so that a program waits for memory as often as it loads."""
+    tl.debug_barrier()

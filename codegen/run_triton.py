@@ -37,8 +37,11 @@ ROWS = WeakTensorKeyDictionary()
 class TritonModule(PageModule):
     """The kernels of one generated module, bound to torch tensors."""
 
-    def _query(self, query: Tensor, end: int, params: Params, places: Places | None = None) -> dict[str, Any]:
-        """The query, and where keys are mapped what it becomes for packed tokens, u below `end`."""
+    def _query(
+        self, query: Tensor, end: int, params: Params, places: Places | None = None, *, soon: bool = False
+    ) -> dict[str, Any]:
+        """The query, and where keys are mapped what it becomes for packed tokens, u below `end`; `soon` as for
+        `turned`."""
         keys, shape = self.plan.keys, self.plan.shape
         query = query.contiguous()
         given = {"query_ptr": query}
@@ -52,10 +55,11 @@ class TritonModule(PageModule):
         if keys.masked:
             maps = keys.terms[: 1 if alike(self.plan) else 2]
             given.update({f"{term.space}_rows_ptr": self._rows_of_map(term, params) for term in maps})
-        return given | self.turned(query, params) if keys.through else given
+        return given | self.turned(query, params, soon=soon) if keys.through else given
 
-    def turned(self, query: Tensor, params: Params) -> dict[str, Any]:
-        """What the query (B, Hq, Q, D) becomes for packed tokens, what is added to scores, the query by channels."""
+    def turned(self, query: Tensor, params: Params, *, soon: bool = False) -> dict[str, Any]:
+        """What the query (B, Hq, Q, D) becomes for packed tokens, what is added to scores, the query by channels.
+        `soon`: the kernel behind may begin at once, and not where this is stored."""
         keys, shape, given = self.plan.keys, self.plan.shape, dict[str, Any](query_ptr=query)
         batch, _, queries, _ = query.shape
         given["turned_ptr"] = query.new_empty(*query.shape[:3], keys.row, dtype=torch.float32)
@@ -67,7 +71,7 @@ class TritonModule(PageModule):
             given["bias_ptr"] = query.new_empty(query.shape[:3], dtype=torch.float32)
         rows, lanes = query_tile(keys)
         grid = (batch * shape.kv_heads, -(-keys.row // lanes), -(-queries * shape.group // rows))
-        self._run("turn_query", grid, {**given, "queries": queries}, None, params)
+        self._run("turn_query", grid, {**given, "queries": queries, "soon": int(soon)}, None, params)
         return given
 
     def _rows_of_map(self, term: SidePlan, params: Params) -> Tensor:
@@ -109,11 +113,12 @@ class TritonModule(PageModule):
         """Warps of a program over the usual: twice as many where each has a page, and every warp a partition."""
         if part.fixed or part.form != KERNEL or not self._divisible:
             return 1
-        work = self._work_of(part)
-        if part.clean < work.pages:
-            return 1
-        room = self.room(KERNEL)
-        return 2 if alone(work, replace(room, warps=2 * room.warps)) else 1
+        return 2 if self._alone(part, 2) else 1
+
+    def _alone(self, part: Part, times: int = 1) -> bool:
+        """Whether each page has a program, and every warp a partition, also were they so many times as many."""
+        work, room = self._work_of(part), self.room(part.form)
+        return part.clean >= work.pages and alone(work, replace(room, warps=times * room.warps))
 
     def ranked(self, programs: int, longest: int, depth: int | None = None) -> tuple[int, ...]:
         """Numbers of programs of decode that share a sequence, the model's best first."""
@@ -218,11 +223,11 @@ class TritonModule(PageModule):
             before += count
         return end.module._output("unite" if end.plan.values.through else "merge", end, scratch, before)
 
-    def _reading(self, query: Tensor, state: AttentionState, params: Params) -> dict[str, Any]:
-        """The arguments of a kernel that reads a state for a query."""
+    def _reading(self, query: Tensor, state: AttentionState, params: Params, *, soon: bool = False) -> dict[str, Any]:
+        """The arguments of a kernel that reads a state for a query; `soon`: see `turned`."""
         capped, places = state.softcap is not None, state.places
         return {
-            **self._query(query, state.longest, params, places), **self._places(places),
+            **self._query(query, state.longest, params, places, soon=soon), **self._places(places),
             "asked_ptr": None if places is None else places.asked,
             "window": NO_WINDOW if state.window is None else state.window, "queries": query.shape[2],
             "table_ptr": state.table,
@@ -237,8 +242,8 @@ class TritonModule(PageModule):
         """Write the partials of a segment of this scheme."""
         state = part.state
         given = {
-            **self._reading(part.query, state, part.params), **into, "splits": part.clean, "edge_splits": part.edges,
-            "ahead": state.ahead,
+            **self._reading(part.query, state, part.params, soon=self._alone(part)), **into, "splits": part.clean,
+            "edge_splits": part.edges, "ahead": state.ahead,
         }  # fmt: skip
         grid = (part.programs, part.count, part.blocks)
         self._run(part.form, grid, given, state.pool, part.params, part.depth, self._times(part))

@@ -77,7 +77,7 @@ def padded(count: int) -> int:
 
 def plus(value: int) -> str:
     """An addend; nothing for 0."""
-    return f" + {value}" if value else ""
+    return f" {'-' if value < 0 else '+'} {abs(value)}" if value else ""
 
 
 def literal(value: float) -> str:

@@ -10,6 +10,7 @@ from kvdsl.scheme import SIDES, Side
 
 from .plan import Plan, SidePlan
 from .text import fill, padded
+from .triton_names import kept_rows
 from .triton_pack import Pack
 
 APPEND = """
@@ -83,7 +84,7 @@ def append(plan: Plan) -> str:
     lanes, sinks = padded(plan.shape.head_dim), plan.sinks
     known = {"rows_ptr", "total_rows", "offset", "ring", "table_width"}
     own = [one for one in dict.fromkeys(args) if one not in known]
-    total = f"({sinks} + ring)" if sinks else "ring"
+    total = kept_rows(plan)
     writes = {
         name: fill(
             WRITE,
@@ -108,6 +109,6 @@ def _given(plan: Plan, rows: str, name: str) -> str:
     """What `append` gives for an argument of `keep_<side>`."""
     return {
         "rows_ptr": rows,
-        "total_rows": f"{plan.sinks} + ring" if plan.sinks else "ring",
+        "total_rows": kept_rows(plan),
         "offset": str(plan.sinks),
     }.get(name, name)

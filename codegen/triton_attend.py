@@ -20,13 +20,13 @@ from functools import cached_property
 
 from .overlap import early
 from .plan import Plan, SidePlan
-from .text import Lines, fill, literal, plus
+from .text import Lines, fill, literal, padded, plus
 from .tiling import PAIR
 from .triton_abreast import both_of, columns, row_index
 from .triton_bands import FoldedKeys, FoldedValues
 from .triton_edges import Edges
 from .triton_meta import section
-from .triton_names import abreast_name, pair_name, tokens_name
+from .triton_names import abreast_name, kept_rows, pair_name, tokens_name
 from .triton_partials import partials
 from .triton_places import LOOSE, PLACES, base, of_tile, order, seen, stand_name
 from .triton_sides import KeySide, ValueSide
@@ -35,6 +35,8 @@ from .triton_terms import keys_of, sections_of, values_of
 from .triton_unmap import strung
 
 LOG2E = 1.4426950408889634
+LINE = 128  # bytes that a cache reads at once
+MOST_LINES = 256  # of a page that are asked for before the query is there
 ATTEND = """
 @triton.jit(do_not_specialize=["queries", "table_width", "ring", "window", $loose, "splits", "edge_splits"])
 def $name(
@@ -50,9 +52,11 @@ def $name(
     packed_values = tl.load(packed_values_ptr + b)
     length = tl.load(length_ptr + b)
     start = tl.load(start_ptr + b)
+    first = tl.load(first_ptr + b)
     asked = $asked
     table = table_ptr + b.to(tl.int64) * table_width
-    $wait
+    guess = tl.load(table + tl.minimum(split, table_width - 1))  # the first page, but where some are not read
+    $in_front
 
     # which rows: (query token, head of the group)
     $row_index
@@ -66,7 +70,7 @@ def $name(
     mass = tl.zeros([ROWS], tl.float32)
     $prologue
 
-    $bounds
+    $first_page
     if split < splits:
         $clean_prologue
         $accumulators
@@ -79,11 +83,10 @@ def $name(
         $clean_partials
     else:
         # edges: sinks, a partly visible first page, and all that follows the clean pages; decoded, or exact, by token
-        first = tl.load(first_ptr + b)
-        key_rows = key_rows_ptr + bh.to(tl.int64) * ($sinks + ring) * $head_dim
-        value_rows = value_rows_ptr + bh.to(tl.int64) * ($sinks + ring) * $value_dim
+        key_rows = key_rows_ptr + bh.to(tl.int64) * $kept * $head_dim
+        value_rows = value_rows_ptr + bh.to(tl.int64) * $kept * $value_dim
         $rows_see
-        end = length - $sinks
+        end = length$less_sinks
         $edges
         $edge_partials
 """
@@ -92,9 +95,9 @@ def $name(
 # of shares in one piece, and so: `token2` 16 x 8 x 16384 58.6, 55.2, 8 x 8 x 131072 174, 170, `kivi2` 1 x 8 x 32768
 # 24.0, 21.5, `channel4` 8 x 8 x 131072 284, 286.
 EVERY = """
-next_page = tl.load(table + tl.minimum(low + split, high))
-for tile in tl.range(low + split, high, splits, num_stages=STAGES):
+next_page = tl.load(table + tl.minimum(low + split, high), mask=low > 0, other=guess)
 """
+EVERY_LOOP = "for tile in tl.range(low + split, high, splits, num_stages=STAGES):"
 
 # Of pages of several tiles as many in a row: `int8_token_head`, whose pages are large, 8 x 8 x 131072 507, and 512 the
 # other way.
@@ -102,8 +105,15 @@ SHARES = """
 share = (high - low + splits - 1) // splits
 begin = tl.minimum(low + split * share, high)
 stop = tl.minimum(begin + share, high)
-next_page = tl.load(table + begin)
-for tile in tl.range(begin * $sub, stop * $sub, num_stages=STAGES):
+next_page = tl.load(table + begin, mask=begin != split, other=guess)
+"""
+SHARES_LOOP = "for tile in tl.range(begin * $sub, stop * $sub, num_stages=STAGES):"
+
+# Behind a query that another kernel maps: all that does not depend on it is done while that one runs.
+FETCH = """
+line = tl.minimum(tl.arange(0, $padded), $last)
+fetch($pool + tl.where(low + split < high, next_page, 0).to(tl.int64) * $page + h * $head + line * $each)
+await_last()
 """
 
 SCORES = """
@@ -147,17 +157,34 @@ class Attend:
         sub = plan.layout.page_tokens // plan.tile
         return {
             "rows": rows, "heads": plan.shape.kv_heads, "q_heads": str(plan.shape.q_heads), "group": plan.shape.group,
-            "head_dim": plan.shape.head_dim, "value_dim": plan.values.channels, "sinks": plan.sinks,
+            "head_dim": plan.shape.head_dim, "value_dim": plan.values.channels,
+            "less_sinks": plus(-plan.sinks), "plus_sinks": plus(plan.sinks), "kept": kept_rows(plan),
             "page": plan.layout.page_tokens,
             "page_less": plan.layout.page_tokens - 1, "tile": plan.tile, "tile_less": plan.tile - 1, "sub": sub,
             "per_page": f" // {sub}" if sub > 1 else "", "tiles": f" * {sub}" if sub > 1 else "",
         }  # fmt: skip
 
-    def _loop(self) -> dict[str, list[str] | str]:
+    def _loop(self) -> dict[str, str]:
         """The main loop's head, and which page follows a tile."""
         sub = self.plan.layout.page_tokens // self.plan.tile
-        head = fill(SHARES if sub > 1 else EVERY, sub=sub).splitlines()
-        return {"loop": head, "next": f"(tile + 1) // {sub}" if sub > 1 else "tl.minimum(tile + splits, high)"}
+        if sub == 1:
+            return {"loop": EVERY_LOOP, "next": "tl.minimum(tile + splits, high)"}
+        return {"loop": fill(SHARES_LOOP, sub=sub).strip(), "next": f"(tile + 1) // {sub}"}
+
+    def _front(self, bounds: list[str], *, waits: bool) -> dict[str, list[str]]:
+        """What a program does before it has the query, and behind that: which pages are its own, and which is first."""
+        sub = self.plan.layout.page_tokens // self.plan.tile
+        pages = [*bounds, *fill(SHARES if sub > 1 else EVERY).splitlines()]
+        if not waits:
+            return {"in_front": ["all_asked_for()"], "first_page": pages}
+        layout, pool = self.plan.layout, self.pools[0]
+        size = next(number for number in (32, 16, 8) if str(number) in pool) // 8
+        lines = min(MOST_LINES, -(-layout.head_bytes // LINE))
+        fetch = fill(
+            FETCH, pool=pool, padded=padded(lines), last=lines - 1, page=layout.page_bytes // size,
+            head=layout.head_bytes // size, each=LINE // size,
+        )  # fmt: skip
+        return {"in_front": [*pages, *fetch.splitlines()], "first_page": []}
 
     def addresses(self, *, several: bool = True) -> list[str]:
         """Where the page's words and metadata of head h begin, if `several` also of those that are rotated with it, and
@@ -268,7 +295,7 @@ class Attend:
         lanes = [*self.keys.lane_lines(), *values.lane_lines()]
         prologue = [*lanes, *self.keys.prologue(), *size]
         alike = self.edges.in_planes[0]
-        holes, seen = order(plan, self._shared(rows))
+        holes, bounds, seen = order(plan, self._shared(rows))
         itself = self.keys.exact_rows is not None or not plan.keys.through
         exact_query = self._query("query") if plan.keys.through and itself else []
         args = [*["query_ptr"] * itself, *self.keys.inputs(), *self.pools, "table_ptr", *parameters(plan)]
@@ -291,7 +318,7 @@ class Attend:
             row_index=f"row_index = {row_index(plan.abreast)}",
             columns_of=columns() if plan.abreast else [],
             args=[f"{arg}," for arg in args],
-            wait=["await_last()"] if early(name, plan) else [],
+            **self._front(bounds, waits=early(name, plan)),
             query=self._query(self.keys.query),
             prologue=prologue if alike else [],
             clean_prologue=[] if alike else prologue,

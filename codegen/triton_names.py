@@ -18,6 +18,11 @@ OF_HEAD = "stored|scale|offset|outer|meta|factor|start|three|digit|half"
 RIGHT = "_right"  # the end of names of what meets the second of two tokens that stand abreast
 
 
+def kept_rows(plan: Plan) -> str:
+    """How many exact rows a sequence has room for: those of sinks in front."""
+    return f"({plan.sinks} + ring)" if plan.sinks else "ring"
+
+
 def mark(side: SidePlan, head: int | None) -> str:
     """What tells the names of a term, read of the head-th of several, from those of the first term and head."""
     return side.mark + "h" * (head or 0)

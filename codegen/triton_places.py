@@ -18,12 +18,12 @@ LOOSE = ', "room", "origin"'
 """Those that no kernel is compiled anew for."""
 BOUNDS = """
 # clean pages: every row sees all of their tokens, and both sides are packed
-newest_start = tl.maximum(start, asked - window) - $sinks
+newest_start = tl.maximum(start, asked - window)$less_sinks
 low = (tl.maximum(newest_start, 0) + $page_less) // $page
-high = tl.minimum(tl.minimum(packed_keys, packed_values), asked - queries + 1 - $sinks)
+high = tl.minimum(tl.minimum(packed_keys, packed_values), asked - queries + 1$less_sinks)
 high = tl.maximum(high, 0) // $page
-oldest_start = tl.maximum(start, asked - queries - window + 1) - $sinks
-edge = tl.maximum(tl.minimum(oldest_start, length - $sinks), 0) // $page
+oldest_start = tl.maximum(start, asked - queries - window + 1)$less_sinks
+edge = tl.maximum(tl.minimum(oldest_start, length$less_sinks), 0) // $page
 clean = high > low
 low = tl.where(clean, low, edge)
 high = tl.where(clean, high, edge)
@@ -75,20 +75,20 @@ def seen(name: str, stand: str) -> str:
     return f"{name} = ({stand}[:, None] <= last[None, :]) & ({stand}[:, None] >= oldest[None, :])"
 
 
-def order(plan: Plan, shared: dict[str, int | str]) -> tuple[Holes, list[str]]:
-    """What attention's masks and bounds follow from, places in the order of tokens or where each token stands; and the
-    lines that say which rows see the tokens of an edge tile, and which are there."""
+def order(plan: Plan, shared: dict[str, int | str]) -> tuple[Holes, list[str], list[str]]:
+    """What attention's masks follow from, places in the order of tokens or where each token stands; the lines that say
+    which pages the main loop reads; and those that say which rows see the tokens of an edge tile, and which are
+    there."""
     sinks = plan.sinks
     if plan.shape.placed:
         rows = ["last = asked - queries + token  # [rows]", "oldest = tl.maximum(start, last - window + 1)  # [rows]"]
         holes: Holes = {
             "loose": LOOSE.removeprefix(", "), "asked": "tl.load(asked_ptr + b)", "places": [base(plan), *rows],
-            "bounds": fill(PLACED_BOUNDS, **shared).splitlines(), "rows_see": [],
+            "rows_see": [],
         }  # fmt: skip
-        return holes, of_edges(plan)
-    last = f"last = tl.minimum(asked - queries + token, length - 1) - {sinks}  # [rows]"
-    return {
-        "loose": '"ahead"', "asked": "length + ahead", "places": [],
-        "bounds": fill(BOUNDS, **shared).splitlines(),
-        "rows_see": [last, f"oldest = tl.maximum(start, asked - queries + token - window + 1) - {sinks}  # [rows]"],
-    }, [f"{seen('seen', 'u')} & (u >= {-sinks})[:, None]", f"here = (u >= {-sinks}) & (u < end)"]  # fmt: skip
+        return holes, fill(PLACED_BOUNDS, **shared).splitlines(), of_edges(plan)
+    last = f"last = tl.minimum(asked - queries + token, length - 1){plus(-sinks)}  # [rows]"
+    oldest = f"oldest = tl.maximum(start, asked - queries + token - window + 1){plus(-sinks)}  # [rows]"
+    holes = {"loose": '"ahead"', "asked": "length + ahead", "places": [], "rows_see": [last, oldest]}
+    masks = [f"{seen('seen', 'u')} & (u >= {-sinks})[:, None]", f"here = (u >= {-sinks}) & (u < end)"]
+    return holes, fill(BOUNDS, **shared).splitlines(), masks

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from functools import cached_property
 
 from .plan import Plan
-from .text import fill, literal
+from .text import fill, literal, plus
 from .triton_attend import LOG2E, Attend, parameters
 from .triton_edges import RING_ROW
 from .triton_masked import MaskedKeys
@@ -85,7 +85,7 @@ def received(
     step = tl.program_id(1)
     $sequence
     blocks = (queries * $group + ROWS - 1) // ROWS
-    out = bh.to(tl.int64) * longest + $sinks
+    out = bh.to(tl.int64) * longest$plus_sinks
     if step < tiles:
         tile = step
         if tile < pages$tiles:
@@ -135,8 +135,8 @@ pages = packed_keys // $page
 # Beside what attention knows of its edges: the address of the exact rows, and one tile of tokens.
 KEY_ROWS = """
 first = tl.load(first_ptr + b)
-key_rows = key_rows_ptr + bh.to(tl.int64) * ($sinks + ring) * $head_dim
-end = length - $sinks
+key_rows = key_rows_ptr + bh.to(tl.int64) * $kept * $head_dim
+end = length$less_sinks
 """
 
 EDGE_TOKENS = """
@@ -290,12 +290,12 @@ class Received(Attend):
         """What follows from the order of tokens, or, where they have none, is done with all of them."""
         plan, placed = self.plan, self.plan.shape.placed
         bounds, edge_bounds = (PLACED, PLACED_EDGES) if placed else (BOUNDS, EDGE_BOUNDS)
-        last = f"last = tl.minimum(position, length - 1) - {plan.sinks}  # [rows]"
+        last = f"last = tl.minimum(position, length - 1){plus(-plan.sinks)}  # [rows]"
         start = "tl.maximum(tl.load(start_ptr + b), 0)"
         return {
             "bounds": fill(bounds, **shared).splitlines(), "edge_bounds": fill(edge_bounds, **shared).splitlines(),
             "last": [*PLACED_ROWS] if placed else [last], 
-            "begin": [f"visible = {start}", base(plan)] if placed else [f"oldest = {start} - {plan.sinks}"],
+            "begin": [f"visible = {start}", base(plan)] if placed else [f"oldest = {start}{plus(-plan.sinks)}"],
             "loose": f', "window"{LOOSE}' if placed else "",
             "stands": ["stand = tl.load(places + u, mask=here, other=0) + origin"] if placed else [],
             "tile_begin": 0 if placed else f"tile * {plan.tile}",

@@ -73,8 +73,10 @@ def $name($args):
 """
 
 QUERY = """
-@triton.jit(do_not_specialize=["queries"])
+@triton.jit(do_not_specialize=["queries", "soon"])
 def turn_query($args):
+    if soon:
+        let_next_begin()
     bh = tl.program_id(0)
     i = tl.program_id(1) * $lanes + tl.arange(0, $lanes)
     b = bh // $heads
@@ -101,8 +103,10 @@ def turn_query($args):
 
 # Whole rows, by lines that give what is stored of rows x.
 QUERY_AS_ROWS = """
-@triton.jit(do_not_specialize=["queries"])
+@triton.jit(do_not_specialize=["queries", "soon"])
 def turn_query($args):
+    if soon:
+        let_next_begin()
     bh = tl.program_id(0)
     b = bh // $heads
     h = bh % $heads
@@ -303,7 +307,7 @@ def query_as_rows(plan: Plan, args: list[str], mapped: list[str], stored: str, b
 
 
 def _query_arguments(plan: Plan, args: list[str]) -> str:
-    return ", ".join([*args, *["gathered_ptr"] * gathers(plan), "queries"])
+    return ", ".join([*args, *["gathered_ptr"] * gathers(plan), "queries", "soon"])
 
 
 def _by_channel(plan: Plan, lane: str) -> list[str]:
