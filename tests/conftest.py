@@ -45,6 +45,11 @@ def _own_cache_folder() -> None:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
+if INTERPRETED:
+    import quick_interpreter
+
+    quick_interpreter.remember()
+
 if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker inherits the folder of the run
     _own_cache_folder()
 

@@ -6,6 +6,7 @@ import os
 
 import hypothesis
 from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
 
 from kvdsl import schemes
 from kvdsl.kernels import Backend
@@ -36,6 +37,7 @@ from kvdsl.scheme import (
     per_token,
 )
 from kvdsl.testing import LAWS, applicable, report
+from kvdsl.testing import schemes as schemes_of_any_kind
 
 LAW_NAMES = sorted(name for name, law in LAWS.items() if not law.routed)
 TIER_LAWS = sorted(name for name, law in LAWS.items() if law.routed)
@@ -219,6 +221,18 @@ def holds(scheme: Scheme, backend: Backend, examples: int, leave_out: tuple[str,
     assert not broken, "\n\n".join(broken)
     assert [result.law for result in results] == names
     return sum(result.examples for result in results)
+
+
+def asked_of(law: str, **how: int) -> st.SearchStrategy[Scheme]:
+    """Legal schemes that a law is about, see `kvdsl.testing.schemes`.  Those of floats on both sides are so few that
+    others are made such."""
+    found = schemes_of_any_kind(**how)
+    if law == "plain_floats_are_plain_attention":
+        floats = st.builds(Store, st.builds(Float, st.sampled_from(["fp16", "fp32"])))
+        found = st.builds(
+            lambda one, keys, values: one.with_(keys=keys, values=values, queries=None), found, floats, floats
+        )
+    return found.filter(LAWS[law].applies)
 
 
 def fixed(examples: int) -> settings:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from law_cases import LAW_NAMES, PLAIN, SIBLINGS, THOROUGH, THRESHOLDS, fixed, holds
+from law_cases import LAW_NAMES, PLAIN, SIBLINGS, THOROUGH, THRESHOLDS, asked_of, fixed, holds
 
 from kvdsl.errors import SchemeError
 from kvdsl.scheme import (
@@ -24,7 +24,7 @@ from kvdsl.scheme import (
 )
 from kvdsl.schemes import ALL
 from kvdsl.shape import Shape
-from kvdsl.testing import LAWS, Case, LawBroken, applicable, cases, check, faulty_schemes, report, schemes, shapes
+from kvdsl.testing import LAWS, Case, LawBroken, applicable, cases, check, faulty_schemes, report, shapes
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -37,7 +37,7 @@ def test_a_shipped_scheme_obeys_every_law(name: str) -> None:
 @fixed(examples=12)
 @given(st.data())
 def test_any_legal_scheme_obeys_the_law(law: str, data: Any) -> None:
-    scheme: Scheme = data.draw(schemes().filter(LAWS[law].applies))
+    scheme: Scheme = data.draw(asked_of(law))
     shape = data.draw(shapes(scheme, widest=96))
     LAWS[law](data.draw(cases(scheme, shape, "torch", kinds=LAWS[law].kinds, batch=2)))
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from law_cases import LAW_NAMES, PLAIN, RARE, fixed, holds
+from law_cases import LAW_NAMES, PLAIN, RARE, asked_of, fixed, holds
 
-from kvdsl.testing import LAWS, cases, schemes, shapes
+from kvdsl.testing import LAWS, cases, shapes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -32,6 +32,6 @@ def test_a_scheme_of_rarer_parts_obeys_every_law(name: str) -> None:
 @fixed(examples=4)
 @given(st.data())
 def test_any_legal_scheme_obeys_the_law(law: str, data: Any) -> None:
-    scheme = data.draw(schemes(longest=32).filter(LAWS[law].applies))
+    scheme = data.draw(asked_of(law, longest=32))
     shape = data.draw(shapes(scheme, widest=96))
     LAWS[law](data.draw(cases(scheme, shape, "triton", kinds=LAWS[law].kinds, batch=2)))

@@ -1,5 +1,6 @@
 """Every kernel of every shipped scheme: clean text that compiles for a GPU and keeps all of its numbers in registers.
 
+Kernels that were compiled before are known, see compiled.py.
 The fast profile takes one shape: a few schemes on three architectures, every other scheme of even levels on one of them
 in turn, but for those that differ from another in their bits alone, of two in three only `decode` and `append`, which
 has the lines that pack.
@@ -16,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from compiled import digest, spilled
 from law_cases import SIBLINGS
 
 from kvdsl.codegen import render
@@ -134,11 +136,28 @@ def test_every_kernel_of_every_shipped_scheme_compiles_without_spills(shape: Sha
         path.write_text(text)
         assert faults_in(text, launches(plan, text)) == []
         sources.setdefault(targets, []).append((path, new(name, plan, text, seen.setdefault(targets, set()), turn)))
-    spilled = [
-        f"{path.stem}: {line(one)}"
-        for targets, files in sources.items()
-        for (path, _), found in zip(files, compile_many(files, targets, cache_folder=CACHE), strict=True)
-        for one in found
-        if one.spilled
-    ]
-    assert not spilled, "\n" + "\n".join(spilled)
+    faults = [fault for targets, files in sources.items() for fault in spilled(files, targets, always=THOROUGH)]
+    assert not faults, "\n" + "\n".join(faults)
+
+
+def test_a_kernel_is_compiled_anew_where_anything_of_it_changes(tmp_path: Path) -> None:
+    """Its own text, that of a function it calls or how it is launched, and not what others do; `token4` is compiled
+    every time."""
+    plan = plan_for(ALL["token4"], Shape(128, 8, 32))
+    text, path = render(plan, "triton", "token4"), tmp_path / "token4.py"
+    path.write_text(text)
+    (pack,) = (one for one in launches(plan, text) if one.kernel == "pack_keys")
+    assert spilled([(path, [pack])], ["sm_90"], always=True) == []
+    first = digest(path, pack, "sm_90")
+    for number, (before, behind, same) in enumerate(
+        [
+            ("def decode(", "def decode(  # of queries", True),
+            ("def pack_keys(", "def pack_keys(  # of rows", False),
+            ("def measure_keys(low, high)", "def measure_keys(high, low)", False),
+        ]
+    ):
+        assert before in text
+        (other := tmp_path / f"token4_{number}.py").write_text(text.replace(before, behind))
+        assert (digest(other, pack, "sm_90") == first) is same
+    assert digest(path, replace(pack, warps=8), "sm_90") != first
+    assert digest(path, pack, "sm_80") != first
