@@ -16,9 +16,11 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+from hypothesis.internal.conjecture import providers
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many tests as processors run at a time, in processes of their own
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+OVERFLOWS = ("test_laws_interpreted", "test_faults_interpreted", "test_fences", "test_received_interpreted")
 collect_ignore = [] if INTERPRETED else ["interpreted"]
 
 for name, examples in {"fast": 20, "ci": 100, "thorough": 2000}.items():
@@ -30,6 +32,8 @@ for name, examples in {"fast": 20, "ci": 100, "thorough": 2000}.items():
         print_blob=True,
         suppress_health_check=[HealthCheck.too_slow],
     )
+# Draws would also be numbers that stand in the modules imported so far, which differ from worker to worker.
+providers._get_local_constants = lambda: providers._local_constants
 settings.load_profile(os.environ.get("KVDSL_PROFILE", "fast"))
 
 
@@ -49,6 +53,13 @@ if INTERPRETED:
     import quick_interpreter
 
     quick_interpreter.remember()
+
+    @pytest.fixture(autouse=True, scope="module")
+    def overflows(request: pytest.FixtureRequest) -> None:
+        """Integers that overflow are looked for in laws of every kind of scheme, far away and at the edges; modules
+        that ask the same kernels other questions need not look again."""
+        quick_interpreter.look_for_overflows(request.module.__name__ in OVERFLOWS)
+
 
 if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker inherits the folder of the run
     _own_cache_folder()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from law_cases import LAW_NAMES, PLAIN, SIBLINGS, THOROUGH, THRESHOLDS, asked_of, fixed, holds
 
+from kvdsl.codes import Code
 from kvdsl.errors import SchemeError
 from kvdsl.scheme import (
     Block,
@@ -20,6 +23,7 @@ from kvdsl.scheme import (
     Scheme,
     Store,
     Uniform,
+    per_channel,
     per_token,
 )
 from kvdsl.schemes import ALL
@@ -88,6 +92,15 @@ def test_one_mistake_is_refused_by_the_name_of_its_place(faulty: Any) -> None:
     assert place in str(refusal.value)
 
 
+@pytest.mark.parametrize("code", [Uniform(1, grid="cells"), Codebook(levels=(-1, 1))], ids=str)
+def test_no_constant_is_asked_of_a_least_scale_without_a_level_of_0(code: Code) -> None:
+    """Every level lies beside the number then; a scale of 0 puts all of them onto it."""
+    law = LAWS["a_constant_block_is_itself"]
+    for floor in (0.0, 0.25):
+        store = Store(code, scale=per_channel(tokens=2, range="minmax", floor=floor))
+        assert law.applies(Scheme(both=store, recent=Recent(2))) is (floor == 0.0)
+
+
 def test_a_broken_law_is_told_with_its_case(monkeypatch: pytest.MonkeyPatch) -> None:
     from kvdsl.testing import codes
 
@@ -99,6 +112,27 @@ def test_a_broken_law_is_told_with_its_case(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_same_seed_asks_the_same() -> None:
     asked = [check(ALL["token4"], backend="torch", examples=3, seed=4, laws=["decode_is_attention"]) for _ in range(2)]
     assert asked[0] == asked[1]
+
+
+def test_what_is_drawn_does_not_depend_on_what_was_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else examples differ from worker to worker, and a run may fail where another did not."""
+
+    def drawn() -> list[int]:
+        found = []
+
+        @fixed(examples=100)
+        @given(st.integers(0, 10**9))
+        def ask(number: int) -> None:
+            found.append(number)
+
+        ask()
+        return found
+
+    before = drawn()
+    (tmp_path / "full_of_numbers.py").write_text("\n".join(f"X{i} = {i * 1_234_567}" for i in range(1, 400)))
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("full_of_numbers")
+    assert drawn() == before
 
 
 def test_schemes_of_layers_are_asked_too() -> None:

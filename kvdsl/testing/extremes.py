@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvdsl.codes import coupled
+from kvdsl.codes import Code, coupled
 from kvdsl.reference.quantize import encoded_rows, quantize
 from kvdsl.scheme import (
     SIDES,
@@ -25,6 +25,7 @@ from kvdsl.scheme import (
     Sparse,
     Store,
     TopChannels,
+    Uniform,
     Vectors,
 )
 
@@ -48,7 +49,18 @@ def _keeps_constants(store: Store) -> bool:
         return True
     if scale.scale is not None or isinstance(store.code, Codebook) and store.code.levels == "calibrated":
         return False  # other numbers are read beside the block
+    if scale.floor and not _has_zero(store.code):
+        return False  # there is a least scale, and every level of it lies beside the number
     return scale.when == "online" and scale.whole and scale.range == "minmax" and scale.zero in ("min", "point")
+
+
+def _has_zero(code: Code) -> bool:
+    """Whether one of a code's levels is known to be 0."""
+    if isinstance(code, Uniform):
+        return code.grid != "cells"  # whose levels are middles
+    if isinstance(code, Codebook):
+        return isinstance(code.levels, tuple) and 0 in code.levels
+    return isinstance(code, Float)
 
 
 @law("P4", lambda s: bare(s) and _keeps_constants(s.keys) and _keeps_constants(s.values), ("constant",))
