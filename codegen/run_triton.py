@@ -240,9 +240,9 @@ class TritonModule(PageModule):
 
     def _attend(self, part: Part, into: Scratch) -> None:
         """Write the partials of a segment of this scheme."""
-        state = part.state
+        state, soon = part.state, self.plan.keys.through and self._alone(part)
         given = {
-            **self._reading(part.query, state, part.params, soon=self._alone(part)), **into, "splits": part.clean,
+            **self._reading(part.query, state, part.params, soon=soon), **into, "splits": part.clean,
             "edge_splits": part.edges, "ahead": state.ahead,
         }  # fmt: skip
         grid = (part.programs, part.count, part.blocks)

@@ -38,7 +38,10 @@ def spilled(files: Files, arches: Sequence[str], *, always: bool = False, room: 
     `room` bytes of shared memory; those that are known not to are compiled `always`, or never."""
     every = always or RENEW in os.environ
     digests = {
-        (path, one, arch): digest(path, one, arch) for path, launches in files for one in launches for arch in arches
+        (path, one, arch): digest(path, one, arch, room)
+        for path, launches in files
+        for one in launches
+        for arch in arches
     }
     left = {key[:2] for key, found in digests.items() if every or known().get(name(*key)) != found}
     wanted = [(path, [one for one in launches if (path, one) in left]) for path, launches in files]
@@ -67,9 +70,9 @@ def name(path: Path, launch: Launch, arch: str) -> str:
     return f"{path.stem} {launch.kernel} {arch}"
 
 
-def digest(path: Path, launch: Launch, arch: str) -> str:
-    """Of all that decides what becomes of a kernel."""
-    given = json.dumps(launch.to_json(), sort_keys=True)
+def digest(path: Path, launch: Launch, arch: str, room: int | None = None) -> str:
+    """Of all that decides what becomes of a kernel, and of the room that it may take."""
+    given = json.dumps(launch.to_json(), sort_keys=True) + (f" in {room} bytes" if room is not None else "")
     whole = "\n".join([version("triton"), arch, given, _library(), *_called(path, launch.kernel)])
     return hashlib.sha256(whole.encode()).hexdigest()[:20]
 

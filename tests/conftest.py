@@ -20,7 +20,6 @@ from hypothesis.internal.conjecture import providers
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many tests as processors run at a time, in processes of their own
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-OVERFLOWS = ("test_laws_interpreted", "test_faults_interpreted", "test_fences", "test_received_interpreted")
 collect_ignore = [] if INTERPRETED else ["interpreted"]
 
 for name, examples in {"fast": 20, "ci": 100, "thorough": 2000}.items():
@@ -53,12 +52,6 @@ if INTERPRETED:
     import quick_interpreter
 
     quick_interpreter.remember()
-
-    @pytest.fixture(autouse=True, scope="module")
-    def overflows(request: pytest.FixtureRequest) -> None:
-        """Integers that overflow are looked for in laws of every kind of scheme, far away and at the edges; modules
-        that ask the same kernels other questions need not look again."""
-        quick_interpreter.look_for_overflows(request.module.__name__ in OVERFLOWS)
 
 
 if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker inherits the folder of the run

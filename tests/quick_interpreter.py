@@ -78,12 +78,6 @@ class Shapes:
         tensor.shape, tensor.numel = known[2:]
 
 
-def look_for_overflows(wanted: bool) -> None:
-    """Whether every sum, difference and product of integers is taken in 64 bits as well, to see that it fits its own:
-    a fifth of the time."""
-    object.__setattr__(interpreter.interpreter_builder.options, "sanitize_overflow", wanted)
-
-
 def remember() -> None:
     """Replace these parts of the interpreter, for the whole process."""
     shapes = Shapes()

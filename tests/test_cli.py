@@ -65,12 +65,8 @@ def test_show_shows_every_stage_of_every_scheme(name: str, capsys: Captured) -> 
         assert sum(row["bytes"] for row in layout["sections"] if not row["shared"]) == layout["head_bytes"]
         assert {"decode", "extend", "scores", "merge"} <= {kernel["kernel"] for kernel in plan["kernels"]}
         ast.parse(source["text"])
-
-
-@pytest.mark.parametrize("name", ["kivi2", "quarot4", "nuq4", "qjl", "zipcache"])
-def test_show_tells_every_stage_to_a_reader(name: str, capsys: Captured) -> None:
-    told = asked(capsys, "show", name)
-    assert all(f"{name}: {stage}" in told for stage in STAGES if stage != "source")
+    whole = asked(capsys, "show", name)
+    assert all(f"{name}: {stage}" in whole for stage in STAGES if stage != "source")
 
 
 def test_the_normal_form_reads_like_the_paper(capsys: Captured) -> None:

@@ -247,11 +247,9 @@ SHAPES = (Shape(128, 8, 32), Shape(64, 3, 9, "fp32"))
 
 
 def texts(backend: Backend, *, every: int = 1) -> Iterator[tuple[str, Plan, str]]:
-    """(name, plan, text) of every shipped scheme, or of one in `every`, at the last shape that fits, or its own; of one
-    in three of them at all that fit."""
-    for turn, (name, scheme) in enumerate([item for item in ALL.items() if not item[1].routed][::every]):
-        fitting = [shape for shape in SHAPES if not shape_faults(scheme, shape)] or [usual(scheme)]
-        for shape in fitting if turn % 3 == 0 else fitting[-1:]:
+    """(name, plan, text) of every shipped scheme, or of one in `every`, at every shape that fits, or its own."""
+    for name, scheme in [(name, scheme) for name, scheme in ALL.items() if not scheme.routed][::every]:
+        for shape in [shape for shape in SHAPES if not shape_faults(scheme, shape)] or [usual(scheme)]:
             plan = plan_for(scheme, shape)
             yield f"{name}_{backend}_{shape.head_dim}", plan, render(plan, backend, name)
 

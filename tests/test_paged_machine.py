@@ -193,7 +193,7 @@ def _case(name: str, preempt: bool) -> type:
     machine = type(f"Machine_{name}", (Machine,), {"scheme": name, "preempt": preempt})
     case = machine.TestCase  # type: ignore[attr-defined]
     case.settings = settings(
-        max_examples=36, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+        max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
     )
     return case
 

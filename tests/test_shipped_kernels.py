@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from compiled import digest, spilled
+from compiled import BINARIES, digest, spilled
 from law_cases import SIBLINGS
 
 from kvdsl.codegen import render
@@ -34,7 +34,6 @@ from kvdsl.shape import Shape
 
 pytest.importorskip("triton")
 
-CACHE = Path(__file__).resolve().parent.parent / "build" / "aot"
 THOROUGH = os.environ.get("KVDSL_PROFILE") == "thorough"
 SHAPES = [Shape(128, 8, 32), Shape(64, 8, 8), Shape(128, 4, 64, dtype="bf16")] if THOROUGH else [Shape(128, 8, 32)]
 CALLS = r"\b(measure|encode|levels|words|products|refit|loss)_(keys|values)\("  # these differ from text to text
@@ -103,7 +102,7 @@ def decode_of(name: str, arch: str, folder: Path) -> CompiledKernel:
     text, path = render(plan, "triton", name), folder / f"{name}.py"
     path.write_text(text)
     decode = [launch for launch in launches(plan, text) if launch.kernel == "decode"]
-    ((kernel,),) = compile_many([(path, decode)], (arch,), cache_folder=CACHE)
+    ((kernel,),) = compile_many([(path, decode)], (arch,), cache_folder=BINARIES)
     return kernel
 
 
