@@ -59,6 +59,10 @@ def _twice(numbers):
 
 
 @triton.jit
-def united(columns):
-    """Of [lanes, 2 * rows] the sum of every row's two: [lanes, rows]."""
-    return tl.sum(tl.reshape(columns, (columns.shape[0], 2, columns.shape[1] // 2)), 1)
+def columns_of_both(columns):
+    """Of [lanes, 2 * rows] the sum of every row's two, in both places.  Not a sum along an axis, which two threads have
+    then and both write where the warp exchanges what it stores: the same number, but a race."""
+    shape: tl.constexpr = (columns.shape[0], 2, columns.shape[1] // 2)
+    left, right = tl.split(tl.permute(tl.reshape(columns, shape), (0, 2, 1)))
+    rows = left + right
+    return tl.reshape(tl.permute(tl.join(rows, rows), (0, 2, 1)), columns.shape)

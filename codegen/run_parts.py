@@ -96,6 +96,7 @@ class Part:
             return
         dim, lines = self.plan.values.channels, blocks * rows
         partials = into["partial_ptr"][: count * self.programs * lines * dim].view(count, self.programs, lines, dim)
+        partials = partials[:, :, : self.query.shape[2] * self.plan.shape.group]  # others may never have been written
         if self.fold.factor is not None:
             partials.mul_(self.fold.factor.reshape(1, self.programs, 1, dim))
         if self.fold.shift is not None:

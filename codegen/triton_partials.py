@@ -14,7 +14,7 @@ let_next_begin()
 $united
 inverse = reciprocal(tl.where(mass > 0.0, mass, 1.0))$share
 out = ((split.to(tl.int64) * tl.num_programs(0) + bh) * tl.num_programs(2) + block) * $rows
-$partial = partial_ptr + (out + tl.arange(0, $stored))[None, :] * $dim
+partial = partial_ptr + (out + tl.arange(0, ROWS))[None, :] * $dim
 $stores
 $exact
 lse = tl.where(mass > 0.0, peak * size + logarithm(tl.where(mass > 0.0, mass, 1.0)), -1.0e30)
@@ -34,8 +34,7 @@ def partials(plan: Plan, values: ValueSide, *, edges: bool) -> list[str]:
     """Lines that store a program's outputs; those of its exact tokens apart where values are turned."""
     exact, abreast = list[str](), plan.abreast
     rows, united = ROWS if abreast else "ROWS", abreast and not edges
-    # one name has one shape in both branches
-    once, partial = LEFT if abreast else "", "united_partial" if united else "partial"
+    once = LEFT if abreast else ""
     if edges and values.exact_rows is not None:
         exact = ["slot = ((split - splits).to(tl.int64) * tl.num_programs(0) + bh) * tl.num_programs(2) + block"]
         exact.append(f"slot = slot * {rows} + tl.arange(0, ROWS)")
@@ -48,9 +47,7 @@ def partials(plan: Plan, values: ValueSide, *, edges: bool) -> list[str]:
         united=UNITED.splitlines() if united else [],
         share=" * decay" if united else "",
         rows=f"({rows})" if abreast else rows,
-        partial=partial,
-        stored=rows if united else "ROWS",
-        stores=values.stores(partial, "united" if united else "", "" if united else once),
+        stores=values.stores("partial", "columns_of_both" if united else "", once),
         exact=exact,
         once=masked(once),
     ).splitlines()
