@@ -54,8 +54,9 @@ def _build(scheme: Scheme, shape: Shape, backend: Backend, why: str, name: str) 
     )
 
 
+@lru_cache(maxsize=64)
 def render(plan: Plan, backend: Backend, name: str) -> str:
-    """The generated text of a plan."""
+    """The generated text of a plan; the last ones are kept."""
     if backend == "triton":
         from . import render_triton
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -58,7 +59,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         with answer.plain_warnings():
-            status = app(given, standalone_mode=False, prog_name="kvdsl")
+            status = _command()(given, standalone_mode=False, prog_name="kvdsl")
         return status if isinstance(status, int) else DONE
     except typer.Exit as exit_:
         return exit_.exit_code
@@ -75,6 +76,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, ProofError) or hasattr(error, "failures"):
             return FAILED  # a lowering that is not proven, a kernel that does not compile
     return WRONG
+
+
+@cache
+def _command() -> Any:
+    """All commands, made once: their signatures are read for it."""
+    return typer.main.get_command(app)
 
 
 def _shape(

@@ -104,7 +104,7 @@ def test_emit_writes_what_build_would_run(backend: str, tmp_path: Path, capsys: 
 
     path = Path(asked(capsys, "emit", "kivi2", "--out", str(tmp_path / "new"), "--backend", backend).strip())
     plan = plan_for(kvdsl.load("kivi2"), kvdsl.Shape(128, 8, 32))
-    assert path.name == f"kivi2_{backend}.py" and path.read_text() == render(plan, backend, "kivi2")  # type: ignore[arg-type]
+    assert path.name == f"kivi2_{backend}.py" and path.read_text() == render(plan, backend, "kivi2")
 
 
 def test_compile_gives_figures_without_a_gpu(capsys: Captured) -> None:

@@ -254,19 +254,16 @@ def texts(backend: Backend, *, every: int = 1) -> Iterator[tuple[str, Plan, str]
             yield f"{name}_{backend}_{shape.head_dim}", plan, render(plan, backend, name)
 
 
-def loose_arguments(tree: ast.Module) -> dict[str, set[str]]:
+def loose_arguments(text: str) -> dict[str, set[str]]:
     """Of every kernel of a generated text the arguments that it is not specialized for."""
-    return {
-        node.name: set(re.findall(r"'(\w+)'", " ".join(map(ast.unparse, node.decorator_list))))
-        for node in tree.body
-        if isinstance(node, ast.FunctionDef)
-    }
+    kernels = re.findall(r"^@triton\.jit(?:\(do_not_specialize=\[(.*)\]\))?\ndef (\w+)", text, re.MULTILINE)
+    return {name: set(re.findall(r"\w+", loose)) for loose, name in kernels}
 
 
-def anew(plan: Plan, text: str, tree: ast.Module) -> list[str]:
+def anew(plan: Plan, text: str) -> list[str]:
     """Kernels that would be compiled anew for another length: Triton does so where an argument that it may specialize
     becomes, or ceases to be, a multiple of 16.  Only numbers that belong to the parameters may be such."""
-    loose, found = loose_arguments(tree), []
+    loose, found = loose_arguments(text), []
     for launch in launches(plan, text):
         whole = {argument for argument, kind in launch.signature if kind == "i32"} - loose[launch.kernel]
         others = [argument for argument in whole if not re.fullmatch(r"(keys|values)\w*_(stride|shifts)", argument)]
@@ -278,9 +275,8 @@ def anew(plan: Plan, text: str, tree: ast.Module) -> list[str]:
 def test_generated_text_is_clean(backend: Backend, tmp_path: Path) -> None:
     for name, plan, text in texts(backend):
         (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
-        tree = ast.parse(text)
-        assert ast.get_docstring(tree), name
-        assert backend == "torch" or plan.shape == SHAPES[1] or not anew(plan, text, tree), name
+        assert re.match(r'"""\w', text), name
+        assert backend == "torch" or plan.shape == SHAPES[1] or not anew(plan, text), name
     select = ["--isolated", "--select", "F,E9", "--target-version", "py311"]
     done = subprocess.run(
         [sys.executable, "-m", "ruff", "check", *select, str(tmp_path)], capture_output=True, text=True
