@@ -212,6 +212,29 @@ def hadamard(x, STAGES: tl.constexpr, FACTOR: tl.constexpr):
 
 
 @triton.jit
+def hadamard_lanes(x, SIZE: tl.constexpr):
+    """Sylvester's matrix of SIZE rows times every block of so many lanes of x [lanes, rows], as float32.
+
+    Products of a sign and a float16 number, or a bfloat16 number as float32, are exact, as matrix units multiply them.
+    """
+    i = tl.arange(0, x.shape[0])
+    both = i[:, None] & i[None, :]
+    if x.shape[0] > 32:
+        both = (both ^ (both >> 5)) & 31  # as many of its bits are set, or an even number fewer
+    odd = ((-1771476586 >> both) & 1) > 0  # a bit for each number below 32: whether an odd number of its bits is set
+    matrix = tl.where(odd, -1.0, 1.0)
+    if x.shape[0] > SIZE:
+        matrix = tl.where(i[:, None] // SIZE == i[None, :] // SIZE, matrix, 0.0)
+    return tl.dot(matrix.to(x.dtype), x, input_precision="tf32")
+
+
+@triton.jit
+def with_signs(x, bits, lane):
+    """x [lanes, rows], negative where the bit of a lane is set."""
+    return tl.where(((bits >> lane) & 1)[:, None] > 0, -x, x)
+
+
+@triton.jit
 def finite(x):
     """NaN to 0, and everything into the range of float16; as float32."""
     if x.dtype == tl.float16:

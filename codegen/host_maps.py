@@ -54,3 +54,12 @@ def cartesian(y: Tensor, levels: int = 1) -> Tensor:
     for a in reversed(angles):
         radius = torch.cat((radius * torch.cos(a), radius * torch.sin(a)), -1)
     return radius.to(torch.float32)
+
+
+def sign_words(matrix: Tensor, size: int, heads: int) -> Tensor:
+    """The random signs of a rotation in blocks of `size` (H or 1, D, D), a bit a channel that is set where it is
+    negative: (heads, D / 32) int32."""
+    channel = torch.arange(matrix.shape[-1], device=matrix.device)
+    negative = matrix[:, channel // size * size, channel] < 0  # of each block the row that has the signs alone
+    bits = negative.unflatten(-1, (-1, 32)).to(torch.int64) << torch.arange(32, device=matrix.device)
+    return bits.sum(-1).to(torch.int32).expand(heads, -1).contiguous()

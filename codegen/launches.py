@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from functools import cache
 
@@ -29,6 +28,7 @@ POINTERS = {
     "first_ptr": "*i32", "begin_ptr": "*i32", "end_ptr": "*i32", "table_ptr": "*i32", "packed_keys_ptr": "*i32",
     "packed_values_ptr": "*i32", "length_ptr": "*i32", "start_ptr": "*i32", "position_ptr": "*i32",
     "place_ptr": "*i32", "asked_ptr": "*i32", "due_keys_ptr": "*i32", "due_values_ptr": "*i32",
+    "keys_signs_ptr": "*i32",
 }  # fmt: skip
 GIVEN = {"scale": "scale", "second": "scale.scale", "table": "code"}  # pointer -> name of the parameter behind its side
 GIVEN_POINTERS = {f"{side}_{name}_ptr": f"{side}.{path}" for side in SIDES for name, path in GIVEN.items()}
@@ -171,15 +171,14 @@ def loop_bytes(plan: Plan, *, repeated: bool = False) -> int:
 
 @cache
 def arguments(source: str) -> dict[str, tuple[str, ...]]:
-    """The argument names of every kernel of a generated text."""
-    tree = ast.parse(source)
+    """The argument names of every kernel of a generated text, whose functions are all written alike."""
     called = set(re.findall(r"(?<!def )\b(\w+)\(", source))
-    return {
-        node.name: tuple(arg.arg for arg in node.args.args)
-        for node in tree.body
-        if isinstance(node, ast.FunctionDef) and any(arg.arg.endswith("_ptr") for arg in node.args.args)
-        if node.name not in called
+    found = {
+        name: tuple(re.findall(r"(\w+)(?:: [\w.]+)?(?:,|$)", given.strip()))
+        for name, given in re.findall(r"^def (\w+)\(([^)]*)\):", source, re.MULTILINE)
+        if name not in called
     }
+    return {name: names for name, names in found.items() if any(one.endswith("_ptr") for one in names)}
 
 
 def _type(name: str, kernel: str, plan: Plan) -> str:

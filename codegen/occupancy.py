@@ -155,11 +155,11 @@ def edge_splits(work: Work, count: int, room: Room) -> int:
     return min(sizes, key=lambda more: predicted(work, count, more, room))
 
 
-def merge_lanes(rows: int, channels: int, processors: int) -> int:
+def merge_lanes(rows: int, channels: int, processors: int, least: int = LEAST_LANES) -> int:
     """Channels that a program merges the partials of, of so many rows: all, or fewer where the rows are too few to
-    keep the processors busy."""
+    keep the processors busy, `least` or more."""
     lanes = whole = padded(channels)
-    while lanes > LEAST_LANES and rows * whole // lanes <= processors:
+    while lanes > least and rows * whole // lanes <= processors:
         lanes //= 2
     return lanes
 

@@ -35,4 +35,4 @@ def overlapping(device: int) -> bool:
 def early(kernel: str, plan: Plan) -> bool:
     """Whether a kernel is launched before the one in front of it has ended, where the GPU can: the merges, and what
     reads pages for a query that another kernel has mapped."""
-    return kernel in MERGES or kernel in ATTEND and plan.keys.through
+    return kernel in MERGES or kernel in ATTEND and plan.maps_query

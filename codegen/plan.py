@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
 from kvdsl.rules import refuse_for
-from kvdsl.scheme import SIDES, Band, Scheme, Side, Store
+from kvdsl.scheme import SIDES, Band, Rotate, Scheme, Side, Store
 from kvdsl.shape import Shape
 from kvdsl.window import TILE, token_block, windows
 
@@ -23,6 +23,7 @@ DECODE_ROWS = 8
 EXTEND_ROWS = 16
 WIDEST = 256  # numbers of a value that 16 rows of sums are kept of
 EDGE_TILE = 16
+WORD = 32  # signs of channels in a word
 EXACT_TILE = 16  # tokens a tile where products are of float32 numbers, outside the tensor cores
 
 
@@ -73,6 +74,23 @@ class Plan:
         if side.ordered and self.shape.head_dim > WIDEST // 2:
             return False  # two warps have no registers for waves of so many channels
         return plain and operands and layout.planes % 2 == 0 and layout.planes * width == self.shape.head_dim
+
+    @cached_property
+    def rotates(self) -> bool:
+        """Programs that read pages rotate the query themselves."""
+        side, width = self.keys, self.keys.layout.plane_width
+        alone = _rotates_planes(side) and side.rope is None and not (side.rounded or side.masked)
+        return alone and self.shape.dtype != "fp32" and (width <= WORD and side.row % WORD == 0 or not drawn(side))
+
+    @cached_property
+    def adds_planes(self) -> bool:
+        """Programs that read pages add up the planes of a rotated output, of which a merge rotates those of a plane."""
+        return _rotates_planes(self.values)
+
+    @property
+    def maps_query(self) -> bool:
+        """Packed tokens meet what a kernel of its own makes of the query."""
+        return self.keys.through and not self.rotates
 
     @property
     def turns(self) -> range:
@@ -204,6 +222,22 @@ def plan_for(scheme: Scheme, shape: Shape) -> Plan:
 def _rounded(side: SidePlan) -> SidePlan:
     """A side, of all of whose terms packed tokens meet a rounded query."""
     return replace(side, rounded=True, rest=None if side.rest is None else _rounded(side.rest))
+
+
+def drawn(side: SidePlan) -> bool:
+    """Whether a Hadamard rotation has random signs."""
+    return any(isinstance(part, Rotate) and part.kind == "random_hadamard" for part in side.store.linear)
+
+
+def _rotates_planes(side: SidePlan) -> bool:
+    """Packed tokens meet the query, or add to the output, through a Hadamard rotation alone, each of whose blocks is of
+    whole planes, or each plane of whole blocks."""
+    width, planes = side.layout.plane_width, side.layout.planes
+    if not (side.hadamard and side.through and len(side.terms) == 1) or side.polar:
+        return False
+    plain = not (side.layout.digits or side.alphabet.vectors or side.floats) and width >= NARROWEST
+    powers = width & (width - 1) == 0 and planes & (planes - 1) == 0 and planes * width == side.row
+    return plain and powers and (width % side.hadamard == 0 or side.hadamard % width == 0)
 
 
 def _columnar(side: SidePlan) -> bool:

@@ -20,7 +20,7 @@ def render(plan: Plan, name: str) -> str:
     """The whole text, formatted and deterministic."""
     attend = Attend(plan)
     kernels = [write(plan, term) for term in plan.spaces if term.mapped for write in (turn, restore)]
-    if plan.keys.through:
+    if plan.maps_query:
         kernels += [turn_query(plan)] if plan.queries is None else rounding(plan, plan.queries)
     kernels += [unrope(plan), rope(plan)] if plan.keys.rope is not None else []
     kernels += [pack_of(plan, term) for term in plan.stored]

@@ -17,10 +17,11 @@ from kvdsl.window import windows
 
 from . import forms, run_dense
 from .host_channels import ready_rows
+from .host_maps import sign_words
 from .host_slots import by_channel, by_turned_channel
 from .launches import divisible, warps
-from .occupancy import MOST_EDGES, MOST_SPLITS, Room, Work, alone, edge_splits, merge_lanes, ranked, splits
-from .plan import SidePlan
+from .occupancy import LEAST_LANES, MOST_EDGES, MOST_SPLITS, Room, Work, alone, edge_splits, merge_lanes, ranked, splits
+from .plan import SidePlan, drawn
 from .run_pages import PageModule
 from .run_parts import LOG2E, NO_WINDOW, Part, Scratch, within
 from .schedules import KERNEL, Bucket, Schedule
@@ -32,6 +33,8 @@ from .triton_turn import query_tile
 USUAL = 8  # programs that a processor holds at once, of a kernel of which it is not known
 ROWS = WeakTensorKeyDictionary()
 """Maps of sketches -> their rows, ready for codes: made once for those that are used again in every step."""
+SIGNS = WeakTensorKeyDictionary()
+"""Matrices of rotations -> their random signs."""
 
 
 class TritonModule(PageModule):
@@ -50,12 +53,14 @@ class TritonModule(PageModule):
                 gathered = by_turned_channel(query, shape.kv_heads, len(params[ROPE]), keys.rope.interleaved)
                 given["gathered_ptr"] = gathered
             return given | self._positions(end, query.device, params, places)
-        if gathers(self.plan) and not keys.through:
+        if gathers(self.plan) and not self.plan.maps_query:
             given["gathered_ptr"] = by_channel(query, shape.kv_heads)
         if keys.masked:
             maps = keys.terms[: 1 if alike(self.plan) else 2]
             given.update({f"{term.space}_rows_ptr": self._rows_of_map(term, params) for term in maps})
-        return given | self.turned(query, params, soon=soon) if keys.through else given
+        if self.plan.rotates and drawn(keys):
+            given["keys_signs_ptr"] = self._signs(params)
+        return given | self.turned(query, params, soon=soon) if self.plan.maps_query else given
 
     def turned(self, query: Tensor, params: Params, *, soon: bool = False) -> dict[str, Any]:
         """What the query (B, Hq, Q, D) becomes for packed tokens, what is added to scores, the query by channels.
@@ -73,6 +78,14 @@ class TritonModule(PageModule):
         grid = (batch * shape.kv_heads, -(-keys.row // lanes), -(-queries * shape.group // rows))
         self._run("turn_query", grid, {**given, "queries": queries, "soon": int(soon)}, None, params)
         return given
+
+    def _signs(self, params: Params) -> Tensor:
+        """The random signs of the keys' rotation, a bit a channel: (H, D / 32) int32; made once."""
+        keys, matrix = self.plan.keys, params[f"{self.plan.keys.space}.encode"]
+        if matrix not in SIGNS:
+            SIGNS[matrix] = sign_words(matrix, keys.hadamard, self.plan.shape.kv_heads)
+        signs: Tensor = SIGNS[matrix]
+        return signs
 
     def _rows_of_map(self, term: SidePlan, params: Params) -> Tensor:
         """The rows of a sketch's map, a channel each, as queries that are ready for codes, their sums behind them
@@ -240,7 +253,7 @@ class TritonModule(PageModule):
 
     def _attend(self, part: Part, into: Scratch) -> None:
         """Write the partials of a segment of this scheme."""
-        state, soon = part.state, self.plan.keys.through and self._alone(part)
+        state, soon = part.state, self.plan.maps_query and self._alone(part)
         given = {
             **self._reading(part.query, state, part.params, soon=soon), **into, "splits": part.clean,
             "edge_splits": part.edges, "ahead": state.ahead,
@@ -266,7 +279,8 @@ class TritonModule(PageModule):
     def _merge(self, kernel: str, part: Part, scratch: Scratch, count: int, **more: Any) -> None:
         batch, heads, queries, _ = part.query.shape
         rows, channels = batch * heads * queries, self.plan.values.channels
-        lanes = padded(channels) if part.fixed else merge_lanes(rows, channels, self.processors())
+        least = max(LEAST_LANES, self.plan.values.layout.plane_width if self.plan.adds_planes else 0)
+        lanes = padded(channels) if part.fixed else merge_lanes(rows, channels, self.processors(), least)
         given = {
             **scratch, **more, "queries": queries, "blocks": part.blocks, "splits": count, "clean": part.clean,
             "ROWS": part.rows, "SPLITS": padded(count), "EDGES": max(MOST_EDGES, padded(part.edges)), "LANES": lanes,

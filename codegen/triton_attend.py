@@ -296,8 +296,8 @@ class Attend:
         prologue = [*lanes, *self.keys.prologue(), *size]
         alike = self.edges.in_planes[0]
         holes, bounds, seen = order(plan, self._shared(rows))
-        itself = self.keys.exact_rows is not None or not plan.keys.through
-        exact_query = self._query("query") if plan.keys.through and itself else []
+        itself = self.keys.exact_rows is not None or not plan.maps_query
+        exact_query = self._query("query") if plan.maps_query and itself else []
         args = [*["query_ptr"] * itself, *self.keys.inputs(), *self.pools, "table_ptr", *parameters(plan)]
         args += ["packed_keys_ptr", "packed_values_ptr", "length_ptr", "start_ptr", "first_ptr"]
         args += ["key_rows_ptr", "value_rows_ptr", "partial_ptr"]
@@ -344,7 +344,7 @@ class Attend:
             halves.add(f"u = tile * {plan.tile}{shift} + tl.arange(0, {plan.half})")
             halves.add("tl.store(out + u[:, None], s * size[None, :], mask=live[None, :] & (u < tokens)[:, None])")
         text = "\n".join([*addresses, *halves.lines])
-        args = [*([] if plan.keys.through else ["query_ptr"]), *self.keys.inputs()]
+        args = [*([] if plan.maps_query else ["query_ptr"]), *self.keys.inputs()]
         args += [*(p for p in self.pools if p in text), "table_ptr"]
         args += [p for p in parameters(plan) if p.startswith("keys")]
         args += ["out_ptr", "queries", "table_width", "tokens", "scaling", *(PLACES if placed else [])]

@@ -19,6 +19,7 @@ from .triton_pairs import Pairs
 from .triton_planes import Planes
 from .triton_rope import Positions
 from .triton_together import load_together, read_group, read_plane
+from .triton_turn import rotated_planes
 from .triton_vectors import first_channel
 
 
@@ -56,7 +57,7 @@ class Keys(Planes):
             load = f"tl.load({query}{first} + {channel}[:, None], mask={mask}, other=0.0)"
             lines.append(f"x{j} = {load}.to(tl.float32) * scaling")
         lines += self.positions.queries() if self.positions is not None else []
-        return self.own(lines)
+        return self.own(rotated_planes(self, query, whole) if self.plan.rotates else lines)
 
     def rows(self) -> list[str]:
         """The names of the loaded planes."""

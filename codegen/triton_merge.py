@@ -114,7 +114,7 @@ total = total * reciprocal(tl.where(mass > 0.0, mass, 1.0))
 ROTATED_SUM = """
 $exact
 coded = tl.sum(tl.where((weight > 0.0)[:, None], part * weight[:, None], 0.0), 0)
-coded = tl.reshape(hadamard(coded[None, :], $stages, $factor), [$lanes])
+coded = tl.reshape(hadamard(coded[None, :], $stages, $factor), d.shape)
 $signs
 total = (total + coded) * reciprocal(tl.where(mass > 0.0, mass, 1.0))
 """
@@ -161,7 +161,9 @@ def _text(plan: Plan, name: str, through: bool, into: str) -> str:
         exact = [f"total = tl.zeros([{padded(dim)}], tl.float32)"]
         exact = fill(APART_SUM).splitlines() if apart else exact
         if rotated(values):
-            rotation = {**stages_of(values), "lanes": padded(dim), "signs": with_signs(values, "d", "coded")}
+            rotation = {**stages_of(values), "signs": with_signs(values, "d", "coded")}
+            if plan.adds_planes:  # what is left are blocks within a plane
+                rotation["stages"] = min(values.hadamard, values.layout.plane_width).bit_length() - 1
             total = fill(ROTATED_SUM, **turned, **rotation, exact=exact)
         else:
             total = fill(TURNED_SUM, **turned, exact=exact, shift=shift)
@@ -169,8 +171,9 @@ def _text(plan: Plan, name: str, through: bool, into: str) -> str:
     args += [f"{into}_lse_ptr", "queries", "blocks", "splits", *["clean"] * apart, *["to_blocks"] * (into == "to")]
     loose = [name for name in ("queries", "splits", "blocks", "clean", "to_blocks") if name in args]
     args += ["ROWS: tl.constexpr", "SPLITS: tl.constexpr", *["EDGES: tl.constexpr"] * apart]
-    args += [*["LANES: tl.constexpr"] * (not through), *["TO_ROWS: tl.constexpr"] * (into == "to")]
-    lanes = f"tl.arange(0, {padded(dim)})" if through else "tl.program_id(2) * LANES + tl.arange(0, LANES)"
+    parted = not through or plan.adds_planes
+    args += [*["LANES: tl.constexpr"] * parted, *["TO_ROWS: tl.constexpr"] * (into == "to")]
+    lanes = "tl.program_id(2) * LANES + tl.arange(0, LANES)" if parted else f"tl.arange(0, {padded(dim)})"
     end = fill(OUTPUT if into == "out" else PARTIAL, **holes, result=result)
     return fill(
         MERGE, name=name, loose=", ".join(f'"{one}"' for one in loose), args=[f"{arg}," for arg in args],

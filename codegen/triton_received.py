@@ -242,7 +242,7 @@ class Received(Attend):
 
     def _itself(self) -> bool:
         """Whether exact rows meet the query itself."""
-        return self.keys.exact_rows is not None or not self.plan.keys.through
+        return self.keys.exact_rows is not None or not self.plan.maps_query
 
     def _row(self) -> str:
         """As in attention; a remainder says that the row of a sink is small, whatever the program's number."""
@@ -270,7 +270,7 @@ class Received(Attend):
             "sink_tiles": -(-sinks // edge_tile), "minus_sinks": -sinks, "row": self._row(),
         }  # fmt: skip
         size = ["true_size = size", "size = tl.full([ROWS], 1.0, tl.float32)"] if plan.shape.softcap else []
-        itself = self._query("query") if plan.keys.through and self._itself() else []
+        itself = self._query("query") if plan.maps_query and self._itself() else []
         before, index = shared["sink_tiles"], "before + step"
         index = f"tl.where(step < {before}, step - {before}, before + step - {before})" if sinks else index
         order = self._order(shared)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .placement import When
-from .plan import Plan
+from .plan import Plan, drawn
 from .triton_gather import gathers
 from .triton_keys import Keys
 from .triton_masked import MaskedKeys
@@ -16,10 +16,16 @@ from .triton_values import Values
 PLANAR = (Keys, MaskedKeys)  # keys that are nothing but codes, whose scores are sums over planes
 
 
-def largest(names: Sequence[str]) -> list[str]:
-    """Lines that make of tiles [lanes, rows] the largest size of each row."""
-    first, *more = names
-    return [f"top = tl.max(tl.abs({first}), 0)"] + [f"top = tl.maximum(top, tl.max(tl.abs({x}), 0))" for x in more]
+def largest(*groups: Sequence[str]) -> list[str]:
+    """Lines that make of tiles [lanes, rows] the largest size of each row; those of a group have as many lanes, and
+    become one tile before lanes are exchanged."""
+    lines: list[str] = []
+    for names in filter(None, groups):
+        name = "more" if lines else "top"
+        lines.append(f"{name} = tl.abs({names[0]})")
+        lines += [f"{name} = tl.maximum({name}, tl.abs({x}))" for x in names[1:]]
+        lines.append(f"top = {f'tl.maximum(top, tl.max({name}, 0))' if name == 'more' else 'tl.max(top, 0)'}")
+    return lines
 
 
 class KeySide:
@@ -33,7 +39,7 @@ class KeySide:
         self.exact_rows = None
         if self.side.apart:
             self.exact_rows = ExactRows(plan, self.side, self.first.exact, self.first.precise)
-        self.query = "turned" if self.side.through else "query"
+        self.query = "turned" if plan.maps_query else "query"
 
     def inputs(self) -> list[str]:
         """The arguments that stand beside the query: the turned query, what it adds to a score, rotary positions."""
@@ -41,7 +47,9 @@ class KeySide:
         given += [name for term in self.terms for name in term.inputs()]
         if self.positions is not None:
             return [*self.positions.inputs(), *given]
-        return ["turned_ptr", *["bias_ptr"] * self.side.shifted, *given] if self.side.through else given
+        if self.plan.rotates:
+            return [*["keys_signs_ptr"] * drawn(self.side), *given]
+        return ["turned_ptr", *["bias_ptr"] * self.side.shifted, *given] if self.plan.maps_query else given
 
     def lane_lines(self) -> list[str]:
         return [line for term in self.terms for line in term.lane_lines()]
@@ -57,9 +65,8 @@ class KeySide:
         lines = [line for term in self.terms for line in term.loads(self.query)]
         names = [name for term in self.terms for name in term.rows()]
         turned = [f"w{j}" for j in self.positions.count] if self.positions is not None else []
-        more = [*names[1:], *(others or [])]
-        more += turned if self.side.factored else []  # other factors than those of their partners in x are on them
-        lines += largest([names[0], *more])
+        beside = turned if self.side.factored else []  # other factors than those of their partners in x are on them
+        lines += largest(*(term.rows() for term in self.terms), others or [], beside)
         lines.append("size, inverse = above(top)  # [rows]")
         lines += [f"{name} = {name} * inverse[None, :]" for name in [*names, *turned]]
         if self.side.shifted and self.side.hoisted:

@@ -10,12 +10,11 @@ from __future__ import annotations
 import math
 import struct
 
-from kvdsl.scheme import Rotate
-
 from .codec import made
-from .plan import Plan, SidePlan
-from .text import fill, literal, padded
+from .plan import WORD, Plan, SidePlan, drawn
+from .text import fill, literal, padded, plus
 from .triton_gather import gathers, stride, where_gathered
+from .triton_planes import Planes
 
 TURN_ROWS = 32  # tokens of a program
 TURN_LANES = 128  # numbers of the result of a program
@@ -165,6 +164,36 @@ def with_signs(side: SidePlan, lane: str, row: str, index: str = "") -> list[str
     ]
 
 
+def rotated_planes(keys: Planes, query: str, inside: str) -> list[str]:
+    """Lines that load the rows of a query [lanes, rows] plane by plane and rotate them: those of a plane by a product
+    of signs, and a block that is wider by sums of planes, too."""
+    side, layout = keys.side, keys.side.layout
+    planes, width, size = range(layout.planes), layout.plane_width, side.hadamard
+    words, lines = side.stride // WORD, []
+    if drawn(side):
+        lines = [f"signs{i} = tl.load(keys_signs_ptr + h * {words}{plus(i)})" for i in range(words)]
+    loads = [f"tl.load({query} + {keys.plane_lane(j)}[:, None], mask={inside}, other=0.0)" for j in planes]
+    wide = ".to(tl.float32)" * (keys.plan.shape.dtype == "bf16")  # the interpreter does not calculate with bfloat16
+    lines += [f"x{j} = {load}{wide}" for j, load in enumerate(loads)]
+    for j in planes if drawn(side) else ():
+        word, bit = divmod(j * width, WORD)
+        lines.append(f"x{j} = with_signs(x{j}, signs{word}, {keys.lane}{plus(bit)})")
+    lines += [f"x{j} = hadamard_lanes(x{j}, {min(size, width)})" for j in planes]
+    lines += [*planes_added(side, "x"), f"turned_scaling = scaling * {literal(entry(size))}"]
+    return lines + [f"x{j} = x{j} * turned_scaling" for j in planes]
+
+
+def planes_added(side: SidePlan, letter: str) -> list[str]:
+    """Lines that do what a Hadamard rotation does to numbers of several planes."""
+    lines, apart = [], 1
+    while apart * side.layout.plane_width < side.hadamard:
+        first = (j for j in range(side.layout.planes) if not j & apart)
+        pairs = ((f"{letter}{j}", f"{letter}{j + apart}") for j in first)
+        lines += [f"{a}, {b} = {a} + {b}, {a} - {b}" for a, b in pairs]
+        apart *= 2
+    return lines
+
+
 def _turn(plan: Plan, side: SidePlan, name: str, source: str, total: str, **holes: list[str] | str | int) -> str:
     """`total`: rows of a head in `source`."""
     if side.hadamard:
@@ -198,11 +227,6 @@ def map_arguments(side: SidePlan, what: str) -> list[str]:
     name = f"{side.space}_{what}"
     shift = [f"{name}_shift_ptr", f"{side.space}_shifts"] if side.shifted else []
     return [f"{name}_columns_ptr", f"{side.space}_stride", *shift]
-
-
-def drawn(side: SidePlan) -> bool:
-    """Whether a Hadamard rotation has random signs."""
-    return any(isinstance(part, Rotate) and part.kind == "random_hadamard" for part in side.store.linear)
 
 
 def whole_map(side: SidePlan) -> tuple[str, str]:

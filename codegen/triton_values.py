@@ -16,6 +16,7 @@ from .triton_groups import UNIT, halves, in_halves
 from .triton_meta import across, read, static_read, token_entry
 from .triton_planes import Planes
 from .triton_together import load_together, read_group, read_plane
+from .triton_turn import planes_added
 from .triton_vectors import first_channel
 
 
@@ -31,8 +32,9 @@ class Values(Planes):
 
     def stores(self, out: str, united: str = "", once: str = "") -> list[str]:
         """Lines that store a tile a plane [lanes, rows], divided by the mass of weights; all rows have a place.
-        `united`: the function that makes rows of columns; `once`: the mask of those that are stored."""
-        lines, first = [], plus(self.side.first + (self.head or 0) * self.side.dim)
+        `united`: the function that adds up the columns of a row; `once`: the mask of those that are stored."""
+        lines = planes_added(self.side, "o") if self.plan.adds_planes else []
+        first = plus(self.side.first + (self.head or 0) * self.side.dim)
         for j in range(self.side.layout.planes):
             masks = [f"{once}[None, :]"] * bool(once) + [f"{self.inside(j)}[:, None]"] * bool(self.inside(j))
             number = f"o{j} * inverse[None, :]"

@@ -30,6 +30,7 @@ from kvdsl.codegen.occupancy import (
 )
 from kvdsl.codegen.plan import plan_for
 from kvdsl.codegen.run_parts import Part
+from kvdsl.codegen.text import padded
 from kvdsl.schemes import ALL
 from kvdsl.shape import Shape
 
@@ -165,6 +166,7 @@ def test_few_rows_are_merged_by_more_programs_that_find_a_processor_each(rows: i
     lanes = merge_lanes(rows, channels, PROCESSORS)
     assert lanes == right
     assert lanes >= channels or rows * -(-channels // lanes) <= 2 * PROCESSORS
+    assert merge_lanes(rows, channels, PROCESSORS, least=64) == min(max(64, right), padded(channels))
 
 
 def timings(name: str) -> Iterator[tuple[Work, Room, dict[tuple[int, int], float]]]:

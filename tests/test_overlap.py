@@ -33,7 +33,7 @@ def test_an_early_kernel_waits_before_it_reads_and_the_one_in_front_lets_it_begi
     plan, found = plan_for(ALL[name], SHAPE), kernels(name)
     begun = {kernel for kernel in found if early(kernel, plan)}
     assert begun == {kernel for kernel, text in found.items() if "await_last()" in text}
-    assert begun == {*MERGES} & {*found} | ({"decode", "extend"} if plan.keys.through else set())
+    assert begun == {*MERGES} & {*found} | ({"decode", "extend"} if plan.maps_query else set())
     for kernel in begun:
         before, _, behind = found[kernel].partition("await_last()")
         assert not any(pointer in before for pointer in WRITTEN[kernel])
@@ -42,6 +42,6 @@ def test_an_early_kernel_waits_before_it_reads_and_the_one_in_front_lets_it_begi
         before, *branches = found[kernel].split("let_next_begin()")
         assert "tl.store(" not in before and len(branches) == 2
         assert all("tl.store(" in branch for branch in branches)
-    if plan.keys.through:  # at once where that is asked for, else where it is stored
+    if plan.maps_query:  # at once where that is asked for, else where it is stored
         before, soon, behind = found["turn_query"].split("let_next_begin()")
         assert before.strip() == "if soon:" and "tl.store(" not in soon and "tl.store(" in behind

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 
 from kvdsl.codegen.device import hadamard
+from kvdsl.codegen.host_maps import sign_words
+from kvdsl.codegen.plan import plan_for
 from kvdsl.codegen.triton_turn import entry
 from kvdsl.matrices import rotation
 from kvdsl.scheme import Codebook, PreRope, Rotate, Scheme, Store, Uniform, per_token
@@ -77,3 +79,38 @@ def test_what_is_coded_is_the_product_with_the_matrix(name: str, dtype: Any) -> 
 def test_what_is_no_number_reaches_all_blocks(law: str) -> None:
     scheme, dim = SCHEMES["blocks"]
     LAWS[law](Case(scheme, Shape(dim, 1, 1), "triton", batch=1, tokens=33, seed=4))
+
+
+@pytest.mark.parametrize(
+    ("bits", "rotate", "dim", "dtype", "own"),
+    [
+        (8, Rotate("hadamard"), 128, "fp16", True),  # planes of more channels than a word has bits
+        (2, Rotate("hadamard", size=64), 128, "bf16", True),  # blocks of several planes
+        (4, Rotate("random_hadamard", size=16, seed=1), 64, "fp16", True),  # blocks within a plane
+        (2, Rotate("random_hadamard", seed=2), 64, "bf16", True),
+        (4, Rotate("hadamard", size=32), 96, "fp16", False),
+        (4, Rotate("hadamard"), 64, "fp32", False),
+    ],
+)
+def test_queries_and_outputs_are_rotated_where_pages_are_read(
+    bits: int, rotate: Rotate, dim: int, dtype: Any, own: bool
+) -> None:
+    """By the programs that read them where planes are whole blocks, or blocks whole planes; else by kernels of their
+    own, and in the merge."""
+    scheme, shape = (
+        Scheme(both=Store(Uniform(bits), scale=per_token(), transform=rotate)),
+        Shape(dim, 2, 4, dtype=dtype),
+    )
+    assert plan_for(scheme, shape).rotates is own
+    for law in ("decode_is_attention", "extend_is_attention"):
+        LAWS[law](Case(scheme, shape, "triton", batch=1, tokens=130, seed=6))
+
+
+def test_a_word_has_the_signs_of_a_rotation() -> None:
+    """With them on its channels a random rotation is the one without."""
+    drawn, plain = (rotation(kind, 64, seed, 128) for kind, seed in (("random_hadamard", 7), ("hadamard", None)))
+    words = sign_words(drawn[None].float(), 64, 3)
+    assert words.shape == (3, 4) and words.dtype is torch.int32
+    for row in words:
+        negative = (row[:, None] >> torch.arange(32) & 1).flatten().bool()
+        assert torch.equal(torch.where(negative, -drawn, drawn), plain)
