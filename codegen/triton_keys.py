@@ -47,6 +47,8 @@ class Keys(Planes):
 
     def loads(self, query: str) -> list[str]:
         """Load the query rows, plane by plane."""
+        if self.plan.rotates:
+            return self.own(rotated_planes(self, query))
         layout, first = self.side.layout, plus(self.side.first + (self.head or 0) * self.side.dim)
         lines = [f"known = live[None, :] & {self.lane}_in[:, None]"] if self.ragged else []
         whole = "known" if self.ragged else "live[None, :]"
@@ -57,7 +59,7 @@ class Keys(Planes):
             load = f"tl.load({query}{first} + {channel}[:, None], mask={mask}, other=0.0)"
             lines.append(f"x{j} = {load}.to(tl.float32) * scaling")
         lines += self.positions.queries() if self.positions is not None else []
-        return self.own(rotated_planes(self, query, whole) if self.plan.rotates else lines)
+        return self.own(lines)
 
     def rows(self) -> list[str]:
         """The names of the loaded planes."""

@@ -164,7 +164,7 @@ def with_signs(side: SidePlan, lane: str, row: str, index: str = "") -> list[str
     ]
 
 
-def rotated_planes(keys: Planes, query: str, inside: str) -> list[str]:
+def rotated_planes(keys: Planes, query: str) -> list[str]:
     """Lines that load the rows of a query [lanes, rows] plane by plane and rotate them: those of a plane by a product
     of signs, and a block that is wider by sums of planes, too."""
     side, layout = keys.side, keys.side.layout
@@ -172,23 +172,23 @@ def rotated_planes(keys: Planes, query: str, inside: str) -> list[str]:
     words, lines = side.stride // WORD, []
     if drawn(side):
         lines = [f"signs{i} = tl.load(keys_signs_ptr + h * {words}{plus(i)})" for i in range(words)]
-    loads = [f"tl.load({query} + {keys.plane_lane(j)}[:, None], mask={inside}, other=0.0)" for j in planes]
+    loads = [f"tl.load({query} + {keys.plane_lane(j)}[:, None], mask=live[None, :], other=0.0)" for j in planes]
     wide = ".to(tl.float32)" * (keys.plan.shape.dtype == "bf16")  # the interpreter does not calculate with bfloat16
     lines += [f"x{j} = {load}{wide}" for j, load in enumerate(loads)]
     for j in planes if drawn(side) else ():
         word, bit = divmod(j * width, WORD)
         lines.append(f"x{j} = with_signs(x{j}, signs{word}, {keys.lane}{plus(bit)})")
     lines += [f"x{j} = hadamard_lanes(x{j}, {min(size, width)})" for j in planes]
-    lines += [*planes_added(side, "x"), f"turned_scaling = scaling * {literal(entry(size))}"]
+    lines += [*planes_added("x", layout.planes, width, size), f"turned_scaling = scaling * {literal(entry(size))}"]
     return lines + [f"x{j} = x{j} * turned_scaling" for j in planes]
 
 
-def planes_added(side: SidePlan, letter: str) -> list[str]:
-    """Lines that do what a Hadamard rotation does to numbers of several planes."""
-    lines, apart = [], 1
-    while apart * side.layout.plane_width < side.hadamard:
-        first = (j for j in range(side.layout.planes) if not j & apart)
-        pairs = ((f"{letter}{j}", f"{letter}{j + apart}") for j in first)
+def planes_added(letter: str, planes: int, width: int, size: int) -> list[str]:
+    """Lines that apply Sylvester's matrix of `size` rows to numbers <letter><plane> in so far as it is one of planes of
+    `width` channels: sums and differences."""
+    lines, apart = list[str](), 1
+    while apart * width < size:
+        pairs = ((f"{letter}{j}", f"{letter}{j + apart}") for j in range(planes) if not j & apart)
         lines += [f"{a}, {b} = {a} + {b}, {a} - {b}" for a, b in pairs]
         apart *= 2
     return lines

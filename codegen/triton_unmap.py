@@ -19,6 +19,7 @@ from __future__ import annotations
 from .plan import Plan, SidePlan
 from .text import plus
 from .triton_planes import Planes
+from .triton_turn import planes_added
 
 
 def unseen(half: int = 0) -> str:
@@ -102,7 +103,7 @@ class Unmap:
         """Lines before the first plane of a tile."""
         if self.butterflies:
             small = [self._small(j) for j in range(self.count)] if self.side.joined > 1 else []
-            return [*small, *self._summed()]
+            return [*small, *planes_added("b", self.count, self.planes.width, self.butterflies)]
         if self.side.joined > 1:
             return []
         return [self._inner(), *([] if self.strung else self._operands(self.planes))]
@@ -113,17 +114,6 @@ class Unmap:
 
     def _small(self, j: int) -> str:
         return f"b{j} = tl.dot(n{j}.to({self.operand}), sylvester{self.precise})"
-
-    def _summed(self) -> list[str]:
-        """Sylvester's matrix of planes, applied in sums and differences."""
-        lines, step = [], 1
-        while step * self.planes.width < self.butterflies:
-            for j in range(self.count):
-                if not j & step:
-                    a, b = f"b{j}", f"b{j + step}"
-                    lines.append(f"{a}, {b} = {a} + {b}, {a} - {b}")
-            step *= 2
-        return lines
 
     def _products(self, of: int, reader: Planes, *, first: bool = True) -> list[str]:
         """Add what numbers c<plane> of a reader give to b<of>, or begin it."""

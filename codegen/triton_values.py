@@ -33,9 +33,11 @@ class Values(Planes):
     def stores(self, out: str, united: str = "", once: str = "") -> list[str]:
         """Lines that store a tile a plane [lanes, rows], divided by the mass of weights; all rows have a place.
         `united`: the function that adds up the columns of a row; `once`: the mask of those that are stored."""
-        lines = planes_added(self.side, "o") if self.plan.adds_planes else []
+        layout, lines = self.side.layout, list[str]()
+        if self.plan.adds_planes:
+            lines += planes_added("o", layout.planes, layout.plane_width, self.side.hadamard)
         first = plus(self.side.first + (self.head or 0) * self.side.dim)
-        for j in range(self.side.layout.planes):
+        for j in range(layout.planes):
             masks = [f"{once}[None, :]"] * bool(once) + [f"{self.inside(j)}[:, None]"] * bool(self.inside(j))
             number = f"o{j} * inverse[None, :]"
             number = f"{united}({number})" if united else number

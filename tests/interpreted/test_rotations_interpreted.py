@@ -97,10 +97,8 @@ def test_queries_and_outputs_are_rotated_where_pages_are_read(
 ) -> None:
     """By the programs that read them where planes are whole blocks, or blocks whole planes; else by kernels of their
     own, and in the merge."""
-    scheme, shape = (
-        Scheme(both=Store(Uniform(bits), scale=per_token(), transform=rotate)),
-        Shape(dim, 2, 4, dtype=dtype),
-    )
+    scheme = Scheme(both=Store(Uniform(bits), scale=per_token(), transform=rotate))
+    shape = Shape(dim, 2, 4, dtype=dtype)
     assert plan_for(scheme, shape).rotates is own
     for law in ("decode_is_attention", "extend_is_attention"):
         LAWS[law](Case(scheme, shape, "triton", batch=1, tokens=130, seed=6))
