@@ -81,6 +81,7 @@ def results(
         predicted = machine.predicted(schemes, sizes[0])
     with progress("measuring how fast memory is read"):
         limit = machine.limit(None) if machine.limit is not None else None
+        _free(machine)  # of what was read for it the first scheme's call could be 31 us of 273 slower
     rows = [_row(name, scheme, size, machine) for name, scheme in schemes.items() for size in sizes]
     for row in rows if gpu else ():
         mine = (one.get("share") for one in predicted if one["scheme"] == row["scheme"])

@@ -59,6 +59,13 @@ def _twice(numbers):
 
 
 @triton.jit
+def above_each_other(upper, lower):
+    """Two tiles [lanes, columns] as one [2 * lanes, columns]."""
+    both = tl.permute(tl.join(upper, lower), (2, 0, 1))
+    return tl.reshape(both, (2 * upper.shape[0], upper.shape[1]))
+
+
+@triton.jit
 def columns_of_both(columns):
     """Of [lanes, 2 * rows] the sum of every row's two, in both places.  Not a sum along an axis, which two threads have
     then and both write where the warp exchanges what it stores: the same number, but a race."""

@@ -36,7 +36,7 @@ POINTERS |= dict.fromkeys(GIVEN_POINTERS, "*fp32")
 FLOATS = ("scaling", "softcap")
 ENDS = ("merge", "unite")  # they store outputs
 SCORE = ("scores", "reach", "received")
-HALVED = 6144  # bytes of a tile, two tokens abreast, of which two warps each do half
+HALVED = 8192  # bytes of a tile, two tokens abreast, of which two warps each do half
 MANY = 512  # scales of a tile's keys, whose products wait beside sums of received attention
 
 # Settings of NVIDIA's assembler, tried in this order until a kernel keeps its numbers in registers: just above a count
@@ -60,7 +60,7 @@ def warps(kernel: str, plan: Plan) -> int:
 def divisible(plan: Plan) -> bool:
     """Whether two warps of decode each do half of what one does: of a whole tile, and of two tokens abreast of enough
     codes that a product of each is less than what both do at the edges (`kvtq_2bit` 1 x 8 x 1024 9.0 us, with two warps
-    10.3).  Smaller ones take as long."""
+    10.3, `exl3_3` 12.9, 14.2).  Smaller ones take as long."""
     enough = not plan.of_decode.abreast or loop_bytes(plan) >= HALVED
     return warps("decode", plan) == 1 and plan.tile >= TILE and enough
 
@@ -211,7 +211,7 @@ def launches(plan: Plan, source: str) -> tuple[Launch, ...]:
         rows = plan.rows(many=False)
         constants = {
             "ROWS": rows, "TO_ROWS": rows, "SPLITS": 16, "EDGES": MOST_EDGES, "LANES": padded(plan.values.channels),
-            "PAIRS": plan.shape.head_dim // 2,  # of models whose rotary positions turn all channels
+            "EARLY": False, "PAIRS": plan.shape.head_dim // 2,  # of models whose rotary positions turn all channels
         }  # fmt: skip
         records.append(
             Launch(

@@ -96,12 +96,20 @@ class Room:
 
 @dataclass(frozen=True)
 class Work:
-    """What is read: by `programs` where none is shared, each `pages` of `page_tokens` tokens and `edges` tiles."""
+    """What is read: by `programs` where none is shared, each `pages` of `page_tokens` tokens and `edges` tiles.
+    `parts`: tiles of a page, each of which a program can have for itself."""
 
     programs: int
     pages: int
     page_tokens: int
     edges: int = 0
+    parts: int = 1
+
+    def among(self, count: int) -> Work:
+        """The same in the units that `count` programs a sequence share: tiles, where there are more than pages."""
+        if count <= self.pages:
+            return self
+        return Work(self.programs, self.pages * self.parts, self.page_tokens // self.parts, self.edges)
 
 
 def splits(work: Work, room: Room) -> int:
@@ -110,17 +118,18 @@ def splits(work: Work, room: Room) -> int:
     return ranked(work, room)[0]
 
 
-def alone(work: Work, room: Room) -> bool:
-    """Whether every warp has a partition of a processor to itself where each page has a program: of short sequences,
-    which wait for the instructions of one warp and not for memory.
+def alone(work: Work, room: Room, count: int) -> bool:
+    """Whether each page, or each tile, has one of `count` programs a sequence, and every warp a partition of a
+    processor to itself: of short sequences, which wait for the instructions of one warp and not for memory.
 
     As many programs are the best then; microseconds on an H200 of what the model took without this, and so: 1 x 8 x
-    4096 `token4` 10.4, 9.8, 1 x 8 x 8192 `token3` 15.1, 13.7.  And so are twice the warps, where these are alone, too:
-    1 x 8 x 1024 `kivi4` 10.3, 9.4, `kvtq` 13.5, 10.8, `token4` 8.7, 8.3, 1 x 8 x 4096 `kivi2` 13.3, 12.1.  Beyond that
-    it is the other way: 1 x 8 x 4096 `token4` 9.5, 9.9, 1 x 8 x 32768 `kivi4` 20.2, 26.7.
+    4096 `token4` 10.4, 9.8, 1 x 8 x 8192 `token3` 15.1, 13.7, a tile each, not a page, 1 x 8 x 1024 `exl3_3` 17.7,
+    12.1.  And so are twice the warps, where these are alone, too: 1 x 8 x 1024 `kivi4` 10.3, 9.4, `kvtq` 13.5, 10.8,
+    `token4` 8.7, 8.3, 1 x 8 x 4096 `kivi2` 13.3, 12.1.  Beyond that it is the other way: 1 x 8 x 4096 `token4` 9.5,
+    9.9, 1 x 8 x 32768 `kivi4` 20.2, 26.7.
     """
-    programs = work.programs * work.pages
-    few = work.pages <= MOST_SPLITS - MOST_EDGES and programs <= room.places
+    units, programs = work.among(count).pages, work.programs * count
+    few = units <= count <= MOST_SPLITS - MOST_EDGES and programs <= room.places
     return few and programs * room.warps <= room.processors * PARTITIONS
 
 
@@ -133,9 +142,9 @@ def ranked(work: Work, room: Room) -> tuple[int, ...]:
     def time(count: int) -> float:
         return predicted(work, count, edge_splits(work, count, room) if least else 0, room)
 
-    first = work.pages if alone(work, room) else None
     found = counts(work.pages, max(1, min(work.pages, MOST_SPLITS - least)))
-    return tuple(sorted(found, key=lambda count: (count != first, time(count))))
+    first = [count for count in (work.pages * work.parts, work.pages) if alone(work, room, count)][:1]
+    return (*first, *sorted((count for count in found if count not in first), key=time))
 
 
 def counts(pages: int, most: int, least: int = 1) -> list[int]:
@@ -167,6 +176,7 @@ def merge_lanes(rows: int, channels: int, processors: int, least: int = LEAST_LA
 def predicted(work: Work, count: int, more: int, room: Room) -> float:
     """What a step takes, in tiles: until all have ended, of `count` programs a sequence that share its pages and `more`
     behind them for its edges, and have been merged."""
+    work = work.among(count)
     long = -(-work.pages // count) * work.page_tokens / TILE + START
     short = -(-work.edges // max(1, more)) * EDGE + START
     waves, rest = divmod(work.programs * count, room.places)

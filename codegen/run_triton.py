@@ -13,7 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from kvdsl.kernels import AttentionState, Form, Params, Places, Segments
 from kvdsl.params import ROPE
 from kvdsl.scheme import Scheme
-from kvdsl.window import windows
+from kvdsl.window import TILE, windows
 
 from . import forms, run_dense
 from .host_channels import ready_rows
@@ -129,9 +129,10 @@ class TritonModule(PageModule):
         return 2 if self._alone(part, 2) else 1
 
     def _alone(self, part: Part, times: int = 1) -> bool:
-        """Whether each page has a program, and every warp a partition, also were they so many times as many."""
-        work, room = self._work_of(part), self.room(part.form)
-        return part.clean >= work.pages and alone(work, replace(room, warps=times * room.warps))
+        """Whether each page, or tile, has a program, and every warp a partition, also were they so many times as
+        many."""
+        room = self.room(part.form)
+        return alone(self._work_of(part), replace(room, warps=times * room.warps), part.clean)
 
     def ranked(self, programs: int, longest: int, depth: int | None = None) -> tuple[int, ...]:
         """Numbers of programs of decode that share a sequence, the model's best first."""
@@ -144,7 +145,8 @@ class TritonModule(PageModule):
         exact = _exact(self.plan.scheme) if exact is None else exact
         cut = page // 2 if window is None else page // 2 + page
         tiles = -(-min(longest, exact + cut) // self.plan.edge_tile)
-        return Work(max(1, programs), max(1, -(-longest // page)), page, tiles)
+        parts = page // self.plan.tile if self.plan.tile >= TILE else 1  # smaller ones take as long
+        return Work(max(1, programs), max(1, -(-longest // page)), page, tiles, parts)
 
     def room(self, kernel: str, depth: int | None = None) -> Room:
         """What the GPU has for programs of a kernel."""
@@ -256,10 +258,10 @@ class TritonModule(PageModule):
         state, soon = part.state, self.plan.maps_query and self._alone(part)
         given = {
             **self._reading(part.query, state, part.params, soon=soon), **into, "splits": part.clean,
-            "edge_splits": part.edges, "ahead": state.ahead,
+            "edge_splits": part.edges, "ahead": state.ahead, "EARLY": (times := self._times(part)) > 1,
         }  # fmt: skip
         grid = (part.programs, part.count, part.blocks)
-        self._run(part.form, grid, given, state.pool, part.params, part.depth, self._times(part))
+        self._run(part.form, grid, given, state.pool, part.params, part.depth, times)
 
     def _collect(self, part: Part, into: Scratch, like: Part) -> None:
         """Write one partial of every row, of the head's own numbers, at its place among those of another segment."""

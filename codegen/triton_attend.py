@@ -20,7 +20,7 @@ from functools import cached_property
 
 from .overlap import early
 from .plan import Plan, SidePlan
-from .text import Lines, fill, literal, padded, plus
+from .text import Lines, fill, literal, plus
 from .tiling import PAIR
 from .triton_abreast import both_of, columns, row_index
 from .triton_bands import FoldedKeys, FoldedValues
@@ -29,14 +29,13 @@ from .triton_meta import section
 from .triton_names import abreast_name, kept_rows, pair_name, tokens_name
 from .triton_partials import partials
 from .triton_places import LOOSE, PLACES, base, of_tile, order, seen, stand_name
+from .triton_shares import EARLY, Shares
 from .triton_sides import KeySide, ValueSide
 from .triton_strung import StrungKeys
 from .triton_terms import keys_of, sections_of, values_of
 from .triton_unmap import strung
 
 LOG2E = 1.4426950408889634
-LINE = 128  # bytes that a cache reads at once
-MOST_LINES = 256  # of a page that are asked for before the query is there
 ATTEND = """
 @triton.jit(do_not_specialize=["queries", "table_width", "ring", "window", $loose, "splits", "edge_splits"])
 def $name(
@@ -55,7 +54,7 @@ def $name(
     first = tl.load(first_ptr + b)
     asked = $asked
     table = table_ptr + b.to(tl.int64) * table_width
-    guess = tl.load(table + tl.minimum(split, table_width - 1))  # the first page, but where some are not read
+    guess = tl.load(table + tl.minimum(split$per_page, table_width - 1))  # the first page, but where some are not read
     $in_front
 
     # which rows: (query token, head of the group)
@@ -68,9 +67,11 @@ def $name(
     $columns_of
     peak = tl.full([ROWS], -1.0e30, tl.float32)
     mass = tl.zeros([ROWS], tl.float32)
-    $prologue
+    $query_rows
 
     $first_page
+    $prologue
+
     if split < splits:
         $clean_prologue
         $accumulators
@@ -89,31 +90,6 @@ def $name(
         end = length$less_sinks
         $edges
         $edge_partials
-"""
-
-# Every so many-th page: what the programs of a sequence read at one time stands side by side.  Microseconds on an H200
-# of shares in one piece, and so: `token2` 16 x 8 x 16384 58.6, 55.2, 8 x 8 x 131072 174, 170, `kivi2` 1 x 8 x 32768
-# 24.0, 21.5, `channel4` 8 x 8 x 131072 284, 286.
-EVERY = """
-next_page = tl.load(table + tl.minimum(low + split, high), mask=low > 0, other=guess)
-"""
-EVERY_LOOP = "for tile in tl.range(low + split, high, splits, num_stages=STAGES):"
-
-# Of pages of several tiles as many in a row: `int8_token_head`, whose pages are large, 8 x 8 x 131072 507, and 512 the
-# other way.
-SHARES = """
-share = (high - low + splits - 1) // splits
-begin = tl.minimum(low + split * share, high)
-stop = tl.minimum(begin + share, high)
-next_page = tl.load(table + begin, mask=begin != split, other=guess)
-"""
-SHARES_LOOP = "for tile in tl.range(begin * $sub, stop * $sub, num_stages=STAGES):"
-
-# Behind a query that another kernel maps: all that does not depend on it is done while that one runs.
-FETCH = """
-line = tl.minimum(tl.arange(0, $padded), $last)
-fetch($pool + tl.where(low + split < high, next_page, 0).to(tl.int64) * $page + h * $head + line * $each)
-await_last()
 """
 
 SCORES = """
@@ -147,6 +123,7 @@ class Attend:
         self.plan = plan
         self.keys, self.values = sides_of(plan)
         self.pools = pools(plan)
+        self.shares = Shares(plan, self.pools[0])
 
     @cached_property
     def edges(self) -> Edges:
@@ -164,27 +141,13 @@ class Attend:
             "per_page": f" // {sub}" if sub > 1 else "", "tiles": f" * {sub}" if sub > 1 else "",
         }  # fmt: skip
 
-    def _loop(self) -> dict[str, str]:
-        """The main loop's head, and which page follows a tile."""
-        sub = self.plan.layout.page_tokens // self.plan.tile
-        if sub == 1:
-            return {"loop": EVERY_LOOP, "next": "tl.minimum(tile + splits, high)"}
-        return {"loop": fill(SHARES_LOOP, sub=sub).strip(), "next": f"(tile + 1) // {sub}"}
-
-    def _front(self, bounds: list[str], *, waits: bool) -> dict[str, list[str]]:
-        """What a program does before it has the query, and behind that: which pages are its own, and which is first."""
-        sub = self.plan.layout.page_tokens // self.plan.tile
-        pages = [*bounds, *fill(SHARES if sub > 1 else EVERY).splitlines()]
-        if not waits:
-            return {"in_front": ["all_asked_for()"], "first_page": pages}
-        layout, pool = self.plan.layout, self.pools[0]
-        size = next(number for number in (32, 16, 8) if str(number) in pool) // 8
-        lines = min(MOST_LINES, -(-layout.head_bytes // LINE))
-        fetch = fill(
-            FETCH, pool=pool, padded=padded(lines), last=lines - 1, page=layout.page_bytes // size,
-            head=layout.head_bytes // size, each=LINE // size,
-        )  # fmt: skip
-        return {"in_front": [*pages, *fetch.splitlines()], "first_page": []}
+    def _front(self, bounds: list[str], *, waits: bool, ahead: bool) -> dict[str, list[str]]:
+        """What a program does before it has the query, and between that and preparing it: which pages are its own, and
+        which is first."""
+        first, fetch = self.shares.first(bounds), self.shares.fetch()
+        if waits:  # all that does not depend on the query is done while another kernel maps it
+            return {"in_front": [*first, *fetch, "await_last()"], "first_page": []}
+        return {"in_front": ["all_asked_for()"], "first_page": [*first, *(self.shares.only() if ahead else [])]}
 
     def addresses(self, *, several: bool = True) -> list[str]:
         """Where the page's words and metadata of head h begin, if `several` also of those that are rotated with it, and
@@ -293,8 +256,9 @@ class Attend:
         size = ["true_size = size", "size = tl.full([ROWS], 1.0, tl.float32)"] if plan.shape.softcap else []
         values = self.values
         lanes = [*self.keys.lane_lines(), *values.lane_lines()]
-        prologue = [*lanes, *self.keys.prologue(), *size]
-        alike = self.edges.in_planes[0]
+        loads, prologue = [*lanes, *self.keys.loads()], [*self.keys.prologue(), *size]
+        alike, waits = self.edges.in_planes[0], early(name, plan)
+        ahead = alike and not waits and name == "decode"
         holes, bounds, seen = order(plan, self._shared(rows))
         itself = self.keys.exact_rows is not None or not plan.maps_query
         exact_query = self._query("query") if plan.maps_query and itself else []
@@ -309,6 +273,7 @@ class Attend:
             "edge_splits",
             "scaling",
             *(["softcap"] if plan.shape.softcap else []),
+            *([f"{EARLY}: tl.constexpr"] if ahead else []),
             "STAGES: tl.constexpr",
         ]
         return fill(
@@ -318,17 +283,18 @@ class Attend:
             row_index=f"row_index = {row_index(plan.abreast)}",
             columns_of=columns() if plan.abreast else [],
             args=[f"{arg}," for arg in args],
-            **self._front(bounds, waits=early(name, plan)),
+            **self._front(bounds, waits=waits, ahead=ahead),
             query=self._query(self.keys.query),
+            query_rows=loads if alike else [],
             prologue=prologue if alike else [],
-            clean_prologue=[] if alike else prologue,
+            clean_prologue=[] if alike else [*loads, *prologue],
             accumulators=values.prologue(),
-            **self._loop(),
+            **self.shares.loop(),
             addresses=self.addresses(),
             clean=self.clean(),
             **holes,
             epilogue=values.epilogue(),
-            edges=self.edges.lines(self.sections(), seen, [] if alike else lanes, size, exact_query),
+            edges=self.edges.lines(self.sections(), seen, [] if alike else loads, size, exact_query),
             clean_partials=partials(plan, values, edges=False),
             edge_partials=partials(plan, values, edges=True),
         )
@@ -356,7 +322,7 @@ class Attend:
             args=", ".join(args),
             query=self._query(self.keys.query),
             lanes=self.keys.lane_lines(),
-            prologue=self.keys.prologue(),
+            prologue=[*self.keys.loads(), *self.keys.prologue()],
             addresses=addresses,
             halves=halves.lines,
         )

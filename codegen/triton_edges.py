@@ -22,7 +22,7 @@ from .text import fill, plus
 from .triton_sides import KeySide, ValueSide
 
 LOOPS = """
-$lanes
+$loads
 $exact_query
 $prologue
 $accumulators
@@ -82,13 +82,13 @@ class Edges:
         self.in_planes = tuple(alike and side.in_planes for side in sides)
 
     def lines(
-        self, addresses: list[str], seen: list[str], lanes: list[str], size: list[str], exact_query: list[str]
+        self, addresses: list[str], seen: list[str], loads: list[str], size: list[str], exact_query: list[str]
     ) -> list[str]:
         """Lines behind which the edges' outputs are summed.
 
         addresses     where a page's words and metadata begin
         seen          which rows see an edge tile's tokens, and which are there
-        lanes         the lanes of both sides, where they are not known yet
+        loads         the lanes of both sides and rows of the query, where they are not known yet
         size          what makes of the query's size that of its scores
         exact_query   where the rows of the query itself are, if packed tokens meet another
         """
@@ -107,7 +107,7 @@ class Edges:
         text = fill(
             LOOPS,
             **sizes,
-            lanes=lanes,
+            loads=loads,
             exact_query=exact_query,
             prologue=[*decoded_query, *self._operands(true_size, at_once=False)],
             accumulators=self._accumulators(),

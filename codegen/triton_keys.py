@@ -19,7 +19,7 @@ from .triton_pairs import Pairs
 from .triton_planes import Planes
 from .triton_rope import Positions
 from .triton_together import load_together, read_group, read_plane
-from .triton_turn import rotated_planes
+from .triton_turn import planes_to_rotate, rotated_planes
 from .triton_vectors import first_channel
 
 
@@ -48,7 +48,7 @@ class Keys(Planes):
     def loads(self, query: str) -> list[str]:
         """Load the query rows, plane by plane."""
         if self.plan.rotates:
-            return self.own(rotated_planes(self, query))
+            return self.own(planes_to_rotate(self, query))
         layout, first = self.side.layout, plus(self.side.first + (self.head or 0) * self.side.dim)
         lines = [f"known = live[None, :] & {self.lane}_in[:, None]"] if self.ragged else []
         whole = "known" if self.ragged else "live[None, :]"
@@ -60,6 +60,10 @@ class Keys(Planes):
             lines.append(f"x{j} = {load}.to(tl.float32) * scaling")
         lines += self.positions.queries() if self.positions is not None else []
         return self.own(lines)
+
+    def loaded(self) -> list[str]:
+        """What becomes of loaded planes before anything else."""
+        return self.own(rotated_planes(self)) if self.plan.rotates else []
 
     def rows(self) -> list[str]:
         """The names of the loaded planes."""

@@ -105,7 +105,10 @@ class MaskedKeys(Keys):
 
     def loads(self, query: str) -> list[str]:
         """Also the query itself: its largest number is among those that rows are divided by."""
-        return [f"{self.p}_most = tl.max(tl.abs({whole(self.plan)} * scaling), 0)[None, :]", *super().loads(query)]
+        return [f"{self.p}_itself = {whole(self.plan)}", *super().loads(query)]
+
+    def loaded(self) -> list[str]:
+        return [f"{self.p}_most = tl.max(tl.abs({self.p}_itself * scaling), 0)[None, :]", *super().loaded()]
 
     def rows(self) -> list[str]:
         return [*super().rows(), f"{self.p}_most"]

@@ -281,7 +281,8 @@ class Received(Attend):
             **shared, **order, "edge_index": index, "sequence": fill(SEQUENCE, **shared, **order).splitlines(),
             "query_rows": fill(ROWS, **shared, **order).splitlines(), "query": [*self._query(self.keys.query), *itself],
             "lanes": lanes, "row_lanes": moved, "fixed_lanes": [line for line in lanes if line not in moved],
-            "prologue": [*self.keys.prologue(), *size], "edge_prologue": [*self.keys.edge_prologue(), *size],
+            "prologue": [*self.keys.loads(), *self.keys.prologue(), *size],
+            "edge_prologue": [*self.keys.loads(), *self.keys.edge_prologue(), *size],
             "addresses": self.keys_of(self.addresses()), "rows_of_keys": fill(KEY_ROWS, **shared).splitlines(),
             "edge_tokens": tokens,
         }  # fmt: skip

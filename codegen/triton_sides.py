@@ -60,9 +60,13 @@ class KeySide:
 
     # ---- once per query -------------------------------------------------------------------------------------------
 
+    def loads(self) -> list[str]:
+        """Load the query rows of all terms, which what is below prepares."""
+        return [line for term in self.terms for line in term.loads(self.query)]
+
     def _rows(self, others: list[str] | None = None) -> list[str]:
-        """Load the query rows of all terms, divided by one size; `others` share it."""
-        lines = [line for term in self.terms for line in term.loads(self.query)]
+        """The query rows of all terms divided by one size; `others` share it."""
+        lines = [line for term in self.terms for line in term.loaded()]
         names = [name for term in self.terms for name in term.rows()]
         turned = [f"w{j}" for j in self.positions.count] if self.positions is not None else []
         beside = turned if self.side.factored else []  # other factors than those of their partners in x are on them
@@ -78,7 +82,7 @@ class KeySide:
         return [line for term in self.terms for line in term.operands()]
 
     def prologue(self) -> list[str]:
-        """Load the query rows, plane by plane, and prepare them for the planes."""
+        """Prepare the query rows for the planes."""
         if self.positions is not None:
             fixed = self.positions.fixed() if self.positions.placed else []
             return self._rows() + fixed + self.positions.prologue()
@@ -104,7 +108,7 @@ class KeySide:
         rows = self.exact_rows
         if rows is None:
             names = [name for term in self.terms for name in term.rows()]
-            lines = [line for term in self.terms for line in term.loads(self.query)]
+            lines = [*self.loads(), *(line for term in self.terms for line in term.loaded())]
             lines += [f"shrink = 1.0 / {size}", *(f"{name} = {name} * shrink[None, :]" for name in names)]
             return lines + self._operands()
         names = [f"r{j}" for j in rows.planes]

@@ -164,21 +164,26 @@ def with_signs(side: SidePlan, lane: str, row: str, index: str = "") -> list[str
     ]
 
 
-def rotated_planes(keys: Planes, query: str) -> list[str]:
-    """Lines that load the rows of a query [lanes, rows] plane by plane and rotate them: those of a plane by a product
-    of signs, and a block that is wider by sums of planes, too."""
-    side, layout = keys.side, keys.side.layout
-    planes, width, size = range(layout.planes), layout.plane_width, side.hadamard
-    words, lines = side.stride // WORD, []
+def planes_to_rotate(keys: Planes, query: str) -> list[str]:
+    """Lines that load the rows of a query [lanes, rows] plane by plane, and signs."""
+    side, words, lines = keys.side, keys.side.stride // WORD, []
+    planes = range(side.layout.planes)
     if drawn(side):
         lines = [f"signs{i} = tl.load(keys_signs_ptr + h * {words}{plus(i)})" for i in range(words)]
     loads = [f"tl.load({query} + {keys.plane_lane(j)}[:, None], mask=live[None, :], other=0.0)" for j in planes]
     wide = ".to(tl.float32)" * (keys.plan.shape.dtype == "bf16")  # the interpreter does not calculate with bfloat16
-    lines += [f"x{j} = {load}{wide}" for j, load in enumerate(loads)]
+    return lines + [f"raw{j} = {load}{wide}" for j, load in enumerate(loads)]
+
+
+def rotated_planes(keys: Planes) -> list[str]:
+    """Lines that rotate the rows of a query that were loaded plane by plane: those of a plane by a product of signs,
+    and a block that is wider by sums of planes, too."""
+    side, layout = keys.side, keys.side.layout
+    planes, width, size, lines = range(layout.planes), layout.plane_width, side.hadamard, []
     for j in planes if drawn(side) else ():
         word, bit = divmod(j * width, WORD)
-        lines.append(f"x{j} = with_signs(x{j}, signs{word}, {keys.lane}{plus(bit)})")
-    lines += [f"x{j} = hadamard_lanes(x{j}, {min(size, width)})" for j in planes]
+        lines.append(f"raw{j} = with_signs(raw{j}, signs{word}, {keys.lane}{plus(bit)})")
+    lines += [f"x{j} = hadamard_lanes(raw{j}, {min(size, width)})" for j in planes]
     lines += [*planes_added("x", layout.planes, width, size), f"turned_scaling = scaling * {literal(entry(size))}"]
     return lines + [f"x{j} = x{j} * turned_scaling" for j in planes]
 

@@ -32,18 +32,30 @@ class Values(Planes):
 
     def stores(self, out: str, united: str = "", once: str = "") -> list[str]:
         """Lines that store a tile a plane [lanes, rows], divided by the mass of weights; all rows have a place.
+        Of tokens abreast, whose sums threads exchange to add them up, two planes are stored as one.
         `united`: the function that adds up the columns of a row; `once`: the mask of those that are stored."""
         layout, lines = self.side.layout, list[str]()
         if self.plan.adds_planes:
             lines += planes_added("o", layout.planes, layout.plane_width, self.side.hadamard)
         first = plus(self.side.first + (self.head or 0) * self.side.dim)
-        for j in range(layout.planes):
+        pairs = bool(united) and self._paired
+        lines += [f"both_lane = tl.arange(0, {2 * self.width})"] * pairs
+        for j in range(0, layout.planes, 1 + pairs):
             masks = [f"{once}[None, :]"] * bool(once) + [f"{self.inside(j)}[:, None]"] * bool(self.inside(j))
-            number = f"o{j} * inverse[None, :]"
+            lines += [f"both = above_each_other(o{j}, o{j + 1})"] * pairs
+            number = f"{'both' if pairs else f'o{j}'} * inverse[None, :]"
             number = f"{united}({number})" if united else number
-            at = f"{out}{first} + {self.plane_lane(j)}[:, None]"
-            lines.append(f"tl.store({at}, {number}{masked(' & '.join(masks))})")
+            lane = "both_lane" if pairs else self.plane_lane(j)
+            lane = f"({lane}{plus(self.start(j))})" if pairs and j else lane
+            lines.append(f"tl.store({out}{first} + {lane}[:, None], {number}{masked(' & '.join(masks))})")
         return self.own(lines)
+
+    @property
+    def _paired(self) -> bool:
+        """Planes in twos that stand side by side, all of whose lanes are channels."""
+        planes = range(self.side.layout.planes)
+        beside = all(self.start(j) == j * self.width and not self.inside(j) for j in planes)
+        return beside and self.lanes == self.width and len(planes) % 2 == 0
 
     @property
     def in_planes(self) -> bool:

@@ -102,11 +102,23 @@ def test_all_places_are_taken_and_none_twice(resident: int) -> None:
 
 def test_warps_are_alone_while_there_are_as_many_partitions() -> None:
     one, two = (Room(PROCESSORS, 8, warps) for warps in (1, 2))
-    assert alone(Work(8, 33, 128), two) and not alone(Work(8, 34, 128), two)
-    assert alone(Work(8, 66, 128), one) and not alone(Work(9, 66, 128), one)
-    assert not alone(Work(8, 66, 128), Room(PROCESSORS, 3))  # some would wait for others to end
-    assert not alone(Work(1, MOST_SPLITS, 128), one)  # edges must find a place among the partials, too
+    assert alone(Work(8, 33, 128), two, 33) and not alone(Work(8, 34, 128), two, 34)
+    assert alone(Work(8, 66, 128), one, 66) and not alone(Work(9, 66, 128), one, 66)
+    assert not alone(Work(8, 66, 128), one, 65)  # some would have two pages
+    assert not alone(Work(8, 66, 128), Room(PROCESSORS, 3), 66)  # some would wait for others to end
+    assert not alone(Work(1, MOST_SPLITS, 128), one, MOST_SPLITS)  # edges must find a place among the partials, too
     assert splits(Work(8, 66, 128, 4), one) == 66
+
+
+def test_each_tile_of_few_pages_has_a_program() -> None:
+    """Where tiles would have no partition each, pages have, and of many pages one program reads all tiles."""
+    room = Room(PROCESSORS, 8)
+    work = Work(8, 33, 128, 4, parts=2)
+    assert splits(work, room) == 66 and alone(work, room, 66)
+    assert splits(Work(8, 34, 128, 4, parts=2), room) == 34
+    assert not alone(work, Room(PROCESSORS, 8, 2), 66)
+    many = Work(64, 2048, 128, 4, parts=2)
+    assert splits(many, room) == splits(Work(64, 2048, 128, 4), room)
 
 
 @pytest.mark.parametrize(
