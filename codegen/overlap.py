@@ -32,7 +32,7 @@ def overlapping(device: int) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= LEAST
 
 
-def early(kernel: str, plan: Plan) -> bool:
+def overlapped(kernel: str, plan: Plan) -> bool:
     """Whether a kernel is launched before the one in front of it has ended, where the GPU can: the merges, and what
     reads pages for a query that another kernel has mapped."""
     return kernel in MERGES or kernel in ATTEND and plan.maps_query

@@ -21,7 +21,7 @@ from .launch import ATTEND, DEPTH, assembled
 from .launches import ASSEMBLER, GIVEN_POINTERS, arguments, fused, stages, warps
 from .occupancy import more_registers, residents
 from .operands import misread
-from .overlap import early, overlapping
+from .overlap import overlapped, overlapping
 from .plan import Plan
 from .schedules import known
 
@@ -76,7 +76,7 @@ class KernelModule:
         function = getattr(self.module, kernel)[grid]
         if kernel not in self._options:
             self._options[kernel] = {"num_warps": warps(kernel, self.plan), "enable_fp_fusion": fused(kernel)}
-            if early(kernel, self.plan) and torch.cuda.is_available() and overlapping(torch.cuda.current_device()):
+            if overlapped(kernel, self.plan) and torch.cuda.is_available() and overlapping(torch.cuda.current_device()):
                 self._options[kernel] |= {"launch_pdl": True}
         options = self._options[kernel]
         if times > 1:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from functools import cached_property
 
-from .overlap import early
+from .overlap import overlapped
 from .plan import Plan, SidePlan
 from .text import Lines, fill, literal, plus
 from .tiling import PAIR
@@ -257,7 +257,7 @@ class Attend:
         values = self.values
         lanes = [*self.keys.lane_lines(), *values.lane_lines()]
         loads, prologue = [*lanes, *self.keys.loads()], [*self.keys.prologue(), *size]
-        alike, waits = self.edges.in_planes[0], early(name, plan)
+        alike, waits = self.edges.in_planes[0], overlapped(name, plan)
         ahead = alike and not waits and name == "decode"
         holes, bounds, seen = order(plan, self._shared(rows))
         itself = self.keys.exact_rows is not None or not plan.maps_query

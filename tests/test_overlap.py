@@ -7,7 +7,7 @@ import re
 import pytest
 
 from kvdsl.codegen import render
-from kvdsl.codegen.overlap import MERGES, early
+from kvdsl.codegen.overlap import MERGES, overlapped
 from kvdsl.codegen.plan import plan_for
 from kvdsl.schemes import ALL
 from kvdsl.shape import Shape
@@ -31,7 +31,7 @@ def kernels(name: str) -> dict[str, str]:
 @pytest.mark.parametrize("name", ["token4", "quarot4", "ultraquant4", "omniquant4"])
 def test_an_early_kernel_waits_before_it_reads_and_the_one_in_front_lets_it_begin_before_it_stores(name: str) -> None:
     plan, found = plan_for(ALL[name], SHAPE), kernels(name)
-    begun = {kernel for kernel in found if early(kernel, plan)}
+    begun = {kernel for kernel in found if overlapped(kernel, plan)}
     assert begun == {kernel for kernel, text in found.items() if "await_last()" in text}
     assert begun == {*MERGES} & {*found} | ({"decode", "extend"} if plan.maps_query else set())
     for kernel in begun:
