@@ -211,7 +211,8 @@ def launches(plan: Plan, source: str) -> tuple[Launch, ...]:
         rows = plan.rows(many=False)
         constants = {
             "ROWS": rows, "TO_ROWS": rows, "SPLITS": 16, "EDGES": MOST_EDGES, "LANES": padded(plan.values.channels),
-            "EARLY": False, "PAIRS": plan.shape.head_dim // 2,  # of models whose rotary positions turn all channels
+            "EARLY": False,
+            "PAIRS": plan.shape.head_dim // 2,  # of models whose rotary positions turn all channels
         }  # fmt: skip
         records.append(
             Launch(

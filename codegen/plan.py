@@ -143,6 +143,11 @@ class Plan:
         """Tokens of a sub-tile."""
         return self.tile // self.halves
 
+    @property
+    def page_tiles(self) -> int:
+        """Tiles of a page."""
+        return self.layout.page_tokens // self.tile
+
     @cached_property
     def at_once(self) -> bool:
         """A token's key and value are packed at once, and come back from a cut at once, so that never one is decoded

@@ -47,7 +47,7 @@ class TritonReceived(TritonModule):
         size = (query.shape[0], self.plan.shape.kv_heads, state.longest)
         first, second = (torch.empty(size, dtype=torch.float32, device=query.device).zero_() for _ in range(2))
         tiles = min(state.packed_most, state.longest) // self.plan.layout.page_tokens
-        tiles *= self.plan.layout.page_tokens // self.plan.tile
+        tiles *= self.plan.page_tiles
         given = self._asking(query, position, state, params)
         given |= {"tiles": tiles, "longest": state.longest, "lse_ptr": lse.contiguous()}
         given |= {"sum_ptr": first, "square_ptr": second}

@@ -145,7 +145,7 @@ class TritonModule(PageModule):
         exact = _exact(self.plan.scheme) if exact is None else exact
         cut = page // 2 if window is None else page // 2 + page
         tiles = -(-min(longest, exact + cut) // self.plan.edge_tile)
-        parts = page // self.plan.tile if self.plan.tile >= TILE else 1  # smaller ones take as long
+        parts = self.plan.page_tiles if self.plan.tile >= TILE else 1  # smaller ones take as long
         return Work(max(1, programs), max(1, -(-longest // page)), page, tiles, parts)
 
     def room(self, kernel: str, depth: int | None = None) -> Room:

@@ -131,7 +131,7 @@ class Attend:
 
     def _shared(self, rows: int) -> dict[str, int | str]:
         plan = self.plan
-        sub = plan.layout.page_tokens // plan.tile
+        sub = plan.page_tiles
         return {
             "rows": rows, "heads": plan.shape.kv_heads, "q_heads": str(plan.shape.q_heads), "group": plan.shape.group,
             "head_dim": plan.shape.head_dim, "value_dim": plan.values.channels,
@@ -144,16 +144,16 @@ class Attend:
     def _front(self, bounds: list[str], *, waits: bool, ahead: bool) -> dict[str, list[str]]:
         """What a program does before it has the query, and between that and preparing it: which pages are its own, and
         which is first."""
-        first, fetch = self.shares.first(bounds), self.shares.fetch()
+        first = self.shares.first(bounds)
         if waits:  # all that does not depend on the query is done while another kernel maps it
-            return {"in_front": [*first, *fetch, "await_last()"], "first_page": []}
+            return {"in_front": [*first, *self.shares.fetch(), "await_last()"], "first_page": []}
         return {"in_front": ["all_asked_for()"], "first_page": [*first, *(self.shares.only() if ahead else [])]}
 
     def addresses(self, *, several: bool = True) -> list[str]:
         """Where the page's words and metadata of head h begin, if `several` also of those that are rotated with it, and
         which tokens of the page the tile holds."""
         plan, lines = self.plan, []
-        sub = plan.layout.page_tokens // plan.tile
+        sub = plan.page_tiles
         position = f"tile % {sub} * {plan.tile}" if sub > 1 else "0"
         lines.append(f"page_token = {position}")
         for half in range(plan.halves):
@@ -294,7 +294,7 @@ class Attend:
             clean=self.clean(),
             **holes,
             epilogue=values.epilogue(),
-            edges=self.edges.lines(self.sections(), seen, [] if alike else loads, size, exact_query),
+            edges=self.edges.lines(self.sections(), seen, size, exact_query),
             clean_partials=partials(plan, values, edges=False),
             edge_partials=partials(plan, values, edges=True),
         )

@@ -81,14 +81,11 @@ class Edges:
         alike = self.at_once or single and all(side.in_planes for side in sides)
         self.in_planes = tuple(alike and side.in_planes for side in sides)
 
-    def lines(
-        self, addresses: list[str], seen: list[str], loads: list[str], size: list[str], exact_query: list[str]
-    ) -> list[str]:
+    def lines(self, addresses: list[str], seen: list[str], size: list[str], exact_query: list[str]) -> list[str]:
         """Lines behind which the edges' outputs are summed.
 
         addresses     where a page's words and metadata begin
         seen          which rows see an edge tile's tokens, and which are there
-        loads         the lanes of both sides and rows of the query, where they are not known yet
         size          what makes of the query's size that of its scores
         exact_query   where the rows of the query itself are, if packed tokens meet another
         """
@@ -103,7 +100,10 @@ class Edges:
         packed = [*seen, "coded = u < packed_keys", "seen = seen & coded[:, None]"]
         exact = [*seen, fresh, "seen = seen & fresh[:, None]", "here = here & fresh"]
         true_size = "true_size" if size else "size"
-        decoded_query = [] if self.in_planes[0] else [*self.keys.edge_prologue(), *size]
+        loads, decoded_query = list[str](), list[str]()
+        if not self.in_planes[0]:  # else both branches have them
+            loads = [*self.keys.lane_lines(), *self.values.lane_lines(), *self.keys.loads()]
+            decoded_query = [*self.keys.edge_prologue(), *size]
         text = fill(
             LOOPS,
             **sizes,

@@ -53,7 +53,7 @@ class Shares:
 
     def __init__(self, plan: Plan, pool: str) -> None:
         self.layout: Layout = plan.layout
-        self.pool, self.sub = pool, plan.layout.page_tokens // plan.tile
+        self.pool, self.sub = pool, plan.page_tiles
 
     def loop(self) -> dict[str, str]:
         """The main loop's head, and which page follows a tile."""

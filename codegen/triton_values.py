@@ -42,11 +42,12 @@ class Values(Planes):
         lines += [f"both_lane = tl.arange(0, {2 * self.width})"] * pairs
         for j in range(0, layout.planes, 1 + pairs):
             masks = [f"{once}[None, :]"] * bool(once) + [f"{self.inside(j)}[:, None]"] * bool(self.inside(j))
-            lines += [f"both = above_each_other(o{j}, o{j + 1})"] * pairs
-            number = f"{'both' if pairs else f'o{j}'} * inverse[None, :]"
+            number, lane = f"o{j}", self.plane_lane(j)
+            if pairs:
+                lines.append(f"both = above_each_other(o{j}, o{j + 1})")
+                number, lane = "both", f"(both_lane{plus(self.start(j))})" if j else "both_lane"
+            number = f"{number} * inverse[None, :]"
             number = f"{united}({number})" if united else number
-            lane = "both_lane" if pairs else self.plane_lane(j)
-            lane = f"({lane}{plus(self.start(j))})" if pairs and j else lane
             lines.append(f"tl.store({out}{first} + {lane}[:, None], {number}{masked(' & '.join(masks))})")
         return self.own(lines)
 
