@@ -139,6 +139,7 @@ class PageModule(KernelModule):
             self._run(f"turn_{term.space}", grid, given | beside, None, params)
         else:
             coded = rows_of(rows, first, offset, low, high)
+            coded = saturated(coded) if term.rope is None else coded
         coded = polar(coded, term.store.levels) if term.polar else coded
         if term.layout.across:
             coded, factors = balanced(term, coded)

@@ -191,7 +191,7 @@ class SidePlan:
     @property
     def rows(self) -> str:
         """What the rows of a page's numbers are called, where they are stored as they are."""
-        return f"{self.letter}_floats" if self.band or self.shared else f"{self.name[:-1]}_floats"
+        return f"{self.letter}_floats" if self.band or self.shared or self.mark else f"{self.name[:-1]}_floats"
 
     @property
     def uniform(self) -> Uniform | None:

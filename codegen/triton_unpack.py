@@ -38,7 +38,7 @@ class Unpack(Planes):
 
     def foreign(self) -> tuple[str, ...]:
         """How addresses of other terms begin."""
-        own = ("meta", "rows", "coded", "vectors", "numbers", "places", "channels", "across")
+        own = ("meta", "rows", "coded", "floats", "vectors", "numbers", "places", "channels", "across")
         return tuple(f"{term.letter}_{name}" for term in self.plan.terms if term is not self.side for name in own)
 
     def text(self, addresses: list[str]) -> str:

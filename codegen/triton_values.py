@@ -141,10 +141,11 @@ class Values(Planes):
     def halved(self) -> bool:
         """Weights and the scales of several groups, or of two tokens, are multiplied in float16, two at a time: one
         rounding more."""
-        side = self.side
-        plain = side.scale.dtype == "fp16" and side.second is None and side.alphabet.step == 1 and not self.steps.lift
-        several = side.groups > 1 or self.plan.abreast
-        return self.when is When.AFTER_DOT and several and plain and not side.scale.zero_inside
+        side, scale = self.side, self.side.store.measure
+        if scale is None or self.when is not When.AFTER_DOT or side.groups == 1 and not self.plan.abreast:
+            return False
+        plain = scale.dtype == "fp16" and not scale.zero_inside and side.second is None
+        return plain and side.alphabet.step == 1 and not self.steps.lift
 
     def _weight(self) -> str:
         """What multiplies a group's codes, in float16."""
