@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kvdsl.codegen.answer import row as markdown_row
-from kvdsl.codegen.aot import ARCHES
+from kvdsl.codegen.front_end import ARCHES
 from kvdsl.codegen.plan import plan_for
 from kvdsl.codegen.roofline import CARDS, LINE
 from kvdsl.codegen.static import Figures, figures, loads_told, pipes_told, reasons, untiered

@@ -7,17 +7,13 @@ Triton's interpreter and its compiler cannot share a process: the mode is fixed 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import importlib.util
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
@@ -27,25 +23,13 @@ from kvdsl import errors
 from kvdsl.errors import BackendError
 
 from .assembling import Assembly, fewest_spills, roomier
+from .front_end import ARCHES, INTERPRETER, CompileError, aimed_at, check, compiler, load, source_of, told
 from .launch import ATTEND, Launch, assembled
 from .operands import misread
 from .roofline import GPUS, LINE, predicted_share, shares
 
-ARCHES = tuple(GPUS)
-INTERPRETER = "TRITON_INTERPRET"
 TENSOR_MEMORY = 512  # columns, of the GPUs that have any
 _ANSWER = "kvdsl-aot:"  # before the answer of the child: libraries may print too
-
-
-class CompileError(BackendError):
-    """Kernels that do not compile; `failures` holds one sentence for each."""
-
-    def __init__(self, failures: Sequence[str]) -> None:
-        self.failures = tuple(failures)
-        super().__init__("\n".join(self.failures))
-
-    def __reduce__(self) -> tuple[type[CompileError], tuple[tuple[str, ...]]]:
-        return CompileError, (self.failures,)
 
 
 @dataclass(frozen=True)
@@ -116,9 +100,9 @@ def compile_text(source: Path | ModuleType, launches: Sequence[Launch], arch: st
     Raises BackendError where this process, this machine or the architecture cannot compile, CompileError where Triton
     refuses a kernel.
     """
-    _check(arch)
-    _triton()
-    module = source if isinstance(source, ModuleType) else _load(source)
+    check(arch)
+    compiler()
+    module = source if isinstance(source, ModuleType) else load(source)
     return [_best(module, launch, arch) for launch in launches]
 
 
@@ -147,7 +131,7 @@ def compile_many(
     Raises CompileError naming every kernel that failed.
     """
     for arch in arches:
-        _check(arch)
+        check(arch)
     tasks = [
         {"path": str(Path(path).resolve()), "launch": launch.to_json(), "arch": arch}
         for path, launches in sources
@@ -206,102 +190,15 @@ def _best(module: ModuleType, launch: Launch, arch: str) -> CompiledKernel:
     raise CompileError([f"{launch.kernel} for {arch}: {needed}"])
 
 
-def _check(arch: str) -> None:
-    if arch not in GPUS:
-        raise BackendError(f"architecture {arch!r} is not known here; take one of {', '.join(ARCHES)}")
-
-
-@cache
-def _triton() -> Any:
-    """The `triton` package, in a state in which it compiles."""
-    if os.environ.get(INTERPRETER, "0").lower() not in ("", "0", "false", "off"):
-        raise BackendError(f"{INTERPRETER} is set, so Triton cannot compile in this process; use compile_in_child")
-    try:
-        import triton
-        import triton.compiler
-        from triton.backends.compiler import GPUTarget  # noqa: F401
-    except ImportError as error:
-        raise BackendError(f"Triton cannot be imported ({error}); install triton >= 3.6 (Linux)") from error
-    return triton
-
-
-def _load(path: Path) -> ModuleType:
-    """The module of a generated file, loaded once for each content."""
-    try:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    except OSError as error:
-        raise BackendError(f"{path} cannot be read ({error.strerror})") from error
-    return _loaded(path.resolve(), f"kvdsl_aot_{digest}")
-
-
-@cache
-def _loaded(path: Path, name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise BackendError(f"{path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # Triton looks a kernel's globals up in its module
-    spec.loader.exec_module(module)
-    return module
-
-
 def _binary(module: ModuleType, launch: Launch, arch: str, stages: int) -> Any:
     """Triton's compiled kernel (`.asm`, `.metadata`), under the first setting of the assembler."""
-    triton = _triton()
-    if (kernel := getattr(module, launch.kernel, None)) is None:
-        raise CompileError([f"{launch.kernel} for {arch}: there is no kernel of this name in {module.__file__}"])
-    if (names := [name for name, _ in launch.signature]) != list(kernel.arg_names):
-        raise CompileError([f"{launch.kernel} for {arch}: launch has arguments {names}, text {list(kernel.arg_names)}"])
-    place = {name: index for index, name in enumerate(names)}
-    try:
-        source = triton.compiler.ASTSource(
-            fn=kernel,
-            signature=dict(launch.signature),
-            constexprs={(place[name],): value for name, value in launch.values(stages).items()},
-            attrs={(place[name],): [["tt.divisibility", 16]] for name in launch.aligned},
-        )
-        options: dict[str, object] = {"num_warps": launch.warps, "num_stages": stages}
-        options |= {"enable_fp_fusion": launch.fp_fusion, **assembled(launch.assembler[0])}
-        with _aimed_at(arch) as target:
-            binary = triton.compile(source, target=target, options=options)
-    except OSError as error:
-        folder = os.environ.get("TRITON_CACHE_DIR", "~/.triton/cache")
-        raise BackendError(f"Triton cannot use its cache folder {folder} ({error}); set TRITON_CACHE_DIR") from error
-    except Exception as error:  # Triton raises many kinds, and an assertion of LLVM's Python side is one of them
-        message = " ".join(str(error).split()) or "no message"
-        raise CompileError([f"{launch.kernel} for {arch}: {type(error).__name__}: {message[-600:]}"]) from error
+    options: dict[str, object] = {"num_warps": launch.warps, "num_stages": stages}
+    options |= {"enable_fp_fusion": launch.fp_fusion, **assembled(launch.assembler[0])}
+    with told(launch, arch), aimed_at(arch) as target:
+        binary = compiler().compile(source_of(module, launch, arch, stages), target=target, options=options)
     if fault := misread(binary.asm["ttgir"]):
         raise CompileError([f"{launch.kernel} for {arch}: {fault}"])
     return binary
-
-
-class _Aim:
-    """What Triton asks for its target, where a kernel depends on it: a driver of a GPU that need not be there."""
-
-    def __init__(self, target: Any) -> None:
-        self.target = target
-
-    def get_current_target(self) -> Any:
-        return self.target
-
-
-@contextmanager
-def _aimed_at(arch: str) -> Iterator[Any]:
-    """The target, which meanwhile is also what kernels are told that ask for it; the driver of a GPU that is there is
-    the active one again behind it."""
-    triton = _triton()
-    driver = triton.runtime.driver
-    target = triton.backends.compiler.GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    try:
-        before = driver.active
-    except RuntimeError:  # there is no GPU, and nothing to give back
-        before = None
-    driver.set_active(_Aim(target))
-    try:
-        yield target
-    finally:
-        if before is not None:
-            driver.set_active(before)
 
 
 def _measured(launch: Launch, arch: str, stages: int, shared: int, assembly: Assembly) -> CompiledKernel:
@@ -316,7 +213,7 @@ def _measured(launch: Launch, arch: str, stages: int, shared: int, assembly: Ass
         kernel=launch.kernel,
         arch=arch,
         gpu=GPUS[arch].name,
-        triton=str(_triton().__version__),
+        triton=str(compiler().__version__),
         warps=launch.warps,
         stages=stages,
         registers=assembly.registers,

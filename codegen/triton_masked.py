@@ -83,15 +83,15 @@ class MaskedKeys(Keys):
         lines.append(f"{p}_of = tl.arange(0, 2 * ROWS) // ROWS  # which of two sub-tiles")
         if self.several:
             lines += [f"{p}_either = tl.arange(0, {2 * lanes})", f"{p}_at = {p}_either % {lanes}"]
-            lines.append(f"{p}_meets = {p}_of[:, None] == ({p}_either // {lanes})[None, :]")
+            lines.append(f"{p}_mine = {p}_of[:, None] == ({p}_either // {lanes})[None, :]")
         else:
-            lines += [f"{p}_at = tl.arange(0, {lanes})", f"{p}_meets = ({p}_of == 0)[:, None]"]
+            lines += [f"{p}_at = tl.arange(0, {lanes})", f"{p}_mine = ({p}_of == 0)[:, None]"]
         if self._known:
             lines += [f"{p}_either = {p}_either // {lanes} * {count} + {p}_at"] * self.several
             lines.append(f"{self._known} = {p}_at < {count}")
         known = f" & {self._known}[None, :]" * bool(self._known)
         lines += [where_gathered(self.plan), where_gathered(self.plan, f"{p}_gathered", "twice(row_index)[:, None]")]
-        lines.append(f"{p}_meets = {p}_meets & twice(live)[:, None]{known}")
+        lines.append(f"{p}_meets = {p}_mine & twice(live)[:, None]{known}")
         for side in (reader.side for reader in self.maps):
             heads = f"h * (({side.space}_stride > 0) * {dim * (side.dim + SUMS)})"
             lines.append(f"{rows_of(side)} = {rows_of(side)}_ptr + {heads}")

@@ -18,13 +18,14 @@ PLANAR = (Keys, MaskedKeys)  # keys that are nothing but codes, whose scores are
 
 def largest(*groups: Sequence[str]) -> list[str]:
     """Lines that make of tiles [lanes, rows] the largest size of each row; those of a group have as many lanes, and
-    become one tile before lanes are exchanged."""
+    become one tile before lanes are exchanged.  Both names are rows in the end, whichever branch they are made in."""
     lines: list[str] = []
     for names in filter(None, groups):
         name = "more" if lines else "top"
         lines.append(f"{name} = tl.abs({names[0]})")
         lines += [f"{name} = tl.maximum({name}, tl.abs({x}))" for x in names[1:]]
-        lines.append(f"top = {f'tl.maximum(top, tl.max({name}, 0))' if name == 'more' else 'tl.max(top, 0)'}")
+        lines.append(f"{name} = tl.max({name}, 0)")
+        lines += ["top = tl.maximum(top, more)"] * (name == "more")
     return lines
 
 

@@ -18,8 +18,9 @@ from types import SimpleNamespace
 import pytest
 
 from kvdsl.codegen import aot, assembling
-from kvdsl.codegen.aot import ARCHES, CompileError, compile_in_child
+from kvdsl.codegen.aot import compile_in_child
 from kvdsl.codegen.assembling import Assembly
+from kvdsl.codegen.front_end import ARCHES, INTERPRETER, CompileError, compiler
 from kvdsl.codegen.launch import Launch
 from kvdsl.codegen.launches import ASSEMBLER
 from kvdsl.codegen.lint import faults_in
@@ -124,7 +125,7 @@ def test_the_mode_of_this_process_does_not_reach_the_child(small: Path, monkeypa
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     (kernel,) = compile_in_child(small, [DECODE], cache_folder=CACHE)
     assert kernel.loop_mma == 16
-    aot._triton.cache_clear()
+    compiler.cache_clear()
     with pytest.raises(BackendError, match="compile_in_child"):
         aot.compile_text(small, [DECODE], "sm_90")
 
@@ -151,10 +152,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from kvdsl.codegen import aot
 from kvdsl.codegen.assembling import assembled_again, read
+from kvdsl.codegen.front_end import load
 from kvdsl.codegen.launch import Launch
 from kvdsl.codegen.launches import ASSEMBLER
 
-module, launch = aot._load(Path(sys.argv[1])), Launch.from_json(eval(sys.argv[2]))
+module, launch = load(Path(sys.argv[1])), Launch.from_json(eval(sys.argv[2]))
 first = aot._binary(module, replace(launch, assembler=ASSEMBLER), "sm_90", 1)
 gone = first.metadata._replace(extern_libs=(("libdevice", "/gone/libdevice.10.bc"),))
 other = SimpleNamespace(asm=first.asm, src=first.src, metadata=gone)  # kept by a Triton that is there no more
@@ -170,7 +172,7 @@ for setting in ASSEMBLER[1:]:
 def test_a_kernel_that_is_assembled_again_is_what_triton_compiles_under_that_setting(
     small: Path, tmp_path: Path
 ) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != aot.INTERPRETER}
+    environment = {name: value for name, value in os.environ.items() if name != INTERPRETER}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
     command = [sys.executable, "-c", AGAIN, str(small), repr(Launch("spilling", PLAIN, warps=1).to_json())]
     root = Path(__file__).resolve().parent.parent
@@ -274,7 +276,7 @@ def test_a_cache_folder_that_cannot_be_written_is_named(small: Path, tmp_path: P
 
 def test_the_command_line_prints_a_line_or_json(small: Path, tmp_path: Path) -> None:
     (tmp_path / "launches.json").write_text(json.dumps([DECODE.to_json()]))
-    environment = {name: value for name, value in os.environ.items() if name != aot.INTERPRETER}
+    environment = {name: value for name, value in os.environ.items() if name != INTERPRETER}
     environment |= {"TRITON_CACHE_DIR": str(CACHE)}
     root = Path(__file__).resolve().parent.parent
     command = [sys.executable, "-m", "kvdsl.codegen.aot", str(small), str(tmp_path / "launches.json")]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from kvdsl.codegen import aot, render
+from kvdsl.codegen import aot, front_end, render
 from kvdsl.codegen.assembling import read
 from kvdsl.codegen.launches import launches
 from kvdsl.codegen.plan import plan_for
@@ -85,6 +85,6 @@ def test_no_sum_of_ternary_codes_is_left_to_a_pair_of_16_bits(tmp_path: Path) ->
     path = tmp_path / "kernels.py"
     path.write_text(text, encoding="utf-8")
     (launch,) = (one for one in launches(plan, text) if one.kernel == "pack_keys")
-    binary = aot._binary(aot._load(path), launch, "sm_90", 1)
+    binary = aot._binary(front_end.load(path), launch, "sm_90", 1)
     assert launch.warps == 4
     assert not [one for one in read(binary.asm["cubin"]).code.instructions if "16x2" in one.opcode]

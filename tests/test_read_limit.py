@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvdsl.codegen.aot import ARCHES, compile_in_child
+from kvdsl.codegen.aot import compile_in_child
+from kvdsl.codegen.front_end import ARCHES
 from kvdsl.codegen.launch import Launch
 from kvdsl.codegen.limits import WARPS, WORD, WORDS, ReadLimit, readers
 

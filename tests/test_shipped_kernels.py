@@ -21,7 +21,8 @@ from compiled import BINARIES, digest, spilled
 from law_cases import SIBLINGS
 
 from kvdsl.codegen import render
-from kvdsl.codegen.aot import ARCHES, CompiledKernel, compile_many, line
+from kvdsl.codegen.aot import CompiledKernel, compile_many, line
+from kvdsl.codegen.front_end import ARCHES
 from kvdsl.codegen.launch import Launch
 from kvdsl.codegen.launches import launches
 from kvdsl.codegen.lint import faults_in
