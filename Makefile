@@ -30,8 +30,11 @@ test: $(STAMP)
 	TRITON_INTERPRET=1 $(RUN) -m pytest tests/interpreted -n auto --dist worksteal
 	env -u TRITON_INTERPRET $(RUN) -m pytest tests --ignore tests/interpreted -n auto --dist worksteal
 
+# The compiler takes far longer than the GPU does; what looks at the whole device's memory runs alone.
+SHARED := tests/test_laws_gpu.py tests/test_sanitizer_gpu.py
 gpu-test: $(STAMP)
-	env -u TRITON_INTERPRET $(RUN) -m pytest tests -m gpu
+	env -u TRITON_INTERPRET $(RUN) -m pytest $(SHARED) -n auto --dist worksteal
+	env -u TRITON_INTERPRET $(RUN) -m pytest tests -m gpu $(SHARED:%=--ignore %)
 
 # What is expected comes from transformers in the usual environment, what is found from the engine in its own.
 serve-test: $(STAMP) $(SERVE_STAMP)
