@@ -7,16 +7,21 @@ heads of 128 channels, where more of them agree by chance.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-from law_cases import PLAIN, RARE
+from hypothesis import given
+from hypothesis import strategies as st
+from law_cases import PLAIN, RARE, fixed
 
 from kvdsl.codegen import render
 from kvdsl.codegen.launch import Launch
 from kvdsl.codegen.launches import launches
 from kvdsl.codegen.plan import plan_for
 from kvdsl.rules import shape_faults
+from kvdsl.scheme import Scheme
 from kvdsl.shape import Shape
+from kvdsl.testing import schemes, shapes
 
 pytest.importorskip("triton")
 
@@ -40,13 +45,26 @@ def branches(out_ptr, first):
 """
 
 
+def refused(scheme: Scheme, shape: Shape, folder: Path) -> list[str]:
+    """What is refused of all kernels."""
+    plan = plan_for(scheme, shape)
+    text, path = render(plan, "triton", "of_small_heads"), folder / "kernels.py"
+    path.write_text(text)
+    return read(path, launches(plan, text))
+
+
 @pytest.mark.parametrize("name", [*PLAIN, *RARE])
 def test_types_of_every_kernel_agree(name: str, tmp_path: Path) -> None:
     scheme = (PLAIN | RARE)[name].with_(layers=())
-    plan = plan_for(scheme, next(shape for shape in SHAPES if not shape_faults(scheme, shape)))
-    text, path = render(plan, "triton", "of_small_heads"), tmp_path / "kernels.py"
-    path.write_text(text)
-    assert read(path, launches(plan, text)) == []
+    shape = next(shape for shape in SHAPES if not shape_faults(scheme, shape))
+    assert refused(scheme, shape, tmp_path) == []
+
+
+@fixed(examples=8)
+@given(st.data())
+def test_types_of_kernels_of_any_legal_scheme_agree(tmp_path_factory: Any, data: Any) -> None:
+    scheme = data.draw(schemes())
+    assert refused(scheme, data.draw(shapes(scheme, widest=160)), tmp_path_factory.mktemp("any")) == []
 
 
 def test_branches_of_unlike_types_are_told(tmp_path: Path) -> None:
