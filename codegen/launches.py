@@ -190,8 +190,10 @@ def _type(name: str, kernel: str, plan: Plan) -> str:
         return {"fp16": "*fp16", "bf16": "*i16", "fp32": "*fp32"}[plan.shape.dtype] if kernel in ENDS else "*fp32"
     if name == "keys_order_ptr":
         return "*i32"
-    if name == "keys_inner_ptr" or name.endswith("_rows_ptr") and name.startswith("keys_"):
+    if name == "keys_inner_ptr":
         return "*fp32" if plan.exact_keys else "*fp16"
+    if name.endswith("_rows_ptr") and name.startswith("keys_"):  # a sketch's map, ready for codes
+        return "*fp16"
     if name.endswith("_table_ptr") and plan.side(name.removesuffix("_table_ptr")).alphabet.sums:
         return "*fp16"
     if name.endswith("_table_ptr") and plan.side(name.removesuffix("_table_ptr")).alphabet.vectors:

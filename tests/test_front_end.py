@@ -60,6 +60,11 @@ def test_types_of_every_kernel_agree(name: str, tmp_path: Path) -> None:
     assert refused(scheme, shape, tmp_path) == []
 
 
+def test_sketches_of_exact_keys_are_read_by_maps_in_half_precision(tmp_path: Path) -> None:
+    """Codes meet float16, whatever the query is."""
+    assert refused(RARE["chosen channels"], Shape(32, 1, 1, "fp32"), tmp_path) == []
+
+
 @fixed(examples=8)
 @given(st.data())
 def test_types_of_kernels_of_any_legal_scheme_agree(tmp_path_factory: Any, data: Any) -> None:
