@@ -223,10 +223,10 @@ def holds(scheme: Scheme, backend: Backend, examples: int, leave_out: tuple[str,
     return sum(result.examples for result in results)
 
 
-def asked_of(law: str, **how: int) -> st.SearchStrategy[Scheme]:
+def asked_of(law: str) -> st.SearchStrategy[Scheme]:
     """Legal schemes that a law is about, see `kvdsl.testing.schemes`.  Those of floats on both sides are so few that
     others are made such."""
-    found = schemes_of_any_kind(**how)
+    found = schemes_of_any_kind()
     if law == "plain_floats_are_plain_attention":
         floats = st.builds(Store, st.builds(Float, st.sampled_from(["fp16", "fp32"])))
         found = st.builds(

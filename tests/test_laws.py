@@ -7,19 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from found_cases import FOUND
 from hypothesis import given
 from hypothesis import strategies as st
-from law_cases import LAW_NAMES, PLAIN, SIBLINGS, THOROUGH, THRESHOLDS, asked_of, fixed, holds
+from law_cases import LAW_NAMES, PLAIN, SIBLINGS, THOROUGH, asked_of, fixed, holds
 
 from kvdsl.codes import Code
 from kvdsl.errors import SchemeError
 from kvdsl.scheme import (
-    Block,
     Codebook,
     PreRope,
     Recent,
-    Rotate,
-    Scale,
     Scheme,
     Store,
     Uniform,
@@ -27,7 +25,6 @@ from kvdsl.scheme import (
     per_token,
 )
 from kvdsl.schemes import ALL
-from kvdsl.shape import Shape
 from kvdsl.testing import LAWS, Case, LawBroken, applicable, cases, check, faulty_schemes, report, shapes
 
 
@@ -44,36 +41,6 @@ def test_any_legal_scheme_obeys_the_law(law: str, data: Any) -> None:
     scheme: Scheme = data.draw(asked_of(law))
     shape = data.draw(shapes(scheme, widest=96))
     LAWS[law](data.draw(cases(scheme, shape, "torch", kinds=LAWS[law].kinds, batch=2)))
-
-
-TWICE = (Rotate("random_hadamard", size=8, seed=1), Rotate("random_hadamard", size=8, seed=3))
-SIGNED = Scale(Block(4), range="signed_absmax", refit="least_squares", dtype="fp32")
-FOUND: dict[str, tuple[str, Scheme, Shape, dict[str, Any]]] = {
-    "cancelled terms of a product of rotations": (
-        "decoding_equals_the_reference",
-        Scheme(
-            both=Store(
-                Uniform(4, rounding="half_up"),
-                scale=per_token(channels=32, range="signed_absmax", clip=2.0, refit="least_squares"),
-                transform=TWICE,
-            )
-        ),
-        Shape(64, 2, 2, "bf16"),
-        {"tokens": 11, "kind": "ties", "seed": 36407},
-    ),
-    "levels that float16 does not hold": (
-        "every_code_comes_back",
-        Scheme(both=Store(Codebook(2, levels=(-0.9, 0.4)), scale=SIGNED), recent=Recent(64)),
-        Shape(88, 2, 4),
-        {"tokens": 168, "seed": 8001},
-    ),
-    "what is left is larger than the vector": (
-        "errors_stay_within_the_bound",
-        THRESHOLDS,
-        Shape(32, 1, 1),
-        {"tokens": 1, "kind": "huge"},
-    ),
-}
 
 
 @pytest.mark.parametrize("name", FOUND)

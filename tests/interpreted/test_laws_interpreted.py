@@ -9,12 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from found_cases import FOUND
 from hypothesis import given
 from hypothesis import strategies as st
 from law_cases import PLAIN, RARE, SIBLINGS, THOROUGH, fixed
 
 from kvdsl.rules import shape_faults
-from kvdsl.scheme import Balance, Float, Recent, Scheme, Store, TopChannels, Uniform, per_channel, per_token
+from kvdsl.scheme import Recent, Scheme, Store, Uniform, per_channel, per_token
 from kvdsl.schemes import ALL
 from kvdsl.shape import Shape
 from kvdsl.testing import LAWS, Case, schemes
@@ -76,28 +77,11 @@ def test_queries_times_scales_in_half_precision_stay_within_the_bound() -> None:
     LAWS["extend_is_attention"](case)
 
 
-FOUND = {
-    "floats without a scale are multiplied by none": ("decode_is_attention", Scheme(both=Store(Float("e4m3")))),
-    "two rows of floats have names of their own": (
-        "outlier_channels_and_others_do_not_meet",
-        Scheme(keys=Store(Float("fp16")), values=Store(Float("fp16"), outliers=TopChannels())),
-    ),
-    "factors of tiles divide finite numbers": (
-        "infinity_saturates",
-        Scheme(
-            keys=Store(Uniform(1), scale=per_channel(tokens=32), transform=Balance(32, loops=1)),
-            values=Store(Float("fp16")),
-            recent=Recent(32),
-        ),
-    ),
-}
-
-
 @pytest.mark.parametrize("name", FOUND)
-def test_a_case_that_once_broke_a_law_of_generated_kernels(name: str) -> None:
-    law, scheme = FOUND[name]
+def test_a_case_that_once_broke_a_law(name: str) -> None:
+    law, scheme, shape, numbers = FOUND[name]
     assert LAWS[law].applies(scheme)
-    LAWS[law](Case(scheme, Shape(32, 1, 1), "triton", batch=1, tokens=1))
+    LAWS[law](Case(scheme, shape, "triton", **numbers))
 
 
 @pytest.mark.parametrize("law", ["words_equal_the_reference", "decoding_equals_the_reference", "decode_is_attention"])
