@@ -78,7 +78,8 @@ class PageModule(KernelModule):
                     if chosen is not None and term.parted:
                         given = beside(term.parted, source, chosen.theirs)
                     if chosen is not None and term.raised:
-                        above = torch.empty(given.shape, dtype=torch.uint8, device=given.device)
+                        # Zeros: codes are gathered of all tokens, also of those past a sequence's end.
+                        above = torch.zeros(given.shape, dtype=torch.uint8, device=given.device)
                         raised = {"counts_ptr": level_counts(term, chosen.theirs), "above_ptr": above}
                     self._pack_term(term, given, at, start, begin, end, (low, high), pool, table, params, raised)
                 if term.residual is not None:

@@ -36,6 +36,7 @@ from kvdsl.scheme import (
     per_channel,
     per_token,
 )
+from kvdsl.shape import Shape
 from kvdsl.testing import LAWS, applicable, report
 from kvdsl.testing import schemes as schemes_of_any_kind
 
@@ -210,13 +211,16 @@ RARE |= {"rounded": ROUNDED}
 """What no shipped scheme has."""
 
 
-def holds(scheme: Scheme, backend: Backend, examples: int, leave_out: tuple[str, ...] = ()) -> int:
+def holds(
+    scheme: Scheme, backend: Backend, examples: int, leave_out: tuple[str, ...] = (), shapes: tuple[Shape, ...] = ()
+) -> int:
     """Ask every law that applies but those left out, and fail with all that are broken; the number of examples.
+    `shapes`: see `kvdsl.testing.report`.
 
     Schemes of layers are left to `kvdsl check`: most are shipped by themselves."""
     scheme = scheme.with_(layers=())
     names = [law.name for law in applicable(scheme) if law.name not in leave_out]
-    results = list(report(scheme, backend=backend, examples=examples, laws=names))
+    results = list(report(scheme, backend=backend, examples=examples, laws=names, shapes=shapes))
     broken = [result.failure for result in results if result.failure is not None]
     assert not broken, "\n\n".join(broken)
     assert [result.law for result in results] == names

@@ -13,19 +13,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from law_cases import LAW_NAMES, PLAIN, RARE, asked_of, fixed, holds
 
-from kvdsl.testing import LAWS, cases, shapes
+from kvdsl.shape import Shape
+from kvdsl.testing import LAWS, cases, few_shapes, shapes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 
-@pytest.mark.parametrize("name", PLAIN)
-def test_a_shipped_scheme_obeys_every_law(name: str) -> None:
-    assert holds(PLAIN[name], "triton", examples=4) >= 2 * len(LAW_NAMES)
+KNOWN = PLAIN | RARE
+"""Schemes that are shipped, and those of rarer parts."""
+AT = [
+    pytest.param(name, shape, id=f"{name}-{shape.q_heads}x{shape.head_dim}")
+    for name, scheme in KNOWN.items()
+    for shape in few_shapes(scheme)
+]
+"""One shape a test: nearly all the time is the compiler's, and each shape has kernels of its own."""
 
 
-@pytest.mark.parametrize("name", RARE)
-def test_a_scheme_of_rarer_parts_obeys_every_law(name: str) -> None:
-    assert holds(RARE[name], "triton", examples=4) > len(LAW_NAMES)
+@pytest.mark.parametrize(("name", "shape"), AT)
+def test_a_scheme_obeys_every_law(name: str, shape: Shape) -> None:
+    assert holds(KNOWN[name], "triton", examples=2, shapes=(shape,)) > len(LAW_NAMES)
 
 
 @pytest.mark.parametrize("law", LAW_NAMES)

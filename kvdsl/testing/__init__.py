@@ -2,6 +2,7 @@
 
     report      every law that applies to a scheme, and whether it held
     check       the same, raising LawBroken with the smallest case that breaks one
+    few_shapes  what a scheme is asked at where no shapes are given
     schemes, routed_schemes, shapes, cases, faulty_schemes   hypothesis strategies to test with
 
 A law is one function in `codes`, `extremes`, `low_rank`, `polar`, `sparse`, `splits` (packed bytes), `attention`,
@@ -18,7 +19,9 @@ from io import StringIO
 from typing import Any
 
 from kvdsl.kernels import Backend
+from kvdsl.rules import shape_faults
 from kvdsl.scheme import Scheme
+from kvdsl.shape import Shape
 
 from . import (  # noqa: F401  (they enter their laws)
     attention,
@@ -39,8 +42,8 @@ from .strategies import cases, schemes, shapes
 from .tier_strategies import routed_schemes
 
 __all__ = [
-    "LAWS", "Case", "Law", "LawBroken", "Result", "applicable", "cases", "check", "faulty_schemes", "report",
-    "routed_schemes", "schemes", "shapes",
+    "LAWS", "Case", "Law", "LawBroken", "Result", "applicable", "cases", "check", "faulty_schemes", "few_shapes",
+    "report", "routed_schemes", "schemes", "shapes",
 ]  # fmt: skip
 
 
@@ -67,17 +70,20 @@ def applicable(scheme: Scheme) -> list[Law]:
 
 
 def report(
-    scheme: Scheme, *, backend: Backend | None = None, examples: int = 25, seed: int = 0, laws: Sequence[str] = ()
-) -> Iterator[Result]:
+    scheme: Scheme, *, backend: Backend | None = None, examples: int = 25, seed: int = 0, laws: Sequence[str] = (),
+    shapes: Sequence[Shape] = (),
+) -> Iterator[Result]:  # fmt: skip
     """Ask every law (or those named) that applies, `examples` times each; the same seed asks the same.  Schemes of
     layers are asked after the scheme itself, each once.
 
     backend   as for `kvdsl.build`; None: Triton where there is a GPU or TRITON_INTERPRET=1, else torch
+    shapes    which are drawn from; none: `few_shapes` of the scheme
     """
     for place, each in _each(scheme).items():
         for law in applicable(each):
             if not laws or law.name in laws:
-                yield replace(_ask(law, each, backend, examples, seed), place=place)
+                found = _ask(law, each, backend, examples, seed, shapes or few_shapes(each))
+                yield replace(found, place=place)
 
 
 def _each(scheme: Scheme) -> dict[str, Scheme]:
@@ -91,18 +97,21 @@ def _each(scheme: Scheme) -> dict[str, Scheme]:
 
 
 def check(
-    scheme: Scheme, *, backend: Backend | None = None, examples: int = 25, seed: int = 0, laws: Sequence[str] = ()
-) -> list[Result]:
+    scheme: Scheme, *, backend: Backend | None = None, examples: int = 25, seed: int = 0, laws: Sequence[str] = (),
+    shapes: Sequence[Shape] = (),
+) -> list[Result]:  # fmt: skip
     """`report`, raising LawBroken with the smallest case as soon as a law is broken."""
     results = []
-    for result in report(scheme, backend=backend, examples=examples, seed=seed, laws=laws):
+    for result in report(scheme, backend=backend, examples=examples, seed=seed, laws=laws, shapes=shapes):
         if result.failure is not None:
             raise LawBroken(result.failure)
         results.append(result)
     return results
 
 
-def _ask(law: Law, scheme: Scheme, backend: Backend | None, examples: int, seed: int) -> Result:
+def _ask(
+    law: Law, scheme: Scheme, backend: Backend | None, examples: int, seed: int, shapes: Sequence[Shape]
+) -> Result:
     """Hypothesis looks for a case that breaks the law, and makes it as small as it can."""
     import hypothesis
     from hypothesis import strategies as st
@@ -112,7 +121,7 @@ def _ask(law: Law, scheme: Scheme, backend: Backend | None, examples: int, seed:
     def examine(data: Any) -> None:
         nonlocal count
         count += 1
-        shape = data.draw(st.sampled_from(some))
+        shape = data.draw(st.sampled_from(shapes))
         case = data.draw(cases(scheme, shape, backend, kinds=law.kinds))
         try:
             law(case)
@@ -120,7 +129,6 @@ def _ask(law: Law, scheme: Scheme, backend: Backend | None, examples: int, seed:
             broken[0] = str(failure)
             raise
 
-    some = _some_shapes(scheme)
     everything = [check for check in hypothesis.HealthCheck]
     settings = hypothesis.settings(
         max_examples=examples, database=None, deadline=None, suppress_health_check=everything, print_blob=False,
@@ -150,11 +158,8 @@ def _quiet() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _some_shapes(scheme: Scheme) -> list[Any]:
+def few_shapes(scheme: Scheme) -> list[Shape]:
     """A few shapes the scheme fits, each compiled once: small first; of tiers some for a sliding window."""
-    from kvdsl.rules import shape_faults
-    from kvdsl.shape import Shape
-
     own = scheme.head_dim  # of a scheme that says how long a key is there are no other shapes
     found = [
         Shape(own or dim, heads, heads * group, dtype, softcap, scheme.routed and placed)  # type: ignore[arg-type]
