@@ -33,11 +33,13 @@ def rows_of(rows: Tensor, first: Tensor, offset: int, low: int, high: int) -> Te
 
 
 def mapping(rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor, reach: tuple[int, int],
-            numbers: int) -> dict[str, Any]:  # fmt: skip
+            numbers: int, *, seen: bool) -> dict[str, Any]:  # fmt: skip
     """What a kernel takes that makes so many numbers each of rows (B, H, total, D) of the tokens u in `reach`, as far
-    as they are in [begin, end); `out_ptr` is where these will be, float32 (B, H, tokens, numbers)."""
+    as they are in [begin, end); `out_ptr` is where these will be, float32 (B, H, tokens, numbers).  `seen`: the host
+    looks at all tokens, also at those that are not there: 0."""
     total, (low, high) = rows.shape[2], reach
-    out = torch.empty(*rows.shape[:2], high - low, numbers, dtype=torch.float32, device=rows.device)
+    made = torch.zeros if seen else torch.empty
+    out = made(*rows.shape[:2], high - low, numbers, dtype=torch.float32, device=rows.device)
     return {
         "rows_ptr": rows, "source_ptr": rows, "coded_ptr": rows, "first_ptr": first, "begin_ptr": begin, "end_ptr": end,
         "out_ptr": out, "total_rows": total, "offset": offset, "ring": total - offset, "low": low, "count": high - low,

@@ -78,7 +78,7 @@ class PageModule(KernelModule):
                     if chosen is not None and term.parted:
                         given = beside(term.parted, source, chosen.theirs)
                     if chosen is not None and term.raised:
-                        # Zeros: codes are gathered of all tokens, also of those past a sequence's end.
+                        # 0 for tokens that are not there: the host looks at all, as in `mapping`
                         above = torch.zeros(given.shape, dtype=torch.uint8, device=given.device)
                         raised = {"counts_ptr": level_counts(term, chosen.theirs), "above_ptr": above}
                     self._pack_term(term, given, at, start, begin, end, (low, high), pool, table, params, raised)
@@ -131,7 +131,8 @@ class PageModule(KernelModule):
             self._pack(term, rows, first, offset, begin, end, reach, pool, table, params, raised)
             return
         low, high = reach
-        given, beside = mapping(rows, first, offset, begin, end, reach, term.stride), {}
+        seen = bool(term.polar or term.layout.across)
+        given, beside = mapping(rows, first, offset, begin, end, reach, term.stride, seen=seen), {}
         coded = given["out_ptr"]
         if term.sketched:
             beside["squares_ptr"] = torch.empty(coded.shape[:3], dtype=torch.float64, device=rows.device)
@@ -152,9 +153,7 @@ class PageModule(KernelModule):
     def _without_positions(self, part: SidePlan, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor,
                            reach: tuple[int, int], params: Params, places: Places | None) -> Tensor:  # fmt: skip
         """Keys of a chunk's tokens u in `reach`, as far as they are in [begin, end), float32 (B, H, tokens, D)."""
-        given = mapping(rows, first, offset, begin, end, reach, rows.shape[3])
-        if part.sparse or part.parted:
-            given["out_ptr"].zero_()  # the host looks at tokens, too, that are not there
+        given = mapping(rows, first, offset, begin, end, reach, rows.shape[3], seen=True)
         grid = (-(-(reach[1] - reach[0]) // ROTATE_ROWS), rows.shape[0] * rows.shape[1])
         self._run("unrope_keys", grid, given | self._positions(reach[1], rows.device, params, places), None, params)
         found: Tensor = given["out_ptr"]

@@ -75,8 +75,9 @@ class TritonModule(PageModule):
         if keys.shifted:
             given["bias_ptr"] = query.new_empty(query.shape[:3], dtype=torch.float32)
         rows, lanes = query_tile(keys)
-        grid = (batch * shape.kv_heads, -(-keys.row // lanes), -(-queries * shape.group // rows))
-        self._run("turn_query", grid, {**given, "queries": queries, "soon": int(soon)}, None, params)
+        grid = (-(-batch * queries * shape.group // rows), -(-keys.row // lanes), shape.kv_heads)
+        sizes = {"batch": batch, "queries": queries, "soon": int(soon)}
+        self._run("turn_query", grid, given | sizes, None, params)
         return given
 
     def _signs(self, params: Params) -> Tensor:

@@ -72,18 +72,12 @@ def $name($args):
 """
 
 QUERY = """
-@triton.jit(do_not_specialize=["queries", "soon"])
+@triton.jit(do_not_specialize=["batch", "queries", "soon"])
 def turn_query($args):
     if soon:
         let_next_begin()
-    bh = tl.program_id(0)
+    $whose
     i = tl.program_id(1) * $lanes + tl.arange(0, $lanes)
-    b = bh // $heads
-    h = bh % $heads
-    row_index = tl.program_id(2) * $rows + tl.arange(0, $rows)
-    live = row_index < queries * $group
-    token = row_index // $group
-    place = (b * $q_heads + h * $group + row_index % $group).to(tl.int64) * queries + token
     d = tl.arange(0, $padded)
     known = (d < $taken) & (d >= 0)
     q = tl.load(
@@ -102,16 +96,11 @@ def turn_query($args):
 
 # Whole rows, by lines that give what is stored of rows x.
 QUERY_AS_ROWS = """
-@triton.jit(do_not_specialize=["queries", "soon"])
+@triton.jit(do_not_specialize=["batch", "queries", "soon"])
 def turn_query($args):
     if soon:
         let_next_begin()
-    bh = tl.program_id(0)
-    b = bh // $heads
-    h = bh % $heads
-    row_index = tl.program_id(2) * $rows + tl.arange(0, $rows)
-    live = row_index < queries * $group
-    place = (b * $q_heads + h * $group + row_index % $group).to(tl.int64) * queries + row_index // $group
+    $whose
     i = tl.arange(0, $lanes)
     known = live[:, None] & (i < $dim)[None, :]
     x = tl.load(query_ptr + place[:, None] * $dim + i[None, :], mask=known, other=0.0).to(tl.float32)
@@ -336,7 +325,7 @@ def query_as_rows(plan: Plan, args: list[str], mapped: list[str], stored: str, b
 
 
 def _query_arguments(plan: Plan, args: list[str]) -> str:
-    return ", ".join([*args, *["gathered_ptr"] * gathers(plan), "queries", "soon"])
+    return ", ".join([*args, *["gathered_ptr"] * gathers(plan), "batch", "queries", "soon"])
 
 
 def _by_channel(plan: Plan, lane: str) -> list[str]:
@@ -344,14 +333,26 @@ def _by_channel(plan: Plan, lane: str) -> list[str]:
     part of the result do."""
     if not gathers(plan):
         return []
-    at = f"gathered + ({lane} * {stride(plan)})[None, :]"
+    at = f"gathered[:, None] + ({lane} * {stride(plan)})[None, :]"
     return [
         "if tl.program_id(1) == 0:",
-        f"    {where_gathered(plan, rows='row_index[:, None]')}",
+        f"    bh = b * {plan.shape.kv_heads} + h",
+        f"    {where_gathered(plan, rows='row_index')}",
         f"    tl.store({at}, q, mask=live[:, None] & ({lane} < {plan.shape.head_dim})[None, :])",
     ]
 
 
-def _query_holes(plan: Plan) -> dict[str, str | int]:
+def _query_holes(plan: Plan) -> dict[str, str | int | list[str]]:
+    """The size of a program, and lines that say which rows it has: of one kv head, whose map it reads, and of all
+    sequences, as one query of a sequence would leave most of a product idle."""
     shape, (rows, lanes) = plan.shape, query_tile(plan.keys)
-    return {"rows": rows, "lanes": lanes, "heads": shape.kv_heads, "group": shape.group, "q_heads": str(shape.q_heads)}
+    whose = [
+        "h = tl.program_id(2)",
+        f"row = tl.program_id(0) * {rows} + tl.arange(0, {rows})",
+        f"live = row < batch * queries * {shape.group}",
+        f"b = row // (queries * {shape.group})",
+        f"row_index = row % (queries * {shape.group})",
+        f"head = b * {shape.q_heads} + h * {shape.group} + row_index % {shape.group}",
+        f"place = head.to(tl.int64) * queries + row_index // {shape.group}",
+    ]
+    return {"rows": rows, "lanes": lanes, "whose": whose}
