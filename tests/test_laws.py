@@ -10,7 +10,7 @@ import pytest
 from found_cases import FOUND
 from hypothesis import given
 from hypothesis import strategies as st
-from law_cases import LAW_NAMES, PLAIN, SIBLINGS, THOROUGH, asked_of, fixed, holds
+from law_cases import LAW_NAMES, PLAIN, RARE, SIBLINGS, THOROUGH, asked_of, fixed, holds
 
 from kvdsl.codes import Code
 from kvdsl.errors import SchemeError
@@ -25,6 +25,7 @@ from kvdsl.scheme import (
     per_token,
 )
 from kvdsl.schemes import ALL
+from kvdsl.shape import Shape
 from kvdsl.testing import LAWS, Case, LawBroken, applicable, cases, check, faulty_schemes, report, shapes
 
 
@@ -107,6 +108,18 @@ def test_schemes_of_layers_are_asked_too() -> None:
     scheme = ALL["token4"].with_(layers={0: ALL["token2"], (3, 4): ALL["token4"], 5: ALL["token2"]})
     found = list(report(scheme, examples=1, laws=("words_equal_the_reference",)))
     assert [(result.place, result.examples) for result in found] == [("", 1), ("layers[0]", 1)]
+
+
+def test_laws_are_asked_at_the_shapes_that_are_given() -> None:
+    """So one that the scheme does not fit is told: two heads are rotated together."""
+
+    def failure(kv_heads: int) -> str | None:
+        shapes = (Shape(64, kv_heads),)
+        (found,) = report(RARE["several heads"], examples=1, laws=("bytes_are_counted",), shapes=shapes)
+        return found.failure
+
+    assert failure(6) is None
+    assert "kv_heads=5" in (failure(5) or "")
 
 
 def test_every_law_is_made_of_some_scheme() -> None:
