@@ -377,3 +377,12 @@ def product(codes, queries, so_far=None):
         tl.permute(tl.reshape(queries, (4, STEPS, 2, 2, queries.shape[1])), (1, 2, 0, 3, 4)), queries.shape
     )
     return tl.dot(codes, queries, so_far)
+
+
+@triton.jit
+def times_map(x, matrix):
+    """x [rows, channels] times a matrix [channels, lanes], float32, of numbers x that float16 or bfloat16 hold.
+
+    Tensor cores take 11 bits of a float32 number: all of such a one, and a number of the matrix is the sum of two."""
+    upper = as_float(as_int(matrix) & -8192)
+    return tl.dot(x, upper, tl.dot(x, matrix - upper, input_precision="tf32"), input_precision="tf32")

@@ -87,7 +87,7 @@ def turn_query($args):
     w = tl.load(
         matrix + d.to(tl.int64)[:, None] * $given + i[None, :], mask=known[:, None] & (i < $given)[None, :], other=0.0
     )
-    y = tl.dot(q, w, input_precision="ieee")
+    y = $product
     let_next_begin()
     tl.store(turned_ptr + place[:, None] * $given + i[None, :], y, mask=live[:, None] & (i < $given)[None, :])
     $bias
@@ -308,10 +308,11 @@ def turn_query(plan: Plan) -> str:
             f"shift = tl.load(keys_decode_shift_ptr + h * keys_shifts * {shape.head_dim} + d, mask=known, other=0.0)",
             "tl.store(bias_ptr + place, tl.sum(q * shift[None, :], 1), mask=live)",
         ]
+    product = 'tl.dot(q, w, input_precision="ieee")' if shape.dtype == "fp32" else "times_map(q, w)"
     return fill(
         QUERY, args=_query_arguments(plan, args), **_query_holes(plan), padded=padded(shape.head_dim),
         taken=shape.head_dim, given=side.row, bias=bias, matrix_ptr=whole_map(side)[0], stride=whole_map(side)[1],
-        gathered=_by_channel(plan, "d"),
+        gathered=_by_channel(plan, "d"), product=product,
     )  # fmt: skip
 
 
