@@ -126,7 +126,7 @@ SPARSE = Scheme(
 as vectors of low rank."""
 THRESHOLDS = Scheme(
     keys=Store(
-        Uniform(4),
+        Uniform(3),
         scale=per_token(channels=32),
         transform=(PreRope(interleaved=True), Rotate("orthogonal", seed=0)),
         outliers=Sparse(0.06, Block(ALL, 1), slots=3, fill="zero", when="calibrated"),
@@ -141,7 +141,7 @@ THRESHOLDS = Scheme(
     sinks=Sinks(2),
 )
 """As a user would write it: single numbers beyond thresholds, of keys before RoPE beside a map that stays in the loop;
-of values before what is left.  Keys of 3 bits, 16 planes of them, take the compiler more than four minutes a kernel."""
+of values before what is left."""
 MATCHED = Scheme(
     keys=Store(
         Codebook(2, "calibrated", match="moments"),
@@ -183,13 +183,12 @@ RECORD = Scheme(
 )
 """Values are the first channels of the keys."""
 VECTORS = Scheme(
-    keys=Store(Vectors(4, channels=8), transform=PreRope(interleaved=True)),
+    keys=Store(Vectors(2, channels=8), transform=PreRope(interleaved=True)),
     values=Store(Vectors(3, channels=2), transform=Rotate("orthogonal", size=8, seed=0)),
     recent=Recent(8),
     sinks=Sinks(1),
 )
-"""Two words of a table a code, and half of one.  The codes of 8 bits that are shipped take the interpreter long, and
-keys of 2, 32 channels of which share a byte, take the compiler more than three minutes a kernel."""
+"""Two words of a table a code, and half of one.  The codes of 8 bits that are shipped take the interpreter long."""
 ADDITIVE = Scheme(
     keys=Store(Additive(3, stages=3, commuting=True), scale=per_token(heads=ALL), transform=PreRope()),
     values=Store(Additive(2, stages=0.0625), scale=per_token()),

@@ -80,10 +80,10 @@ def report(
     shapes    which are drawn from; none: `few_shapes` of the scheme
     """
     for place, each in _each(scheme).items():
+        at = shapes or few_shapes(each)
         for law in applicable(each):
             if not laws or law.name in laws:
-                found = _ask(law, each, backend, examples, seed, shapes or few_shapes(each))
-                yield replace(found, place=place)
+                yield replace(_ask(law, each, backend, examples, seed, at), place=place)
 
 
 def _each(scheme: Scheme) -> dict[str, Scheme]:
