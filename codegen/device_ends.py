@@ -73,3 +73,13 @@ def columns_of_both(columns):
     left, right = tl.split(tl.permute(tl.reshape(columns, shape), (0, 2, 1)))
     rows = left + right
     return tl.reshape(tl.permute(tl.join(rows, rows), (0, 2, 1)), columns.shape)
+
+
+@triton.jit
+def with_mapped(total, coded, matrix):
+    """total [rows, channels] and the product of coded numbers [rows, numbers] with those of a matrix [channels,
+    numbers], float32: by tensor cores where there are as many rows as these multiply at once, each number as a sum of
+    such as they take."""
+    if coded.shape[0] < 16:
+        return total + tl.sum(matrix[None, :, :] * coded[:, None, :], 2)
+    return tl.dot(coded, tl.trans(matrix), total, input_precision="tf32x3")

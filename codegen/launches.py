@@ -10,7 +10,7 @@ from kvdsl.window import TILE
 
 from .codec import searched, settled
 from .launch import ATTEND, CONSTEXPR, Launch
-from .occupancy import MOST_EDGES
+from .occupancy import LEAST_LANES, MOST_EDGES, mapped_tile
 from .plan import DECODE_ROWS, WIDEST, Plan
 from .side import SidePlan
 from .text import padded
@@ -210,10 +210,11 @@ def launches(plan: Plan, source: str) -> tuple[Launch, ...]:
     """One launch record a kernel, as it runs on a GPU."""
     records = []
     for kernel, names in arguments(source).items():
-        rows = plan.rows(many=False)
+        rows, channels = plan.rows(many=False), padded(plan.values.channels)
         constants = {
-            "ROWS": rows, "TO_ROWS": rows, "SPLITS": 16, "EDGES": MOST_EDGES, "LANES": padded(plan.values.channels),
-            "EARLY": False,
+            "ROWS": rows, "TO_ROWS": rows, "SPLITS": 16, "EDGES": MOST_EDGES,
+            "LANES": min(LEAST_LANES, channels) if "MERGED" in names else channels,
+            "MERGED": 1, "STEP": mapped_tile(0, 16, plan.values.row, 1)[1], "EARLY": False,
             "PAIRS": plan.shape.head_dim // 2,  # of models whose rotary positions turn all channels
         }  # fmt: skip
         records.append(

@@ -29,6 +29,8 @@ from .text import padded
 MOST_SPLITS = 128  # programs of a sequence: `quarot4` 1 x 8 x 32768 takes 23 us with 128 partials and 67 with 130
 MOST_EDGES = 32
 LEAST_LANES = 32  # channels that a program merges
+# Of a merge that maps: rows of a program, partials of each, numbers of all at a time; partial numbers of one row's.
+MERGED_ROWS, MERGED_PARTIALS, MERGED_NUMBERS, MERGED_TILE = 16, 16, 32, 4096
 START = 1.0  # what a program does beside its tiles
 EDGE = 1.5  # what a tile at the edges takes, of fewer tokens
 LATENCY = 2.5  # what a tile takes where others work while a warp waits, so few that it waits all the same
@@ -171,6 +173,15 @@ def merge_lanes(rows: int, channels: int, processors: int, least: int = LEAST_LA
     while lanes > least and rows * whole // lanes <= processors:
         lanes //= 2
     return lanes
+
+
+def mapped_tile(programs: int, partials: int, numbers: int, processors: int) -> tuple[int, int]:
+    """(Rows that a program merges and maps at once, numbers of each at a time), where there were so many programs if
+    each had one row: as many as a product has, so that the map is read less often, where that leaves the processors
+    enough to do and a row has few partials."""
+    if 4 * programs >= 3 * MERGED_ROWS * processors and partials <= MERGED_PARTIALS:
+        return MERGED_ROWS, min(MERGED_NUMBERS, padded(numbers))
+    return 1, min(4 * MERGED_NUMBERS, padded(numbers), MERGED_TILE // partials)
 
 
 def predicted(work: Work, count: int, more: int, room: Room) -> float:

@@ -20,7 +20,19 @@ from .host_channels import ready_rows
 from .host_maps import sign_words
 from .host_slots import by_channel, by_turned_channel
 from .launches import divisible, warps
-from .occupancy import LEAST_LANES, MOST_EDGES, MOST_SPLITS, Room, Work, alone, edge_splits, merge_lanes, ranked, splits
+from .occupancy import (
+    LEAST_LANES,
+    MOST_EDGES,
+    MOST_SPLITS,
+    Room,
+    Work,
+    alone,
+    edge_splits,
+    mapped_tile,
+    merge_lanes,
+    ranked,
+    splits,
+)
 from .plan import SidePlan, drawn
 from .run_pages import PageModule
 from .run_parts import LOG2E, NO_WINDOW, Part, Scratch, within
@@ -281,15 +293,29 @@ class TritonModule(PageModule):
 
     def _merge(self, kernel: str, part: Part, scratch: Scratch, count: int, **more: Any) -> None:
         batch, heads, queries, _ = part.query.shape
-        rows, channels = batch * heads * queries, self.plan.values.channels
-        least = max(LEAST_LANES, self.plan.values.layout.plane_width if self.plan.adds_planes else 0)
-        lanes = padded(channels) if part.fixed else merge_lanes(rows, channels, self.processors(), least)
         given = {
-            **scratch, **more, "queries": queries, "blocks": part.blocks, "splits": count, "clean": part.clean,
-            "ROWS": part.rows, "SPLITS": padded(count), "EDGES": max(MOST_EDGES, padded(part.edges)), "LANES": lanes,
+            **scratch, **more, "batch": batch, "queries": queries, "blocks": part.blocks, "splits": count,
+            "clean": part.clean, "ROWS": part.rows, "SPLITS": padded(count),
+            "EDGES": max(MOST_EDGES, padded(part.edges)),
         }  # fmt: skip
+        grid, shares = self._merging(kernel, part, count)
+        self._run(kernel, grid, given | shares, None, part.params)
+
+    def _merging(self, kernel: str, part: Part, count: int) -> tuple[tuple[int, int, int], dict[str, int]]:
+        """The programs of a merge of `count` partials, and what each of them has."""
+        batch, heads, queries, _ = part.query.shape
+        values, rows, channels = self.plan.values, batch * heads * queries, self.plan.values.channels
+        if "MERGED" in self.arguments[kernel]:
+            kv_heads, lanes = self.plan.shape.kv_heads, min(LEAST_LANES, padded(channels))
+            each = padded(channels) // lanes
+            merged, step = mapped_tile(0 if part.fixed else rows * each, padded(count), values.row, self.processors())
+            grid = (-(-rows // kv_heads // merged), kv_heads, each)
+            edges = {"EDGES": max(4, padded(part.edges))} if merged > 1 else {}  # a tile of each row
+            return grid, {"LANES": lanes, "MERGED": merged, "STEP": step, **edges}
+        least = max(LEAST_LANES, values.layout.plane_width if self.plan.adds_planes else 0)
+        lanes = padded(channels) if part.fixed else merge_lanes(rows, channels, self.processors(), least)
         each = padded(channels) // lanes if "LANES" in self.arguments[kernel] else 1
-        self._run(kernel, (batch * heads, queries, each), given, None, part.params)
+        return (batch * heads, queries, each), {"LANES": lanes}
 
 
 @lru_cache(maxsize=256)

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from .plan import Plan
 from .text import fill, padded
-from .triton_turn import rotated, stages_of, whole_arguments, whole_map, with_signs
-
-MERGE_LANES = 32  # coded numbers that are mapped back at a time
+from .triton_merge_mapped import mapped_merge
+from .triton_turn import rotated, stages_of, whole_arguments, with_signs
 
 MERGE = """
 @triton.jit(do_not_specialize=[$loose])
@@ -91,39 +90,13 @@ exact_weight = tl.where(exact_lse > -1.0e29, tl.exp2(exact_lse - most), 0.0)
 total = tl.sum(tl.where((exact_weight > 0.0)[:, None], exact * exact_weight[:, None], 0.0), 0)
 """
 
-# Sums over packed tokens are of coded numbers: they are mapped back here, once.
-TURNED_SUM = """
-$exact
-matrix = $matrix_ptr + h.to(tl.int64) * $stride
-for first in range(0, $dim, $step):
-    i = first + tl.arange(0, $step)
-    part = tl.load(
-        partial_ptr + place[:, None] * $dim + i[None, :],
-        mask=((s < splits) & (weight > 0.0))[:, None] & (i < $dim)[None, :],
-        other=0.0,
-    )
-    coded = tl.sum(part * weight[:, None], 0)
-    known = (d < $head_dim)[:, None] & (i < $dim)[None, :]
-    w = tl.load(matrix + d.to(tl.int64)[:, None] * $dim + i[None, :], mask=known, other=0.0)
-    total = total + tl.sum(w * coded[None, :], 1)
-$shift
-total = total * reciprocal(tl.where(mass > 0.0, mass, 1.0))
-"""
-
-# Of a rotation all at once.
+# Sums over packed tokens are of coded numbers: a rotation is undone here, once; other maps: `triton_merge_mapped`.
 ROTATED_SUM = """
 $exact
 coded = tl.sum(tl.where((weight > 0.0)[:, None], part * weight[:, None], 0.0), 0)
 coded = tl.reshape(hadamard(coded[None, :], $stages, $factor), d.shape)
 $signs
 total = (total + coded) * reciprocal(tl.where(mass > 0.0, mass, 1.0))
-"""
-
-SHIFT = """
-share = tl.load(share_ptr + slot, mask=ours & (exact_weight > 0.0), other=0.0)
-share = tl.sum(tl.where(s < clean, weight, 0.0), 0) + tl.sum(share * exact_weight, 0)
-shift = tl.load(values_decode_shift_ptr + h * values_shifts * $head_dim + d, mask=d < $head_dim, other=0.0)
-total = total + shift * share
 """
 
 
@@ -145,29 +118,24 @@ def unite(plan: Plan) -> str:
 def _text(plan: Plan, name: str, through: bool, into: str) -> str:
     """A merge: `through` the map of the values, `into` outputs or one partial."""
     shape, values = plan.shape, plan.values
+    if through and not rotated(values):
+        return mapped_merge(plan, name, into)
     dim = values.channels
     holes: dict[str, str | int] = {"heads": shape.kv_heads, "head_dim": dim, "group": shape.group}
     result = {"fp16": "total.to(tl.float16)", "fp32": "total", "bf16": "bits_bf16(total).to(tl.int16)"}[shape.dtype]
-    apart, shifted = through and values.apart, through and values.shifted
+    apart = through and values.apart
     sources = whole_arguments(values) if through else []
     place, total = fill(APART_PLACE if apart else PLACE, **holes), fill(SUM)
     loads = fill(APART_LOADS, **holes) * apart
-    if not through or rotated(values):
-        loads += fill(LOADS, dim=values.row if through else dim)
+    loads += fill(LOADS, dim=values.row if through else dim)
     if through:
-        turned = {**holes, "dim": values.row, "step": min(MERGE_LANES, padded(values.row))}
-        turned |= {"matrix_ptr": whole_map(values)[0], "stride": whole_map(values)[1]}
-        shift = fill(SHIFT, head_dim=dim).splitlines() if shifted else []
         exact = [f"total = tl.zeros([{padded(dim)}], tl.float32)"]
         exact = fill(APART_SUM).splitlines() if apart else exact
-        if rotated(values):
-            rotation = {**stages_of(values), "signs": with_signs(values, "d", "coded")}
-            if plan.adds_planes:  # what is left are blocks within a plane
-                rotation["stages"] = min(values.hadamard, values.layout.plane_width).bit_length() - 1
-            total = fill(ROTATED_SUM, **turned, **rotation, exact=exact)
-        else:
-            total = fill(TURNED_SUM, **turned, exact=exact, shift=shift)
-    args = ["partial_ptr", *["exact_ptr"] * apart, *["share_ptr"] * shifted, "lse_ptr", *sources, f"{into}_ptr"]
+        rotation = {**stages_of(values), "signs": with_signs(values, "d", "coded")}
+        if plan.adds_planes:  # what is left are blocks within a plane
+            rotation["stages"] = min(values.hadamard, values.layout.plane_width).bit_length() - 1
+        total = fill(ROTATED_SUM, **rotation, exact=exact)
+    args = ["partial_ptr", *["exact_ptr"] * apart, "lse_ptr", *sources, f"{into}_ptr"]
     args += [f"{into}_lse_ptr", "queries", "blocks", "splits", *["clean"] * apart, *["to_blocks"] * (into == "to")]
     loose = [name for name in ("queries", "splits", "blocks", "clean", "to_blocks") if name in args]
     args += ["ROWS: tl.constexpr", "SPLITS: tl.constexpr", *["EDGES: tl.constexpr"] * apart]

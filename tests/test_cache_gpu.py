@@ -7,6 +7,8 @@ import gc
 import pytest
 import torch
 from cache_cases import SCHEMES, SHAPE, attention, numbers, pair
+from merge_cases import SCHEMES as MERGED
+from merge_cases import alike
 
 from kvdsl.errors import CacheError
 from kvdsl.quantized_cache import QuantizedCache
@@ -142,3 +144,8 @@ def test_a_graph_holds_a_step(name: str) -> None:
             assert torch.equal(out, kernels.attend(fresh[0], state, told.params, splits=2)[0])
         static.settle()
         require_same(f"behind {end} tokens", cache, told)
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_rows_that_share_a_program_are_merged_as_if_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    alike(name, monkeypatch, "cuda")

@@ -22,6 +22,7 @@ from kvdsl.codegen.occupancy import (
     alone,
     edge_splits,
     held,
+    mapped_tile,
     merge_lanes,
     more_registers,
     predicted,
@@ -179,6 +180,21 @@ def test_few_rows_are_merged_by_more_programs_that_find_a_processor_each(rows: i
     assert lanes == right
     assert lanes >= channels or rows * -(-channels // lanes) <= 2 * PROCESSORS
     assert merge_lanes(rows, channels, PROCESSORS, least=64) == min(max(64, right), padded(channels))
+
+
+@pytest.mark.parametrize(
+    ("programs", "partials", "numbers", "right"),
+    [(128, 16, 128, (1, 128)), (8192, 4, 128, (16, 32)), (2048, 64, 384, (1, 64)), (8192, 4, 16, (16, 16))],
+)
+def test_many_rows_of_few_partials_share_what_is_read_of_a_map(
+    programs: int, partials: int, numbers: int, right: tuple[int, int]
+) -> None:
+    """What a program has at a time fits its registers; of no known number of rows, as of a fixed plan, each is alone,
+    as the order of sums must not depend on the batch."""
+    rows, step = mapped_tile(programs, partials, numbers, PROCESSORS)
+    assert (rows, step) == right
+    assert rows * partials * step <= 64 * 128 and programs >= 12 * PROCESSORS or rows == 1
+    assert mapped_tile(0, partials, numbers, PROCESSORS)[0] == 1
 
 
 def timings(name: str) -> Iterator[tuple[Work, Room, dict[tuple[int, int], float]]]:
