@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from .plan import Plan
 from .text import fill, padded
-from .triton_merge_mapped import mapped_merge
+from .triton_merge_mapped import RESULTS, mapped_merge
 from .triton_turn import rotated, stages_of, whole_arguments, with_signs
 
 MERGE = """
@@ -122,7 +122,6 @@ def _text(plan: Plan, name: str, through: bool, into: str) -> str:
         return mapped_merge(plan, name, into)
     dim = values.channels
     holes: dict[str, str | int] = {"heads": shape.kv_heads, "head_dim": dim, "group": shape.group}
-    result = {"fp16": "total.to(tl.float16)", "fp32": "total", "bf16": "bits_bf16(total).to(tl.int16)"}[shape.dtype]
     apart = through and values.apart
     sources = whole_arguments(values) if through else []
     place, total = fill(APART_PLACE if apart else PLACE, **holes), fill(SUM)
@@ -142,7 +141,7 @@ def _text(plan: Plan, name: str, through: bool, into: str) -> str:
     parted = not through or plan.adds_planes
     args += [*["LANES: tl.constexpr"] * parted, *["TO_ROWS: tl.constexpr"] * (into == "to")]
     lanes = "tl.program_id(2) * LANES + tl.arange(0, LANES)" if parted else f"tl.arange(0, {padded(dim)})"
-    end = fill(OUTPUT if into == "out" else PARTIAL, **holes, result=result)
+    end = fill(OUTPUT if into == "out" else PARTIAL, **holes, result=RESULTS[shape.dtype])
     return fill(
         MERGE, name=name, loose=", ".join(f'"{one}"' for one in loose), args=[f"{arg}," for arg in args],
         q_heads=str(shape.q_heads), **holes, lanes=lanes, place=place.splitlines(),

@@ -12,6 +12,9 @@ from .plan import Plan
 from .text import fill
 from .triton_turn import whole_arguments, whole_map
 
+RESULTS = {"fp16": "total.to(tl.float16)", "fp32": "total", "bf16": "bits_bf16(total).to(tl.int16)"}
+"""A model's dtype -> what is stored of outputs."""
+
 MERGE = """
 @triton.jit(do_not_specialize=[$loose])
 def $name(
@@ -112,9 +115,8 @@ def mapped_merge(plan: Plan, name: str, into: str) -> str:
     loose = [name for name in ("batch", "queries", "splits", "blocks", "clean", "to_blocks") if name in args]
     constants = ["ROWS", "SPLITS", *["EDGES"] * apart, "LANES", "MERGED", "STEP", *["TO_ROWS"] * (into == "to")]
     args += [f"{constant}: tl.constexpr" for constant in constants]
-    result = {"fp16": "total.to(tl.float16)", "fp32": "total", "bf16": "bits_bf16(total).to(tl.int16)"}[shape.dtype]
     total = fill(EXACT_SUM).splitlines() if apart else ["total = tl.zeros([MERGED, LANES], tl.float32)"]
-    end = fill(OUTPUT if into == "out" else PARTIAL, **holes, result=result)
+    end = fill(OUTPUT if into == "out" else PARTIAL, **holes, result=RESULTS[shape.dtype])
     return fill(
         MERGE, name=name, loose=", ".join(f'"{one}"' for one in loose), args=[f"{arg}," for arg in args], **holes,
         exact_place=fill(EXACT_PLACE).splitlines() * apart, exact_sum=total,

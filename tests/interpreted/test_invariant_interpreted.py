@@ -11,7 +11,7 @@ from invariance_cases import SCHEMES, alone_and_together
 from kvdsl.codegen import build
 from kvdsl.codegen.run_triton import TritonModule
 from kvdsl.quantized_cache import QuantizedCache
-from kvdsl.schemes import token4
+from kvdsl.schemes import ALL
 from kvdsl.shape import Shape
 
 
@@ -21,20 +21,25 @@ def test_neighbours_change_no_bit(name: str) -> None:
         assert torch.equal(alone, together)
 
 
-def test_how_sums_are_shared_does_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU the order of a merge's sums depends on how many channels a program has: of a fixed plan all, always."""
-    given: list[tuple[int, ...]] = []
+@pytest.mark.parametrize(("name", "fixed", "alone"), [("token4", (1, 1), (2, 1)), ("turboquant4", (2, 1), (2, 1))])
+def test_how_sums_are_shared_does_not_depend_on_the_batch(
+    name: str, fixed: tuple[int, int], alone: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the order of a merge's sums depends on how many channels and rows a program has: of a fixed plan all of
+    one row, always, and of a row that is mapped always as many."""
+    seen: list[tuple[int, int]] = []
     run = TritonModule._run
 
-    def recorded(self: TritonModule, kernel: str, grid: tuple[int, ...], *args: Any) -> None:
-        given.extend([grid[2:]] * (kernel == "merge"))
-        run(self, kernel, grid, *args)
+    def recorded(self: TritonModule, kernel: str, grid: tuple[int, ...], given: dict[str, Any], *args: Any) -> None:
+        seen.extend([(grid[-1], given.get("MERGED", 1))] * (kernel == "merge"))
+        run(self, kernel, grid, given, *args)
 
-    monkeypatch.setattr(TritonModule, "processors", lambda self: 132)
+    monkeypatch.setattr(TritonModule, "processors", lambda self: 1)
     monkeypatch.setattr(TritonModule, "_run", recorded)
-    for _ in alone_and_together("token4", "triton"):
+    for _ in alone_and_together(name, "triton"):
         pass
-    assert set(given) == {(1,)}
-    query, cache = torch.ones(1, 4, 1, 64).half(), QuantizedCache(build(token4, Shape(64, 2, 4), "triton"), 1)
+    assert set(seen) == {fixed}
+    monkeypatch.setattr(TritonModule, "processors", lambda self: 132)
+    query, cache = torch.ones(1, 4, 1, 64).half(), QuantizedCache(build(ALL[name], Shape(64, 2, 4), "triton"), 1)
     cache.append_and_attend(query, query[:, :2], query[:, :2])
-    assert given[-1] == (2,)
+    assert seen[-1] == alone
