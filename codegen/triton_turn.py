@@ -79,7 +79,7 @@ def turn_query($args):
     $whose
     i = tl.program_id(1) * $lanes + tl.arange(0, $lanes)
     d = tl.arange(0, $padded)
-    known = (d < $taken) & (d >= 0)
+    known = d < $taken
     q = tl.load(
         query_ptr + place[:, None] * $taken + d[None, :], mask=live[:, None] & known[None, :], other=0.0
     ).to(tl.float32)
