@@ -210,11 +210,11 @@ def launches(plan: Plan, source: str) -> tuple[Launch, ...]:
     """One launch record a kernel, as it runs on a GPU."""
     records = []
     for kernel, names in arguments(source).items():
-        rows, channels = plan.rows(many=False), padded(plan.values.channels)
+        rows, splits, channels = plan.rows(many=False), 16, padded(plan.values.channels)
         constants = {
-            "ROWS": rows, "TO_ROWS": rows, "SPLITS": 16, "EDGES": MOST_EDGES,
+            "ROWS": rows, "TO_ROWS": rows, "SPLITS": splits, "EDGES": MOST_EDGES,
             "LANES": min(LEAST_LANES, channels) if "MERGED" in names else channels,
-            "MERGED": 1, "STEP": mapped_tile(0, 16, plan.values.row, 1)[1], "EARLY": False,
+            "MERGED": 1, "STEP": mapped_tile(0, splits, plan.values.row, 1)[1], "EARLY": False,
             "PAIRS": plan.shape.head_dim // 2,  # of models whose rotary positions turn all channels
         }  # fmt: skip
         records.append(
