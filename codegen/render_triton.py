@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from .header import heading
 from .plan import Plan
-from .text import DEVICE, helpers_used, without_unused
+from .text import DEVICE, helpers_used
 from .triton_append import append
 from .triton_attend import Attend
 from .triton_merge import collect, merge, unite
@@ -14,6 +14,7 @@ from .triton_received import Received
 from .triton_rope import rope, unrope
 from .triton_term_pages import pack_of, unpack_of
 from .triton_turn import restore, turn, turn_query
+from .unused import without_unused
 
 
 def render(plan: Plan, name: str) -> str:

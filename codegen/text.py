@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -55,19 +54,6 @@ def fill(skeleton: str, **holes: Iterable[str] | str | int) -> str:
         else:
             out.append(Template(line).substitute(words))
     return "\n".join(out) + "\n"
-
-
-def without_unused(function: str) -> str:
-    """A function's text without assignments to names that nothing reads: loads and arithmetic have no other effect."""
-    lines = function.split("\n")
-    while True:
-        targets = [m[1] if (m := re.match(r"\s+(\w+) = ", line)) else "" for line in lines]
-        # Branches may assign the same name, so what counts is how often it stands elsewhere.
-        read = Counter(re.findall(r"\w+", function)) - Counter(targets)
-        kept = [line for line, target in zip(lines, targets, strict=True) if not target or read[target]]
-        if len(kept) == len(lines):
-            return function
-        lines, function = kept, "\n".join(kept)
 
 
 def padded(count: int) -> int:
