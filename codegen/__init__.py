@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from functools import lru_cache
 from pathlib import Path
 
 from kvdsl.errors import BackendError, Fault, SchemeError
+from kvdsl.interpreting import interpreted
 from kvdsl.kernels import Backend, KernelSet, Module
 from kvdsl.scheme import Scheme
 from kvdsl.shape import Shape
@@ -80,15 +80,14 @@ def bind(plan: Plan, backend: Backend, path: Path, source: str) -> Module:
 
 def choose_backend(backend: Backend | None) -> tuple[Backend, str]:
     """The backend to use and one sentence why.  Raises BackendError where it cannot run here."""
-    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
     if backend not in (None, "triton", "torch"):
         raise BackendError(f"backend: {backend!r} is none of 'triton', 'torch'")
     if backend == "torch":
         return "torch", "torch, as asked"
     gpu = _gpu()
-    if backend is None and not interpreted and not gpu:
+    if backend is None and not interpreted() and not gpu:
         return "torch", "torch, since there is no GPU and TRITON_INTERPRET is not 1"
-    if not interpreted and not gpu:
+    if not interpreted() and not gpu:
         raise BackendError(
             "backend: 'triton' needs a GPU, and there is none; set TRITON_INTERPRET=1 before Python starts to "
             "interpret the kernels, or use backend='torch'"
@@ -100,12 +99,12 @@ def choose_backend(backend: Backend | None) -> tuple[Backend, str]:
             return "torch", "torch, since triton is not installed"
         raise BackendError("backend: 'triton' is not installed; pip install triton (Linux only)") from error
     device = sys.modules.get("kvdsl.codegen.device")
-    if device is not None and interpreted != device.INTERPRETED:
+    if device is not None and interpreted() != device.INTERPRETED:
         raise BackendError(
             "backend: TRITON_INTERPRET changed after triton was imported; one process is interpreted or compiled, "
             "never both: start a new one"
         )
-    return "triton", "triton, interpreted (TRITON_INTERPRET=1)" if interpreted else "triton, compiled for the GPU"
+    return "triton", "triton, interpreted (TRITON_INTERPRET=1)" if interpreted() else "triton, compiled for the GPU"
 
 
 def _gpu() -> bool:

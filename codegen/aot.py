@@ -21,9 +21,10 @@ from typing import Any
 
 from kvdsl import errors
 from kvdsl.errors import BackendError
+from kvdsl.interpreting import INTERPRETER
 
 from .assembling import Assembly, fewest_spills, roomier
-from .front_end import ARCHES, INTERPRETER, CompileError, aimed_at, check, compiler, load, source_of, told
+from .front_end import ARCHES, CompileError, aimed_at, check, compiler, load, source_of, told
 from .launch import ATTEND, Launch, assembled
 from .operands import misread
 from .roofline import GPUS, LINE, predicted_share, shares

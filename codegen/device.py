@@ -4,12 +4,12 @@ Inline assembly has no meaning in Triton's interpreter, so the pieces that use i
 TRITON_INTERPRET; both forms give the same bits.
 """
 
-import os
-
 import triton
 import triton.language as tl
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+from kvdsl.interpreting import interpreted
+
+INTERPRETED = interpreted()
 
 if INTERPRETED:
 

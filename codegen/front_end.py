@@ -15,12 +15,12 @@ from types import ModuleType
 from typing import Any
 
 from kvdsl.errors import BackendError
+from kvdsl.interpreting import INTERPRETER, interpreted
 
 from .launch import Launch
 from .roofline import GPUS
 
 ARCHES = tuple(GPUS)
-INTERPRETER = "TRITON_INTERPRET"
 
 
 class CompileError(BackendError):
@@ -43,7 +43,7 @@ def check(arch: str) -> None:
 @cache
 def compiler() -> Any:
     """The `triton` package, in a state in which it compiles."""
-    if os.environ.get(INTERPRETER, "0").lower() not in ("", "0", "false", "off"):
+    if interpreted():
         raise BackendError(f"{INTERPRETER} is set, so Triton cannot compile in this process; use compile_in_child")
     try:
         import triton

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvdsl.errors import BackendError
+from kvdsl.interpreting import interpreted
 
 from . import store
 from .occupancy import MOST_SPLITS
@@ -97,7 +97,7 @@ def this_card() -> Card | None:
     """The GPU that compiled kernels run on now."""
     import torch
 
-    if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET", "0") == "1":
+    if not torch.cuda.is_available() or interpreted():
         return None
     major, minor = torch.cuda.get_device_capability()
     return Card(torch.cuda.get_device_name(), f"sm_{major}{minor}")

@@ -18,8 +18,10 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.internal.conjecture import providers
 
+from kvdsl.interpreting import interpreted
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many tests as processors run at a time, in processes of their own
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = interpreted()
 collect_ignore = [] if INTERPRETED else ["interpreted"]
 
 for name, examples in {"fast": 20, "ci": 100, "thorough": 2000}.items():

@@ -20,12 +20,13 @@ import pytest
 from kvdsl.codegen import aot, assembling
 from kvdsl.codegen.aot import compile_in_child
 from kvdsl.codegen.assembling import Assembly
-from kvdsl.codegen.front_end import ARCHES, INTERPRETER, CompileError, compiler
+from kvdsl.codegen.front_end import ARCHES, CompileError, compiler
 from kvdsl.codegen.launch import Launch
 from kvdsl.codegen.launches import ASSEMBLER
 from kvdsl.codegen.lint import faults_in
 from kvdsl.codegen.sass import Code
 from kvdsl.errors import BackendError
+from kvdsl.interpreting import INTERPRETER
 
 pytest.importorskip("triton")
 run_kernels = pytest.importorskip("kvdsl.codegen.run_kernels")

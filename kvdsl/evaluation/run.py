@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,6 +14,7 @@ from kvdsl.errors import BackendError, CacheError, SchemeError, ShapeError
 from kvdsl.fisher import weighted
 from kvdsl.generation import Loaded, called, digest_of, opened
 from kvdsl.hf import completed, latent, measured, observed, seen
+from kvdsl.interpreting import interpreted
 from kvdsl.kernels import Backend, Params
 from kvdsl.params import from_data, of_all_layers, takes_data
 from kvdsl.registry import load, name_of
@@ -131,8 +131,7 @@ class Run:
     def __post_init__(self) -> None:
         self.digest = digest_of(self.model)
         self.dtype = str(self.model.dtype).removeprefix("torch.")
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        plain = self.model.device.type == "cpu" and not interpreted
+        plain = self.model.device.type == "cpu" and not interpreted()
         self.where = [
             *versions().values(), self.digest, self.dtype, self.model.device.type,
             self.backend or ("torch" if plain else "triton"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from kvdsl.codegen import build, build_tiers
 from kvdsl.errors import CacheError, ShapeError
 from kvdsl.inputs import DTYPES
+from kvdsl.interpreting import interpreted
 from kvdsl.kernels import Backend, Params
 from kvdsl.making import AnyCache, made
 from kvdsl.scheme import Scheme
@@ -216,7 +216,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             heads = keys.shape[1]
         shape = Shape(keys.shape[3], keys.shape[1], heads, FORMATS[keys.dtype], softcap)
         backend = self.backend
-        if backend is None and keys.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        if backend is None and keys.device.type == "cpu" and not interpreted():
             backend = "torch"
         options: dict[str, Any] = {} if self.capacity is None else {"capacity": self.capacity}
         return made(
