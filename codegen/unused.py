@@ -2,7 +2,7 @@
 
 A kernel is put together from what its parts may need: the waves of clean pages, say, also where programs of the edges
 have waves of their own.  Loads and arithmetic have no other effect, so a name that is not read on any way from where it
-was assigned takes its line along.
+was assigned takes its line along.  Loops end at their end: Triton knows no `break`.
 """
 
 from __future__ import annotations
