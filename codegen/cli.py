@@ -285,8 +285,8 @@ def tune(
     tokens: Annotated[list[int] | None, typer.Option(help="of a sequence; repeatable; default 32768", min=1)] = None,
     json: AsJson = False,
 ) -> None:
-    """Time the few schedules of decode that the model of this GPU likes best, and keep the fastest for it: what is
-    built from then on takes it for calls of about this size. Needs a GPU."""
+    """Time the schedules of decode that the model of this GPU likes best, and such as fill it evenly, and keep the
+    fastest: what is built from then on takes it for calls of about this size. Needs a GPU."""
     from .tuning import BATCHES, TOKENS, results, told
 
     schemes = {name: loaded(name) for name in names}

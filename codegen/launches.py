@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from functools import cache
 
 from kvdsl.scheme import SIDES
@@ -10,7 +11,8 @@ from kvdsl.window import TILE
 
 from .codec import searched, settled
 from .launch import ATTEND, CONSTEXPR, Launch
-from .occupancy import LEAST_LANES, MOST_EDGES, mapped_tile
+from .occupancy import LEAST_LANES, MOST_EDGES, mapped_tile, merge_lanes, merge_warps
+from .overlap import MERGES
 from .plan import DECODE_ROWS, WIDEST, Plan
 from .side import SidePlan
 from .text import padded
@@ -37,6 +39,7 @@ FLOATS = ("scaling", "softcap")
 ENDS = ("merge", "unite")  # they store outputs
 SCORE = ("scores", "reach", "received")
 HALVED = 8192  # bytes of a tile, two tokens abreast, of which two warps each do half
+FEW = 8  # partials of a row that is mapped with others: `wush2` 64 x 8 x 2048, of six, two warps 64.6 us, four 67.1
 MANY = 512  # scales of a tile's keys, whose products wait beside sums of received attention
 
 # Settings of NVIDIA's assembler, tried in this order until a kernel keeps its numbers in registers: just above a count
@@ -82,6 +85,8 @@ def _wanted(kernel: str, plan: Plan) -> int:
         return 1 if plan.side(kernel.partition("_")[2]).hadamard else 8
     if kernel in ("unrope_keys", "rope_keys"):
         return 4
+    if kernel in MERGES:  # those of its smallest tile
+        return 2 if kernel != "unite" and plan.values.through and not rotated(plan.values) else 1
     if kernel not in (*ATTEND, *SCORE) or exact:
         return 4
     if kernel == "reach" and plan.keys.rope is not None and plan.keys.sparse:
@@ -127,6 +132,23 @@ def _pack_warps(side: SidePlan) -> int:
 def fused(kernel: str) -> bool:
     """Whether the compiler may fuse a product and a sum: not where a number is stored or given back."""
     return not kernel.startswith(("pack", "append", "unpack", "turn", "restore", "unrope", "rope"))
+
+
+def merge_tile(
+    plan: Plan, names: Sequence[str], partials: int, edges: int, rows: int | None = None, processors: int = 1
+) -> tuple[dict[str, int], int]:
+    """(What a program of a merge with arguments of these names has, its warps over the usual), of so many partials, of
+    which `edges` have exact numbers apart.  `rows` None: not known, as of a fixed plan, whose sums must not depend on
+    the batch."""
+    values, channels = plan.values, padded(plan.values.channels)
+    if "MERGED" in names:
+        lanes = min(LEAST_LANES, channels)
+        merged, step = mapped_tile(0 if rows is None else rows * channels // lanes, partials, values.row, processors)
+        return {"LANES": lanes, "MERGED": merged, "STEP": step}, 1 if merged > 1 and partials <= FEW else 2
+    together = partials + (edges if "EDGES" in names else 0)
+    least = max(LEAST_LANES, values.layout.plane_width if plan.adds_planes else 0)
+    lanes = merge_lanes(rows, together, channels, processors, least) if "LANES" in names else channels
+    return {"LANES": lanes}, merge_warps(together * lanes)
 
 
 def stages(kernel: str, plan: Plan) -> tuple[int, ...]:
@@ -210,11 +232,10 @@ def launches(plan: Plan, source: str) -> tuple[Launch, ...]:
     """One launch record a kernel, as it runs on a GPU."""
     records = []
     for kernel, names in arguments(source).items():
-        rows, splits, channels = plan.rows(many=False), 16, padded(plan.values.channels)
-        constants = {
-            "ROWS": rows, "TO_ROWS": rows, "SPLITS": splits, "EDGES": MOST_EDGES,
-            "LANES": min(LEAST_LANES, channels) if "MERGED" in names else channels,
-            "MERGED": 1, "STEP": mapped_tile(0, splits, plan.values.row, 1)[1], "EARLY": False,
+        rows, splits = plan.rows(many=False), 16
+        tile, times = merge_tile(plan, names, splits, MOST_EDGES) if "SPLITS" in names else ({}, 1)
+        constants = tile | {
+            "ROWS": rows, "TO_ROWS": rows, "SPLITS": splits, "EDGES": MOST_EDGES, "EARLY": False,
             "PAIRS": plan.shape.head_dim // 2,  # of models whose rotary positions turn all channels
         }  # fmt: skip
         records.append(
@@ -222,7 +243,7 @@ def launches(plan: Plan, source: str) -> tuple[Launch, ...]:
                 kernel,
                 tuple((name, _type(name, kernel, plan)) for name in names),
                 tuple((name, constants[name]) for name in names if name in constants),
-                warps=warps(kernel, plan),
+                warps=warps(kernel, plan) * times,
                 stages=stages(kernel, plan),
                 assembler=ASSEMBLER,
                 fp_fusion=fused(kernel),

@@ -9,16 +9,13 @@ would wait for it: `kivi4`, of which a processor holds 9, takes 104 us with 16 p
 8 x 32768), `token4`, 11, 76 with 15 and 80 with 22.
 
 What is below is in tiles of TILE tokens: of a full partition the time of one of a program's, divided by its programs.
-The five constants are fitted to what numbers of programs took on an H200, nine schemes at eleven sizes
-(benchmarks/results/schedules/h200_1.json), and later kernels, eight schemes at eight sizes (h200_2.json): what they
-choose takes 1.02 times the best of each of the first on average, and 1.03 times that of the others, and of later ones,
-eleven schemes at ten sizes (h200_3.json, h200_4.json).  A fit to the second alone, of which fewer numbers were timed,
-went wrong where none was: `token2` 8 x 8 x 131072 took 252 us with 16 programs a sequence, 176 with 49.
+The five constants are fitted to what numbers of programs took on an H200, eleven schemes at thirteen sizes
+(benchmarks/results/schedules/h200_5.json): what they choose takes 1.02 times the best of each on average.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -26,16 +23,17 @@ from kvdsl.window import TILE
 
 from .text import padded
 
-MOST_SPLITS = 128  # programs of a sequence: `quarot4` 1 x 8 x 32768 takes 23 us with 128 partials and 67 with 130
-MOST_EDGES = 32
+MOST_SPLITS, MOST_EDGES = 128, 32  # programs of a sequence that share its pages, and its edges
 LEAST_LANES = 32  # channels that a program merges
+MERGED_AT_ONCE = 1024  # partial numbers that a program of one warp merges best; it holds twice as many
+MERGE_WARPS = 4  # of one that has more
 # Of a merge that maps: rows of a program, partials of each, numbers of all at a time; partial numbers of one row's.
 MERGED_ROWS, MERGED_PARTIALS, MERGED_NUMBERS, MERGED_TILE = 16, 16, 32, 4096
-START = 1.0  # what a program does beside its tiles
-EDGE = 1.5  # what a tile at the edges takes, of fewer tokens
-LATENCY = 2.5  # what a tile takes where others work while a warp waits, so few that it waits all the same
-ALONE = 1.9  # what it takes a warp that has its partition alone
-PARTIAL = 0.04  # what one more partial of a row costs where all are merged
+START = 0.2  # what a program does beside its tiles
+EDGE = 1.03  # what a tile at the edges takes, of fewer tokens
+LATENCY = 2.4  # what a tile takes where others work while a warp waits, so few that it waits all the same
+ALONE = 2.15  # what it takes a warp that has its partition alone
+MERGED = 0.7  # what it takes a processor to merge what one program has left
 REGISTERS = 65536  # of a processor, on every GPU that Triton knows of NVIDIA's
 MOST_REGISTERS = 255  # of a thread
 PARTITIONS = 4  # of a processor: each has a quarter of its registers, and warps of its own
@@ -99,19 +97,22 @@ class Room:
 @dataclass(frozen=True)
 class Work:
     """What is read: by `programs` where none is shared, each `pages` of `page_tokens` tokens and `edges` tiles.
-    `parts`: tiles of a page, each of which a program can have for itself."""
+    `parts`: tiles of a page, each of which a program can have for itself.  `partials`: the most of a row that are
+    merged well."""
 
     programs: int
     pages: int
     page_tokens: int
     edges: int = 0
     parts: int = 1
+    partials: int = MOST_SPLITS + MOST_EDGES
 
     def among(self, count: int) -> Work:
         """The same in the units that `count` programs a sequence share: tiles, where there are more than pages."""
         if count <= self.pages:
             return self
-        return Work(self.programs, self.pages * self.parts, self.page_tokens // self.parts, self.edges)
+        tiles, tokens = self.pages * self.parts, self.page_tokens // self.parts
+        return replace(self, pages=tiles, page_tokens=tokens, parts=1)
 
 
 def splits(work: Work, room: Room) -> int:
@@ -144,9 +145,20 @@ def ranked(work: Work, room: Room) -> tuple[int, ...]:
     def time(count: int) -> float:
         return predicted(work, count, edge_splits(work, count, room) if least else 0, room)
 
-    found = counts(work.pages, max(1, min(work.pages, MOST_SPLITS - least)))
+    found = counts(work.pages, max(1, min(work.pages, MOST_SPLITS, work.partials - least)))
     first = [count for count in (work.pages * work.parts, work.pages) if alone(work, room, count)][:1]
     return (*first, *sorted((count for count in found if count not in first), key=time))
+
+
+def filling(work: Work, room: Room) -> tuple[int, ...]:
+    """Numbers of programs that share a sequence so that every processor has as many at once, from one a partition up.
+
+    Where a kernel waits for memory one of these is the best, by up to 4 %, and the model cannot tell which: `token4`
+    8 x 8 x 131072 takes 260.8 us with 14, 267 with 12, 24 and 49, `quarot4` 16 x 8 x 16384 75.3 with 4, 78.1 with 12.
+    """
+    least = max(1, min(PARTITIONS // room.warps, room.residents))
+    found = (room.processors * each // work.programs for each in range(least, room.residents + 1))
+    return tuple(dict.fromkeys(count for count in found if 1 <= count <= min(work.pages, MOST_SPLITS)))
 
 
 def counts(pages: int, most: int, least: int = 1) -> list[int]:
@@ -161,18 +173,31 @@ def counts(pages: int, most: int, least: int = 1) -> list[int]:
 def edge_splits(work: Work, count: int, room: Room) -> int:
     """How many more programs should share the edges of a sequence where `count` share its pages: they take the places
     that are left, and those of programs that have ended."""
-    most = max(1, min(MOST_EDGES, MOST_SPLITS - count, 2 * work.edges - 1))
+    most = max(1, min(MOST_EDGES, work.partials - count, 2 * work.edges - 1))
     sizes = (2**i for i in range(most.bit_length()))
     return min(sizes, key=lambda more: predicted(work, count, more, room))
 
 
-def merge_lanes(rows: int, channels: int, processors: int, least: int = LEAST_LANES) -> int:
-    """Channels that a program merges the partials of, of so many rows: all, or fewer where the rows are too few to
-    keep the processors busy, `least` or more."""
+def merge_lanes(rows: int | None, partials: int, channels: int, processors: int, least: int = LEAST_LANES) -> int:
+    """Channels that a program merges so many partials of: all, or fewer where these are more numbers than one warp
+    merges best, or the rows, if they are known, too few to keep the processors busy; `least` or more.
+
+    Microseconds of a step on an H200 with four warps a program and all channels if there are rows enough, and so:
+    64 x 8 x 2048 `token4` 52.3, 47.1, `quarot4` 61.3, 51.5; 16 x 8 x 16384 76.5, 76.2; 81.7, 78.9; 128 x 8 x 1024 49.2,
+    49.0; 64.8, 53.3; 32 x 8 x 8192 79.4, 77.3; 86.7, 80.7.
+    """
     lanes = whole = padded(channels)
-    while lanes > least and rows * whole // lanes <= processors:
+    while lanes > least and (
+        partials * lanes > MERGED_AT_ONCE or rows is not None and rows * whole // lanes <= processors
+    ):
         lanes //= 2
     return lanes
+
+
+def merge_warps(numbers: int) -> int:
+    """Warps of a program that merges so many partial numbers: one, in which nothing waits for other warps, where it
+    holds them."""
+    return 1 if numbers <= 2 * MERGED_AT_ONCE else MERGE_WARPS
 
 
 def mapped_tile(programs: int, partials: int, numbers: int, processors: int) -> tuple[int, int]:
@@ -202,4 +227,4 @@ def predicted(work: Work, count: int, more: int, room: Room) -> float:
         waiting = max(0, waiting - free * int(long / short))  # as many have ended beside the others
     waves, rest = divmod(waiting, room.places)
     time += short * (waves * room.pace(room.places) + (room.pace(rest) if rest else 0.0))
-    return time + PARTIAL * padded(count + more)
+    return time + MERGED * work.programs * (count + more) / room.processors

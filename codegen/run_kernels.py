@@ -23,7 +23,7 @@ from .occupancy import more_registers, residents
 from .operands import misread
 from .overlap import overlapped, overlapping
 from .plan import Plan
-from .schedules import known
+from .schedules import MODEL, Bucket, known
 
 VIEWS = {
     "pool8_ptr": torch.uint8, "pool16_ptr": torch.int16, "pool32_ptr": torch.int32,
@@ -54,6 +54,10 @@ class KernelModule:
     def schedule(self) -> str:
         """See KernelSet."""
         return self.schedules.source
+
+    def schedule_for(self, batch: int, tokens: int) -> str:
+        """See KernelSet."""
+        return self.schedules.source if Bucket.of(batch, tokens) in self.schedules.best else MODEL
 
     def _run(
         self, kernel: str, grid: tuple[int, ...], given: Mapping[str, Any], pool: Tensor | None, params: Params,

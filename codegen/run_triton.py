@@ -19,17 +19,15 @@ from . import forms, run_dense
 from .host_channels import ready_rows
 from .host_maps import sign_words
 from .host_slots import by_channel, by_turned_channel
-from .launches import divisible, warps
+from .launches import divisible, merge_tile, warps
 from .occupancy import (
-    LEAST_LANES,
     MOST_EDGES,
     MOST_SPLITS,
     Room,
     Work,
     alone,
     edge_splits,
-    mapped_tile,
-    merge_lanes,
+    filling,
     ranked,
     splits,
 )
@@ -151,6 +149,10 @@ class TritonModule(PageModule):
         """Numbers of programs of decode that share a sequence, the model's best first."""
         return ranked(self._work(programs, longest), self.room(KERNEL, depth))
 
+    def filling(self, programs: int, longest: int, depth: int | None = None) -> tuple[int, ...]:
+        """Numbers of programs of decode that share a sequence and give all processors as many."""
+        return filling(self._work(programs, longest), self.room(KERNEL, depth))
+
     def _work(self, programs: int, longest: int, exact: int | None = None, window: int | None = None) -> Work:
         """What `programs` read of sequences of up to `longest` tokens.  At the edges are `exact` rows, or as many as
         the scheme leaves, of the newest page half, and all of one that a window cuts."""
@@ -159,7 +161,9 @@ class TritonModule(PageModule):
         cut = page // 2 if window is None else page // 2 + page
         tiles = -(-min(longest, exact + cut) // self.plan.edge_tile)
         parts = self.plan.page_tiles if self.plan.tile >= TILE else 1  # smaller ones take as long
-        return Work(max(1, programs), max(1, -(-longest // page)), page, tiles, parts)
+        merged = set(self.arguments["merge"])  # a few channels at once, unless they are all needed or mapped
+        partials = MOST_SPLITS + (MOST_EDGES if "LANES" in merged and "MERGED" not in merged else 0)
+        return Work(max(1, programs), max(1, -(-longest // page)), page, tiles, parts, partials)
 
     def room(self, kernel: str, depth: int | None = None) -> Room:
         """What the GPU has for programs of a kernel."""
@@ -295,27 +299,18 @@ class TritonModule(PageModule):
         batch, heads, queries, _ = part.query.shape
         given = {
             **scratch, **more, "batch": batch, "queries": queries, "blocks": part.blocks, "splits": count,
-            "clean": part.clean, "ROWS": part.rows, "SPLITS": padded(count),
-            "EDGES": max(MOST_EDGES, padded(part.edges)),
+            "clean": part.clean, "ROWS": part.rows,
         }  # fmt: skip
-        grid, shares = self._merging(kernel, part, count)
-        self._run(kernel, grid, given | shares, None, part.params)
-
-    def _merging(self, kernel: str, part: Part, count: int) -> tuple[tuple[int, int, int], dict[str, int]]:
-        """The programs of a merge of `count` partials, and what each of them has."""
-        batch, heads, queries, _ = part.query.shape
-        values, rows, channels = self.plan.values, batch * heads * queries, self.plan.values.channels
-        if "MERGED" in self.arguments[kernel]:
-            kv_heads, lanes = self.plan.shape.kv_heads, min(LEAST_LANES, padded(channels))
-            each = padded(channels) // lanes
-            merged, step = mapped_tile(0 if part.fixed else rows * each, padded(count), values.row, self.processors())
-            grid = (-(-rows // kv_heads // merged), kv_heads, each)
-            edges = {"EDGES": max(4, padded(part.edges))} if merged > 1 else {}  # a tile of each row
-            return grid, {"LANES": lanes, "MERGED": merged, "STEP": step, **edges}
-        least = max(LEAST_LANES, values.layout.plane_width if self.plan.adds_planes else 0)
-        lanes = padded(channels) if part.fixed else merge_lanes(rows, channels, self.processors(), least)
-        each = padded(channels) // lanes if "LANES" in self.arguments[kernel] else 1
-        return (batch * heads, queries, each), {"LANES": lanes}
+        partials, edges, rows = padded(count), max(4, padded(part.edges)), batch * heads * queries
+        known = None if part.fixed else rows, self.processors()
+        tile, times = merge_tile(self.plan, self.arguments[kernel], partials, edges, *known)
+        each = -(-self.plan.values.channels // tile["LANES"])
+        if "MERGED" in tile:
+            kv_heads = self.plan.shape.kv_heads
+            grid = -(-rows // kv_heads // tile["MERGED"]), kv_heads, each
+        else:
+            grid = batch * heads, queries, each
+        self._run(kernel, grid, given | tile | {"SPLITS": partials, "EDGES": edges}, None, part.params, times=times)
 
 
 @lru_cache(maxsize=256)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from .run_triton import TritonModule
 
-MOST, OWN = 5, 4  # schedules that are timed, and those of the depth that the model takes
+MOST, OWN = 5, 4  # schedules of the model's that are timed, and those of the depth that it takes
 WORTH = 0.99  # of the time that the model's takes: another schedule is kept where it takes no more
 BATCHES, TOKENS = (1, 8), (32768,)
 NO_GPU = "tune: schedules are timed on a GPU, and there is none here; without files of it the model's are taken"
@@ -130,10 +130,12 @@ def candidates(
     module: TritonModule, programs: int, longest: int, launch: Callable[[Schedule | None], Any]
 ) -> list[Schedule]:
     """The model's schedule and those that it holds for the next best, then what it would choose at another depth that
-    fits the GPU: MOST at most.
+    fits the GPU: MOST at most.  Behind them all numbers of programs that give the processors as many, as deep as the
+    model has them and one deeper.
 
     On an H200 the fastest took of the model's time: its fourth number of programs 0.78 (`kivi4`, 8 sequences of 4096
-    tokens), 0.87 (`token4`) and 0.92 (one of 32768), the next depth 0.96 (8 of 32768).  Two warps gained less.
+    tokens), 0.87 (`token4`) and 0.92 (one of 32768), the next depth 0.96 (8 of 32768), one deeper 0.97 (8 of 131072).
+    Two warps gained less.
     """
     from .launches import stages
 
@@ -148,7 +150,13 @@ def candidates(
             launch(Schedule(model.splits, depth))
             if module.fits(depth):
                 found.append(Schedule(module.ranked(programs, longest, depth)[0], depth))
-    return (found + ranked[OWN:])[:MOST]
+    found = (found + ranked[OWN:])[:MOST]
+    found += [Schedule(splits, model.stages) for splits in module.filling(programs, longest)]
+    deeper = model.stages + 1
+    launch(Schedule(model.splits, deeper))
+    if module.fits(deeper):
+        found += [Schedule(splits, deeper) for splits in module.filling(programs, longest, deeper)]
+    return list(dict.fromkeys(found))
 
 
 def fastest(seconds: Mapping[Schedule, float]) -> Schedule:

@@ -17,6 +17,7 @@ from torch import Tensor
 from .bench_cache import Filled, Kernels, Numbers, filled, read_bytes
 from .errors import ShapeError
 from .exact import attended, relative_error
+from .kernels import KernelSet
 from .shape import Shape
 from .timing import Clock, Times, timed
 
@@ -77,6 +78,7 @@ class Measured:
     unpacked      decoding the whole cache to float16 and that; None where memory does not hold it
     error         of the call's output against float64 attention over the same decoded cache, relative
     error_rows    how many rows of the output, one a sequence and query head, were compared
+    schedule      where the call's schedule comes from, see KernelSet
     """
 
     read_bytes: int
@@ -87,6 +89,7 @@ class Measured:
     unpacked: Times | None
     error: float
     error_rows: int
+    schedule: str
 
 
 def numbers(size: Size, device: torch.device, seed: int = 0, dtype: torch.dtype = torch.float16) -> Numbers:
@@ -119,9 +122,17 @@ def _of_a_cache(kernels: Kernels, size: Size, query: Tensor, normal: Numbers, cl
     fits = _fits(size, query.device)
     unpacked = timed(lambda: full.attend_unpacked(query), clock) if fits else None
     error, rows = _error(full, query)
+    schedule = kernels.schedule_for(size.batch, size.tokens) if isinstance(kernels, KernelSet) else "model"
     width = 8 * full.read_bytes / (2 * full.tokens * size.kv_heads * size.head_dim)
     return dict(
-        read_bytes=full.read_bytes, bits=width, ours=ours, hot=hot, unpacked=unpacked, error=error, error_rows=rows
+        read_bytes=full.read_bytes,
+        bits=width,
+        ours=ours,
+        hot=hot,
+        unpacked=unpacked,
+        error=error,
+        error_rows=rows,
+        schedule=schedule,
     )
 
 
@@ -170,4 +181,5 @@ def result(name: str, size: Size, found: Measured, limit: float | None, own: flo
         "speedup_unpack": found.unpacked.median / ours if found.unpacked else None,
         "error": found.error,
         "error_rows": found.error_rows,
+        "schedule": found.schedule,
     }

@@ -30,6 +30,8 @@ class Module(Protocol):
     @property
     def schedule(self) -> str: ...
 
+    def schedule_for(self, batch: int, tokens: int) -> str: ...
+
     def pack(self, side: Side, rows: Tensor, first: Tensor, offset: int, begin: Tensor, end: Tensor,
              reach: tuple[int, int], pool: Tensor, table: Tensor, params: Params,
              places: Places | None = None) -> None: ...  # fmt: skip
@@ -264,6 +266,10 @@ class KernelSet:
         """Where the schedule of decoding comes from: "model", or "tuned on" a GPU by `kvdsl tune`; "torch" where torch
         has none."""
         return self.module.schedule
+
+    def schedule_for(self, batch: int, tokens: int) -> str:
+        """The same of decoding one token of about so many sequences of about so many tokens."""
+        return self.module.schedule_for(batch, tokens)
 
     @property
     def by_position(self) -> bool:

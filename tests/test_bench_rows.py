@@ -80,6 +80,7 @@ def test_a_row_has_the_medians_quantiles_and_shares_of_its_samples() -> None:
     assert row["gbps"] == pytest.approx(rate / 1e9) and row["limit_gbps"] == LIMIT / 2e9
     assert (row["share"], row["share_own"]) == pytest.approx((rate / LIMIT, 2 * rate / LIMIT))
     assert (row["speedup_fp16"], row["speedup_unpack"]) == pytest.approx((2.5, 2))
+    assert row["schedule"] == "torch"
     assert row["predicted_share"] == 0.9 and row["error"] < 1e-3 and row["error_rows"] == 2 * 8 and 4 < row["bits"] < 6
 
 

@@ -19,7 +19,7 @@ import kvdsl
 from kvdsl import codegen
 from kvdsl.codegen import doctor, schedules, store, tuning
 from kvdsl.codegen.cli import run
-from kvdsl.codegen.occupancy import Room, Work, ranked
+from kvdsl.codegen.occupancy import Room, Work, filling, ranked
 from kvdsl.codegen.plan import plan_for
 from kvdsl.codegen.schedules import Bucket, Card, Schedule, Schedules
 from kvdsl.errors import BackendError, SchemeError
@@ -183,19 +183,25 @@ class Launched:
     def ranked(self, programs: int, longest: int, depth: int | None = None) -> tuple[int, ...]:
         return ranked(Work(programs, self.pages, 64), Room(132, 24 // (depth or 3)))
 
+    def filling(self, programs: int, longest: int, depth: int | None = None) -> tuple[int, ...]:
+        return filling(Work(programs, self.pages, 64), Room(132, 24 // (depth or 3)))
+
 
 def test_the_models_own_is_tried_first_then_its_next_ones_and_another_depth() -> None:
     module: Any = Launched()
     found = tuning.candidates(module, 64, 32768, module.launch)
     own = module.ranked(64, 32768)
-    assert found == [*(Schedule(splits, 3) for splits in own[:4]), Schedule(24, 2)] and own[0] == 16
-    assert module.launched == [None, Schedule(16, 2)]  # no more is compiled than is timed
+    of_model = [*(Schedule(splits, 3) for splits in own[:4]), Schedule(24, 2)]
+    assert found[: tuning.MOST] == of_model and own[0] == 16
+    rest = [Schedule(splits, depth) for depth in (3, 4) for splits in module.filling(64, 32768, depth)]
+    assert found[tuning.MOST :] == [one for one in rest if one not in of_model] != []
+    assert module.launched == [None, Schedule(16, 2), Schedule(16, 4)]  # no more is compiled than is timed
 
 
 def test_what_does_not_fit_is_not_tried() -> None:
     module: Any = Launched(fits=0)
     found = tuning.candidates(module, 64, 32768, module.launch)
-    assert {one.stages for one in found} == {3} and len(found) == tuning.MOST
+    assert {one.stages for one in found} == {3} and len(found) == len({*found}) >= tuning.MOST
 
 
 def test_a_short_sequence_has_few() -> None:
@@ -213,7 +219,7 @@ def test_every_candidate_is_timed_under_itself_and_the_module_left_as_it_was() -
         under.append(module.schedules.best.get(AT))
         module.launch(under[-1])
 
-    clock = ListedClock([5.0, 4.0, 3.0, 4.0, 6.0])
+    clock = ListedClock([5.0, 4.0, 3.0, 4.0, 6.0] + [5.0] * 7)
     found = tuning.timed_schedules(module, AT, 64, 32768, call, clock)
     assert list(found.values()) == clock.seconds_of and under[-len(found) :] == list(found) and under[0] is None
     assert tuning.fastest(found) == list(found)[2] and module.schedules.best == {AT: BEST}
@@ -281,4 +287,5 @@ def test_kernels_that_are_built_read_it(monkeypatch: pytest.MonkeyPatch) -> None
     kept()
     module = codegen.bind(PLAN, "triton", path, TEXT)
     assert module.schedule == f"tuned on {CARD}" and module.schedules.best == {AT: BEST}  # type: ignore[attr-defined]
-    assert codegen.build(token4, SHAPE, "torch").schedule == "torch"
+    assert module.schedule_for(6, 24000) == module.schedule and module.schedule_for(1, 24000) == "model"
+    assert codegen.build(token4, SHAPE, "torch").schedule_for(8, 32768) == "torch"
