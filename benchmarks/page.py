@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,11 @@ All kernels of a step are timed together (a query's map where there is one, page
 map), in a CUDA graph, the L2 cache emptied by reading before each of 21 samples; medians. Lengths differ by up to a
 page. A shape is batch x kv heads x tokens.
 
-A cell is microseconds (share of the card's read limit, the highest of all runs; times over SDPA on float16 numbers in
-the same run: the median of its times beside all schemes). Runs of earlier versions measured the limit by reductions of
-torch alone, later ones by a kernel that only reads, too.
+A cell is microseconds (share of the read limit and times over SDPA on float16 numbers, both of the same run, of SDPA
+the median of its times beside all schemes); behind a * by the schedule that `kvdsl tune` had found for the size on that
+machine, else by that of the model of the GPU. Machines of one kind have limits of their own. Runs of the first versions
+measured theirs by reductions of torch alone, not by a kernel that only reads, too: shares there are of the highest
+limit of all.
 "unpack" is how many times longer it takes to decode the cache and run SDPA on it, at the largest shape.
 """
 MODELS = """## Whole models
@@ -68,28 +70,30 @@ def section(device: str, found: list[Mapping[str, Any]]) -> list[str]:
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     versions = {f"torch {document['versions']['torch']}, Triton {document['versions']['triton']}" for document in found}
     rates = [document["read_limit_gbps"] for document in found]
-    limits, limit = ", ".join(f"{rate:.0f}" for rate in rates), max(rates)
+    limits = ", ".join(f"{rate:.0f}" for rate in rates)
     lines = [f"## {device}", "", f"![Speed by bits, and by contexts]({plot(device)})", ""]
     lines += [f"{'; '.join(sorted(versions))}; {', '.join(sorted({d['date'] for d in found}))}."]
     lines += [f"Read limit of the runs: {limits} GB/s.", "", markdown_row(("scheme", *shapes, "unpack"))]
     lines.append("| --- |" + " ---: |" * (len(shapes) + 1))
     lines.append(markdown_row(("SDPA, float16", *(f"{exact(rows, shape):.1f}" for shape in shapes), "")))
     for name, cells in newest(found).items():
-        columns = (cell(*cells[shape], limit) if shape in cells else "" for shape in shapes)
+        columns = (cell(*cells[shape]) if shape in cells else "" for shape in shapes)
         slower = next(iter(cells.values()))[0]["speedup_unpack"]
         lines.append(markdown_row((f"`{name}`", *columns, "" if slower is None else f"{slower:.0f}")))
-    lines += others(found, limit)
+    lines += others(found, max(rates))
     lines += ["", "How they were run:", "", *(f"* `{document['command']}`" for document in found), ""]
     return lines
 
 
-def newest(found: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, tuple[Mapping[str, Any], float]]]:
-    """Of every scheme and shape the last row, and microseconds of SDPA in its run."""
-    last: dict[str, dict[str, tuple[Mapping[str, Any], float]]] = {}
+def newest(found: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, tuple[Mapping[str, Any], float, float]]]:
+    """Of every scheme and shape the last row, and of its run microseconds of SDPA and the read limit, GB/s."""
+    last: dict[str, dict[str, tuple[Mapping[str, Any], float, float]]] = {}
+    highest = max(document["read_limit_gbps"] for document in found)
     for document in found:
         rows = timed(document["results"])
+        limit = document["read_limit_gbps"] if "us_launch" in document else highest  # of a first version
         for row in rows:
-            last.setdefault(row["scheme"], {})[row["shape"]] = (row, exact(rows, row["shape"]))
+            last.setdefault(row["scheme"], {})[row["shape"]] = (row, exact(rows, row["shape"]), limit)
     return last
 
 
@@ -126,8 +130,9 @@ def exact(rows: Iterable[Mapping[str, Any]], shape: str) -> float:
 
 
 def cell(row: Mapping[str, Any], over: float, limit: float) -> str:
-    """Microseconds (share of the limit, times over float16)."""
-    return f"{row['us']:.1f} ({row['gbps'] / limit:.0%}, {over / row['us']:.2f})"
+    """Microseconds (share of the limit, times over float16), with a star where the schedule was found by timing."""
+    star = "*" if row.get("schedule", "model").startswith("tuned") else ""  # documents of older versions have none
+    return f"{star}{row['us']:.1f} ({row['gbps'] / limit:.0%}, {over / row['us']:.2f})"
 
 
 def models() -> list[str]:

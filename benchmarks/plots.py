@@ -35,7 +35,7 @@ def devices() -> dict[str, Times]:
     bits = {row["scheme"]: row["bits"] for document in found for row in document["results"] if "bits" in row}
     return {
         device: {
-            scheme: {shape: (bits[scheme], exact / row["us"]) for shape, (row, exact) in cells.items()}
+            scheme: {shape: (bits[scheme], exact / row["us"]) for shape, (row, exact, _) in cells.items()}
             for scheme, cells in PAGE["newest"](some).items()
             if scheme in bits
         }
