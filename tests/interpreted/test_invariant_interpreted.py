@@ -23,19 +23,21 @@ def test_neighbours_change_no_bit(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "processors", "fixed", "free"),
-    [("token4", 132, (1, 1), (2, 1)), ("turboquant4", 1, (2, 1), (2, 16))],
+    [("token4", 132, (1, 1, 1), (2, 1, 1)), ("turboquant4", 1, (2, 1, 2), (2, 16, 1))],
 )
 def test_how_sums_are_shared_does_not_depend_on_the_batch(
-    name: str, processors: int, fixed: tuple[int, int], free: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    name: str, processors: int, fixed: tuple[int, ...], free: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a GPU the order of a merge's sums depends on how many channels and rows a program has: of a fixed plan all of
-    one row, always, and of a row that is mapped always as many.  A GPU of so few processors would have other ones."""
-    seen: list[tuple[int, int]] = []
+    """On a GPU the order of a merge's sums depends on how many channels, rows and warps a program has: of a fixed plan
+    always as many.  A GPU of so few processors would have other ones."""
+    seen: list[tuple[int, ...]] = []
     run = TritonModule._run
 
-    def recorded(self: TritonModule, kernel: str, grid: tuple[int, ...], given: dict[str, Any], *args: Any) -> None:
-        seen.extend([(grid[-1], given.get("MERGED", 1))] * (kernel == "merge"))
-        run(self, kernel, grid, given, *args)
+    def recorded(
+        self: TritonModule, kernel: str, grid: tuple[int, ...], given: dict[str, Any], *args: Any, **more: Any
+    ) -> None:
+        seen.extend([(grid[-1], given.get("MERGED", 1), more.get("times", 1))] * (kernel == "merge"))
+        run(self, kernel, grid, given, *args, **more)
 
     monkeypatch.setattr(TritonModule, "processors", lambda self: processors)
     monkeypatch.setattr(TritonModule, "_run", recorded)

@@ -33,7 +33,9 @@ UNREAD = ("decode", "extend")
 def test_tensors_have_the_types_of_the_signature(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run, other, known = KernelModule._run, set[str](), dict[KernelModule, dict[str, Launch]]()
 
-    def spied(self: KernelModule, kernel: str, grid: tuple[int, ...], given: Mapping[str, Any], *rest: Any) -> None:
+    def spied(
+        self: KernelModule, kernel: str, grid: tuple[int, ...], given: Mapping[str, Any], *rest: Any, **more: Any
+    ) -> None:
         if self not in known:
             known[self] = {one.kernel: one for one in launches(self.plan, inspect.getsource(self.module))}
         signature = dict(known[self][kernel].signature)
@@ -43,7 +45,7 @@ def test_tensors_have_the_types_of_the_signature(name: str, monkeypatch: pytest.
             if isinstance(value, torch.Tensor) and name in signature and TYPES[value.dtype] != signature[name]
         )
         if kernel not in UNREAD:
-            run(self, kernel, grid, given, *rest)
+            run(self, kernel, grid, given, *rest, **more)
 
     monkeypatch.setattr(KernelModule, "_run", spied)
     walked(name, SHAPE, "cpu", chunks=(65, 1), steps=1)
