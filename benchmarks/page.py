@@ -69,8 +69,7 @@ def section(device: str, found: list[Mapping[str, Any]]) -> list[str]:
     rows = [row for document in found for row in timed(document["results"])]
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     versions = {f"torch {document['versions']['torch']}, Triton {document['versions']['triton']}" for document in found}
-    rates = [document["read_limit_gbps"] for document in found]
-    limits = ", ".join(f"{rate:.0f}" for rate in rates)
+    limits = ", ".join(f"{document['read_limit_gbps']:.0f}" for document in found)
     lines = [f"## {device}", "", f"![Speed by bits, and by contexts]({plot(device)})", ""]
     lines += [f"{'; '.join(sorted(versions))}; {', '.join(sorted({d['date'] for d in found}))}."]
     lines += [f"Read limit of the runs: {limits} GB/s.", "", markdown_row(("scheme", *shapes, "unpack"))]
@@ -80,7 +79,7 @@ def section(device: str, found: list[Mapping[str, Any]]) -> list[str]:
         columns = (cell(*cells[shape]) if shape in cells else "" for shape in shapes)
         slower = next(iter(cells.values()))[0]["speedup_unpack"]
         lines.append(markdown_row((f"`{name}`", *columns, "" if slower is None else f"{slower:.0f}")))
-    lines += others(found, max(rates))
+    lines += others(found)
     lines += ["", "How they were run:", "", *(f"* `{document['command']}`" for document in found), ""]
     return lines
 
@@ -102,9 +101,13 @@ def timed(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [row for row in rows if row.get("us") is not None]
 
 
-def others(found: Iterable[Mapping[str, Any]], limit: float) -> list[str]:
+def others(found: Iterable[Mapping[str, Any]]) -> list[str]:
     """A table of other systems in the same runs, where some were there; documents of older versions have none."""
-    rows = [row for document in found for row in timed(document.get("peers", ()))]
+    rows = [
+        {**row, "share": row["gbps"] / document["read_limit_gbps"]}
+        for document in found
+        for row in timed(document.get("peers", ()))
+    ]
     if not rows:
         return []
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
@@ -113,7 +116,7 @@ def others(found: Iterable[Mapping[str, Any]], limit: float) -> list[str]:
     for name in dict.fromkeys(row["peer"] for row in rows):
         own = {row["shape"]: row for row in rows if row["peer"] == name}
         cells = [
-            f"{own[shape]['us']:.1f} ({own[shape]['gbps'] / limit:.0%}, {own[shape]['speedup_fp16'] or 0:.2f})"
+            f"{own[shape]['us']:.1f} ({own[shape]['share']:.0%}, {own[shape]['speedup_fp16'] or 0:.2f})"
             if shape in own
             else ""
             for shape in shapes

@@ -11,7 +11,7 @@ from kvdsl.window import TILE
 
 from .codec import searched, settled
 from .launch import ATTEND, CONSTEXPR, Launch
-from .occupancy import LEAST_LANES, MOST_EDGES, mapped_tile, merge_lanes, merge_warps
+from .occupancy import LEAST_LANES, MERGE_WARPS, MOST_EDGES, mapped_tile, merge_lanes, merge_warps
 from .overlap import MERGES
 from .plan import DECODE_ROWS, WIDEST, Plan
 from .side import SidePlan
@@ -85,8 +85,8 @@ def _wanted(kernel: str, plan: Plan) -> int:
         return 1 if plan.side(kernel.partition("_")[2]).hadamard else 8
     if kernel in ("unrope_keys", "rope_keys"):
         return 4
-    if kernel in MERGES:  # those of its smallest tile
-        return 2 if kernel != "unite" and plan.values.through and not rotated(plan.values) else 1
+    if kernel in MERGES:
+        return 1  # times those of its tile
     if kernel not in (*ATTEND, *SCORE) or exact:
         return 4
     if kernel == "reach" and plan.keys.rope is not None and plan.keys.sparse:
@@ -137,14 +137,13 @@ def fused(kernel: str) -> bool:
 def merge_tile(
     plan: Plan, names: Sequence[str], partials: int, edges: int, rows: int | None = None, processors: int = 1
 ) -> tuple[dict[str, int], int]:
-    """(What a program of a merge with arguments of these names has, its warps over the usual), of so many partials, of
-    which `edges` have exact numbers apart.  `rows` None: not known, as of a fixed plan, whose sums must not depend on
-    the batch."""
+    """(What a program of a merge with arguments of these names has, its warps), of so many partials, of which `edges`
+    have exact numbers apart.  `rows` None: not known, as of a fixed plan, whose sums must not depend on the batch."""
     values, channels = plan.values, padded(plan.values.channels)
     if "MERGED" in names:
         lanes = min(LEAST_LANES, channels)
         merged, step = mapped_tile(0 if rows is None else rows * channels // lanes, partials, values.row, processors)
-        return {"LANES": lanes, "MERGED": merged, "STEP": step}, 1 if merged > 1 and partials <= FEW else 2
+        return {"LANES": lanes, "MERGED": merged, "STEP": step}, 2 if merged > 1 and partials <= FEW else MERGE_WARPS
     together = partials + (edges if "EDGES" in names else 0)
     least = max(LEAST_LANES, values.layout.plane_width if plan.adds_planes else 0)
     lanes = merge_lanes(rows, together, channels, processors, least) if "LANES" in names else channels

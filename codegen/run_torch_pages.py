@@ -38,11 +38,12 @@ class TorchPages:
     schedule = "torch"
     """See KernelSet."""
 
-    def schedule_for(self, batch: int, tokens: int) -> str:
-        return self.schedule
-
     def __init__(self, plan: Plan, module: ModuleType) -> None:
         self.plan, self.module = plan, module
+
+    def schedule_for(self, batch: int, tokens: int) -> str:
+        """See KernelSet."""
+        return self.schedule
 
     def _blobs(self, pages: Tensor) -> tuple[Tensor, Tensor]:
         """Pages (..., page_bytes) as blobs (..., H, head_bytes), and what heads share (..., bytes)."""

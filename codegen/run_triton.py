@@ -161,9 +161,13 @@ class TritonModule(PageModule):
         cut = page // 2 if window is None else page // 2 + page
         tiles = -(-min(longest, exact + cut) // self.plan.edge_tile)
         parts = self.plan.page_tiles if self.plan.tile >= TILE else 1  # smaller ones take as long
-        merged = set(self.arguments["merge"])  # a few channels at once, unless they are all needed or mapped
-        partials = MOST_SPLITS + (MOST_EDGES if "LANES" in merged and "MERGED" not in merged else 0)
-        return Work(max(1, programs), max(1, -(-longest // page)), page, tiles, parts, partials)
+        return Work(max(1, programs), max(1, -(-longest // page)), page, tiles, parts, self._partials)
+
+    @cached_property
+    def _partials(self) -> int:
+        """The most partials of a row that are merged well: fewer where all channels are needed at once, or mapped."""
+        names = self.arguments["merge"]
+        return MOST_SPLITS + (MOST_EDGES if "LANES" in names and "MERGED" not in names else 0)
 
     def room(self, kernel: str, depth: int | None = None) -> Room:
         """What the GPU has for programs of a kernel."""

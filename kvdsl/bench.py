@@ -17,7 +17,6 @@ from torch import Tensor
 from .bench_cache import Filled, Kernels, Numbers, filled, read_bytes
 from .errors import ShapeError
 from .exact import attended, relative_error
-from .kernels import KernelSet
 from .shape import Shape
 from .timing import Clock, Times, timed
 
@@ -122,7 +121,6 @@ def _of_a_cache(kernels: Kernels, size: Size, query: Tensor, normal: Numbers, cl
     fits = _fits(size, query.device)
     unpacked = timed(lambda: full.attend_unpacked(query), clock) if fits else None
     error, rows = _error(full, query)
-    schedule = kernels.schedule_for(size.batch, size.tokens) if isinstance(kernels, KernelSet) else "model"
     width = 8 * full.read_bytes / (2 * full.tokens * size.kv_heads * size.head_dim)
     return dict(
         read_bytes=full.read_bytes,
@@ -132,7 +130,7 @@ def _of_a_cache(kernels: Kernels, size: Size, query: Tensor, normal: Numbers, cl
         unpacked=unpacked,
         error=error,
         error_rows=rows,
-        schedule=schedule,
+        schedule=kernels.schedule_for(size.batch, size.tokens),
     )
 
 

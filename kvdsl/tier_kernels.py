@@ -52,6 +52,10 @@ class TierKernels:
         """Numbers of a vector of one side."""
         return self.scheme.dim(side, self.shape.head_dim)
 
+    def schedule_for(self, batch: int, tokens: int) -> str:
+        """See KernelSet: the model's, where there are schedules, as what several tiers leave is merged at once."""
+        return "torch" if self.backend == "torch" else "model"
+
     @property
     def why(self) -> str:
         """One sentence saying why this backend was taken."""

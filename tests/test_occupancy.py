@@ -184,6 +184,9 @@ def test_what_fills_all_processors_alike_runs_at_once(programs: int, pages: int,
     for count in found:
         each = -(-count * programs // PROCESSORS)
         assert each <= residents and (count + 1) * programs > each * PROCESSORS and count <= pages
+
+
+def test_processors_are_filled_from_one_program_a_partition_up() -> None:
     assert filling(Work(64, 2048, 64), Room(PROCESSORS, 12)) == (8, 10, 12, 14, 16, 18, 20, 22, 24)
 
 

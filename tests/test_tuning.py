@@ -201,7 +201,10 @@ def test_the_models_own_is_tried_first_then_its_next_ones_and_another_depth() ->
 def test_what_does_not_fit_is_not_tried() -> None:
     module: Any = Launched(fits=0)
     found = tuning.candidates(module, 64, 32768, module.launch)
-    assert {one.stages for one in found} == {3} and len(found) == len({*found}) >= tuning.MOST
+    assert {one.stages for one in found[: tuning.MOST]} == {3} and len({*found[: tuning.MOST]}) == tuning.MOST
+    assert {*found[tuning.MOST :]} == {Schedule(splits, 3) for splits in module.filling(64, 32768)} - {
+        *found[: tuning.MOST]
+    }
 
 
 def test_a_short_sequence_has_few() -> None:
@@ -288,4 +291,5 @@ def test_kernels_that_are_built_read_it(monkeypatch: pytest.MonkeyPatch) -> None
     module = codegen.bind(PLAN, "triton", path, TEXT)
     assert module.schedule == f"tuned on {CARD}" and module.schedules.best == {AT: BEST}  # type: ignore[attr-defined]
     assert module.schedule_for(6, 24000) == module.schedule and module.schedule_for(1, 24000) == "model"
-    assert codegen.build(token4, SHAPE, "torch").schedule_for(8, 32768) == "torch"
+    plain = codegen.build(token4, SHAPE, "torch")
+    assert plain.schedule == plain.schedule_for(8, 32768) == "torch"

@@ -23,7 +23,7 @@ def test_neighbours_change_no_bit(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "processors", "fixed", "free"),
-    [("token4", 132, (1, 1, 1), (2, 1, 1)), ("turboquant4", 1, (2, 1, 2), (2, 16, 1))],
+    [("token4", 132, (1, 1, 1), (2, 1, 1)), ("turboquant4", 1, (2, 1, 4), (2, 16, 2))],
 )
 def test_how_sums_are_shared_does_not_depend_on_the_batch(
     name: str, processors: int, fixed: tuple[int, ...], free: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
