@@ -16,7 +16,7 @@ The five constants are fitted to what numbers of programs took on an H200, eleve
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 from kvdsl.window import TILE
@@ -39,6 +39,15 @@ MOST_REGISTERS = 255  # of a thread
 PARTITIONS = 4  # of a processor: each has a quarter of its registers, and warps of its own
 ALLOCATED = 8  # registers of a thread that are given together
 RESERVED = 1024  # bytes of shared memory that a program takes beside its own
+
+
+@cache
+def processors(device: int) -> int:
+    """Multiprocessors of a GPU."""
+    import torch
+
+    found: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return found
 
 
 def residents(compiled: Any, warps: int) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cached_property, partial
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from triton.runtime.errors import OutOfResources
 
 from kvdsl.errors import BackendError
+from kvdsl.interpreting import interpreted
 from kvdsl.kernels import Params
 
 from .assembling import fewest_spills
@@ -23,12 +24,15 @@ from .occupancy import more_registers, residents
 from .operands import misread
 from .overlap import overlapped, overlapping
 from .plan import Plan
+from .relaunch import Compiled
 from .schedules import MODEL, Bucket, known
 
 VIEWS = {
     "pool8_ptr": torch.uint8, "pool16_ptr": torch.int16, "pool32_ptr": torch.int32,
     "pool_fp16_ptr": torch.float16, "pool_fp32_ptr": torch.float32,
 }  # fmt: skip
+SIDE = ("keys_", "values_")
+"""How names of arguments begin that come from the parameters."""
 COLUMNS = WeakTensorKeyDictionary()
 """Maps -> the same by columns, float64: made once for those that are used again in every step."""
 INNER = {"outliers_": ".outliers.store", "residual_": ".residual"}
@@ -48,7 +52,14 @@ class KernelModule:
         self.schedules = known(plan, source)
         self.settings: dict[Asked, Setting] = {}  # those found best
         self.residents: dict[Asked, int] = {}  # programs that a processor of the GPU holds at once
-        self._options: dict[str, dict[str, Any]] = {}
+        self.compiled: dict[Asked, Compiled] = {}  # under those settings
+        self._warps: dict[str, int] = {}
+        self._interpreted = interpreted()
+        # arguments that are no caller's: of pages, and of the parameters
+        self._others = {
+            kernel: [name for name in names if name in VIEWS or name in GIVEN_POINTERS or name.startswith(SIDE)]
+            for kernel, names in self.arguments.items()
+        }
 
     @property
     def schedule(self) -> str:
@@ -59,6 +70,17 @@ class KernelModule:
         """See KernelSet."""
         return self.schedules.source if Bucket.of(batch, tokens) in self.schedules.best else MODEL
 
+    @cached_property
+    def on_gpu(self) -> bool:
+        """Whether there is one to ask, and kernels may differ by it."""
+        return torch.cuda.is_available()
+
+    def warps(self, kernel: str) -> int:
+        """The usual ones of a program."""
+        if kernel not in self._warps:
+            self._warps[kernel] = warps(kernel, self.plan)
+        return self._warps[kernel]
+
     def _run(
         self, kernel: str, grid: tuple[int, ...], given: Mapping[str, Any], pool: Tensor | None, params: Params,
         depth: int | None = None, times: int = 1,
@@ -66,41 +88,60 @@ class KernelModule:
         """Launch a kernel, at the depth that is asked for if that fits the GPU, with `times` its usual warps."""
         if 0 in grid:
             return
+        values = self._values(kernel, given, pool, params)
+        asked: Asked = (kernel, depth, times)
+
+        def launch(depth: int, setting: str | None) -> Any:
+            """Run the kernel; gives what Triton compiled."""
+            values[DEPTH] = depth
+            found = {name: _typed(name, values[name]) for name in self.arguments[kernel]}
+            options = self._options(kernel, times) | assembled(setting)
+            return getattr(self.module, kernel)[grid](**found, **options, num_stages=depth)
+
+        if asked not in self.settings:
+            self.settings[asked] = self._best(asked, launch)
+            self.compiled[asked] = Compiled(self.arguments[kernel])
+        elif self._interpreted:
+            launch(*self.settings[asked])
+        else:
+            values[DEPTH], setting = self.settings[asked]
+            self.compiled[asked].launch(grid, values, partial(launch, values[DEPTH], setting))
+
+    def _values(self, kernel: str, given: Mapping[str, Any], pool: Tensor | None, params: Params) -> dict[str, Any]:
+        """All arguments; of pages the pool, whatever their type is."""
         values = dict(given)
-        for name in self.arguments[kernel]:
+        for name in self._others[kernel]:
             if name in VIEWS:
                 assert pool is not None
-                values[name] = pool.view(VIEWS[name])
+                values[name] = pool
             elif name in GIVEN_POINTERS:
                 table = params[GIVEN_POINTERS[name]]
                 sums = self.plan.side(name.rpartition("_")[0].rpartition("_")[0]).alphabet.sums
                 values[name] = table if sums else table_words(table)
-            elif name not in values and name.startswith(("keys_", "values_")):
+            elif name not in values:
                 values[name] = _parameter(name, params)
-        function = getattr(self.module, kernel)[grid]
-        if kernel not in self._options:
-            self._options[kernel] = {"num_warps": warps(kernel, self.plan), "enable_fp_fusion": fused(kernel)}
-            if overlapped(kernel, self.plan) and torch.cuda.is_available() and overlapping(torch.cuda.current_device()):
-                self._options[kernel] |= {"launch_pdl": True}
-        options = self._options[kernel]
-        if times > 1:
-            options = options | {"num_warps": times * options["num_warps"]}
-        asked: Asked = (kernel, depth, times)
+        return values
+
+    def _options(self, kernel: str, times: int) -> dict[str, Any]:
+        """Options of Triton."""
+        found: dict[str, Any] = {"num_warps": times * self.warps(kernel), "enable_fp_fusion": fused(kernel)}
+        if self.on_gpu and overlapped(kernel, self.plan) and overlapping(torch.cuda.current_device()):
+            found["launch_pdl"] = True
+        return found
+
+    def _best(self, asked: Asked, launch: Callable[[int, str | None], Any]) -> Setting:
+        """Launch a kernel for the first time, at one depth and setting after the other: those that spill least."""
+        kernel, depth, times = asked
         compiled: dict[Setting, Any] = {}
 
-        def launch(depth: int, setting: str | None) -> Any:
-            """Run the kernel; gives what Triton compiled."""
-            given = {name: depth if name == DEPTH else values[name] for name in self.arguments[kernel]}
-            compiled[depth, setting] = function(**given, **options, num_stages=depth, **assembled(setting))
+        def launched(depth: int, setting: str | None) -> Any:
+            compiled[depth, setting] = launch(depth, setting)
             return compiled[depth, setting]
 
-        if asked in self.settings:
-            launch(*self.settings[asked])
-            return
         refused, found = None, dict[Setting, int]()
         for tried in (*(() if depth is None else (depth,)), *stages(kernel, self.plan)):
             try:
-                setting, spills = _setting(partial(launch, tried))
+                setting, spills = _setting(partial(launched, tried))
             except OutOfResources as error:
                 refused = error
                 continue
@@ -109,15 +150,15 @@ class KernelModule:
                 break
         if not found:
             raise BackendError(f"{kernel} does not fit this GPU: {refused}")
-        best = min(found, key=lambda one: found[one])
+        best, wide = min(found, key=lambda one: found[one]), times * self.warps(kernel)
         if fault := misread(getattr(compiled[best], "asm", {}).get("ttgir", "")):
             raise BackendError(f"{kernel}: {fault}; use backend='torch'")
-        if (held := residents(compiled[best], options["num_warps"])) is not None:
+        if (held := residents(compiled[best], wide)) is not None:
             self.residents[asked] = held
             if kernel in ATTEND and best[1] is None and not found[best]:
-                roomier = _roomier(partial(launch, best[0]), compiled[best], options["num_warps"], held)
+                roomier = _roomier(partial(launched, best[0]), compiled[best], wide, held)
                 best = best[0], roomier
-        self.settings[asked] = best
+        return best
 
 
 def _setting(launch: Callable[[str | None], Any]) -> tuple[str | None, int]:
@@ -151,6 +192,11 @@ def _roomier(launch: Callable[[str | None], Any], compiled: Any, warps: int, pro
 def _spills(compiled: Any) -> int:
     """Numbers that a kernel keeps in memory for want of registers; none where it was interpreted."""
     return getattr(compiled, "n_spills", 0) or 0
+
+
+def _typed(name: str, value: Any) -> Any:
+    """An argument as Triton's own dispatch takes it."""
+    return value.view(VIEWS[name]) if name in VIEWS else value
 
 
 def _parameter(name: str, params: Params) -> Tensor | int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -89,6 +90,12 @@ class PageModule(KernelModule):
                     )
                     at, start = torch.full_like(first, low), 0
 
+    @cached_property
+    def packs_at_once(self) -> tuple[Side, ...]:
+        """See KernelSet."""
+        sides = {side: self.plan.side(side) for side in SIDES}
+        return tuple(side for side, about in sides.items() if about.shared or packs(about))
+
     def append(self, keys: Tensor, values: Tensor, into: Room, params: Params) -> None:
         batch, heads, _, _ = keys.shape
         given = {
@@ -100,7 +107,7 @@ class PageModule(KernelModule):
         }  # fmt: skip
         self._run("append", (batch * heads, 2), given, into.pool, params)
         for side in SIDES:
-            if not (self.plan.side(side).shared or packs(self.plan.side(side))):
+            if side not in self.packs_at_once:
                 pack_due(self.pack, side, into, params, self.plan.sinks, self.plan.layout.page_tokens)
 
     def _put(self, kernel: str, rows: Mapping[str, Tensor], begin: Tensor, end: Tensor, low: int, pool: Tensor,

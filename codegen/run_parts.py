@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,17 +50,17 @@ class Part:
         """Partials of a row."""
         return self.clean + self.edges
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Query rows of a program, and of a block of partials."""
         return self.plan.rows(many=self.form != "decode")
 
-    @property
+    @cached_property
     def blocks(self) -> int:
         """Programs that share the query rows of a kv head."""
         return -(-self.query.shape[2] * self.plan.shape.group // self.rows)
 
-    @property
+    @cached_property
     def programs(self) -> int:
         """Sequences times kv heads."""
         return self.query.shape[0] * self.plan.shape.kv_heads

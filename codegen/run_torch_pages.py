@@ -155,6 +155,10 @@ class TorchPages:
             b, page = sequences[chunk : chunk + PACK_AT_ONCE], numbers[chunk : chunk + PACK_AT_ONCE] + low
             self._pack_pages(side, rows, first, offset, begin, end, pool, table, params, b, page, places)
 
+    @property
+    def packs_at_once(self) -> None:
+        """See KernelSet: sequences of which the host knows where they are take fewer calls."""
+
     def append(self, keys: Tensor, values: Tensor, into: Room, params: Params) -> None:
         for side, fresh in zip(SIDES, (keys, values), strict=True):
             write_token(into.rows(side), fresh, into.length, self.plan.sinks)

@@ -19,7 +19,7 @@ from . import forms, run_dense
 from .host_channels import ready_rows
 from .host_maps import sign_words
 from .host_slots import by_channel, by_turned_channel
-from .launches import divisible, merge_tile, warps
+from .launches import divisible, merge_tile
 from .occupancy import (
     MOST_EDGES,
     MOST_SPLITS,
@@ -28,10 +28,11 @@ from .occupancy import (
     alone,
     edge_splits,
     filling,
+    processors,
     ranked,
     splits,
 )
-from .plan import SidePlan, drawn
+from .plan import Plan, SidePlan, drawn
 from .run_pages import PageModule
 from .run_parts import LOG2E, NO_WINDOW, Part, Scratch, within
 from .schedules import KERNEL, Bucket, Schedule
@@ -127,11 +128,11 @@ class TritonModule(PageModule):
         return self._splits(self._work(programs, longest), kernel)
 
     def _splits(self, work: Work, kernel: str) -> int:
-        return splits(work, self.room(kernel)) if torch.cuda.is_available() else min(2, work.pages)
+        return splits(work, self.room(kernel)) if self.on_gpu else min(2, work.pages)
 
     @cached_property
     def _divisible(self) -> bool:
-        return divisible(self.plan) and torch.cuda.is_available()
+        return divisible(self.plan) and self.on_gpu
 
     def _times(self, part: Part) -> int:
         """Warps of a program over the usual: twice as many where each has a page, and every warp a partition."""
@@ -172,7 +173,7 @@ class TritonModule(PageModule):
     def room(self, kernel: str, depth: int | None = None) -> Room:
         """What the GPU has for programs of a kernel."""
         held = self.residents.get((kernel, depth, 1), USUAL)
-        return Room(self.processors(), held, warps(kernel, self.plan) if kernel else 1)
+        return Room(self.processors(), held, self.warps(kernel) if kernel else 1)
 
     def tuned(self, part: Part) -> Schedule | None:
         """The schedule that was found best by timing for a segment that is alone; None: the model's is taken.  Windows,
@@ -198,11 +199,12 @@ class TritonModule(PageModule):
         tiles = max(1, -(-part.state.longest // run_dense.LEAST))
         return splits(Work(max(1, run_dense.programs(part)), tiles, run_dense.LEAST), Room(self.processors(), 1))
 
-    def edge_splits(self, part: Part) -> int:
-        """How many more programs share the edges of one sequence, see `occupancy.edge_splits`."""
-        if not torch.cuda.is_available():
+    def edge_splits(self, part: Part, clean: int) -> int:
+        """How many more programs share the edges of one sequence whose pages `clean` share, see
+        `occupancy.edge_splits`."""
+        if not self.on_gpu:
             return 2
-        return edge_splits(self._work_of(part), part.clean, self.room(part.form, part.depth))
+        return edge_splits(self._work_of(part), clean, self.room(part.form, part.depth))
 
     def _work_of(self, part: Part) -> Work:
         state = part.state
@@ -210,13 +212,11 @@ class TritonModule(PageModule):
 
     def unknown(self, kernel: str) -> bool:
         """Whether it is not known yet how many programs of a kernel the GPU holds at once."""
-        return (kernel, None, 1) not in self.residents and torch.cuda.is_available()
+        return (kernel, None, 1) not in self.residents and self.on_gpu
 
     def processors(self) -> int:
         """Multiprocessors of the GPU; 1 where kernels are interpreted."""
-        if not torch.cuda.is_available():
-            return 1
-        return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+        return processors(torch.cuda.current_device()) if self.on_gpu else 1
 
     def form(self, queries: int, packed: int, exact: int, window: int | None) -> Form:
         return forms.form(self.plan, queries, packed, exact, window)
@@ -326,11 +326,11 @@ def _exact(scheme: Scheme) -> int:
 def _parts(query: Tensor, segments: Segments, splits: int | None, form: Form | None) -> list[Part]:
     """Segments with the form they are read in, the cheapest if none is asked for, and the programs that share a
     sequence's tokens in each: `splits`, or as many as timing, or else the model, found worthwhile."""
-    parts = [
-        Part(module, query if fold is None else fold.query, state, params, fold=fold, fixed=splits is not None)
-        for module, state, params, fold in segments
-    ]
-    parts = [replace(part, form=form or _form(part, fixed=splits is not None)) for part in parts]
+    fixed, parts = splits is not None, list[Part]()
+    for module, state, params, fold in segments:
+        asked = query if fold is None else fold.query
+        chosen = form or _form(module.plan, asked.shape[2], state, fixed=fixed)
+        parts.append(Part(module, asked, state, params, fold=fold, form=chosen, fixed=fixed))
     dense = [part.form == "dense" for part in parts]
     if splits is not None:  # a fixed plan: what a sequence gets must not depend on who else is in the batch
         return [
@@ -340,13 +340,15 @@ def _parts(query: Tensor, segments: Segments, splits: int | None, form: Form | N
     if found is not None:
         parts = [replace(parts[0], depth=found.stages)]
     clean = [part.module._clean_splits(part) if found is None else part.most(found.splits) for part in parts]
-    parts = [replace(part, clean=few) for part, few in zip(parts, within(clean, MOST_SPLITS), strict=True)]
-    edges = [0 if part.form == "dense" else part.module.edge_splits(part) for part in parts]
-    return [replace(part, edges=few) for part, few in zip(parts, within(edges, MOST_EDGES), strict=True)]
+    clean = within(clean, MOST_SPLITS)
+    edges = [
+        0 if once else part.module.edge_splits(part, few) for part, once, few in zip(parts, dense, clean, strict=True)
+    ]
+    edges = within(edges, MOST_EDGES)
+    return [replace(part, clean=few, edges=more) for part, few, more in zip(parts, clean, edges, strict=True)]
 
 
-def _form(part: Part, *, fixed: bool) -> Form:
+def _form(plan: Plan, queries: int, state: AttentionState, *, fixed: bool) -> Form:
     """The cheapest form; of those that read pages where what a sequence gets must not depend on the batch."""
-    state, queries = part.state, part.query.shape[2]
     counts = queries, state.packed_most, state.longest - state.packed_most, state.window
-    return forms.form(part.plan, *counts, once=not fixed)
+    return forms.form(plan, *counts, once=not fixed)

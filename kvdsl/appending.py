@@ -21,7 +21,10 @@ def write_token(rows: Tensor, fresh: Tensor, length: Tensor, sinks: int) -> None
 
 
 def pack_due(pack: Callable[..., None], side: Side, into: Room, params: Params, sinks: int, page_tokens: int) -> None:
-    """Pack what is due of one side by a Module's `pack`: the same few blocks are looked at whatever lengths are."""
+    """Pack what is due of one side by a Module's `pack`: the same few blocks are looked at whatever lengths are; none
+    where nothing can be due."""
+    if not into.most[side]:
+        return
     begin, end, most = into.packed[side], into.due[side], into.most[side]
     pages = -(-(page_tokens - 1 + most) // page_tokens)
     first, begin, end, table = from_own_pages(into.table, page_tokens, pages, 0, begin, end)

@@ -36,6 +36,9 @@ class Module(Protocol):
              reach: tuple[int, int], pool: Tensor, table: Tensor, params: Params,
              places: Places | None = None) -> None: ...  # fmt: skip
 
+    @property
+    def packs_at_once(self) -> tuple[Side, ...] | None: ...
+
     def append(self, keys: Tensor, values: Tensor, into: Room, params: Params) -> None: ...
 
     def unpack(
@@ -131,7 +134,7 @@ class Room:
     pool, table, key_rows, value_rows, length   as for AttentionState; length counts the token itself
     packed        side -> int32 (B,): u below this is packed
     due           side -> int32 (B,): u below this is packed once the token is there
-    most          side -> host: due - packed is no more than this
+    most          side -> host: due - packed is no more than this; of a side that `append` packs at once it asks nothing
     """
 
     pool: Tensor
@@ -192,6 +195,12 @@ class KernelSet:
         BackendError for keys without their rotary positions, which are packed by their place in the sequence."""
         self.refuse_positions()
         self.module.append(keys, values, into, params)
+
+    @property
+    def packs_at_once(self) -> tuple[Side, ...] | None:
+        """The sides whose blocks `append` packs in the launch that writes the token; None where it takes several, or
+        none at all."""
+        return None if self.by_position else self.module.packs_at_once
 
     def unpack(
         self, side: Side, pool: Tensor, table: Tensor, begin: int, end: int, params: Params,

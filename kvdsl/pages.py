@@ -112,14 +112,14 @@ class PageTable:
                     spared[row[j]] += 1
                 if shared or row[j] == ZERO:
                     missing.append((b, j))
+        if not missing and not entries:
+            return self, dropped
         for (b, j), page in zip(missing, pool.take(len(missing)), strict=True):
             if changed[b][j] != ZERO:
                 pool.copy(changed[b][j], page)
                 dropped.append(changed[b][j])
             changed[b][j] = page
             entries.append((b, j, page))
-        if not entries:
-            return self, dropped
         after = tuple(tuple(changed.get(b, ids)) for b, ids in enumerate(self.ids))
         return PageTable(after, self._with(entries, max(map(len, after)) + 1)), dropped
 

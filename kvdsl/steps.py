@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .appending import from_own_pages
 from .errors import CacheError
-from .kernels import AttentionState, KernelSet, Params, Places, Side
+from .kernels import AttentionState, KernelSet, Params, Places, Room, Side
 from .members import Cut
 from .pages import PagePool, upload
 from .rows import chunk_index, gather, ring_index, write
@@ -58,9 +58,12 @@ class Machine:
             gone = [m.gone // policy.page_tokens for m in now.members]
             table, dropped = table.claim(self.pool, [touched[move] for move in moves], gone)
         after = now.moved(members, table=table)
-        rows, firsts = self._written(now, fresh, counts, large)
-        first = upload(firsts, now.length.device) if any(firsts) else now.zeros
-        for side in SIDES:
+        if (left := self._at_once(now, after, fresh, counts)) is not None:
+            rows, first = {side: now.rows(side) for side in SIDES}, now.zeros
+        else:
+            rows, firsts = self._written(now, fresh, counts, large)
+            first, left = upload(firsts, now.length.device) if any(firsts) else now.zeros, SIDES
+        for side in left:
             self._pack(side, rows[side], first, now, after, places)
         if large:
             source_ring = max(1, rows["keys"].shape[2] - policy.sinks)
@@ -69,6 +72,25 @@ class Machine:
         if not policy.exact:
             return Step(after, dropped, after.seen(after, self.pool))
         return Step(after, dropped, after.seen(now, self.pool, first, **rows))
+
+    def _at_once(
+        self, now: Now, after: Now, fresh: dict[Side, Tensor], counts: Sequence[int]
+    ) -> tuple[Side, ...] | None:
+        """Of one token of every sequence: write its rows, and pack what the same launch can, where the kernels have
+        one.  The sides that are left to be packed; None where nothing was done."""
+        packs = self.kernels.packs_at_once
+        if packs is None or set(counts) != {1} or fresh["keys"].shape[2] != 1:
+            return None
+        moves = set(zip(now.members, after.members, strict=True))
+        if any(now.policy.begins(*move) != (move[0].keys, move[0].values) for move in moves):
+            return None  # tokens that no later query sees are not packed at all
+        into = Room(
+            self.pool.bytes, after.table.tensor, now.key_rows, now.value_rows, after.length,
+            {side: now.packed(side) for side in SIDES}, {side: after.packed(side) for side in SIDES},
+            dict.fromkeys(SIDES, 0),
+        )  # fmt: skip
+        self.kernels.append(fresh["keys"], fresh["values"], into, self.params)
+        return tuple(side for side in SIDES if side not in packs)
 
     def _written(
         self, now: Now, fresh: dict[Side, Tensor], counts: Sequence[int], large: bool
