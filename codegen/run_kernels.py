@@ -15,6 +15,7 @@ from triton.runtime.errors import OutOfResources
 from kvdsl.errors import BackendError
 from kvdsl.interpreting import interpreted
 from kvdsl.kernels import Params
+from kvdsl.scheme import SIDES
 
 from .assembling import fewest_spills
 from .host_vectors import table_words
@@ -31,7 +32,7 @@ VIEWS = {
     "pool8_ptr": torch.uint8, "pool16_ptr": torch.int16, "pool32_ptr": torch.int32,
     "pool_fp16_ptr": torch.float16, "pool_fp32_ptr": torch.float32,
 }  # fmt: skip
-SIDE = ("keys_", "values_")
+OF_SIDES = tuple(f"{side}_" for side in SIDES)
 """How names of arguments begin that come from the parameters."""
 COLUMNS = WeakTensorKeyDictionary()
 """Maps -> the same by columns, float64: made once for those that are used again in every step."""
@@ -57,7 +58,7 @@ class KernelModule:
         self._interpreted = interpreted()
         # arguments that are no caller's: of pages, and of the parameters
         self._others = {
-            kernel: [name for name in names if name in VIEWS or name in GIVEN_POINTERS or name.startswith(SIDE)]
+            kernel: [name for name in names if name in VIEWS or name in GIVEN_POINTERS or name.startswith(OF_SIDES)]
             for kernel, names in self.arguments.items()
         }
 
@@ -94,7 +95,8 @@ class KernelModule:
         def launch(depth: int, setting: str | None) -> Any:
             """Run the kernel; gives what Triton compiled."""
             values[DEPTH] = depth
-            found = {name: _typed(name, values[name]) for name in self.arguments[kernel]}
+            found = {name: values[name] for name in self.arguments[kernel]}
+            found |= {name: found[name].view(VIEWS[name]) for name in VIEWS if name in found}
             options = self._options(kernel, times) | assembled(setting)
             return getattr(self.module, kernel)[grid](**found, **options, num_stages=depth)
 
@@ -192,11 +194,6 @@ def _roomier(launch: Callable[[str | None], Any], compiled: Any, warps: int, pro
 def _spills(compiled: Any) -> int:
     """Numbers that a kernel keeps in memory for want of registers; none where it was interpreted."""
     return getattr(compiled, "n_spills", 0) or 0
-
-
-def _typed(name: str, value: Any) -> Any:
-    """An argument as Triton's own dispatch takes it."""
-    return value.view(VIEWS[name]) if name in VIEWS else value
 
 
 def _parameter(name: str, params: Params) -> Tensor | int:

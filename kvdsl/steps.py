@@ -81,12 +81,9 @@ class Machine:
         packs = self.kernels.packs_at_once
         if packs is None or set(counts) != {1} or fresh["keys"].shape[2] != 1:
             return None
-        moves = set(zip(now.members, after.members, strict=True))
-        if any(now.policy.begins(*move) != (move[0].keys, move[0].values) for move in moves):
-            return None  # tokens that no later query sees are not packed at all
         into = Room(
             self.pool.bytes, after.table.tensor, now.key_rows, now.value_rows, after.length,
-            {side: now.packed(side) for side in SIDES}, {side: after.packed(side) for side in SIDES},
+            {side: _begin(side, now, after) for side in SIDES}, {side: after.packed(side) for side in SIDES},
             dict.fromkeys(SIDES, 0),
         )  # fmt: skip
         self.kernels.append(fresh["keys"], fresh["values"], into, self.params)
@@ -112,13 +109,11 @@ class Machine:
         self, side: Side, rows: Tensor, first: Tensor, now: Now, after: Now, places: Places | None = None
     ) -> None:
         """Write the blocks of one side that are due into the pages of `after`."""
-        moves = list(zip(now.members, after.members, strict=True))
-        spans = {(now.policy.begins(*move)[SIDES.index(side)], move[1].packed_of(side)) for move in set(moves)}
+        moves = set(zip(now.members, after.members, strict=True))
+        spans = {(now.policy.begins(*move)[SIDES.index(side)], move[1].packed_of(side)) for move in moves}
         due = [(begin, end) for begin, end in spans if begin < end]
         if due:
-            begin = shifted(
-                now.packed(side), moves, lambda a, b: (a.packed_of(side), now.policy.begins(a, b)[SIDES.index(side)])
-            )
+            begin = _begin(side, now, after)
             reach = (min(b for b, _ in due), max(e for _, e in due))
             end, table, size = after.packed(side), after.table.tensor, self.kernels.page_tokens
             pages = -(-(size - 1 + max(e - b for b, e in due)) // size)
@@ -159,3 +154,9 @@ class Machine:
             tokens = numbers[:, :, : end - begin].to(rows.dtype)
             write(rows[b : b + 1], tokens, policy.sinks, [begin + policy.sinks], [end - begin])
         return rows
+
+
+def _begin(side: Side, now: Now, after: Now) -> Tensor:
+    """int32 (B,): the u from which on a side is packed between two states."""
+    moves, which = list(zip(now.members, after.members, strict=True)), SIDES.index(side)
+    return shifted(now.packed(side), moves, lambda a, b: (a.packed_of(side), now.policy.begins(a, b)[which]))
