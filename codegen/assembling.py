@@ -65,8 +65,28 @@ def roomier(binary: Any, assembly: Assembly, warps: int, shared: int) -> Assembl
     return assembly if other.spilled else other
 
 
+def under(binary: Any, setting: str | None) -> Any:
+    """Triton's compiled kernel as it would be under this setting, on the current GPU; itself under none.
+
+    Only the assembler runs: of a large kernel all that Triton does before it takes many times as long.
+    """
+    if setting is None:
+        return binary
+    from triton.compiler.compiler import CompiledKernel
+
+    name = f"{binary.metadata.name}.cubin"
+    kernel = CompiledKernel(binary.src, {**binary.metadata_group, name: str(_kept(binary, setting))}, binary.hash)
+    kernel._init_handles()  # now, and not while a graph is captured
+    return kernel
+
+
 def assembled_again(binary: Any, setting: str | None) -> bytes:
-    """The machine code of Triton's compiled kernel, had it been compiled under this setting; kept in Triton's cache.
+    """The machine code of Triton's compiled kernel, had it been compiled under this setting."""
+    return _kept(binary, setting).read_bytes()
+
+
+def _kept(binary: Any, setting: str | None) -> Path:
+    """A file of that machine code in Triton's cache.
 
     Triton's own last stage makes it, so that the assembler and all its other options are those of this Triton.
     """
@@ -83,15 +103,13 @@ def assembled_again(binary: Any, setting: str | None) -> bytes:
         key = "\0".join((ptx, backend.hash(), options.hash()))
         kept = get_cache_manager(hashlib.sha256(key.encode()).hexdigest())
         if file := kept.get_file(_KEPT):
-            return Path(file).read_bytes()
+            return Path(file)
         stages: dict[str, Any] = {}
         backend.add_stages(stages, options, binary.src.language)
-        cubin: bytes = stages["cubin"](ptx, metadata)
-        kept.put(cubin, _KEPT)
+        return Path(kept.put(stages["cubin"](ptx, metadata), _KEPT))
     except Exception as error:  # Triton raises many kinds, and its insides differ from version to version
         message = " ".join(str(error).split()) or "no message"
         raise BackendError(f"the assembler does not run alone: {type(error).__name__}: {message[-600:]}") from error
-    return cubin
 
 
 def _limited(ptx: str, registers: int | None) -> str:

@@ -18,10 +18,14 @@ LARGEST = 2**31 - 1  # larger numbers are of another type
 
 
 class Compiled:
-    """What Triton compiled of one kernel under one setting, by all that it tells launches apart by."""
+    """What Triton compiled of one kernel under one setting, by all that it tells launches apart by.
 
-    def __init__(self, names: Iterable[str]) -> None:
+    `again` makes what is launched of what Triton compiled.
+    """
+
+    def __init__(self, names: Iterable[str], again: Callable[[Any], Any]) -> None:
         self.names = tuple((name, name.isupper()) for name in names)
+        self.again = again
         self._found: dict[tuple[object, ...], Any] = {}
 
     def launch(self, grid: tuple[int, ...], values: Mapping[str, Any], dispatched: Callable[[], Any]) -> None:
@@ -44,7 +48,9 @@ class Compiled:
             given.append(value)
         told = tuple(key)
         if told not in self._found:
-            self._found[told] = dispatched()
-            return
+            first = dispatched()
+            self._found[told] = self.again(first)
+            if self._found[told] is first:
+                return
         whole = *grid, *(1,) * (3 - len(grid))
         self._found[told][whole](*given, stream=driver.active.get_current_stream(device))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cached_property, partial
+from threading import Thread
 from types import ModuleType
 from typing import Any
 
@@ -17,9 +20,9 @@ from kvdsl.interpreting import interpreted
 from kvdsl.kernels import Params
 from kvdsl.scheme import SIDES
 
-from .assembling import fewest_spills
+from .assembling import fewest_spills, under
 from .host_vectors import table_words
-from .launch import ATTEND, DEPTH, assembled
+from .launch import ATTEND, DEPTH
 from .launches import ASSEMBLER, GIVEN_POINTERS, arguments, fused, stages, warps
 from .occupancy import more_registers, residents
 from .operands import misread
@@ -54,6 +57,7 @@ class KernelModule:
         self.settings: dict[Asked, Setting] = {}  # those found best
         self.residents: dict[Asked, int] = {}  # programs that a processor of the GPU holds at once
         self.compiled: dict[Asked, Compiled] = {}  # under those settings
+        self._coming: dict[Asked, Thread] = {}  # compiled in the meantime
         self._warps: dict[str, int] = {}
         self._interpreted = interpreted()
         # arguments that are no caller's: of pages, and of the parameters
@@ -84,30 +88,42 @@ class KernelModule:
 
     def _run(
         self, kernel: str, grid: tuple[int, ...], given: Mapping[str, Any], pool: Tensor | None, params: Params,
-        depth: int | None = None, times: int = 1,
+        depth: int | None = None, times: int = 1, *, meanwhile: bool = False,
     ) -> None:  # fmt: skip
-        """Launch a kernel, at the depth that is asked for if that fits the GPU, with `times` its usual warps."""
+        """Launch a kernel, at the depth that is asked for if that fits the GPU, with `times` its usual warps;
+        `meanwhile`: only have it compiled, in a thread, by which time another one may be compiled and launched."""
         if 0 in grid:
             return
         values = self._values(kernel, given, pool, params)
         asked: Asked = (kernel, depth, times)
 
-        def launch(depth: int, setting: str | None) -> Any:
-            """Run the kernel; gives what Triton compiled."""
+        def launch(depth: int, warmup: bool = False) -> Any:
+            """Run the kernel by Triton's dispatch, under the usual setting of the assembler, or compile it alone; gives
+            what was compiled."""
             values[DEPTH] = depth
             found = {name: values[name] for name in self.arguments[kernel]}
             found |= {name: found[name].view(VIEWS[name]) for name in VIEWS if name in found}
-            options = self._options(kernel, times) | assembled(setting)
-            return getattr(self.module, kernel)[grid](**found, **options, num_stages=depth)
+            options = self._options(kernel, times) | {"num_stages": depth}
+            return getattr(self.module, kernel).run(grid=grid, warmup=warmup, **found, **options)
 
+        if meanwhile:
+            if asked not in self.settings and self.on_gpu:
+                tried = stages(kernel, self.plan)[0] if depth is None else depth
+                self._coming[asked] = _thread(partial(launch, tried, warmup=True))
+            return
+        if asked in self._coming:
+            self._coming.pop(asked).join()
         if asked not in self.settings:
-            self.settings[asked] = self._best(asked, launch)
-            self.compiled[asked] = Compiled(self.arguments[kernel])
+            self.settings[asked], first = self._best(asked, launch)
+            if not self._interpreted:
+                setting = self.settings[asked][1]
+                self.compiled[asked] = Compiled(self.arguments[kernel], partial(under, setting=setting))
+                self.compiled[asked].launch(grid, values, lambda: first)
         elif self._interpreted:
-            launch(*self.settings[asked])
+            launch(self.settings[asked][0])
         else:
-            values[DEPTH], setting = self.settings[asked]
-            self.compiled[asked].launch(grid, values, partial(launch, values[DEPTH], setting))
+            values[DEPTH] = self.settings[asked][0]
+            self.compiled[asked].launch(grid, values, partial(launch, values[DEPTH]))
 
     def _values(self, kernel: str, given: Mapping[str, Any], pool: Tensor | None, params: Params) -> dict[str, Any]:
         """All arguments; of pages the pool, whatever their type is."""
@@ -131,64 +147,69 @@ class KernelModule:
             found["launch_pdl"] = True
         return found
 
-    def _best(self, asked: Asked, launch: Callable[[int, str | None], Any]) -> Setting:
-        """Launch a kernel for the first time, at one depth and setting after the other: those that spill least."""
+    def _best(self, asked: Asked, launch: Callable[[int], Any]) -> tuple[Setting, Any]:
+        """Launch a kernel for the first time, at one depth after the other: that and the setting which spill least, and
+        what Triton compiled."""
         kernel, depth, times = asked
-        compiled: dict[Setting, Any] = {}
-
-        def launched(depth: int, setting: str | None) -> Any:
-            compiled[depth, setting] = launch(depth, setting)
-            return compiled[depth, setting]
-
-        refused, found = None, dict[Setting, int]()
+        refused, found = None, dict[int, tuple[int, str | None, Any]]()
         for tried in (*(() if depth is None else (depth,)), *stages(kernel, self.plan)):
             try:
-                setting, spills = _setting(partial(launched, tried))
+                first = launch(tried)
             except OutOfResources as error:
                 refused = error
                 continue
-            found[tried, setting] = spills
-            if not spills or depth is not None:
+            found[tried] = *_setting(kernel, first), first
+            if not found[tried][0] or depth is not None:
                 break
         if not found:
             raise BackendError(f"{kernel} does not fit this GPU: {refused}")
-        best, wide = min(found, key=lambda one: found[one]), times * self.warps(kernel)
-        if fault := misread(getattr(compiled[best], "asm", {}).get("ttgir", "")):
+        best, wide = min(found, key=lambda one: found[one][0]), times * self.warps(kernel)
+        spills, setting, first = found[best]
+        if fault := misread(getattr(first, "asm", {}).get("ttgir", "")):
             raise BackendError(f"{kernel}: {fault}; use backend='torch'")
-        if (held := residents(compiled[best], wide)) is not None:
+        if (held := residents(under(first, setting), wide)) is not None:
             self.residents[asked] = held
-            if kernel in ATTEND and best[1] is None and not found[best]:
-                roomier = _roomier(partial(launched, best[0]), compiled[best], wide, held)
-                best = best[0], roomier
-        return best
+            if kernel in ATTEND and setting is None and not spills:
+                setting = _roomier(kernel, first, wide, held)
+        return (best, setting), first
 
 
-def _setting(launch: Callable[[str | None], Any]) -> tuple[str | None, int]:
-    """The setting of the assembler to launch a kernel under, which was launched under it, and what it spills.
+def _thread(work: Callable[[], object]) -> Thread:
+    """Work of the current GPU in a thread; who waits for it does it again, and is told what fails."""
+    device = torch.cuda.current_device()
 
-    Where the assembler does not run alone, Triton compiles the kernel under one setting after another.
-    """
-    compiled = launch(ASSEMBLER[0])
-    spills: dict[str | None, int] = {ASSEMBLER[0]: _spills(compiled)}
-    if not spills[ASSEMBLER[0]]:
-        return ASSEMBLER[0], 0
+    def do() -> None:
+        torch.cuda.set_device(device)
+        with suppress(Exception):
+            work()
+
+    thread = Thread(target=do)
+    thread.start()
+    return thread
+
+
+def _setting(kernel: str, compiled: Any) -> tuple[int, str | None]:
+    """What a kernel spills under the setting of the assembler with which that is least, and the setting."""
+    spills = _spills(compiled)
+    if not spills:
+        return 0, None
     try:
-        settings: tuple[str | None, ...] = (fewest_spills(compiled, ASSEMBLER)[0],)
-    except BackendError:
-        settings = ASSEMBLER[1:]
-    for setting in settings:
-        spills[setting] = _spills(launch(setting))
-        if not spills[setting]:
-            break
-    best = settings[0] if len(settings) == 1 else min(spills, key=lambda one: spills[one])
-    return best, spills[best]
+        setting, _ = fewest_spills(compiled, ASSEMBLER)
+        return _spills(under(compiled, setting)), setting
+    except BackendError as error:
+        warnings.warn(f"{kernel} runs with {spills} numbers in memory: {error}", stacklevel=2)
+        return spills, None
 
 
-def _roomier(launch: Callable[[str | None], Any], compiled: Any, warps: int, programs: int) -> str | None:
-    """The setting under which a kernel has the registers that so many programs leave it, which was launched under it:
-    compiled now, and not while a graph is captured.  None where it has them, or some would be moved to memory then."""
+def _roomier(kernel: str, compiled: Any, warps: int, programs: int) -> str | None:
+    """The setting under which a kernel has the registers that so many programs leave it; None where it has them, or
+    some would be moved to memory then."""
     more = more_registers(compiled.n_regs, warps, programs)
-    return None if more is None or _spills(launch(more)) else more
+    try:
+        return None if more is None or _spills(under(compiled, more)) else more
+    except BackendError as error:
+        warnings.warn(f"{kernel} runs with {compiled.n_regs} registers and could have more: {error}", stacklevel=2)
+        return None
 
 
 def _spills(compiled: Any) -> int:

@@ -237,6 +237,8 @@ class TritonModule(PageModule):
             # the first launch tells how many programs a processor holds; what is returned must not depend on it.  It
             # has the usual warps, so that a short sequence that becomes a long one does not wait for a compiler
             for part in unknown:
+                if part.module._times(part) > 1:
+                    part.module._attend(part, part.own(), meanwhile=True)
                 part.module._attend(replace(part, fixed=True), part.own())
             parts = _parts(query, segments, splits, form)
         end = next((part for part in parts if part.plain), parts[0])
@@ -274,15 +276,15 @@ class TritonModule(PageModule):
             "scaling": state.scaling * (1.0 if capped else LOG2E), "softcap": state.softcap if capped else 1.0,
         }  # fmt: skip
 
-    def _attend(self, part: Part, into: Scratch) -> None:
-        """Write the partials of a segment of this scheme."""
-        state, soon = part.state, self.plan.maps_query and self._alone(part)
+    def _attend(self, part: Part, into: Scratch, *, meanwhile: bool = False) -> None:
+        """Write the partials of a segment of this scheme; `meanwhile`: as for `_run`."""
+        state, early = part.state, self.plan.maps_query and self._alone(part)
         given = {
-            **self._reading(part.query, state, part.params, soon=soon), **into, "splits": part.clean,
+            **self._reading(part.query, state, part.params, soon=early), **into, "splits": part.clean,
             "edge_splits": part.edges, "ahead": state.ahead, "EARLY": (times := self._times(part)) > 1,
         }  # fmt: skip
         grid = (part.programs, part.count, part.blocks)
-        self._run(part.form, grid, given, state.pool, part.params, part.depth, times)
+        self._run(part.form, grid, given, state.pool, part.params, part.depth, times, meanwhile=meanwhile)
 
     def _collect(self, part: Part, into: Scratch, like: Part) -> None:
         """Write one partial of every row, of the head's own numbers, at its place among those of another segment."""

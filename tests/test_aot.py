@@ -151,22 +151,29 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from triton.compiler.compiler import CompiledKernel
 from kvdsl.codegen import aot
-from kvdsl.codegen.assembling import assembled_again, read
+from kvdsl.codegen.assembling import assembled_again, read, under
 from kvdsl.codegen.front_end import load
 from kvdsl.codegen.launch import Launch
 from kvdsl.codegen.launches import ASSEMBLER
 
+CompiledKernel._init_handles = lambda kernel: None  # there is no GPU
 module, launch = load(Path(sys.argv[1])), Launch.from_json(eval(sys.argv[2]))
 first = aot._binary(module, replace(launch, assembler=ASSEMBLER), "sm_90", 1)
 gone = first.metadata._replace(extern_libs=(("libdevice", "/gone/libdevice.10.bc"),))
 other = SimpleNamespace(asm=first.asm, src=first.src, metadata=gone)  # kept by a Triton that is there no more
+assert under(first, None) is first
 for setting in ASSEMBLER[1:]:
     whole = aot._binary(module, replace(launch, assembler=(setting,)), "sm_90", 1)
     for binary in (other, first):  # assembled, then found where it was kept
         alone, code = read(assembled_again(binary, setting)), read(whole.asm["cubin"])
         assert (alone.code, alone.registers, alone.stack) == (code.code, code.registers, code.stack), setting
         print(setting, alone.registers, alone.code.spills)
+    kernel = under(first, setting)
+    assert kernel.kernel == assembled_again(first, setting), setting
+    assert kernel.metadata == first.metadata and kernel.asm["ptx"] == first.asm["ptx"]
+    assert kernel.packed_metadata == whole.packed_metadata
 """
 
 
@@ -191,14 +198,7 @@ class Compiled:
 
 @pytest.mark.parametrize("alone", [True, False])
 def test_a_kernel_runs_under_the_setting_that_was_found(alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the assembler does not run alone, Triton compiles under one setting after another, to the first without
-    spills; a kernel that has none is launched once."""
-    spills = dict(zip(ASSEMBLER, (9, 5, 0, 7, 0), strict=True))
-    launched: list[str | None] = []
-
-    def launch(setting: str | None) -> Compiled:
-        launched.append(setting)
-        return Compiled(spills[setting])
+    """One that has no spills is not assembled again; where the assembler does not run alone, that is told."""
 
     def found(binary: Compiled, settings: tuple[str | None, ...]) -> tuple[str | None, None]:
         assert binary.n_spills == 9 and settings == ASSEMBLER
@@ -207,11 +207,15 @@ def test_a_kernel_runs_under_the_setting_that_was_found(alone: bool, monkeypatch
         return settings[2], None
 
     monkeypatch.setattr(run_kernels, "fewest_spills", found)
-    assert run_kernels._setting(launch) == (ASSEMBLER[2], 0)
-    assert launched == ([None, ASSEMBLER[2]] if alone else list(ASSEMBLER[:3]))
-    spills[None] = 0
-    launched.clear()
-    assert run_kernels._setting(launch) == (None, 0) and launched == [None]
+    monkeypatch.setattr(
+        run_kernels, "under", lambda binary, setting: Compiled(5) if setting == ASSEMBLER[2] else binary
+    )
+    assert run_kernels._setting("decode", Compiled(0)) == (0, None)
+    if alone:
+        assert run_kernels._setting("decode", Compiled(9)) == (5, ASSEMBLER[2])
+    else:
+        with pytest.warns(UserWarning, match="decode runs with 9 numbers in memory: no assembler"):
+            assert run_kernels._setting("decode", Compiled(9)) == (9, None)
 
 
 @pytest.mark.parametrize("spills", [0, 10])
@@ -219,7 +223,8 @@ def test_room_for_more_registers_is_taken_unless_the_assembler_then_spills(
     spills: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As it did for the decode kernel of `cq_4c8b` at head_dim 64, of 180 registers; ahead of time as where it runs."""
-    found = run_kernels._roomier(lambda setting: Compiled(spills), Compiled(0, 180), 4, 2)
+    monkeypatch.setattr(run_kernels, "under", lambda binary, setting: Compiled(spills))
+    found = run_kernels._roomier("decode", Compiled(0, 180), 4, 2)
     assert found == (None if spills else "maxnreg=255")
     tight, roomy = (Assembly(b"", Code((), {}), count, stack) for count, stack in ((180, 0), (255, spills)))
     monkeypatch.setattr(assembling, "assembled_again", lambda binary, setting: setting)

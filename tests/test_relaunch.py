@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from threading import current_thread, main_thread
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,8 +16,12 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler.compiler import make_backend  # noqa: E402
 from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
 
-from kvdsl.codegen import relaunch  # noqa: E402
+from kvdsl.codegen import relaunch, run_kernels  # noqa: E402
+from kvdsl.codegen.launches import stages  # noqa: E402
+from kvdsl.codegen.plan import plan_for  # noqa: E402
 from kvdsl.codegen.relaunch import Compiled  # noqa: E402
+from kvdsl.schemes import ALL  # noqa: E402
+from kvdsl.shape import Shape  # noqa: E402
 
 
 def written(rows_ptr, table_ptr, tokens, scaling, ROWS):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201, N803
@@ -65,11 +71,19 @@ def bound() -> Any:
 class Kernel:
     """A compiled kernel that notes how it is launched."""
 
+    n_spills = 0
+
     def __init__(self) -> None:
+        self.asm: dict[str, str] = {}
         self.launched: list[tuple[Any, ...]] = []
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return lambda *given, stream: self.launched.append((grid, given, stream))
+
+
+def itself(kernel: Kernel) -> Kernel:
+    """Triton's kernel as it is."""
+    return kernel
 
 
 @settings(max_examples=200, derandomize=True, deadline=None)
@@ -77,7 +91,7 @@ class Kernel:
 def test_what_triton_compiles_twice_is_two_kernels(bound: Any, first: dict[str, Any], second: dict[str, Any]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(relaunch, "driver", Driver())
-        kernels, known = [Kernel(), Kernel()], Compiled(written.__code__.co_varnames)
+        kernels, known = [Kernel(), Kernel()], Compiled(written.__code__.co_varnames, itself)
         known.launch((1,), first, lambda: kernels[0])
         known.launch((2, 3), second, lambda: kernels[1])
     shared = bool(kernels[0].launched)
@@ -92,7 +106,7 @@ def test_launches_that_differ_in_numbers_alone_share_a_kernel(monkeypatch: pytes
     """Else a step would be dispatched anew with every token; but each GPU has kernels of its own."""
     driver = Driver()
     monkeypatch.setattr(relaunch, "driver", driver)
-    kernels, known = list[Kernel](), Compiled(("rows_ptr", "tokens", "scaling"))
+    kernels, known = list[Kernel](), Compiled(("rows_ptr", "tokens", "scaling"), itself)
 
     def dispatched() -> Kernel:
         kernels.append(Kernel())
@@ -104,3 +118,48 @@ def test_launches_that_differ_in_numbers_alone_share_a_kernel(monkeypatch: pytes
     driver.device = 1
     known.launch((1,), {"rows_ptr": MEMORY[torch.int32], "tokens": 33, "scaling": 0.5}, dispatched)
     assert len(kernels) == 2
+
+
+def test_what_is_made_of_a_kernel_is_launched_from_the_first_time_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that it is on the GPU before a graph is captured."""
+    monkeypatch.setattr(relaunch, "driver", Driver())
+    triton_s, again = Kernel(), Kernel()
+    known = Compiled(("tokens",), {triton_s: again}.__getitem__)
+    known.launch((1,), {"tokens": 33}, lambda: triton_s)
+    known.launch((2,), {"tokens": 34}, lambda: triton_s)
+    assert [grid for grid, _, _ in again.launched] == [(1, 1, 1), (2, 1, 1)] and not triton_s.launched
+
+
+class Jitted:
+    """A kernel of a module: notes what it is compiled for, and what is launched, in which thread."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[bool, int, int, bool]] = []
+
+    def run(self, *, grid: Any, warmup: bool, num_warps: int, num_stages: int, **values: Any) -> Any:
+        self.calls.append((warmup, num_warps, num_stages, current_thread() is main_thread()))
+        if warmup and values["tokens"] < 0:
+            raise RuntimeError("does not compile")
+        return Kernel()
+
+
+@pytest.mark.parametrize("tokens", [5, -5])
+def test_a_kernel_that_is_launched_soon_is_compiled_in_the_meantime(
+    tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it will be launched, by another thread, once; what fails there fails again where it is launched."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(relaunch, "driver", Driver())
+    monkeypatch.setattr(run_kernels, "overlapping", lambda device: False)
+    plan = plan_for(ALL["token4"], Shape(128, 2, 8, "fp16"))
+    decode = Jitted()
+    module = run_kernels.KernelModule(plan, cast(Any, SimpleNamespace(decode=decode)), "")
+    module.arguments, module._others = {"decode": ("tokens",)}, {"decode": []}
+    module.on_gpu = True
+    usual, first = module.warps("decode"), stages("decode", plan)[0]
+    for times, meanwhile in ((2, True), (1, False), (2, False), (2, True), (2, False)):
+        module._run("decode", (1,), {"tokens": tokens}, None, {}, times=times, meanwhile=meanwhile)
+    launched = [call for call in decode.calls if not call[0]]
+    assert [call for call in decode.calls if call[0]] == [(True, 2 * usual, first, False)]
+    assert launched[:2] == [(False, usual, first, True), (False, 2 * usual, first, True)]
