@@ -68,6 +68,12 @@ def divisible(plan: Plan) -> bool:
     return warps("decode", plan) == 1 and plan.tile >= TILE and enough
 
 
+def decode_warps(plan: Plan) -> tuple[int, ...]:
+    """Warps that a program of decode may have, the usual ones first."""
+    usual = warps("decode", plan)
+    return (usual, 2 * usual) if divisible(plan) else (usual,)
+
+
 def _wanted(kernel: str, plan: Plan) -> int:
     """Warps by what a program does; of heads of 96 or 192 channels they come out as three or six."""
     exact = plan.shape.dtype == "fp32" or any(term.floats == "fp32" for term in plan.terms)

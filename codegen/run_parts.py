@@ -27,8 +27,8 @@ one a row; where exact rows add to the output itself, `exact_ptr` and `share_ptr
 @dataclass(frozen=True, eq=False)
 class Part:
     """One segment: of every sequence `clean` programs share the pages that all queries see, `edges` what is left; of a
-    dense one `clean` share all of it.  `depth`: of the pipeline, where timing found it.  `fixed`: sums must not depend
-    on who else is in the batch."""
+    dense one `clean` share all of it.  `depth` of the pipeline, and warps, `times` the usual ones: where timing found
+    them.  `fixed`: sums must not depend on who else is in the batch."""
 
     module: TritonModule
     query: Tensor
@@ -39,6 +39,7 @@ class Part:
     fold: Fold | None = None
     form: Form = "decode"
     depth: int | None = None
+    times: int | None = None
     fixed: bool = False
 
     @property

@@ -19,7 +19,7 @@ from . import forms, run_dense
 from .host_channels import ready_rows
 from .host_maps import sign_words
 from .host_slots import by_channel, by_turned_channel
-from .launches import divisible, merge_tile
+from .launches import decode_warps, merge_tile
 from .occupancy import (
     MOST_EDGES,
     MOST_SPLITS,
@@ -131,20 +131,26 @@ class TritonModule(PageModule):
         return splits(work, self.room(kernel)) if self.on_gpu else min(2, work.pages)
 
     @cached_property
-    def _divisible(self) -> bool:
-        return divisible(self.plan) and self.on_gpu
+    def decode_warps(self) -> tuple[int, ...]:
+        """Those that programs of decode may have, the usual ones first."""
+        return decode_warps(self.plan)
 
     def _times(self, part: Part) -> int:
-        """Warps of a program over the usual: twice as many where each has a page, and every warp a partition."""
-        if part.fixed or part.form != KERNEL or not self._divisible:
+        """Warps of a program over the usual: as timing found, else twice as many where each has a page, and every warp
+        a partition."""
+        if part.fixed or part.form != KERNEL:
             return 1
-        return 2 if self._alone(part, 2) else 1
+        return part.times or self._times_of(self._work_of(part), part.clean)
 
-    def _alone(self, part: Part, times: int = 1) -> bool:
-        """Whether each page, or tile, has a program, and every warp a partition, also were they so many times as
-        many."""
-        room = self.room(part.form)
-        return alone(self._work_of(part), replace(room, warps=times * room.warps), part.clean)
+    def _times_of(self, work: Work, clean: int) -> int:
+        if len(self.decode_warps) == 1 or not self.on_gpu:
+            return 1
+        room = self.room(KERNEL)
+        return 2 if alone(work, replace(room, warps=2 * room.warps), clean) else 1
+
+    def _alone(self, part: Part) -> bool:
+        """Whether each page, or tile, has a program, and every warp a partition."""
+        return alone(self._work_of(part), self.room(part.form), part.clean)
 
     def ranked(self, programs: int, longest: int, depth: int | None = None) -> tuple[int, ...]:
         """Numbers of programs of decode that share a sequence, the model's best first."""
@@ -170,10 +176,10 @@ class TritonModule(PageModule):
         names = self.arguments["merge"]
         return MOST_SPLITS + (MOST_EDGES if "LANES" in names and "MERGED" not in names else 0)
 
-    def room(self, kernel: str, depth: int | None = None) -> Room:
+    def room(self, kernel: str, depth: int | None = None, times: int = 1) -> Room:
         """What the GPU has for programs of a kernel."""
-        held = self.residents.get((kernel, depth, 1), USUAL)
-        return Room(self.processors(), held, self.warps(kernel) if kernel else 1)
+        held = self.residents.get((kernel, depth, times), USUAL)
+        return Room(self.processors(), held, times * self.warps(kernel) if kernel else 1)
 
     def tuned(self, part: Part) -> Schedule | None:
         """The schedule that was found best by timing for a segment that is alone; None: the model's is taken.  Windows,
@@ -186,7 +192,10 @@ class TritonModule(PageModule):
 
     def by_model(self, programs: int, longest: int) -> Schedule:
         """The model's schedule of decode, where it was launched before; `programs` as for `splits`."""
-        return Schedule(self.splits(programs, longest, KERNEL), self.settings[KERNEL, None, 1][0])
+        work = self._work(programs, longest)
+        splits = self._splits(work, KERNEL)
+        warps = self._times_of(work, splits) * self.warps(KERNEL)
+        return Schedule(splits, self.settings[KERNEL, None, 1][0], warps)
 
     def fits(self, depth: int) -> bool:
         """Whether decode was launched as deep as was asked for."""
@@ -204,7 +213,7 @@ class TritonModule(PageModule):
         `occupancy.edge_splits`."""
         if not self.on_gpu:
             return 2
-        return edge_splits(self._work_of(part), clean, self.room(part.form, part.depth))
+        return edge_splits(self._work_of(part), clean, self.room(part.form, part.depth, part.times or 1))
 
     def _work_of(self, part: Part) -> Work:
         state = part.state
@@ -340,7 +349,7 @@ def _parts(query: Tensor, segments: Segments, splits: int | None, form: Form | N
         ]
     found = parts[0].module.tuned(parts[0]) if len(parts) == 1 else None
     if found is not None:
-        parts = [replace(parts[0], depth=found.stages)]
+        parts = [replace(part, depth=found.stages, times=found.warps // part.module.warps(KERNEL)) for part in parts]
     clean = [part.module._clean_splits(part) if found is None else part.most(found.splits) for part in parts]
     clean = within(clean, MOST_SPLITS)
     edges = [

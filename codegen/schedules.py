@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,12 +20,13 @@ from kvdsl.errors import BackendError
 from kvdsl.interpreting import interpreted
 
 from . import store
+from .launches import decode_warps
 from .occupancy import MOST_SPLITS
 
 if TYPE_CHECKING:
     from .plan import Plan
 
-FORMAT = 1
+FORMAT = 2
 KERNEL = "decode"
 MODEL = "model"
 DEPTHS = range(1, 9)
@@ -33,13 +34,15 @@ LARGEST = 1 << 16  # bytes of a file that is read
 
 
 class Schedule(NamedTuple):
-    """How decode is launched: programs that share the pages of a sequence, and the depth of their pipeline."""
+    """How decode is launched: programs that share the pages of a sequence, the depth of their pipeline, and their
+    warps."""
 
     splits: int
     stages: int
+    warps: int
 
     def __str__(self) -> str:
-        return f"{self.splits} programs a sequence, {self.stages} stages"
+        return f"{self.splits} programs a sequence, {self.stages} stages, {self.warps} warps"
 
 
 class Card(NamedTuple):
@@ -118,7 +121,7 @@ def known(plan: Plan, text: str) -> Schedules:
         found.card = card
         for path in paths:
             if path.name.startswith(_prefix(found.plan, card)):
-                found.best.update(_read(path, found.plan, card))
+                found.best.update(_read(path, found.plan, card, decode_warps(plan)))
     return found
 
 
@@ -150,7 +153,7 @@ def _head(plan: str, card: Card) -> dict[str, Any]:
     return {"format": FORMAT, "plan": plan, "device": card.name, "arch": card.arch, "kernel": KERNEL}
 
 
-def _read(path: Path, plan: str, card: Card) -> dict[Bucket, Schedule]:
+def _read(path: Path, plan: str, card: Card, warps: Sequence[int]) -> dict[Bucket, Schedule]:
     """What one file holds; nothing, and a warning, where it is damaged or another's."""
     try:
         with open(path, encoding="utf-8") as file:
@@ -163,7 +166,7 @@ def _read(path: Path, plan: str, card: Card) -> dict[Bucket, Schedule]:
             raise ValueError(f"batch {bucket.batch} and tokens {bucket.tokens} are no powers of 2")
         chosen = document["schedule"]
         splits, depth = _among(chosen, "splits", range(1, MOST_SPLITS + 1)), _among(chosen, "stages", DEPTHS)
-        return {bucket: Schedule(splits, depth)}
+        return {bucket: Schedule(splits, depth, _among(chosen, "warps", warps))}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         why = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         store.say(f"{path} is no schedule for {card} and is not used: {why}; delete it, or run `kvdsl tune` again")

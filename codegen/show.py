@@ -16,7 +16,7 @@ from kvdsl.shape import Shape
 from kvdsl.window import Window, windows
 
 from . import forms, render, schedules
-from .launches import divisible, launches, loop_bytes
+from .launches import decode_warps, launches, loop_bytes
 from .multiplications import multiplications
 from .plan import Plan, SidePlan, plan_for
 from .show_algebra import normal_form
@@ -172,8 +172,8 @@ def plan_stage(view: View) -> Stage:
         depths = " or ".join(map(str, record["stages"]))
         rounded = "" if record["fp_fusion"] else ", rounded after every operation"
         warps = f"{record['warps']} warps"
-        if record["kernel"] == schedules.KERNEL and divisible(plan):
-            warps += f", {2 * record['warps']} of short sequences"
+        if record["kernel"] == schedules.KERNEL:
+            warps += "".join(f", {more} of short sequences" for more in decode_warps(plan)[1:])
         lines.append(f"{record['kernel']:14s} {warps}, {depths} stages{loop}{rounded}")
         arguments = ", ".join(f"{name} {kind}" for name, kind in record["signature"] if kind != "constexpr")
         lines += textwrap.wrap(arguments, 104, initial_indent=" " * 15, subsequent_indent=" " * 15)

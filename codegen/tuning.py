@@ -131,31 +131,33 @@ def candidates(
 ) -> list[Schedule]:
     """The model's schedule and those that it holds for the next best, then what it would choose at another depth that
     fits the GPU: MOST at most.  Behind them all numbers of programs that give the processors as many, as deep as the
-    model has them and one deeper.
+    model has them and one deeper; then the model's number of them, and half of it, with the other number of warps.
 
     On an H200 the fastest took of the model's time: its fourth number of programs 0.78 (`kivi4`, 8 sequences of 4096
-    tokens), 0.87 (`token4`) and 0.92 (one of 32768), the next depth 0.96 (8 of 32768), one deeper 0.97 (8 of 131072).
-    Two warps gained less.
+    tokens), 0.87 (`token4`) and 0.92 (one of 32768), the next depth 0.96 (8 of 32768), one deeper 0.97 (8 of 131072),
+    two warps 0.85 (`iq4_nl`, one of 4096), two of half as many programs 0.91 (`kvtq`).
     """
     from .launches import stages
 
     launch(None)
     model = module.by_model(programs, longest)
-    ranked = [Schedule(splits, model.stages) for splits in module.ranked(programs, longest)]
+    ranked = [model._replace(splits=splits) for splits in module.ranked(programs, longest)]
     ranked = list(dict.fromkeys([model, *ranked]))
     found = ranked[:OWN]
     for depth in stages(KERNEL, module.plan):
         if depth != model.stages and len(found) < MOST:
             # only a launch tells how many programs the GPU holds
-            launch(Schedule(model.splits, depth))
+            launch(model._replace(stages=depth))
             if module.fits(depth):
-                found.append(Schedule(module.ranked(programs, longest, depth)[0], depth))
+                found.append(model._replace(splits=module.ranked(programs, longest, depth)[0], stages=depth))
     found = (found + ranked[OWN:])[:MOST]
-    found += [Schedule(splits, model.stages) for splits in module.filling(programs, longest)]
-    deeper = model.stages + 1
-    launch(Schedule(model.splits, deeper))
-    if module.fits(deeper):
-        found += [Schedule(splits, deeper) for splits in module.filling(programs, longest, deeper)]
+    found += [model._replace(splits=splits) for splits in module.filling(programs, longest)]
+    deeper = model._replace(stages=model.stages + 1)
+    launch(deeper)
+    if module.fits(deeper.stages):
+        found += [deeper._replace(splits=splits) for splits in module.filling(programs, longest, deeper.stages)]
+    for warps in module.decode_warps:
+        found += [model._replace(splits=splits, warps=warps) for splits in (model.splits, -(-model.splits // 2))]
     return list(dict.fromkeys(found))
 
 
@@ -221,15 +223,15 @@ def _with_layers(schemes: Mapping[str, Scheme]) -> dict[str, Scheme]:
 
 def told(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """A line for every schedule that was timed, and where the best ones are kept."""
-    table = [("scheme", "size", "programs", "stages", "us", "")]
+    table = [("scheme", "size", "programs", "stages", "warps", "us", "")]
     for one in rows:
         size = f"{one['batch']} x {one['tokens']}"
         if "failed" in one:
-            table.append((one["scheme"], size, "", "", "", f"failed: {one['failed']}"))
+            table.append((one["scheme"], size, "", "", "", "", f"failed: {one['failed']}"))
         for schedule in one.get("timed", ()):
             plain = {name: schedule[name] for name in Schedule._fields}
             notes = [note for note, which in (("the model's", "model"), ("kept", "best")) if one[which] == plain]
             figures = (*map(str, plain.values()), f"{schedule['us']:.1f}")
             table.append((one["scheme"], size, *figures, ", ".join(notes)))
     kept = [f"{one['scheme']}, {one['device']}: {one['path']}" for one in rows if "path" in one]
-    return [*columns(table, right=(2, 3, 4)), "", *kept]
+    return [*columns(table, right=(2, 3, 4, 5)), "", *kept]

@@ -28,7 +28,7 @@ from kvdsl.shape import Shape
 
 SHAPE = Shape(128, 8, 32)
 AT = Bucket(8, 32768)
-BEST = Schedule(24, 2)
+BEST = Schedule(24, 2, 1)
 PLAN = plan_for(token4, SHAPE)
 TEXT = codegen.render(PLAN, "triton", "token4")
 
@@ -59,11 +59,12 @@ def test_what_is_kept_is_found_again_and_said(home: Path, capsys: pytest.Capture
     assert run(["show", "token4", "--stage", "plan"]) == 0
     shown = capsys.readouterr().out
     assert f"schedule of decode: tuned on {CARD}" in shown
-    assert "about 8 x 32768 tokens: 25 programs a sequence, 2 stages\n" in shown
+    assert "about 8 x 32768 tokens: 25 programs a sequence, 2 stages, 1 warps\n" in shown
     assert run(["show", "token4", "--stage", "plan", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)["stages"]["plan"]["schedule"]
     assert (
-        told["from"] == f"tuned on {CARD}" and {"batch": 1, "tokens": 4096, "splits": 3, "stages": 2} in (told["tuned"])
+        told["from"] == f"tuned on {CARD}"
+        and {"batch": 1, "tokens": 4096, "splits": 3, "stages": 2, "warps": 1} in (told["tuned"])
     )
     assert doctor.report()["schedules"] == f"2 tuned on {CARD}, else the model's"
 
@@ -88,7 +89,7 @@ def test_where_there_are_no_files_no_gpu_is_looked_for(monkeypatch: pytest.Monke
 def change(**fields: Any) -> Callable[[bytes], bytes]:
     def changed(raw: bytes) -> bytes:
         document = json.loads(raw)
-        document["schedule"] |= {name: fields.pop(name) for name in ("splits", "stages") if name in fields}
+        document["schedule"] |= {name: fields.pop(name) for name in BEST._fields if name in fields}
         return json.dumps(document | fields).encode()
 
     return changed
@@ -104,7 +105,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "another device": change(device="NVIDIA A100"),
     "another architecture": change(arch="sm_80"),
     "another plan": change(plan="0" * 16),
-    "another format": change(format=2),
+    "another format": change(format=1),
     "no power of 2": change(batch=3),
     "no batch": change(batch=0),
     "no number": change(tokens="32768"),
@@ -113,6 +114,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "half a program": change(splits=1.5),
     "true": change(stages=True),
     "no depth": change(stages=-1),
+    "warps that are not compiled": change(warps=4),
     "no schedule": change(schedule=None),
     "nothing in it": change(schedule={}),
 }
@@ -166,6 +168,7 @@ class Launched:
     def __init__(self, fits: int = 9, pages: int = 512) -> None:
         self.plan, self.deepest, self.pages, self.schedules = PLAN, fits, pages, Schedules(None, "")
         self.settings: dict[Any, Any] = {("decode", None): (3, None)}
+        self.decode_warps: tuple[int, ...] = (1,)
         self.launched: list[Schedule | None] = []
 
     def launch(self, schedule: Schedule | None) -> None:
@@ -175,7 +178,7 @@ class Launched:
             self.settings["decode", schedule.stages] = (schedule.stages if fits else 3, None)
 
     def by_model(self, programs: int, longest: int) -> Schedule:
-        return Schedule(self.ranked(programs, longest)[0], 3)
+        return Schedule(self.ranked(programs, longest)[0], 3, 1)
 
     def fits(self, depth: int) -> bool:
         return bool(self.settings["decode", depth][0] == depth)
@@ -191,26 +194,29 @@ def test_the_models_own_is_tried_first_then_its_next_ones_and_another_depth() ->
     module: Any = Launched()
     found = tuning.candidates(module, 64, 32768, module.launch)
     own = module.ranked(64, 32768)
-    of_model = [*(Schedule(splits, 3) for splits in own[:4]), Schedule(24, 2)]
+    of_model = [*(Schedule(splits, 3, 1) for splits in own[:4]), Schedule(24, 2, 1)]
     assert found[: tuning.MOST] == of_model and own[0] == 16
-    rest = [Schedule(splits, depth) for depth in (3, 4) for splits in module.filling(64, 32768, depth)]
+    rest = [Schedule(splits, depth, 1) for depth in (3, 4) for splits in module.filling(64, 32768, depth)]
     assert found[tuning.MOST :] == [one for one in rest if one not in of_model] != []
-    assert module.launched == [None, Schedule(16, 2), Schedule(16, 4)]  # no more is compiled than is timed
+    assert module.launched == [None, Schedule(16, 2, 1), Schedule(16, 4, 1)]  # no more is compiled than is timed
 
 
 def test_what_does_not_fit_is_not_tried() -> None:
     module: Any = Launched(fits=0)
     found = tuning.candidates(module, 64, 32768, module.launch)
     assert {one.stages for one in found[: tuning.MOST]} == {3} and len({*found[: tuning.MOST]}) == tuning.MOST
-    assert {*found[tuning.MOST :]} == {Schedule(splits, 3) for splits in module.filling(64, 32768)} - {
+    assert {*found[tuning.MOST :]} == {Schedule(splits, 3, 1) for splits in module.filling(64, 32768)} - {
         *found[: tuning.MOST]
     }
 
 
 def test_a_short_sequence_has_few() -> None:
+    """With twice the warps all of its programs and half of them are tried, too, where a program has use for them."""
     module: Any = Launched(pages=2)
-    found = tuning.candidates(module, 64, 100, module.launch)
-    assert found == [Schedule(2, 3), Schedule(1, 3), Schedule(2, 2), Schedule(2, 1)]
+    few = [Schedule(2, 3, 1), Schedule(1, 3, 1), Schedule(2, 2, 1), Schedule(2, 1, 1)]
+    assert tuning.candidates(module, 64, 100, module.launch) == few
+    module.decode_warps = 1, 2
+    assert tuning.candidates(module, 64, 100, module.launch) == [*few, Schedule(2, 3, 2), Schedule(1, 3, 2)]
 
 
 def test_every_candidate_is_timed_under_itself_and_the_module_left_as_it_was() -> None:
@@ -232,7 +238,7 @@ def test_every_candidate_is_timed_under_itself_and_the_module_left_as_it_was() -
 
 
 def test_a_schedule_that_is_faster_by_chance_is_not_kept() -> None:
-    model, other = Schedule(16, 3), Schedule(24, 3)
+    model, other = Schedule(16, 3, 1), Schedule(24, 3, 1)
     assert tuning.fastest({model: 10.0, other: 9.95}) == model
     assert tuning.fastest({model: 10.0, other: 9.8}) == other
 
@@ -267,7 +273,7 @@ def test_the_command_tells_what_was_timed(monkeypatch: pytest.MonkeyPatch, capsy
         asked.append((scheme.hash, batch, tokens))
         if batch == 8:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate everything")
-        model, other = Schedule(16, 3), BEST
+        model, other = Schedule(16, 3, 1), BEST
         seconds = {model: 2e-5, other: 1.6e-5}
         return tuning.Tuned(scheme, shape, CARD, Bucket.of(batch, tokens), seconds, other, Path("file.json"))
 
@@ -277,7 +283,7 @@ def test_the_command_tells_what_was_timed(monkeypatch: pytest.MonkeyPatch, capsy
     rows = json.loads(capsys.readouterr().out)["results"]
     layered = {one.hash for _, one in ALL["kvtuner"].layers} | {ALL["kvtuner"].hash, token4.hash}
     assert {hash_ for hash_, *_ in asked} == layered and len(asked) == len(rows) == 2 * len(layered)
-    assert rows[0]["best"] == {"splits": 24, "stages": 2} and rows[0]["gain"] == pytest.approx(1.25)
+    assert rows[0]["best"] == {"splits": 24, "stages": 2, "warps": 1} and rows[0]["gain"] == pytest.approx(1.25)
     assert rows[1]["failed"] == "CUDA out of memory"
     told = "\n".join(tuning.told(rows[:2]))
     assert "16.0  kept" in told and "20.0  the model's" in told and "failed: CUDA out" in told and "file.json" in told

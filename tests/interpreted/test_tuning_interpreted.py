@@ -24,7 +24,7 @@ from kvdsl.shape import Shape
 
 SHAPE = Shape(64, 2, 4)
 TOKENS = 300
-Asked = list[tuple[int | None, int]]
+Asked = list[tuple[int | None, int, int]]
 
 
 @pytest.fixture(autouse=True)
@@ -38,16 +38,17 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
-    """How every decode is launched, and how many programs share a sequence's pages in it."""
+    """How every decode is launched: depth, programs that share a sequence's pages, times the usual warps."""
     found: Asked = []
     launch = KernelModule._run
 
     def run(
-        self: Any, kernel: str, grid: Any, given: Any, pool: Any, params: Any, depth: Any = None, times: int = 1
-    ) -> None:
+        self: Any, kernel: str, grid: Any, given: Any, pool: Any, params: Any, depth: Any = None, times: int = 1,
+        **more: Any,
+    ) -> None:  # fmt: skip
         if kernel == "decode":
-            found.append((depth, given["splits"]))
-        launch(self, kernel, grid, given, pool, params, depth, times)
+            found.append((depth, given["splits"], times))
+        launch(self, kernel, grid, given, pool, params, depth, times, **more)
 
     monkeypatch.setattr(KernelModule, "_run", run)
     return found
@@ -67,7 +68,7 @@ def test_the_fastest_is_launched_and_attends_to_the_same(name: str, asked: Asked
     kernels = codegen.build(scheme, SHAPE, "triton")
     cache, query = filled(kernels)
     by_model = cache.attend(query, cache.state())
-    found = kvdsl.tune(scheme, SHAPE, batch=2, tokens=TOKENS, clock=ListedClock([5, 4, 6, 3, 5]), card=CARD)
+    found = kvdsl.tune(scheme, SHAPE, batch=2, tokens=TOKENS, clock=ListedClock([5, 4, 6, 3, 5, *[5] * 9]), card=CARD)
     assert found.best == list(found.seconds)[3] != found.model and found.bucket == (2, 256)
     asked.clear()
     here = cache.attend(query, cache.state())  # this process has the kernels already
@@ -76,7 +77,7 @@ def test_the_fastest_is_launched_and_attends_to_the_same(name: str, asked: Asked
     assert again is not kernels and again.schedule == kernels.schedule == f"tuned on {CARD}"
     cache, query = filled(again)
     there = cache.attend(query, cache.state())
-    assert asked == [(found.best.stages, found.best.splits)] * 2
+    assert asked == [(found.best.stages, found.best.splits, found.best.warps)] * 2
     for one, two, right in zip(here, there, by_model, strict=True):
         assert torch.equal(one, two) and torch.allclose(one.float(), right.float(), atol=2e-3)
 
@@ -92,10 +93,10 @@ def test_other_calls_are_the_models(asked: Asked) -> None:
     """Of another size, under a window, with splits that are given, among segments, of more queries."""
     kernels = codegen.build(ALL["token4"], SHAPE, "triton")
     cache, query = filled(kernels)
-    state, tuned = cache.state(), Schedule(3, 2)
+    state, tuned = cache.state(), Schedule(3, 2, 2)
     everywhere(kernels, tuned)
     kernels.attend(query, state, cache.params)
-    assert asked == [(2, 3)]
+    assert asked == [(2, 3, 2)]
     asked.clear()
     kernels.attend(query, replace(state, window=100), cache.params)
     kernels.attend(query, state, cache.params, splits=4)
@@ -103,34 +104,37 @@ def test_other_calls_are_the_models(asked: Asked) -> None:
     kernels.attend(query.expand(-1, -1, 9, -1), state, cache.params, form="extend")
     kernels.module.schedules.best.pop(Bucket(2, 256))  # type: ignore[attr-defined]
     kernels.attend(query, state, cache.params)
-    assert [depth for depth, _ in asked] == [None] * 5 and {splits for _, splits in asked} == {2, 4}
+    assert [depth for depth, *_ in asked] == [None] * 5 and {(splits, times) for _, splits, times in asked} == {
+        (2, 1),
+        (4, 1),
+    }
 
 
 def test_heads_of_a_group_may_need_several_programs(asked: Asked) -> None:
     """One query of 40 heads has more rows than a program: that was timed, more queries were not."""
     kernels = codegen.build(ALL["token4"], Shape(64, 1, 40), "triton")
-    everywhere(kernels, Schedule(3, 2))
+    everywhere(kernels, Schedule(3, 2, 2))
     cache = QuantizedCache(kernels, 1, device="cpu", capacity=512)
     k, v = (torch.randn(1, 1, TOKENS, 64).half() for _ in range(2))
     cache.append(k, v)
     query = torch.randn(1, 40, 1, 64).half()
     for queries in (1, 2):
         kernels.attend(query.expand(-1, -1, queries, -1), cache.state(), cache.params, form="decode")
-    assert [depth for depth, _ in asked] == [2, None]
+    assert [depth for depth, *_ in asked] == [2, None]
 
 
 def test_a_sequence_has_no_more_programs_than_pages(asked: Asked) -> None:
     kernels = codegen.build(ALL["token4"], SHAPE, "triton")
     cache, query = filled(kernels)
-    everywhere(kernels, Schedule(128, 3))
+    everywhere(kernels, Schedule(128, 3, 1))
     cache.attend(query, cache.state())
-    assert asked == [(3, 5)]
+    assert asked == [(3, 5, 1)]
 
 
 def test_neighbours_change_no_bit_whatever_is_tuned(asked: Asked) -> None:
     """`batch_invariant=True` knows no buckets."""
     kernels = codegen.build(ALL["token4"], SHAPE, "triton")
-    everywhere(kernels, Schedule(3, 2))
+    everywhere(kernels, Schedule(3, 2, 2))
     for alone, together in alone_and_together("token4", "triton"):
         assert torch.equal(alone, together)
-    assert asked and {depth for depth, _ in asked} == {None}
+    assert asked and {depth for depth, *_ in asked} == {None}
