@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -41,6 +42,9 @@ COLUMNS = WeakTensorKeyDictionary()
 """Maps -> the same by columns, float64: made once for those that are used again in every step."""
 INNER = {"outliers_": ".outliers.store", "residual_": ".residual"}
 """How an argument's name goes on behind a side's -> its term's place behind the side's."""
+THREADED = (3, 11, 8) <= sys.version_info < (3, 12) or sys.version_info >= (3, 12, 2)
+"""Whether kernels may be compiled in several threads: `ast.parse` of an older Python fails at times where two are in it
+(python/cpython#106905)."""
 Setting = tuple[int, str | None]
 """Depth of the pipeline, setting of the assembler."""
 Asked = tuple[str, int | None, int]
@@ -91,7 +95,7 @@ class KernelModule:
         depth: int | None = None, times: int = 1, *, meanwhile: bool = False,
     ) -> None:  # fmt: skip
         """Launch a kernel, at the depth that is asked for if that fits the GPU, with `times` its usual warps;
-        `meanwhile`: only have it compiled, in a thread, by which time another one may be compiled and launched."""
+        `meanwhile`: only have it compiled, in a thread, in which time another one may be compiled and launched."""
         if 0 in grid:
             return
         values = self._values(kernel, given, pool, params)
@@ -107,7 +111,7 @@ class KernelModule:
             return getattr(self.module, kernel).run(grid=grid, warmup=warmup, **found, **options)
 
         if meanwhile:
-            if asked not in self.settings and self.on_gpu:
+            if asked not in self.settings and self.on_gpu and THREADED:
                 tried = stages(kernel, self.plan)[0] if depth is None else depth
                 self._coming[asked] = _thread(partial(launch, tried, warmup=True))
             return

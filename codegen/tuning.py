@@ -154,10 +154,12 @@ def candidates(
     found += [model._replace(splits=splits) for splits in module.filling(programs, longest)]
     deeper = model._replace(stages=model.stages + 1)
     launch(deeper)
-    if module.fits(deeper.stages):
+    deep = module.fits(deeper.stages)
+    if deep:
         found += [deeper._replace(splits=splits) for splits in module.filling(programs, longest, deeper.stages)]
     for warps in module.decode_warps:
-        found += [model._replace(splits=splits, warps=warps) for splits in (model.splits, -(-model.splits // 2))]
+        for one in (model, deeper)[: 1 + deep]:
+            found += [one._replace(splits=splits, warps=warps) for splits in (model.splits, -(-model.splits // 2))]
     return list(dict.fromkeys(found))
 
 
