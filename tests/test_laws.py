@@ -26,7 +26,7 @@ from kvdsl.scheme import (
 )
 from kvdsl.schemes import ALL
 from kvdsl.shape import Shape
-from kvdsl.testing import LAWS, Case, LawBroken, applicable, cases, check, faulty_schemes, report, shapes
+from kvdsl.testing import LAWS, Case, LawBroken, applicable, cases, check, faulty_schemes, few_shapes, report, shapes
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -120,6 +120,17 @@ def test_laws_are_asked_at_the_shapes_that_are_given() -> None:
 
     assert failure(6) is None
     assert "kv_heads=5" in (failure(5) or "")
+
+
+def test_compiled_kernels_are_asked_for_one_part_of_the_channels_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is a compilation of minutes; shapes together turn all, a half, a quarter, and all but two."""
+    monkeypatch.setattr(importlib.import_module("kvdsl.testing.cases"), "interpreted", lambda: False)
+    scheme, shares = ALL["nuq3"], set[float]()
+    for shape in few_shapes(scheme):
+        parts = [{Case(scheme, shape, backend, seed=i).rotated for i in range(40)} for backend in ("triton", "torch")]
+        assert len(parts[0]) == 1 and parts[0] < parts[1] and len(parts[1]) == 4
+        shares |= {one / shape.head_dim for one in parts[0]}
+    assert {0.25, 0.5, 1.0} < shares and len(shares) == 4
 
 
 def test_every_law_is_made_of_some_scheme() -> None:
