@@ -120,7 +120,7 @@ class KernelModule:
         if asked not in self.settings:
             self.settings[asked], first = self._best(asked, launch)
             if not self._interpreted:
-                setting = self.settings[asked][1]
+                values[DEPTH], setting = self.settings[asked]
                 self.compiled[asked] = Compiled(self.arguments[kernel], partial(under, setting=setting))
                 self.compiled[asked].launch(grid, values, lambda: first)
         elif self._interpreted:

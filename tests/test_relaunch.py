@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from threading import current_thread, main_thread
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,7 +18,7 @@ from triton.compiler.compiler import make_backend  # noqa: E402
 from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
 
 from kvdsl.codegen import relaunch, run_kernels  # noqa: E402
-from kvdsl.codegen.launches import stages  # noqa: E402
+from kvdsl.codegen.launches import ASSEMBLER, stages  # noqa: E402
 from kvdsl.codegen.plan import plan_for  # noqa: E402
 from kvdsl.codegen.relaunch import Compiled  # noqa: E402
 from kvdsl.schemes import ALL  # noqa: E402
@@ -71,10 +72,9 @@ def bound() -> Any:
 class Kernel:
     """A compiled kernel that notes how it is launched."""
 
-    n_spills = 0
-
-    def __init__(self) -> None:
+    def __init__(self, spills: int = 0) -> None:
         self.asm: dict[str, str] = {}
+        self.n_spills = spills
         self.launched: list[tuple[Any, ...]] = []
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
@@ -133,14 +133,28 @@ def test_what_is_made_of_a_kernel_is_launched_from_the_first_time_on(monkeypatch
 class Jitted:
     """A kernel of a module: notes what it is compiled for, and what is launched, in which thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, spills: Mapping[int, int] | None = None) -> None:
         self.calls: list[tuple[bool, int, int, bool]] = []
+        self.spills = spills or {}
 
     def run(self, *, grid: Any, warmup: bool, num_warps: int, num_stages: int, **values: Any) -> Any:
         self.calls.append((warmup, num_warps, num_stages, current_thread() is main_thread()))
         if warmup and values["tokens"] < 0:
             raise RuntimeError("does not compile")
-        return Kernel()
+        return Kernel(self.spills.get(num_stages, 0))
+
+
+def launching(decode: Jitted, monkeypatch: pytest.MonkeyPatch) -> run_kernels.KernelModule:
+    """A module of this kernel, on a GPU that there is not."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(relaunch, "driver", Driver())
+    monkeypatch.setattr(run_kernels, "overlapping", lambda device: False)
+    plan = plan_for(ALL["token4"], Shape(128, 2, 8, "fp16"))
+    module = run_kernels.KernelModule(plan, cast(Any, SimpleNamespace(decode=decode)), "")
+    module.arguments, module._others = {"decode": ("tokens", "STAGES")}, {"decode": []}
+    module.on_gpu = True
+    return module
 
 
 @pytest.mark.parametrize(("tokens", "threaded"), [(5, True), (-5, True), (5, False)])
@@ -149,18 +163,36 @@ def test_a_kernel_that_is_launched_soon_is_compiled_in_the_meantime(
 ) -> None:
     """As it will be launched, once, by another thread where Python allows it; who launches is told what fails."""
     monkeypatch.setattr(run_kernels, "THREADED", threaded)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(relaunch, "driver", Driver())
-    monkeypatch.setattr(run_kernels, "overlapping", lambda device: False)
-    plan = plan_for(ALL["token4"], Shape(128, 2, 8, "fp16"))
     decode = Jitted()
-    module = run_kernels.KernelModule(plan, cast(Any, SimpleNamespace(decode=decode)), "")
-    module.arguments, module._others = {"decode": ("tokens",)}, {"decode": []}
-    module.on_gpu = True
-    usual, first = module.warps("decode"), stages("decode", plan)[0]
+    module = launching(decode, monkeypatch)
+    usual, first = module.warps("decode"), stages("decode", module.plan)[0]
     for times, meanwhile in ((2, True), (1, False), (2, False), (2, True), (2, False)):
         module._run("decode", (1,), {"tokens": tokens}, None, {}, times=times, meanwhile=meanwhile)
     launched = [call for call in decode.calls if not call[0]]
     assert [call for call in decode.calls if call[0]] == [(True, 2 * usual, first, False)] * threaded
     assert launched[:2] == [(False, usual, first, True), (False, 2 * usual, first, True)]
+
+
+def test_what_was_found_for_a_kernel_that_spills_is_ready_behind_its_first_launch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The depth and the setting that spill least, whichever was tried last: nothing is loaded in the second launch,
+    which a graph may capture."""
+    decode = Jitted({3: 9, 2: 5, 1: 7})
+    module = launching(decode, monkeypatch)
+    made = list[Kernel]()
+
+    def under(kernel: Kernel, setting: str | None) -> Kernel:
+        if setting is None:
+            return kernel
+        made.append(Kernel(kernel.n_spills - 1))
+        return made[-1]
+
+    monkeypatch.setattr(run_kernels, "fewest_spills", lambda kernel, settings: (settings[2], None))
+    monkeypatch.setattr(run_kernels, "under", under)
+    module._run("decode", (1,), {"tokens": 5}, None, {})
+    assert module.settings["decode", None, 1] == (2, ASSEMBLER[2])
+    before = len(made)
+    module._run("decode", (2,), {"tokens": 6}, None, {})
+    assert [depth for _, _, depth, _ in decode.calls] == [3, 2, 1] and len(made) == before
+    assert [grid for grid, _, _ in made[-1].launched] == [(1, 1, 1), (2, 1, 1)] and made[-1].n_spills == 4
