@@ -131,7 +131,7 @@ def candidates(
 ) -> list[Schedule]:
     """The model's schedule and those that it holds for the next best, then what it would choose at another depth that
     fits the GPU: MOST at most.  Behind them all numbers of programs that give the processors as many, as deep as the
-    model has them and one deeper; then the model's number of them, and half of it, with the other number of warps.
+    model has them and one deeper; then, as deep, the model's number of them and half of it with each number of warps.
 
     On an H200 the fastest took of the model's time: its fourth number of programs 0.78 (`kivi4`, 8 sequences of 4096
     tokens), 0.87 (`token4`) and 0.92 (one of 32768), the next depth 0.96 (8 of 32768), one deeper 0.97 (8 of 131072),

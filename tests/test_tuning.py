@@ -197,7 +197,8 @@ def test_the_models_own_is_tried_first_then_its_next_ones_and_another_depth() ->
     of_model = [*(Schedule(splits, 3, 1) for splits in own[:4]), Schedule(24, 2, 1)]
     assert found[: tuning.MOST] == of_model and own[0] == 16
     rest = [Schedule(splits, depth, 1) for depth in (3, 4) for splits in module.filling(64, 32768, depth)]
-    assert found[tuning.MOST :] == [one for one in rest if one not in of_model] != []
+    rest += [Schedule(splits, depth, 1) for depth in (3, 4) for splits in (16, 8)]
+    assert found[tuning.MOST :] == [one for one in dict.fromkeys(rest) if one not in of_model] != []
     assert module.launched == [None, Schedule(16, 2, 1), Schedule(16, 4, 1)]  # no more is compiled than is timed
 
 
@@ -211,12 +212,15 @@ def test_what_does_not_fit_is_not_tried() -> None:
 
 
 def test_a_short_sequence_has_few() -> None:
-    """With twice the warps all of its programs and half of them are tried, too, where a program has use for them."""
+    """All of its programs and half of them, at the model's depth and one deeper; with twice the warps, too, where a
+    program has use for them."""
     module: Any = Launched(pages=2)
     few = [Schedule(2, 3, 1), Schedule(1, 3, 1), Schedule(2, 2, 1), Schedule(2, 1, 1)]
+    few += [Schedule(2, 4, 1), Schedule(1, 4, 1)]
     assert tuning.candidates(module, 64, 100, module.launch) == few
     module.decode_warps = 1, 2
-    assert tuning.candidates(module, 64, 100, module.launch) == [*few, Schedule(2, 3, 2), Schedule(1, 3, 2)]
+    more = [Schedule(splits, depth, 2) for depth in (3, 4) for splits in (2, 1)]
+    assert tuning.candidates(module, 64, 100, module.launch) == few + more
 
 
 def test_every_candidate_is_timed_under_itself_and_the_module_left_as_it_was() -> None:
@@ -228,7 +232,7 @@ def test_every_candidate_is_timed_under_itself_and_the_module_left_as_it_was() -
         under.append(module.schedules.best.get(AT))
         module.launch(under[-1])
 
-    clock = ListedClock([5.0, 4.0, 3.0, 4.0, 6.0] + [5.0] * 7)
+    clock = ListedClock([5.0, 4.0, 3.0, 4.0, 6.0] + [5.0] * 8)
     found = tuning.timed_schedules(module, AT, 64, 32768, call, clock)
     assert list(found.values()) == clock.seconds_of and under[-len(found) :] == list(found) and under[0] is None
     assert tuning.fastest(found) == list(found)[2] and module.schedules.best == {AT: BEST}
